@@ -1,0 +1,334 @@
+"""What the supervisor and its children say to each other.
+
+Courier and canary are short-lived: one task as JSON on standard input, then end of file; zero or more `Progress` lines
+and one result line on standard output; logs on standard error; exit. A child that dies without a result is a failure
+with reason `child_failed` (courier) or a verdict (canary). Workers live: commands and events are JSON lines over the
+socket pair whose descriptor is in `WHERRY_CONTROL_FD`; listening sockets are inherited by descriptor.
+
+Everything is level-triggered: a worker is told what it should serve, not what to change.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from wherry_shared.bundle import Interface, Processing
+from wherry_shared.wire import Offer, OfferedModel, VariantTried
+
+
+class _Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
+    """Base of messages between processes of one agent; tagged by `kind`."""
+
+
+# --- a thing that can be loaded -----------------------------------------------------------------
+
+
+class Loadable(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A verified variant on this device's disk, with all that an engine needs to run it."""
+
+    model: str
+    target: str
+    """MODEL/VERSION"""
+    manifest: str
+    variant: str
+    digest: str
+    engine: str
+    """Engine name as in `facts.EngineFacts`."""
+    engine_version: str
+    format: str
+    path: str
+    """The verified blob."""
+    golden_path: str
+    config_path: str
+    """The verified bundle config (for assets, labels, processing)."""
+    interface: Interface
+    assets_path: str = ""
+    tensors: dict[str, str] = {}
+    options: dict[str, str | int | float | bool] = {}
+    batch: int = 0
+    preprocess: Processing = Processing()
+    postprocess: Processing = Processing()
+    peak_memory_bytes: int = 0
+    """As the canary measured it here; 0 if not yet."""
+
+
+# --- courier ------------------------------------------------------------------------------------
+
+
+class Enrol(_Message, tag="enrol", frozen=True, kw_only=True):
+    """Make a P-256 key and a CSR, enrol with the token, store identity under `home`/identity (0600, fsynced)."""
+
+    home: str
+    server: str
+    token: str
+    name: str
+    labels: dict[str, str] = {}
+
+
+class Refresh(_Message, tag="refresh", frozen=True, kw_only=True):
+    """Bring TUF metadata up to date on a scratch copy and rename it to `trust/N`."""
+
+    home: str
+    server: str
+    time_floor_us: int
+    floors: dict[str, int] = {}
+    """Role → version below which a set is refused."""
+    current: int = 0
+    """The `trust/N` to start from; 0: only the immutable root v1."""
+
+
+class Verify(_Message, tag="verify", frozen=True, kw_only=True):
+    """Verify an offer (base64 of the envelope bytes) with the director key that TUF names; refresh once if unknown."""
+
+    home: str
+    server: str
+    device: str
+    project: str
+    envelope: str
+    time_floor_us: int
+    floors: dict[str, int] = {}
+    current: int = 0
+
+
+class Resolve(_Message, tag="resolve", frozen=True, kw_only=True):
+    """From an offered model to a ranked list of variants: target → manifest → config, all verified, no weights."""
+
+    home: str
+    server: str
+    mirrors: list[str] = []
+    model: str
+    offered: OfferedModel
+    time_floor_us: int
+    floors: dict[str, int] = {}
+    current: int = 0
+    contract: Interface | None = None
+    contract_preprocess: str = ""
+    facts: dict[str, Any] = {}
+    """`DeviceFacts` as builtins."""
+
+
+class Fetch(_Message, tag="fetch", frozen=True, kw_only=True):
+    """Download what a variant needs into the store, resuming, bounded, verified."""
+
+    home: str
+    server: str
+    mirrors: list[str] = []
+    manifest: str
+    variant: str
+    tries_max: int = 5
+
+
+class Progress(_Message, tag="progress", frozen=True, kw_only=True):
+    """How far a courier is."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+class Failed(_Message, tag="failed", frozen=True, kw_only=True):
+    """The task did not come out; `reason` is a code of `wherry_shared.reasons`."""
+
+    reason: str
+    detail: str
+    retry_after_s: float | None = None
+    """None: trying again changes nothing by itself."""
+
+
+class Enrolled(_Message, tag="enrolled", frozen=True, kw_only=True):
+    """Identity is on disk."""
+
+    device: str
+    project: str
+
+
+class Trust(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The trusted set after a refresh: journaled by the supervisor."""
+
+    current: int
+    floors: dict[str, int]
+    time_floor_us: int
+    expires_at: int
+    """Earliest expiry (µs) of the online roles: refresh before half of it."""
+    changed: bool = False
+
+
+class Refreshed(_Message, tag="refreshed", frozen=True, kw_only=True):
+    """Metadata are up to date."""
+
+    trust: Trust
+
+
+class Verified(_Message, tag="verified", frozen=True, kw_only=True):
+    """The offer is the director's, for this device, and not expired."""
+
+    offer: Offer
+    digest: str
+    """Digest of the payload bytes: the same serial must carry the same bytes."""
+    trust: Trust
+
+
+class Candidate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One variant of a resolved bundle, in the order in which to try."""
+
+    loadable: Loadable
+    """Paths are where the blobs will be once fetched."""
+    bytes: int
+    """Bytes still to be fetched for it, at most."""
+    why: str
+
+
+class Resolved(_Message, tag="resolved", frozen=True, kw_only=True):
+    """The bundle is signed, its manifest and config are here, and at least one variant fits."""
+
+    manifest: str
+    candidates: list[Candidate]
+    passed_over: list[VariantTried] = []
+    preprocess_id: str = ""
+    trust: Trust | None = None
+
+
+class Fetched(_Message, tag="fetched", frozen=True, kw_only=True):
+    """Everything that the variant needs is in the store, verified and fsynced."""
+
+    manifest: str
+    variant: str
+    bytes: int
+    """Bytes that went over the wire."""
+
+
+CourierTask = Enrol | Refresh | Verify | Resolve | Fetch
+CourierAnswer = Progress | Failed | Enrolled | Refreshed | Verified | Resolved | Fetched
+
+
+# --- canary -------------------------------------------------------------------------------------
+
+
+class Judge(_Message, tag="judge", frozen=True, kw_only=True):
+    """Load the candidate under limits, run its golden vectors, measure against the incumbent if there is one."""
+
+    candidate: Loadable
+    incumbent: Loadable | None = None
+    memory_bytes_max: int = 0
+    """Budget above what the process needs with the engine imported; 0: none."""
+    seconds_max: int = 120
+    latency_ratio_max: float = 3.0
+
+
+class Judged(_Message, tag="judged", frozen=True, kw_only=True):
+    """What the canary found; `passed` false has a verdict in `reason`."""
+
+    passed: bool
+    reason: str = ""
+    detail: str = ""
+    vectors: int = 0
+    peak_memory_bytes: int = 0
+    load_ms: float = 0.0
+    latency_p50_us: float = 0.0
+    latency_p99_us: float = 0.0
+    latency_ratio: float = 0.0
+
+
+# --- worker -------------------------------------------------------------------------------------
+
+
+class ServeModel(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one model should be in the worker."""
+
+    name: str
+    active: Loadable
+    incumbent: Loadable | None = None
+    """Kept loaded while a trial runs; answers what the candidate fails."""
+    trial: str = ""
+    """Trial id; empty when `active` is trusted."""
+    deadline_ms: int = 10_000
+
+
+class Serve(_Message, tag="serve", frozen=True, kw_only=True):
+    """The whole desired serving set. The worker loads what is missing, warms it, swaps by reference, frees the rest."""
+
+    revision: int
+    models: list[ServeModel]
+
+
+class RunGolden(_Message, tag="run_golden", frozen=True, kw_only=True):
+    """Run the golden vectors of a loaded variant in place."""
+
+    model: str
+    digest: str
+    trial: str
+
+
+class Stop(_Message, tag="stop", frozen=True, kw_only=True):
+    """Answer what is in flight and exit."""
+
+
+class Ready(_Message, tag="ready", frozen=True, kw_only=True):
+    """The worker listens."""
+
+    pid: int
+
+
+class Serving(_Message, tag="serving", frozen=True, kw_only=True):
+    """One model of a `Serve` is (or could not be) in service."""
+
+    revision: int
+    model: str
+    digest: str
+    """Of the active variant."""
+    ok: bool
+    reason: str = ""
+    detail: str = ""
+    incumbent_loaded: bool = False
+    load_ms: float = 0.0
+
+
+class GoldenDone(_Message, tag="golden_done", frozen=True, kw_only=True):
+    """Result of `RunGolden`."""
+
+    model: str
+    digest: str
+    trial: str
+    passed: bool
+    detail: str = ""
+
+
+class ArmStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Counts of one (model, variant) since it was published or since the trial began, never reset while loaded.
+
+    Latency is engine time in µs by shape bucket (log2 of total input elements), first 10 runs after a load left out.
+    """
+
+    model: str
+    manifest: str
+    variant: str
+    digest: str
+    arm: str
+    """`candidate`, `incumbent` or `shadow`"""
+    trial: str = ""
+    requests: int = 0
+    errors: int = 0
+    fallbacks: int = 0
+    latency_us: dict[str, dict[str, int]] = {}
+    wait_us: dict[str, int] = {}
+    classes: dict[str, int] = {}
+    last_error: str = ""
+
+
+class Stats(_Message, tag="stats", frozen=True, kw_only=True):
+    """Sent once a second when something changed, and at once after a candidate error."""
+
+    arms: list[ArmStats]
+
+
+WorkerCommand = Serve | RunGolden | Stop
+WorkerEvent = Ready | Serving | GoldenDone | Stats
+
+
+_encoder = msgspec.json.Encoder()
+
+
+def encode_line(message: msgspec.Struct) -> bytes:
+    """Encode a message as one JSON line."""
+    return _encoder.encode(message) + b"\n"

@@ -1,0 +1,68 @@
+"""One way to read and one way to write.
+
+A write is one transaction that sees and changes a consistent state: SQLite `BEGIN IMMEDIATE` (one writer, WAL,
+`synchronous=FULL`), PostgreSQL `REPEATABLE READ` with bounded retry on serialization failure by the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+BUSY_TIMEOUT_MS = 15_000
+"""How long a SQLite writer waits for another process's transaction."""
+
+
+class Database:
+    """An engine with Wherry's transaction rules."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self.engine = engine
+        self.is_sqlite = engine.dialect.name == "sqlite"
+
+    @classmethod
+    def open(cls, url: str) -> Database:
+        """Open `sqlite+aiosqlite:///PATH` or `postgresql+asyncpg://…`."""
+        if not url.startswith("sqlite"):
+            return cls(create_async_engine(url, isolation_level="REPEATABLE READ", pool_pre_ping=True))
+        engine = create_async_engine(url, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
+
+        @event.listens_for(engine.sync_engine, "connect")
+        def prepare(connection: Any, _record: Any) -> None:
+            connection.isolation_level = None  # the driver must not begin by itself: `begin` below decides how
+            cursor = connection.cursor()
+            cursor.execute("PRAGMA journal_mode=WAL")
+            cursor.execute("PRAGMA synchronous=FULL")
+            cursor.execute("PRAGMA foreign_keys=ON")
+            cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
+            cursor.close()
+
+        @event.listens_for(engine.sync_engine, "begin")
+        def begin(connection: Any) -> None:
+            mode = connection.get_execution_options().get("wherry_begin", "BEGIN")
+            connection.exec_driver_sql(mode)
+
+        return cls(engine)
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that only reads."""
+        async with self.engine.connect() as connection:
+            yield connection
+            await connection.rollback()
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that writes: commits at the end, rolls back on any exception."""
+        async with self.engine.connect() as connection:
+            await connection.execution_options(wherry_begin="BEGIN IMMEDIATE" if self.is_sqlite else "BEGIN")
+            async with connection.begin():
+                yield connection
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self.engine.dispose()

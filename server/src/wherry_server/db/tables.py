@@ -1,0 +1,365 @@
+"""Every table, as SQLModel classes. Times are integer microseconds UTC; every table has `project_id`.
+
+These are not wire types: devices never see a row. JSON columns hold values whose types live elsewhere (plans in
+`rollout`, facts in `wherry_shared.facts`); they are parsed where they are used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import BigInteger, Column, Index, LargeBinary, UniqueConstraint
+from sqlalchemy.types import JSON
+from sqlmodel import Field, SQLModel
+
+
+def _json(nullable: bool = False) -> Any:
+    return Field(default_factory=dict, sa_column=Column(JSON, nullable=nullable))
+
+
+def _time(**kwargs: Any) -> Any:
+    return Field(sa_type=BigInteger, **kwargs)
+
+
+class Project(SQLModel, table=True):
+    """A tenant: its models, fleets, keys and people are its own. `project_id` is its own id."""
+
+    __tablename__ = "project"
+    project_id: str = Field(primary_key=True)
+    created_at: int = _time()
+
+
+class Bundle(SQLModel, table=True):
+    """A signed release that the server accepted: (model, version) is bound to one manifest digest for ever."""
+
+    __tablename__ = "bundle"
+    __table_args__ = (UniqueConstraint("project_id", "model", "version"), UniqueConstraint("project_id", "manifest"))
+    id: int | None = Field(default=None, primary_key=True)
+    project_id: str = Field(index=True)
+    model: str = Field(index=True)
+    version: str
+    manifest: str
+    manifest_bytes: int = _time()
+    config: dict[str, Any] = _json()
+    """The parsed signed config, for listing; devices get the signed bytes from the blob store."""
+    total_bytes: int = _time()
+    created_at: int = _time()
+    created_by: str
+
+
+class BlobEncoding(SQLModel, table=True):
+    """Another way to fetch a raw blob: a separate immutable object."""
+
+    __tablename__ = "blob_encoding"
+    digest: str = Field(primary_key=True)
+    encoding: str = Field(primary_key=True)
+    project_id: str = Field(primary_key=True)
+    encoded_digest: str = Field(index=True)
+    bytes: int = _time()
+
+
+class BlobOwner(SQLModel, table=True):
+    """Which project may read which blob (raw or encoded): blobs themselves are shared by digest."""
+
+    __tablename__ = "blob_owner"
+    project_id: str = Field(primary_key=True)
+    digest: str = Field(primary_key=True)
+    bytes: int = _time()
+    created_at: int = _time()
+
+
+class Device(SQLModel, table=True):
+    """An enrolled agent."""
+
+    __tablename__ = "device"
+    __table_args__ = (UniqueConstraint("project_id", "name"), Index("ix_device_seen", "project_id", "last_seen_at"))
+    id: str = Field(primary_key=True)
+    project_id: str = Field(index=True)
+    name: str
+    state: str = "active"
+    """`active`, `revoked`, `decommissioned`"""
+    labels: dict[str, Any] = _json()
+    facts: dict[str, Any] = _json()
+    bearer_hash: str
+    certificate_serial: str = ""
+    certificate_expires_at: int = _time(default=0)
+    enrolled_at: int = _time()
+    last_seen_at: int = _time(default=0)
+    offer_epoch: int = _time(default=0)
+    """What the device last said it knows (hello)."""
+    offer_serial: int = _time(default=0)
+    boot: str = ""
+    simulated: bool = False
+    """Label `simulated=true` at enrolment: counted apart everywhere."""
+
+
+class DeviceModel(SQLModel, table=True):
+    """The current word of a device about one model: the newest report by (epoch known, seq)."""
+
+    __tablename__ = "device_model"
+    __table_args__ = (Index("ix_device_model_running", "project_id", "model", "running"),)
+    device_id: str = Field(primary_key=True)
+    model: str = Field(primary_key=True)
+    project_id: str = Field(index=True)
+    state: str
+    target: str = ""
+    manifest: str = ""
+    running: str = ""
+    running_variant: str = ""
+    rollout_id: str = ""
+    attempt: int = 0
+    reason: str = ""
+    detail: str = ""
+    requests: int = _time(default=0)
+    errors: int = _time(default=0)
+    latency_ratio: float = 0.0
+    trial_end: str = ""
+    body: dict[str, Any] = _json()
+    """The whole report."""
+    stream_epoch: str = ""
+    seq: int = _time(default=0)
+    updated_at: int = _time()
+
+
+class Stream(SQLModel, table=True):
+    """How far a stream of a device is stored, without gaps; what fell below `first` is counted as lost."""
+
+    __tablename__ = "stream"
+    device_id: str = Field(primary_key=True)
+    stream: str = Field(primary_key=True)
+    epoch: str = Field(primary_key=True)
+    project_id: str
+    contiguous: int = _time(default=0)
+    lost: int = _time(default=0)
+    updated_at: int = _time()
+
+
+class ReportLog(SQLModel, table=True):
+    """Every report once."""
+
+    __tablename__ = "report_log"
+    __table_args__ = (Index("ix_report_log_time", "project_id", "received_at"),)
+    device_id: str = Field(primary_key=True)
+    epoch: str = Field(primary_key=True)
+    seq: int = Field(primary_key=True, sa_type=BigInteger)
+    project_id: str
+    model: str
+    state: str
+    reason: str = ""
+    body: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    received_at: int = _time()
+
+
+class TelemetryLog(SQLModel, table=True):
+    """Every telemetry message once; its windows are in `telemetry_window`."""
+
+    __tablename__ = "telemetry_log"
+    device_id: str = Field(primary_key=True)
+    epoch: str = Field(primary_key=True)
+    seq: int = Field(primary_key=True, sa_type=BigInteger)
+    project_id: str
+    at: int = _time()
+    memory_available_bytes: int = _time(default=0)
+    disk_free_bytes: int = _time(default=0)
+    dropped: int = _time(default=0)
+    received_at: int = _time()
+
+
+class TelemetryWindow(SQLModel, table=True):
+    """Measurements of one (model, bundle, variant, arm) over one stretch of time."""
+
+    __tablename__ = "telemetry_window"
+    __table_args__ = (Index("ix_window_model", "project_id", "model", "start"),)
+    device_id: str = Field(primary_key=True)
+    epoch: str = Field(primary_key=True)
+    seq: int = Field(primary_key=True, sa_type=BigInteger)
+    position: int = Field(primary_key=True)
+    project_id: str
+    model: str
+    manifest: str
+    variant: str
+    arm: str
+    rollout_id: str = ""
+    attempt: int = 0
+    start: int = _time()
+    duration_us: int = _time()
+    requests: int = _time(default=0)
+    errors: int = _time(default=0)
+    fallbacks: int = _time(default=0)
+    body: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    """The window as JSON: sketches and histograms."""
+
+
+class Offer(SQLModel, table=True):
+    """The current signed offer of a device. Publishing is an outbox drained from this row."""
+
+    __tablename__ = "offer"
+    __table_args__ = (Index("ix_offer_unpublished", "published", "device_id"),)
+    device_id: str = Field(primary_key=True)
+    project_id: str
+    epoch: int = _time()
+    serial: int = _time()
+    envelope: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    models: dict[str, Any] = _json()
+    """Offered models as builtins, to compose the next offer from."""
+    issued_at: int = _time()
+    expires_at: int = _time()
+    published: bool = False
+
+
+class Cohort(SQLModel, table=True):
+    """A saved selector over facts and labels."""
+
+    __tablename__ = "cohort"
+    __table_args__ = (UniqueConstraint("project_id", "name"),)
+    id: int | None = Field(default=None, primary_key=True)
+    project_id: str = Field(index=True)
+    name: str
+    selector: str
+    created_at: int = _time()
+    created_by: str
+
+
+class Rollout(SQLModel, table=True):
+    """A plan under way. `revision` guards every change (compare-and-set)."""
+
+    __tablename__ = "rollout"
+    id: str = Field(primary_key=True)
+    project_id: str = Field(index=True)
+    number: int = _time()
+    """Small per-project number that people type."""
+    model: str = Field(index=True)
+    plan: dict[str, Any] = _json()
+    """A parsed and validated plan; holds a list of (model, bundle)."""
+    progress: dict[str, Any] = _json()
+    state: str = Field(index=True)
+    reason: str = ""
+    salt: str
+    priority: int = 0
+    revision: int = _time(default=1)
+    lease_epoch: int = _time(default=0)
+    wanted: str = ""
+    """What an operator asked for and the director has not yet applied: start, pause, resume, abort, revert."""
+    created_at: int = _time()
+    created_by: str
+    updated_at: int = _time()
+
+
+class Assignment(SQLModel, table=True):
+    """A device exposed to a rollout: what it came from, what it should have, what became of it."""
+
+    __tablename__ = "assignment"
+    __table_args__ = (
+        Index("ix_assignment_rollout", "rollout_id", "outcome"),
+        Index("ix_assignment_device", "device_id", "model"),
+    )
+    rollout_id: str = Field(primary_key=True)
+    device_id: str = Field(primary_key=True)
+    model: str = Field(primary_key=True)
+    project_id: str
+    stage: int
+    stratum: str = ""
+    share_key: int = Field(sa_column=Column("share_key", BigInteger, nullable=False))
+    """64-bit key minus 2**63, so that it fits a signed column."""
+    from_manifest: str = ""
+    from_target: str = ""
+    to_manifest: str
+    to_target: str
+    attempt: int = 1
+    exposed_at: int = _time()
+    outcome: str = "exposed"
+    """`exposed`, `confirmed`, `confirmed_idle`, `returned`, `failed`, `refused`, `withdrawn`, `revert_pending`,
+    `reverted`, `silent`, `superseded`"""
+    reason: str = ""
+    detail: str = ""
+    settled_at: int = _time(default=0)
+    requests: int = _time(default=0)
+    errors: int = _time(default=0)
+    latency_ratio: float = 0.0
+
+
+class Decision(SQLModel, table=True):
+    """What the rollout engine decided, and on what evidence: append-only, replayable."""
+
+    __tablename__ = "decision"
+    rollout_id: str = Field(primary_key=True)
+    revision: int = Field(primary_key=True, sa_type=BigInteger)
+    project_id: str
+    at: int = _time()
+    decisions: list[Any] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))
+    evidence: dict[str, Any] = _json()
+    progress_before: dict[str, Any] = _json()
+
+
+class KnownBad(SQLModel, table=True):
+    """A bundle that failed on a hardware class beyond the bound: not offered there again."""
+
+    __tablename__ = "known_bad"
+    project_id: str = Field(primary_key=True)
+    manifest: str = Field(primary_key=True)
+    hardware_class: str = Field(primary_key=True)
+    reason: str
+    devices: int = 1
+    updated_at: int = _time()
+
+
+class EnrolmentToken(SQLModel, table=True):
+    """A token by which devices enrol: stored as a hash, with a count and an expiry."""
+
+    __tablename__ = "enrolment_token"
+    token_hash: str = Field(primary_key=True)
+    project_id: str
+    uses_left: int
+    expires_at: int = _time()
+    labels: dict[str, Any] = _json()
+    created_at: int = _time()
+    created_by: str
+
+
+class ApiToken(SQLModel, table=True):
+    """A token of a person or machine that operates: stored as a hash."""
+
+    __tablename__ = "api_token"
+    token_hash: str = Field(primary_key=True)
+    project_id: str
+    name: str
+    role: str
+    expires_at: int = _time()
+    created_at: int = _time()
+
+
+class Lease(SQLModel, table=True):
+    """Who does a job now: saves work; correctness is compare-and-set on revisions and `epoch`."""
+
+    __tablename__ = "lease"
+    role: str = Field(primary_key=True)
+    project_id: str
+    holder: str
+    epoch: int = _time()
+    expires_at: int = _time()
+
+
+class AuditEntry(SQLModel, table=True):
+    """Append-only and hash-chained: who did what, before and after."""
+
+    __tablename__ = "audit_entry"
+    id: int | None = Field(default=None, primary_key=True)
+    project_id: str = Field(index=True)
+    at: int = _time()
+    actor: str
+    action: str
+    subject: str
+    detail: dict[str, Any] = _json()
+    previous_hash: str
+    hash: str
+
+
+class LogRequest(SQLModel, table=True):
+    """Log lines of a device, fetched when an operator asks."""
+
+    __tablename__ = "device_log"
+    device_id: str = Field(primary_key=True)
+    project_id: str
+    lines: list[Any] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))
+    requested_at: int = _time(default=0)
+    received_at: int = _time(default=0)

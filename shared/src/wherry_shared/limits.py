@@ -1,0 +1,40 @@
+"""Bounds that more than one member obeys: each has a name, a unit and this one home.
+
+Bounds that belong to one member only live in that member's settings.
+"""
+
+from __future__ import annotations
+
+KIB = 1024
+MIB = 1024 * KIB
+
+MQTT_PAYLOAD_BYTES_MAX = 100 * 1000
+"""One MQTT message (architecture.md §3.10: brokers with a 128 KB cap stay exchangeable)."""
+
+MANIFEST_BYTES_MAX = 1 * MIB
+CONFIG_BYTES_MAX = 4 * MIB
+"""A signed bundle config; label lists are the bulk of it."""
+BLOB_BYTES_MAX = 8 * 1024 * MIB
+VARIANTS_MAX = 64
+TENSORS_MAX = 256
+TENSOR_RANK_MAX = 16
+
+GOLDEN_VECTORS_MAX = 64
+GOLDEN_BYTES_MIN_BUDGET = 256 * 1000
+"""Golden vectors of a variant may take max(this, 10 % of the variant) bytes, compressed (contracts.md §7)."""
+GOLDEN_SHARE_OF_VARIANT = 0.10
+GOLDEN_DECODED_BYTES_MAX = 64 * MIB
+
+ZSTD_WINDOW_BYTES_MAX = 8 * MIB
+"""A device must be able to decode what a server encodes: zstd windows stay at or below this."""
+
+TUF_ROOT_BYTES_MAX = 512 * KIB
+TUF_METADATA_BYTES_MAX = 2 * MIB
+
+STREAM_IN_FLIGHT_MAX = 20
+"""Unacknowledged messages that a device keeps on the way, per stream (contracts.md §3)."""
+
+REQUEST_BYTES_MAX = 64 * MIB
+"""One local inference request."""
+REPORT_DETAIL_CHARS_MAX = 500
+LOG_LINES_MAX = 200

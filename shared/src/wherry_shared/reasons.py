@@ -1,0 +1,55 @@
+"""Reason codes that devices report and operators read. Stable: never rename one, only add.
+
+Only *verdicts* are evidence against a variant and are remembered as known-bad; everything else is trouble around it
+(disk, network, trust, clock) and says nothing about the model.
+"""
+
+from __future__ import annotations
+
+# Verdicts: the variant itself failed on this device.
+GOLDEN_MISS = "golden_miss"
+CRASH = "crash"
+OVER_MEMORY = "over_memory"
+TIMEOUT = "timeout"
+HEALTH_ERRORS = "health_errors"
+HEALTH_LATENCY = "health_latency"
+HEALTH_GOLDEN = "health_golden"
+APPLICATION = "application"
+LOAD_FAILED = "load_failed"
+
+VERDICTS = frozenset(
+    {GOLDEN_MISS, CRASH, OVER_MEMORY, TIMEOUT, HEALTH_ERRORS, HEALTH_LATENCY, HEALTH_GOLDEN, APPLICATION, LOAD_FAILED}
+)
+"""Reasons that make a variant known-bad (architecture.md §3.8: golden, crash, memory, health)."""
+
+# The bundle cannot be used here, without having been tried.
+KNOWN_BAD = "known_bad"
+NO_VARIANT = "no_variant"
+CONTRACT_BROKEN = "contract_broken"
+UNSUPPORTED = "unsupported"
+BUNDLE_INVALID = "bundle_invalid"
+
+# Trouble around the model: never evidence against it.
+DISK_FULL = "disk_full"
+DISK = "disk"
+NETWORK = "network"
+DIGEST_MISMATCH = "digest_mismatch"
+TRUST_UNSIGNED = "trust_unsigned"
+TRUST_EXPIRED = "trust_expired"
+TRUST_ROLLBACK = "trust_rollback"
+TRUST_INVALID = "trust_invalid"
+TRUST_STALE = "trust_stale"
+BELOW_FLOOR = "below_floor"
+REVOKED = "revoked"
+CLOCK_UNSET = "clock_unset"
+OFFER_EXPIRED = "offer_expired"
+OFFER_INVALID = "offer_invalid"
+OFFER_FOREIGN = "offer_foreign"
+OFFER_OLD = "offer_old"
+CHILD_FAILED = "child_failed"
+
+# Ends that are nobody's fault.
+WITHDRAWN = "withdrawn"
+SUPERSEDED = "superseded"
+RESTARTS = "restarts"
+"""The device restarted too often during a trial: counted, returned, not held against the variant."""

@@ -1,0 +1,313 @@
+"""What agents in the field speak: offers, reports, telemetry, hello and acknowledgements, format 1.
+
+JSON, frozen, strict. Unknown fields are ignored, an unknown format is refused, signed bytes are kept verbatim and never
+encoded again. These types are not database tables: they change on the calendar of devices that cannot be updated at
+will. Times are integer microseconds UTC. Framing with the per-device key is in `frames`; signing of offers in `dsse`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from wherry_shared import limits
+from wherry_shared.bundle import Figures
+from wherry_shared.errors import RefusedError
+from wherry_shared.facts import DeviceFacts
+
+FORMAT = 1
+Mode = Literal["replace", "shadow", "split", "blue_green", "none"]
+Arm = Literal["candidate", "incumbent", "shadow"]
+StreamName = Literal["report", "telemetry"]
+
+
+class _Wire(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of wire types."""
+
+
+class Trial(_Wire, frozen=True, kw_only=True):
+    """Terms under which a device decides by itself; every wait has its unit in its name."""
+
+    min_requests: int = 20
+    """Answers by the candidate before a verdict may confirm it."""
+    max_s: int = 600
+    """After this many seconds with fewer requests the golden vectors are run again in place."""
+    error_rate_max: float = 0.02
+    """Share of candidate requests that may fail before it goes back."""
+    errors_min: int = 3
+    """Fewer failures than this never condemn by rate."""
+    latency_ratio_max: float = 2.0
+    """Median engine time over the incumbent's in the same shape bucket."""
+    restarts_max: int = 3
+    crashes_max: int = 0
+    """Worker crashes in the trial beyond this go back; 0: the first crash does."""
+    deadline_ms: int = 10_000
+    """A request that takes longer than this on the candidate counts as its error; the incumbent answers."""
+    canary_s: int = 120
+    canary_latency_ratio_max: float = 3.0
+    canary_memory_bytes_max: int = 0
+    """0: the device's own budget."""
+    variant_tries: int = 2
+
+
+class OfferedModel(_Wire, frozen=True, kw_only=True):
+    """What one model on one device should be."""
+
+    target: str
+    """TUF target path MODEL/VERSION; empty with mode `none`."""
+    manifest: str
+    """Digest of the bundle's manifest; empty with mode `none`."""
+    mode: Mode = "replace"
+    share: float = 1.0
+    attempt: int = 1
+    rollout: str = ""
+    group: str = ""
+    trial: Trial = Trial()
+    figures: dict[str, Figures] = {}
+    """Newer measurements of the fleet for this device's hardware class, by variant id."""
+
+
+class Offer(_Wire, frozen=True, kw_only=True):
+    """The desired state of one device, composed from all its rollouts. A model that is absent is left alone."""
+
+    format: int
+    device: str
+    project: str
+    epoch: int
+    serial: int
+    issued_at: int
+    expires_at: int
+    critical: list[str] = []
+    """Names of features without which this offer must not be acted on."""
+    models: dict[str, OfferedModel] = {}
+    groups: dict[str, list[str]] = {}
+    flags: dict[str, Any] = {}
+
+
+class Envelope(_Wire, frozen=True, kw_only=True):
+    """Signed bytes: `payload` is base64 of the exact bytes signed, over the DSSE pre-authentication encoding."""
+
+    payload: str
+    keyid: str
+    sig: str
+
+
+class VariantTried(_Wire, frozen=True, kw_only=True):
+    """A variant that this device tried or passed over, and why."""
+
+    id: str
+    digest: str
+    outcome: Literal["serving", "candidate", "failed", "misfit", "not_tried"]
+    engine: str = ""
+    """`NAME VERSION` of the engine."""
+    reason: str = ""
+    """Reason code; empty unless it failed."""
+    why: str = ""
+    peak_memory_bytes: int = 0
+    latency_p50_us: float = 0.0
+    latency_p99_us: float = 0.0
+    latency_ratio: float = 0.0
+    """Median over the incumbent's, interleaved in the canary; 0 if it was not compared."""
+
+
+ModelState = Literal[
+    "empty",
+    "confirmed",
+    "confirmed_idle",
+    "fetching",
+    "judging",
+    "trial",
+    "returned",
+    "failed",
+    "refused",
+    "waiting",
+    "removed",
+    "safe",
+]
+
+
+class Report(_Wire, frozen=True, kw_only=True):
+    """The device's durable word about one model.
+
+    `state` says where it stands: `fetching`, `judging` (canary), `trial` and `waiting` (trouble around the model, will
+    try again) are under way; `confirmed`, `confirmed_idle`, `returned` (went back from a trial), `failed` (never served:
+    no variant left), `refused` (will not try: contract, unsupported, known bad, trust), `removed` and `safe` are ends.
+    """
+
+    format: int
+    device: str
+    epoch: str
+    seq: int
+    first: int
+    """Oldest sequence number that the device still holds; the server counts everything below as lost."""
+    at: int
+    model: str
+    state: ModelState
+    target: str = ""
+    """The target that this report speaks of (the candidate's where there is one)."""
+    manifest: str = ""
+    running: str = ""
+    """Manifest digest of what answers requests now; empty if nothing does."""
+    running_variant: str = ""
+    incumbent: str = ""
+    rollout: str = ""
+    attempt: int = 0
+    serial: int = 0
+    """Serial of the offer that led here."""
+    reason: str = ""
+    detail: str = ""
+    variants: list[VariantTried] = []
+    requests: int = 0
+    errors: int = 0
+    fallbacks: int = 0
+    trial_end: str = ""
+    """`requests`, `idle`, `returned:REASON`, `withdrawn`: by which rule the trial ended."""
+    latency_ratio: float = 0.0
+
+
+class Window(_Wire, frozen=True, kw_only=True):
+    """Measurements of one (model, bundle, variant, arm) over one stretch of time that never straddles a swap."""
+
+    model: str
+    manifest: str
+    variant: str
+    arm: Arm
+    start: int
+    duration_us: int
+    rollout: str = ""
+    attempt: int = 0
+    requests: int = 0
+    errors: int = 0
+    fallbacks: int = 0
+    latency_us: dict[str, dict[str, int]] = {}
+    """Engine time by shape bucket (log2 of total input elements): a `sketch.Sketch` each."""
+    wait_us: dict[str, int] = {}
+    """Time spent waiting for the run gate, a `sketch.Sketch`; never evidence."""
+    classes: dict[str, int] = {}
+    """Histogram of the top class, where the interface has labels."""
+
+
+class Telemetry(_Wire, frozen=True, kw_only=True):
+    """A batch of windows and the state of the device."""
+
+    format: int
+    device: str
+    epoch: str
+    seq: int
+    first: int
+    at: int
+    windows: list[Window] = []
+    memory_available_bytes: int = 0
+    disk_free_bytes: int = 0
+    temperature_c: float | None = None
+    dropped: int = 0
+    """Windows that the bounded buffer had to drop since the last message."""
+
+
+class Hello(_Wire, frozen=True, kw_only=True):
+    """What a device says on every connect: what it has, which offer it knows, where its streams stand."""
+
+    format: int
+    device: str
+    at: int
+    boot: str
+    agent: str
+    offer_epoch: int = 0
+    offer_serial: int = 0
+    facts: DeviceFacts | None = None
+    running: dict[str, str] = {}
+    """Model → manifest digest that answers requests now."""
+    streams: dict[StreamName, tuple[str, int, int]] = {}
+    """Stream → (epoch, first held, next seq)."""
+    trust_version: int = 0
+    trust_state: str = ""
+    """Empty, or `trust_stale` / `clock_unset`."""
+
+
+class Ack(_Wire, frozen=True, kw_only=True):
+    """End-to-end acknowledgement, sent after commit: everything up to and including `seq` is stored."""
+
+    format: int
+    device: str
+    stream: StreamName
+    epoch: str
+    seq: int
+
+
+class EnrolRequest(_Wire, frozen=True, kw_only=True):
+    """`POST /device/v1/enrol`: a token and a certificate request made on the device."""
+
+    format: int
+    token: str
+    csr_pem: str
+    name: str
+    labels: dict[str, str] = {}
+    facts: DeviceFacts | None = None
+
+
+class EnrolAnswer(_Wire, frozen=True, kw_only=True):
+    """What an enrolled device keeps."""
+
+    format: int
+    device: str
+    project: str
+    certificate_pem: str
+    ca_pem: str
+    bearer: str
+    """Secret for HTTP: `Authorization: Bearer DEVICE:SECRET` (mutual TLS where it is set up)."""
+    mac_key: str
+    """Base64 of the 32-byte key that authenticates frames."""
+    broker_host: str
+    broker_port: int
+    broker_tls: bool = False
+    tuf_path: str = ""
+    """Path of this project's TUF metadata below the server's address, `/tuf/PROJECT`."""
+
+
+class Encoding(_Wire, frozen=True, kw_only=True):
+    """Another way to fetch a blob: a separate immutable object, trusted only through the raw digest."""
+
+    encoding: Literal["zstd"]
+    digest: str
+    bytes: int
+
+
+class BlobInfo(_Wire, frozen=True, kw_only=True):
+    """`GET /device/v1/blobs/{digest}/info`: a raw blob and the encodings in which it may be fetched."""
+
+    digest: str
+    bytes: int
+    encodings: list[Encoding] = []
+
+
+T = TypeVar("T", bound=msgspec.Struct)
+_decoders: dict[type[Any], msgspec.json.Decoder[Any]] = {}
+
+
+def parse(kind: type[T], data: bytes | bytearray | memoryview, *, bytes_max: int = limits.MQTT_PAYLOAD_BYTES_MAX) -> T:
+    """Parse a message of `kind`.
+
+    Raises:
+        RefusedError: `message_too_large`, `message_invalid` or `message_format`.
+    """
+    if len(data) > bytes_max:
+        raise RefusedError("message_too_large", f"{kind.__name__} of {len(data)} bytes, at most {bytes_max}")
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders[kind] = msgspec.json.Decoder(kind)
+    try:
+        message: T = decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RefusedError("message_invalid", f"not a {kind.__name__}: {error}") from error
+    if getattr(message, "format", FORMAT) != FORMAT:
+        raise RefusedError("message_format", f"{kind.__name__} of a format that this release does not read")
+    return message
+
+
+_encoder = msgspec.json.Encoder()
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """Encode a message as JSON."""
+    return _encoder.encode(message)
