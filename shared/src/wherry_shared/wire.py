@@ -39,6 +39,10 @@ class Trial(_Wire, frozen=True, kw_only=True):
     """Fewer failures than this never condemn by rate."""
     latency_ratio_max: float = 2.0
     """Median engine time over the incumbent's in the same shape bucket."""
+    latency_tail_ratio_max: float = 5.0
+    """The same for the 90th percentile, so that a model which is slow on one kind of input is noticed."""
+    latency_tail_min_ms: int = 20
+    """A tail that grew by less than this is no evidence: a busy device is not a slow model."""
     restarts_max: int = 3
     crashes_max: int = 0
     """Worker crashes in the trial beyond this go back; 0: the first crash does."""
@@ -233,6 +237,8 @@ class Ack(_Wire, frozen=True, kw_only=True):
     stream: StreamName
     epoch: str
     seq: int
+    logs: int = 0
+    """When not 0: an operator asked (at this time, µs) for the last log lines; send them once, `POST /device/v1/logs`."""
 
 
 class EnrolRequest(_Wire, frozen=True, kw_only=True):

@@ -1,0 +1,1 @@
+"""Passes: each one changes a model and knows no other."""
