@@ -1,0 +1,614 @@
+"""The TUF repository of one project: who may say what a bundle is, and how fresh that word is.
+
+    root ─┬─ targets (offline) ── director.json
+          │     └─ PUBLISHER  MODEL/*, terminating   ── MODEL/policy
+          │           └─ PUBLISHER-00 … hash bins     ── MODEL/VERSION → manifest digest
+          ├─ snapshot  (online) the version of every role
+          └─ timestamp (online) the version of the snapshot
+
+Publisher roles and bins are signed on workstations only: what is signed here is snapshot and timestamp (and, where
+`wherry dev` keeps the offline keys on the machine, root and targets). Every file is a create-only object, so the state
+is what the folder holds: the api and the director process read it at every call and write it under one lock. A bin is
+verified before it becomes an object and again whenever it is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from securesystemslib.signer import CryptoSigner, SSlibKey
+from tuf.api.exceptions import RepositoryError
+from tuf.api.metadata import (
+    TOP_LEVEL_ROLE_NAMES,
+    DelegatedRole,
+    Delegations,
+    Metadata,
+    MetaFile,
+    Root,
+    Snapshot,
+    TargetFile,
+    Targets,
+    Timestamp,
+)
+
+from wherry_server import trust_rules as rules
+from wherry_server.trust_keys import Keys, parse_public_key, public_pem
+from wherry_server.trust_objects import Objects, replace_file, split_name
+from wherry_shared import ids
+from wherry_shared.errors import RefusedError, WherryError
+
+OFFLINE_LIFE = timedelta(days=365)
+SNAPSHOT_LIFE = timedelta(days=7)
+TIMESTAMP_LIFE = timedelta(days=1)
+DIRECTOR_TARGET = "director.json"
+SIGNED_AT = "x-wherry-signed-at"
+"""Field of the signed timestamp: when it was signed, µs UTC. Devices raise their time floor from it."""
+MODELS_MAX = 1000
+_BIN_LIKE = re.compile(r".*-[0-9a-f]{1,2}")
+
+S = TypeVar("S", Root, Snapshot, Targets, Timestamp)
+
+
+class Trust:
+    """One project's trust. Open it with `open` or `create_dev`; methods may be called from any thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._objects = Objects(folder / "metadata")
+        self._keys = Keys(folder / "keys")
+        self._proposed = folder / "proposed"
+        self._cache: dict[tuple[str, int, int], Metadata[Targets]] = {}
+
+    # --- opening --------------------------------------------------------------------------------
+
+    @classmethod
+    def exists(cls, folder: Path) -> bool:
+        """Tell whether `folder` holds a whole repository."""
+        metadata = folder / "metadata"
+        return metadata.is_dir() and any(metadata.glob("*.timestamp.json"))
+
+    @classmethod
+    def open(cls, folder: Path) -> Trust:
+        """Open a repository.
+
+        Raises:
+            RefusedError: `trust_missing`.
+        """
+        if not cls.exists(folder):
+            raise RefusedError(
+                "trust_missing", f"there is no TUF repository in {folder}", next_step="start `wherry dev` once"
+            )
+        return cls(folder)
+
+    @classmethod
+    def create_dev(cls, folder: Path, *, now: float | None = None) -> Trust:
+        """Make a repository whose keys are all on this machine: for development, and said so by `public_state`.
+
+        Creation that was cut short is finished; an existing repository is only opened.
+        """
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in ("metadata", "proposed"):
+            (folder / name).mkdir(exist_ok=True)
+        trust = cls(folder)
+        moment = _moment(now)
+        with trust._objects.locked():
+            trust._keys.create()
+            highest = trust._objects.highest()
+            if "root" not in highest:
+                trust._sign_root(1, moment)
+            if "targets" not in highest:
+                trust._sign_targets(Targets(version=1, expires=_expiry(moment, OFFLINE_LIFE)), moment)
+            trust._publish(moment)
+        return trust
+
+    # --- reading --------------------------------------------------------------------------------
+
+    def metadata(self, name: str) -> bytes:
+        """Return the file `timestamp.json` or `N.ROLE.json` as clients fetch it.
+
+        Raises:
+            RefusedError: `metadata_unknown`.
+        """
+        if name == "timestamp.json":
+            return self._objects.get(self._objects.highest().get("timestamp", 0), "timestamp")
+        parts = split_name(name)
+        if parts is None:
+            raise RefusedError("metadata_unknown", f"{name[:120]!r} is not a metadata file")
+        return self._objects.get(*parts)
+
+    @property
+    def root_digest(self) -> str:
+        """SHA-256 of `1.root.json` in hex: the third part of enrolment tokens."""
+        return hashlib.sha256(self._objects.get(1, "root")).hexdigest()
+
+    @property
+    def director_keyid(self) -> str:
+        """Id of the key that signs offers."""
+        return self._keys.signer("director").public_key.keyid
+
+    def director_sign(self, data: bytes) -> bytes:
+        """Sign `data` (Ed25519) with the director key.
+
+        Raises:
+            RefusedError: `key_absent`.
+        """
+        return bytes.fromhex(self._keys.signer("director").sign(data).signature)
+
+    @property
+    def publishers(self) -> list[rules.Publisher]:
+        """Everybody to whom the targets role delegates, in its order."""
+        delegations = self._targets().signed.delegations
+        return [rules.publisher_of(role) for role in (delegations.roles or {}).values()] if delegations else []
+
+    def target(self, model: str, version: str) -> str | None:
+        """Return the manifest digest to which a bin at threshold binds (model, version), or None.
+
+        Raises:
+            RefusedError: `bad_name`, `bad_version`, or as for altered metadata on disk.
+        """
+        path = ids.target_path(model, version)
+        publisher = self._publisher_of(model)
+        if publisher is None or self._version(publisher.name) == 0:
+            return None
+        role = self._role_of(publisher, path)
+        if self._version(role) == 0:
+            return None
+        found = self._bin(publisher, role).signed.targets.get(path)
+        return None if found is None else rules.manifest_of(found)
+
+    def bin_for(self, target: str) -> tuple[str, int, bytes]:
+        """Return (role, version, bytes) of the bin into which MODEL/VERSION falls; version 0 and no bytes if it is new.
+
+        Raises:
+            RefusedError: `publisher_unknown` (nobody publishes this model), `publisher_unsigned`, or a bad target.
+        """
+        model, version = ids.split_target(target)
+        if version in ids.RESERVED_VERSIONS:
+            raise RefusedError("bad_target", f"{target} stands in the publisher role")
+        publisher = self._publisher_of(model)
+        if publisher is None:
+            raise RefusedError(
+                "publisher_unknown",
+                f"no publisher is trusted for model {model}",
+                next_step="register one: wherry-optimizer sign does it in development",
+            )
+        if self._version(publisher.name) == 0:
+            raise RefusedError("publisher_unsigned", f"{publisher.name} has not signed its role yet")
+        role = self._role_of(publisher, target)
+        return self.role_bytes(role)
+
+    def role_bytes(self, role: str) -> tuple[str, int, bytes]:
+        """Return (role, version, bytes) of a publisher role or bin; version 0 and no bytes if nobody signed it yet.
+
+        Raises:
+            RefusedError: `role_unknown`.
+        """
+        self._owner(role)
+        version = self._version(role)
+        return role, version, self._objects.get(version, role) if version else b""
+
+    def proposal(self, role: str) -> bytes:
+        """Return the bytes that stand as proposed, below threshold.
+
+        Raises:
+            RefusedError: `role_unknown` or `proposal_unknown`.
+        """
+        self._owner(role)
+        data = self._open_proposal(role)
+        if data is None:
+            raise RefusedError("proposal_unknown", f"nothing is proposed for {role}")
+        return data
+
+    def public_state(self) -> dict[str, Any]:
+        """Everything that anybody may know: versions, expiries, publishers, the director's key."""
+        root = self._root().signed
+        targets = self._targets().signed
+        highest = self._objects.highest()
+        roles: dict[str, Any] = {
+            "root": _described(root, root.roles["root"].threshold),
+            "targets": _described(targets, root.roles["targets"].threshold),
+            "snapshot": _described(self._top(Snapshot).signed, root.roles["snapshot"].threshold),
+            "timestamp": _described(self._top(Timestamp).signed, root.roles["timestamp"].threshold),
+        }
+        publishers = []
+        for publisher in self.publishers:
+            prefix = f"{publisher.name}-"
+            publishers.append(
+                {
+                    "name": publisher.name,
+                    "models": list(publisher.models),
+                    "threshold": publisher.threshold,
+                    "keyids": list(publisher.keyids),
+                    "bits": publisher.bits,
+                    "version": highest.get(publisher.name, 0),
+                    "bins": {
+                        name: version
+                        for name, version in sorted(highest.items())
+                        if name.startswith(prefix) and self._is_bin(publisher, name)
+                    },
+                }
+            )
+        return {
+            "root_digest": self.root_digest,
+            "roles": roles,
+            "publishers": publishers,
+            "director_keyids": sorted(self._director_keys(targets)),
+            "development": self._keys.has("targets"),
+        }
+
+    # --- writing --------------------------------------------------------------------------------
+
+    def add_publisher(
+        self,
+        name: str,
+        public_key_pem: str | Sequence[str],
+        models: Sequence[str],
+        *,
+        threshold: int = 1,
+        now: float | None = None,
+    ) -> rules.Publisher:
+        """Delegate `models` to a publisher; said again with more models it gains them.
+
+        Raises:
+            RefusedError: `ceremony_needed` (the targets key is not on this machine), `publisher_taken` (other keys),
+                `model_taken`, `bins_exhausted`, `bad_name`, `bad_threshold` or `key_invalid`.
+        """
+        ids.check_name(name, "publisher")
+        if name in TOP_LEVEL_ROLE_NAMES or _BIN_LIKE.fullmatch(name):
+            raise RefusedError("bad_name", f"publisher {name!r} would be mistaken for another role")
+        for model in models:
+            ids.check_name(model, "model")
+        pems = [public_key_pem] if isinstance(public_key_pem, str) else public_key_pem
+        keys = {key.keyid: key for key in map(parse_public_key, pems)}
+        if not 1 <= threshold <= len(keys):
+            raise RefusedError("bad_threshold", f"threshold {threshold} with {len(keys)} keys")
+        moment = _moment(now)
+        with self._objects.locked():
+            self._require_ceremony()
+            current = self._targets().signed
+            known = {publisher.name: publisher for publisher in self.publishers}
+            for other in known.values():
+                taken = set(other.models) & set(models)
+                if other.name != name and taken:
+                    raise RefusedError("model_taken", f"{', '.join(sorted(taken))} is published by {other.name}")
+            before = known.get(name)
+            if before is not None and set(before.keyids) != set(keys):
+                raise RefusedError(
+                    "publisher_taken",
+                    f"publisher {name} has other keys",
+                    next_step="choose another publisher name, or use the key with which it was registered",
+                )
+            wanted = sorted({*models, *(before.models if before else ())})
+            if len(wanted) > MODELS_MAX:
+                raise RefusedError("models_too_many", f"{len(wanted)} models, at most {MODELS_MAX} for a publisher")
+            if before is not None and wanted == sorted(before.models):
+                return before
+            role = DelegatedRole(
+                name=name,
+                keyids=sorted(keys),
+                threshold=before.threshold if before else threshold,
+                terminating=True,
+                paths=[f"{model}/*" for model in wanted],
+                unrecognized_fields={"wherry": {"bits": before.bits if before else self._free_bits(known.values())}},
+            )
+            self._sign_targets(_with_delegation(current, role, keys, moment), moment)
+            self._publish(moment)
+        return rules.publisher_of(role)
+
+    def accept_bin(self, role: str, data: bytes, if_match: int, *, now: float | None = None) -> str:
+        """Take the next version of a bin (or publisher role), signed elsewhere.
+
+        Returns:
+            `accepted`, or `proposed` while more signatures are needed.
+
+        Raises:
+            RefusedError: `bin_changed` (sign again), `bin_proposed` (another proposal is open), `signature_bad` (no
+                key of the publisher signed), `role_unknown`, `publisher_unsigned`, or as the checks of `trust_rules`.
+        """
+        moment = _moment(now)
+        with self._objects.locked():
+            publisher = self._owner(role)
+            if role != publisher.name and self._version(publisher.name) == 0:
+                raise RefusedError("publisher_unsigned", f"{publisher.name} has not signed its role yet")
+            version = self._version(role)
+            if version != if_match:
+                raise RefusedError("bin_changed", f"{role} is at version {version}", next_step="sign again")
+            proposed = rules.parse_targets(data)
+            current = self._load(publisher, role).signed if version else None
+            rules.check_next(role, current, proposed.signed, moment)
+            parent = self._check_content(publisher, role, current, proposed.signed)
+            merged, data = self._merge(role, proposed, data, version)
+            result = parent.get_verification_result(role, merged.signed_bytes, merged.signatures)
+            if not result.signed:
+                raise RefusedError("signature_bad", f"no key of {publisher.name} signed {role}")
+            if not result:
+                replace_file(self._proposed / f"{role}.json", data, mode=0o644)
+                return "proposed"
+            self._objects.put(version + 1, role, data)
+            (self._proposed / f"{role}.json").unlink(missing_ok=True)
+            if self._keys.has("snapshot"):
+                self._publish(moment)
+        return "accepted"
+
+    def withdraw(self, role: str) -> None:
+        """Drop what stands as proposed for a bin.
+
+        Raises:
+            RefusedError: `role_unknown` or `proposal_unknown`.
+        """
+        with self._objects.locked():
+            self.proposal(role)
+            (self._proposed / f"{role}.json").unlink()
+
+    def refresh_online(self, now: float | None = None) -> bool:
+        """Bring snapshot and timestamp up to date; sign them anew at half of their life.
+
+        Returns:
+            Whether anything was signed.
+
+        Raises:
+            RefusedError: `key_absent`, where the online keys are not on this machine.
+        """
+        moment = _moment(now)
+        with self._objects.locked():
+            renewed = self._renew_offline(moment)
+            return self._publish(moment) or renewed
+
+    # --- verified loading -----------------------------------------------------------------------
+
+    def _version(self, role: str) -> int:
+        return self._objects.highest().get(role, 0)
+
+    def _root(self) -> Metadata[Root]:
+        root = self._parse(Root, self._version("root"))
+        _verified(lambda: root.signed.verify_delegate("root", root.signed_bytes, root.signatures))
+        return root
+
+    def _targets(self) -> Metadata[Targets]:
+        root = self._root()
+        return self._verified_targets("targets", root.signed.version, root.signed.verify_delegate)
+
+    def _verified_targets(self, role: str, parent_version: int, verify: Callable[..., None]) -> Metadata[Targets]:
+        version = self._version(role)
+        key = (role, version, parent_version)
+        found = self._cache.get(key)
+        if found is None:
+            found = rules.parse_targets(self._objects.get(version, role))
+            metadata = found
+            _verified(lambda: verify(role, metadata.signed_bytes, metadata.signatures))
+            for stale in [known for known in self._cache if known[0] == role]:
+                self._cache.pop(stale, None)
+            self._cache[key] = found
+        return found
+
+    def _publisher_role(self, publisher: rules.Publisher) -> Metadata[Targets]:
+        targets = self._targets().signed
+        return self._verified_targets(publisher.name, targets.version, targets.verify_delegate)
+
+    def _bin(self, publisher: rules.Publisher, role: str) -> Metadata[Targets]:
+        parent = self._publisher_role(publisher).signed
+        return self._verified_targets(role, parent.version, parent.verify_delegate)
+
+    def _load(self, publisher: rules.Publisher, role: str) -> Metadata[Targets]:
+        return self._publisher_role(publisher) if role == publisher.name else self._bin(publisher, role)
+
+    def _top(self, kind: type[S]) -> Metadata[S]:
+        metadata = self._parse(kind, self._version(kind.type))
+        root = self._root().signed
+        _verified(lambda: root.verify_delegate(kind.type, metadata.signed_bytes, metadata.signatures))
+        return metadata
+
+    def _parse(self, kind: type[S], version: int) -> Metadata[S]:
+        metadata = Metadata[S].from_bytes(self._objects.get(version, kind.type))
+        if not isinstance(metadata.signed, kind):
+            raise RefusedError("metadata_invalid", f"{version}.{kind.type}.json holds {metadata.signed.type} metadata")
+        return metadata
+
+    # --- roles ----------------------------------------------------------------------------------
+
+    def _publisher_of(self, model: str) -> rules.Publisher | None:
+        return next((publisher for publisher in self.publishers if model in publisher.models), None)
+
+    def _role_of(self, publisher: rules.Publisher, target: str) -> str:
+        delegations = self._publisher_role(publisher).signed.delegations
+        assert delegations is not None
+        assert delegations.succinct_roles is not None
+        return delegations.succinct_roles.get_role_for_target(target)
+
+    def _is_bin(self, publisher: rules.Publisher, role: str) -> bool:
+        if self._version(publisher.name) == 0:
+            return False
+        delegations = self._publisher_role(publisher).signed.delegations
+        succinct = delegations.succinct_roles if delegations else None
+        return succinct is not None and succinct.is_delegated_role(role) and role == role.lower()
+
+    def _owner(self, role: str) -> rules.Publisher:
+        for publisher in self.publishers:
+            if role == publisher.name or (role.startswith(f"{publisher.name}-") and self._is_bin(publisher, role)):
+                return publisher
+        raise RefusedError("role_unknown", f"{role[:120]!r} is neither a publisher nor a bin")
+
+    def _check_content(
+        self, publisher: rules.Publisher, role: str, current: Targets | None, proposed: Targets
+    ) -> Targets:
+        targets = self._targets().signed
+        if role == publisher.name:
+            assert targets.delegations is not None
+            assert targets.delegations.roles is not None
+            rules.check_publisher_role(targets.delegations.roles[role], publisher, proposed)
+            return targets
+        parent = self._publisher_role(publisher).signed
+        rules.check_bin(role, parent, publisher, current, proposed)
+        return parent
+
+    def _open_proposal(self, role: str) -> bytes | None:
+        try:
+            data = (self._proposed / f"{role}.json").read_bytes()
+        except FileNotFoundError:
+            return None
+        stands = rules.parse_targets(data).signed.version == self._version(role) + 1
+        return data if stands else None
+
+    def _merge(
+        self, role: str, proposed: Metadata[Targets], data: bytes, version: int
+    ) -> tuple[Metadata[Targets], bytes]:
+        """Join the signatures of an open proposal for the same signed bytes."""
+        standing = self._open_proposal(role)
+        if standing is None:
+            return proposed, data
+        before = rules.parse_targets(standing)
+        if before.signed_bytes != proposed.signed_bytes:
+            raise RefusedError(
+                "bin_proposed",
+                f"another version {version + 1} of {role} waits for signatures",
+                next_step="add your signature to it, or withdraw it and sign again",
+            )
+        before.signatures.update(proposed.signatures)
+        return before, before.to_bytes()
+
+    # --- signing --------------------------------------------------------------------------------
+
+    def _require_ceremony(self) -> None:
+        if not self._keys.has("targets"):
+            raise RefusedError(
+                "ceremony_needed",
+                "the targets key is not on this machine",
+                next_step="delegate at the next signing ceremony",
+            )
+
+    def _free_bits(self, known: Any) -> int:
+        free = rules.BINS_PER_PROJECT - sum(publisher.bins for publisher in known)
+        bits = min(rules.BITS_DEFAULT, free.bit_length() - 1) if free > 0 else 0
+        if bits < 1:
+            raise RefusedError("bins_exhausted", f"publishers have all {rules.BINS_PER_PROJECT} bins of the project")
+        return bits
+
+    def _put(self, metadata: Metadata[Any], signer: CryptoSigner) -> None:
+        metadata.sign(signer)
+        self._objects.put(metadata.signed.version, metadata.signed.type, metadata.to_bytes())
+
+    def _sign_root(self, version: int, moment: datetime) -> None:
+        root = Root(version=version, expires=_expiry(moment, OFFLINE_LIFE), consistent_snapshot=True)
+        for role in ("root", "targets", "snapshot", "timestamp"):
+            root.add_key(self._keys.signer(role).public_key, role)
+        self._put(Metadata(root), self._keys.signer("root"))
+
+    def _sign_targets(self, targets: Targets, moment: datetime) -> None:
+        director = self._keys.signer("director")
+        custom = {"wherry": {"format": rules.FORMAT, "keys": {director.public_key.keyid: public_pem(director)}}}
+        target = TargetFile.from_data(DIRECTOR_TARGET, json.dumps(custom, sort_keys=True).encode(), ["sha256"])
+        target.unrecognized_fields["custom"] = custom
+        targets.targets = {DIRECTOR_TARGET: target}
+        targets.expires = _expiry(moment, OFFLINE_LIFE)
+        self._put(Metadata(targets), self._keys.signer("targets"))
+
+    def _renew_offline(self, moment: datetime) -> bool:
+        """Where development keeps the offline keys here, sign root and targets anew at half of their life."""
+        renewed = False
+        if self._keys.has("root") and _half_gone(self._root().signed, OFFLINE_LIFE, moment):
+            self._sign_root(self._version("root") + 1, moment)
+            renewed = True
+        if self._keys.has("targets") and _half_gone(self._targets().signed, OFFLINE_LIFE, moment):
+            targets = self._targets().signed
+            again = Targets(version=targets.version + 1, delegations=targets.delegations)
+            self._sign_targets(again, moment)
+            renewed = True
+        return renewed
+
+    @staticmethod
+    def _director_keys(targets: Targets) -> dict[str, str]:
+        own = targets.targets[DIRECTOR_TARGET].unrecognized_fields["custom"]["wherry"]
+        keys: dict[str, str] = own["keys"]
+        return keys
+
+    def _publish(self, moment: datetime) -> bool:
+        """Sign a snapshot of the highest versions and a timestamp of it, where that is due. Call it under the lock."""
+        highest = self._objects.highest()
+        wanted = {"targets.json": highest["targets"]}
+        for publisher in self.publishers:
+            if highest.get(publisher.name):
+                self._publisher_role(publisher)
+                wanted[f"{publisher.name}.json"] = highest[publisher.name]
+                for name, version in highest.items():
+                    if name.startswith(f"{publisher.name}-") and self._is_bin(publisher, name):
+                        self._bin(publisher, name)
+                        wanted[f"{name}.json"] = version
+        seconds = int(moment.timestamp())
+        changed = False
+        snapshot = self._top(Snapshot).signed if "snapshot" in highest else None
+        if (
+            snapshot is None
+            or _half_gone(snapshot, SNAPSHOT_LIFE, moment)
+            or wanted != {name: meta.version for name, meta in snapshot.meta.items()}
+        ):
+            snapshot = Snapshot(
+                version=max((snapshot.version if snapshot else 0) + 1, seconds),
+                expires=_expiry(moment, SNAPSHOT_LIFE),
+                meta={name: MetaFile(version=version) for name, version in sorted(wanted.items())},
+            )
+            self._put(Metadata(snapshot), self._keys.signer("snapshot"))
+            changed = True
+        timestamp = self._top(Timestamp).signed if "timestamp" in highest else None
+        if (
+            timestamp is None
+            or _half_gone(timestamp, TIMESTAMP_LIFE, moment)
+            or timestamp.snapshot_meta.version != snapshot.version
+        ):
+            data = self._objects.get(snapshot.version, "snapshot")
+            fresh = Timestamp(
+                version=max((timestamp.version if timestamp else 0) + 1, seconds),
+                expires=_expiry(moment, TIMESTAMP_LIFE),
+                snapshot_meta=MetaFile.from_data(snapshot.version, data, ["sha256"]),
+                unrecognized_fields={SIGNED_AT: int(moment.timestamp() * 1_000_000)},
+            )
+            self._put(Metadata(fresh), self._keys.signer("timestamp"))
+            changed = True
+        return changed
+
+
+def _with_delegation(current: Targets, role: DelegatedRole, keys: dict[str, SSlibKey], moment: datetime) -> Targets:
+    delegations = current.delegations
+    roles = dict(delegations.roles or {}) if delegations else {}
+    roles[role.name] = role
+    known = {**(delegations.keys if delegations else {}), **keys}
+    return Targets(
+        version=current.version + 1,
+        expires=_expiry(moment, OFFLINE_LIFE),
+        delegations=Delegations(keys=known, roles=roles),
+    )
+
+
+def _moment(now: float | None) -> datetime:
+    return datetime.fromtimestamp(time.time() if now is None else now, UTC)
+
+
+def _expiry(moment: datetime, life: timedelta) -> datetime:
+    return (moment + life).replace(microsecond=0)
+
+
+def _half_gone(signed: Root | Snapshot | Targets | Timestamp, life: timedelta, moment: datetime) -> bool:
+    return bool(signed.expires - moment < life / 2)
+
+
+def _described(signed: Root | Snapshot | Targets | Timestamp, threshold: int) -> dict[str, Any]:
+    expires = int(signed.expires.timestamp() * 1_000_000)
+    return {"version": signed.version, "expires_at": expires, "threshold": threshold}
+
+
+def _verified(check: Callable[[], None]) -> None:
+    try:
+        check()
+    except (RepositoryError, ValueError) as error:
+        raise WherryError(
+            "metadata_altered",
+            f"metadata on this server's disk do not verify: {error}",
+            consequence="nothing is read from them",
+            next_step="restore the trust folder from a backup",
+        ) from error
