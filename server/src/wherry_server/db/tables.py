@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BigInteger, Column, Index, LargeBinary, UniqueConstraint
+from sqlalchemy import BigInteger, Column, Index, LargeBinary, Table, UniqueConstraint
 from sqlalchemy.types import JSON
 from sqlmodel import Field, SQLModel
 
@@ -19,6 +19,12 @@ def _json(nullable: bool = False) -> Any:
 
 def _time(**kwargs: Any) -> Any:
     return Field(sa_type=BigInteger, **kwargs)
+
+
+def table(model: type[SQLModel]) -> Table:
+    """Return the table of a class, for statements that make no ORM objects: `table(Device).c.name`."""
+    found: Table = model.__table__  # type: ignore[attr-defined]  # SQLModel adds it to classes with table=True
+    return found
 
 
 class Project(SQLModel, table=True):

@@ -1,0 +1,91 @@
+"""The API as one ASGI application: routers, problems, limits, and the services they share."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
+
+from wherry_server import __version__, api, problems
+from wherry_server.services import Services
+from wherry_shared.errors import RefusedError
+from wherry_shared.limits import BLOB_BYTES_MAX, MIB
+
+BODY_BYTES_MAX = 4 * MIB
+"""Any request body but a blob: room for TUF metadata (2 MiB) and for twenty frames of 100 KB."""
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Asgi = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+
+class BodyLimit:
+    """Refuses a body at its first byte too many, declared or not."""
+
+    def __init__(self, app: Asgi) -> None:
+        self._app = app
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Pass a request on, counting its body."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        upload = scope["method"] == "PUT" and scope["path"].startswith("/api/v1/blobs/")
+        limit = BLOB_BYTES_MAX if upload else BODY_BYTES_MAX
+        declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if not declared.isdigit() or int(declared) > limit:
+            await problems.problem(_too_large(limit))(scope, receive, send)
+            return
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > limit:
+                raise _too_large(limit)
+            return message
+
+        await self._app(scope, counted, send)
+
+
+def _too_large(limit: int) -> RefusedError:
+    return RefusedError("body_too_large", f"the body has more than {limit} bytes", consequence="nothing was done")
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name
+
+
+def create_app(services: Services) -> FastAPI:
+    """Return the application over open services, which it closes at its end."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await services.close()
+
+    app = FastAPI(
+        title="Wherry",
+        version=__version__,
+        summary="Carries machine-learning models to fleets of edge devices: small, signed, staged, reversible.",
+        lifespan=lifespan,
+        generate_unique_id_function=_operation_id,
+        responses={"4XX": {"description": "Problem", "content": {problems.MEDIA_TYPE: {"schema": problems.SCHEMA}}}},
+    )
+    app.state.services = services
+    problems.install(app)
+    app.add_middleware(BodyLimit)
+    for found in iter_modules(api.__path__):
+        router = getattr(import_module(f"{api.__name__}.{found.name}"), "router", None)
+        if isinstance(router, APIRouter):
+            app.include_router(router)
+    return app

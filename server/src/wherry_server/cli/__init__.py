@@ -1,0 +1,75 @@
+"""`wherry`: serve and manage. One module per noun; each has an `app` that is added here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Annotated
+
+import typer
+
+from wherry_server import __version__
+from wherry_server.cli.common import GLOBALS, AsJson
+from wherry_shared.errors import WherryError
+
+EXIT_REFUSED = 1
+
+app = typer.Typer(
+    name="wherry",
+    help="Carry machine-learning models to fleets of edge devices: small, signed, staged, reversible.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"wherry {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    server: Annotated[str | None, typer.Option(help="Address of the API (WHERRY_SERVER).")] = None,
+    token: Annotated[str | None, typer.Option(help="API token (WHERRY_TOKEN).")] = None,
+    as_json: AsJson = False,
+    version: Annotated[  # noqa: ARG001  # acts in its callback
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Remember the options that hold for every command."""
+    GLOBALS.server, GLOBALS.token, GLOBALS.as_json = server, token, as_json
+
+
+def register() -> None:
+    """Add the commands of every module here: `app` as a group, `commands` as commands of the root."""
+    for found in iter_modules(__path__):
+        if found.name in ("common", "__main__"):
+            continue
+        module = import_module(f"{__name__}.{found.name}")
+        if hasattr(module, "app"):
+            app.add_typer(module.app)
+        if hasattr(module, "commands"):
+            app.registered_commands.extend(module.commands.registered_commands)
+
+
+def main() -> None:
+    """Run the command line; errors come as cause, consequence and next step, and exit with 1."""
+    register()
+    try:
+        app()
+    except WherryError as error:
+        if GLOBALS.as_json or "--json" in sys.argv:
+            problem = {
+                "code": error.code,
+                "detail": error.message,
+                "consequence": error.consequence,
+                "next_step": error.next_step,
+            }
+            sys.stderr.write(json.dumps(problem) + "\n")
+        else:
+            sys.stderr.write(error.diagnostics() + "\n")
+        sys.exit(EXIT_REFUSED)

@@ -1,0 +1,161 @@
+"""The border between `WherryError` and HTTP: RFC 9457 problem details, with one status for each code.
+
+A module that raises a new code which is not plain 422 adds its row to `STATUS`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from wherry_shared.errors import RefusedError, UnreachableError, WherryError
+
+log = logging.getLogger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+
+STATUS: dict[str, int] = {
+    # who asks
+    "unauthenticated": 401,
+    "token_expired": 401,
+    "role_missing": 403,
+    "device_revoked": 403,
+    "enrolment_refused": 403,
+    # what is asked for
+    "blob_unknown": 404,
+    "bundle_unknown": 404,
+    "model_unknown": 404,
+    "device_unknown": 404,
+    "cohort_unknown": 404,
+    "rollout_unknown": 404,
+    "metadata_unknown": 404,
+    "bin_unknown": 404,
+    # what stands against it
+    "version_taken": 409,
+    "name_taken": 409,
+    "bin_proposed": 409,
+    "ceremony_needed": 409,
+    "rollout_state": 409,
+    "rollout_conflict": 409,
+    "conflict": 409,
+    "bin_changed": 412,
+    "body_too_large": 413,
+    "range_invalid": 416,
+    "precondition_missing": 428,
+    # shapes
+    "request_invalid": 422,
+}
+"""HTTP status by code. What is not listed: 422 refused, 503 unreachable, 507 this machine cannot."""
+
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["title", "status", "detail", "code"],
+    "properties": {
+        "type": {"type": "string"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+        "code": {"type": "string", "description": "stable; compare this"},
+        "consequence": {"type": "string"},
+        "next_step": {"type": "string"},
+    },
+}
+
+
+def status_of(error: WherryError) -> int:
+    """Return the HTTP status under which an error travels."""
+    found = STATUS.get(error.code)
+    if found is not None:
+        return found
+    if isinstance(error, RefusedError):
+        return 422
+    return 503 if isinstance(error, UnreachableError) else 507
+
+
+def problem(error: WherryError) -> Response:
+    """Return the answer for an error."""
+    status = status_of(error)
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+    return _answer(
+        status, error.code, error.message, consequence=error.consequence, next_step=error.next_step, headers=headers
+    )
+
+
+def _answer(
+    status: int,
+    code: str,
+    detail: str,
+    *,
+    consequence: str = "",
+    next_step: str = "",
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    body = {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "code": code,
+        "consequence": consequence,
+        "next_step": next_step,
+    }
+    return JSONResponse(body, status, headers=headers, media_type=MEDIA_TYPE)
+
+
+async def _wherry(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, WherryError)
+    return problem(error)
+
+
+async def _http(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, WherryError):  # FastAPI wraps what reading a body raises
+        return problem(error.__cause__)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "request_invalid")
+    return _answer(error.status_code, code, str(error.detail), headers=error.headers)
+
+
+async def _invalid(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    places = [f"{'.'.join(str(part) for part in found['loc'])}: {found['msg']}" for found in error.errors()]
+    return _answer(
+        422,
+        "request_invalid",
+        "; ".join(places[:10]),
+        consequence="nothing was changed",
+        next_step="see /docs for the shapes",
+    )
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return _answer(
+        500,
+        "server_failed",
+        "the server failed at this request",
+        consequence="it may or may not have been carried out",
+        next_step="look into the server's log",
+    )
+
+
+Handler = Callable[[Request, Exception], Awaitable[Response]]
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of `app` a problem."""
+    handlers: dict[type[Exception], Handler] = {
+        WherryError: _wherry,
+        HTTPException: _http,
+        RequestValidationError: _invalid,
+        Exception: _failed,
+    }
+    for kind, handler in handlers.items():
+        app.add_exception_handler(kind, handler)

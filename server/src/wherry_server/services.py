@@ -1,0 +1,104 @@
+"""What every part of a server process shares, opened once: settings, database, blobs, trust, keys.
+
+`prepare` makes a data folder usable and may be repeated; `open_services` only opens what is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import insert, select
+
+from wherry_server.blobs import Blobs
+from wherry_server.db import migrate
+from wherry_server.db.database import Database
+from wherry_server.db.tables import Project, table
+from wherry_server.settings import Settings
+from wherry_server.times import now_us
+from wherry_shared.errors import DeviceError
+from wherry_shared.frames import KEY_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The open parts of one server process."""
+
+    settings: Settings
+    database: Database
+    blobs: Blobs
+    trust: Any
+    """`wherry_server.trust.Trust`"""
+    project: str
+    master_key: bytes
+    """Frame keys of devices are derived from it: `wherry_shared.frames.device_key`."""
+
+    async def close(self) -> None:
+        """Close what holds files and connections."""
+        await self.database.close()
+
+
+def prepare(settings: Settings) -> None:
+    """Make the data folder ready: keys, development trust, schema, project. Repeating it changes nothing."""
+    settings.data.mkdir(parents=True, exist_ok=True)
+    settings.data.chmod(0o700)
+    settings.keys_folder.mkdir(exist_ok=True)
+    settings.keys_folder.chmod(0o700)
+    if not settings.master_key_file.exists():
+        write_secret(settings.master_key_file, secrets.token_bytes(KEY_BYTES))
+    if not settings.trust_folder.exists():
+        import_module("wherry_server.trust").Trust.create_dev(settings.trust_folder, settings.project)
+    migrate.upgrade(settings.database_url)
+    asyncio.run(_ensure_project(settings))
+
+
+async def _ensure_project(settings: Settings) -> None:
+    database = Database.open(settings.database_url)
+    projects = table(Project)
+    try:
+        async with database.write() as connection:
+            found = await connection.scalar(
+                select(projects.c.project_id).where(projects.c.project_id == settings.project)
+            )
+            if found is None:
+                await connection.execute(insert(Project).values(project_id=settings.project, created_at=now_us()))
+    finally:
+        await database.close()
+
+
+def open_services(settings: Settings) -> Services:
+    """Open a prepared data folder.
+
+    Raises:
+        DeviceError: `not_prepared`, if the folder has no keys yet.
+    """
+    try:
+        master_key = settings.master_key_file.read_bytes()
+    except FileNotFoundError as error:
+        raise DeviceError(
+            "not_prepared",
+            f"{settings.data} is not the data folder of a Wherry server",
+            consequence="nothing was started",
+            next_step="start it once with: wherry dev",
+        ) from error
+    return Services(
+        settings=settings,
+        database=Database.open(settings.database_url),
+        blobs=Blobs(settings.blobs_folder),
+        trust=import_module("wherry_server.trust").Trust.open(settings.trust_folder),
+        project=settings.project,
+        master_key=master_key,
+    )
+
+
+def write_secret(path: Path, data: bytes) -> None:
+    """Write a new file that only its owner may read, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)
+    part.touch(mode=0o600)
+    part.write_bytes(data)
+    part.replace(path)
