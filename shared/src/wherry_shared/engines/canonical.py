@@ -1,0 +1,333 @@
+"""The signed interface on top of an engine: canonical names, bounds, fixed batches, finite results.
+
+Whoever runs a model for somebody (worker, canary, handle, optimizer) does it through `Bound`. It splits blame: what the
+interface does not allow is `BadInput` and never reaches the engine; everything after that is an `EngineFault`, evidence
+against the variant.
+
+`Bound.run` is on the path of every call of an application's process, whose target is 1 µs above the bare engine:
+shapes that were once found good are remembered, and tensors are handed through without a copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from wherry_shared.bundle import Format, Interface, TensorSpec, axis_bounds
+from wherry_shared.engines import load
+from wherry_shared.engines.checks import check_outputs, fits
+from wherry_shared.engines.errors import BadInput, EngineFault
+from wherry_shared.engines.session import DTYPES, Array, EngineLimits, NativeTensor, Session
+
+SHAPES_REMEMBERED_MAX = 1024
+"""Input shapes that one `Bound` remembers as good; more are checked in full at each call."""
+_DOT_ELEMENTS_MAX = 8192
+"""Below this a dot product with itself is the cheapest test for NaN and Inf; above, BLAS may start threads."""
+
+
+class Source(Protocol):
+    """What it takes to open a variant; `wherry_agent.children.Loadable` is one."""
+
+    @property
+    def path(self) -> str:
+        """The model file."""
+        ...
+
+    @property
+    def format(self) -> str:
+        """`onnx` or `tflite`."""
+        ...
+
+    @property
+    def engine(self) -> str:
+        """Engine name; empty for the first one that can be imported."""
+        ...
+
+    @property
+    def options(self) -> Mapping[str, str | int | float | bool]:
+        """Engine options of the variant."""
+        ...
+
+    @property
+    def interface(self) -> Interface:
+        """The signed interface."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, str]:
+        """Canonical to native names."""
+        ...
+
+    @property
+    def batch(self) -> int:
+        """0, or the only batch that the file takes."""
+        ...
+
+
+def open_bound(source: Source, limits: EngineLimits | None = None) -> Bound:
+    """Load a variant and put its interface on top.
+
+    Raises:
+        EngineFault: `load_failed`, or `interface_mismatch` if the file is not what the interface says.
+        WherryError: see `engines.load`.
+    """
+    format_: Format = "tflite" if source.format == "tflite" else "onnx"
+    session = load(Path(source.path), format_, engine=source.engine, options=source.options, limits=limits)
+    return Bound(session, source.interface, source.tensors, source.batch)
+
+
+class Bound:
+    """A session under its interface. Thread-safe as far as the session is (`max_concurrency`)."""
+
+    def __init__(
+        self, session: Session, interface: Interface, tensors: Mapping[str, str] | None = None, batch: int = 0
+    ) -> None:
+        self.session = session
+        self.interface = interface
+        self.batch = batch
+        tensors = tensors or {}
+        inputs, outputs = session.describe()
+        self._specs = {spec.name: spec for spec in interface.inputs}
+        self._native_in = _matched(interface, inputs, tensors, batch, kind="input")
+        self._native_out = _matched(interface, outputs, tensors, batch, kind="output")
+        self._same_in = all(name == native for name, native in self._native_in.items())
+        unfed = {tensor.name for tensor in inputs} - set(self._native_in.values())
+        if unfed:
+            raise EngineFault("interface_mismatch", f"the interface names no input for {', '.join(sorted(unfed))}")
+        self._required = tuple(
+            (spec.name, DTYPES[spec.datatype], DTYPES[spec.datatype].type)
+            for spec in interface.inputs
+            if not spec.optional or spec.name in self._native_in
+        )
+        self._all_out = [spec.name for spec in interface.outputs]
+        self._all_native_out = [self._native_out[name] for name in self._all_out]
+        self._finite = frozenset(
+            spec.name for spec in interface.outputs if spec.finite and spec.datatype in ("FP16", "FP32", "FP64")
+        )
+        self._batch_axis = _batch_axis(interface)
+        self._good: dict[Any, int] = {}
+        self._out_specs = {spec.name: spec for spec in interface.outputs}
+        self._good_out: set[tuple[str, tuple[int, ...]]] = set()
+        # an engine that can run what was checked here, without checking it again
+        self._run_checked: Callable[[list[str], dict[str, Array]], list[Array]] | None = getattr(
+            session, "run_checked", None
+        )
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Run under canonical names; a batch larger than a fixed one is looped over, a smaller one padded.
+
+        Raises:
+            BadInput: the caller's fault.
+            EngineFault: `run_failed`, `not_finite`, `bad_output` or `out_of_memory`.
+        """
+        self.check(inputs)
+        return self.run_checked(inputs, outputs)
+
+    def check(self, inputs: Mapping[str, Array]) -> int:
+        """Check names, datatypes and shapes against the interface; return the shape bucket (log2 of all elements).
+
+        Raises:
+            BadInput: naming the tensor and the difference.
+        """
+        if len(inputs) == len(self._required):
+            shapes = []
+            for name, dtype, _ in self._required:
+                value = inputs.get(name)
+                if value.__class__ is not np.ndarray or value.dtype is not dtype:
+                    break
+                shapes.append(value.shape)
+            else:
+                bucket = self._good.get(tuple(shapes))
+                if bucket is not None:
+                    return bucket
+        return self._check(inputs)
+
+    def run_checked(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Run on inputs that `check` passed.
+
+        Raises:
+            BadInput: a requested output does not exist.
+            EngineFault: as `run`.
+        """
+        if outputs is None:
+            names, native = self._all_out, self._all_native_out
+        else:
+            check_outputs(self._native_out, outputs)
+            names, native = list(outputs), [self._native_out[name] for name in outputs]
+        if self.batch and self._batch_axis is not None:
+            results = self._in_batches(inputs, names, native)
+        else:
+            results = dict(zip(names, self._once(inputs, native), strict=True))
+        self._check_results(results)
+        return results
+
+    def warm_inputs(self) -> dict[str, Array]:
+        """Return inputs of the smallest shape that the interface allows, all at the low end of their range."""
+        made: dict[str, Array] = {}
+        for spec in self.interface.inputs:
+            if spec.optional and spec.name not in self._native_in:
+                continue
+            shape = [axis_bounds(axis, self.interface)[0] for axis in spec.shape]
+            dtype = DTYPES[spec.datatype]
+            fill: Any = b"" if spec.datatype == "BYTES" else (spec.low or 0)
+            made[spec.name] = np.full(shape, fill, dtype)
+        return made
+
+    def close(self) -> None:
+        """Close the session."""
+        self.session.close()
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _check(self, inputs: Mapping[str, Array]) -> int:
+        stray = sorted(set(inputs) - set(self._specs))
+        if stray:
+            raise BadInput(f"no such input: {', '.join(map(repr, stray))}")
+        lengths: dict[str, int] = {}
+        elements = 0
+        shapes = []
+        for name, spec in self._specs.items():
+            value = inputs.get(name)
+            if value is None:
+                if spec.optional:
+                    continue
+                raise BadInput(f"input {name!r} is missing")
+            if not isinstance(value, np.ndarray):
+                raise BadInput(f"input {name!r} is {type(value).__name__}, expected a numpy array")
+            if value.dtype != DTYPES[spec.datatype]:
+                raise BadInput(f"input {name!r} has dtype {value.dtype}, expected {DTYPES[spec.datatype]}")
+            self._check_shape(spec, value.shape, lengths)
+            elements += value.size
+            shapes.append(value.shape)
+        bucket = max(elements, 1).bit_length() - 1
+        if len(inputs) == len(self._required) and len(self._good) < SHAPES_REMEMBERED_MAX:
+            self._good[tuple(shapes)] = bucket
+        return bucket
+
+    def _check_shape(self, spec: TensorSpec, shape: tuple[int, ...], lengths: dict[str, int]) -> None:
+        if len(shape) != len(spec.shape):
+            raise BadInput(f"input {spec.name!r} has shape {list(shape)}, expected {spec.shape}")
+        for length, axis in zip(shape, spec.shape, strict=True):
+            low, high = axis_bounds(axis, self.interface)
+            if length < low or (high and length > high) or (isinstance(axis, int) and length != axis):
+                allowed = f"{low}" if low == high else f"{low} to {high}" if high else f"at least {low}"
+                raise BadInput(
+                    f"input {spec.name!r} has shape {list(shape)}, expected {spec.shape} where {axis} is {allowed}"
+                )
+            if isinstance(axis, str) and lengths.setdefault(axis, length) != length:
+                raise BadInput(f"input {spec.name!r}: axis {axis!r} is {length} here and {lengths[axis]} elsewhere")
+
+    def _once(self, inputs: Mapping[str, Array], native: list[str]) -> list[Array]:
+        feed: dict[str, Array]
+        if self._same_in and inputs.__class__ is dict and len(inputs) == len(self._native_in):
+            feed = inputs
+        else:
+            feed = {self._native_in[name]: value for name, value in inputs.items() if name in self._native_in}
+        if self._run_checked is not None:
+            return self._run_checked(native, feed)
+        try:
+            results = self.session.run(feed, native)
+        except BadInput as error:  # the interface allowed it, so the file is not what the interface says
+            raise EngineFault("run_failed", f"the model refuses input that its interface allows: {error}") from error
+        return [results[name] for name in native]
+
+    def _in_batches(self, inputs: Mapping[str, Array], names: list[str], native: list[str]) -> dict[str, Array]:
+        batched_in = {spec.name for spec in self.interface.inputs if spec.shape[:1] == [self._batch_axis]}
+        batched_out = {spec.name for spec in self.interface.outputs if spec.shape[:1] == [self._batch_axis]}
+        total = next(len(value) for name, value in inputs.items() if name in batched_in)
+        parts: list[list[Array]] = []
+        for start in range(0, total, self.batch):
+            part = {
+                name: value[start : start + self.batch] if name in batched_in else value
+                for name, value in inputs.items()
+            }
+            count = min(self.batch, total - start)
+            if count < self.batch:  # pad with the last row: a row that the caller sent can't be out of range
+                part = {
+                    name: np.concatenate([value, np.repeat(value[-1:], self.batch - count, axis=0)])
+                    if name in batched_in
+                    else value
+                    for name, value in part.items()
+                }
+            results = self._once(part, native)
+            parts.append(
+                [value[:count] if name in batched_out else value for name, value in zip(names, results, strict=True)]
+            )
+        if len(parts) == 1:
+            return dict(zip(names, parts[0], strict=True))
+        return {
+            name: np.concatenate([part[index] for part in parts]) if name in batched_out else parts[-1][index]
+            for index, name in enumerate(names)
+        }
+
+    def _check_results(self, results: Mapping[str, Array]) -> None:
+        for name, value in results.items():
+            if name in self._finite and not all_finite(value):
+                raise EngineFault("not_finite", f"output {name!r} holds NaN or Inf")
+            seen = (name, value.shape)
+            if seen not in self._good_out:
+                spec = self._out_specs[name]
+                wanted = [axis if isinstance(axis, int) else -1 for axis in spec.shape]
+                if value.dtype != DTYPES[spec.datatype] or not fits(value.shape, wanted):
+                    raise EngineFault(
+                        "bad_output",
+                        f"output {name!r} is {value.dtype} {list(value.shape)}, expected {spec.datatype} {spec.shape}",
+                    )
+                if len(self._good_out) < SHAPES_REMEMBERED_MAX:
+                    self._good_out.add(seen)
+
+
+def all_finite(value: Array) -> bool:
+    """Tell whether a float array holds neither NaN nor Inf."""
+    if value.size <= _DOT_ELEMENTS_MAX:
+        flat = value.ravel()
+        if math.isfinite(flat.dot(flat)):
+            return True  # the sum of squares is finite only if every square is; a large one may overflow: look again
+    return bool(np.isfinite(value).all())
+
+
+def _batch_axis(interface: Interface) -> str | None:
+    """Return the dimension over which a fixed batch is looped: the first axis of the first input that names one."""
+    for spec in interface.inputs:
+        if spec.shape and isinstance(spec.shape[0], str):
+            return spec.shape[0]
+    return None
+
+
+def _matched(
+    interface: Interface, natives: Sequence[NativeTensor], tensors: Mapping[str, str], batch: int, *, kind: str
+) -> dict[str, str]:
+    """Return canonical → native names after comparing datatypes, ranks and fixed axes."""
+    specs = interface.inputs if kind == "input" else interface.outputs
+    by_name = {native.name: native for native in natives}
+    found: dict[str, str] = {}
+    for spec in specs:
+        native = by_name.get(tensors.get(spec.name, spec.name))
+        if native is None:
+            if spec.optional:
+                continue
+            raise EngineFault("interface_mismatch", f"{kind} {spec.name!r} is not in the file: {', '.join(by_name)}")
+        if spec.datatype != native.datatype or spec.datatype not in DTYPES:
+            raise EngineFault(
+                "interface_mismatch", f"{kind} {spec.name!r} is {native.datatype} in the file, not {spec.datatype}"
+            )
+        if len(spec.shape) != len(native.shape):
+            raise EngineFault(
+                "interface_mismatch",
+                f"{kind} {spec.name!r} has shape {list(native.shape)} in the file, not {spec.shape}",
+            )
+        for position, (axis, own) in enumerate(zip(spec.shape, native.shape, strict=True)):
+            if isinstance(own, str) or own < 0 or axis_bounds(axis, interface) == (own, own):
+                continue
+            looped = position == 0 and isinstance(axis, str) and (own == batch or kind == "output")
+            if not looped and kind == "input":
+                raise EngineFault(
+                    "interface_mismatch",
+                    f"{kind} {spec.name!r} has shape {list(native.shape)} in the file, not {spec.shape}",
+                )
+        found[spec.name] = native.name
+    return found

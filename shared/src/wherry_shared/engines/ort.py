@@ -1,0 +1,145 @@
+"""onnxruntime behind the engine protocol. The only module that imports it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from wherry_shared.bundle import Datatype
+from wherry_shared.engines.checks import check_native
+from wherry_shared.engines.errors import EngineFault, OutOfMemory
+from wherry_shared.engines.session import Array, EngineLimits, NativeTensor
+from wherry_shared.errors import DeviceError, RefusedError
+
+NAME = "onnxruntime"
+OPTIONS = frozenset({"threads", "disable_quant_qdq", "graph_optimization"})
+THREADS_MAX = 64
+
+_DATATYPES: dict[str, Datatype] = {
+    "tensor(bool)": "BOOL",
+    "tensor(uint8)": "UINT8",
+    "tensor(uint16)": "UINT16",
+    "tensor(uint32)": "UINT32",
+    "tensor(uint64)": "UINT64",
+    "tensor(int8)": "INT8",
+    "tensor(int16)": "INT16",
+    "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64",
+    "tensor(float16)": "FP16",
+    "tensor(float)": "FP32",
+    "tensor(double)": "FP64",
+    "tensor(string)": "BYTES",
+}
+_NO_MEMORY = ("failed to allocate", "bad_alloc", "out of memory", "bad allocation")
+"""How onnxruntime says that memory ran out; it has no exception of its own for it."""
+
+
+def _runtime() -> Any:
+    try:
+        import onnxruntime
+    except Exception as error:  # a broken wheel raises anything from ImportError to SystemError
+        raise DeviceError(
+            "engine_missing",
+            f"onnxruntime cannot be imported: {error}",
+            next_step="install wherry-agent[onnx]",
+        ) from error
+    return onnxruntime
+
+
+class OrtSession:
+    """One `InferenceSession` on the CPU; its `run` is safe from threads, the caller's gate bounds how many."""
+
+    def __init__(self, path: Path, options: Mapping[str, str | int | float | bool], limits: EngineLimits) -> None:
+        runtime = _runtime()
+        self.engine = NAME
+        self.engine_version = str(runtime.__version__)
+        self.max_concurrency = limits.slots
+        settings = _settings(runtime, options)
+        try:
+            session = runtime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own classes derive from Exception only
+            raise _converted(error, "load_failed", f"onnxruntime cannot load {path.name}") from error
+        self._inputs = [_native(argument) for argument in session.get_inputs()]
+        self._outputs = [_native(argument) for argument in session.get_outputs()]
+        self._output_names = [tensor.name for tensor in self._outputs]
+        self._by_name = {tensor.name: tensor for tensor in self._inputs}
+        self._known_outputs = frozenset(self._output_names)
+        self._session: Any = session
+
+    def describe(self) -> tuple[list[NativeTensor], list[NativeTensor]]:
+        """Return native inputs and outputs, in the order of the file."""
+        return list(self._inputs), list(self._outputs)
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Run once, after checking names, datatypes and fixed axes."""
+        check_native(self._by_name, inputs, self._known_outputs, outputs)
+        names = self._output_names if outputs is None else list(outputs)
+        return dict(zip(names, self.run_checked(names, dict(inputs)), strict=True))
+
+    def run_checked(self, names: list[str], feed: dict[str, Array]) -> list[Array]:
+        """Run once on a feed whose names, datatypes and shapes the caller has checked: the short way of `canonical`."""
+        session = self._session
+        if session is None:
+            raise RuntimeError("run on a closed session")
+        try:
+            results: list[Array] = session.run(names, feed)
+        except Exception as error:  # see __init__
+            raise _converted(error, "run_failed", "onnxruntime failed to run the model") from error
+        return results
+
+    def close(self) -> None:
+        """Drop the session; it is freed when calls in flight return."""
+        self._session = None
+
+
+def _settings(runtime: Any, options: Mapping[str, str | int | float | bool]) -> Any:
+    unknown = sorted(set(options) - OPTIONS)
+    if unknown:
+        raise RefusedError(
+            "engine_option",
+            f"onnxruntime has no option {', '.join(unknown)}",
+            next_step=f"use {', '.join(sorted(OPTIONS))}",
+        )
+    threads = options.get("threads", 1)
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= THREADS_MAX:
+        raise RefusedError("engine_option", f"threads is {threads!r}, expected 1 to {THREADS_MAX}")
+    level = options.get("graph_optimization", "all")
+    levels = runtime.GraphOptimizationLevel
+    known = {
+        "disable": levels.ORT_DISABLE_ALL,
+        "basic": levels.ORT_ENABLE_BASIC,
+        "extended": levels.ORT_ENABLE_EXTENDED,
+        "all": levels.ORT_ENABLE_ALL,
+    }
+    if level not in known:
+        raise RefusedError("engine_option", f"graph_optimization is {level!r}, expected one of {', '.join(known)}")
+    disable_qdq = options.get("disable_quant_qdq", False)
+    if not isinstance(disable_qdq, bool):
+        raise RefusedError("engine_option", f"disable_quant_qdq is {disable_qdq!r}, expected true or false")
+    settings = runtime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.inter_op_num_threads = 1
+    settings.graph_optimization_level = known[level]
+    settings.log_severity_level = 4  # a failing run is raised and reported; the runtime need not print it as well
+    # cores are shared with the application: threads that spin for work cost more than they save (1.4 to 2 times)
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    if disable_qdq:
+        settings.add_session_config_entry("session.disable_quant_qdq", "1")
+    return settings
+
+
+def _native(argument: Any) -> NativeTensor:
+    datatype = _DATATYPES.get(argument.type)
+    if datatype is None:
+        raise EngineFault("load_failed", f"tensor {argument.name!r} is {argument.type}, which is not supported")
+    shape = tuple(axis if isinstance(axis, int | str) else -1 for axis in argument.shape or ())
+    return NativeTensor(argument.name, datatype, shape)
+
+
+def _converted(error: Exception, code: str, what: str) -> EngineFault:
+    text = str(error)
+    if isinstance(error, MemoryError) or any(sign in text.lower() for sign in _NO_MEMORY):
+        return OutOfMemory(f"{what}: {text}")
+    return EngineFault(code, f"{what}: {text}")

@@ -1,0 +1,137 @@
+"""The signed interface on top of an engine: names, bounds, fixed batches, blame."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.shared.engines import models
+from wherry_shared.bundle import Bounds, Interface, TensorSpec
+from wherry_shared.engines import BadInput, EngineFault, load
+from wherry_shared.engines.canonical import Bound, all_finite
+
+
+def bound(path: Path, **options) -> Bound:
+    return Bound(load(path, "onnx"), models.interface(), **options)
+
+
+def test_canonical_names_are_mapped_to_native_ones(tmp_path: Path):
+    path = models.scale(tmp_path / "m.onnx", 2.0, names=("serving_x:0", "out/1"))
+    model = bound(path, tensors={"x": "serving_x:0", "y": "out/1"})
+    assert model.run({"x": np.ones((1, 4), np.float32)})["y"].tolist() == [[2.0] * 4]
+    assert list(model.run({"x": np.ones((1, 4), np.float32)}, ["y"])) == ["y"]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8])
+def test_a_fixed_batch_is_looped_over_and_padded(tmp_path: Path, rows: int):
+    model = bound(models.scale(tmp_path / "m.onnx", 2.0, batch=4), batch=4)
+    x = np.arange(rows * 4, dtype=np.float32).reshape(rows, 4)
+    assert np.array_equal(model.run({"x": x})["y"], 2 * x)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "word"),
+    [
+        ({}, "missing"),
+        ({"x": np.zeros((0, 4), np.float32)}, "1 to 64"),
+        ({"x": np.zeros((65, 4), np.float32)}, "1 to 64"),
+        ({"x": np.zeros((1, 3), np.float32)}, "shape"),
+        ({"x": np.zeros((1, 4, 1), np.float32)}, "shape"),
+        ({"x": np.zeros((1, 4), np.float16)}, "dtype"),
+        ({"x": [[0.0] * 4]}, "numpy array"),
+        ({"x": np.zeros((1, 4), np.float32), "w": np.zeros(1)}, "no such input"),
+    ],
+)
+def test_the_interface_decides_what_the_caller_may_send(tmp_path: Path, inputs, word: str):
+    model = bound(models.scale(tmp_path / "m.onnx", 2.0))
+    for _ in range(2):  # a remembered shape must not let a bad one pass
+        with pytest.raises(BadInput, match=word):
+            model.run(inputs)
+        model.run({"x": np.zeros((1, 4), np.float32)})
+
+
+def test_a_named_axis_has_one_length_in_all_inputs(tmp_path: Path):
+    from onnx import helper
+
+    path = models.save(
+        tmp_path / "m.onnx",
+        [helper.make_node("Add", ["a", "b"], ["y"])],
+        [models.floats("a", ["n"]), models.floats("b", ["n"])],
+        [models.floats("y", ["n"])],
+    )
+    model = Bound(
+        load(path, "onnx"),
+        Interface(
+            inputs=[TensorSpec(name=name, datatype="FP32", shape=["n"]) for name in "ab"],
+            outputs=[TensorSpec(name="y", datatype="FP32", shape=["n"])],
+            dims={"n": Bounds()},
+        ),
+    )
+    one, two = np.ones(1, np.float32), np.ones(2, np.float32)
+    with pytest.raises(BadInput, match="'n' is 2 here and 1 elsewhere"):
+        model.run({"a": one, "b": two})
+    assert model.run({"b": two, "a": two})["y"].tolist() == [2.0, 2.0]
+
+
+def test_nan_and_inf_are_the_models_fault_where_forbidden(tmp_path: Path):
+    path = models.root(tmp_path / "m.onnx")
+    bad = {"x": np.full((1, 4), -1, np.float32)}
+    with pytest.raises(EngineFault) as caught:
+        bound(path).run(bad)
+    assert caught.value.code == "not_finite"
+    allowed = Bound(load(path, "onnx"), models.interface(finite=False))
+    assert np.isnan(allowed.run(bad)["y"]).all()
+
+
+@pytest.mark.parametrize(
+    ("interface", "options"),
+    [
+        (models.interface(width=5), {}),
+        (models.interface(names=("nope", "y")), {}),
+        (models.interface(names=("x", "nope")), {}),
+        (models.interface(), {"tensors": {"x": "nope"}}),
+    ],
+)
+def test_a_file_that_is_not_what_the_interface_says_is_refused_at_load(tmp_path: Path, interface, options):
+    session = load(models.scale(tmp_path / "m.onnx", 2.0), "onnx")
+    with pytest.raises(EngineFault) as caught:
+        Bound(session, interface, **options)
+    assert caught.value.code == "interface_mismatch"
+
+
+def test_a_fixed_batch_that_the_bundle_does_not_declare_is_refused_at_load(tmp_path: Path):
+    session = load(models.scale(tmp_path / "m.onnx", 2.0, batch=4), "onnx")
+    with pytest.raises(EngineFault, match="interface_mismatch"):
+        Bound(session, models.interface())
+
+
+def test_warm_inputs_are_what_the_interface_allows(tmp_path: Path):
+    model = bound(models.scale(tmp_path / "m.onnx", 2.0))
+    assert model.check(model.warm_inputs()) == 2
+    assert model.run(model.warm_inputs())["y"].shape == (1, 4)
+
+
+@pytest.mark.parametrize("engine", ["ai-edge-litert", "tflite-runtime"])
+def test_tflite_wears_the_same_interface(engine: str):
+    model = Bound(load(models.PITCH_TFLITE, "tflite", engine=engine), models.PITCH, models.PITCH_TENSORS)
+    results = model.run({"audio": np.zeros((2, 43844, 1), np.float32)})
+    assert {name: value.shape for name, value in results.items()} == {
+        "note": (2, 172, 88),
+        "onset": (2, 172, 88),
+        "contour": (2, 172, 264),
+    }
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), max_size=20),
+    st.sampled_from([np.float16, np.float32, np.float64]),
+)
+def test_the_fast_test_for_finite_values_agrees_with_numpy(values, dtype):
+    with np.errstate(over="ignore"):
+        array = np.array(values, dtype)
+    assert all_finite(array) == bool(np.isfinite(array).all())
