@@ -1,1 +1,367 @@
-"""Placeholder."""
+"""The rollout engine: `decide(plan, progress, evidence, now) → (progress, decisions)`. Pure.
+
+    created ─start─▶ running ─every stage proved itself─▶ done
+                     │  ▲ pause, resume
+                     ▼  │
+                     paused
+    running, paused ─breach, deadline, abort, revert─▶ returning ─all back, or revert_s─▶ halted │ aborted │ reverted
+    done, halted, aborted ─operator says revert─▶ returning ─▶ reverted
+
+Rules for whoever edits this:
+
+1. Judge first, then obey a pause, then widen. Nothing is exposed in a turn that found a breach.
+2. Deciding twice is harmless: the director commits progress and decisions in one transaction that compares the
+   revision, and a decision says what should be so (devices at or below the cut-off are exposed), never what to add.
+3. Every state that is not final has an exit that needs no device: `running` has `stage_max_s`, `returning` has
+   `revert_s`; `created` and `paused` wait for a person and say so. Waits are by the monotonic clock and start again after
+   a reboot of the director's machine; that is counted, and `RESTARTS_MAX` ends it.
+4. Counts come in, counts are compared as integers, and a share becomes a count in `targeting.share_count` only.
+5. `done`, `halted`, `aborted` and `reverted` are final: evidence never moves them. A release that is done stays desired:
+   newcomers of the cohort below the stored cut-off are still exposed. Only a person's `revert` leaves a final state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from wherry_server.gates import Verdict, threshold
+from wherry_server.plan import OnHalt, Plan
+from wherry_server.targeting import share_count
+from wherry_shared.clock import Now, Since
+
+State = Literal["created", "running", "paused", "returning", "halted", "aborted", "reverted", "done"]
+Command = Literal["", "start", "pause", "resume", "abort", "revert"]
+Scope = Literal["unconfirmed", "stage", "all"]
+FINAL: frozenset[State] = frozenset({"halted", "aborted", "reverted", "done"})
+ACTIVE: frozenset[State] = frozenset({"running", "paused", "returning"})
+"""States in which a rollout holds its devices against others of the same model."""
+_SCOPES: dict[OnHalt, Scope] = {"hold": "unconfirmed", "revert_stage": "stage", "revert_all": "all"}
+RESTARTS_MAX = 50
+"""Reboots of the director's machine within one wait; more would keep a stage waiting for ever."""
+
+
+class _Value(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of progress and evidence."""
+
+
+class Progress(_Value, frozen=True, kw_only=True):
+    """How far a rollout is. Stored with every decision."""
+
+    state: State = "created"
+    stage: int = -1
+    """Index of the stage; −1 before the first."""
+    cut_offs: dict[str, int] = {}
+    """Stratum → key; never falls."""
+    entered: Since | None = None
+    """Start of the stage, or of the return."""
+    proved: Since | None = None
+    """When the stage's sample first stood: its soak counts from here."""
+    ending: Literal["", "halted", "aborted", "reverted"] = ""
+    """What `returning` becomes."""
+    reason: str = ""
+    restarts: int = 0
+    """Waits of this stage that a reboot started again."""
+
+
+class Counts(_Value, frozen=True, kw_only=True):
+    """Devices of one stage by what became of them; each is counted in exactly one field."""
+
+    pending: int = 0
+    """Exposed, not settled, within the deadlines."""
+    silent: int = 0
+    late: int = 0
+    confirmed: int = 0
+    confirmed_idle: int = 0
+    failed: int = 0
+    """Returned, failed or refused, for a reason that speaks against the bundle."""
+    withdrawn: int = 0
+    reverted: int = 0
+    revert_pending: int = 0
+    superseded: int = 0
+
+    @property
+    def settled(self) -> int:
+        """Devices that answered for or against the bundle."""
+        return self.confirmed + self.confirmed_idle + self.failed
+
+    @property
+    def heard(self) -> int:
+        """Devices that nobody waits for any more."""
+        return self.settled + self.silent + self.late
+
+    @property
+    def standing(self) -> int:
+        """Devices that are exposed now."""
+        return self.heard + self.pending
+
+
+class Evidence(_Value, frozen=True, kw_only=True):
+    """What the director read for one decision."""
+
+    stages: list[Counts] = []
+    """By the stage in which a device was exposed."""
+    members: int = 0
+    """Devices of the cohort now."""
+    unexposed: int = 0
+    """Members at or below the stored cut-offs that may be exposed and are not yet."""
+    held: int = 0
+    """Members at or below the cut-offs that another rollout holds, or whose hardware the bundle is known bad on."""
+    next_cut_offs: dict[str, int] = {}
+    """`targeting.cut_offs` of the next stage over the members now; empty if it was not asked for."""
+    command: Command = ""
+
+    @property
+    def total(self) -> Counts:
+        """Counts over all stages."""
+        fields = Counts.__struct_fields__
+        return Counts(**{name: sum(getattr(counts, name) for counts in self.stages) for name in fields})
+
+    def stage(self, index: int) -> Counts:
+        """Counts of the devices that a stage exposed."""
+        return self.stages[index] if 0 <= index < len(self.stages) else Counts()
+
+
+class _Decision(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="decision"):
+    """Base of decisions."""
+
+
+class Expose(_Decision, tag="expose", frozen=True, kw_only=True):
+    """Every member at or below its stratum's cut-off should have the bundle (as many as fit into one transaction now)."""
+
+    stage: int
+    share: float
+    cut_offs: dict[str, int]
+
+
+class Withdraw(_Decision, tag="withdraw", frozen=True, kw_only=True):
+    """Every assigned device in scope should have its own `from`; unconfirmed ones always are in scope."""
+
+    scope: Scope
+    stage: int
+    """The stage that scope `stage` means."""
+
+
+class Moved(_Decision, tag="moved", frozen=True, kw_only=True):
+    """The rollout is in another state, for this reason, by these verdicts."""
+
+    state: State
+    reason: str
+    verdicts: list[Verdict] = []
+
+
+Decision: TypeAlias = Expose | Withdraw | Moved
+
+
+class Why(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Why a rollout is not further yet: a stable code, and how much of what is needed is there."""
+
+    code: str
+    have: int = 0
+    need: int = 0
+    unit: str = "devices"
+
+
+def verdicts(plan: Plan, evidence: Evidence) -> list[Verdict]:
+    """Judge everything exposed so far."""
+    total = evidence.total
+    population = total.standing
+    return [
+        threshold("failure", plan.failure, bad=total.failed, judged=total.settled, population=population),
+        threshold("silent", plan.silent, bad=total.silent, judged=total.heard, population=population),
+        threshold("late", plan.late, bad=total.late, judged=total.heard, population=population),
+    ]
+
+
+def decide(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> tuple[Progress, tuple[Decision, ...]]:
+    """Return the next progress, and what should be so once it is stored."""
+    progress = _after_reboot(progress, now)
+    match progress.state:
+        case "created":
+            return _created(plan, progress, evidence, now)
+        case "running" | "paused":
+            return _under_way(plan, progress, evidence, now)
+        case "returning":
+            return _returning(plan, progress, evidence, now)
+        case "done" | "halted" | "aborted" | "reverted":
+            return _final(plan, progress, evidence, now)
+
+
+def why_not_yet(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> list[Why]:
+    """Say what a rollout waits for; empty in a final state."""
+    match progress.state:
+        case "created":
+            return [Why(code="not_started", unit="operator")]
+        case "paused":
+            return [Why(code="paused", unit="operator")]
+        case "returning":
+            total = evidence.total
+            waited = _elapsed_s(progress.entered, now)
+            return [
+                Why(code="revert_pending", have=total.reverted, need=total.reverted + total.revert_pending),
+                Why(code="revert_deadline", have=waited, need=plan.revert_s, unit="s"),
+            ]
+        case "running":
+            return _missing(plan, progress, evidence, now)
+        case "done" | "halted" | "aborted" | "reverted":
+            return []
+
+
+# --- states -------------------------------------------------------------------------------------
+
+
+def _created(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> tuple[Progress, tuple[Decision, ...]]:
+    if evidence.command in ("abort", "revert"):
+        state: State = "aborted"
+        return (
+            msgspec.structs.replace(progress, state=state, reason="operator"),
+            (Moved(state=state, reason="operator"),),
+        )
+    if evidence.command != "start":
+        return progress, ()
+    started = msgspec.structs.replace(progress, state="running")
+    entered, decisions = _enter_stage(plan, started, 0, evidence, now)
+    return entered, (Moved(state="running", reason="operator"), *decisions)
+
+
+def _under_way(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> tuple[Progress, tuple[Decision, ...]]:
+    found = verdicts(plan, evidence)
+    breached = [verdict for verdict in found if verdict.outcome == "breach"]
+    if evidence.command == "revert":
+        return _return(progress, "reverted", "operator", "all", now)
+    if breached:
+        scope = _SCOPES[plan.on_halt]
+        return _return(progress, "halted", f"{breached[0].gate}_bound", scope, now, found=breached)
+    if evidence.command == "abort":
+        return _return(progress, "aborted", "operator", "unconfirmed", now)
+    if progress.state == "paused":
+        if evidence.command != "resume":
+            return progress, ()
+        resumed = msgspec.structs.replace(progress, state="running", entered=Since.at(now), reason="", restarts=0)
+        return resumed, (Moved(state="running", reason="operator"),)
+    if evidence.command == "pause":
+        paused = msgspec.structs.replace(progress, state="paused", reason="operator", entered=None)
+        return paused, (Moved(state="paused", reason="operator"),)
+    return _running(plan, progress, evidence, found, now)
+
+
+def _running(
+    plan: Plan, progress: Progress, evidence: Evidence, found: list[Verdict], now: Now
+) -> tuple[Progress, tuple[Decision, ...]]:
+    missing = _missing(plan, progress, evidence, now)
+    if all(why.code == "soak" for why in missing) and progress.proved is None:
+        progress = msgspec.structs.replace(progress, proved=Since.at(now))
+        missing = _missing(plan, progress, evidence, now)
+    if not missing:
+        last = progress.stage == len(plan.stages) - 1
+        if last:
+            ended = msgspec.structs.replace(progress, state="done", entered=None, proved=None)
+            return ended, (Moved(state="done", reason="proved", verdicts=found),)
+        return _enter_stage(plan, progress, progress.stage + 1, evidence, now)
+    if _elapsed_s(progress.entered, now) >= plan.stage_max_s or progress.restarts > RESTARTS_MAX:
+        reason = f"stage_deadline:{missing[0].code}"
+        return _return(progress, "halted", reason, "unconfirmed", now)
+    if evidence.unexposed:
+        stage = plan.stages[progress.stage]
+        return progress, (Expose(stage=progress.stage, share=stage.share, cut_offs=progress.cut_offs),)
+    return progress, ()
+
+
+def _returning(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> tuple[Progress, tuple[Decision, ...]]:
+    if evidence.command == "revert" and progress.ending != "reverted":
+        return _return(progress, "reverted", "operator", "all", now)
+    pending = evidence.total.revert_pending
+    expired = _elapsed_s(progress.entered, now) >= plan.revert_s or progress.restarts > RESTARTS_MAX
+    if pending and not expired:
+        return progress, ()
+    state: State = progress.ending or "halted"
+    ended = msgspec.structs.replace(progress, state=state, entered=None, proved=None)
+    return ended, (Moved(state=state, reason="revert_deadline" if pending else progress.reason),)
+
+
+def _final(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> tuple[Progress, tuple[Decision, ...]]:
+    if evidence.command == "revert" and progress.state != "reverted" and progress.stage >= 0:
+        return _return(progress, "reverted", "operator", "all", now)
+    if progress.state == "done" and evidence.unexposed:
+        return progress, (
+            Expose(stage=progress.stage, share=plan.stages[progress.stage].share, cut_offs=progress.cut_offs),
+        )
+    return progress, ()
+
+
+# --- parts --------------------------------------------------------------------------------------
+
+
+def _enter_stage(
+    plan: Plan, progress: Progress, index: int, evidence: Evidence, now: Now
+) -> tuple[Progress, tuple[Decision, ...]]:
+    stage = plan.stages[index]
+    known = progress.cut_offs
+    raised = {name: max(key, known.get(name, 0)) for name, key in {**known, **evidence.next_cut_offs}.items()}
+    entered = msgspec.structs.replace(
+        progress, stage=index, cut_offs=raised, entered=Since.at(now), proved=None, restarts=0, reason=""
+    )
+    return entered, (Expose(stage=index, share=stage.share, cut_offs=raised),)
+
+
+def _return(
+    progress: Progress,
+    ending: Literal["halted", "aborted", "reverted"],
+    reason: str,
+    scope: Scope,
+    now: Now,
+    *,
+    found: Sequence[Verdict] = (),
+) -> tuple[Progress, tuple[Decision, ...]]:
+    returning = msgspec.structs.replace(
+        progress, state="returning", ending=ending, reason=reason, entered=Since.at(now), proved=None, restarts=0
+    )
+    moved = Moved(state="returning", reason=reason, verdicts=list(found))
+    return returning, (moved, Withdraw(scope=scope, stage=progress.stage))
+
+
+def _missing(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> list[Why]:
+    """What the current stage still has to prove, most telling first; `soak` is last and stands alone at the end."""
+    stage = plan.stages[progress.stage]
+    fresh, total = evidence.stage(progress.stage), evidence.total
+    found: list[Why] = []
+    if evidence.unexposed:
+        found.append(Why(code="exposing", have=total.standing, need=total.standing + evidence.unexposed))
+    if total.standing == 0:
+        found.append(Why(code="held" if evidence.held else "no_devices", have=0, need=1))
+    sample = min(plan.sample_min, fresh.standing)
+    if fresh.settled < sample:
+        found.append(Why(code="sample", have=fresh.settled, need=sample))
+    needed = share_count(plan.settled_share, total.standing)
+    if total.heard < needed:
+        found.append(Why(code="in_flight", have=total.heard, need=needed))
+    confirmed = min(stage.confirmed_min, fresh.standing)
+    if fresh.confirmed < confirmed:
+        found.append(Why(code="traffic", have=fresh.confirmed, need=confirmed))
+    for verdict in verdicts(plan, evidence):
+        if verdict.outcome != "pass" and total.standing:
+            found.append(Why(code=f"gate_{verdict.gate}", have=verdict.judged, need=verdict.needed))
+    soaked = _elapsed_s(progress.proved, now)
+    if soaked < stage.soak_s:
+        found.append(Why(code="soak", have=soaked, need=stage.soak_s, unit="s"))
+    return found
+
+
+def _elapsed_s(since: Since | None, now: Now) -> int:
+    return since.elapsed_ms(now) // 1000 if since is not None else 0
+
+
+def _after_reboot(progress: Progress, now: Now) -> Progress:
+    """Start the waits of another boot again, and count it."""
+    stale = [wait for wait in (progress.entered, progress.proved) if wait is not None and wait.boot != now.boot]
+    if not stale:
+        return progress
+    again = Since.at(now)
+    return msgspec.structs.replace(
+        progress,
+        entered=again if progress.entered is not None else None,
+        proved=again if progress.proved is not None else None,
+        restarts=progress.restarts + 1,
+    )

@@ -136,6 +136,8 @@ class Stream(SQLModel, table=True):
     epoch: str = Field(primary_key=True)
     project_id: str
     contiguous: int = _time(default=0)
+    highest: int = _time(default=0)
+    """The highest sequence number stored; above `contiguous` while messages in between are on their way."""
     lost: int = _time(default=0)
     updated_at: int = _time()
 

@@ -1,0 +1,202 @@
+"""What a rollout intends, fixed when it is created. Pure.
+
+`parse_plan` refuses whatever it does not know or cannot hold to; a plan that does not parse is never stored, so no gate
+ever meets a bound that it cannot read.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from wherry_server.gates import Bound, check_bound
+from wherry_server.targeting import FAMILIES, FIELDS, parse_selector
+from wherry_shared.digest import check_digest
+from wherry_shared.errors import RefusedError
+from wherry_shared.ids import target_path
+from wherry_shared.wire import Trial
+
+FORMAT = 1
+STAGES_MAX = 20
+MODELS_MAX = 1
+"""One until groups of models are released together; plans and tables hold a list from the start."""
+SECONDS_MAX = 366 * 86_400
+PRIORITY_MAX = 1_000
+ATTEMPT_MAX = 1_000_000
+STRATA_MAX = 4
+STRATEGIES_LATER = frozenset({"shadow", "split", "blue_green", "mirror"})
+
+OnHalt = Literal["hold", "revert_stage", "revert_all"]
+
+
+class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of plan types: an unknown field is a wish that nobody would obey, so it is refused."""
+
+
+class PlannedModel(_Strict, frozen=True, kw_only=True):
+    """A model and the bundle that it should come to."""
+
+    model: str
+    version: str
+    manifest: str
+
+    @property
+    def target(self) -> str:
+        """TUF target path of the bundle."""
+        return f"{self.model}/{self.version}"
+
+
+class Stage(_Strict, frozen=True, kw_only=True):
+    """A share of the cohort, and what it has to prove before the next one starts."""
+
+    share: float
+    soak_s: int = 0
+    """Seconds that the stage stays as it is after its sample stood, for trouble that comes late."""
+    confirmed_min: int = 1
+    """Devices new in this stage that have to be confirmed with traffic (all of them if the stage has fewer); 0 is a
+    choice that is shown."""
+
+
+class Plan(_Strict, frozen=True, kw_only=True):
+    """Everything that `rollout.decide` obeys."""
+
+    format: int = FORMAT
+    models: list[PlannedModel]
+    selector: str
+    cohort: str = ""
+    """Name of the saved cohort that the selector came from; the text above is what counts."""
+    strategy: Literal["canary"] = "canary"
+    stages: list[Stage]
+    strata: list[str] = []
+    """Fields within each of whose values the share is taken, so that a stage resembles the fleet."""
+    sample_min: int = 1
+    """Settled devices new in a stage before it may end (all of them if the stage has fewer)."""
+    settled_share: float = 0.95
+    """Share of exposed devices that have to have settled, or to have passed a deadline, before a stage may end."""
+    failure: Bound = Bound(share=0.1, sample_min=5)
+    silent_s: int = 3_600
+    """A device that has not settled and was not seen for this long is silent."""
+    silent: Bound = Bound(share=0.5, sample_min=5)
+    late_s: int = 3_600
+    """A device that is there, but has not settled this long after its exposure, is late."""
+    late: Bound = Bound(share=0.3, sample_min=5)
+    stage_max_s: int = 7 * 86_400
+    """A stage that has not proved itself by then halts the rollout, keeping what is confirmed."""
+    revert_s: int = 86_400
+    """How long a halt waits for devices to be back; those still away are counted and get it at their next hello."""
+    on_halt: OnHalt = "revert_all"
+    supersede: bool = False
+    """Take devices over from an active rollout of the same model and priority."""
+    priority: int = 0
+    attempt: int = 1
+    """Above 1: try again also where the bundle is known to be bad."""
+    trial: Trial = Trial()
+
+
+def parse_plan(data: bytes | dict[str, Any]) -> Plan:
+    """Parse and check a plan.
+
+    Raises:
+        RefusedError: `plan_invalid`, `plan_format`, `strategy_unsupported`, `plan_models`, `plan_stages`, `plan_bound`,
+            `plan_range`, `bad_selector`, `bad_name`, `bad_version` or `bad_digest`.
+    """
+    try:
+        raw = msgspec.json.decode(data) if isinstance(data, bytes) else data
+        if not isinstance(raw, dict):
+            raise RefusedError("plan_invalid", "a plan is an object")
+        _check_known(raw)
+        plan = msgspec.convert(raw, Plan)
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
+        raise RefusedError("plan_invalid", f"not a plan: {error}", next_step="see docs/formats/plan.md") from error
+    _check(plan)
+    return plan
+
+
+def _check_known(raw: dict[str, Any]) -> None:
+    """Refuse what types alone would let pass: later strategies by name, later formats, unknown trial terms."""
+    if raw.get("format", FORMAT) != FORMAT:
+        raise RefusedError("plan_format", f"plan format {raw['format']!r:.40}, this release reads {FORMAT}")
+    strategy = raw.get("strategy", "canary")
+    if strategy in STRATEGIES_LATER:
+        raise RefusedError(
+            "strategy_unsupported",
+            f"strategy {strategy!r} is not in this release",
+            consequence="nothing was stored",
+            next_step="use strategy canary",
+        )
+    trial = raw.get("trial", {})
+    if isinstance(trial, dict):
+        unknown = sorted(str(key) for key in trial if key not in Trial.__struct_fields__)
+        if unknown:
+            raise RefusedError("plan_invalid", f"not a plan: unknown trial terms {', '.join(unknown)[:200]}")
+
+
+def _within(value: float, low: float, high: float, what: str) -> None:
+    if not low <= value <= high:
+        raise RefusedError("plan_range", f"{what} is {value}, expected {low} to {high}")
+
+
+def _check(plan: Plan) -> None:
+    if not 1 <= len(plan.models) <= MODELS_MAX:
+        raise RefusedError(
+            "plan_models",
+            f"a plan names {len(plan.models)} models, this release rolls out {MODELS_MAX} at a time",
+            next_step="make one rollout per model",
+        )
+    for planned in plan.models:
+        target_path(planned.model, planned.version)
+        check_digest(planned.manifest)
+    parse_selector(plan.selector)
+    if not 1 <= len(plan.stages) <= STAGES_MAX:
+        raise RefusedError("plan_stages", f"{len(plan.stages)} stages, expected 1 to {STAGES_MAX}")
+    before = 0.0
+    for number, stage in enumerate(plan.stages, 1):
+        if not before < stage.share <= 1:
+            raise RefusedError(
+                "plan_stages", f"stage {number} has share {stage.share}, expected above {before} up to 1"
+            )
+        before = stage.share
+        _within(stage.share, 1e-6, 1, f"share of stage {number}")
+        _within(stage.soak_s, 0, SECONDS_MAX, f"soak_s of stage {number}")
+        _within(stage.confirmed_min, 0, 1_000_000, f"confirmed_min of stage {number}")
+    if len(plan.strata) > STRATA_MAX:
+        raise RefusedError("plan_range", f"{len(plan.strata)} strata, at most {STRATA_MAX}")
+    for field in plan.strata:
+        family, dot, rest = field.partition(".")
+        if field not in FIELDS and not (dot and rest and family in FAMILIES):
+            raise RefusedError("plan_range", f"strata name an unknown field {field[:40]!r}")
+    for name in ("failure", "silent", "late"):
+        check_bound(getattr(plan, name), name)
+    _within(plan.sample_min, 1, 1_000_000, "sample_min")
+    _within(plan.settled_share, 0.01, 1, "settled_share")
+    for name in ("silent_s", "late_s", "stage_max_s", "revert_s"):
+        _within(getattr(plan, name), 1, SECONDS_MAX, name)
+    _within(plan.priority, -PRIORITY_MAX, PRIORITY_MAX, "priority")
+    _within(plan.attempt, 1, ATTEMPT_MAX, "attempt")
+    _check_trial(plan.trial)
+    if plan.late_s <= plan.trial.max_s:
+        raise RefusedError(
+            "plan_range",
+            f"late_s {plan.late_s} is not above the trial's max_s {plan.trial.max_s}",
+            consequence="every quiet device would be late before its trial may end",
+        )
+    longest = max(stage.soak_s for stage in plan.stages) + plan.late_s
+    if plan.stage_max_s < longest:
+        raise RefusedError(
+            "plan_range", f"stage_max_s {plan.stage_max_s} is below the longest soak + late_s, {longest}"
+        )
+
+
+def _check_trial(trial: Trial) -> None:
+    _within(trial.min_requests, 0, 1_000_000_000, "trial.min_requests")
+    _within(trial.max_s, 1, SECONDS_MAX, "trial.max_s")
+    _within(trial.error_rate_max, 0, 1, "trial.error_rate_max")
+    _within(trial.errors_min, 0, 1_000_000_000, "trial.errors_min")
+    for name in ("latency_ratio_max", "latency_tail_ratio_max", "canary_latency_ratio_max"):
+        _within(getattr(trial, name), 0.01, 1_000_000, f"trial.{name}")
+    for name in ("latency_tail_min_ms", "restarts_max", "crashes_max", "canary_memory_bytes_max"):
+        _within(getattr(trial, name), 0, 1 << 50, f"trial.{name}")
+    _within(trial.deadline_ms, 1, 86_400_000, "trial.deadline_ms")
+    _within(trial.canary_s, 1, 86_400, "trial.canary_s")
+    _within(trial.variant_tries, 1, 16, "trial.variant_tries")
