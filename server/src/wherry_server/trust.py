@@ -39,9 +39,9 @@ from tuf.api.metadata import (
 )
 
 from wherry_server import trust_rules as rules
-from wherry_server.trust_keys import Keys, parse_public_key, public_pem
+from wherry_server.trust_keys import Keys
 from wherry_server.trust_objects import Objects, replace_file, split_name
-from wherry_shared import ids
+from wherry_shared import ids, key_files
 from wherry_shared.errors import RefusedError, WherryError
 
 OFFLINE_LIFE = timedelta(days=365)
@@ -266,7 +266,7 @@ class Trust:
         for model in models:
             ids.check_name(model, "model")
         pems = [public_key_pem] if isinstance(public_key_pem, str) else public_key_pem
-        keys = {key.keyid: key for key in map(parse_public_key, pems)}
+        keys = {key.keyid: key for key in map(key_files.parse_public, pems)}
         if not 1 <= threshold <= len(keys):
             raise RefusedError("bad_threshold", f"threshold {threshold} with {len(keys)} keys")
         moment = _moment(now)
@@ -324,14 +324,14 @@ class Trust:
             current = self._load(publisher, role).signed if version else None
             rules.check_next(role, current, proposed.signed, moment)
             parent = self._check_content(publisher, role, current, proposed.signed)
-            merged, data = self._merge(role, proposed, data, version)
+            merged, data = self._merge(role, proposed, data)
             result = parent.get_verification_result(role, merged.signed_bytes, merged.signatures)
             if not result.signed:
                 raise RefusedError("signature_bad", f"no key of {publisher.name} signed {role}")
             if not result:
                 replace_file(self._proposed / f"{role}.json", data, mode=0o644)
                 return "proposed"
-            self._objects.put(version + 1, role, data)
+            self._objects.put(proposed.signed.version, role, data)
             (self._proposed / f"{role}.json").unlink(missing_ok=True)
             if self._keys.has("snapshot"):
                 self._publish(moment)
@@ -453,12 +453,10 @@ class Trust:
             data = (self._proposed / f"{role}.json").read_bytes()
         except FileNotFoundError:
             return None
-        stands = rules.parse_targets(data).signed.version == self._version(role) + 1
+        stands = rules.parse_targets(data).signed.version > self._version(role)
         return data if stands else None
 
-    def _merge(
-        self, role: str, proposed: Metadata[Targets], data: bytes, version: int
-    ) -> tuple[Metadata[Targets], bytes]:
+    def _merge(self, role: str, proposed: Metadata[Targets], data: bytes) -> tuple[Metadata[Targets], bytes]:
         """Join the signatures of an open proposal for the same signed bytes."""
         standing = self._open_proposal(role)
         if standing is None:
@@ -467,7 +465,7 @@ class Trust:
         if before.signed_bytes != proposed.signed_bytes:
             raise RefusedError(
                 "bin_proposed",
-                f"another version {version + 1} of {role} waits for signatures",
+                f"version {before.signed.version} of {role} already waits for signatures",
                 next_step="add your signature to it, or withdraw it and sign again",
             )
         before.signatures.update(proposed.signatures)
@@ -502,7 +500,9 @@ class Trust:
 
     def _sign_targets(self, targets: Targets, moment: datetime) -> None:
         director = self._keys.signer("director")
-        custom = {"wherry": {"format": rules.FORMAT, "keys": {director.public_key.keyid: public_pem(director)}}}
+        custom = {
+            "wherry": {"format": rules.FORMAT, "keys": {director.public_key.keyid: key_files.public_pem(director)}}
+        }
         target = TargetFile.from_data(DIRECTOR_TARGET, json.dumps(custom, sort_keys=True).encode(), ["sha256"])
         target.unrecognized_fields["custom"] = custom
         targets.targets = {DIRECTOR_TARGET: target}

@@ -1,4 +1,4 @@
-"""Private keys of a trust folder: Ed25519, PEM, one file per role, readable by their owner only.
+"""The private keys of a trust folder, one file per role.
 
 Which files are there says what this machine may do: `targets` and `root` belong offline, `snapshot`, `timestamp` and
 `director` to the director role. In development all five are on one machine.
@@ -8,17 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_pem_private_key,
-    load_pem_public_key,
-)
-from securesystemslib.signer import CryptoSigner, SSlibKey
+from securesystemslib.signer import CryptoSigner
 
-from wherry_server.trust_objects import create_file
-from wherry_shared.errors import DeviceError, RefusedError
+from wherry_shared import key_files
+from wherry_shared.errors import RefusedError
 
 ROLES = ("root", "targets", "snapshot", "timestamp", "director")
 
@@ -32,11 +25,9 @@ class Keys:
 
     def create(self) -> None:
         """Generate what is not there yet."""
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for role in ROLES:
-            path = self._folder / f"{role}.pem"
-            if not path.exists():
-                create_file(path, CryptoSigner.generate_ed25519().private_bytes, mode=0o600)
+            if not self.has(role):
+                key_files.create(self._folder / f"{role}.pem")
 
     def has(self, role: str) -> bool:
         """Tell whether the key of `role` is on this machine."""
@@ -51,51 +42,10 @@ class Keys:
         """
         signer = self._signers.get(role)
         if signer is None:
-            path = self._folder / f"{role}.pem"
             try:
-                data = path.read_bytes()
-                mode = path.stat().st_mode
+                signer = self._signers[role] = key_files.load(self._folder / f"{role}.pem")
             except FileNotFoundError as error:
                 raise RefusedError(
                     "key_absent", f"the {role} key is not on this machine", next_step="run this where the key is kept"
                 ) from error
-            if mode & 0o077:
-                raise DeviceError(
-                    "key_exposed",
-                    f"{path} can be read by others than its owner",
-                    consequence="it is not used",
-                    next_step=f"chmod 600 {path}, and rotate the key if somebody may have read it",
-                )
-            signer = self._signers[role] = CryptoSigner(_private_key(data, role))
         return signer
-
-
-def _private_key(data: bytes, role: str) -> Ed25519PrivateKey:
-    try:
-        key = load_pem_private_key(data, None)
-    except (ValueError, TypeError) as error:
-        raise RefusedError("key_invalid", f"the {role} key is not a PEM private key") from error
-    if not isinstance(key, Ed25519PrivateKey):
-        raise RefusedError("key_invalid", f"the {role} key is not an Ed25519 key")
-    return key
-
-
-def parse_public_key(pem: str) -> SSlibKey:
-    """Parse an Ed25519 public key.
-
-    Raises:
-        RefusedError: `key_invalid`.
-    """
-    try:
-        key = load_pem_public_key(pem.encode())
-    except (ValueError, TypeError) as error:
-        raise RefusedError("key_invalid", "not a PEM public key", next_step="send an Ed25519 public key") from error
-    if not isinstance(key, Ed25519PublicKey):
-        raise RefusedError("key_invalid", "not an Ed25519 key", next_step="send an Ed25519 public key")
-    return SSlibKey.from_crypto(key)
-
-
-def public_pem(signer: CryptoSigner) -> str:
-    """Return the public half of a signer as PEM."""
-    private = load_pem_private_key(signer.private_bytes, None)
-    return private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()

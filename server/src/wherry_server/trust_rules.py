@@ -27,6 +27,8 @@ BINS_PER_PROJECT = 256
 """A device downloads about one bin and the snapshot per look-up; both stay near 7 KB at 10,000 targets."""
 BITS_DEFAULT = 5
 """32 bins for a publisher: 8 publishers fill a project. 2 publishers of 128, 4 of 64 or 16 of 16 do as well."""
+VERSION_STEP_MAX = 10_000
+"""A publish steps by one; after a restore from a backup publishers submit again what they kept, which is further on."""
 EFFECTS = frozenset({"replace", "stop"})
 REVOKED_MAX = 1000
 
@@ -100,11 +102,11 @@ def check_next(role: str, current: Targets | None, proposed: Targets, now: datet
     Raises:
         RefusedError: `bin_version`, `bin_expired` or `bin_life`.
     """
-    expected = (current.version if current else 0) + 1
-    if proposed.version != expected:
+    version = current.version if current else 0
+    if not version < proposed.version <= version + VERSION_STEP_MAX:
         raise RefusedError(
             "bin_version",
-            f"{role} version {proposed.version} was signed, version {expected} is next",
+            f"{role} version {proposed.version} was signed, version {version + 1} is next",
             next_step="sign again",
         )
     if proposed.is_expired(now):
