@@ -8,9 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy import insert, select
 
@@ -20,6 +18,7 @@ from wherry_server.db.database import Database
 from wherry_server.db.tables import Project, table
 from wherry_server.settings import Settings
 from wherry_server.times import now_us
+from wherry_server.trust import Trust
 from wherry_shared.errors import DeviceError
 from wherry_shared.frames import KEY_BYTES
 
@@ -31,8 +30,7 @@ class Services:
     settings: Settings
     database: Database
     blobs: Blobs
-    trust: Any
-    """`wherry_server.trust.Trust`"""
+    trust: Trust
     project: str
     master_key: bytes
     """Frame keys of devices are derived from it: `wherry_shared.frames.device_key`."""
@@ -50,8 +48,7 @@ def prepare(settings: Settings) -> None:
     settings.keys_folder.chmod(0o700)
     if not settings.master_key_file.exists():
         write_secret(settings.master_key_file, secrets.token_bytes(KEY_BYTES))
-    if not settings.trust_folder.exists():
-        import_module("wherry_server.trust").Trust.create_dev(settings.trust_folder, settings.project)
+    Trust.create_dev(settings.trust_folder)
     migrate.upgrade(settings.database_url)
     asyncio.run(_ensure_project(settings))
 
@@ -89,7 +86,7 @@ def open_services(settings: Settings) -> Services:
         settings=settings,
         database=Database.open(settings.database_url),
         blobs=Blobs(settings.blobs_folder),
-        trust=import_module("wherry_server.trust").Trust.open(settings.trust_folder),
+        trust=Trust.open(settings.trust_folder),
         project=settings.project,
         master_key=master_key,
     )

@@ -1,0 +1,115 @@
+"""Publishing: who may publish what, and the signed bins in which publishers say so.
+
+The server keeps and checks what publishers sign and never signs for them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Request, Response
+from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
+
+from wherry_server.auth import Identity, ServicesDep, require
+from wherry_server.trust import MODELS_MAX
+from wherry_shared.errors import RefusedError
+from wherry_shared.limits import TUF_METADATA_BYTES_MAX
+
+router = APIRouter(prefix="/api/v1/trust", tags=["trust"])
+_ETAG = re.compile(r'"(0|[1-9][0-9]{0,14})"')
+KEYS_MAX = 16
+
+Viewing = Annotated[Identity, Depends(require("viewer"))]
+Publishing = Annotated[Identity, Depends(require("publisher"))]
+Administrating = Annotated[Identity, Depends(require("admin"))]
+
+
+class NewPublisher(BaseModel):
+    """Whom to trust for which models."""
+
+    name: str
+    public_key_pem: str = ""
+    public_keys_pem: list[str] = Field(default=[], max_length=KEYS_MAX)
+    """Several keys, with a threshold."""
+    threshold: int = 1
+    models: list[str] = Field(min_length=1, max_length=MODELS_MAX)
+
+
+@router.get("")
+async def trust_state(services: ServicesDep, _who: Viewing) -> dict[str, Any]:
+    """Roles, versions, publishers and their bins, the director's key id."""
+    return await run_in_threadpool(services.trust.public_state)
+
+
+@router.post("/publishers")
+async def add_publisher(body: NewPublisher, services: ServicesDep, _who: Administrating) -> dict[str, Any]:
+    """Delegate models to a publisher; where the targets key is offline this needs a ceremony."""
+    pems = [*body.public_keys_pem, *([body.public_key_pem] if body.public_key_pem else [])]
+    publisher = await run_in_threadpool(
+        services.trust.add_publisher, body.name, pems, body.models, threshold=body.threshold
+    )
+    return {
+        "name": publisher.name,
+        "models": list(publisher.models),
+        "threshold": publisher.threshold,
+        "keyids": list(publisher.keyids),
+        "bits": publisher.bits,
+    }
+
+
+@router.get("/bins", response_class=Response)
+async def bin_of_target(target: str, services: ServicesDep, _who: Viewing) -> Response:
+    """The bin into which MODEL/VERSION falls; empty at version 0 if nobody signed it yet."""
+    return _answer(*await run_in_threadpool(services.trust.bin_for, target))
+
+
+@router.get("/bins/{role}", response_class=Response)
+async def bin_by_role(role: str, services: ServicesDep, _who: Viewing) -> Response:
+    """The current bytes of a bin or publisher role."""
+    return _answer(*await run_in_threadpool(services.trust.role_bytes, role))
+
+
+@router.put("/bins/{role}")
+async def put_bin(
+    role: str,
+    request: Request,
+    response: Response,
+    services: ServicesDep,
+    _who: Publishing,
+    if_match: Annotated[str, Header()] = "",
+) -> dict[str, Any]:
+    """Replace a bin or publisher role by its next version, signed by its publisher."""
+    expected = _ETAG.fullmatch(if_match)
+    if expected is None:
+        raise RefusedError(
+            "precondition_missing",
+            "If-Match with the version that this replaces is required",
+            next_step='send If-Match: "VERSION", "0" for the first',
+        )
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > TUF_METADATA_BYTES_MAX:
+            raise RefusedError("bin_too_large", f"more than {TUF_METADATA_BYTES_MAX} bytes")
+    state = await run_in_threadpool(services.trust.accept_bin, role, bytes(data), int(expected[1]))
+    if state == "proposed":
+        response.status_code = 202
+    return {"role": role, "state": state}
+
+
+@router.get("/proposals/{role}", response_class=Response)
+async def proposal(role: str, services: ServicesDep, _who: Viewing) -> Response:
+    """What stands as proposed for a bin until enough publishers signed it."""
+    return Response(await run_in_threadpool(services.trust.proposal, role), media_type="application/json")
+
+
+@router.delete("/proposals/{role}", status_code=204)
+async def withdraw_proposal(role: str, services: ServicesDep, _who: Publishing) -> None:
+    """Drop a proposal, so that another can be made."""
+    await run_in_threadpool(services.trust.withdraw, role)
+
+
+def _answer(role: str, version: int, data: bytes) -> Response:
+    return Response(data, media_type="application/json", headers={"ETag": f'"{version}"', "Wherry-Role": role})
