@@ -7,7 +7,7 @@ will. Times are integer microseconds UTC. Framing with the per-device key is in 
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -20,6 +20,8 @@ FORMAT = 1
 Mode = Literal["replace", "shadow", "split", "blue_green", "none"]
 Arm = Literal["candidate", "incumbent", "shadow"]
 StreamName = Literal["report", "telemetry"]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+"""A number or a time (µs) that fits a 64-bit column; JSON alone would allow any."""
 
 
 class _Wire(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -64,7 +66,7 @@ class OfferedModel(_Wire, frozen=True, kw_only=True):
     """Digest of the bundle's manifest; empty with mode `none`."""
     mode: Mode = "replace"
     share: float = 1.0
-    attempt: int = 1
+    attempt: Count = 1
     rollout: str = ""
     group: str = ""
     trial: Trial = Trial()
@@ -78,10 +80,10 @@ class Offer(_Wire, frozen=True, kw_only=True):
     format: int
     device: str
     project: str
-    epoch: int
-    serial: int
-    issued_at: int
-    expires_at: int
+    epoch: Count
+    serial: Count
+    issued_at: Count
+    expires_at: Count
     critical: list[str] = []
     """Names of features without which this offer must not be acted on."""
     models: dict[str, OfferedModel] = {}
@@ -108,7 +110,7 @@ class VariantTried(_Wire, frozen=True, kw_only=True):
     reason: str = ""
     """Reason code; empty unless it failed."""
     why: str = ""
-    peak_memory_bytes: int = 0
+    peak_memory_bytes: Count = 0
     latency_p50_us: float = 0.0
     latency_p99_us: float = 0.0
     latency_ratio: float = 0.0
@@ -142,10 +144,10 @@ class Report(_Wire, frozen=True, kw_only=True):
     format: int
     device: str
     epoch: str
-    seq: int
-    first: int
+    seq: Count
+    first: Count
     """Oldest sequence number that the device still holds; the server counts everything below as lost."""
-    at: int
+    at: Count
     model: str
     state: ModelState
     target: str = ""
@@ -156,15 +158,15 @@ class Report(_Wire, frozen=True, kw_only=True):
     running_variant: str = ""
     incumbent: str = ""
     rollout: str = ""
-    attempt: int = 0
-    serial: int = 0
+    attempt: Count = 0
+    serial: Count = 0
     """Serial of the offer that led here."""
     reason: str = ""
     detail: str = ""
     variants: list[VariantTried] = []
-    requests: int = 0
-    errors: int = 0
-    fallbacks: int = 0
+    requests: Count = 0
+    errors: Count = 0
+    fallbacks: Count = 0
     trial_end: str = ""
     """`requests`, `idle`, `returned:REASON`, `withdrawn`: by which rule the trial ended."""
     latency_ratio: float = 0.0
@@ -177,13 +179,13 @@ class Window(_Wire, frozen=True, kw_only=True):
     manifest: str
     variant: str
     arm: Arm
-    start: int
-    duration_us: int
+    start: Count
+    duration_us: Count
     rollout: str = ""
-    attempt: int = 0
-    requests: int = 0
-    errors: int = 0
-    fallbacks: int = 0
+    attempt: Count = 0
+    requests: Count = 0
+    errors: Count = 0
+    fallbacks: Count = 0
     latency_us: dict[str, dict[str, int]] = {}
     """Engine time by shape bucket (log2 of total input elements): a `sketch.Sketch` each."""
     wait_us: dict[str, int] = {}
@@ -198,14 +200,14 @@ class Telemetry(_Wire, frozen=True, kw_only=True):
     format: int
     device: str
     epoch: str
-    seq: int
-    first: int
-    at: int
+    seq: Count
+    first: Count
+    at: Count
     windows: list[Window] = []
-    memory_available_bytes: int = 0
-    disk_free_bytes: int = 0
+    memory_available_bytes: Count = 0
+    disk_free_bytes: Count = 0
     temperature_c: float | None = None
-    dropped: int = 0
+    dropped: Count = 0
     """Windows that the bounded buffer had to drop since the last message."""
 
 
@@ -214,17 +216,17 @@ class Hello(_Wire, frozen=True, kw_only=True):
 
     format: int
     device: str
-    at: int
+    at: Count
     boot: str
     agent: str
-    offer_epoch: int = 0
-    offer_serial: int = 0
+    offer_epoch: Count = 0
+    offer_serial: Count = 0
     facts: DeviceFacts | None = None
     running: dict[str, str] = {}
     """Model → manifest digest that answers requests now."""
-    streams: dict[StreamName, tuple[str, int, int]] = {}
+    streams: dict[StreamName, tuple[str, Count, Count]] = {}
     """Stream → (epoch, first held, next seq)."""
-    trust_version: int = 0
+    trust_version: Count = 0
     trust_state: str = ""
     """Empty, or `trust_stale` / `clock_unset`."""
 
@@ -236,8 +238,8 @@ class Ack(_Wire, frozen=True, kw_only=True):
     device: str
     stream: StreamName
     epoch: str
-    seq: int
-    logs: int = 0
+    seq: Count
+    logs: Count = 0
     """When not 0: an operator asked (at this time, µs) for the last log lines; send them once, `POST /device/v1/logs`."""
 
 
