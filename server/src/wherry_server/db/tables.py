@@ -139,6 +139,8 @@ class Stream(SQLModel, table=True):
     highest: int = _time(default=0)
     """The highest sequence number stored; above `contiguous` while messages in between are on their way."""
     lost: int = _time(default=0)
+    opened_at: int = _time(default=0)
+    """When the first message of this epoch came: of two epochs the later one speaks for the device."""
     updated_at: int = _time()
 
 
