@@ -1,0 +1,69 @@
+"""The supervisor's side of a canary: how to start one, and what its death means. No numpy, no engine.
+
+A canary that ends with a `Judged` line spoke for itself. One that died did not, and how it died is the verdict.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from wherry_shared import reasons
+
+NEAR_LIMIT = 0.9
+"""A canary killed with its peak at or above this share of its limit ran out of memory (contracts.md §6)."""
+GRACE_S = 10.0
+"""The canary ends itself at `Judge.seconds_max`; this much later its parent kills it."""
+
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
+"""Workers and canaries give memory back to the system only with these (contracts.md §6)."""
+
+
+def child_environment() -> dict[str, str]:
+    """Return the environment for workers and canaries: this one, with an allocator that gives memory back."""
+    return {**os.environ, **ALLOCATOR, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+
+def peak_of(pid: int) -> int:
+    """Return the peak resident bytes (VmHWM) of a living process, 0 if it is gone. Sample it while a canary runs."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return 0
+    for line in text.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def classify_exit(returncode: int, peak: int, limit: int, *, timed_out: bool = False) -> tuple[str, str]:
+    """Say what the death of a canary without a verdict means.
+
+    Args:
+        returncode: as `subprocess.Popen.returncode`: negative for a signal.
+        peak: highest `peak_of` seen (bytes), 0 if it was never seen.
+        limit: bytes that the process could have had in all, 0 for no limit.
+        timed_out: its parent killed it because it overran.
+
+    Returns:
+        (reason, detail); the reason is a verdict of `wherry_shared.reasons`.
+    """
+    if timed_out:
+        return reasons.TIMEOUT, "the canary did not end in time and was killed"
+    near = limit > 0 and peak >= NEAR_LIMIT * limit
+    if returncode < 0:
+        name = _signal_name(-returncode)
+        # SIGKILL without us is the kernel's out-of-memory killer; abort and a null pointer are how native code takes
+        # a failed allocation
+        if near and -returncode in (signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS):
+            return reasons.OVER_MEMORY, f"the canary died of {name} with {peak} of {limit} bytes in use"
+        return reasons.CRASH, f"the canary died of {name}"
+    return reasons.CRASH, f"the canary ended with exit code {returncode} and no verdict"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
