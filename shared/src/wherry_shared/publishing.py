@@ -1,0 +1,317 @@
+"""Publishing: a bundle becomes a release when its publisher's key, on the publisher's machine, says so.
+
+A release is a target `MODEL/VERSION` in one hash bin of the publisher's role. To add it, fetch that bin, check that it
+is what this publisher signed before (`publishing_bins`), add the target, sign the next version, keep a copy beside the
+bundle, and hand it in with `If-Match`. Used by `wherry-optimizer sign` and `wherry bundle push`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from tuf.api.metadata import TargetFile, Targets
+
+from wherry_shared import ids
+from wherry_shared.bundle import Descriptor
+from wherry_shared.digest import check_digest, of_bytes
+from wherry_shared.errors import RefusedError
+from wherry_shared.image_layout import Layout
+from wherry_shared.publishing_bins import Bin, PublisherKey, Session, expiry, keep, parse, signed_bytes
+from wherry_shared.publishing_remote import Remote
+
+__all__ = ["PublisherKey", "Pushed", "Remote", "Signed", "push", "renew", "repair", "set_policy", "sign"]
+
+FORMAT = 1
+SIGN_TRIES = 5
+"""How often `push` signs again when other releases come between."""
+KEPT = Path(".wherry") / "signed"
+"""Where a bundle keeps the bins in which it was signed, below its folder."""
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes sent, bytes in all)."""
+
+
+@dataclass(frozen=True)
+class Signed:
+    """What `sign` did."""
+
+    target: str
+    manifest: str
+    publisher: str
+    role: str
+    version: int
+    outcome: Literal["signed", "already", "cosigned"]
+    kept: Path
+    """The signed bin, beside the bundle."""
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What `push` did."""
+
+    target: str
+    manifest: str
+    uploaded_bytes: int
+    blobs: int
+    """Blobs that were not there yet."""
+    outcome: Literal["released", "proposed"]
+    """`proposed`: the bin needs more signatures before the server takes the bundle."""
+
+
+@dataclass(frozen=True)
+class _Bundle:
+    path: Path
+    model: str
+    version: str
+    manifest: str
+    manifest_bytes: int
+
+    @property
+    def target(self) -> str:
+        return ids.target_path(self.model, self.version)
+
+
+def sign(bundle: Path, remote: Remote, key: PublisherKey, *, publisher: str | None = None) -> Signed:
+    """Sign a bundle as a release; nothing of the bundle is uploaded and the bin is not handed in yet.
+
+    In development the publisher is registered and its role signed on first use.
+
+    Raises:
+        RefusedError: `target_rebound` (the version means other bytes), `ceremony_needed`, `bin_proposed`,
+            `bin_rolled_back`, `bin_foreign`, or what reading the bundle or the server refused.
+        UnreachableError: `server_unreachable`.
+    """
+    release = _read(bundle)
+    session = Session(remote, key)
+    return _sign(release, session, session.bin(session.publisher(release.model, publisher), release.target))
+
+
+def push(bundle: Path, remote: Remote, key: PublisherKey | None = None, *, progress: Progress | None = None) -> Pushed:
+    """Upload what the server lacks, hand in the signed bin, release the bundle.
+
+    Where another release came between, the bin is signed again if the key is here.
+
+    Raises:
+        RefusedError: `unsigned` (by the server: nobody signed this bundle), `bin_changed` (sign again where the key
+            is), or what the bundle, the bin or the server refused.
+        UnreachableError: `server_unreachable`.
+    """
+    release = _read(bundle)
+    sent, blobs = _upload(Layout(bundle), remote, progress)
+    outcome = _hand_in(release, remote, key)
+    if outcome == "proposed":
+        return Pushed(release.target, release.manifest, sent, blobs, "proposed")
+    remote.add_bundle(release.model, release.version, release.manifest)
+    return Pushed(release.target, release.manifest, sent, blobs, "released")
+
+
+def set_policy(
+    remote: Remote, key: PublisherKey, model: str, *, floor: str = "", revoked: dict[str, str] | None = None
+) -> int:
+    """Publish the floor and the revocations of a model: its whole policy, replacing the one before.
+
+    Args:
+        remote: the server.
+        key: the publisher's.
+        model: whose policy.
+        floor: lowest version that devices may run; empty for none.
+        revoked: manifest digest → `replace` or `stop`.
+
+    Returns:
+        The version of the publisher role that says so.
+
+    Raises:
+        RefusedError: `publisher_unknown`, `bad_version`, `bad_digest`, or what the server refused.
+    """
+    ids.check_name(model, "model")
+    if floor:
+        ids.parse_version(floor)
+    own: dict[str, Any] = {"format": FORMAT, "floor": floor, "revoked": []}
+    for digest, effect in sorted((revoked or {}).items()):
+        own["revoked"].append({"digest": check_digest(digest), "effect": effect})
+    session = Session(remote, key)
+    name = session.publisher(model, register=False)
+    version, role = session.role(name)
+    target = TargetFile.from_data(f"{model}/policy", msgspec.json.encode(own), ["sha256"])
+    target.unrecognized_fields["custom"] = {"wherry": own}
+    role.targets[target.path] = target
+    return session.submit_role(name, role, version)
+
+
+def renew(remote: Remote, key: PublisherKey) -> list[str]:
+    """Sign the roles and bins of this key's publishers anew, so that they live on; due every 90 days.
+
+    Returns:
+        The roles that were signed.
+    """
+    session = Session(remote, key)
+    done: list[str] = []
+    for known in session.state.publishers:
+        if key.keyid not in known.keyids or not known.version:
+            continue
+        version, parent = session.role(known.name)
+        session.submit_role(known.name, parent, version)
+        done.append(known.name)
+        for role in sorted(known.bins):
+            current = session.verified(known.name, parent, remote.role(role))
+            session.submit(role, _next_bin(key, current, current.targets), current.version)
+            done.append(role)
+    return done
+
+
+def repair(remote: Remote, key: PublisherKey) -> list[str]:
+    """Hand in again what this key signed and the server, restored from a backup, no longer has.
+
+    Returns:
+        The roles that the server took.
+    """
+    state = remote.state()
+    done: list[str] = []
+    for role, data in key.remembered(state.root_digest).items():  # a publisher sorts before its bins
+        _, version, _ = remote.role(role)
+        if parse(data).signed.version > version:
+            remote.put(role, data, version)
+            done.append(role)
+    return done
+
+
+# --- the bundle ---------------------------------------------------------------------------------
+
+
+def _read(bundle: Path) -> _Bundle:
+    data, _, config = Layout(bundle).bundle()
+    return _Bundle(bundle, config.model, config.version, of_bytes(data), len(data))
+
+
+def _upload(layout: Layout, remote: Remote, progress: Progress | None) -> tuple[int, int]:
+    """Upload manifest, config and layers that the server lacks; every byte is checked on its way out."""
+    _, manifest, _ = layout.bundle()
+    wanted = {item.digest: item for item in (*manifest.layers, manifest.config, layout.descriptor())}
+    missing = [item for item in wanted.values() if not remote.has_blob(item.digest)]
+    total = sum(item.size for item in missing)
+    sent = 0
+    for item in missing:
+        remote.put_blob(item.digest, _counted(layout, item, sent, total, progress), item.size)
+        sent += item.size
+    return sent, len(missing)
+
+
+def _counted(layout: Layout, item: Descriptor, done: int, total: int, progress: Progress | None) -> Iterator[bytes]:
+    for chunk in layout.chunks(item):
+        yield chunk
+        done += len(chunk)
+        if progress is not None:
+            progress(done, total)
+
+
+def _hand_in(release: _Bundle, remote: Remote, key: PublisherKey | None) -> Literal["accepted", "proposed", "none"]:
+    """Give the server the bin that names this bundle, unless it has one that does; `none` if nobody signed it."""
+    kept = _newest_kept(release)
+    if kept is None:
+        return "none"
+    role, data = kept
+    for _ in range(SIGN_TRIES):
+        _, version, bytes_there = remote.role(role)
+        there = parse(bytes_there).signed.targets.get(release.target) if bytes_there else None
+        if there is not None and _manifest(there) == release.manifest:
+            return "accepted"
+        if parse(data).signed.version == version + 1:
+            try:
+                outcome = (
+                    remote.put(role, data, version) if key is None else Session(remote, key).submit(role, data, version)
+                )
+                return "accepted" if outcome == "accepted" else "proposed"
+            except RefusedError as error:
+                if error.code != "bin_changed":
+                    raise
+        if key is None:
+            break
+        again = sign(release.path, remote, key)
+        role, data = again.role, again.kept.read_bytes()
+    raise RefusedError(
+        "bin_changed",
+        f"other releases came into {role} after {release.target} was signed",
+        consequence="the blobs are there, the bundle is not released",
+        next_step=f"sign again where the publisher's key is: wherry-optimizer sign {release.path}",
+    )
+
+
+def _newest_kept(release: _Bundle) -> tuple[str, bytes] | None:
+    """Return (role, bytes) of the newest kept bin that names this very bundle."""
+    found: tuple[int, str, bytes] | None = None
+    for path in (release.path / KEPT).glob("*.json"):
+        role, _, version = path.stem.rpartition(".")
+        data = path.read_bytes()
+        target = parse(data).signed.targets.get(release.target)
+        if target is None or _manifest(target) != release.manifest or not version.isdigit():
+            continue
+        if found is None or int(version) > found[0]:
+            found = (int(version), role, data)
+    return None if found is None else found[1:]
+
+
+# --- signing ------------------------------------------------------------------------------------
+
+
+def _sign(release: _Bundle, session: Session, current: Bin) -> Signed:
+    there = current.targets.get(release.target)
+    if there is not None:
+        if _manifest(there) != release.manifest:
+            raise RefusedError(
+                "target_rebound",
+                f"{release.target} is released as {_manifest(there)}, this bundle is {release.manifest}",
+                consequence="nothing was signed: a version means the same bytes for ever",
+                next_step="build it under a new version",
+            )
+        _, version, data = session.remote.role(current.role)
+        return _keep_signed(release, current, version, data, "already")
+    target = _target(release)
+    proposed = session.remote.proposal(current.role)
+    if proposed is not None:
+        metadata = parse(proposed)
+        if metadata.signed.version > current.version and metadata.signed.targets == {
+            **current.targets,
+            target.path: target,
+        }:
+            metadata.sign(session.key.signer, append=True)
+            data = metadata.to_bytes()
+            return _keep_signed(release, current, metadata.signed.version, data, "cosigned")
+        raise RefusedError(
+            "bin_proposed",
+            f"another change of {current.role} waits for signatures",
+            consequence="nothing was signed",
+            next_step="have it signed or withdrawn, then sign again",
+        )
+    data = _next_bin(session.key, current, {**current.targets, target.path: target})
+    return _keep_signed(release, current, current.version + 1, data, "signed")
+
+
+def _keep_signed(
+    release: _Bundle,
+    current: Bin,
+    version: int,
+    data: bytes,
+    outcome: Literal["signed", "already", "cosigned"],
+) -> Signed:
+    kept = release.path / KEPT / f"{current.role}.{version}.json"
+    keep(kept, data)
+    return Signed(release.target, release.manifest, current.publisher, current.role, version, outcome, kept)
+
+
+def _target(release: _Bundle) -> TargetFile:
+    custom = {"wherry": {"format": FORMAT, "manifest": release.manifest}}
+    return TargetFile(release.manifest_bytes, {"sha256": release.manifest[7:]}, release.target, {"custom": custom})
+
+
+def _manifest(target: TargetFile) -> str:
+    return "sha256:" + target.hashes.get("sha256", "")
+
+
+def _next_bin(key: PublisherKey, current: Bin, targets: dict[str, TargetFile]) -> bytes:
+    return signed_bytes(
+        key, Targets(version=current.version + 1, expires=expiry(), targets=dict(sorted(targets.items())))
+    )

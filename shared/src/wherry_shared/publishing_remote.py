@@ -1,0 +1,228 @@
+"""The server as a publisher sees it: one method per call of `docs/formats/protocol.md`, section Publishing.
+
+The server is not trusted here: what it says about bins is checked by `publishing` with the publisher's own key.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+from urllib.parse import quote
+
+import httpx
+import msgspec
+
+from wherry_shared.errors import DeviceError, RefusedError, UnreachableError, WherryError
+
+TIMEOUT_S = 60.0
+ANSWER_BYTES_MAX = 16 * 1024 * 1024
+CLIENT_FILE = "client.json"
+DEFAULT_DATA = "~/.local/share/wherry/dev"
+
+
+class _Access(msgspec.Struct, frozen=True):
+    """The content of `client.json`, which `wherry dev` writes."""
+
+    server: str
+    token: str
+
+
+class _PublisherState(msgspec.Struct, frozen=True):
+    """What the server says about a publisher: a hint where to look, checked against signatures."""
+
+    name: str
+    models: list[str]
+    threshold: int
+    keyids: list[str]
+    bits: int
+    version: int
+    bins: dict[str, int]
+
+
+class State(msgspec.Struct, frozen=True):
+    """The public state of a project's trust, as far as publishers need it."""
+
+    root_digest: str
+    publishers: list[_PublisherState]
+
+
+class _Answer(NamedTuple):
+    """An answer, read whole within bounds."""
+
+    status: int
+    reason: str
+    headers: httpx.Headers
+    body: bytes
+
+
+class Remote:
+    """Calls on one server with one token."""
+
+    def __init__(self, server: str, token: str, *, http: httpx.Client | None = None) -> None:
+        self.server = server.rstrip("/")
+        self._http = http or httpx.Client(base_url=self.server, timeout=TIMEOUT_S)
+        self._headers = {"Authorization": f"Bearer {token}"}
+
+    @classmethod
+    def find(cls, server: str | None = None, token: str | None = None, data: Path | None = None) -> Remote:
+        """Connect with what is given, else WHERRY_SERVER and WHERRY_TOKEN, else the `client.json` of `wherry dev`.
+
+        Raises:
+            RefusedError: `access_missing` or `client_file_invalid`.
+        """
+        server = server or os.environ.get("WHERRY_SERVER")
+        token = token or os.environ.get("WHERRY_TOKEN")
+        if not server or not token:
+            folder = data or Path(os.environ.get("WHERRY_DATA") or DEFAULT_DATA)
+            file = folder.expanduser() / CLIENT_FILE
+            if file.exists():
+                try:
+                    saved = msgspec.json.decode(file.read_bytes(), type=_Access)
+                except msgspec.DecodeError as error:
+                    raise RefusedError(
+                        "client_file_invalid",
+                        f"{file}: {error}",
+                        next_step="start wherry dev again, it writes the file",
+                    ) from error
+                if not server or server.rstrip("/") == saved.server.rstrip("/"):  # a token is for its server only
+                    server, token = saved.server, token or saved.token
+        if not server or not token:
+            raise RefusedError(
+                "access_missing",
+                f"no {'token' if server else 'server'} given",
+                consequence="nothing was asked or signed",
+                next_step="start wherry dev on this machine, or give --server and --token (WHERRY_SERVER, WHERRY_TOKEN)",
+            )
+        return cls(server, token)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._http.close()
+
+    def state(self) -> State:
+        """Return the public state of trust."""
+        answer = self._call("GET", "/api/v1/trust")
+        try:
+            return msgspec.json.decode(answer.body, type=State)
+        except msgspec.DecodeError as error:
+            raise RefusedError("answer_invalid", f"{self.server} does not speak this protocol: {error}") from error
+
+    def register(self, name: str, public_key_pem: str, models: list[str]) -> None:
+        """Have a publisher delegated, where the server can do it at once.
+
+        Raises:
+            RefusedError: `ceremony_needed`, `publisher_taken`, `model_taken`, …
+        """
+        body = {"name": name, "public_key_pem": public_key_pem, "models": models}
+        self._call("POST", "/api/v1/trust/publishers", json=body)
+
+    def bin(self, target: str) -> tuple[str, int, bytes]:
+        """Return (role, version, bytes) of the bin of a target."""
+        return self._role(self._call("GET", "/api/v1/trust/bins", params={"target": target}))
+
+    def role(self, role: str) -> tuple[str, int, bytes]:
+        """Return (role, version, bytes) of a bin or publisher role."""
+        return self._role(self._call("GET", f"/api/v1/trust/bins/{quote(role, safe='')}"))
+
+    def put(self, role: str, data: bytes, replaces: int) -> str:
+        """Submit the next version of a role; `accepted` or `proposed`.
+
+        Raises:
+            RefusedError: `bin_changed`, if the server is at another version than `replaces`, and other refusals.
+        """
+        headers = {"If-Match": f'"{replaces}"', "Content-Type": "application/json"}
+        answer = self._call("PUT", f"/api/v1/trust/bins/{quote(role, safe='')}", content=data, headers=headers)
+        return "proposed" if answer.status == 202 else "accepted"
+
+    def proposal(self, role: str) -> bytes | None:
+        """Return what stands as proposed for a role, if anything does."""
+        try:
+            return self._call("GET", f"/api/v1/trust/proposals/{quote(role, safe='')}").body
+        except RefusedError as error:
+            if error.code == "proposal_unknown":
+                return None
+            raise
+
+    def has_blob(self, digest: str) -> bool:
+        """Tell whether the server holds a blob."""
+        answer = self._send("HEAD", f"/api/v1/blobs/{digest}")
+        if answer.status == 404:
+            return False
+        self._check(answer)
+        return True
+
+    def put_blob(self, digest: str, chunks: Iterator[bytes], length: int) -> None:
+        """Upload a blob.
+
+        Raises:
+            RefusedError: `digest_mismatch`, `length_mismatch`, …; then the server kept nothing.
+        """
+        headers = {"Content-Length": str(length), "Content-Type": "application/octet-stream"}
+        self._call("PUT", f"/api/v1/blobs/{digest}", content=chunks, headers=headers)
+
+    def add_bundle(self, model: str, version: str, manifest: str) -> Any:
+        """Have the server take a bundle whose blobs and signed bin it holds.
+
+        Raises:
+            RefusedError: `unsigned`, `blob_missing`, `version_taken`, …
+        """
+        body = {"model": model, "version": version, "manifest": manifest}
+        return msgspec.json.decode(self._call("POST", "/api/v1/bundles", json=body).body)
+
+    def _role(self, answer: _Answer) -> tuple[str, int, bytes]:
+        version = answer.headers.get("ETag", "").strip('"')
+        role = answer.headers.get("Wherry-Role", "")
+        if not version.isdigit() or not role:
+            raise RefusedError("answer_invalid", f"{self.server} did not say which version of which role it sent")
+        return role, int(version), answer.body
+
+    def _call(self, method: str, path: str, **arguments: Any) -> _Answer:
+        return self._check(self._send(method, path, **arguments))
+
+    def _send(self, method: str, path: str, **arguments: Any) -> _Answer:
+        headers = {**self._headers, **arguments.pop("headers", {})}
+        try:
+            with self._http.stream(method, path, headers=headers, **arguments) as answer:
+                body = bytearray()
+                for chunk in answer.iter_bytes():
+                    body += chunk
+                    if len(body) > ANSWER_BYTES_MAX:
+                        raise RefusedError(
+                            "answer_invalid", f"{self.server} answered more than {ANSWER_BYTES_MAX} bytes"
+                        )
+                return _Answer(answer.status_code, answer.reason_phrase, answer.headers, bytes(body))
+        except httpx.HTTPError as error:
+            raise UnreachableError(
+                "server_unreachable",
+                f"{self.server} does not answer: {error or type(error).__name__}",
+                consequence="nothing is known about this request",
+                next_step="start the server (wherry dev), or check --server",
+            ) from error
+
+    @staticmethod
+    def _check(answer: _Answer) -> _Answer:
+        if answer.status < 300:
+            return answer
+        try:
+            problem = msgspec.json.decode(answer.body)
+        except msgspec.DecodeError:  # a proxy's page, perhaps: the status says enough
+            problem = None
+        if not isinstance(problem, dict):
+            problem = {}
+        status = answer.status
+        kind: type[WherryError] = RefusedError
+        if status in (429, 500, 502, 503, 504):
+            kind = UnreachableError
+        elif status == 507:
+            kind = DeviceError
+        raise kind(
+            str(problem.get("code") or f"http_{status}"),
+            str(problem.get("detail") or f"the server answered {status} {answer.reason}"),
+            consequence=str(problem.get("consequence") or ""),
+            next_step=str(problem.get("next_step") or ""),
+        )
