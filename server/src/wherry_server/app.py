@@ -12,6 +12,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 
 from wherry_server import __version__, api, problems
+from wherry_server.encodings import Encoder
 from wherry_server.services import Services
 from wherry_shared.errors import RefusedError
 from wherry_shared.limits import BLOB_BYTES_MAX, MIB
@@ -67,10 +68,15 @@ def create_app(services: Services) -> FastAPI:
     """Return the application over open services, which it closes at its end."""
 
     @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if services.settings.encode_blobs:
+            app.state.encoder = Encoder(services.database, services.blobs, services.project)
+            await app.state.encoder.start()
         try:
             yield
         finally:
+            if app.state.encoder is not None:
+                await app.state.encoder.close()
             await services.close()
 
     app = FastAPI(
@@ -82,6 +88,7 @@ def create_app(services: Services) -> FastAPI:
         responses={"4XX": {"description": "Problem", "content": {problems.MEDIA_TYPE: {"schema": problems.SCHEMA}}}},
     )
     app.state.services = services
+    app.state.encoder = None
     problems.install(app)
     app.add_middleware(BodyLimit)
     for found in iter_modules(api.__path__):

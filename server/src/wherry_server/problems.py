@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import IntegrityError, OperationalError
 from starlette.exceptions import HTTPException
 
 from wherry_shared.errors import RefusedError, UnreachableError, WherryError
@@ -39,9 +40,11 @@ STATUS: dict[str, int] = {
     "role_unknown": 404,
     "publisher_unknown": 404,
     "proposal_unknown": 404,
+    "token_unknown": 404,
     # what stands against it
     "version_taken": 409,
     "name_taken": 409,
+    "name_ambiguous": 409,
     "bin_proposed": 409,
     "publisher_taken": 409,
     "publisher_unsigned": 409,
@@ -141,6 +144,29 @@ async def _invalid(_request: Request, error: Exception) -> Response:
     )
 
 
+async def _collided(_request: Request, error: Exception) -> Response:
+    log.info("two changes collided: %s", error)
+    return _answer(
+        409,
+        "conflict",
+        "another change of the same thing came first",
+        consequence="nothing was changed",
+        next_step="look at what is there now, then try again",
+    )
+
+
+async def _busy(_request: Request, error: Exception) -> Response:
+    log.warning("the database did not answer: %s", error)
+    return _answer(
+        503,
+        "database_busy",
+        "the database did not answer in time",
+        consequence="nothing was changed",
+        next_step="try again",
+        headers={"Retry-After": "5"},
+    )
+
+
 async def _failed(request: Request, error: Exception) -> Response:
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return _answer(
@@ -161,6 +187,8 @@ def install(app: FastAPI) -> None:
         WherryError: _wherry,
         HTTPException: _http,
         RequestValidationError: _invalid,
+        IntegrityError: _collided,
+        OperationalError: _busy,
         Exception: _failed,
     }
     for kind, handler in handlers.items():

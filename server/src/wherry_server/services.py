@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 from dataclasses import dataclass
-from pathlib import Path
 
 from sqlalchemy import insert, select
 
@@ -16,6 +15,8 @@ from wherry_server.blobs import Blobs
 from wherry_server.db import migrate
 from wherry_server.db.database import Database
 from wherry_server.db.tables import Project, table
+from wherry_server.identity import DeviceAuthority
+from wherry_server.secret_files import write_secret
 from wherry_server.settings import Settings
 from wherry_server.times import now_us
 from wherry_server.trust import Trust
@@ -31,6 +32,7 @@ class Services:
     database: Database
     blobs: Blobs
     trust: Trust
+    authority: DeviceAuthority
     project: str
     master_key: bytes
     """Frame keys of devices are derived from it: `wherry_shared.frames.device_key`."""
@@ -48,6 +50,7 @@ def prepare(settings: Settings) -> None:
     settings.keys_folder.chmod(0o700)
     if not settings.master_key_file.exists():
         write_secret(settings.master_key_file, secrets.token_bytes(KEY_BYTES))
+    DeviceAuthority.create(settings.keys_folder, settings.project)
     Trust.create_dev(settings.trust_folder)
     migrate.upgrade(settings.database_url)
     asyncio.run(_ensure_project(settings))
@@ -87,15 +90,7 @@ def open_services(settings: Settings) -> Services:
         database=Database.open(settings.database_url),
         blobs=Blobs(settings.blobs_folder),
         trust=Trust.open(settings.trust_folder),
+        authority=DeviceAuthority.open(settings.keys_folder, days=settings.certificate_days),
         project=settings.project,
         master_key=master_key,
     )
-
-
-def write_secret(path: Path, data: bytes) -> None:
-    """Write a new file that only its owner may read, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.unlink(missing_ok=True)
-    part.touch(mode=0o600)
-    part.write_bytes(data)
-    part.replace(path)

@@ -72,6 +72,8 @@ class BlobOwner(SQLModel, table=True):
     digest: str = Field(primary_key=True)
     bytes: int = _time()
     created_at: int = _time()
+    kind: str = "other"
+    """`manifest`, `weights` (also assets: what is worth encoding), `encoding`, `other`"""
 
 
 class Device(SQLModel, table=True):
@@ -87,6 +89,8 @@ class Device(SQLModel, table=True):
     labels: dict[str, Any] = _json()
     facts: dict[str, Any] = _json()
     bearer_hash: str
+    key_digest: str = ""
+    """Of the public key in its certificate: an enrolment that is repeated is told by it."""
     certificate_serial: str = ""
     certificate_expires_at: int = _time(default=0)
     enrolled_at: int = _time()
@@ -353,6 +357,7 @@ class AuditEntry(SQLModel, table=True):
     """Append-only and hash-chained: who did what, before and after."""
 
     __tablename__ = "audit_entry"
+    __table_args__ = (UniqueConstraint("project_id", "previous_hash"),)
     id: int | None = Field(default=None, primary_key=True)
     project_id: str = Field(index=True)
     at: int = _time()

@@ -61,6 +61,7 @@ def upgrade() -> None:
         sa.Column("previous_hash", sa.String(), nullable=False),
         sa.Column("hash", sa.String(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
+        sa.UniqueConstraint("project_id", "previous_hash"),
     )
     op.create_index(op.f("ix_audit_entry_project_id"), "audit_entry", ["project_id"], unique=False)
     op.create_table(
@@ -79,6 +80,7 @@ def upgrade() -> None:
         sa.Column("digest", sa.String(), nullable=False),
         sa.Column("bytes", sa.BigInteger(), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.Column("kind", sa.String(), nullable=False),
         sa.PrimaryKeyConstraint("project_id", "digest"),
     )
     op.create_table(
@@ -131,6 +133,7 @@ def upgrade() -> None:
         sa.Column("labels", sa.JSON(), nullable=False),
         sa.Column("facts", sa.JSON(), nullable=False),
         sa.Column("bearer_hash", sa.String(), nullable=False),
+        sa.Column("key_digest", sa.String(), nullable=False),
         sa.Column("certificate_serial", sa.String(), nullable=False),
         sa.Column("certificate_expires_at", sa.BigInteger(), nullable=False),
         sa.Column("enrolled_at", sa.BigInteger(), nullable=False),

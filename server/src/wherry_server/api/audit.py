@@ -1,0 +1,63 @@
+"""The audit log."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel
+from sqlalchemy import select
+
+from wherry_server import audit
+from wherry_server.auth import ServicesDep, Viewer
+from wherry_server.db.tables import AuditEntry, table
+
+router = APIRouter(prefix="/api/v1/audit", tags=["audit"])
+
+_entries = table(AuditEntry)
+
+
+class Entry(BaseModel):
+    """One entry, with the hash that the next one repeats."""
+
+    id: int
+    at: int
+    actor: str
+    action: str
+    subject: str
+    detail: dict[str, Any]
+    previous_hash: str
+    hash: str
+
+
+class Verdict(BaseModel):
+    """Whether every entry follows from the one before it; else the first that does not."""
+
+    whole: bool
+    broken_at: int | None
+
+
+@router.get("")
+async def list_audit(
+    services: ServicesDep,
+    _viewer: Viewer,
+    before: Annotated[int, Query(ge=1, le=2**63 - 1, description="entries older than this id")] = 2**63 - 1,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> list[Entry]:
+    """List entries, the newest first."""
+    async with services.database.read() as connection:
+        rows = await connection.execute(
+            select(_entries)
+            .where(_entries.c.project_id == services.project, _entries.c.id < before)
+            .order_by(_entries.c.id.desc())
+            .limit(limit)
+        )
+        return [Entry.model_validate(row, from_attributes=True) for row in rows]
+
+
+@router.get("/verify")
+async def verify_audit(services: ServicesDep, _viewer: Viewer) -> Verdict:
+    """Compute the whole chain again."""
+    async with services.database.read() as connection:
+        broken = await audit.broken_at(connection, services.project)
+    return Verdict(whole=broken is None, broken_at=broken)

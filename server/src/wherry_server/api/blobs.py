@@ -1,0 +1,77 @@
+"""Uploading blobs. They are inert until a signed bundle names them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request, Response
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
+
+from wherry_server.auth import Publisher, ServicesDep, Viewer
+from wherry_server.blobs import unknown
+from wherry_shared.digest import check_digest
+from wherry_shared.errors import RefusedError
+
+router = APIRouter(prefix="/api/v1/blobs", tags=["bundles"])
+
+Digest = Annotated[str, Path(pattern="^sha256:[0-9a-f]{64}$")]
+
+
+class Uploaded(BaseModel):
+    """A blob that is here."""
+
+    digest: str
+    bytes: int
+
+
+async def body_chunks(request: Request) -> AsyncIterator[bytes]:
+    """Yield the body as it arrives.
+
+    Raises:
+        RefusedError: `length_mismatch`, if the sender went away.
+    """
+    try:
+        async for chunk in request.stream():
+            yield chunk
+    except ClientDisconnect as error:
+        raise RefusedError(
+            "length_mismatch", "the upload was cut short", consequence="nothing of it was kept"
+        ) from error
+
+
+@router.put(
+    "/{digest}",
+    status_code=201,
+    responses={200: {"model": Uploaded, "description": "It was here already"}},
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+        }
+    },
+)
+async def upload_blob(
+    digest: Digest, request: Request, response: Response, services: ServicesDep, _publisher: Publisher
+) -> Uploaded:
+    """Store a blob, streamed; nothing is kept of one that does not have this digest."""
+    declared = request.headers.get("content-length")
+    length = int(declared) if declared is not None else None
+    if services.blobs.size(digest) is None:
+        created = await services.blobs.put(digest, body_chunks(request), length=length)
+    else:
+        created = False
+        async for _ in body_chunks(request):  # the sender may not read an answer before it has sent all
+            pass
+    response.status_code = 201 if created else 200
+    return Uploaded(digest=digest, bytes=services.blobs.size(digest) or 0)
+
+
+@router.head("/{digest}", responses={404: {"description": "It is not here"}})
+async def has_blob(digest: Digest, services: ServicesDep, _viewer: Viewer) -> Response:
+    """Tell whether a blob is here, and how long it is."""
+    size = services.blobs.size(check_digest(digest))
+    if size is None:
+        raise unknown(digest)
+    return Response(headers={"Wherry-Bytes": str(size), "ETag": f'"{digest}"'})

@@ -1,0 +1,70 @@
+"""Models and bundles: publish, list, show."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from wherry_server import catalogue
+from wherry_server.api.shapes import BundleDetail, BundleSummary, ModelSummary
+from wherry_server.auth import Publisher, ServicesDep, Viewer
+from wherry_server.encodings import Encoder
+
+router = APIRouter(prefix="/api/v1", tags=["bundles"])
+
+
+class PublishRequest(BaseModel):
+    """Which manifest a version is, after its blobs were uploaded and its bin was signed."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: str = Field(max_length=64)
+    version: str = Field(max_length=64)
+    manifest: str = Field(max_length=71)
+
+
+@router.post(
+    "/bundles", status_code=201, responses={200: {"model": BundleDetail, "description": "It was here already"}}
+)
+async def publish_bundle(
+    body: PublishRequest, request: Request, response: Response, services: ServicesDep, publisher: Publisher
+) -> BundleDetail:
+    """Accept a bundle: everything is here, it parses and agrees, and a signed bin names it."""
+    accepted = await catalogue.publish(services, f"token:{publisher.name}", body.model, body.version, body.manifest)
+    encoder: Encoder | None = request.app.state.encoder
+    if accepted.created and encoder is not None:
+        encoder.add(accepted.weights)
+    response.status_code = 201 if accepted.created else 200
+    return await show_bundle(body.model, body.version, services, publisher)
+
+
+@router.get("/bundles")
+async def list_bundles(
+    services: ServicesDep, _viewer: Viewer, model: Annotated[str | None, Query(max_length=64)] = None
+) -> list[BundleSummary]:
+    """List bundles, the newest version of each model first."""
+    async with services.database.read() as connection:
+        return _each(BundleSummary, await catalogue.list_bundles(connection, services.project, model))
+
+
+@router.get("/bundles/{model}/{version}")
+async def show_bundle(model: str, version: str, services: ServicesDep, _viewer: Viewer) -> BundleDetail:
+    """Show a bundle with its signed config."""
+    async with services.database.read() as connection:
+        found = await catalogue.show_bundle(connection, services.project, model, version)
+    return BundleDetail.model_validate(found)
+
+
+@router.get("/models")
+async def list_models(services: ServicesDep, _viewer: Viewer) -> list[ModelSummary]:
+    """List models."""
+    async with services.database.read() as connection:
+        return _each(ModelSummary, await catalogue.list_models(connection, services.project))
+
+
+Shape = TypeVar("Shape", bound=BaseModel)
+
+
+def _each(shape: type[Shape], rows: list[dict[str, Any]]) -> list[Shape]:
+    return [shape.model_validate(row) for row in rows]

@@ -1,0 +1,87 @@
+"""What devices ask over HTTP: enrolment, blobs, logs. Messages and offers are in `messages`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Path, Request, Response
+from fastapi.responses import StreamingResponse
+
+from wherry_server import catalogue, enrolment, fleet, ranges
+from wherry_server.auth import CurrentDevice, ServicesDep
+from wherry_shared import wire
+from wherry_shared.digest import check_digest
+from wherry_shared.errors import RefusedError
+from wherry_shared.limits import LOG_LINES_MAX
+
+router = APIRouter(prefix="/device/v1", tags=["device"])
+
+JSON = "application/json"
+LOG_LINE_CHARS_MAX = 2000
+IMMUTABLE = "private, max-age=31536000, immutable"
+DigestPath = Annotated[str, Path(pattern="^sha256:[0-9a-f]{64}$")]
+
+
+def _json_body(description: str) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "description": description, "content": {JSON: {"schema": {}}}}}
+
+
+@router.post("/enrol", openapi_extra=_json_body("EnrolRequest, see docs/formats/protocol.md"))
+async def enrol(request: Request, services: ServicesDep) -> Response:
+    """Make a device known: a token and a certificate request come in, its identity goes out."""
+    answer = await enrolment.enrol(services, wire.parse(wire.EnrolRequest, await request.body()))
+    return Response(wire.encode(answer), media_type=JSON)
+
+
+@router.api_route("/blobs/{digest}", methods=["GET"], responses={206: {}, 304: {}, 416: {}})
+async def get_blob(digest: DigestPath, request: Request, services: ServicesDep, device: CurrentDevice) -> Response:
+    """Send a blob of the device's project, whole or one range of it."""
+    async with services.database.read() as connection:
+        size = await catalogue.readable(connection, device.project, check_digest(digest))
+    etag = f'"{digest}"'
+    answer = ranges.answer(size, etag, request.headers)
+    headers = {"ETag": etag, "Accept-Ranges": "bytes", "Cache-Control": IMMUTABLE}
+    if answer.status == 304:
+        return Response(status_code=304, headers=headers)
+    if answer.status == 416:
+        headers["Content-Range"] = f"bytes */{size}"
+        return Response(status_code=416, headers=headers)
+    if answer.status == 206:
+        headers["Content-Range"] = f"bytes {answer.start}-{answer.stop - 1}/{size}"
+    headers["Content-Length"] = str(answer.length)
+    return StreamingResponse(
+        services.blobs.read(digest, answer.start, answer.stop),
+        status_code=answer.status,
+        headers=headers,
+        media_type="application/octet-stream",
+    )
+
+
+@router.get("/blobs/{digest}/info")
+async def blob_info(digest: DigestPath, services: ServicesDep, device: CurrentDevice) -> Response:
+    """Tell length and encodings of a blob."""
+    async with services.database.read() as connection:
+        size, encodings = await catalogue.blob_info(connection, device.project, digest)
+    info = wire.BlobInfo(
+        digest=digest,
+        bytes=size,
+        encodings=[
+            wire.Encoding(encoding="zstd", digest=encoded, bytes=length)
+            for encoding, encoded, length in encodings
+            if encoding == "zstd"
+        ],
+    )
+    return Response(wire.encode(info), media_type=JSON)
+
+
+@router.post("/logs", status_code=204, openapi_extra=_json_body("list of lines"))
+async def send_logs(request: Request, services: ServicesDep, device: CurrentDevice) -> None:
+    """Take the last log lines, after an acknowledgement asked for them."""
+    try:
+        lines = msgspec.json.decode(await request.body(), type=list[str])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RefusedError("message_invalid", f"not a JSON list of lines: {error}") from error
+    kept = [line[:LOG_LINE_CHARS_MAX] for line in lines[-LOG_LINES_MAX:]]
+    async with services.database.write() as connection:
+        await fleet.store_logs(connection, device.project, device.id, kept)

@@ -1,0 +1,71 @@
+"""Devices as operators see them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel
+
+from wherry_server import audit, fleet
+from wherry_server.api.shapes import DeviceDetail, DeviceList, DeviceLogs, FleetState
+from wherry_server.auth import Operator, ServicesDep, Viewer
+
+router = APIRouter(prefix="/api/v1", tags=["fleet"])
+
+
+class LogsRequested(BaseModel):
+    """The request stands; the device sends its lines with its next acknowledgement."""
+
+    device: str
+    requested_at: int
+
+
+@router.get("/devices")
+async def list_devices(
+    *,
+    services: ServicesDep,
+    _viewer: Viewer,
+    name: Annotated[str, Query(description="part of the name", max_length=64)] = "",
+    state: Annotated[str, Query(description="of the device, or of a model on it", max_length=32)] = "",
+    model: Annotated[str, Query(description="has said something about it", max_length=64)] = "",
+    after: Annotated[str, Query(description="names behind this one", max_length=64)] = "",
+    limit: Annotated[int, Query(ge=1, le=fleet.LISTED_MAX)] = fleet.LISTED_MAX,
+) -> DeviceList:
+    """List devices by name."""
+    async with services.database.read() as connection:
+        wanted = fleet.Filter(name=name, state=state, model=model, after=after, limit=limit)
+        rows, following = await fleet.list_devices(connection, services.project, wanted)
+    return DeviceList.model_validate({"devices": rows, "next": following})
+
+
+@router.get("/devices/{device}")
+async def show_device(device: str, services: ServicesDep, _viewer: Viewer) -> DeviceDetail:
+    """Show a device by id or name: what runs and why, what it should have, latency, memory, last reason."""
+    async with services.database.read() as connection:
+        return DeviceDetail.model_validate(await fleet.show_device(connection, services.project, device))
+
+
+@router.get("/devices/{device}/logs")
+async def show_logs(device: str, services: ServicesDep, _viewer: Viewer) -> DeviceLogs:
+    """Show the last log lines that a device sent."""
+    async with services.database.read() as connection:
+        found = await fleet.show_device(connection, services.project, device)
+    return DeviceLogs.model_validate(found["logs"] or {"requested_at": 0, "received_at": 0, "lines": []})
+
+
+@router.post("/devices/{device}/logs", status_code=202)
+async def request_logs(device: str, services: ServicesDep, operator: Operator) -> LogsRequested:
+    """Ask a device for its last log lines."""
+    async with services.database.write() as connection:
+        row = await fleet.find_device(connection, services.project, device)
+        requested_at = await fleet.request_logs(connection, services.project, row.id)
+        await audit.append(connection, services.project, f"token:{operator.name}", "device.logs", row.name)
+    return LogsRequested(device=row.id, requested_at=requested_at)
+
+
+@router.get("/fleet")
+async def fleet_state(services: ServicesDep, _viewer: Viewer) -> FleetState:
+    """Count devices by model, version and state."""
+    async with services.database.read() as connection:
+        return FleetState.model_validate(await fleet.fleet_state(connection, services.project))

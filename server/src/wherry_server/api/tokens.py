@@ -1,0 +1,116 @@
+"""Tokens: for people and machines that operate, and for devices that enrol. Each is shown once, when it is made."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import delete, select
+
+from wherry_server import audit, auth, enrolment
+from wherry_server.auth import Admin, Operator, Role, ServicesDep
+from wherry_server.db.tables import ApiToken, table
+from wherry_shared.errors import RefusedError
+
+router = APIRouter(prefix="/api/v1", tags=["access"])
+
+_tokens = table(ApiToken)
+
+
+class TokenRequest(BaseModel):
+    """An API token to make."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str = Field(pattern="^[a-zA-Z0-9][a-zA-Z0-9._@-]{0,63}$")
+    role: Role
+    days: int = Field(default=90, ge=1, le=auth.TOKEN_DAYS_MAX)
+
+
+class TokenMade(BaseModel):
+    """A token, this once in clear."""
+
+    token: str
+
+
+class TokenSummary(BaseModel):
+    """A token without its secret; `id` is the beginning of its hash."""
+
+    id: str
+    name: str
+    role: str
+    created_at: int
+    expires_at: int
+
+
+class EnrolmentTokenRequest(BaseModel):
+    """A token by which devices enrol; `labels` are put on each of them."""
+
+    model_config = ConfigDict(extra="forbid")
+    uses: int = Field(default=1, ge=1, le=enrolment.USES_MAX)
+    days: int = Field(default=7, ge=1, le=enrolment.DAYS_MAX)
+    labels: dict[str, str] = Field(default_factory=dict)
+
+
+@router.post("/tokens", status_code=201)
+async def create_token(body: TokenRequest, services: ServicesDep, admin: Admin) -> TokenMade:
+    """Make an API token."""
+    async with services.database.write() as connection:
+        token = await auth.create_token(connection, services.project, body.name, body.role, body.days)
+        await audit.append(
+            connection,
+            services.project,
+            f"token:{admin.name}",
+            "token.create",
+            body.name,
+            id=auth.hash_secret(token)[:12],
+            role=body.role,
+            days=body.days,
+        )
+    return TokenMade(token=token)
+
+
+@router.get("/tokens")
+async def list_tokens(services: ServicesDep, _admin: Admin) -> list[TokenSummary]:
+    """List API tokens."""
+    async with services.database.read() as connection:
+        rows = await connection.execute(
+            select(_tokens).where(_tokens.c.project_id == services.project).order_by(_tokens.c.created_at)
+        )
+        return [
+            TokenSummary(
+                id=row.token_hash[:12],
+                name=row.name,
+                role=row.role,
+                created_at=row.created_at,
+                expires_at=row.expires_at,
+            )
+            for row in rows
+        ]
+
+
+@router.delete("/tokens/{token_id}", status_code=204)
+async def revoke_token(token_id: str, services: ServicesDep, admin: Admin) -> None:
+    """Revoke an API token by the id that the list shows; from then on it opens nothing."""
+    async with services.database.write() as connection:
+        found = [
+            hashed
+            for hashed in await connection.scalars(
+                select(_tokens.c.token_hash).where(_tokens.c.project_id == services.project)
+            )
+            if len(token_id) >= 12 and hashed.startswith(token_id)
+        ]
+        if len(found) != 1:
+            raise RefusedError(
+                "token_unknown", f"there is no token {token_id[:80]!r}", next_step="see the ids: wherry token list"
+            )
+        await connection.execute(delete(_tokens).where(_tokens.c.token_hash == found[0]))
+        await audit.append(connection, services.project, f"token:{admin.name}", "token.revoke", found[0][:12])
+
+
+@router.post("/enrolment-tokens", status_code=201)
+async def create_enrolment_token(body: EnrolmentTokenRequest, services: ServicesDep, operator: Operator) -> TokenMade:
+    """Make a token by which devices enrol."""
+    async with services.database.write() as connection:
+        token = await enrolment.create_token(
+            connection, services, f"token:{operator.name}", uses=body.uses, days=body.days, labels=body.labels
+        )
+    return TokenMade(token=token)

@@ -1,0 +1,240 @@
+"""How a device becomes known: a token that a person made, a key that never leaves the device, one transaction.
+
+An enrolment that is repeated with the same key, because the answer got lost, gives the same device again and uses
+nothing up; another key under a name that is taken is refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from sqlalchemy import insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from wherry_server import audit
+from wherry_server.auth import DAY_US, hash_secret
+from wherry_server.db.tables import Device, EnrolmentToken, table
+from wherry_server.identity import Issued, Request, check_request
+from wherry_server.services import Services
+from wherry_server.times import now_us
+from wherry_shared import wire
+from wherry_shared.errors import RefusedError
+from wherry_shared.frames import device_key
+from wherry_shared.ids import new_device_id
+
+TOKEN_PREFIX = "wherry1"  # noqa: S105  # names the form of the token
+USES_MAX = 1_000_000
+DAYS_MAX = 365
+LABELS_MAX = 32
+LABEL_CHARS_MAX = 128
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
+_LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._/-]{0,62}[A-Za-z0-9])?")
+
+_tokens = table(EnrolmentToken)
+_devices = table(Device)
+
+
+async def create_token(
+    connection: AsyncConnection,
+    services: Services,
+    actor: str,
+    *,
+    uses: int,
+    days: int,
+    labels: Mapping[str, str],
+) -> str:
+    """Store a token by which `uses` devices may enrol within `days`, and return the text to paste; shown this once.
+
+    Raises:
+        RefusedError: `labels_invalid`.
+    """
+    check_labels(labels)
+    secret = secrets.token_urlsafe(24)
+    now = now_us()
+    hashed = hash_secret(secret)
+    await connection.execute(
+        insert(EnrolmentToken).values(
+            token_hash=hashed,
+            project_id=services.project,
+            uses_left=uses,
+            expires_at=now + days * DAY_US,
+            labels=dict(labels),
+            created_at=now,
+            created_by=actor,
+        )
+    )
+    await audit.append(
+        connection, services.project, actor, "enrolment_token.create", hashed[:12], uses=uses, days=days, labels=labels
+    )
+    return f"{TOKEN_PREFIX}.{secret}.{services.trust.root_digest}"
+
+
+def check_labels(labels: Mapping[str, Any]) -> None:
+    """Check labels of a device.
+
+    Raises:
+        RefusedError: `labels_invalid`.
+    """
+    if len(labels) > LABELS_MAX:
+        raise RefusedError("labels_invalid", f"{len(labels)} labels, at most {LABELS_MAX}")
+    for key, value in labels.items():
+        if _LABEL.fullmatch(key) is None or not isinstance(value, str) or len(value) > LABEL_CHARS_MAX:
+            raise RefusedError(
+                "labels_invalid",
+                f"label {key[:80]!r}: keys are 1 to 64 of [A-Za-z0-9._/-], values at most {LABEL_CHARS_MAX} characters",
+                next_step="write labels as site=north",
+            )
+
+
+async def enrol(services: Services, request: wire.EnrolRequest) -> wire.EnrolAnswer:
+    """Enrol a device.
+
+    Raises:
+        RefusedError: `enrolment_refused` (token), `csr_invalid`, `bad_name`, `labels_invalid` or `name_taken`.
+    """
+    if _NAME.fullmatch(request.name) is None:
+        raise RefusedError(
+            "bad_name",
+            f"device name {request.name[:80]!r} is not 1 to 64 letters, digits and inner dots, dashes, underscores",
+            consequence="the device was not enrolled",
+            next_step="give it a name such as press-07",
+        )
+    check_labels(request.labels)
+    token_hash = _token_hash(request.token)
+    key = check_request(request.csr_pem)
+    bearer = secrets.token_urlsafe(32)
+    async with services.database.write() as connection:
+        token = (
+            await connection.execute(
+                select(_tokens.c.uses_left, _tokens.c.expires_at, _tokens.c.labels).where(
+                    _tokens.c.token_hash == token_hash, _tokens.c.project_id == services.project
+                )
+            )
+        ).one_or_none()
+        if token is None:
+            raise _refused("the token is not known here")
+        if token.expires_at <= now_us():
+            raise _refused("the token has expired")
+        labels = {**request.labels, **token.labels}  # what the operator said counts more
+        known = (
+            await connection.execute(
+                select(_devices.c.id, _devices.c.key_digest, _devices.c.state).where(
+                    _devices.c.project_id == services.project, _devices.c.name == request.name
+                )
+            )
+        ).one_or_none()
+        if known is None:
+            await _use(connection, token_hash)
+            device = new_device_id()
+            issued = services.authority.issue(key, device, services.project)
+            await _insert(
+                connection,
+                services,
+                request,
+                device=device,
+                labels=labels,
+                key=key,
+                issued=issued,
+                bearer=bearer,
+            )
+        elif known.key_digest == key.key_digest and known.state == "active":
+            device = known.id
+            issued = services.authority.issue(key, device, services.project)
+            await connection.execute(
+                update(_devices)
+                .where(_devices.c.id == device)
+                .values(
+                    bearer_hash=hash_secret(bearer),
+                    certificate_serial=issued.serial,
+                    certificate_expires_at=issued.expires_at,
+                )
+            )
+        else:
+            raise RefusedError(
+                "name_taken",
+                f"a device named {request.name!r} is enrolled already",
+                consequence="this device was not enrolled",
+                next_step="give it another name (wherry-agent run --name), or decommission the old one",
+            )
+        await audit.append(
+            connection,
+            services.project,
+            f"device:{device}",
+            "device.enrol",
+            request.name,
+            certificate=issued.serial,
+            again=known is not None,
+        )
+    return wire.EnrolAnswer(
+        format=wire.FORMAT,
+        device=device,
+        project=services.project,
+        certificate_pem=issued.pem,
+        ca_pem=services.authority.ca_pem,
+        bearer=bearer,
+        mac_key=base64.b64encode(device_key(services.master_key, device)).decode(),
+        broker_host=services.settings.broker_host,
+        broker_port=services.settings.broker_port,
+        tuf_path=f"/tuf/{services.project}",
+    )
+
+
+def _token_hash(token: str) -> str:
+    parts = token.split(".")
+    if len(parts) != 3 or parts[0] != TOKEN_PREFIX:
+        raise _refused("it is not an enrolment token")
+    return hash_secret(parts[1])
+
+
+def _refused(why: str) -> RefusedError:
+    return RefusedError(
+        "enrolment_refused",
+        f"enrolment refused: {why}",
+        consequence="the device was not enrolled",
+        next_step="have an operator make a new token: wherry token enrol",
+    )
+
+
+async def _use(connection: AsyncConnection, token_hash: str) -> None:
+    used = await connection.execute(
+        update(_tokens)
+        .where(_tokens.c.token_hash == token_hash, _tokens.c.uses_left > 0)
+        .values(uses_left=_tokens.c.uses_left - 1)
+    )
+    if used.rowcount != 1:
+        raise _refused("the token is used up")
+
+
+async def _insert(
+    connection: AsyncConnection,
+    services: Services,
+    request: wire.EnrolRequest,
+    *,
+    device: str,
+    labels: dict[str, str],
+    key: Request,
+    issued: Issued,
+    bearer: str,
+) -> None:
+    now = now_us()
+    await connection.execute(
+        insert(Device).values(
+            id=device,
+            project_id=services.project,
+            name=request.name,
+            labels=labels,
+            facts=msgspec.to_builtins(request.facts) if request.facts is not None else {},
+            bearer_hash=hash_secret(bearer),
+            key_digest=key.key_digest,
+            certificate_serial=issued.serial,
+            certificate_expires_at=issued.expires_at,
+            enrolled_at=now,
+            last_seen_at=now,
+            simulated=labels.get("simulated") == "true",
+        )
+    )

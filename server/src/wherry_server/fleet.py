@@ -1,0 +1,313 @@
+"""What the fleet is and runs, as operators see it: read from the current-state rows, real and simulated apart."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import msgspec
+from sqlalchemy import ColumnElement, and_, case, exists, func, insert, or_, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from wherry_server.db.tables import Bundle, Device, DeviceModel, LogRequest, Offer, TelemetryWindow, table
+from wherry_server.times import now_us
+from wherry_shared.errors import RefusedError
+from wherry_shared.sketch import Sketch
+from wherry_shared.wire import Window
+
+SEEN_RECENTLY_US = 5 * 60 * 1_000_000
+"""A device heard of within this time counts as reachable."""
+LISTED_MAX = 1000
+WINDOWS_SHOWN = 20
+
+_devices = table(Device)
+_models = table(DeviceModel)
+_bundles = table(Bundle)
+_offers = table(Offer)
+_logs = table(LogRequest)
+_windows = table(TelemetryWindow)
+
+
+class Filter(msgspec.Struct, frozen=True, kw_only=True):
+    """Which devices to list; everything that is set must hold."""
+
+    name: str = ""
+    """Part of the name."""
+    state: str = ""
+    """`active`, `revoked` or `decommissioned`, or the state of a model on the device, such as `trial`."""
+    model: str = ""
+    ids: Collection[str] | None = None
+    after: str = ""
+    """Only names behind this one: the next page."""
+    limit: int = LISTED_MAX
+
+
+async def list_devices(connection: AsyncConnection, project: str, wanted: Filter) -> tuple[list[dict[str, Any]], str]:
+    """Return devices by name, and the name after which the next page begins (empty at the end)."""
+    conditions = _conditions(project, wanted)
+    query = select(_devices).where(*conditions).order_by(_devices.c.name).limit(wanted.limit + 1)
+    rows = (await connection.execute(query)).all()
+    more = rows[wanted.limit - 1].name if len(rows) > wanted.limit else ""
+    rows = rows[: wanted.limit]
+    versions = await _versions(connection, project)
+    running = await _running(connection, [row.id for row in rows], versions)
+    return [{**_device(row), "models": running.get(row.id, [])} for row in rows], more
+
+
+def _conditions(project: str, wanted: Filter) -> list[ColumnElement[bool]]:
+    found: list[ColumnElement[bool]] = [_devices.c.project_id == project, _devices.c.name > wanted.after]
+    if wanted.name:
+        found.append(_devices.c.name.contains(wanted.name, autoescape=True))
+    on_device = _models.c.device_id == _devices.c.id
+    if wanted.model:
+        on_device = and_(on_device, _models.c.model == wanted.model)
+        found.append(exists().where(on_device))
+    if wanted.state:
+        found.append(
+            or_(_devices.c.state == wanted.state, exists().where(and_(on_device, _models.c.state == wanted.state)))
+        )
+    if wanted.ids is not None:
+        found.append(_devices.c.id.in_(list(wanted.ids)))
+    return found
+
+
+async def find_device(connection: AsyncConnection, project: str, name: str) -> Any:
+    """Return the row of a device by id or name.
+
+    Raises:
+        RefusedError: `device_unknown`.
+    """
+    rows = (
+        await connection.execute(
+            select(_devices).where(
+                _devices.c.project_id == project, or_(_devices.c.id == name, _devices.c.name == name)
+            )
+        )
+    ).all()
+    if not rows:
+        raise RefusedError(
+            "device_unknown",
+            f"there is no device {name[:80]!r}",
+            next_step="see which there are: wherry device list",
+        )
+    return next((row for row in rows if row.id == name), rows[0])
+
+
+async def show_device(connection: AsyncConnection, project: str, name: str) -> dict[str, Any]:
+    """Return all that is known about a device: facts, what runs and why, what it should have, latency, memory.
+
+    Raises:
+        RefusedError: `device_unknown`.
+    """
+    row = await find_device(connection, project, name)
+    versions = await _versions(connection, project)
+    models = (
+        await connection.execute(select(_models).where(_models.c.device_id == row.id).order_by(_models.c.model))
+    ).all()
+    offer = (await connection.execute(select(_offers).where(_offers.c.device_id == row.id))).one_or_none()
+    logs = (await connection.execute(select(_logs).where(_logs.c.device_id == row.id))).one_or_none()
+    latency = {model.model: await _latency(connection, row.id, model.model, model.running) for model in models}
+    return {
+        **_device(row),
+        "facts": row.facts,
+        "certificate_expires_at": row.certificate_expires_at,
+        "offer": None
+        if offer is None
+        else {
+            "epoch": offer.epoch,
+            "serial": offer.serial,
+            "known_serial": row.offer_serial if row.offer_epoch == offer.epoch else 0,
+            "published": bool(offer.published),
+            "expires_at": offer.expires_at,
+            "models": offer.models,
+        },
+        "models": [_model(model, versions, latency[model.model]) for model in models],
+        "logs": None
+        if logs is None
+        else {"requested_at": logs.requested_at, "received_at": logs.received_at, "lines": logs.lines},
+    }
+
+
+async def _latency(connection: AsyncConnection, device: str, model: str, running: str) -> dict[str, Any] | None:
+    rows = (
+        await connection.execute(
+            select(_windows.c.body, _windows.c.requests, _windows.c.errors, _windows.c.start)
+            .where(
+                _windows.c.device_id == device,
+                _windows.c.model == model,
+                _windows.c.manifest == running,
+                _windows.c.arm != "shadow",
+            )
+            .order_by(_windows.c.start.desc())
+            .limit(WINDOWS_SHOWN)
+        )
+    ).all()
+    if not rows:
+        return None
+    merged = Sketch()
+    for row in rows:
+        for counts in msgspec.json.decode(row.body, type=Window).latency_us.values():
+            merged.merge(Sketch.from_wire(counts))
+    return {
+        "requests": sum(row.requests for row in rows),
+        "errors": sum(row.errors for row in rows),
+        "since": min(row.start for row in rows),
+        "p50_us": merged.quantile(0.5),
+        "p99_us": merged.quantile(0.99),
+    }
+
+
+async def fleet_state(connection: AsyncConnection, project: str) -> dict[str, Any]:
+    """Return counts: devices, and per model versions and states; real and simulated apart."""
+    since = now_us() - SEEN_RECENTLY_US
+    recent = func.sum(case((_devices.c.last_seen_at >= since, 1), else_=0))
+    devices = (
+        await connection.execute(
+            select(_devices.c.simulated, _devices.c.state, func.count().label("count"), recent.label("seen"))
+            .where(_devices.c.project_id == project)
+            .group_by(_devices.c.simulated, _devices.c.state)
+        )
+    ).all()
+    models = (
+        await connection.execute(
+            select(
+                _models.c.model, _models.c.running, _models.c.state, _devices.c.simulated, func.count().label("count")
+            )
+            .join(_devices, _devices.c.id == _models.c.device_id)
+            .where(_models.c.project_id == project, _devices.c.state == "active")
+            .group_by(_models.c.model, _models.c.running, _models.c.state, _devices.c.simulated)
+        )
+    ).all()
+    versions = await _versions(connection, project)
+    state: dict[str, Any] = {"devices": {"real": _no_devices(), "simulated": _no_devices()}, "models": {}}
+    for row in devices:
+        counts = state["devices"][_kind(row)]
+        counts[row.state] = counts.get(row.state, 0) + row.count
+        if row.state == "active":
+            counts["seen_recently"] += row.seen or 0
+    for row in models:
+        model = state["models"].setdefault(row.model, {"versions": {}, "states": {}})
+        version = versions.get(row.running, row.running[:19]) if row.running else "none"
+        for name, key in (("versions", version), ("states", row.state)):
+            counts = model[name].setdefault(key, {"real": 0, "simulated": 0})
+            counts[_kind(row)] += row.count
+    return state
+
+
+def _no_devices() -> dict[str, int]:
+    return {"active": 0, "seen_recently": 0}
+
+
+def _kind(row: Any) -> str:
+    return "simulated" if row.simulated else "real"
+
+
+# --- logs ---------------------------------------------------------------------------------------
+
+
+async def request_logs(connection: AsyncConnection, project: str, device: str) -> int:
+    """Note that an operator wants the last log lines; the next acknowledgement tells the device. Returns when."""
+    now = now_us()
+    changed = await connection.execute(update(_logs).where(_logs.c.device_id == device).values(requested_at=now))
+    if changed.rowcount == 0:
+        await connection.execute(
+            insert(LogRequest).values(device_id=device, project_id=project, requested_at=now, received_at=0, lines=[])
+        )
+    return now
+
+
+async def store_logs(connection: AsyncConnection, project: str, device: str, lines: list[str]) -> None:
+    """Keep the log lines that a device sent; they replace the ones before."""
+    now = now_us()
+    changed = await connection.execute(
+        update(_logs).where(_logs.c.device_id == device).values(lines=lines, received_at=now)
+    )
+    if changed.rowcount == 0:
+        await connection.execute(
+            insert(LogRequest).values(
+                device_id=device, project_id=project, requested_at=0, received_at=now, lines=lines
+            )
+        )
+
+
+# --- pieces -------------------------------------------------------------------------------------
+
+
+async def _versions(connection: AsyncConnection, project: str) -> Mapping[str, str]:
+    rows = await connection.execute(
+        select(_bundles.c.manifest, _bundles.c.version).where(_bundles.c.project_id == project)
+    )
+    return {row.manifest: row.version for row in rows}
+
+
+async def _running(
+    connection: AsyncConnection, devices: list[str], versions: Mapping[str, str]
+) -> dict[str, list[dict[str, Any]]]:
+    rows = await connection.execute(
+        select(
+            _models.c.device_id,
+            _models.c.model,
+            _models.c.running,
+            _models.c.running_variant,
+            _models.c.state,
+            _models.c.reason,
+        )
+        .where(_models.c.device_id.in_(devices))
+        .order_by(_models.c.model)
+    )
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row.device_id, []).append(
+            {
+                "model": row.model,
+                "version": versions.get(row.running, ""),
+                "variant": row.running_variant,
+                "state": row.state,
+                "reason": row.reason,
+            }
+        )
+    return found
+
+
+def _device(row: Any) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "name": row.name,
+        "state": row.state,
+        "simulated": bool(row.simulated),
+        "labels": row.labels,
+        "arch": row.facts.get("arch", ""),
+        "agent": row.facts.get("agent", ""),
+        "engines": [f"{engine['name']} {engine['version']}" for engine in row.facts.get("engines", [])],
+        "enrolled_at": row.enrolled_at,
+        "last_seen_at": row.last_seen_at,
+    }
+
+
+def _model(row: Any, versions: Mapping[str, str], latency: dict[str, Any] | None) -> dict[str, Any]:
+    tried = row.body.get("variants", [])
+    serving = next((variant for variant in tried if variant["id"] == row.running_variant), None)
+    return {
+        "model": row.model,
+        "state": row.state,
+        "target": row.target,
+        "manifest": row.manifest,
+        "running": row.running,
+        "version": versions.get(row.running, ""),
+        "variant": row.running_variant,
+        "why": "" if serving is None else serving.get("why", ""),
+        "engine": "" if serving is None else serving.get("engine", ""),
+        "peak_memory_bytes": 0 if serving is None else serving.get("peak_memory_bytes", 0),
+        "canary_p50_us": 0.0 if serving is None else serving.get("latency_p50_us", 0.0),
+        "latency": latency,
+        "latency_ratio": row.latency_ratio,
+        "reason": row.reason,
+        "detail": row.detail,
+        "trial_end": row.trial_end,
+        "attempt": row.attempt,
+        "rollout": row.rollout_id,
+        "requests": row.requests,
+        "errors": row.errors,
+        "variants": tried,
+        "updated_at": row.updated_at,
+    }
