@@ -271,7 +271,11 @@ class Ready(_Message, tag="ready", frozen=True, kw_only=True):
 
 
 class Serving(_Message, tag="serving", frozen=True, kw_only=True):
-    """One model of a `Serve` is (or could not be) in service."""
+    """One model of a `Serve` is (or could not be) in service.
+
+    Every `Serve` is answered for every model in it, also for those that it did not change: an answer is told from a
+    late one by its revision.
+    """
 
     revision: int
     model: str
@@ -310,6 +314,8 @@ class ArmStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     requests: int = 0
     errors: int = 0
     fallbacks: int = 0
+    rejected: int = 0
+    """Answers that the application itself called wrong."""
     latency_us: dict[str, dict[str, int]] = {}
     wait_us: dict[str, int] = {}
     classes: dict[str, int] = {}

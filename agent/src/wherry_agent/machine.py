@@ -1,1 +1,860 @@
-"""Placeholder."""
+"""The update machine: what a device does next, given what it knows and what happened. Pure.
+
+    offer ──▶ Resolving ─▶ Fetching ─▶ Judging ─▶ Queued ─▶ Swapping ─▶ OnTrial ─▶ Idle (confirmed)
+                  │  ▲         │  ▲       │  │ next variant    │           │  ╲
+     refused ◀────┤  └Waiting──┴──┴───────┤  └──▶ Fetching     │           │   Proving ─▶ Idle (confirmed_idle)
+                  ▼                       ▼                    ▼           ▼      │
+                Idle                Idle (failed)           Returning ◀────┴──────┘
+                                                             │     ╲
+                                                     Idle (returned) Safe
+
+Rules for whoever edits this module:
+
+1. `step` and `resume` take everything as arguments: no clock, disk, network, log or randomness, also not through a
+   helper. Values are frozen; the state is written durably *before* the effects run, and every effect may be repeated.
+2. One `match` over phases, inside each phase one over events. An event that a phase ignores is *named* there, so that a
+   new event does not type-check until each phase has answered it.
+3. Every phase has an exit that needs no outside event: a deadline (`limit_ms`), a counted limit, or another slot's
+   deadline (`Queued`). `Idle` and `Safe` are ends; an offer leaves them.
+4. The serving set, offers and the queue are level-triggered: after every event `_settle` compares what is with what
+   should be. A phase only changes its slot.
+5. Only reasons in `reasons.VERDICTS` are held against a variant. Everything else is trouble: `Waiting`, then again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, assert_never
+
+import msgspec
+
+from wherry_agent import health
+from wherry_agent.state import (
+    Accepted,
+    Acked,
+    CanaryDone,
+    Cancel,
+    Collect,
+    Connected,
+    Counts,
+    Crashes,
+    Effect,
+    Event,
+    Fetched,
+    Fetching,
+    GoldenChecked,
+    Idle,
+    Job,
+    Judging,
+    Measured,
+    Offered,
+    OnTrial,
+    Phase,
+    Proving,
+    Queued,
+    Refreshed,
+    RefreshFailed,
+    Resolved,
+    Resolving,
+    RestartWorker,
+    Returning,
+    RunGolden,
+    Safe,
+    SendReports,
+    Serve,
+    Served,
+    Slot,
+    SlotEvent,
+    State,
+    Swapping,
+    TaskFailed,
+    Tick,
+    TrustWatch,
+    Waiting,
+    WorkerDied,
+    WorkerReady,
+)
+from wherry_agent.turn import (
+    CRASH_WINDOW_MS,
+    CRASHES_MAX,
+    FAULTS_MAX,
+    FETCH_MS,
+    JUDGE_GRACE_MS,
+    MODELS_MAX,
+    PROVE_MS,
+    REFRESH_MS,
+    RESOLVE_MS,
+    RETRY_MIN_MS,
+    RETURN_MS,
+    RETURN_TRIES_MAX,
+    SWAP_MS,
+    TRIED_MAX,
+    Turn,
+    end_of,
+    kept,
+    plain,
+    serving,
+)
+from wherry_shared import reasons
+from wherry_shared.clock import Now, Since
+from wherry_shared.wire import ModelState, OfferedModel, Report, VariantTried
+
+
+def initial(*, device: str, project: str, stream: str) -> State:
+    """Return the state of a device that was just enrolled; `stream` is a random epoch for its reports."""
+    return State(device=device, project=project, stream=stream)
+
+
+def step(state: State, event: Event, now: Now) -> tuple[State, tuple[Effect, ...]]:
+    """Return the next state, and the effects to run once that state is on disk."""
+    turn = Turn(state, now)
+    match event:
+        case Offered():
+            turn.adopt_trust(event.trust)
+            _accept(turn, event)
+        case Refreshed():
+            turn.adopt_trust(event.trust)
+            turn.refreshed()
+        case RefreshFailed():
+            turn.refresh_failed(event.reason)
+        case WorkerReady():
+            turn.effects.append(_serve(turn.state))
+        case Acked():
+            turn.acked(event)
+        case WorkerDied():
+            _worker_died(turn, event)
+        case Tick() | Connected():
+            turn.watch_trust(connected=isinstance(event, Connected))
+            for name in tuple(turn.state.models):
+                _slot_step(turn, name, event)
+        case Resolved():
+            if event.trust is not None:
+                turn.adopt_trust(event.trust)
+            _slot_step(turn, event.model, event)
+        case Fetched() | TaskFailed() | CanaryDone() | Served() | Measured() | GoldenChecked():
+            _slot_step(turn, event.model, event)
+        case _:
+            assert_never(event)
+    return _settle(turn)
+
+
+def resume(state: State, now: Now) -> tuple[State, tuple[Effect, ...]]:
+    """Return the state after a restart or a power cut, and the effects to repeat.
+
+    Children are gone and the worker's memory with them: the worker is told what to serve when it is `WorkerReady`. The
+    default is to go back to the incumbent; each phase that goes on says why.
+    """
+    turn = Turn(state, now)
+    turn.resume_watch()
+    for name, slot in tuple(turn.state.models.items()):
+        phase = slot.phase
+        match phase:
+            case Idle() | Safe():
+                pass  # nothing is under way
+            case Resolving(job):
+                turn.resolve(name, slot, job)  # nothing was served yet, and asking again is free
+            case Fetching(job):
+                turn.fetch(name, slot, job)  # the download resumes where it was
+            case Waiting():
+                # After a reboot the wait begins again, at its shortest: a device that reboots often still gets there.
+                since = turn.since(phase.since)
+                wait_ms = phase.wait_ms if since == phase.since else min(phase.wait_ms, RETRY_MIN_MS)
+                turn.put(name, replace(slot, phase=replace(phase, since=since, wait_ms=wait_ms)))
+            case Queued():
+                turn.put(name, replace(slot, phase=replace(phase, since=turn.since(phase.since))))
+            case Judging(job):
+                # The canary touches nobody, unless it takes the whole machine down: so it is counted.
+                job = replace(job, restarts=job.restarts + 1)
+                if job.restarts >= job.offered.trial.restarts_max:
+                    turn.fail(name, slot, job, reasons.RESTARTS, "the device restarted during the canary too often")
+                else:
+                    turn.judge(name, slot, job)
+            case Swapping(job) | OnTrial(job) | Proving(job):
+                # The candidate passed its canary and a power cut says nothing about it: the trial goes on, counted.
+                job = replace(job, restarts=job.restarts + 1)
+                counts = _carried(phase.counts)
+                if job.restarts >= job.offered.trial.restarts_max:
+                    detail = f"{job.restarts} restarts during the trial"
+                    turn.go_back(name, slot, job, reasons.RESTARTS, detail, counts)
+                else:
+                    began = _began(phase)
+                    began = turn.since(began) if began is not None else None
+                    again = Swapping(job, Since.at(now), phase.trial, phase.crashes, began, counts)
+                    turn.put(name, replace(slot, phase=again))
+            case Returning():
+                # Going back is what it was about: the incumbent is served as soon as the worker is there.
+                turn.put(name, replace(slot, phase=replace(phase, since=Since.at(now), tries=0)))
+            case _:
+                assert_never(phase)
+    if turn.state.owed:
+        turn.effects.append(SendReports())
+    turn.effects.append(Collect(kept(turn.state)))
+    return _settle(turn)
+
+
+def outgoing(state: State) -> tuple[Report, ...]:
+    """Return the reports to send, in order, each naming the oldest one still held."""
+    first = state.owed[0].seq if state.owed else state.seq
+    return tuple(msgspec.structs.replace(report, first=first) for report in state.owed)
+
+
+def running(state: State) -> dict[str, str]:
+    """Return model → manifest digest of what the device serves (or has told its worker to serve)."""
+    return {model.name: model.active.manifest for model in serving(state)}
+
+
+def trust_state(state: State, now: Now) -> str:
+    """Return what the hello says about trust: empty, `trust_stale` or `clock_unset`."""
+    if state.trust is None:
+        return ""
+    if now.wall_us < state.trust.time_floor_us:
+        return reasons.CLOCK_UNSET
+    return reasons.TRUST_STALE if now.wall_us > state.trust.expires_at else ""
+
+
+def limit_ms(phase: Phase) -> int | None:
+    """Return how long a phase may last before `Tick` ends it; None for ends, and for `Queued`, which others end."""
+    match phase:
+        case Resolving():
+            return RESOLVE_MS
+        case Fetching():
+            return FETCH_MS
+        case Judging(job):
+            return job.offered.trial.canary_s * 1000 + JUDGE_GRACE_MS
+        case Swapping():
+            return SWAP_MS
+        case OnTrial(job):
+            return job.offered.trial.max_s * 1000
+        case Proving():
+            return PROVE_MS
+        case Returning():
+            return RETURN_MS
+        case Waiting():
+            return phase.wait_ms
+        case Idle() | Queued() | Safe():
+            return None
+        case _:
+            assert_never(phase)
+
+
+def next_deadline_ms(state: State, now: Now) -> int:
+    """Return in how many milliseconds `Tick` is due."""
+    left: list[int] = []
+    for slot in state.models.values():
+        limit = limit_ms(slot.phase)
+        if limit is not None and not isinstance(slot.phase, Idle | Queued | Safe):
+            left.append(limit - slot.phase.since.elapsed_ms(now))
+    left.append(_watch_ms(state.watch) - state.watch.since.elapsed_ms(now) if state.watch is not None else 0)
+    return max(0, min(left))
+
+
+def only_counts_differ(old: State, new: State) -> bool:
+    """Tell whether two states differ in nothing but a trial's running counts, which a power cut may take."""
+    if old is new:
+        return True
+    plain = {name: _without_counts(slot) for name, slot in new.models.items()}
+    return replace(old, models={n: _without_counts(s) for n, s in old.models.items()}) == replace(new, models=plain)
+
+
+def _without_counts(slot: Slot) -> Slot:
+    phase = slot.phase
+    return replace(slot, phase=replace(phase, counts=Counts())) if isinstance(phase, OnTrial) else slot
+
+
+# --- the offer -----------------------------------------------------------------------------------
+
+
+def _accept(turn: Turn, event: Offered) -> None:
+    """Take a verified offer as what the device should have: only newer ones, and the same bytes change nothing."""
+    offer, known = event.offer, turn.state.offer
+    if offer.device != turn.state.device or offer.project != turn.state.project:
+        return
+    if known is not None and (offer.epoch, offer.serial) <= (known.epoch, known.serial):
+        return
+    unsupported = ""
+    if offer.critical:
+        unsupported = f"needs {', '.join(sorted(offer.critical))[:200]}, unknown to this agent"
+    elif offer.flags:
+        unsupported = f"sets flags {', '.join(sorted(offer.flags))[:200]}, unknown to this agent"
+    models = dict(offer.models)
+    for members in offer.groups.values():
+        for name in members:
+            if name in models and not models[name].group:
+                models[name] = msgspec.structs.replace(models[name], group="*")
+    turn.state = replace(
+        turn.state,
+        offer=Accepted(offer.epoch, offer.serial, event.digest, offer.expires_at, models, unsupported),
+    )
+
+
+def _unsupported(offer: Accepted, offered: OfferedModel) -> str:
+    """Say what of an offered model this release does not do; empty if it can."""
+    if offer.unsupported:
+        return offer.unsupported
+    if offered.mode not in ("replace", "none"):
+        return f"mode {offered.mode} is not supported by this agent"
+    if offered.group:
+        return "groups are not supported by this agent"
+    return ""
+
+
+def _reconsider(turn: Turn, name: str, offer: Accepted, offered: OfferedModel) -> None:
+    """Compare one slot with what the accepted offer says about its model."""
+    slot = turn.state.models.get(name, Slot())
+    phase = slot.phase
+    removal = offered.mode == "none"
+    names_incumbent = (
+        slot.incumbent is None
+        if removal
+        else slot.incumbent is not None and slot.incumbent.manifest == offered.manifest
+    )
+    match phase:
+        case Idle() | Safe():
+            _begin(turn, name, slot, offer, offered)
+        case Resolving(job) | Fetching(job) | Judging(job) | Queued(job) | Waiting(job):
+            if not removal and end_of(job.offered) == end_of(offered) and not _unsupported(offer, offered):
+                if job.offered != offered or job.serial != offer.serial:
+                    turn.put(name, replace(slot, phase=replace(phase, job=_renewed(job, offered, offer.serial))))
+                return
+            turn.effects.append(Cancel(name))
+            slot = replace(slot, phase=Idle(), settled=None)
+            turn.put(name, slot)
+            _begin(turn, name, slot, offer, offered, reason=reasons.WITHDRAWN if names_incumbent else "")
+        case Swapping(job) | OnTrial(job) | Proving(job):
+            if names_incumbent and not _unsupported(offer, offered):
+                detail = "the offer names the incumbent"
+                turn.go_back(name, slot, job, reasons.WITHDRAWN, detail, phase.counts)
+        case Returning():
+            pass  # compared again when it is over
+        case _:
+            assert_never(phase)
+
+
+def _begin(turn: Turn, name: str, slot: Slot, offer: Accepted, offered: OfferedModel, reason: str = "") -> None:
+    """From rest: remove, acknowledge, refuse or start."""
+    end = end_of(offered)
+    why = _unsupported(offer, offered)
+    if end in slot.ends or (slot.settled == end and not isinstance(slot.phase, Safe)):
+        return
+    if why:
+        job = Job(offered, offer.serial)
+        turn.refuse(name, slot, job, reasons.UNSUPPORTED, why)
+    elif offered.mode == "none":
+        had = slot.incumbent is not None
+        slot = Slot(settled=end, ends=slot.ends)
+        turn.put(name, slot)
+        turn.report(name, "removed", offered=offered, serial=offer.serial, reason=reason)
+        if had:
+            turn.effects.append(Collect(kept(turn.state)))
+    elif slot.incumbent is not None and slot.incumbent.manifest == offered.manifest and isinstance(slot.phase, Idle):
+        incumbent = replace(slot.incumbent, offered=plain(offered))
+        turn.put(name, replace(slot, incumbent=incumbent, settled=end))
+        state: ModelState = "confirmed_idle" if incumbent.idle else "confirmed"
+        turn.report(name, state, offered=offered, serial=offer.serial, reason=reason)
+    elif len(turn.state.models) >= MODELS_MAX and name not in turn.state.models:
+        why = f"this device already has {MODELS_MAX} models"
+        turn.refuse(name, slot, Job(offered, offer.serial), reasons.UNSUPPORTED, why)
+    else:
+        turn.resolve(name, slot, Job(offered, offer.serial), report=True)
+
+
+# --- slots: phases × events ----------------------------------------------------------------------
+
+
+def _slot_step(turn: Turn, name: str, event: SlotEvent) -> None:
+    slot = turn.state.models.get(name)
+    if slot is None:
+        return
+    phase = slot.phase
+    match phase:
+        case Idle():
+            _idle(turn, name, slot, event)
+        case Resolving():
+            _resolving(turn, name, slot, phase, event)
+        case Fetching():
+            _fetching(turn, name, slot, phase, event)
+        case Judging():
+            _judging(turn, name, slot, phase, event)
+        case Queued():
+            _queued(turn, name, slot, event)
+        case Swapping():
+            _swapping(turn, name, slot, phase, event)
+        case OnTrial():
+            _on_trial(turn, name, slot, phase, event)
+        case Proving():
+            _proving(turn, name, slot, phase, event)
+        case Returning():
+            _returning(turn, name, slot, phase, event)
+        case Waiting():
+            _waiting(turn, name, slot, phase, event)
+        case Safe():
+            _safe(event)
+        case _:
+            assert_never(phase)
+
+
+def _idle(turn: Turn, name: str, slot: Slot, event: SlotEvent) -> None:
+    match event:
+        case Served():
+            _incumbent_served(turn, name, slot, event)
+        case Resolved() | Fetched() | TaskFailed() | CanaryDone():
+            pass  # late: its job is over
+        case Measured() | GoldenChecked():
+            pass  # late: its trial is over
+        case Tick() | Connected():
+            pass
+        case WorkerDied():
+            pass  # counted for the whole device in `_worker_died`
+        case _:
+            assert_never(event)
+
+
+def _resolving(turn: Turn, name: str, slot: Slot, phase: Resolving, event: SlotEvent) -> None:
+    job = phase.job
+    match event:
+        case Resolved() if _speaks_of(event, job):
+            _resolved(turn, name, slot, job, event)
+        case TaskFailed() if _speaks_of(event, job) and event.task == "resolve":
+            turn.trouble(name, slot, job, "resolve", event)
+        case Tick() if _overdue(phase, turn.now):
+            turn.effects.append(Cancel(name))
+            turn.trouble(name, slot, job, "resolve", _late(name, job, "resolve"))
+        case Resolved() | Fetched() | TaskFailed() | CanaryDone():
+            pass  # late: of another job
+        case Served():
+            _incumbent_served(turn, name, slot, event)
+        case Measured() | GoldenChecked() | Tick() | Connected() | WorkerDied():
+            pass
+        case _:
+            assert_never(event)
+
+
+def _fetching(turn: Turn, name: str, slot: Slot, phase: Fetching, event: SlotEvent) -> None:
+    job = phase.job
+    match event:
+        case Fetched() if _speaks_of(event, job) and event.variant == job.loadable.variant:
+            turn.judge(name, slot, replace(job, troubles=0), report=True)
+        case TaskFailed() if _speaks_of(event, job) and event.task == "fetch":
+            turn.trouble(name, slot, job, "fetch", event)
+        case Tick() if _overdue(phase, turn.now):
+            turn.effects.append(Cancel(name))
+            turn.trouble(name, slot, job, "fetch", _late(name, job, "fetch"))
+        case Resolved() | Fetched() | TaskFailed() | CanaryDone():
+            pass  # late: of another job or variant
+        case Served():
+            _incumbent_served(turn, name, slot, event)
+        case Measured() | GoldenChecked() | Tick() | Connected() | WorkerDied():
+            pass
+        case _:
+            assert_never(event)
+
+
+def _judging(turn: Turn, name: str, slot: Slot, phase: Judging, event: SlotEvent) -> None:
+    job = phase.job
+    match event:
+        case CanaryDone() if _speaks_of(event, job) and event.digest == job.loadable.digest:
+            _judged(turn, name, slot, job, event)
+        case TaskFailed() if _speaks_of(event, job) and event.task == "judge":
+            turn.trouble(name, slot, job, "judge", event)
+        case Tick() if _overdue(phase, turn.now):
+            turn.effects.append(Cancel(name))
+            seconds = job.offered.trial.canary_s
+            turn.variant_failed(name, slot, job, reasons.TIMEOUT, f"no verdict of the canary in {seconds} s")
+        case Resolved() | Fetched() | TaskFailed() | CanaryDone():
+            pass  # late: of another job or variant
+        case Served():
+            _incumbent_served(turn, name, slot, event)
+        case Measured() | GoldenChecked() | Tick() | Connected() | WorkerDied():
+            pass
+        case _:
+            assert_never(event)
+
+
+def _queued(turn: Turn, name: str, slot: Slot, event: SlotEvent) -> None:
+    match event:
+        case Served():
+            _incumbent_served(turn, name, slot, event)
+        case Resolved() | Fetched() | TaskFailed() | CanaryDone() | Measured() | GoldenChecked():
+            pass  # `_admit` moves it on as soon as no other model is being tried
+        case Tick() | Connected() | WorkerDied():
+            pass
+        case _:
+            assert_never(event)
+
+
+def _swapping(turn: Turn, name: str, slot: Slot, phase: Swapping, event: SlotEvent) -> None:
+    job = phase.job
+    match event:
+        case Served() if turn.is_current(event) and event.digest == job.loadable.digest:
+            if event.ok:
+                since = phase.began if phase.began is not None else Since.at(turn.now)
+                turn.put(name, replace(slot, phase=OnTrial(job, since, phase.trial, phase.crashes, phase.counts)))
+                if phase.began is None:
+                    turn.report(name, "trial", job=job)
+            else:
+                reason = event.reason or reasons.LOAD_FAILED
+                turn.go_back(name, slot, job, reason, event.detail, phase.counts)
+        case Served():
+            pass  # of an earlier serving set, in which the candidate was not
+        case WorkerDied():
+            _crashed(turn, name, slot, phase, event)
+        case Tick() if _overdue(phase, turn.now):
+            # The worker is silent, which may be its own fault: nothing is held against the variant.
+            detail = f"the worker did not serve it within {SWAP_MS // 1000} s"
+            turn.effects.append(RestartWorker(detail))
+            turn.go_back(name, slot, job, reasons.CHILD_FAILED, detail, phase.counts)
+        case Tick() | Connected():
+            pass
+        case Resolved() | Fetched() | TaskFailed() | CanaryDone() | Measured() | GoldenChecked():
+            pass  # late
+        case _:
+            assert_never(event)
+
+
+def _on_trial(turn: Turn, name: str, slot: Slot, phase: OnTrial, event: SlotEvent) -> None:
+    job = phase.job
+    match event:
+        case Measured() if event.trial == phase.trial and event.candidate.digest == job.loadable.digest:
+            _measured(turn, name, slot, phase, event)
+        case WorkerDied():
+            _crashed(turn, name, slot, phase, event)
+        case Served() if turn.is_current(event) and event.digest == job.loadable.digest and not event.ok:
+            turn.go_back(name, slot, job, event.reason or reasons.LOAD_FAILED, event.detail, phase.counts)
+        case Tick() if _overdue(phase, turn.now):
+            _prove(turn, name, slot, phase, enough=False)
+        case Served() | Measured() | GoldenChecked():
+            pass  # of an earlier serving set or trial, or nothing new
+        case Tick() | Connected() | Resolved() | Fetched() | TaskFailed() | CanaryDone():
+            pass
+        case _:
+            assert_never(event)
+
+
+def _proving(turn: Turn, name: str, slot: Slot, phase: Proving, event: SlotEvent) -> None:
+    job = phase.job
+    match event:
+        case GoldenChecked() if event.trial == phase.trial and event.digest == job.loadable.digest:
+            if event.passed:
+                turn.confirm(name, slot, job, phase.counts, idle=not phase.enough)
+            else:
+                turn.go_back(name, slot, job, reasons.HEALTH_GOLDEN, event.detail, phase.counts)
+        case Measured() if event.trial == phase.trial and event.candidate.digest == job.loadable.digest:
+            counts = _counted(phase.counts, event, 0.0)
+            verdict = health.judge(
+                job.offered.trial, event.candidate, event.baseline, has_incumbent=slot.incumbent is not None
+            )
+            if verdict.outcome == "fail":
+                turn.go_back(name, slot, job, verdict.reason, verdict.detail, counts)
+        case WorkerDied():
+            _crashed(turn, name, slot, phase, event)
+        case Tick() if _overdue(phase, turn.now):
+            turn.effects.append(RestartWorker("it did not answer for the golden vectors"))
+            detail = f"golden vectors were not run again within {PROVE_MS // 1000} s"
+            turn.go_back(name, slot, job, reasons.CHILD_FAILED, detail, phase.counts)
+        case Served() if turn.is_current(event) and event.digest == job.loadable.digest and not event.ok:
+            turn.go_back(name, slot, job, event.reason or reasons.LOAD_FAILED, event.detail, phase.counts)
+        case Served() | Measured() | GoldenChecked():
+            pass  # of an earlier serving set or trial, or nothing new
+        case Tick() | Connected() | Resolved() | Fetched() | TaskFailed() | CanaryDone():
+            pass
+        case _:
+            assert_never(event)
+
+
+def _returning(turn: Turn, name: str, slot: Slot, phase: Returning, event: SlotEvent) -> None:
+    incumbent = slot.incumbent
+    match event:
+        case Served() if turn.is_current(event) and incumbent is not None:
+            if event.digest != incumbent.loadable.digest:
+                return
+            if event.ok:
+                turn.returned(name, slot, phase)
+            else:
+                _return_again(turn, name, slot, phase, event)
+        case WorkerDied():
+            pass  # the next worker is told the same; the deadline counts
+        case Tick() if _overdue(phase, turn.now):
+            _return_again(turn, name, slot, phase, event)
+        case Served() | Tick() | Connected():
+            pass
+        case Resolved() | Fetched() | TaskFailed() | CanaryDone() | Measured() | GoldenChecked():
+            pass  # late
+        case _:
+            assert_never(event)
+
+
+def _waiting(turn: Turn, name: str, slot: Slot, phase: Waiting, event: SlotEvent) -> None:
+    match event:
+        case Tick() if _overdue(phase, turn.now):
+            turn.retry(name, slot, phase)
+        case Connected() if phase.reason == reasons.NETWORK and phase.since.elapsed_ms(turn.now) >= RETRY_MIN_MS:
+            turn.retry(name, slot, phase)
+        case Served():
+            _incumbent_served(turn, name, slot, event)
+        case Tick() | Connected() | WorkerDied():
+            pass
+        case Resolved() | Fetched() | TaskFailed() | CanaryDone() | Measured() | GoldenChecked():
+            pass  # late
+        case _:
+            assert_never(event)
+
+
+def _safe(event: SlotEvent) -> None:
+    match event:
+        case Resolved() | Fetched() | TaskFailed() | CanaryDone() | Served() | Measured() | GoldenChecked():
+            pass  # only an offer leads out
+        case Tick() | Connected() | WorkerDied():
+            pass
+        case _:
+            assert_never(event)
+
+
+# --- what the phases share -----------------------------------------------------------------------
+
+
+def _resolved(turn: Turn, name: str, slot: Slot, job: Job, event: Resolved) -> None:
+    """Leave out what is known to fail here, and start with the best of the rest."""
+    fresh, tried = [], list(event.passed_over)
+    for candidate in event.candidates:
+        bad = turn.known_bad(candidate.loadable.digest, candidate.loadable.engine, candidate.loadable.engine_version)
+        if bad is not None and bad.attempt >= job.offered.attempt:
+            tried.append(
+                VariantTried(
+                    id=candidate.loadable.variant,
+                    digest=candidate.loadable.digest,
+                    outcome="failed",
+                    engine=f"{bad.engine} {bad.engine_version}",
+                    reason=bad.reason,
+                    why="failed here before",
+                )
+            )
+        else:
+            fresh.append(candidate)
+    job = replace(job, troubles=0, tried=tuple(tried[:TRIED_MAX]), preprocess_id=event.preprocess_id)
+    if not fresh:
+        reason = reasons.KNOWN_BAD if event.candidates else reasons.NO_VARIANT
+        detail = "every variant that fits failed here before" if event.candidates else "no variant fits this device"
+        turn.refuse(name, slot, job, reason, detail)
+        return
+    turn.fetch(name, slot, replace(job, candidates=tuple(fresh[: job.offered.trial.variant_tries])))
+
+
+def _judged(turn: Turn, name: str, slot: Slot, job: Job, event: CanaryDone) -> None:
+    result = event.result
+    if result.passed:
+        found = VariantTried(
+            id=job.loadable.variant,
+            digest=job.loadable.digest,
+            outcome="candidate",
+            engine=f"{job.loadable.engine} {job.loadable.engine_version}",
+            why=job.candidates[0].why,
+            peak_memory_bytes=result.peak_memory_bytes,
+            latency_p50_us=result.latency_p50_us,
+            latency_p99_us=result.latency_p99_us,
+            latency_ratio=result.latency_ratio,
+        )
+        measured = msgspec.structs.replace(job.loadable, peak_memory_bytes=result.peak_memory_bytes)
+        first = msgspec.structs.replace(job.candidates[0], loadable=measured)
+        job = replace(job, candidates=(first, *job.candidates[1:]), tried=(*job.tried, found)[-TRIED_MAX:], troubles=0)
+        turn.put(name, replace(slot, phase=Queued(job, Since.at(turn.now))))
+    elif result.reason in reasons.VERDICTS:
+        turn.variant_failed(name, slot, job, result.reason, result.detail, result.peak_memory_bytes)
+    else:
+        reason = result.reason or reasons.CHILD_FAILED
+        late = TaskFailed(name, job.offered.manifest, job.offered.attempt, "judge", reason, result.detail, 0.0)
+        turn.trouble(name, slot, job, "judge", late)
+
+
+def _measured(turn: Turn, name: str, slot: Slot, phase: OnTrial, event: Measured) -> None:
+    verdict = health.judge(
+        phase.job.offered.trial, event.candidate, event.baseline, has_incumbent=slot.incumbent is not None
+    )
+    counts = _counted(phase.counts, event, verdict.latency_ratio)
+    phase = replace(phase, counts=counts)
+    match verdict.outcome:
+        case "fail":
+            turn.go_back(name, slot, phase.job, verdict.reason, verdict.detail, counts)
+        case "pass":
+            turn.confirm(name, slot, phase.job, counts, idle=False)
+        case "unknown":
+            _prove(turn, name, replace(slot, phase=phase), phase, enough=True)
+        case "open":
+            turn.put(name, replace(slot, phase=phase))
+        case _:
+            assert_never(verdict.outcome)
+
+
+def _prove(turn: Turn, name: str, slot: Slot, phase: OnTrial, *, enough: bool) -> None:
+    """Let golden vectors decide where traffic does not."""
+    since = Since.at(turn.now)
+    proving = Proving(phase.job, since, phase.trial, phase.since, phase.crashes, phase.counts, enough)
+    turn.put(name, replace(slot, phase=proving))
+    turn.effects.append(RunGolden(name, phase.job.loadable.digest, phase.trial))
+
+
+def _crashed(turn: Turn, name: str, slot: Slot, phase: Swapping | OnTrial | Proving, event: WorkerDied) -> None:
+    """A worker that dies while a candidate is on trial counts against the candidate."""
+    crashes = phase.crashes + 1
+    counts = _carried(phase.counts)
+    if crashes > phase.job.offered.trial.crashes_max:
+        turn.go_back(name, slot, phase.job, reasons.CRASH, event.detail, counts)
+        return
+    began = _began(phase)
+    again = Swapping(phase.job, Since.at(turn.now), phase.trial, crashes, began, counts)
+    turn.put(name, replace(slot, phase=again))
+
+
+def _began(phase: Swapping | OnTrial | Proving) -> Since | None:
+    return phase.since if isinstance(phase, OnTrial) else phase.began
+
+
+def _return_again(turn: Turn, name: str, slot: Slot, phase: Returning, event: Served | Tick) -> None:
+    """The incumbent did not come back: a new worker is tried a few times, then the version before it."""
+    if phase.tries + 1 < RETURN_TRIES_MAX:
+        turn.put(name, replace(slot, phase=replace(phase, tries=phase.tries + 1, since=Since.at(turn.now))))
+        turn.effects.append(RestartWorker(f"it did not serve {name} again"))
+        return
+    turn.returned(name, slot, phase)
+    reason, detail = reasons.CHILD_FAILED, "the worker did not serve it again"
+    if isinstance(event, Served):
+        reason, detail = event.reason or reasons.LOAD_FAILED, event.detail
+    turn.give_up(name, turn.state.models[name], reason, detail)
+
+
+def _worker_died(turn: Turn, event: WorkerDied) -> None:
+    """With a trial or a return under way the death is theirs; else it is counted, and a loop costs the last-confirmed."""
+    busy = [name for name, slot in turn.state.models.items() if _occupies(slot.phase)]
+    for name in tuple(turn.state.models):
+        _slot_step(turn, name, event)
+    if busy:
+        return
+    before = turn.state.crashes
+    if before is None or before.since.boot != turn.now.boot or before.since.elapsed_ms(turn.now) > CRASH_WINDOW_MS:
+        before = Crashes(Since.at(turn.now), 0)
+    turn.state = replace(turn.state, crashes=replace(before, count=before.count + 1))
+    if before.count + 1 <= CRASHES_MAX:
+        return
+    turn.state = replace(turn.state, crashes=None)
+    suspects = [
+        (slot.incumbent.order, name)
+        for name, slot in turn.state.models.items()
+        if slot.incumbent is not None and not isinstance(slot.phase, Safe)
+    ]
+    if suspects:
+        _, name = max(suspects)
+        turn.give_up(name, turn.state.models[name], reasons.CRASH, event.detail)
+
+
+def _incumbent_served(turn: Turn, name: str, slot: Slot, event: Served) -> None:
+    """Outside trials: a version that was confirmed here fails to load, which is tried again in a new worker, counted."""
+    incumbent = slot.incumbent
+    if incumbent is None or not turn.is_current(event) or event.digest != incumbent.loadable.digest:
+        return
+    if event.ok:
+        if slot.faults:
+            turn.put(name, replace(slot, faults=0))
+    elif slot.faults + 1 < FAULTS_MAX:
+        turn.put(name, replace(slot, faults=slot.faults + 1))
+        turn.effects.append(RestartWorker(f"{name} could not be served: {event.reason}"))
+    else:
+        turn.give_up(name, slot, event.reason or reasons.LOAD_FAILED, event.detail)
+
+
+def _settle(turn: Turn) -> tuple[State, tuple[Effect, ...]]:
+    """Compare what is with what should be: offer, queue, serving set, reports."""
+    offer = turn.state.offer
+    if offer is not None and not turn.expired():
+        for name, offered in offer.models.items():
+            _reconsider(turn, name, offer, offered)
+    _admit(turn)
+    _forget(turn)
+    if serving(turn.state) != serving(turn.before):
+        turn.state = replace(turn.state, revision=turn.state.revision + 1)
+        turn.effects.append(_serve(turn.state))
+    if turn.state.seq != turn.before.seq and SendReports() not in turn.effects:
+        turn.effects.append(SendReports())
+    return turn.state, tuple(turn.effects)
+
+
+def _admit(turn: Turn) -> None:
+    """One model at a time is swapped and tried, so that a crash has one suspect."""
+    if any(_occupies(slot.phase) for slot in turn.state.models.values()):
+        return
+    for name in sorted(turn.state.models):
+        slot = turn.state.models[name]
+        if isinstance(slot.phase, Queued):
+            job = slot.phase.job
+            if turn.expired():
+                turn.expire(name, slot, job)
+                continue
+            trial = f"{job.offered.rollout or '-'}.{job.offered.attempt}.{turn.state.revision + 1}"
+            turn.put(name, replace(slot, phase=Swapping(job, Since.at(turn.now), trial)))
+            return
+
+
+def _occupies(phase: Phase) -> bool:
+    return isinstance(phase, Swapping | OnTrial | Proving | Returning)
+
+
+def _serve(state: State) -> Serve:
+    return Serve(state.revision, serving(state))
+
+
+def _forget(turn: Turn) -> None:
+    """Drop slots that hold nothing and that the offer does not name."""
+    wanted = turn.state.offer.models if turn.state.offer is not None else {}
+    empty = [
+        name
+        for name, slot in turn.state.models.items()
+        if slot.incumbent is None and isinstance(slot.phase, Idle) and name not in wanted
+    ]
+    if empty:
+        turn.state = replace(turn.state, models={n: s for n, s in turn.state.models.items() if n not in empty})
+
+
+def _speaks_of(event: Resolved | Fetched | TaskFailed | CanaryDone, job: Job) -> bool:
+    return event.manifest == job.offered.manifest and event.attempt == job.offered.attempt
+
+
+def _overdue(phase: Phase, now: Now) -> bool:
+    limit = limit_ms(phase)
+    assert limit is not None
+    assert not isinstance(phase, Idle | Queued | Safe)
+    return phase.since.elapsed_ms(now) >= limit
+
+
+def _late(name: str, job: Job, task: Literal["resolve", "fetch", "judge"]) -> TaskFailed:
+    offered = job.offered
+    return TaskFailed(
+        name, offered.manifest, offered.attempt, task, reasons.CHILD_FAILED, "it did not end in time", 0.0
+    )
+
+
+def _renewed(job: Job, offered: OfferedModel, serial: int) -> Job:
+    """Take over newer terms for the same attempt."""
+    return replace(job, offered=offered if not job.candidates else plain(offered), serial=serial)
+
+
+def _counted(counts: Counts, event: Measured, latency_ratio: float) -> Counts:
+    arm = event.candidate
+    return replace(
+        counts,
+        requests=arm.requests,
+        errors=arm.errors,
+        fallbacks=arm.fallbacks,
+        latency_ratio=latency_ratio or counts.latency_ratio,
+    )
+
+
+def _carried(counts: Counts) -> Counts:
+    """Keep the totals of a worker process that is gone."""
+    return Counts(
+        latency_ratio=counts.latency_ratio,
+        earlier_requests=counts.earlier_requests + counts.requests,
+        earlier_errors=counts.earlier_errors + counts.errors,
+        earlier_fallbacks=counts.earlier_fallbacks + counts.fallbacks,
+    )
+
+
+def _watch_ms(watch: TrustWatch) -> int:
+    return REFRESH_MS if watch.running else watch.wait_ms

@@ -1,0 +1,513 @@
+"""The values that the update machine moves between: the device's state, what can happen to it, what it may ask for.
+
+All frozen. `machine.step` is the only place that makes a new state out of an old one; `journal` writes one to disk
+under names of its own. An event that speaks of a model also names which manifest and attempt (or which trial, digest or
+revision) it speaks of, so that a late or repeated one can be told apart and ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from wherry_agent.children import ArmStats, Candidate, Judged, Loadable, ServeModel, Trust
+from wherry_shared.bundle import Interface
+from wherry_shared.clock import Since
+from wherry_shared.wire import Offer, OfferedModel, Report, VariantTried
+
+# --- what a slot is made of ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """A version that ended its trial well here; its files stay on disk."""
+
+    offered: OfferedModel
+    """Under which terms it came, without the fleet's figures."""
+    loadable: Loadable
+    order: int = 0
+    """Device-wide count of confirmations: the highest is the first suspect when the worker crashes in a loop."""
+    idle: bool = False
+    """Confirmed by golden vectors only, without enough requests."""
+
+    @property
+    def manifest(self) -> str:
+        """Manifest digest of the bundle."""
+        return self.loadable.manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What the candidate did in its trial; `earlier_*` are those of worker processes that died in it."""
+
+    requests: int = 0
+    errors: int = 0
+    fallbacks: int = 0
+    latency_ratio: float = 0.0
+    earlier_requests: int = 0
+    earlier_errors: int = 0
+    earlier_fallbacks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The way of one offered bundle to this device; `candidates[0]` is the variant in hand."""
+
+    offered: OfferedModel
+    serial: int
+    candidates: tuple[Candidate, ...] = ()
+    tried: tuple[VariantTried, ...] = ()
+    canaries: int = 0
+    """Variants given to the canary so far, at most `trial.variant_tries`."""
+    troubles: int = 0
+    """Troubles (network, disk, trust) in a row; sets the back-off."""
+    restarts: int = 0
+    """Restarts of the supervisor or the machine while this candidate was run."""
+    preprocess_id: str = ""
+    reported: str = ""
+    """Reason of the last trouble that was reported: the same one is not reported again."""
+
+    @property
+    def loadable(self) -> Loadable:
+        """The variant in hand."""
+        return self.candidates[0].loadable
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Nothing is under way; the incumbent serves, if there is one. Left by a newer offer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resolving:
+    """The courier goes from target to a ranked list of variants."""
+
+    job: Job
+    since: Since
+
+
+@dataclass(frozen=True, slots=True)
+class Fetching:
+    """The courier downloads the variant in hand."""
+
+    job: Job
+    since: Since
+
+
+@dataclass(frozen=True, slots=True)
+class Judging:
+    """The canary runs the golden vectors of the variant in hand."""
+
+    job: Job
+    since: Since
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """Judged good; waits until no other model of this device is being swapped or tried."""
+
+    job: Job
+    since: Since
+
+
+@dataclass(frozen=True, slots=True)
+class Swapping:
+    """The worker was told to serve the candidate and has not said yet that it does."""
+
+    job: Job
+    since: Since
+    trial: str
+    crashes: int = 0
+    began: Since | None = None
+    """When the trial began, if it already had."""
+    counts: Counts = Counts()
+
+
+@dataclass(frozen=True, slots=True)
+class OnTrial:
+    """The candidate answers requests; the incumbent stays ready."""
+
+    job: Job
+    since: Since
+    trial: str
+    crashes: int = 0
+    counts: Counts = Counts()
+
+
+@dataclass(frozen=True, slots=True)
+class Proving:
+    """The trial's time is over without enough evidence: the worker runs the golden vectors again, in place."""
+
+    job: Job
+    since: Since
+    trial: str
+    began: Since
+    """When the trial began."""
+    crashes: int = 0
+    counts: Counts = Counts()
+    enough: bool = False
+    """There were enough requests and nothing spoke against it; only latency could not be compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Returning:
+    """The worker was told to serve the incumbent again and has not said yet that it does."""
+
+    job: Job
+    since: Since
+    reason: str
+    detail: str
+    tries: int = 0
+    counts: Counts = Counts()
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Trouble around the model (never evidence against it): the same work is tried again after `wait_ms`."""
+
+    job: Job
+    since: Since
+    reason: str
+    detail: str
+    wait_ms: int
+    then: Literal["resolve", "fetch", "judge"]
+
+
+@dataclass(frozen=True, slots=True)
+class Safe:
+    """Nothing that this device has of the model can serve: it answers no requests, and says so. Left by an offer."""
+
+    reason: str
+    detail: str
+
+
+Phase = Idle | Resolving | Fetching | Judging | Queued | Swapping | OnTrial | Proving | Returning | Waiting | Safe
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """What names one attempt to bring a bundle here; one that came to nothing is not made again."""
+
+    manifest: str
+    rollout: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One model on this device."""
+
+    incumbent: Installed | None = None
+    """The version trusted now."""
+    last_good: Installed | None = None
+    """The one trusted before it: where a crash loop leads back to."""
+    phase: Phase = Idle()
+    contract: Interface | None = None
+    """What applications rely on: the interface of the first confirmed bundle."""
+    contract_preprocess: str = ""
+    ends: tuple[End, ...] = ()
+    settled: End | None = None
+    """The offer under which the incumbent (or its absence) was last reported."""
+    faults: int = 0
+    """Failures in a row to bring the incumbent into service."""
+
+
+# --- the device ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class KnownBad:
+    """A variant that failed on this device with this engine; `attempt` is the highest that did."""
+
+    digest: str
+    engine: str
+    engine_version: str
+    reason: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The newest offer that was verified: what the device should have."""
+
+    epoch: int
+    serial: int
+    digest: str
+    expires_at: int
+    models: Mapping[str, OfferedModel] = field(default_factory=dict)
+    unsupported: str = ""
+    """Why nothing of it is acted on; empty if it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrustWatch:
+    """When trust is refreshed next: after `wait_ms` since `since`, or it is under way since then."""
+
+    since: Since
+    wait_ms: int = 0
+    running: bool = False
+    troubles: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Crashes:
+    """Deaths of the worker outside trials, counted in a window."""
+
+    since: Since
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """All that a device must not forget; one journal record."""
+
+    device: str
+    project: str
+    stream: str
+    """Epoch of the report stream: random, made with the journal."""
+    models: Mapping[str, Slot] = field(default_factory=dict)
+    known_bad: tuple[KnownBad, ...] = ()
+    owed: tuple[Report, ...] = ()
+    """Reports that the server did not acknowledge yet, in order, gapless; `first` is filled in when sent."""
+    seq: int = 1
+    """Number of the next report."""
+    offer: Accepted | None = None
+    trust: Trust | None = None
+    watch: TrustWatch | None = None
+    revision: int = 0
+    """Of the desired serving set; grows with every change of it."""
+    confirmations: int = 0
+    crashes: Crashes | None = None
+
+
+# --- events --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed; sent at `machine.next_deadline_ms` or later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The server can be reached again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """The courier verified an offer for this device; `digest` is that of the payload."""
+
+    offer: Offer
+    digest: str
+    trust: Trust
+
+
+@dataclass(frozen=True, slots=True)
+class Refreshed:
+    """Trust is up to date."""
+
+    trust: Trust
+
+
+@dataclass(frozen=True, slots=True)
+class RefreshFailed:
+    """Trust could not be refreshed."""
+
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """The courier verified the bundle and ranked its variants."""
+
+    model: str
+    manifest: str
+    attempt: int
+    candidates: tuple[Candidate, ...]
+    passed_over: tuple[VariantTried, ...] = ()
+    preprocess_id: str = ""
+    trust: Trust | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Everything that the variant needs is on disk, verified."""
+
+    model: str
+    manifest: str
+    attempt: int
+    variant: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFailed:
+    """A courier or canary could not do its task; not a verdict. `task` says which."""
+
+    model: str
+    manifest: str
+    attempt: int
+    task: Literal["resolve", "fetch", "judge"]
+    reason: str
+    detail: str
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryDone:
+    """The canary's verdict on the variant whose file has `digest`."""
+
+    model: str
+    manifest: str
+    attempt: int
+    digest: str
+    result: Judged
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    """A new worker process listens and serves nothing yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDied:
+    """The worker process is gone; the daemon starts another at once."""
+
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The worker serves (or could not) `digest` for a model, in answer to a `Serve` of that revision."""
+
+    model: str
+    digest: str
+    revision: int
+    ok: bool
+    reason: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Counts of a candidate in its trial, and those of the incumbent in this boot, if there are any."""
+
+    model: str
+    trial: str
+    candidate: ArmStats
+    baseline: ArmStats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenChecked:
+    """The worker ran the golden vectors of a loaded variant again."""
+
+    model: str
+    digest: str
+    trial: str
+    passed: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Acked:
+    """The server stored every report of the stream up to and including `seq`."""
+
+    stream: str
+    seq: int
+
+
+DeviceEvent = Offered | Refreshed | RefreshFailed | WorkerReady | Acked
+SlotEvent = (
+    Resolved | Fetched | TaskFailed | CanaryDone | Served | Measured | GoldenChecked | WorkerDied | Tick | Connected
+)
+Event = DeviceEvent | SlotEvent
+
+
+# --- effects: every one may be repeated ----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Resolve:
+    """Start the courier: target → manifest → config → ranked variants. Answers: `Resolved`, `TaskFailed`."""
+
+    model: str
+    offered: OfferedModel
+    contract: Interface | None
+    contract_preprocess: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Start the courier: download a variant. Answers: `Fetched`, `TaskFailed`."""
+
+    model: str
+    manifest: str
+    attempt: int
+    variant: str
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """Start the canary. Answers: `CanaryDone`, `TaskFailed`."""
+
+    model: str
+    attempt: int
+    candidate: Loadable
+    incumbent: Loadable | None
+    memory_bytes_max: int
+    seconds_max: int
+    latency_ratio_max: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stop the courier or canary that works for a model; its answer is not wanted any more."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Serve:
+    """Tell the worker the whole desired serving set. Answers: one `Served` per model."""
+
+    revision: int
+    models: tuple[ServeModel, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunGolden:
+    """Let the worker run the golden vectors of a loaded variant. Answer: `GoldenChecked`."""
+
+    model: str
+    digest: str
+    trial: str
+
+
+@dataclass(frozen=True, slots=True)
+class RestartWorker:
+    """End the worker process; it does not do what it was told. Answers: `WorkerDied`, `WorkerReady`."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refresh:
+    """Start the courier: refresh trust. Answers: `Refreshed`, `RefreshFailed`."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendReports:
+    """There are reports to send: `machine.outgoing(state)`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collect:
+    """Blobs that belong to none of these may be deleted."""
+
+    keep: tuple[Loadable, ...]
+
+
+Effect = Resolve | Fetch | Judge | Cancel | Serve | RunGolden | RestartWorker | Refresh | SendReports | Collect

@@ -1,0 +1,488 @@
+"""One step being made: what the phases of `machine` do to the state, each in one place, at one instant. Pure.
+
+`Turn` holds the state so far and the effects so far. Its methods are the moves between phases: each puts the slot into
+its next phase, owes the report that belongs to it and asks for the effects; which event leads where is said in `machine`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, assert_never
+
+import msgspec
+
+from wherry_agent.children import Loadable, ServeModel, Trust
+from wherry_agent.state import (
+    Acked,
+    Cancel,
+    Collect,
+    Counts,
+    Effect,
+    End,
+    Fetch,
+    Fetching,
+    Idle,
+    Installed,
+    Job,
+    Judge,
+    Judging,
+    KnownBad,
+    OnTrial,
+    Phase,
+    Proving,
+    Queued,
+    Refresh,
+    Resolve,
+    Resolving,
+    Returning,
+    Safe,
+    Served,
+    Slot,
+    State,
+    Swapping,
+    TaskFailed,
+    TrustWatch,
+    Waiting,
+)
+from wherry_shared import reasons, wire
+from wherry_shared.clock import MICROSECONDS, Now, Since
+from wherry_shared.limits import REPORT_DETAIL_CHARS_MAX
+from wherry_shared.wire import ModelState, OfferedModel, Report, VariantTried
+
+# --- limits: every wait, count and queue ends ----------------------------------------------------
+
+RESOLVE_MS = 5 * 60_000
+FETCH_MS = 6 * 3600_000
+"""The courier gives up on a stalled connection much earlier; this bounds a slow one."""
+JUDGE_GRACE_MS = 30_000
+"""Above the trial's `canary_s`, which the canary's parent enforces itself."""
+SWAP_MS = 120_000
+PROVE_MS = 120_000
+RETURN_MS = 30_000
+RETURN_TRIES_MAX = 3
+FAULTS_MAX = 3
+"""Failures in a row to bring a confirmed version into service before it gives way to the last known good."""
+CRASHES_MAX = 3
+"""Worker deaths outside trials within CRASH_WINDOW_MS; one more is a crash loop."""
+CRASH_WINDOW_MS = 10 * 60_000
+RETRY_MIN_MS = 5_000
+RETRY_MAX_MS = 3600_000
+REFRESH_MS = 5 * 60_000
+REFRESH_MIN_MS = 60_000
+REFRESH_MAX_MS = 12 * 3600_000
+OWED_MAX = 256
+"""Reports kept for the server; beyond it the oldest are dropped, and counted as lost by `first`."""
+KNOWN_BAD_MAX = 256
+ENDS_MAX = 16
+TRIED_MAX = 16
+MODELS_MAX = 64
+
+REFUSALS = frozenset(
+    {
+        reasons.KNOWN_BAD,
+        reasons.NO_VARIANT,
+        reasons.CONTRACT_BROKEN,
+        reasons.UNSUPPORTED,
+        reasons.BUNDLE_INVALID,
+        reasons.BELOW_FLOOR,
+        reasons.REVOKED,
+    }
+)
+"""What the courier may find that trying again cannot change: the bundle is refused under this attempt."""
+
+
+def serving(state: State) -> tuple[ServeModel, ...]:
+    """Return what the worker should serve, in order of names: a function of the state alone."""
+    models = []
+    for name in sorted(state.models):
+        slot = state.models[name]
+        incumbent = slot.incumbent.loadable if slot.incumbent is not None else None
+        phase = slot.phase
+        match phase:
+            case Swapping(job) | OnTrial(job) | Proving(job):
+                deadline_ms = job.offered.trial.deadline_ms
+                models.append(
+                    ServeModel(
+                        name=name,
+                        active=job.loadable,
+                        incumbent=incumbent,
+                        trial=phase.trial,
+                        deadline_ms=deadline_ms,
+                    )
+                )
+            case Idle() | Resolving() | Fetching() | Judging() | Queued() | Waiting() | Returning():
+                if slot.incumbent is not None and incumbent is not None:
+                    deadline_ms = slot.incumbent.offered.trial.deadline_ms
+                    models.append(ServeModel(name=name, active=incumbent, deadline_ms=deadline_ms))
+            case Safe():
+                pass
+            case _:
+                assert_never(phase)
+    return tuple(models)
+
+
+def kept(state: State) -> tuple[Loadable, ...]:
+    """Return all whose files may be needed: what serves, what it may go back to, what is under way."""
+    kept: list[Loadable] = []
+    for slot in state.models.values():
+        kept += [version.loadable for version in (slot.incumbent, slot.last_good) if version is not None]
+        if not isinstance(slot.phase, Idle | Safe):
+            kept += [candidate.loadable for candidate in slot.phase.job.candidates]
+    return tuple(kept)
+
+
+def end_of(offered: OfferedModel) -> End:
+    """Return what names the attempt that an offer asks for."""
+    return End(offered.manifest, offered.rollout, offered.attempt)
+
+
+def plain(offered: OfferedModel) -> OfferedModel:
+    """Leave out the fleet's figures, which only resolving needs."""
+    return msgspec.structs.replace(offered, figures={})
+
+
+def _retry_ms(troubles: int, retry_after_s: float | None = None) -> int:
+    """Back-off without jitter (the daemon adds it): doubles from RETRY_MIN_MS to RETRY_MAX_MS."""
+    wait_ms = RETRY_MIN_MS << min(max(troubles - 1, 0), 16)
+    return min(RETRY_MAX_MS, max(wait_ms, round((retry_after_s or 0.0) * 1000)))
+
+
+class Turn:
+    """One step being made: the state so far and the effects so far, at one instant."""
+
+    __slots__ = ("before", "effects", "now", "state")
+
+    def __init__(self, state: State, now: Now) -> None:
+        self.before = state
+        self.state = state
+        self.now = now
+        self.effects: list[Effect] = []
+
+    # --- time ---
+
+    def since(self, since: Since) -> Since:
+        """Go on with a wait, or begin it again if it began in another boot."""
+        return since if since.boot == self.now.boot else Since.at(self.now)
+
+    def reference_us(self) -> int:
+        """Return the time that expiry is compared with: never before a time that was verified."""
+        floor = self.state.trust.time_floor_us if self.state.trust is not None else 0
+        return max(self.now.wall_us, floor)
+
+    def expired(self) -> bool:
+        """Tell whether the accepted offer is too old to start anything."""
+        return self.state.offer is not None and self.reference_us() >= self.state.offer.expires_at
+
+    def is_current(self, event: Served) -> bool:
+        """Tell whether the worker speaks of the newest serving set."""
+        return event.revision == self.state.revision
+
+    # --- trust ---
+
+    def adopt_trust(self, trust: Trust) -> None:
+        """Take over what the courier verified; a late, older answer lowers nothing."""
+        known = self.state.trust
+        if known is not None and trust.current <= known.current:
+            floor = max(known.time_floor_us, trust.time_floor_us)
+            expires = known.expires_at if trust.current < known.current else trust.expires_at
+            trust = msgspec.structs.replace(known, time_floor_us=floor, expires_at=expires)
+        elif known is not None and trust.time_floor_us < known.time_floor_us:
+            trust = msgspec.structs.replace(trust, time_floor_us=known.time_floor_us)
+        self.state = replace(self.state, trust=msgspec.structs.replace(trust, changed=False))
+
+    def refreshed(self) -> None:
+        """Trust is up to date: the next refresh is due at half of what is left of its life."""
+        trust = self.state.trust
+        left_ms = (trust.expires_at - self.reference_us()) // (MICROSECONDS // 1000) if trust is not None else 0
+        wait_ms = min(max(left_ms // 2, REFRESH_MIN_MS), REFRESH_MAX_MS)
+        self.state = replace(self.state, watch=TrustWatch(Since.at(self.now), wait_ms))
+
+    def refresh_failed(self, reason: str) -> None:
+        """Refresh again after a back-off."""
+        troubles = (self.state.watch.troubles if self.state.watch is not None else 0) + 1
+        watch = TrustWatch(Since.at(self.now), _retry_ms(troubles), running=False, troubles=troubles, reason=reason)
+        self.state = replace(self.state, watch=watch)
+
+    def resume_watch(self) -> None:
+        """The courier is gone: trust is refreshed with the first tick."""
+        self.state = replace(self.state, watch=None)
+
+    def watch_trust(self, *, connected: bool) -> None:
+        """Refresh when it is due, and note when a refresh does not end."""
+        watch = self.state.watch
+        if watch is not None:
+            waited_ms = watch.since.elapsed_ms(self.now)
+            if watch.running and waited_ms >= REFRESH_MS:
+                self.refresh_failed(reasons.CHILD_FAILED)
+                return
+            early = connected and watch.reason == reasons.NETWORK and waited_ms >= RETRY_MIN_MS
+            if watch.running or not (early or waited_ms >= watch.wait_ms):
+                return
+        troubles = watch.troubles if watch is not None else 0
+        running = TrustWatch(Since.at(self.now), 0, running=True, troubles=troubles)
+        self.state = replace(self.state, watch=running)
+        self.effects.append(Refresh())
+
+    # --- reports ---
+
+    def acked(self, event: Acked) -> None:
+        """Forget reports that the server has; a number that was never given is not believed."""
+        if event.stream != self.state.stream or event.seq >= self.state.seq:
+            return
+        self.state = replace(self.state, owed=tuple(report for report in self.state.owed if report.seq > event.seq))
+
+    def report(
+        self,
+        name: str,
+        state: ModelState,
+        *,
+        job: Job | None = None,
+        offered: OfferedModel | None = None,
+        serial: int = 0,
+        reason: str = "",
+        detail: str = "",
+        counts: Counts | None = None,
+        trial_end: str = "",
+    ) -> None:
+        """Owe the server a report on a model, as the slot is now."""
+        slot = self.state.models.get(name, Slot())
+        offered = job.offered if job is not None else offered
+        counts = counts or Counts()
+        serves = next((model.active for model in serving(self.state) if model.name == name), None)
+        report = Report(
+            format=wire.FORMAT,
+            device=self.state.device,
+            epoch=self.state.stream,
+            seq=self.state.seq,
+            first=0,
+            at=self.now.wall_us,
+            model=name,
+            state=state,
+            target=offered.target if offered is not None else "",
+            manifest=offered.manifest if offered is not None else "",
+            running=serves.manifest if serves is not None else "",
+            running_variant=serves.variant if serves is not None else "",
+            incumbent=slot.incumbent.manifest if slot.incumbent is not None else "",
+            rollout=offered.rollout if offered is not None else "",
+            attempt=offered.attempt if offered is not None else 0,
+            serial=job.serial if job is not None else serial,
+            reason=reason,
+            detail=detail[:REPORT_DETAIL_CHARS_MAX],
+            variants=list(job.tried) if job is not None else [],
+            requests=counts.requests + counts.earlier_requests,
+            errors=counts.errors + counts.earlier_errors,
+            fallbacks=counts.fallbacks + counts.earlier_fallbacks,
+            trial_end=trial_end,
+            latency_ratio=counts.latency_ratio,
+        )
+        owed = (*self.state.owed, report)[-OWED_MAX:]
+        self.state = replace(self.state, owed=owed, seq=self.state.seq + 1)
+
+    # --- slots ---
+
+    def put(self, name: str, slot: Slot) -> None:
+        """Replace a slot."""
+        self.state = replace(self.state, models={**self.state.models, name: slot})
+
+    def resolve(self, name: str, slot: Slot, job: Job, *, report: bool = False) -> None:
+        """Find out which variants fit."""
+        job = replace(job, candidates=())
+        self.put(name, replace(slot, phase=Resolving(job, Since.at(self.now))))
+        if report:
+            self.report(name, "fetching", job=job)
+        self.effects.append(Resolve(name, job.offered, slot.contract, slot.contract_preprocess))
+
+    def fetch(self, name: str, slot: Slot, job: Job) -> None:
+        """Download the variant in hand."""
+        job = replace(job, offered=plain(job.offered))
+        self.put(name, replace(slot, phase=Fetching(job, Since.at(self.now))))
+        self.effects.append(Fetch(name, job.offered.manifest, job.offered.attempt, job.loadable.variant))
+
+    def judge(self, name: str, slot: Slot, job: Job, *, report: bool = False) -> None:
+        """Give the variant in hand to the canary."""
+        self.put(name, replace(slot, phase=Judging(job, Since.at(self.now))))
+        if report:
+            self.report(name, "judging", job=job)
+        trial = job.offered.trial
+        self.effects.append(
+            Judge(
+                model=name,
+                attempt=job.offered.attempt,
+                candidate=job.loadable,
+                incumbent=slot.incumbent.loadable if slot.incumbent is not None else None,
+                memory_bytes_max=trial.canary_memory_bytes_max,
+                seconds_max=trial.canary_s,
+                latency_ratio_max=trial.canary_latency_ratio_max,
+            )
+        )
+
+    def trouble(
+        self, name: str, slot: Slot, job: Job, task: Literal["resolve", "fetch", "judge"], event: TaskFailed
+    ) -> None:
+        """The work could not be done: refuse what trying again cannot change, wait with the rest."""
+        if event.reason in REFUSALS:
+            self.refuse(name, slot, job, event.reason, event.detail)
+            return
+        job = replace(job, troubles=job.troubles + 1)
+        report = job.reported != event.reason
+        job = replace(job, reported=event.reason)
+        wait_ms = _retry_ms(job.troubles, event.retry_after_s)
+        phase = Waiting(job, Since.at(self.now), event.reason, event.detail[:REPORT_DETAIL_CHARS_MAX], wait_ms, task)
+        self.put(name, replace(slot, phase=phase))
+        if report:
+            self.report(name, "waiting", job=job, reason=event.reason, detail=event.detail)
+
+    def retry(self, name: str, slot: Slot, phase: Waiting) -> None:
+        """The wait is over: the same work again, unless the offer is too old by now."""
+        if self.expired():
+            self.expire(name, slot, phase.job)
+            return
+        match phase.then:
+            case "resolve":
+                self.resolve(name, slot, phase.job)
+            case "fetch":
+                self.fetch(name, slot, phase.job)
+            case "judge":
+                self.judge(name, slot, phase.job)
+            case _:
+                assert_never(phase.then)
+
+    def expire(self, name: str, slot: Slot, job: Job) -> None:
+        """An expired offer starts nothing: wait for the director to sign it again."""
+        self.put(name, replace(slot, phase=Idle(), settled=None))
+        detail = "the offer expired before it came to a trial"
+        self.report(name, "waiting", job=job, reason=reasons.OFFER_EXPIRED, detail=detail)
+
+    def refuse(self, name: str, slot: Slot, job: Job, reason: str, detail: str) -> None:
+        """End a job that cannot be done here, before anything was tried."""
+        self._ended(name, slot, job)
+        self.report(name, "refused", job=job, reason=reason, detail=detail)
+
+    def fail(self, name: str, slot: Slot, job: Job, reason: str, detail: str) -> None:
+        """End a job of which no variant is left."""
+        self._ended(name, slot, job)
+        self.report(name, "failed", job=job, reason=reason, detail=detail)
+        self.effects.append(Collect(kept(self.state)))
+
+    def _ended(self, name: str, slot: Slot, job: Job) -> None:
+        ends = (*slot.ends, end_of(job.offered))[-ENDS_MAX:]
+        phase: Phase = slot.phase if isinstance(slot.phase, Safe) else Idle()
+        self.put(name, replace(slot, phase=phase, ends=ends, settled=None))
+
+    def known_bad(self, digest: str, engine: str, engine_version: str) -> KnownBad | None:
+        """Return what is held against a variant with this engine."""
+        for bad in self.state.known_bad:
+            if (bad.digest, bad.engine, bad.engine_version) == (digest, engine, engine_version):
+                return bad
+        return None
+
+    def remember(self, loadable: Loadable, reason: str, attempt: int) -> None:
+        """Hold a verdict against a variant with this engine."""
+        if reason not in reasons.VERDICTS:
+            return
+        key = (loadable.digest, loadable.engine, loadable.engine_version)
+        rest = tuple(b for b in self.state.known_bad if (b.digest, b.engine, b.engine_version) != key)
+        self.state = replace(self.state, known_bad=(*rest, KnownBad(*key, reason, attempt))[-KNOWN_BAD_MAX:])
+
+    def variant_failed(
+        self, name: str, slot: Slot, job: Job, reason: str, detail: str, peak_memory_bytes: int = 0
+    ) -> None:
+        """The canary condemned the variant in hand: the next one, if there may be one."""
+        loadable = job.loadable
+        self.remember(loadable, reason, job.offered.attempt)
+        tried = VariantTried(
+            id=loadable.variant,
+            digest=loadable.digest,
+            outcome="failed",
+            engine=f"{loadable.engine} {loadable.engine_version}",
+            reason=reason,
+            why=detail[:200],
+            peak_memory_bytes=peak_memory_bytes,
+        )
+        job = replace(
+            job, tried=(*job.tried, tried)[-TRIED_MAX:], candidates=job.candidates[1:], canaries=job.canaries + 1
+        )
+        if job.candidates and job.canaries < job.offered.trial.variant_tries:
+            self.fetch(name, slot, job)
+        else:
+            self.fail(name, slot, job, reason, detail)
+
+    def confirm(self, name: str, slot: Slot, job: Job, counts: Counts, *, idle: bool) -> None:
+        """The trial ended well: the candidate is what is trusted from now on."""
+        order = self.state.confirmations + 1
+        self.state = replace(self.state, confirmations=order)
+        installed = Installed(plain(job.offered), job.loadable, order, idle)
+        job = replace(job, tried=_outcome(job.tried, "serving"))
+        first = slot.contract is None
+        self.put(
+            name,
+            replace(
+                slot,
+                incumbent=installed,
+                last_good=slot.incumbent,
+                phase=Idle(),
+                contract=job.loadable.interface if first else slot.contract,
+                contract_preprocess=job.preprocess_id if first else slot.contract_preprocess,
+                settled=end_of(job.offered),
+                faults=0,
+            ),
+        )
+        state: ModelState = "confirmed_idle" if idle else "confirmed"
+        self.report(name, state, job=job, counts=counts, trial_end="idle" if idle else "requests")
+        self.effects.append(Collect(kept(self.state)))
+
+    def go_back(self, name: str, slot: Slot, job: Job, reason: str, detail: str, counts: Counts) -> None:
+        """End a trial badly: serve the incumbent again and, if it was a verdict, hold it against the variant."""
+        self.remember(job.loadable, reason, job.offered.attempt)
+        if reason == reasons.WITHDRAWN:
+            job = replace(job, tried=_outcome(job.tried, "not_tried", reason))
+        else:
+            job = replace(job, tried=_outcome(job.tried, "failed", reason))
+            slot = replace(slot, ends=(*slot.ends, end_of(job.offered))[-ENDS_MAX:])
+        phase = Returning(job, Since.at(self.now), reason, detail[:REPORT_DETAIL_CHARS_MAX], 0, counts)
+        self.put(name, replace(slot, phase=phase, settled=None, faults=0))
+        if slot.incumbent is None:
+            self.returned(name, self.state.models[name], phase)
+
+    def returned(self, name: str, slot: Slot, phase: Returning) -> None:
+        """The incumbent answers again, or there is none."""
+        self.put(name, replace(slot, phase=Idle()))
+        withdrawn = phase.reason == reasons.WITHDRAWN
+        self.report(
+            name,
+            "returned",
+            job=phase.job,
+            reason=phase.reason,
+            detail=phase.detail,
+            counts=phase.counts,
+            trial_end="withdrawn" if withdrawn else f"returned:{phase.reason}",
+        )
+        self.effects.append(Collect(kept(self.state)))
+
+    def give_up(self, name: str, slot: Slot, reason: str, detail: str) -> None:
+        """The confirmed version does not work any more: the last known good one, or the safe state."""
+        incumbent = slot.incumbent
+        assert incumbent is not None
+        self.remember(incumbent.loadable, reason, incumbent.offered.attempt)
+        if not isinstance(slot.phase, Idle | Safe):
+            self.effects.append(Cancel(name))
+        job = Job(incumbent.offered, self.state.offer.serial if self.state.offer is not None else 0)
+        ends = (*slot.ends, end_of(incumbent.offered))[-ENDS_MAX:]
+        detail = detail[:REPORT_DETAIL_CHARS_MAX]
+        back = slot.last_good
+        slot = replace(slot, incumbent=back, last_good=None, ends=ends, settled=None, faults=0)
+        if back is not None:
+            self.put(name, replace(slot, phase=Idle()))
+            self.report(name, "returned", job=job, reason=reason, detail=detail, trial_end=f"returned:{reason}")
+        else:
+            self.put(name, replace(slot, phase=Safe(reason, detail)))
+            self.report(name, "safe", job=job, reason=reason, detail=detail)
+
+
+def _outcome(
+    tried: tuple[VariantTried, ...], outcome: Literal["serving", "failed", "not_tried"], reason: str = ""
+) -> tuple[VariantTried, ...]:
+    """Say of the last variant tried how it ended."""
+    if not tried:
+        return tried
+    return (*tried[:-1], msgspec.structs.replace(tried[-1], outcome=outcome, reason=reason))
