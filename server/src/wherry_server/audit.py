@@ -23,7 +23,7 @@ VERIFY_BATCH = 1000
 _entries = table(AuditEntry)
 
 
-def entry_hash(previous: str, project: str, at: int, actor: str, action: str, subject: str, detail: Any) -> str:  # noqa: PLR0917
+def entry_hash(previous: str, project: str, at: int, actor: str, action: str, subject: str, detail: Any) -> str:
     """Return the hash of an entry: SHA-256 of the canonical JSON list of all it says and the hash before it."""
     said = msgspec.json.encode([previous, project, at, actor, action, subject, detail], order="sorted")
     return hashlib.sha256(said).hexdigest()
