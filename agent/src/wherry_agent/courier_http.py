@@ -1,0 +1,184 @@
+"""HTTP as the courier needs it: one request, one connection, everything bounded, nobody trusted.
+
+The device's secret goes to its own server only: not to mirrors, not along redirects to other origins. Every foreign
+exception becomes `UnreachableError` here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import ssl
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from urllib.parse import urljoin, urlsplit
+
+from wherry_shared.errors import RefusedError, UnreachableError
+from wherry_shared.limits import KIB
+from wherry_shared.reasons import NETWORK
+
+CONNECT_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 30.0
+"""Silence for this long ends a request."""
+SLOW_WINDOW_S = 60.0
+SLOW_BYTES_MIN = 16 * KIB
+"""Fewer bytes than this in a window is as good as silence: a source that trickles must not hold the courier."""
+CHUNK_BYTES = 64 * KIB
+REDIRECTS_MAX = 3
+ERROR_BODY_BYTES_MAX = 16 * KIB
+
+
+class Response:
+    """An answer whose body has not been read yet."""
+
+    def __init__(self, url: str, raw: http.client.HTTPResponse) -> None:
+        self.url = url
+        self.status = raw.status
+        self.headers = raw.headers
+        self._raw = raw
+
+    def header(self, name: str) -> str:
+        """Return a header, empty if it is absent."""
+        return str(self.headers.get(name, ""))
+
+    @property
+    def length(self) -> int | None:
+        """Declared length of the body."""
+        text = self.header("Content-Length")
+        return int(text) if text.isdigit() and len(text) < 16 else None
+
+    def chunks(self) -> Iterator[bytes]:
+        """Pass on the body as it arrives; it may end early without an error, so count.
+
+        Raises:
+            UnreachableError: `network`.
+        """
+        window_start, window_bytes = time.monotonic(), 0
+        while True:
+            try:
+                chunk = self._raw.read1(CHUNK_BYTES)
+            except http.client.IncompleteRead:
+                return
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                raise _unreachable(self.url, error) from error
+            if not chunk:
+                return
+            yield chunk
+            window_bytes += len(chunk)
+            now = time.monotonic()
+            if now - window_start >= SLOW_WINDOW_S:
+                if window_bytes < SLOW_BYTES_MIN:
+                    raise UnreachableError(
+                        NETWORK, f"{origin(self.url)} sends less than {SLOW_BYTES_MIN} bytes a minute"
+                    )
+                window_start, window_bytes = now, 0
+
+    def read(self, bytes_max: int) -> bytes:
+        """Return the whole body.
+
+        Raises:
+            RefusedError: `answer_too_large`.
+            UnreachableError: `network`, also when it ended before its declared length.
+        """
+        data = bytearray()
+        for chunk in self.chunks():
+            data += chunk
+            if len(data) > bytes_max:
+                raise RefusedError("answer_too_large", f"{origin(self.url)} answered more than {bytes_max} bytes")
+        if self.length is not None and len(data) != self.length:
+            raise UnreachableError(NETWORK, f"{origin(self.url)} stopped after {len(data)} of {self.length} bytes")
+        return bytes(data)
+
+
+class Http:
+    """A client for one device."""
+
+    def __init__(self, *, ca: Path | None = None, server: str = "", authorization: str = "") -> None:
+        self._ca = ca
+        self._home = origin(server) if server else ""
+        self._authorization = authorization
+        self._context: ssl.SSLContext | None = None
+
+    @contextlib.contextmanager
+    def request(
+        self, method: str, url: str, *, headers: Mapping[str, str] | None = None, body: bytes | None = None
+    ) -> Iterator[Response]:
+        """Send a request and yield the answer, following a few redirects of GET; the connection ends with the block.
+
+        Raises:
+            RefusedError: `bad_url`.
+            UnreachableError: `network`.
+        """
+        for _ in range(REDIRECTS_MAX + 1):
+            connection = self._connection(url)
+            try:
+                raw = self._send(connection, method, url, dict(headers or {}), body)
+                target = (
+                    raw.getheader("Location") if method == "GET" and raw.status in (301, 302, 303, 307, 308) else None
+                )
+                if not target:
+                    yield Response(url, raw)
+                    return
+            finally:
+                connection.close()
+            following = urljoin(url, target)
+            if urlsplit(url).scheme == "https" and urlsplit(following).scheme != "https":
+                raise UnreachableError(NETWORK, f"{origin(url)} redirects from https to {urlsplit(following).scheme}")
+            url = following
+        raise UnreachableError(NETWORK, f"more than {REDIRECTS_MAX} redirects")
+
+    def _send(
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        url: str,
+        headers: dict[str, str],
+        body: bytes | None,
+    ) -> http.client.HTTPResponse:
+        parts = urlsplit(url)
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        headers.setdefault("Accept-Encoding", "identity")
+        headers.setdefault("Connection", "close")
+        if self._authorization and origin(url) == self._home:
+            headers["Authorization"] = self._authorization
+        try:
+            connection.connect()
+            connection.sock.settimeout(READ_TIMEOUT_S)
+            connection.request(method, path, body=body, headers=headers)
+            return connection.getresponse()
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise _unreachable(url, error) from error
+
+    def _connection(self, url: str) -> http.client.HTTPConnection:
+        parts = urlsplit(url)
+        try:
+            port = parts.port
+        except ValueError as error:
+            raise _bad_url(url) from error
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
+            raise _bad_url(url)
+        if parts.scheme == "http":
+            return http.client.HTTPConnection(parts.hostname, port, timeout=CONNECT_TIMEOUT_S)
+        if self._context is None:
+            self._context = ssl.create_default_context(cafile=str(self._ca) if self._ca else None)
+        return http.client.HTTPSConnection(parts.hostname, port, timeout=CONNECT_TIMEOUT_S, context=self._context)
+
+
+def origin(url: str) -> str:
+    """Return scheme, host and port of a URL: what a secret belongs to, and what a log names."""
+    parts = urlsplit(url)
+    try:
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError as error:
+        raise _bad_url(url) from error
+    return f"{parts.scheme}://{parts.hostname}:{port}"
+
+
+def _bad_url(url: str) -> RefusedError:
+    return RefusedError("bad_url", f"{url[:200]!r} is not an http or https address")
+
+
+def _unreachable(url: str, error: Exception) -> UnreachableError:
+    why = str(error) or type(error).__name__
+    return UnreachableError(NETWORK, f"{origin(url)}: {why}", next_step="check the address and the network")

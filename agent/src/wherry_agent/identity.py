@@ -1,0 +1,92 @@
+"""Who this device is: what enrolment gave it, kept under `HOME/identity` and read-only afterwards.
+
+`device.json` is written last and makes the identity whole; a device without it is not enrolled. Light enough for the
+supervisor: keys and certificates stay PEM files that only the courier opens.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from pathlib import Path
+
+import msgspec
+
+from wherry_shared.errors import RefusedError
+from wherry_shared.frames import KEY_BYTES
+
+FORMAT = 1
+FOLDER = "identity"
+DEVICE_FILE = "device.json"
+KEY_FILE = "key.pem"
+CERTIFICATE_FILE = "certificate.pem"
+CA_FILE = "ca.pem"
+
+
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
+    """The content of `HOME/identity/device.json` (mode 0600)."""
+
+    format: int
+    device: str
+    project: str
+    name: str
+    server: str
+    """Address at which the device enrolled."""
+    root_digest: str
+    """SHA-256 in hex of the TUF root v1 that the enrolment token pinned."""
+    tuf_path: str
+    bearer: str
+    mac_key: str
+    broker_host: str
+    broker_port: int
+    broker_tls: bool = False
+
+    @property
+    def authorization(self) -> str:
+        """Value of the HTTP header `Authorization`."""
+        return f"Bearer {self.device}:{self.bearer}"
+
+    @property
+    def frame_key(self) -> bytes:
+        """Key that authenticates frames (`wherry_shared.frames`)."""
+        return base64.b64decode(self.mac_key)
+
+
+def folder(home: Path) -> Path:
+    """Return where identity files are."""
+    return home / FOLDER
+
+
+def load(home: Path) -> Identity | None:
+    """Read the identity, None if this device is not enrolled.
+
+    Raises:
+        RefusedError: `identity_invalid`.
+    """
+    path = folder(home) / DEVICE_FILE
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        identity = msgspec.json.decode(data, type=Identity)
+        whole = identity.format == FORMAT and len(identity.frame_key) == KEY_BYTES
+    except (msgspec.DecodeError, UnicodeDecodeError, binascii.Error) as error:
+        raise _invalid(path, str(error)) from error
+    if not whole:
+        raise _invalid(path, f"format {identity.format}")
+    return identity
+
+
+def encode(identity: Identity) -> bytes:
+    """Return the bytes of `device.json`."""
+    return msgspec.json.format(msgspec.json.encode(identity)) + b"\n"
+
+
+def _invalid(path: Path, why: str) -> RefusedError:
+    return RefusedError(
+        "identity_invalid",
+        f"{path} is not an identity that this release reads: {why}",
+        consequence="the device cannot speak to its server",
+        next_step="remove the folder and enrol again",
+    )

@@ -1,0 +1,305 @@
+"""Blobs on the device, named by the digest of their bytes: what has its name was verified and synced before it got it.
+
+    HOME/store/blobs/sha256/HEX          verified
+    HOME/store/blobs/sha256/HEX.part     growing; HEX.part.json says how much of it was synced, and who sent it
+    HOME/store/assets/HEX/               an unpacked assets layer
+
+After a power cut the tail of a partial file may be torn, so only what its record calls synced is kept. Every durable
+step goes through `Disk`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from wherry_agent.disk import Disk, Part
+from wherry_shared.bundle import Asset
+from wherry_shared.digest import CHUNK_BYTES, check_digest, hex_of, of_bytes
+from wherry_shared.errors import RefusedError
+from wherry_shared.limits import MIB
+from wherry_shared.reasons import DIGEST_MISMATCH
+
+SYNC_BYTES = 4 * MIB
+"""A kill costs at most this much of a download."""
+ASSETS_BYTES_MAX = 256 * MIB
+ASSETS_FILES_MAX = 1000
+ASSET_PATH_CHARS_MAX = 255
+_COMPLETE = ".complete"
+"""Stands in an assets folder when all of it is synced."""
+
+
+class _Record(msgspec.Struct, frozen=True, kw_only=True):
+    """What `HEX.part.json` holds."""
+
+    length: int
+    synced: int
+    sources: list[str] = []
+
+
+class Partial:
+    """A blob on its way: append what arrives, then `commit`. What was synced is there again after any end."""
+
+    def __init__(self, store: Store, digest: str, length: int, disk: Disk) -> None:
+        self._store = store
+        self._disk = disk
+        self.digest = check_digest(digest)
+        self.length = length
+        self._path = store.path_of(digest).with_suffix(".part")
+        self._record_path = self._path.with_suffix(".part.json")
+        record = self._read_record()
+        self.sources: list[str] = list(record.sources)
+        """Everybody whose bytes are in it."""
+        self._sha = hashlib.sha256()
+        self.size = self._hash_existing(record.synced)
+        self._synced = self.size
+        self._file: Part = disk.open_part(self._path, keep_bytes=self.size)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.__exit__(kind, value, trace)
+
+    def write(self, chunk: bytes, source: str) -> None:
+        """Append bytes that `source` sent.
+
+        Raises:
+            RefusedError: `digest_mismatch`, as soon as there are more bytes than the blob has.
+            DeviceError: `disk_full` or `disk`.
+        """
+        if self.size + len(chunk) > self.length:
+            raise RefusedError(DIGEST_MISMATCH, f"{self.digest} is longer than its {self.length} bytes")
+        if source not in self.sources:
+            self.sources.append(source)
+        self._file.write(chunk)
+        self._sha.update(chunk)
+        self.size += len(chunk)
+        if self.size - self._synced >= SYNC_BYTES:
+            self.sync()
+
+    def sync(self) -> None:
+        """Make everything so far durable, so that a restart resumes here.
+
+        Raises:
+            DeviceError: `disk_full` or `disk`.
+        """
+        if self._synced == self.size:
+            return
+        self._file.sync()
+        record = _Record(length=self.length, synced=self.size, sources=self.sources)
+        self._disk.write_atomic(self._record_path, msgspec.json.encode(record))
+        self._synced = self.size
+
+    def reset(self) -> None:
+        """Start again from nothing, since what is there is wrong.
+
+        Raises:
+            DeviceError: `disk`.
+        """
+        self._file.__exit__(None, None, None)
+        self._disk.unlink(self._record_path)
+        self._sha = hashlib.sha256()
+        self.size = self._synced = 0
+        self.sources = []
+        self._file = self._disk.open_part(self._path, keep_bytes=0)
+
+    def commit(self) -> None:
+        """Verify the whole, sync it and give it its name.
+
+        Raises:
+            RefusedError: `digest_mismatch`; the partial file is left to `reset`.
+            DeviceError: `disk_full` or `disk`.
+        """
+        found = "sha256:" + self._sha.hexdigest()
+        if self.size != self.length or found != self.digest:
+            raise RefusedError(DIGEST_MISMATCH, f"expected {self.digest}, found {found} in {self.size} bytes")
+        self._file.sync()
+        self._file.__exit__(None, None, None)
+        self._disk.rename(self._path, self._store.path_of(self.digest))
+        self._disk.unlink(self._record_path)
+
+    def discard(self) -> None:
+        """Remove what is there.
+
+        Raises:
+            DeviceError: `disk`.
+        """
+        self._file.__exit__(None, None, None)
+        self._disk.unlink(self._record_path)
+        self._disk.unlink(self._path)
+
+    def _read_record(self) -> _Record:
+        empty = _Record(length=self.length, synced=0)
+        data = self._disk.read(self._record_path)
+        if data is None:
+            return empty
+        try:
+            record = msgspec.json.decode(data, type=_Record)
+        except msgspec.DecodeError:  # torn or older: the download starts again, which is always right
+            return empty
+        return record if record.length == self.length and 0 < record.synced <= self.length else empty
+
+    def _hash_existing(self, keep: int) -> int:
+        """Hash the first `keep` bytes on disk; 0 if there are fewer."""
+        if not keep or not self._path.exists() or self._path.stat().st_size < keep:
+            return 0
+        left = keep
+        with self._path.open("rb") as file:
+            while left and (chunk := file.read(min(CHUNK_BYTES, left))):
+                self._sha.update(chunk)
+                left -= len(chunk)
+        return keep
+
+
+class Store:
+    """The content-addressed store of one device."""
+
+    def __init__(self, home: Path, disk: Disk) -> None:
+        self._disk = disk
+        self._blobs = home / "store" / "blobs" / "sha256"
+        self._assets = home / "store" / "assets"
+        for path in (self._blobs, self._assets):
+            disk.mkdir(path)
+
+    def path_of(self, digest: str) -> Path:
+        """Return where the blob is, or will be."""
+        return self._blobs / hex_of(digest)
+
+    def assets_of(self, digest: str) -> Path:
+        """Return the folder into which an assets layer is, or will be, unpacked."""
+        return self._assets / hex_of(digest)
+
+    def has(self, digest: str, length: int) -> bool:
+        """Tell whether the verified blob is here, whole."""
+        path = self.path_of(digest)
+        return path.is_file() and path.stat().st_size == length
+
+    def part(self, digest: str, length: int) -> Partial:
+        """Begin or resume a blob.
+
+        Raises:
+            DeviceError: `disk_full` or `disk`.
+        """
+        return Partial(self, digest, length, self._disk)
+
+    def add(self, digest: str, data: bytes) -> None:
+        """Keep small bytes that are at hand.
+
+        Raises:
+            RefusedError: `digest_mismatch`.
+            DeviceError: `disk_full` or `disk`.
+        """
+        if of_bytes(data) != check_digest(digest):
+            raise RefusedError(DIGEST_MISMATCH, f"expected {digest}, found {of_bytes(data)}")
+        self._disk.write_atomic(self.path_of(digest), data)
+
+    def read(self, digest: str, bytes_max: int) -> bytes | None:
+        """Return a small blob, verified again; None if it is not here or no longer what it was.
+
+        Raises:
+            DeviceError: `disk`.
+        """
+        path = self.path_of(digest)
+        if not path.is_file() or path.stat().st_size > bytes_max:
+            return None
+        data = self._disk.read(path)
+        if data is None or of_bytes(data) != digest:
+            return None
+        return data
+
+    def collect(self, keep: set[str]) -> int:
+        """Remove every blob, partial file and assets folder whose digest is not in `keep`; return the bytes freed.
+
+        Raises:
+            DeviceError: `disk`.
+        """
+        names = {hex_of(digest) for digest in keep}
+        freed = 0
+        for path in sorted(self._blobs.iterdir()):
+            if path.name.split(".")[0] not in names:
+                freed += path.stat().st_size
+                self._disk.unlink(path)
+        for path in sorted(self._assets.iterdir()):
+            if path.name.split(".")[0] not in names:
+                freed += sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+                self._disk.remove_tree(path)
+        return freed
+
+    def unpack(self, digest: str, files: Iterable[Asset]) -> Path:
+        """Unpack a verified assets layer, exactly the declared files, each verified; return its folder.
+
+        Raises:
+            RefusedError: `assets_invalid` (links, escapes, strays, too much) or `digest_mismatch`.
+            DeviceError: `disk_full` or `disk`.
+        """
+        folder = self.assets_of(digest)
+        if (folder / _COMPLETE).exists():
+            return folder
+        declared = {asset.path: asset for asset in files}
+        if len(declared) > ASSETS_FILES_MAX or sum(asset.bytes for asset in declared.values()) > ASSETS_BYTES_MAX:
+            raise RefusedError("assets_invalid", f"{len(declared)} files, or too large when unpacked")
+        self._disk.remove_tree(folder)
+        self._disk.mkdir(folder)
+        seen: set[str] = set()
+        for path, data in _members(self.path_of(digest), declared):
+            if of_bytes(data) != declared[path].digest:
+                raise RefusedError(DIGEST_MISMATCH, f"asset {path!r} is not {declared[path].digest}")
+            target = folder / path
+            self._disk.mkdir(target.parent)
+            self._disk.write_atomic(target, data)
+            seen.add(path)
+        missing = sorted(set(declared) - seen)
+        if missing:
+            raise RefusedError("assets_invalid", f"the assets layer lacks {', '.join(missing)[:200]}")
+        self._disk.write_atomic(folder / _COMPLETE, b"")
+        return folder
+
+
+def _members(path: Path, declared: dict[str, Asset]) -> Iterator[tuple[str, bytes]]:
+    """Pass on the regular files of a tar; anything that a folder of plain files does not need is refused."""
+    seen: set[str] = set()
+    with path.open("rb") as raw:
+        head = raw.read(2)
+        raw.seek(0)
+        if head in (b"\x1f\x8b", b"BZ", b"\xfd7"):
+            raise RefusedError("assets_invalid", "the assets layer is compressed")
+        try:
+            with tarfile.open(fileobj=io.BufferedReader(raw), mode="r:") as tar:
+                for count, member in enumerate(tar):
+                    if count > 2 * ASSETS_FILES_MAX:
+                        raise RefusedError("assets_invalid", "too many members in the assets layer")
+                    name = member.name.removeprefix("./")
+                    if member.isdir():
+                        continue
+                    asset = declared.get(name)
+                    parts = name.split("/")
+                    if (
+                        not member.isreg()
+                        or asset is None
+                        or name in seen
+                        or len(name) > ASSET_PATH_CHARS_MAX
+                        or name.startswith("/")
+                        or any(part in ("", ".", "..") for part in parts)
+                        or parts[0] == _COMPLETE
+                        or "\\" in name
+                        or "\0" in name
+                    ):
+                        raise RefusedError("assets_invalid", f"member {member.name[:200]!r} of the assets layer")
+                    if member.size != asset.bytes:
+                        raise RefusedError("assets_invalid", f"member {name!r} has {member.size} bytes")
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    seen.add(name)
+                    yield name, file.read(asset.bytes)
+        except (tarfile.TarError, EOFError, ValueError) as error:
+            raise RefusedError("assets_invalid", f"the assets layer is not a tar: {error}") from error
