@@ -1,0 +1,651 @@
+"""Stores what devices say, once, in order, and acknowledges it after the commit.
+
+One call takes a batch, one transaction stores it: log rows (deduplicated by stream number), the current row per device and
+model where the report is newer, outcomes of assignments, measurement windows, hellos. Whatever is wrong with a message
+is counted under its code and stops nobody else's. Acknowledgements are per stream, up to where it has no gap.
+
+The same class serves the MQTT consumer (through `collector`) and the HTTP fall-back, also at the same time in two
+processes: what is new is decided inside the write transaction.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import msgspec
+from sqlalchemy import bindparam, text, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from wherry_server import outcomes
+from wherry_server.db import bulk
+from wherry_server.db.database import Database
+from wherry_server.db.tables import (
+    Device,
+    DeviceModel,
+    ReportLog,
+    Stream,
+    TelemetryLog,
+    TelemetryWindow,
+    table,
+)
+from wherry_server.streams import SEQ_MAX, Position
+from wherry_server.times import now_us
+from wherry_shared import frames, wire
+from wherry_shared.errors import RefusedError
+from wherry_shared.ids import is_device_id
+from wherry_shared.limits import REPORT_DETAIL_CHARS_MAX
+
+log = logging.getLogger(__name__)
+
+Kind: TypeAlias = Literal["hello", "report", "telemetry"]
+Frame: TypeAlias = tuple[str, bytes]
+"""(device by topic or by authentication, frame)."""
+KEYS_CACHED_MAX = 200_000
+SEEN_EVERY_US = 10_000_000
+"""Reports and telemetry refresh `last_seen_at` at most this often; hellos always do."""
+LOG_EVERY_US = 10_000_000
+"""One log line per code of refusal in this time; all are counted."""
+_DEVICE = table(Device)
+WINDOWS_MAX = 200
+"""Windows of one telemetry message."""
+
+
+class Behind(NamedTuple):
+    """A device whose hello named another offer than the current one."""
+
+    device: str
+    epoch: int
+    serial: int
+
+
+@dataclass(slots=True)
+class Stored:
+    """What became of a batch."""
+
+    acks: list[Frame] = field(default_factory=list)
+    """(device, sealed `Ack`), one per stream that was spoken of."""
+    moved: bool = False
+    """Whether an assignment, a device or a model row changed, so that rollouts may go on."""
+    hellos: list[Behind] = field(default_factory=list)
+    new: int = 0
+    """Messages that were not stored before."""
+
+
+class _Parsed(NamedTuple):
+    device: str
+    message: Any
+    payload: bytes
+
+
+class Ingest:
+    """Stores batches of frames of one project."""
+
+    def __init__(self, database: Database, master_key: bytes, project: str) -> None:
+        self._database = database
+        self._master = master_key
+        self._project = project
+        self._keys: dict[str, bytes] = {}
+        self._seen: dict[str, int] = {}
+        self._logged: dict[str, int] = {}
+        self.refused: Counter[str] = Counter()
+        """Messages that were not stored, by code."""
+        self.lost = 0
+        """Messages that devices had to give up before they were stored."""
+
+    async def store(self, kind: Kind, received: Sequence[Frame]) -> list[Frame]:
+        """Store frames of one kind and return the acknowledgement frames: (device, frame)."""
+        return (await self.store_batch({kind: received})).acks
+
+    async def store_batch(self, received: Mapping[Kind, Sequence[Frame]]) -> Stored:
+        """Store frames of all kinds in one transaction."""
+        now = now_us()
+        hellos = self._open("hello", wire.Hello, received.get("hello", ()), now)
+        reports = self._open("report", wire.Report, received.get("report", ()), now)
+        telemetry = self._open("telemetry", wire.Telemetry, received.get("telemetry", ()), now)
+        result = Stored()
+        if not (hellos or reports or telemetry):
+            return result
+        async with self._database.write() as connection:
+            spoken = {parsed.device for part in (hellos, reports, telemetry) for parsed in part}
+            known = await self._active(connection, spoken)
+            if known != spoken:
+                hellos, reports, telemetry = (self._of_known(part, known, now) for part in (hellos, reports, telemetry))
+            positions = await self._streams(connection, reports, telemetry, now)
+            fresh_reports = self._new(reports, "report", positions, now)
+            fresh_telemetry = self._new(telemetry, "telemetry", positions, now)
+            await self._store_reports(connection, fresh_reports, positions, now)
+            await self._store_telemetry(connection, fresh_telemetry, now)
+            await self._save_streams(connection, positions, now)
+            await self._store_hellos(connection, hellos, now)
+            await self._touch(connection, known - {hello.device for hello in hellos}, now)
+            wanted = await self._log_requests(connection)
+        result.new = len(fresh_reports) + len(fresh_telemetry)
+        result.moved = bool(fresh_reports or hellos)
+        result.hellos = [Behind(p.device, p.message.offer_epoch, p.message.offer_serial) for p in hellos]
+        result.acks = [
+            (device, self._ack(device, stream, epoch, position.contiguous, wanted.get(device, 0)))
+            for (device, stream, epoch), position in positions.items()
+        ]
+        return result
+
+    def ack(self, device: str, stream: wire.StreamName, epoch: str, seq: int, logs: int) -> bytes:
+        """Return a sealed acknowledgement, also one that only carries a request for logs."""
+        return self._ack(device, stream, epoch, seq, logs)
+
+    def refuse(self, code: str, now: int, detail: str = "") -> None:
+        """Count a message that cannot be stored; log at a bounded rate."""
+        self.refused[code] += 1
+        if now - self._logged.get(code, 0) >= LOG_EVERY_US:
+            self._logged[code] = now
+            log.warning("refused messages: %s, %d so far: %s", code, self.refused[code], detail)
+
+    # --- opening --------------------------------------------------------------------------------
+
+    def _key(self, device: str) -> bytes:
+        key = self._keys.get(device)
+        if key is None:
+            if len(self._keys) >= KEYS_CACHED_MAX:
+                self._keys.clear()
+            key = self._keys[device] = frames.device_key(self._master, device)
+        return key
+
+    def _open(self, kind: Kind, message_type: type[Any], received: Iterable[Frame], now: int) -> list[_Parsed]:
+        opened: list[_Parsed] = []
+        for device, frame in received:
+            try:
+                if not is_device_id(device):
+                    raise RefusedError("bad_topic", "no device id")
+                payload = frames.unseal(self._key(device), kind, device, frame)
+                message = wire.parse(message_type, payload)
+                if message.device != device:
+                    raise RefusedError("message_foreign", f"{kind} of {message.device[:40]!r} came from {device}")
+                _check_numbers(message)
+            except RefusedError as error:
+                self.refuse(error.code, now, error.message)
+                continue
+            opened.append(_Parsed(device, message, payload))
+        return opened
+
+    def _of_known(self, part: list[_Parsed], known: set[str], now: int) -> list[_Parsed]:
+        for parsed in part:
+            if parsed.device not in known:
+                self.refuse("device_unknown", now, f"{parsed.device} is not an active device here")
+        return [parsed for parsed in part if parsed.device in known]
+
+    async def _active(self, connection: AsyncConnection, devices: set[str]) -> set[str]:
+        rows = await connection.execute(_ACTIVE, {"project": self._project, "devices": sorted(devices)})
+        return {row[0] for row in rows}
+
+    # --- streams --------------------------------------------------------------------------------
+
+    async def _streams(
+        self, connection: AsyncConnection, reports: list[_Parsed], telemetry: list[_Parsed], now: int
+    ) -> dict[tuple[str, wire.StreamName, str], Position]:
+        """Return the position of every stream spoken of, and of the report streams of other epochs (see `_newer`)."""
+        found: dict[tuple[str, wire.StreamName, str], Position] = {}
+        streams: tuple[tuple[wire.StreamName, list[_Parsed]], ...] = (("report", reports), ("telemetry", telemetry))
+        for stream, part in streams:
+            if not part:
+                continue
+            spoken = {(parsed.device, parsed.message.epoch) for parsed in part}
+            rows = await connection.execute(
+                _STREAMS, {"stream": stream, "devices": sorted({device for device, _ in spoken})}
+            )
+            stored = {(row.device_id, row.epoch): row for row in rows}
+            last: dict[str, int] = {}
+            for (device, _), one in stored.items():
+                last[device] = max(last.get(device, 0), one.opened_at)
+            gaps: list[str] = []
+            for device, epoch in spoken:
+                row = stored.get((device, epoch))
+                if row is None:
+                    position = Position(opened_at=max(now, last.get(device, 0) + 1))
+                else:
+                    position = Position(row.contiguous, row.highest, row.lost, row.opened_at)
+                    if row.highest > row.contiguous:
+                        gaps.append(device)
+                found[device, stream, epoch] = position
+            if gaps:
+                for row in await connection.execute(_AHEAD[stream], {"stream": stream, "devices": sorted(set(gaps))}):
+                    held = found.get((row.device_id, stream, row.epoch))
+                    if held is not None and row.seq > held.contiguous:
+                        held.ahead.add(row.seq)
+        return found
+
+    def _new(
+        self,
+        part: list[_Parsed],
+        stream: wire.StreamName,
+        positions: dict[tuple[str, wire.StreamName, str], Position],
+        now: int,
+    ) -> list[_Parsed]:
+        new: list[_Parsed] = []
+        for parsed in part:
+            message = parsed.message
+            position = positions[parsed.device, stream, message.epoch]
+            before = position.lost
+            try:
+                if position.accept(message.seq, message.first) == "new":
+                    new.append(parsed)
+            except RefusedError as error:
+                self.refuse(error.code, now, error.message)
+            self.lost += position.lost - before
+        return new
+
+    async def _save_streams(
+        self, connection: AsyncConnection, positions: dict[tuple[str, wire.StreamName, str], Position], now: int
+    ) -> None:
+        rows = [
+            (device, stream, epoch, self._project, p.contiguous, p.highest, p.lost, p.opened_at, now)
+            for (device, stream, epoch), p in positions.items()
+            if p.changed
+        ]
+        await bulk.upsert(
+            connection,
+            table(Stream),
+            ("device_id", "stream", "epoch", "project_id", "contiguous", "highest", "lost", "opened_at", "updated_at"),
+            rows,
+            update=("contiguous", "highest", "lost", "updated_at"),
+        )
+
+    # --- reports --------------------------------------------------------------------------------
+
+    async def _store_reports(
+        self,
+        connection: AsyncConnection,
+        fresh: list[_Parsed],
+        positions: dict[tuple[str, wire.StreamName, str], Position],
+        now: int,
+    ) -> None:
+        if not fresh:
+            return
+        log_rows = []
+        for parsed in fresh:
+            report: wire.Report = parsed.message
+            log_rows.append(
+                (
+                    parsed.device,
+                    report.epoch,
+                    report.seq,
+                    self._project,
+                    report.model,
+                    report.state,
+                    report.reason,
+                    parsed.payload,
+                    now,
+                )
+            )
+        await bulk.insert_new(connection, table(ReportLog), _REPORT_COLUMNS, log_rows)
+        current = await self._newest(connection, fresh, positions)
+        await bulk.upsert(
+            connection,
+            table(DeviceModel),
+            _MODEL_COLUMNS,
+            [_model_row(self._project, parsed, now) for parsed in current],
+            update=_MODEL_COLUMNS[3:],
+        )
+        await self._settle(connection, fresh, now)
+
+    async def _newest(
+        self,
+        connection: AsyncConnection,
+        fresh: list[_Parsed],
+        positions: dict[tuple[str, wire.StreamName, str], Position],
+    ) -> list[_Parsed]:
+        """Return, per device and model, the report that replaces the current row, if one does.
+
+        Of two epochs the one that opened later is newer; within one epoch the higher number is.
+        """
+        devices = sorted({parsed.device for parsed in fresh})
+        standing: dict[tuple[str, str], tuple[int, int]] = {}
+        for row in await connection.execute(_CURRENT, {"devices": devices}):
+            standing[row.device_id, row.model] = (row.opened_at or 0, row.seq)
+        newest: dict[tuple[str, str], _Parsed] = {}
+        for parsed in fresh:
+            report: wire.Report = parsed.message
+            rank = (positions[parsed.device, "report", report.epoch].opened_at, report.seq)
+            key = (parsed.device, report.model)
+            if rank > standing.get(key, (-1, -1)):
+                standing[key] = rank
+                newest[key] = parsed
+        return list(newest.values())
+
+    async def _settle(self, connection: AsyncConnection, fresh: list[_Parsed], now: int) -> None:
+        """Carry reports into the assignments that they speak of, oldest first."""
+        speaking = [parsed for parsed in fresh if parsed.message.rollout]
+        if not speaking:
+            return
+        rows = await connection.execute(
+            _ASSIGNED,
+            {
+                "rollouts": sorted({parsed.message.rollout for parsed in speaking}),
+                "devices": sorted({parsed.device for parsed in speaking}),
+            },
+        )
+        standing = {
+            (row.rollout_id, row.device_id, row.model): outcomes.Assigned(
+                row.rollout_id, row.attempt, row.from_manifest, row.to_manifest, row.outcome
+            )
+            for row in rows
+        }
+        changes: dict[tuple[str, str, str], dict[str, Any]] = {}
+        learned: dict[tuple[str, str, str], str] = {}
+        for parsed in sorted(speaking, key=lambda one: one.message.seq):
+            report: wire.Report = parsed.message
+            key = (report.rollout, parsed.device, report.model)
+            assigned = standing.get(key)
+            if assigned is None:
+                continue
+            if not assigned.from_manifest and report.incumbent not in ("", assigned.to_manifest):
+                assigned = assigned._replace(from_manifest=report.incumbent)
+                learned[key] = report.incumbent
+            change = outcomes.judge(assigned, report)
+            if change is None:
+                standing[key] = assigned
+                continue
+            standing[key] = assigned._replace(outcome=change.outcome)
+            changes[key] = {
+                "rollout": key[0],
+                "device": key[1],
+                "model": key[2],
+                "outcome": change.outcome,
+                "reason": change.reason[:80],
+                "detail": report.detail[:REPORT_DETAIL_CHARS_MAX],
+                "settled_at": now if change.settled else 0,
+                "requests": report.requests,
+                "errors": report.errors,
+                "latency_ratio": report.latency_ratio,
+            }
+        if changes:
+            await connection.execute(_CHANGE, list(changes.values()))
+        if learned:
+            await connection.execute(
+                _LEARN,
+                [
+                    {"rollout": r, "device": d, "model": m, "manifest": manifest}
+                    for (r, d, m), manifest in learned.items()
+                ],
+            )
+
+    # --- telemetry ------------------------------------------------------------------------------
+
+    async def _store_telemetry(self, connection: AsyncConnection, fresh: list[_Parsed], now: int) -> None:
+        if not fresh:
+            return
+        encode = msgspec.json.Encoder().encode
+        project = self._project
+        logs, windows = [], []
+        for device, message, _ in fresh:
+            epoch, seq = message.epoch, message.seq
+            logs.append(
+                (
+                    device,
+                    epoch,
+                    seq,
+                    project,
+                    message.at,
+                    message.memory_available_bytes,
+                    message.disk_free_bytes,
+                    message.dropped,
+                    now,
+                )
+            )
+            for position, window in enumerate(message.windows):
+                windows.append(
+                    (
+                        device,
+                        epoch,
+                        seq,
+                        position,
+                        project,
+                        window.model,
+                        window.manifest,
+                        window.variant,
+                        window.arm,
+                        window.rollout,
+                        window.attempt,
+                        window.start,
+                        window.duration_us,
+                        window.requests,
+                        window.errors,
+                        window.fallbacks,
+                        encode(window),
+                    )
+                )
+        await bulk.insert_new(connection, table(TelemetryLog), _TELEMETRY_COLUMNS, logs)
+        await bulk.insert_new(connection, table(TelemetryWindow), _WINDOW_COLUMNS, windows)
+
+    # --- hello ----------------------------------------------------------------------------------
+
+    async def _store_hellos(self, connection: AsyncConnection, hellos: list[_Parsed], now: int) -> None:
+        if not hellos:
+            return
+        newest = {parsed.device: parsed.message for parsed in hellos}
+        for with_facts in (True, False):
+            rows: list[dict[str, Any]] = [
+                {
+                    "b_device": device,
+                    "last_seen_at": now,
+                    "offer_epoch": hello.offer_epoch,
+                    "offer_serial": hello.offer_serial,
+                    "boot": hello.boot[:64],
+                    **({"facts": msgspec.to_builtins(hello.facts)} if with_facts else {}),
+                }
+                for device, hello in newest.items()
+                if (hello.facts is not None) is with_facts
+            ]
+            if rows:
+                await connection.execute(update(_DEVICE).where(_DEVICE.c.id == bindparam("b_device")), rows)
+        running = [
+            {
+                "device": device,
+                "project": self._project,
+                "model": model,
+                "running": manifest,
+                "epoch": hello.streams["report"][0] if "report" in hello.streams else "",
+                "next": hello.streams["report"][2] if "report" in hello.streams else 0,
+                "now": now,
+            }
+            for device, hello in newest.items()
+            for model, manifest in hello.running.items()
+        ]
+        if running:
+            await connection.execute(_RUNNING, running)
+        # A device that knows the current offer and runs what it is to return to is back, whatever report is on its way.
+        await connection.execute(_BACK, {"devices": sorted(newest), "now": now})
+        for device in newest:
+            self._seen[device] = now
+
+    async def _touch(self, connection: AsyncConnection, devices: set[str], now: int) -> None:
+        due = [device for device in devices if now - self._seen.get(device, 0) >= SEEN_EVERY_US]
+        if not due:
+            return
+        if len(self._seen) > KEYS_CACHED_MAX:
+            self._seen.clear()
+        await connection.execute(_TOUCH, {"devices": sorted(due), "now": now})
+        for device in due:
+            self._seen[device] = now
+
+    async def _log_requests(self, connection: AsyncConnection) -> dict[str, int]:
+        rows = await connection.execute(_LOGS_WANTED, {"project": self._project})
+        return {row.device_id: row.requested_at for row in rows}
+
+    def _ack(self, device: str, stream: wire.StreamName, epoch: str, seq: int, logs: int) -> bytes:
+        ack = wire.Ack(format=wire.FORMAT, device=device, stream=stream, epoch=epoch, seq=seq, logs=logs)
+        return frames.seal(self._key(device), "ack", device, wire.encode(ack))
+
+
+def _check_numbers(message: wire.Hello | wire.Report | wire.Telemetry) -> None:
+    """Refuse numbers and lengths that no table holds.
+
+    Raises:
+        RefusedError: `message_invalid`.
+    """
+    if isinstance(message, wire.Hello):
+        numbers: tuple[int, ...] = (message.offer_epoch, message.offer_serial)
+        texts: tuple[str, ...] = (*message.running, *message.running.values())
+        if len(message.running) > WINDOWS_MAX:
+            raise RefusedError("message_invalid", f"hello names {len(message.running)} models")
+    elif isinstance(message, wire.Report):
+        numbers = (message.at, message.requests, message.errors, message.fallbacks, message.serial, message.attempt)
+        texts = (message.epoch, message.model, message.target, message.manifest, message.running, message.reason)
+    else:
+        if len(message.windows) > WINDOWS_MAX:
+            raise RefusedError("message_invalid", f"telemetry has {len(message.windows)} windows")
+        numbers = (message.at, message.memory_available_bytes, message.disk_free_bytes, message.dropped)
+        texts = (message.epoch,)
+        for window in message.windows:
+            numbers += (window.start, window.duration_us, window.requests, window.errors, window.fallbacks)
+            numbers += (window.attempt,)
+            texts += (window.model, window.manifest, window.variant, window.rollout)
+    for number in numbers:
+        if not 0 <= number <= SEQ_MAX:
+            raise RefusedError("message_invalid", f"{type(message).__name__} has a number that cannot be: {number}")
+    for one in texts:
+        if len(one) > 200:
+            raise RefusedError("message_invalid", f"{type(message).__name__} has a name of {len(one)} characters")
+
+
+def _model_row(project: str, parsed: _Parsed, now: int) -> tuple[Any, ...]:
+    report: wire.Report = parsed.message
+    return (
+        parsed.device,
+        report.model,
+        project,
+        report.state,
+        report.target,
+        report.manifest,
+        report.running,
+        report.running_variant,
+        report.rollout,
+        report.attempt,
+        report.reason,
+        report.detail[:REPORT_DETAIL_CHARS_MAX],
+        report.requests,
+        report.errors,
+        report.latency_ratio,
+        report.trial_end,
+        parsed.payload.decode(),
+        report.epoch,
+        report.seq,
+        now,
+    )
+
+
+_REPORT_COLUMNS = ("device_id", "epoch", "seq", "project_id", "model", "state", "reason", "body", "received_at")
+_MODEL_COLUMNS = (
+    "device_id",
+    "model",
+    "project_id",
+    "state",
+    "target",
+    "manifest",
+    "running",
+    "running_variant",
+    "rollout_id",
+    "attempt",
+    "reason",
+    "detail",
+    "requests",
+    "errors",
+    "latency_ratio",
+    "trial_end",
+    "body",
+    "stream_epoch",
+    "seq",
+    "updated_at",
+)
+_TELEMETRY_COLUMNS = (
+    "device_id",
+    "epoch",
+    "seq",
+    "project_id",
+    "at",
+    "memory_available_bytes",
+    "disk_free_bytes",
+    "dropped",
+    "received_at",
+)
+_WINDOW_COLUMNS = (
+    "device_id",
+    "epoch",
+    "seq",
+    "position",
+    "project_id",
+    "model",
+    "manifest",
+    "variant",
+    "arm",
+    "rollout_id",
+    "attempt",
+    "start",
+    "duration_us",
+    "requests",
+    "errors",
+    "fallbacks",
+    "body",
+)
+
+
+def _in_devices(sql: str, *more: str) -> Any:
+    statement = text(sql).bindparams(bindparam("devices", expanding=True))
+    for name in more:
+        statement = statement.bindparams(bindparam(name, expanding=True))
+    return statement
+
+
+_ACTIVE = _in_devices("SELECT id FROM device WHERE id IN :devices AND project_id = :project AND state = 'active'")
+_STREAMS = _in_devices(
+    "SELECT device_id, epoch, contiguous, highest, lost, opened_at FROM stream"
+    " WHERE device_id IN :devices AND stream = :stream"
+)
+_LOGS: dict[wire.StreamName, str] = {"report": "report_log", "telemetry": "telemetry_log"}
+_AHEAD: dict[wire.StreamName, Any] = {
+    name: _in_devices(
+        f"SELECT l.device_id, l.epoch, l.seq FROM {source} l JOIN stream s ON s.device_id = l.device_id"  # noqa: S608
+        " AND s.epoch = l.epoch AND s.stream = :stream WHERE l.device_id IN :devices AND l.seq > s.contiguous"
+    )
+    for name, source in _LOGS.items()
+}
+_CURRENT = _in_devices(
+    "SELECT m.device_id, m.model, m.seq, s.opened_at FROM device_model m LEFT JOIN stream s"
+    " ON s.device_id = m.device_id AND s.stream = 'report' AND s.epoch = m.stream_epoch WHERE m.device_id IN :devices"
+)
+_ASSIGNED = _in_devices(
+    "SELECT rollout_id, device_id, model, attempt, from_manifest, to_manifest, outcome FROM assignment"
+    " WHERE rollout_id IN :rollouts AND device_id IN :devices",
+    "rollouts",
+)
+_CHANGE = text(
+    "UPDATE assignment SET outcome = :outcome, reason = :reason, detail = :detail, settled_at = :settled_at,"
+    " requests = :requests, errors = :errors, latency_ratio = :latency_ratio"
+    " WHERE rollout_id = :rollout AND device_id = :device AND model = :model"
+)
+_LEARN = text(
+    "UPDATE assignment SET from_manifest = :manifest, from_target = COALESCE((SELECT b.model || '/' || b.version"
+    " FROM bundle b WHERE b.manifest = :manifest AND b.project_id = assignment.project_id), '')"
+    " WHERE rollout_id = :rollout AND device_id = :device AND model = :model"
+)
+_RUNNING = text(
+    "INSERT INTO device_model (device_id, model, project_id, state, target, manifest, running, running_variant, rollout_id,"
+    " attempt, reason, detail, requests, errors, latency_ratio, trial_end, body, stream_epoch, seq, updated_at)"
+    " VALUES (:device, :model, :project, 'confirmed', '', :running, :running, '', '', 0, 'hello', '', 0, 0, 0, '', '{}',"
+    " :epoch, 0, :now) ON CONFLICT (device_id, model) DO UPDATE SET running = excluded.running, updated_at = :now"
+    " WHERE device_model.running <> excluded.running AND device_model.stream_epoch = :epoch AND device_model.seq < :next"
+)
+_BACK = _in_devices(
+    "UPDATE assignment SET outcome = 'reverted', settled_at = :now WHERE outcome = 'revert_pending'"
+    " AND device_id IN :devices"
+    " AND EXISTS (SELECT 1 FROM device d JOIN offer o ON o.device_id = d.id WHERE d.id = assignment.device_id"
+    " AND d.offer_epoch = o.epoch AND d.offer_serial = o.serial)"
+    " AND COALESCE((SELECT m.running FROM device_model m WHERE m.device_id = assignment.device_id"
+    " AND m.model = assignment.model), '') = assignment.from_manifest"
+)
+_TOUCH = _in_devices("UPDATE device SET last_seen_at = :now WHERE id IN :devices")
+_LOGS_WANTED = text(
+    "SELECT device_id, requested_at FROM device_log WHERE project_id = :project AND requested_at > received_at"
+)

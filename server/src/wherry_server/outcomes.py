@@ -1,0 +1,116 @@
+"""What a report makes of an assignment. Pure: one table, read by ingest inside its transaction.
+
+A report speaks of an assignment only if it names its rollout; forwards it must also name the assigned bundle and attempt.
+Backwards only one thing counts: what answers requests on the device now.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, TypeAlias
+
+from wherry_shared import reasons
+from wherry_shared.wire import Report
+
+Outcome: TypeAlias = Literal[
+    "exposed",
+    "confirmed",
+    "confirmed_idle",
+    "returned",
+    "failed",
+    "refused",
+    "withdrawn",
+    "revert_pending",
+    "reverted",
+    "superseded",
+]
+FAILURES = ("returned", "failed", "refused")
+BACKWARDS = frozenset({"withdrawn", "revert_pending", "reverted"})
+LIVE = ("exposed", "confirmed", "confirmed_idle", *FAILURES)
+"""Outcomes of devices that a halt or a revert still has to bring back."""
+
+NEUTRAL = frozenset(
+    {
+        reasons.DISK_FULL,
+        reasons.DISK,
+        reasons.NETWORK,
+        reasons.DIGEST_MISMATCH,
+        reasons.TRUST_UNSIGNED,
+        reasons.TRUST_EXPIRED,
+        reasons.TRUST_ROLLBACK,
+        reasons.TRUST_INVALID,
+        reasons.TRUST_STALE,
+        reasons.BELOW_FLOOR,
+        reasons.REVOKED,
+        reasons.CLOCK_UNSET,
+        reasons.OFFER_EXPIRED,
+        reasons.OFFER_INVALID,
+        reasons.OFFER_FOREIGN,
+        reasons.OFFER_OLD,
+        reasons.CHILD_FAILED,
+        reasons.WITHDRAWN,
+        reasons.SUPERSEDED,
+        reasons.RESTARTS,
+    }
+)
+"""Reasons that say nothing against the bundle: the device stays exposed until it settles or is late. Any other reason,
+also one that this release does not know, counts as a failure."""
+
+
+class Assigned(NamedTuple):
+    """What an assignment says, as far as reports are compared with it."""
+
+    rollout: str
+    attempt: int
+    from_manifest: str
+    to_manifest: str
+    outcome: str
+
+
+class Change(NamedTuple):
+    """What becomes of it."""
+
+    outcome: Outcome
+    reason: str
+    settled: bool
+    """Whether this is an end, with a time of its own."""
+
+
+def judge(assigned: Assigned, report: Report) -> Change | None:
+    """Return what a report makes of an assignment, None if it does not speak of it or changes nothing."""
+    if report.rollout != assigned.rollout or assigned.outcome == "superseded":
+        return None
+    if assigned.outcome in BACKWARDS:
+        return _backwards(assigned, report)
+    if report.manifest != assigned.to_manifest or report.attempt != assigned.attempt:
+        return None
+    match report.state:
+        case "confirmed" | "confirmed_idle" if report.running == assigned.to_manifest:
+            return Change(report.state, report.reason, settled=True)
+        case "returned" | "failed" | "refused" if report.reason not in NEUTRAL:
+            return Change(report.state, report.reason, settled=True)
+        case "safe":
+            return Change("failed", report.reason or "safe", settled=True)
+        case (
+            "confirmed"
+            | "confirmed_idle"
+            | "returned"
+            | "failed"
+            | "refused"
+            | "fetching"
+            | "judging"
+            | "trial"
+            | "waiting"
+            | "empty"
+            | "removed"
+        ):
+            return Change("exposed", report.reason or report.state, settled=False)
+
+
+def _backwards(assigned: Assigned, report: Report) -> Change | None:
+    if report.running == assigned.from_manifest:
+        if assigned.outcome == "revert_pending":
+            return Change("reverted", report.reason, settled=True)
+        return None
+    if report.running == assigned.to_manifest and assigned.outcome != "revert_pending":
+        return Change("revert_pending", report.reason, settled=False)  # it had changed after all
+    return None
