@@ -116,14 +116,14 @@ async def identify(request: Request, services: ServicesDep) -> Identity:
             "unauthenticated",
             "this token is not known here",
             consequence="nothing was done",
-            next_step="use a token of this server: wherry token create, or client.json of its data folder",
+            next_step="use a token of this server: wherry token api NAME, or client.json of its data folder",
         )
     if row.expires_at <= now_us():
         raise RefusedError(
             "token_expired",
             f"the token {row.name!r} has expired",
             consequence="nothing was done",
-            next_step="have an admin make a new one: wherry token create",
+            next_step="have an admin make a new one: wherry token api NAME",
         )
     return Identity(name=row.name, role=row.role, project=services.project)
 

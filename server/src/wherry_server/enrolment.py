@@ -196,7 +196,7 @@ def _refused(why: str) -> RefusedError:
         "enrolment_refused",
         f"enrolment refused: {why}",
         consequence="the device was not enrolled",
-        next_step="have an operator make a new token: wherry token enrol",
+        next_step="have an operator make a new token: wherry token create",
     )
 
 

@@ -79,3 +79,8 @@ def when(time_us: int) -> str:
     if ago < 7200:
         return f"{ago / 60:.0f} min ago"
     return moment.strftime("%Y-%m-%d %H:%M UTC")
+
+
+def date(time_us: int) -> str:
+    """Write a time, past or future, as a date."""
+    return datetime.fromtimestamp(time_us / 1_000_000, UTC).strftime("%Y-%m-%d %H:%M UTC")

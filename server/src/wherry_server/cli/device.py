@@ -1,0 +1,161 @@
+"""`wherry device`: list, show, logs."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from wherry_server.cli.common import AsJson, client, show, size, table, when
+from wherry_server.client import Client
+from wherry_shared.errors import UnreachableError
+
+app = typer.Typer(name="device", help="Enrolled devices.", no_args_is_help=True)
+
+LOGS_POLL_S = 0.5
+
+Device = Annotated[str, typer.Argument(help="Name or id of a device.")]
+
+
+@app.command("list")
+def list_devices(
+    name: Annotated[str | None, typer.Option(help="Part of the name.")] = None,
+    state: Annotated[
+        str | None, typer.Option(help="State of the device, or of a model on it (trial, failed, …).")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Devices that said something about this model.")] = None,
+    cohort: Annotated[str | None, typer.Option(help="Members of this cohort.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List devices and what runs on them."""
+    found: list[dict[str, Any]] = []
+    with client() as server:
+        after = ""
+        while True:
+            page = server.get("/api/v1/devices", name=name, state=state, model=model, cohort=cohort, after=after)
+            found += page["devices"]
+            after = page["next"]
+            if not after:
+                break
+
+    def render(console: Console) -> None:
+        rows = [
+            (
+                device["name"],
+                "simulated" if device["simulated"] else device["arch"],
+                device["state"],
+                ", ".join(_running(model) for model in device["models"]) or "nothing yet",
+                " ".join(f"{key}={value}" for key, value in sorted(device["labels"].items())),
+                when(device["last_seen_at"]),
+            )
+            for device in found
+        ]
+        console.print(table(("device", "kind", "state", "models", "labels", "seen"), rows))
+        if not rows:
+            console.print("no device fits; enrol one: wherry token create, then wherry-agent run")
+
+    show(found, as_json, render)
+
+
+def _running(model: dict[str, Any]) -> str:
+    version = model["version"] or "none"
+    text = f"{model['model']} {version}"
+    if model["variant"]:
+        text += f" ({model['variant']})"
+    if model["state"] not in ("confirmed", "confirmed_idle"):
+        text += f" [{model['state']}{': ' + model['reason'] if model['reason'] else ''}]"
+    return text.replace("[", "\\[")
+
+
+@app.command("show")
+def show_device(device: Device, as_json: AsJson = False) -> None:
+    """Show a device: which variant runs and why, latency, memory, the last reason, what it should have."""
+    with client() as server:
+        found = server.get(f"/api/v1/devices/{device}")
+    show(found, as_json, lambda console: _render(console, found))
+
+
+def _render(console: Console, device: dict[str, Any]) -> None:
+    facts = device["facts"]
+    kind = "simulated device" if device["simulated"] else "device"
+    console.print(f"{device['name']}  {kind} {device['id']}, {device['state']}, seen {when(device['last_seen_at'])}")
+    console.print(
+        f"  machine  {device['arch'] or 'unknown'}, {facts.get('cores', '?')} cores, "
+        f"{size(facts.get('memory_bytes', 0))} memory, agent {device['agent'] or 'unknown'}"
+    )
+    console.print(f"  engines  {', '.join(device['engines']) or 'none reported'}")
+    if device["labels"]:
+        console.print("  labels   " + " ".join(f"{key}={value}" for key, value in sorted(device["labels"].items())))
+    for model in device["models"]:
+        _render_model(console, model)
+    if not device["models"]:
+        console.print("  models   nothing reported yet")
+    offer = device["offer"]
+    if offer is not None:
+        known = (
+            "the device has it"
+            if offer["known_serial"] >= offer["serial"]
+            else "the device has not said that it has it"
+        )
+        wanted = ", ".join(
+            f"{name} → {model.get('target') or 'none'}" for name, model in sorted(offer["models"].items())
+        )
+        console.print(f"  offer    serial {offer['serial']} ({known}): {wanted or 'no models'}")
+
+
+def _render_model(console: Console, model: dict[str, Any]) -> None:
+    version = model["version"] or model["running"] or "nothing"
+    console.print(f"  {model['model']}  runs {version}; state {model['state']}, {when(model['updated_at'])}")
+    if model["variant"]:
+        memory = f", peak {size(model['peak_memory_bytes'])}" if model["peak_memory_bytes"] else ""
+        console.print(f"    variant  {model['variant']} on {model['engine'] or 'its engine'}{memory}")
+    if model["why"]:
+        console.print(f"    why      {model['why']}")
+    latency = model["latency"]
+    if latency is not None and latency["p50_us"] is not None:
+        console.print(
+            f"    latency  {latency['p50_us'] / 1000:.2f} ms median, {latency['p99_us'] / 1000:.2f} ms p99 "
+            f"over {latency['requests']} requests, {latency['errors']} errors"
+        )
+    if model["reason"]:
+        console.print(f"    reason   {model['reason']}: {model['detail']}", markup=False)
+    for variant in model["variants"]:
+        if variant["id"] != model["variant"]:
+            text = f"    {variant['outcome']:<8} {variant['id']} {variant.get('reason', '')} {variant.get('why', '')}"
+            console.print(text.rstrip(), markup=False)
+
+
+@app.command("logs")
+def device_logs(
+    device: Device,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for the device to send them.", min=0)] = 30.0,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a device for its last log lines and print them."""
+    with client() as server:
+        found = _fetch_logs(server, device, wait)
+
+    def render(console: Console) -> None:
+        for line in found["lines"]:
+            console.print(line, markup=False)
+
+    show(found, as_json, render)
+
+
+def _fetch_logs(server: Client, device: str, wait_s: float) -> dict[str, Any]:
+    requested_at = server.post(f"/api/v1/devices/{device}/logs")["requested_at"]
+    deadline = time.monotonic() + wait_s
+    while True:
+        found: dict[str, Any] = server.get(f"/api/v1/devices/{device}/logs")
+        if found["received_at"] >= requested_at:
+            return found
+        if time.monotonic() >= deadline:
+            raise UnreachableError(
+                "logs_late",
+                f"{device} has not sent its log within {wait_s:.0f} s",
+                consequence="the request stands: it sends them when it next reports",
+                next_step="look again later with wherry device logs, or see when it was last seen: wherry device show",
+            )
+        time.sleep(LOGS_POLL_S)

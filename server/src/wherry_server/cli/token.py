@@ -1,0 +1,79 @@
+"""`wherry token`: for devices that enrol, and for people and machines that operate."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from wherry_server.cli.common import AsJson, client, date, show, table, when
+from wherry_shared.errors import RefusedError
+
+app = typer.Typer(name="token", help="Tokens: for devices that enrol, for people and machines.", no_args_is_help=True)
+
+
+@app.command("create")
+def create_enrolment_token(
+    uses: Annotated[int, typer.Option(help="How many devices may enrol with it.", min=1)] = 1,
+    days: Annotated[int, typer.Option(help="How long it is good.", min=1)] = 7,
+    label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE put on each device; may be repeated.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the token only.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a token by which devices enrol; it is shown this once."""
+    labels: dict[str, str] = {}
+    for item in label or []:
+        key, mark, value = item.partition("=")
+        if not mark:
+            raise RefusedError("labels_invalid", f"label {item[:80]!r} is not KEY=VALUE", next_step="write site=north")
+        labels[key] = value
+    with client() as server:
+        made = server.post("/api/v1/enrolment-tokens", {"uses": uses, "days": days, "labels": labels})
+        address = server.server
+
+    def render(console: Console) -> None:
+        if quiet:
+            console.print(made["token"], soft_wrap=True)
+            return
+        console.print(f"for {uses} device{'s' if uses > 1 else ''}, {days} days, shown this once:")
+        console.print(made["token"], soft_wrap=True)
+        console.print(f"next: wherry-agent run --server {address} --token TOKEN --home DIR --name NAME", soft_wrap=True)
+
+    show(made, as_json, render)
+
+
+@app.command("api")
+def create_api_token(
+    name: Annotated[str, typer.Argument(help="Whose token it is; stands in the audit log.")],
+    role: Annotated[str, typer.Option(help="viewer, operator, publisher or admin.")] = "viewer",
+    days: Annotated[int, typer.Option(help="How long it is good.", min=1)] = 90,
+    as_json: AsJson = False,
+) -> None:
+    """Make a token for a person or machine; it is shown this once."""
+    with client() as server:
+        made = server.post("/api/v1/tokens", {"name": name, "role": role, "days": days})
+    show(made, as_json, lambda console: console.print(made["token"], soft_wrap=True))
+
+
+@app.command("list")
+def list_tokens(as_json: AsJson = False) -> None:
+    """List the tokens of people and machines, without their secrets."""
+    with client() as server:
+        found = server.get("/api/v1/tokens")
+
+    def render(console: Console) -> None:
+        rows = [
+            (token["id"], token["name"], token["role"], when(token["created_at"]), date(token["expires_at"]))
+            for token in found
+        ]
+        console.print(table(("id", "name", "role", "made", "good until"), rows))
+
+    show(found, as_json, render)
+
+
+@app.command("revoke")
+def revoke_token(token_id: Annotated[str, typer.Argument(help="Id as in wherry token list.")]) -> None:
+    """Revoke a token; from then on it opens nothing."""
+    with client() as server:
+        server.delete(f"/api/v1/tokens/{token_id}")

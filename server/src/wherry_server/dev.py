@@ -1,0 +1,240 @@
+"""`wherry dev`: a whole server on loopback with one command, on SQLite, a blob folder and keys that it makes itself.
+
+The parent only makes the data folder ready and looks after three children (broker, api, director), which the kernel
+ends with it. A second start goes on with the data of the first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import httpx
+import msgspec
+from sqlalchemy import select
+
+from wherry_server import auth, broker, enrolment
+from wherry_server.client import Access
+from wherry_server.db.tables import ApiToken, EnrolmentToken, table
+from wherry_server.secret_files import write_secret
+from wherry_server.services import Services, open_services, prepare
+from wherry_server.settings import DEFAULT_DATA, Settings
+from wherry_server.supervision import Child, Supervisor
+from wherry_server.times import now_us
+from wherry_shared.errors import RefusedError, UnreachableError
+
+READY_S = 60.0
+"""How long api and broker may take until they answer."""
+TURN_S = 0.2
+TOKEN_DAYS = 365
+ENROLMENT_USES = 100_000
+ROLES = ("broker", "api", "director")
+
+_tokens = table(ApiToken)
+_enrolments = table(EnrolmentToken)
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What the first screen says."""
+
+    admin: str
+    fresh: bool
+    """Whether the admin token was made just now."""
+    enrolment: str
+
+
+def run(settings: Settings, *, quiet: bool) -> None:
+    """Run a development server until SIGINT or SIGTERM.
+
+    Raises:
+        RefusedError: `already_running`, `port_in_use`.
+        UnreachableError: `not_ready`, if a child does not come up.
+    """
+
+    def say(text: str) -> None:
+        if not quiet:
+            print(text, flush=True)  # noqa: T201  # this is a command's screen
+
+    settings.data.mkdir(parents=True, exist_ok=True)
+    with _alone(settings.data):
+        for name, host, port, option in (
+            ("API", settings.host, settings.port, "--port"),
+            ("broker", settings.broker_host, settings.broker_port, "--broker-port"),
+        ):
+            _check_free(name, host, port, option)
+        settings.save()
+        prepare(settings)
+        services = open_services(settings)
+        services.blobs.sweep()
+        shown = asyncio.run(_ensure_access(services))
+        logs = settings.data / "logs"
+        logs.mkdir(exist_ok=True)
+        children = [
+            Child(
+                name=role,
+                command=[sys.executable, "-m", "wherry_server.cli", "serve", role, "--data", str(settings.data)],
+                log=logs / f"{role}.log",
+            )
+            for role in ROLES
+        ]
+        supervisor = Supervisor(children, lambda text: print(text, file=sys.stderr, flush=True))  # noqa: T201
+        stop = _stop_on_signals()
+        try:
+            supervisor.start()
+            _wait_ready(settings, supervisor, stop)
+            if not stop.is_set():
+                say(screen(settings, shown))
+            while not stop.wait(TURN_S):
+                supervisor.turn()
+        finally:
+            supervisor.stop()
+        say("stopped; the data stay in " + str(settings.data))
+
+
+@contextmanager
+def _alone(data: Path) -> Iterator[None]:
+    with (data / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RefusedError(
+                "already_running",
+                f"a server runs on {data} already",
+                consequence="nothing was started",
+                next_step="use that one, or give another folder: wherry dev --data DIR",
+            ) from error
+        yield
+
+
+def _check_free(name: str, host: str, port: int, option: str) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            raise RefusedError(
+                "port_in_use" if taken else "address_unusable",
+                f"{name} cannot listen on {host}:{port}: {error.strerror}",
+                consequence="nothing was started",
+                next_step=f"end what listens there, or choose another port: wherry dev {option} PORT",
+            ) from error
+
+
+async def _ensure_access(services: Services) -> Shown:
+    """Make sure that `client.json` opens the API and that there is an enrolment token to show."""
+    settings = services.settings
+    saved = _read_client(settings)
+    enrolment_file = settings.keys_folder / "enrolment.token"
+    pasted = enrolment_file.read_text().strip() if enrolment_file.exists() else ""
+    try:
+        async with services.database.write() as connection:
+            now = now_us()
+            fresh = saved is None or not await connection.scalar(
+                select(_tokens.c.name).where(
+                    _tokens.c.token_hash == auth.hash_secret(saved.token), _tokens.c.expires_at > now
+                )
+            )
+            if saved is None or fresh:
+                token = await auth.create_token(connection, services.project, "dev", "admin", TOKEN_DAYS)
+            else:
+                token = saved.token
+            good = pasted.count(".") == 2 and await connection.scalar(
+                select(_enrolments.c.uses_left).where(
+                    _enrolments.c.token_hash == auth.hash_secret(pasted.split(".")[1]), _enrolments.c.expires_at > now
+                )
+            )
+            if not good:
+                pasted = await enrolment.create_token(
+                    connection, services, "server:dev", uses=ENROLMENT_USES, days=TOKEN_DAYS, labels={}
+                )
+    finally:
+        await services.close()
+    write_secret(enrolment_file, pasted.encode() + b"\n")
+    write_secret(settings.client_file, msgspec.json.encode(Access(server=settings.url, token=token)) + b"\n")
+    return Shown(admin=token, fresh=bool(fresh), enrolment=pasted)
+
+
+def _read_client(settings: Settings) -> Access | None:
+    try:
+        return msgspec.json.decode(settings.client_file.read_bytes(), type=Access)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
+
+
+def _stop_on_signals() -> threading.Event:
+    stop = threading.Event()
+
+    def handler(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGINT, handler)
+    return stop
+
+
+def _wait_ready(settings: Settings, supervisor: Supervisor, stop: threading.Event) -> None:
+    deadline = time.monotonic() + READY_S
+    with httpx.Client(base_url=settings.url, timeout=2.0, trust_env=False) as http:
+        while not stop.wait(TURN_S / 4):
+            supervisor.turn()
+            try:
+                if broker.answers(settings) and http.get("/api/v1/health").status_code == httpx.codes.OK:
+                    return
+            except httpx.HTTPError:  # not listening yet
+                pass
+            failing = next((child for child in supervisor.children[:2] if child.failures >= 3), None)
+            if failing is not None or time.monotonic() > deadline:
+                late = failing or supervisor.children[1]
+                raise UnreachableError(
+                    "not_ready",
+                    f"{late.name} does not come up; the end of {late.log}:\n{late.tail()}",
+                    consequence="the server was stopped again",
+                    next_step="see the log above; the data are untouched",
+                )
+
+
+def screen(settings: Settings, shown: Shown) -> str:
+    """Return what `wherry dev` prints when everything answers."""
+    standard = settings.data == DEFAULT_DATA.expanduser().absolute()
+    lines = [
+        f"Wherry development server, project {settings.project}, data in {settings.data}",
+        f"  API     {settings.url}   (shapes: {settings.url}/docs)",
+        f"  broker  mqtt://{settings.broker_host}:{settings.broker_port}   (MQTT 3.1.1)",
+        f"  {broker.WARNING};",
+        "  all signing keys but publishers' are on this machine.",
+        "",
+    ]
+    if shown.fresh:
+        lines += [
+            f"Admin token, shown this once: {shown.admin}",
+            f"  (kept in {settings.client_file}, mode 0600, where the wherry command finds it)",
+            "",
+        ]
+    lines.append("Next, in other terminals:")
+    if not standard:
+        lines.append(f"  export WHERRY_DATA={settings.data}")
+    lines += [
+        f"  wherry-agent run --server {settings.url} --home ~/wherry-device --name bench-1 \\",
+        f"      --token {shown.enrolment}",
+        "  wherry-optimizer pack model.onnx --name my-model --version 1.0.0 --licence Apache-2.0 \\",
+        '      --attribution "me" --output my-model-1.0.0',
+        "  wherry-optimizer sign my-model-1.0.0",
+        "  wherry bundle push my-model-1.0.0",
+        "  wherry deploy my-model:1.0.0 --device bench-1 --watch",
+        "",
+        "Ctrl-C ends it; the next start goes on with the same data.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,76 @@
+"""The bodies of the processes of a server: api, director, broker. One program, started with the role's name."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+from importlib import import_module
+from typing import Literal
+
+from wherry_server.settings import Settings
+
+Role = Literal["api", "director", "broker"]
+PARENT = "WHERRY_PARENT"
+"""Environment: the process id of the parent with which this process ends."""
+GRACE_S = 5
+"""How long open requests may take when the api is told to end."""
+KEEP_ALIVE_S = 75
+BACKLOG = 1024
+_PR_SET_PDEATHSIG = 1
+
+
+def run(role: Role, settings: Settings) -> None:
+    """Be one role until told to end by SIGTERM."""
+    die_with_parent()
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format=f"%(asctime)s {role} %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if role == "api":
+        run_api(settings)
+    elif role == "director":
+        import_module("wherry_server.director").run(settings)
+    else:
+        from wherry_server import broker
+
+        broker.run(settings)
+
+
+def run_api(settings: Settings) -> None:
+    """Serve the API."""
+    import uvicorn
+
+    from wherry_server.app import create_app
+    from wherry_server.services import open_services
+
+    uvicorn.run(
+        create_app(open_services(settings)),
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        access_log=False,
+        log_config=None,
+        log_level="warning",
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=GRACE_S,
+    )
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process when the parent that `PARENT` names ends, however that ends (Linux)."""
+    parent = os.environ.get(PARENT)
+    if parent is None:
+        return
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != int(parent):  # it ended before the kernel knew
+        sys.exit(1)
