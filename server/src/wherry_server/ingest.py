@@ -355,6 +355,7 @@ class Ingest:
                 "outcome": change.outcome,
                 "reason": change.reason[:80],
                 "detail": report.detail[:REPORT_DETAIL_CHARS_MAX],
+                "now": now,
                 "settled_at": now if change.settled else 0,
                 "requests": report.requests,
                 "errors": report.errors,
@@ -622,7 +623,7 @@ _ASSIGNED = _in_devices(
 )
 _CHANGE = text(
     "UPDATE assignment SET outcome = :outcome, reason = :reason, detail = :detail, settled_at = :settled_at,"
-    " requests = :requests, errors = :errors, latency_ratio = :latency_ratio"
+    " noticed_at = CASE WHEN noticed_at = 0 THEN :now ELSE noticed_at END, requests = :requests, errors = :errors, latency_ratio = :latency_ratio"
     " WHERE rollout_id = :rollout AND device_id = :device AND model = :model"
 )
 _LEARN = text(

@@ -76,10 +76,10 @@ class Plan(_Strict, frozen=True, kw_only=True):
     """Share of exposed devices that have to have settled, or to have passed a deadline, before a stage may end."""
     failure: Bound = Bound(share=0.1, sample_min=5)
     silent_s: int = 3_600
-    """A device that has not settled and was not seen for this long is silent."""
+    """A device that never spoke of its exposure for this long, or then vanished for this long, is silent."""
     silent: Bound = Bound(share=0.5, sample_min=5)
     late_s: int = 3_600
-    """A device that is there, but has not settled this long after its exposure, is late."""
+    """A device that spoke of its exposure this long ago, and has not settled, is late."""
     late: Bound = Bound(share=0.3, sample_min=5)
     stage_max_s: int = 7 * 86_400
     """A stage that has not proved itself by then halts the rollout, keeping what is confirmed."""

@@ -281,6 +281,8 @@ class Assignment(SQLModel, table=True):
     to_target: str
     attempt: int = 1
     exposed_at: int = _time()
+    noticed_at: int = _time(default=0)
+    """When the device first spoke of it; 0 while it has not."""
     outcome: str = "exposed"
     """`exposed`, `confirmed`, `confirmed_idle`, `returned`, `failed`, `refused`, `withdrawn`, `revert_pending`,
     `reverted`, `silent`, `superseded`"""

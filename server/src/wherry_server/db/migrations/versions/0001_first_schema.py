@@ -38,6 +38,7 @@ def upgrade() -> None:
         sa.Column("to_target", sa.String(), nullable=False),
         sa.Column("attempt", sa.Integer(), nullable=False),
         sa.Column("exposed_at", sa.BigInteger(), nullable=False),
+        sa.Column("noticed_at", sa.BigInteger(), nullable=False),
         sa.Column("outcome", sa.String(), nullable=False),
         sa.Column("reason", sa.String(), nullable=False),
         sa.Column("detail", sa.String(), nullable=False),

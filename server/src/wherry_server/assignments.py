@@ -1,0 +1,196 @@
+"""Carries decisions into rows: who is exposed, who is withdrawn, and the offers that say so, for one transaction.
+
+Offers are composed and signed *before* the transaction, from what was read (`Prepared`), so that the database is locked for
+the writing only; the transaction then holds the caller's comparison of revision and lease, and nobody else writes offers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import bindparam, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from wherry_server import offers
+from wherry_server.evidence import Candidate
+from wherry_server.offers import Composed, Composer
+from wherry_server.outcomes import LIVE
+from wherry_server.plan import Plan
+from wherry_server.rollout import Scope
+from wherry_server.targeting import signed
+from wherry_shared.errors import RefusedError
+
+EXPOSED_PER_TURN = 10_000
+"""Devices of one exposing transaction; a larger stage takes several turns, each of which judges first."""
+
+
+@dataclass(slots=True)
+class Prepared:
+    """What a transaction will write."""
+
+    exposed: list[Candidate] = field(default_factory=list)
+    stage: int = -1
+    withdrawn: list[str] = field(default_factory=list)
+    scope: Scope = "unconfirmed"
+    composed: list[Composed] = field(default_factory=list)
+    refused: list[RefusedError] = field(default_factory=list)
+    """Offers that could not be made; their devices are left as they are."""
+
+
+async def read_exposing(connection: AsyncConnection, candidates: Sequence[Candidate]) -> dict[str, offers.Current]:
+    """Read what the next offers of `candidates` are composed from."""
+    return await offers.current(connection, [one.device for one in candidates])
+
+
+def expose(
+    prepared: Prepared,
+    row: Any,
+    plan: Plan,
+    stage: int,
+    candidates: Iterable[Candidate],
+    current: dict[str, offers.Current],
+    composer: Composer,
+    now: int,
+) -> None:
+    """Compose the offers of a stage's devices. Signs, so call it outside of the event loop's thread."""
+    models = offers.forwards(plan, row.id)
+    prepared.stage = stage
+    for one in candidates:
+        known = current.get(one.device)
+        if known is None:
+            continue  # removed since the scan
+        try:
+            prepared.composed.append(composer.compose(one.device, known, {**known.models, **models}, now))
+        except RefusedError as error:
+            prepared.refused.append(error)
+            continue
+        prepared.exposed.append(one)
+
+
+async def read_withdrawing(connection: AsyncConnection, rollout: str, scope: Scope, stage: int) -> list[Any]:
+    """Return the assignments that a withdrawal brings back: (device_id, model, from_manifest, from_target)."""
+    rows = await connection.execute(
+        _WITHDRAWING,
+        {
+            "rollout": rollout,
+            "outcomes": list(LIVE),
+            "all": scope == "all",
+            "in_stage": scope == "stage",
+            "stage": stage,
+        },
+    )
+    return list(rows)
+
+
+def withdraw(
+    prepared: Prepared,
+    row: Any,
+    plan: Plan,
+    scope: Scope,
+    rows: Sequence[Any],
+    current: dict[str, offers.Current],
+    composer: Composer,
+    now: int,
+) -> None:
+    """Compose the offers that name each device's own `from`. Signs, so call it outside of the event loop's thread."""
+    prepared.scope = scope
+    changed: dict[str, dict[str, Any]] = {}
+    for one in rows:
+        changed.setdefault(one.device_id, {})[one.model] = offers.backwards(
+            plan, row.id, one.from_target, one.from_manifest
+        )
+    for device, models in changed.items():
+        known = current.get(device)
+        if known is None:
+            continue
+        own = {
+            name: offered
+            for name, offered in models.items()
+            if name not in known.models or known.models[name].rollout == row.id
+        }
+        try:
+            prepared.composed.append(composer.compose(device, known, {**known.models, **own}, now))
+        except RefusedError as error:
+            prepared.refused.append(error)
+            continue
+        prepared.withdrawn.append(device)
+
+
+async def apply(connection: AsyncConnection, row: Any, plan: Plan, prepared: Prepared, now: int) -> None:
+    """Write what was prepared, inside the caller's transaction."""
+    if prepared.exposed:
+        await _insert(connection, row, plan, prepared, now)
+    for at in range(0, len(prepared.withdrawn), offers.DEVICES_PER_READ):
+        part = prepared.withdrawn[at : at + offers.DEVICES_PER_READ]
+        await connection.execute(
+            _WITHDRAW, {"rollout": row.id, "devices": part, "now": now, "outcomes": list(LIVE[:3])}
+        )
+    await offers.write(connection, row.project_id, prepared.composed)
+
+
+async def _insert(connection: AsyncConnection, row: Any, plan: Plan, prepared: Prepared, now: int) -> None:
+    """Insert the assignments of a stage by one statement over the devices and what they run at this moment."""
+    await connection.execute(
+        text(
+            "CREATE TEMPORARY TABLE IF NOT EXISTS exposing (device_id TEXT PRIMARY KEY, stratum TEXT, share_key BIGINT)"
+        )
+    )
+    await connection.execute(text("DELETE FROM exposing"))
+    rows = [(one.device, one.stratum, signed(one.key)) for one in prepared.exposed]
+    if connection.dialect.name == "sqlite":
+        await connection.exec_driver_sql("INSERT INTO exposing VALUES (?, ?, ?)", rows)
+    else:
+        await connection.execute(
+            text("INSERT INTO exposing VALUES (:device, :stratum, :key)"),
+            [{"device": device, "stratum": stratum, "key": key} for device, stratum, key in rows],
+        )
+    for planned in plan.models:
+        named = {
+            "rollout": row.id,
+            "project": row.project_id,
+            "model": planned.model,
+            "stage": prepared.stage,
+            "to": planned.manifest,
+            "target": planned.target,
+            "attempt": plan.attempt,
+            "now": now,
+        }
+        await connection.execute(_SUPERSEDE, named)
+        await connection.execute(_ASSIGN, named)
+
+
+_WITHDRAWING = text(
+    "SELECT device_id, model, from_manifest, from_target FROM assignment WHERE rollout_id = :rollout AND outcome IN :outcomes"
+    " AND (outcome NOT IN ('confirmed', 'confirmed_idle') OR :all OR (:in_stage AND stage = :stage))"
+).bindparams(bindparam("outcomes", expanding=True))
+_WITHDRAW = text(
+    "UPDATE assignment SET outcome = CASE WHEN outcome = 'exposed' AND COALESCE((SELECT m.running FROM device_model m"
+    " WHERE m.device_id = assignment.device_id AND m.model = assignment.model), '') = from_manifest"
+    " THEN 'withdrawn' ELSE 'revert_pending' END, settled_at = :now"
+    " WHERE rollout_id = :rollout AND device_id IN :devices AND outcome IN :outcomes"
+).bindparams(bindparam("devices", expanding=True), bindparam("outcomes", expanding=True))
+_SUPERSEDE = text(
+    "UPDATE assignment SET outcome = 'superseded', settled_at = :now WHERE model = :model AND rollout_id <> :rollout"
+    " AND device_id IN (SELECT device_id FROM exposing)"
+    " AND rollout_id IN (SELECT id FROM rollout WHERE project_id = :project AND model = :model"
+    " AND state IN ('running', 'paused', 'returning'))"
+)
+_ASSIGN = text(
+    "INSERT INTO assignment (rollout_id, device_id, model, project_id, stage, stratum, share_key, from_manifest,"
+    " from_target, to_manifest, to_target, attempt, exposed_at, noticed_at, outcome, reason, detail, settled_at, requests,"
+    " errors, latency_ratio)"
+    " SELECT :rollout, e.device_id, :model, :project, :stage, e.stratum, e.share_key,"
+    # A device that runs the bundle already came from somewhere too: from where its last assignment says.
+    " CASE WHEN m.running = :to THEN COALESCE(p.from_manifest, '') ELSE COALESCE(m.running, '') END,"
+    " CASE WHEN m.running = :to THEN COALESCE(p.from_target, '')"
+    " ELSE COALESCE(b.model || '/' || b.version, '') END,"
+    " :to, :target, :attempt, :now, 0, 'exposed', '', '', 0, 0, 0, 0"
+    " FROM exposing e LEFT JOIN device_model m ON m.device_id = e.device_id AND m.model = :model"
+    " LEFT JOIN bundle b ON b.project_id = :project AND b.manifest = m.running"
+    " LEFT JOIN assignment p ON m.running = :to AND p.device_id = e.device_id AND p.model = :model"
+    " AND p.to_manifest = :to AND p.exposed_at = (SELECT max(q.exposed_at) FROM assignment q"
+    " WHERE q.device_id = e.device_id AND q.model = :model AND q.to_manifest = :to)"
+    " WHERE true ON CONFLICT (rollout_id, device_id, model) DO NOTHING"
+)

@@ -1,0 +1,213 @@
+"""Cohorts: saved selectors, and who they take now.
+
+Membership is live: it is worked out from facts and labels whenever somebody asks, and stored nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+from sqlalchemy import delete, insert, select, text, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from wherry_server.db.database import Database
+from wherry_server.db.tables import Cohort, table
+from wherry_server.targeting import And, Compare, Everything, Not, Or, Selector, View, matches, parse_selector
+from wherry_server.times import now_us
+from wherry_shared.errors import RefusedError
+from wherry_shared.ids import check_name
+
+_COHORT = table(Cohort)
+SECOND_US = 1_000_000
+
+
+class Member(NamedTuple):
+    """A device that a selector takes, with what targeting needs of it."""
+
+    id: str
+    view: View | None
+    """None where neither selector nor strata look at the device."""
+    facts: str
+    """Facts as JSON text."""
+
+
+# --- views --------------------------------------------------------------------------------------
+
+
+def view(row: Any, runs: Mapping[str, str], now: int) -> View:
+    """Return what selectors see of a device row (`id, name, state, labels, facts, simulated, last_seen_at, enrolled_at`).
+
+    Labels that an operator set win over those that the device reports about itself.
+    """
+    facts = msgspec.json.decode(row.facts) if isinstance(row.facts, str) else row.facts
+    labels = msgspec.json.decode(row.labels) if isinstance(row.labels, str) else row.labels
+    facts = facts if isinstance(facts, dict) else {}
+    made: dict[str, Any] = {
+        "id": row.id,
+        "name": row.name,
+        "state": row.state,
+        "simulated": "true" if row.simulated else "false",
+        "enrolled": (now - row.enrolled_at) // SECOND_US,
+    }
+    if row.last_seen_at:
+        made["last_seen"] = (now - row.last_seen_at) // SECOND_US
+    for field in ("arch", "os", "python", "agent", "cpu_model", "accelerator", "timezone"):
+        if isinstance(facts.get(field), str) and facts[field]:
+            made[field] = facts[field]
+    for field in ("cores", "memory_bytes", "disk_free_bytes"):
+        if isinstance(facts.get(field), int):
+            made[field] = facts[field]
+    made["cpu_feature"] = [str(feature) for feature in facts.get("cpu_features") or []]
+    engines = [engine for engine in facts.get("engines") or [] if isinstance(engine, dict)]
+    made["engine"] = [str(engine.get("name")) for engine in engines]
+    for engine in engines:
+        made[f"engine.{engine.get('name')}"] = str(engine.get("version"))
+    for name, value in {**(facts.get("labels") or {}), **(labels or {})}.items():
+        made[f"label.{name}"] = str(value)
+    for model, version in runs.items():
+        made[f"runs.{model}"] = version
+    return made
+
+
+def looks(selector: Selector) -> set[str]:
+    """Return the fields that a selector looks at."""
+    match selector:
+        case Everything():
+            return set()
+        case Compare(field=field):
+            return {field}
+        case Not(inner=inner):
+            return looks(inner)
+        case And(parts=parts) | Or(parts=parts):
+            return set().union(*(looks(part) for part in parts))
+
+
+async def members(
+    connection: AsyncConnection, project: str, selector: Selector, *, also: frozenset[str] = frozenset()
+) -> list[Member]:
+    """Return the active devices that a selector takes; `also` names fields that the caller wants to see as well."""
+    fields = looks(selector) | also
+    rows = await connection.execute(_DEVICES, {"project": project})
+    if not fields:
+        return [Member(row.id, None, row.facts) for row in rows]
+    runs: dict[str, dict[str, str]] = {}
+    if any(field.startswith("runs.") for field in fields):
+        for run in await connection.execute(_RUNS, {"project": project}):
+            runs.setdefault(run.device_id, {})[run.model] = run.version
+    now = now_us()
+    found = []
+    for row in rows:
+        seen = view(row, runs.get(row.id, {}), now)
+        if matches(selector, seen):
+            found.append(Member(row.id, seen, row.facts))
+    return found
+
+
+_DEVICES = text(
+    "SELECT id, name, state, CAST(labels AS TEXT) AS labels, CAST(facts AS TEXT) AS facts, simulated, last_seen_at,"
+    " enrolled_at FROM device WHERE project_id = :project AND state = 'active'"
+)
+_RUNS = text(
+    "SELECT m.device_id, m.model, b.version FROM device_model m JOIN bundle b"
+    " ON b.project_id = m.project_id AND b.manifest = m.running WHERE m.project_id = :project"
+)
+
+
+# --- saved cohorts ------------------------------------------------------------------------------
+
+
+async def save(
+    database: Database, project: str, actor: str, name: str, selector: str, *, replace: bool
+) -> dict[str, Any]:
+    """Save a cohort and return it.
+
+    Raises:
+        RefusedError: `bad_name`, `bad_selector`, `name_taken` (without `replace`) or `cohort_unknown` (with it).
+    """
+    check_name(name, "cohort")
+    parse_selector(selector)
+    async with database.write() as connection:
+        if replace:
+            changed = await connection.execute(
+                update(_COHORT).where(_COHORT.c.project_id == project, _COHORT.c.name == name).values(selector=selector)
+            )
+            if changed.rowcount != 1:
+                raise _unknown(name)
+        else:
+            try:
+                await connection.execute(
+                    insert(_COHORT).values(
+                        project_id=project, name=name, selector=selector, created_at=now_us(), created_by=actor
+                    )
+                )
+            except IntegrityError as error:
+                raise RefusedError(
+                    "name_taken",
+                    f"there is a cohort {name!r} already",
+                    consequence="nothing was changed",
+                    next_step="change it with PUT, or choose another name",
+                ) from error
+        return await find(connection, project, name)
+
+
+async def find(connection: AsyncConnection, project: str, name: str) -> dict[str, Any]:
+    """Return a saved cohort.
+
+    Raises:
+        RefusedError: `cohort_unknown`.
+    """
+    row = (
+        await connection.execute(select(_COHORT).where(_COHORT.c.project_id == project, _COHORT.c.name == name))
+    ).one_or_none()
+    if row is None:
+        raise _unknown(name)
+    return _public(row)
+
+
+async def every(connection: AsyncConnection, project: str) -> list[dict[str, Any]]:
+    """Return all saved cohorts by name."""
+    rows = await connection.execute(select(_COHORT).where(_COHORT.c.project_id == project).order_by(_COHORT.c.name))
+    return [_public(row) for row in rows]
+
+
+async def remove(database: Database, project: str, name: str) -> None:
+    """Forget a cohort. Rollouts keep the selector that they were created with.
+
+    Raises:
+        RefusedError: `cohort_unknown`.
+    """
+    async with database.write() as connection:
+        gone = await connection.execute(delete(_COHORT).where(_COHORT.c.project_id == project, _COHORT.c.name == name))
+        if gone.rowcount != 1:
+            raise _unknown(name)
+
+
+async def preview(connection: AsyncConnection, project: str, selector: str, limit: int) -> dict[str, Any]:
+    """Say whom a selector takes now: how many, how many of them simulated, and the first few by name."""
+    found = await members(connection, project, parse_selector(selector), also=frozenset({"name"}))
+    views = [member.view for member in found if member.view is not None]
+    names = sorted(str(seen["name"]) for seen in views)
+    return {
+        "selector": selector,
+        "devices": len(found),
+        "simulated": sum(seen["simulated"] == "true" for seen in views),
+        "names": names[:limit],
+    }
+
+
+def _public(row: Any) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "selector": row.selector,
+        "created_at": row.created_at,
+        "created_by": row.created_by,
+    }
+
+
+def _unknown(name: str) -> RefusedError:
+    return RefusedError(
+        "cohort_unknown", f"there is no cohort {name[:80]!r}", next_step="see them with: wherry cohort list"
+    )

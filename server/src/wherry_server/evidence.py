@@ -1,0 +1,266 @@
+"""From rows to counts: everything that a decision is made on is read here, in one transaction.
+
+Deciding gets integers, never rows. Who may be exposed is worked out here too, since it needs the members of the cohort:
+`Scan` is the expensive part, and the director takes it no more often than its cost allows.
+
+Which rollout may take a device (per model): one that holds it already keeps it. A device held by another *active*
+rollout (running, paused, returning) is taken over only by a higher priority, or at equal priority by a newer rollout
+whose plan says `supersede`. A finished release gives way to any newer one, and a release that is done takes
+newcomers only where no newer one has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from sqlalchemy import bindparam, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from wherry_server import cohorts
+from wherry_server.plan import Plan
+from wherry_server.rollout import ACTIVE, Command, Counts, Evidence, Progress
+from wherry_server.targeting import cut_offs, exposed, key_of, parse_selector
+from wherry_shared.errors import RefusedError
+from wherry_shared.facts import DeviceFacts, hardware_class
+
+SECOND_US = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A member that a stage may expose."""
+
+    device: str
+    key: int
+    stratum: str
+
+
+@dataclass(slots=True)
+class Scan:
+    """The members of a rollout's cohort now."""
+
+    members: int = 0
+    keys: dict[str, list[int]] = field(default_factory=dict)
+    """Stratum → keys of all members that may take part."""
+    free: list[Candidate] = field(default_factory=list)
+    """Members that this rollout has not exposed and may expose, whatever their key."""
+    held: list[Candidate] = field(default_factory=list)
+    """Members that another rollout holds, or whose hardware the bundle is known to be bad on."""
+
+    def unexposed(self, stored: Mapping[str, int], share: float) -> list[Candidate]:
+        """Return the free members at or below the cut-offs, lowest key first."""
+        found = [one for one in self.free if exposed(one.key, one.stratum, stored, share)]
+        found.sort(key=lambda one: one.key)
+        return found
+
+
+async def scan(connection: AsyncConnection, row: Any, plan: Plan) -> Scan:
+    """Read the members of a rollout and what holds them. `row` is the rollout's."""
+    strata = tuple(plan.strata)
+    members = await cohorts.members(connection, row.project_id, parse_selector(plan.selector), also=frozenset(strata))
+    taken = await _taken(connection, row, plan)
+    bad = await _known_bad(connection, row.project_id, plan)
+    found = Scan(members=len(members))
+    for member in members:
+        stratum = "/".join(_text(member.view.get(name)) for name in strata) if member.view is not None else ""
+        key = key_of(row.salt, member.id)
+        found.keys.setdefault(stratum, []).append(key)
+        holder = taken.get(member.id)
+        if holder == row.id:
+            continue
+        candidate = Candidate(member.id, key, stratum)
+        if holder is not None or (bad and not bad.isdisjoint(classes(member.facts))):
+            found.held.append(candidate)
+        else:
+            found.free.append(candidate)
+    return found
+
+
+async def read(
+    connection: AsyncConnection, row: Any, plan: Plan, progress: Progress, found: Scan | None, now: int
+) -> Evidence:
+    """Return the evidence for one decision; without a scan nobody is seen as unexposed."""
+    stages = await counts(connection, row.id, plan, now)
+    command: Command = row.wanted
+    evidence = Evidence(stages=stages, command=command)
+    if found is None:
+        return evidence
+    share = plan.stages[progress.stage].share if progress.stage >= 0 else 0.0
+    reached = progress.stage >= 0
+    following = progress.stage + 1
+    coming: dict[str, int] = {}
+    if following < len(plan.stages):
+        coming = cut_offs(found.keys, plan.stages[following].share, progress.cut_offs)
+    return msgspec.structs.replace(
+        evidence,
+        members=found.members,
+        unexposed=len(found.unexposed(progress.cut_offs, share)) if reached else 0,
+        held=sum(exposed(one.key, one.stratum, progress.cut_offs, share) for one in found.held) if reached else 0,
+        next_cut_offs=coming,
+    )
+
+
+async def counts(connection: AsyncConnection, rollout: str, plan: Plan, now: int) -> list[Counts]:
+    """Count the devices of a rollout by stage and by what became of them."""
+    rows = await connection.execute(
+        _COUNTS,
+        {"rollout": rollout, "silent": now - plan.silent_s * SECOND_US, "late": now - plan.late_s * SECOND_US},
+    )
+    stages: list[dict[str, int]] = [{} for _ in plan.stages]
+    for row in rows:
+        into = stages[row.stage]
+        into[row.became] = into.get(row.became, 0) + row.devices
+    return [Counts(**stage) for stage in stages]
+
+
+async def breakdown(connection: AsyncConnection, rollout: str) -> list[dict[str, Any]]:
+    """Count devices by stage, outcome, reason, and whether they are simulated: what people read."""
+    rows = await connection.execute(_BREAKDOWN, {"rollout": rollout})
+    return [
+        {
+            "stage": row.stage,
+            "outcome": row.outcome,
+            "reason": row.reason,
+            "simulated": bool(row.simulated),
+            "devices": row.devices,
+        }
+        for row in rows
+    ]
+
+
+def classes(facts: str) -> set[str]:
+    """Return the hardware classes of a device from its facts as JSON text: one per engine."""
+    try:
+        parsed = _facts.decode(facts)
+    except msgspec.ValidationError:  # no facts yet
+        return set()
+    return {hardware_class(parsed, engine) for engine in parsed.engines}
+
+
+async def bad_classes(connection: AsyncConnection, rollout: str, plan: Plan) -> dict[str, tuple[str, int]]:
+    """Return the hardware classes on which the bundle of a rollout failed beyond its bound: class → (reason, devices)."""
+    failed: dict[str, int] = {}
+    judged: dict[str, int] = {}
+    reason: dict[str, str] = {}
+    for row in await connection.execute(_SETTLED, {"rollout": rollout}):
+        for name in _tried_classes(row.facts, row.body) or classes(row.facts):
+            judged[name] = judged.get(name, 0) + 1
+            if row.outcome in ("returned", "failed") and row.reason:
+                failed[name] = failed.get(name, 0) + 1
+                reason[name] = row.reason
+    bound = plan.failure
+    return {
+        name: (reason[name], bad)
+        for name, bad in failed.items()
+        if (bound.count is not None and bad > bound.count)
+        or (bound.share is not None and judged[name] >= bound.sample_min and bad > bound.share * judged[name])
+    }
+
+
+def _tried_classes(facts: str, body: str | None) -> set[str]:
+    """Return the classes of the engines on which a report says that a variant was tried."""
+    if not body:
+        return set()
+    try:
+        parsed, report = _facts.decode(facts), _report.decode(body)
+    except msgspec.ValidationError:
+        return set()
+    tried = {variant.engine.split(" ")[0] for variant in report.variants if variant.engine}
+    return {hardware_class(parsed, engine) for engine in parsed.engines if engine.name in tried}
+
+
+async def _taken(connection: AsyncConnection, row: Any, plan: Plan) -> dict[str, str]:
+    """Return which rollout keeps a device from this one: device → rollout id, this rollout's own included."""
+    models = {planned.model for planned in plan.models}
+    holders = [row.id]
+    for other in await connection.execute(_OTHERS, {"project": row.project_id, "me": row.id, "model": row.model}):
+        if other.model not in models:
+            continue
+        if other.state in ACTIVE:
+            outranks = row.priority > other.priority or (
+                row.priority == other.priority and row.number > other.number and plan.supersede
+            )
+            if not outranks:
+                holders.append(other.id)
+        elif other.number > row.number:
+            holders.append(other.id)
+    taken: dict[str, str] = {}
+    rows = await connection.execute(_TAKEN, {"rollouts": holders, "model": row.model})
+    for one in rows:
+        if one.rollout_id == row.id or one.outcome not in ("withdrawn", "reverted", "superseded"):
+            taken[one.device_id] = row.id if taken.get(one.device_id) == row.id else one.rollout_id
+    return taken
+
+
+async def _known_bad(connection: AsyncConnection, project: str, plan: Plan) -> set[str]:
+    """Return the hardware classes to leave out; a plan with a higher attempt tries again on purpose."""
+    if plan.attempt > 1:
+        return set()
+    rows = await connection.execute(
+        _BAD, {"project": project, "manifests": [planned.manifest for planned in plan.models]}
+    )
+    return {one.hardware_class for one in rows}
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return "+".join(sorted(str(one) for one in value)) if isinstance(value, list) else str(value)
+
+
+def load_progress(raw: Any) -> Progress:
+    """Read the progress that a row holds.
+
+    Raises:
+        RefusedError: `progress_invalid`, if a newer release wrote it.
+    """
+    try:
+        return msgspec.convert(raw or {}, Progress)
+    except msgspec.ValidationError as error:
+        raise RefusedError("progress_invalid", f"stored progress is not readable: {error}") from error
+
+
+_facts = msgspec.json.Decoder(DeviceFacts)
+
+
+class _Tried(msgspec.Struct):
+    engine: str = ""
+
+
+class _Variants(msgspec.Struct):
+    variants: list[_Tried] = []
+
+
+_report = msgspec.json.Decoder(_Variants)
+
+_COUNTS = text(
+    "SELECT a.stage, CASE WHEN a.outcome IN ('returned', 'failed', 'refused') THEN 'failed'"
+    " WHEN a.outcome <> 'exposed' THEN a.outcome"
+    " WHEN a.exposed_at <= :silent AND (a.noticed_at = 0 OR d.last_seen_at <= :silent) THEN 'silent'"
+    " WHEN a.noticed_at > 0 AND a.noticed_at <= :late THEN 'late' ELSE 'pending' END AS became, count(*) AS devices"
+    " FROM assignment a JOIN device d ON d.id = a.device_id WHERE a.rollout_id = :rollout GROUP BY a.stage, became"
+)
+_BREAKDOWN = text(
+    "SELECT a.stage, a.outcome, a.reason, d.simulated, count(*) AS devices FROM assignment a"
+    " JOIN device d ON d.id = a.device_id WHERE a.rollout_id = :rollout"
+    " GROUP BY a.stage, a.outcome, a.reason, d.simulated ORDER BY a.stage, a.outcome, a.reason, d.simulated"
+)
+_OTHERS = text(
+    "SELECT id, number, priority, state, model FROM rollout WHERE project_id = :project AND model = :model"
+    " AND id <> :me AND state IN ('running', 'paused', 'returning', 'done')"
+)
+_TAKEN = text(
+    "SELECT device_id, rollout_id, outcome FROM assignment WHERE rollout_id IN :rollouts AND model = :model"
+).bindparams(bindparam("rollouts", expanding=True))
+_BAD = text("SELECT hardware_class FROM known_bad WHERE project_id = :project AND manifest IN :manifests").bindparams(
+    bindparam("manifests", expanding=True)
+)
+_SETTLED = text(
+    "SELECT a.device_id, a.outcome, a.reason, CAST(d.facts AS TEXT) AS facts, CAST(m.body AS TEXT) AS body"
+    " FROM assignment a JOIN device d ON d.id = a.device_id"
+    " LEFT JOIN device_model m ON m.device_id = a.device_id AND m.model = a.model AND m.rollout_id = a.rollout_id"
+    " WHERE a.rollout_id = :rollout AND a.outcome IN ('confirmed', 'confirmed_idle', 'returned', 'failed')"
+)

@@ -1,0 +1,178 @@
+"""One offer per device: composed from all its rollouts, numbered, signed, kept as the row that publishing is drained from.
+
+Numbers: a device obeys only a higher (epoch, serial), or the same one with the same bytes. The next offer is above the
+stored row *and* above what the device last said it knows, so a server restored from a backup goes on above what it has
+forgotten. The epoch is the device's, else the row's, else 1; it is raised by nobody in normal work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+from sqlalchemy import bindparam, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from wherry_server.db import bulk
+from wherry_server.db.tables import Offer, table
+from wherry_server.plan import Plan
+from wherry_shared import dsse, wire
+from wherry_shared.errors import RefusedError
+from wherry_shared.limits import MQTT_PAYLOAD_BYTES_MAX
+
+LIFE_US = 14 * 86_400 * 1_000_000
+"""An offer that expired starts nothing and undoes nothing."""
+HALF_LIFE_US = LIFE_US // 2
+"""After this the director signs it anew."""
+DEVICES_PER_READ = 5_000
+
+
+class Number(NamedTuple):
+    """What orders the offers of a device."""
+
+    epoch: int
+    serial: int
+
+
+class Current(NamedTuple):
+    """What a device has been offered, and what it said it knows."""
+
+    number: Number
+    """(0, 0) before its first offer."""
+    known: Number
+    models: dict[str, wire.OfferedModel]
+
+
+class Composed(NamedTuple):
+    """A signed offer, ready to be stored."""
+
+    device: str
+    number: Number
+    envelope: bytes
+    models: str
+    issued_at: int
+    expires_at: int
+
+
+_models = msgspec.json.Decoder(dict[str, wire.OfferedModel])
+_encoder = msgspec.json.Encoder()
+
+
+def next_number(stored: Number, known: Number) -> Number:
+    """Return the number of the next offer."""
+    top = max(stored, known)
+    return Number(max(top.epoch, 1), top.serial + 1)
+
+
+def forwards(plan: Plan, rollout: str) -> dict[str, wire.OfferedModel]:
+    """Return what a rollout offers to the devices that it exposes."""
+    return {
+        planned.model: wire.OfferedModel(
+            target=planned.target,
+            manifest=planned.manifest,
+            attempt=plan.attempt,
+            rollout=rollout,
+            trial=plan.trial,
+        )
+        for planned in plan.models
+    }
+
+
+def backwards(plan: Plan, rollout: str, from_target: str, from_manifest: str) -> wire.OfferedModel:
+    """Return what a withdrawn device is offered: what it came from, or nothing at all where it had nothing."""
+    if not from_manifest:
+        return wire.OfferedModel(target="", manifest="", mode="none", rollout=rollout, attempt=plan.attempt)
+    return wire.OfferedModel(
+        target=from_target, manifest=from_manifest, attempt=plan.attempt, rollout=rollout, trial=plan.trial
+    )
+
+
+class Composer:
+    """Makes signed offers of one project."""
+
+    def __init__(self, project: str, keyid: str, sign: Callable[[bytes], bytes]) -> None:
+        self._project = project
+        self._keyid = keyid
+        self._sign = sign
+
+    def compose(self, device: str, current: Current, models: Mapping[str, wire.OfferedModel], now: int) -> Composed:
+        """Return the next offer of a device.
+
+        Raises:
+            RefusedError: `offer_too_large`, if a device has more models than one message can carry.
+        """
+        number = next_number(current.number, current.known)
+        offer = wire.Offer(
+            format=wire.FORMAT,
+            device=device,
+            project=self._project,
+            epoch=number.epoch,
+            serial=number.serial,
+            issued_at=now,
+            expires_at=now + LIFE_US,
+            models=dict(models),
+        )
+        envelope = dsse.sign(dsse.OFFER_TYPE, _encoder.encode(offer), self._keyid, self._sign)
+        if len(envelope) > MQTT_PAYLOAD_BYTES_MAX:
+            raise RefusedError(
+                "offer_too_large",
+                f"the offer of {device} has {len(envelope)} bytes, at most {MQTT_PAYLOAD_BYTES_MAX}",
+                consequence="this device gets no new offer",
+                next_step="give it fewer models",
+            )
+        return Composed(device, number, envelope, _encoder.encode(offer.models).decode(), now, now + LIFE_US)
+
+
+async def current(connection: AsyncConnection, devices: Sequence[str]) -> dict[str, Current]:
+    """Return what the devices have been offered; a device that does not exist is left out."""
+    found: dict[str, Current] = {}
+    for at in range(0, len(devices), DEVICES_PER_READ):
+        rows = await connection.execute(_CURRENT, {"devices": list(devices[at : at + DEVICES_PER_READ])})
+        for row in rows:
+            models = _models.decode(row.models) if row.models else {}
+            found[row.id] = Current(Number(row.epoch, row.serial), Number(row.known_epoch, row.known_serial), models)
+    return found
+
+
+async def write(connection: AsyncConnection, project: str, composed: Iterable[Composed]) -> None:
+    """Store offers as the current ones, to be published. A row that is already higher stays."""
+    rows = [
+        (one.device, project, *one.number, one.envelope, one.models, one.issued_at, one.expires_at, False)
+        for one in composed
+    ]
+    await bulk.upsert(
+        connection,
+        table(Offer),
+        _COLUMNS,
+        rows,
+        update=_COLUMNS[2:],
+        guard="excluded.epoch > offer.epoch OR (excluded.epoch = offer.epoch AND excluded.serial > offer.serial)",
+    )
+
+
+async def stored(connection: AsyncConnection, device: str) -> Any:
+    """Return the row (epoch, serial, envelope, expires_at) of a device's offer, None if there is none."""
+    return (
+        await connection.execute(
+            text("SELECT epoch, serial, envelope, expires_at FROM offer WHERE device_id = :device"), {"device": device}
+        )
+    ).one_or_none()
+
+
+_COLUMNS = (
+    "device_id",
+    "project_id",
+    "epoch",
+    "serial",
+    "envelope",
+    "models",
+    "issued_at",
+    "expires_at",
+    "published",
+)
+_CURRENT = text(
+    "SELECT d.id, d.offer_epoch AS known_epoch, d.offer_serial AS known_serial, COALESCE(o.epoch, 0) AS epoch,"
+    " COALESCE(o.serial, 0) AS serial, CAST(o.models AS TEXT) AS models"
+    " FROM device d LEFT JOIN offer o ON o.device_id = d.id WHERE d.id IN :devices"
+).bindparams(bindparam("devices", expanding=True))
