@@ -19,7 +19,7 @@ from typing import BinaryIO, Literal, Self
 from wherry_shared.errors import DeviceError
 from wherry_shared.reasons import DISK, DISK_FULL
 
-Step = Literal["write", "fsync", "rename", "fsync_folder", "unlink", "mkdir", "truncate"]
+Step = Literal["write", "fsync", "rename", "link", "fsync_folder", "unlink", "mkdir", "truncate"]
 Hook = Callable[[Step, Path], None]
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -134,6 +134,23 @@ class Disk:
                 temporary.unlink(missing_ok=True)
             raise
         self.sync_folder(path.parent)
+
+    def keep(self, path: Path, copy: Path) -> None:
+        """Let `copy` name what `path` holds now, so that it outlives the next `write_atomic`; absent is fine.
+
+        Not synced: whoever reads the copy must be able to tell a torn one.
+
+        Raises:
+            DeviceError: `disk_full` or `disk`.
+        """
+        temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
+        with _border(copy):
+            if not path.exists():
+                return
+            self._step("link", copy)
+            temporary.unlink(missing_ok=True)
+            os.link(path, temporary)
+            temporary.replace(copy)
 
     def open_part(self, path: Path, *, keep_bytes: int | None = None, mode: int = 0o600) -> Part:
         """Open a file to append to it, made if absent; with `keep_bytes` everything after them is cut off first.

@@ -35,6 +35,7 @@ from wherry_agent.state import (
     CanaryDone,
     Cancel,
     Collect,
+    Condemned,
     Connected,
     Counts,
     Crashes,
@@ -131,7 +132,7 @@ def step(state: State, event: Event, now: Now) -> tuple[State, tuple[Effect, ...
             if event.trust is not None:
                 turn.adopt_trust(event.trust)
             _slot_step(turn, event.model, event)
-        case Fetched() | TaskFailed() | CanaryDone() | Served() | Measured() | GoldenChecked():
+        case Fetched() | TaskFailed() | CanaryDone() | Served() | Measured() | Condemned() | GoldenChecked():
             _slot_step(turn, event.model, event)
         case _:
             assert_never(event)
@@ -399,7 +400,7 @@ def _idle(turn: Turn, name: str, slot: Slot, event: SlotEvent) -> None:
             _incumbent_served(turn, name, slot, event)
         case Resolved() | Fetched() | TaskFailed() | CanaryDone():
             pass  # late: its job is over
-        case Measured() | GoldenChecked():
+        case Measured() | Condemned() | GoldenChecked():
             pass  # late: its trial is over
         case Tick() | Connected():
             pass
@@ -423,7 +424,7 @@ def _resolving(turn: Turn, name: str, slot: Slot, phase: Resolving, event: SlotE
             pass  # late: of another job
         case Served():
             _incumbent_served(turn, name, slot, event)
-        case Measured() | GoldenChecked() | Tick() | Connected() | WorkerDied():
+        case Measured() | Condemned() | GoldenChecked() | Tick() | Connected() | WorkerDied():
             pass
         case _:
             assert_never(event)
@@ -443,7 +444,7 @@ def _fetching(turn: Turn, name: str, slot: Slot, phase: Fetching, event: SlotEve
             pass  # late: of another job or variant
         case Served():
             _incumbent_served(turn, name, slot, event)
-        case Measured() | GoldenChecked() | Tick() | Connected() | WorkerDied():
+        case Measured() | Condemned() | GoldenChecked() | Tick() | Connected() | WorkerDied():
             pass
         case _:
             assert_never(event)
@@ -464,7 +465,7 @@ def _judging(turn: Turn, name: str, slot: Slot, phase: Judging, event: SlotEvent
             pass  # late: of another job or variant
         case Served():
             _incumbent_served(turn, name, slot, event)
-        case Measured() | GoldenChecked() | Tick() | Connected() | WorkerDied():
+        case Measured() | Condemned() | GoldenChecked() | Tick() | Connected() | WorkerDied():
             pass
         case _:
             assert_never(event)
@@ -474,7 +475,7 @@ def _queued(turn: Turn, name: str, slot: Slot, event: SlotEvent) -> None:
     match event:
         case Served():
             _incumbent_served(turn, name, slot, event)
-        case Resolved() | Fetched() | TaskFailed() | CanaryDone() | Measured() | GoldenChecked():
+        case Resolved() | Fetched() | TaskFailed() | CanaryDone() | Measured() | Condemned() | GoldenChecked():
             pass  # `_admit` moves it on as soon as no other model is being tried
         case Tick() | Connected() | WorkerDied():
             pass
@@ -505,7 +506,7 @@ def _swapping(turn: Turn, name: str, slot: Slot, phase: Swapping, event: SlotEve
             turn.go_back(name, slot, job, reasons.CHILD_FAILED, detail, phase.counts)
         case Tick() | Connected():
             pass
-        case Resolved() | Fetched() | TaskFailed() | CanaryDone() | Measured() | GoldenChecked():
+        case Resolved() | Fetched() | TaskFailed() | CanaryDone() | Measured() | Condemned() | GoldenChecked():
             pass  # late
         case _:
             assert_never(event)
@@ -516,13 +517,15 @@ def _on_trial(turn: Turn, name: str, slot: Slot, phase: OnTrial, event: SlotEven
     match event:
         case Measured() if event.trial == phase.trial and event.candidate.digest == job.loadable.digest:
             _measured(turn, name, slot, phase, event)
+        case Condemned() if event.trial == phase.trial and event.digest == job.loadable.digest:
+            turn.go_back(name, slot, job, event.reason, event.detail, phase.counts)
         case WorkerDied():
             _crashed(turn, name, slot, phase, event)
         case Served() if turn.is_current(event) and event.digest == job.loadable.digest and not event.ok:
             turn.go_back(name, slot, job, event.reason or reasons.LOAD_FAILED, event.detail, phase.counts)
         case Tick() if _overdue(phase, turn.now):
             _prove(turn, name, slot, phase, enough=False)
-        case Served() | Measured() | GoldenChecked():
+        case Served() | Measured() | Condemned() | GoldenChecked():
             pass  # of an earlier serving set or trial, or nothing new
         case Tick() | Connected() | Resolved() | Fetched() | TaskFailed() | CanaryDone():
             pass
@@ -545,6 +548,8 @@ def _proving(turn: Turn, name: str, slot: Slot, phase: Proving, event: SlotEvent
             )
             if verdict.outcome == "fail":
                 turn.go_back(name, slot, job, verdict.reason, verdict.detail, counts)
+        case Condemned() if event.trial == phase.trial and event.digest == job.loadable.digest:
+            turn.go_back(name, slot, job, event.reason, event.detail, phase.counts)
         case WorkerDied():
             _crashed(turn, name, slot, phase, event)
         case Tick() if _overdue(phase, turn.now):
@@ -553,7 +558,7 @@ def _proving(turn: Turn, name: str, slot: Slot, phase: Proving, event: SlotEvent
             turn.go_back(name, slot, job, reasons.CHILD_FAILED, detail, phase.counts)
         case Served() if turn.is_current(event) and event.digest == job.loadable.digest and not event.ok:
             turn.go_back(name, slot, job, event.reason or reasons.LOAD_FAILED, event.detail, phase.counts)
-        case Served() | Measured() | GoldenChecked():
+        case Served() | Measured() | Condemned() | GoldenChecked():
             pass  # of an earlier serving set or trial, or nothing new
         case Tick() | Connected() | Resolved() | Fetched() | TaskFailed() | CanaryDone():
             pass
@@ -577,7 +582,7 @@ def _returning(turn: Turn, name: str, slot: Slot, phase: Returning, event: SlotE
             _return_again(turn, name, slot, phase, event)
         case Served() | Tick() | Connected():
             pass
-        case Resolved() | Fetched() | TaskFailed() | CanaryDone() | Measured() | GoldenChecked():
+        case Resolved() | Fetched() | TaskFailed() | CanaryDone() | Measured() | Condemned() | GoldenChecked():
             pass  # late
         case _:
             assert_never(event)
@@ -593,7 +598,7 @@ def _waiting(turn: Turn, name: str, slot: Slot, phase: Waiting, event: SlotEvent
             _incumbent_served(turn, name, slot, event)
         case Tick() | Connected() | WorkerDied():
             pass
-        case Resolved() | Fetched() | TaskFailed() | CanaryDone() | Measured() | GoldenChecked():
+        case Resolved() | Fetched() | TaskFailed() | CanaryDone() | Measured() | Condemned() | GoldenChecked():
             pass  # late
         case _:
             assert_never(event)
@@ -601,7 +606,9 @@ def _waiting(turn: Turn, name: str, slot: Slot, phase: Waiting, event: SlotEvent
 
 def _safe(event: SlotEvent) -> None:
     match event:
-        case Resolved() | Fetched() | TaskFailed() | CanaryDone() | Served() | Measured() | GoldenChecked():
+        case (
+            Resolved() | Fetched() | TaskFailed() | CanaryDone() | Served() | Measured() | Condemned() | GoldenChecked()
+        ):
             pass  # only an offer leads out
         case Tick() | Connected() | WorkerDied():
             pass
@@ -694,7 +701,7 @@ def _prove(turn: Turn, name: str, slot: Slot, phase: OnTrial, *, enough: bool) -
 
 def _crashed(turn: Turn, name: str, slot: Slot, phase: Swapping | OnTrial | Proving, event: WorkerDied) -> None:
     """A worker that dies while a candidate is on trial counts against the candidate."""
-    crashes = phase.crashes + 1
+    crashes = phase.crashes if event.ordered else phase.crashes + 1
     counts = _carried(phase.counts)
     if crashes > phase.job.offered.trial.crashes_max:
         turn.go_back(name, slot, phase.job, reasons.CRASH, event.detail, counts)
@@ -726,7 +733,7 @@ def _worker_died(turn: Turn, event: WorkerDied) -> None:
     busy = [name for name, slot in turn.state.models.items() if _occupies(slot.phase)]
     for name in tuple(turn.state.models):
         _slot_step(turn, name, event)
-    if busy:
+    if busy or event.ordered:
         return
     before = turn.state.crashes
     if before is None or before.since.boot != turn.now.boot or before.since.elapsed_ms(turn.now) > CRASH_WINDOW_MS:

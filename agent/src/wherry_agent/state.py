@@ -373,9 +373,10 @@ class WorkerReady:
 
 @dataclass(frozen=True, slots=True)
 class WorkerDied:
-    """The worker process is gone; the daemon starts another at once."""
+    """The worker process is gone; the daemon starts another at once. `ordered`: it was ended by `RestartWorker`."""
 
     detail: str
+    ordered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,6 +402,17 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
+class Condemned:
+    """An application's process crashed on a candidate (`crash`), or the application called it wrong (`application`)."""
+
+    model: str
+    digest: str
+    trial: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class GoldenChecked:
     """The worker ran the golden vectors of a loaded variant again."""
 
@@ -421,7 +433,17 @@ class Acked:
 
 DeviceEvent = Offered | Refreshed | RefreshFailed | WorkerReady | Acked
 SlotEvent = (
-    Resolved | Fetched | TaskFailed | CanaryDone | Served | Measured | GoldenChecked | WorkerDied | Tick | Connected
+    Resolved
+    | Fetched
+    | TaskFailed
+    | CanaryDone
+    | Served
+    | Measured
+    | Condemned
+    | GoldenChecked
+    | WorkerDied
+    | Tick
+    | Connected
 )
 Event = DeviceEvent | SlotEvent
 

@@ -1,0 +1,77 @@
+"""What an operator may set on a device: a TOML file, and flags that win over it."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from wherry_shared.errors import RefusedError
+
+FILE = "agent.toml"
+HTTP_PORT_DEFAULT = 8500
+MIB = 1024 * 1024
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of one agent; the file's names are these names."""
+
+    home: str = "/var/lib/wherry"
+    server: str = ""
+    """Address of the API; only needed until the device is enrolled."""
+    token: str = ""
+    """Enrolment token; only needed until the device is enrolled."""
+    name: str = ""
+    labels: dict[str, str] = {}
+    engines: list[str] = []
+    """Engines that may be used; empty for all that work here."""
+    mirrors: list[str] = []
+    """Addresses that serve blobs like the server does; tried first, trusted never."""
+    http_port: Port = HTTP_PORT_DEFAULT
+    """Loopback port on which models are served; 0 for any free one (see `wherry-agent status`)."""
+    handle_group: str = ""
+    """System group whose members may use models in their own process."""
+    memory_reserve_mb: Size = 64
+    """Memory that a hot swap leaves free."""
+    canary_memory_mb: Size = 0
+    """What a candidate may use in the canary; 0 for half of the memory available when it starts."""
+    disk_reserve_mb: Size = 64
+    """Disk space that a download leaves free."""
+    window_s: Seconds = 30.0
+    """Length of a telemetry window."""
+    telemetry_mb: Size = 8
+    """Telemetry kept while the server cannot be reached."""
+    log_level: str = "info"
+
+
+def load(path: Path | None, flags: dict[str, Any]) -> Settings:
+    """Read settings; `flags` holds what was given on the command line.
+
+    Args:
+        path: the file; None for `HOME/agent.toml`, which may be absent.
+        flags: names of `Settings` to values; wins over the file.
+
+    Raises:
+        RefusedError: `settings_missing` or `settings_invalid`, naming the field.
+    """
+    home = Path(str(flags.get("home", Settings().home)))
+    file = path or home / FILE
+    values: dict[str, Any] = {}
+    if file.exists():
+        try:
+            values = tomllib.loads(file.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            raise RefusedError("settings_invalid", f"{file}: {error}", next_step="correct the file") from error
+    elif path is not None:
+        raise RefusedError("settings_missing", f"{file} does not exist", next_step="name a file that does")
+    try:
+        settings = msgspec.convert({**values, **flags}, Settings)
+    except msgspec.ValidationError as error:
+        raise RefusedError("settings_invalid", f"{file}: {error}", next_step="correct the file or the flags") from error
+    return msgspec.structs.replace(settings, home=str(Path(settings.home).absolute()))
