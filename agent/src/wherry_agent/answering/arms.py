@@ -1,0 +1,197 @@
+"""A loaded variant, and what is counted about it.
+
+Counting is split from running so that the caller of a run never waits for a sketch longer than a short lock, and so
+that the same variant can be counted as candidate first and as incumbent later, without being loaded twice.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from wherry_agent.children import ArmStats, Loadable
+from wherry_shared import golden
+from wherry_shared.engines.canonical import Bound, open_bound
+from wherry_shared.engines.errors import EngineFault
+from wherry_shared.engines.session import Array, EngineLimits
+from wherry_shared.limits import GOLDEN_BYTES_MIN_BUDGET, GOLDEN_DECODED_BYTES_MAX, GOLDEN_SHARE_OF_VARIANT
+from wherry_shared.sketch import Sketch
+
+ArmName: TypeAlias = Literal["candidate", "incumbent", "shadow"]
+
+RUNS_LEFT_OUT = 10
+"""Runs after a load whose latency is not evidence (contracts.md §4)."""
+WARM_RUNS = 3
+CLASSES_MAX = 64
+"""Classes that one arm's histogram tells apart; the rest is counted under `other`."""
+ERROR_CHARS_MAX = 500
+
+
+@dataclass(eq=False)
+class Loaded:
+    """A variant in memory. Whoever runs it holds a reference; the last one to let go frees it."""
+
+    loadable: Loadable
+    bound: Bound
+    load_ms: float
+    runs_to_leave_out: int = RUNS_LEFT_OUT
+
+    @property
+    def version(self) -> str:
+        """The bundle's version."""
+        return self.loadable.target.rpartition("/")[2]
+
+
+def key_of(loadable: Loadable) -> tuple[str, str, str]:
+    """Return what tells loaded variants apart: the same file in another bundle may have another interface."""
+    return loadable.model, loadable.manifest, loadable.variant
+
+
+def load_variant(loadable: Loadable, limits: EngineLimits | None = None) -> Loaded:
+    """Load and warm a variant: its first runs allocate and are slow, and must not be a caller's.
+
+    Raises:
+        EngineFault: it does not load, or fails on the smallest input that its interface allows.
+        WherryError: see `engines.load`.
+    """
+    started = time.perf_counter()
+    bound = open_bound(loadable, limits)
+    inputs = _warm_inputs(loadable, bound)
+    for _ in range(WARM_RUNS):
+        bound.run(inputs)
+    return Loaded(loadable, bound, (time.perf_counter() - started) * 1000)
+
+
+def _warm_inputs(loadable: Loadable, bound: Bound) -> dict[str, Array]:
+    if not loadable.golden_path:
+        return bound.warm_inputs()
+    return dict(read_golden(loadable).vectors[0].inputs)
+
+
+def read_golden(loadable: Loadable) -> golden.Golden:
+    """Read the golden vectors of a variant from disk, bounded by what a bundle may hold.
+
+    Raises:
+        EngineFault: `golden_unreadable`, the file is gone.
+        RefusedError: `golden_invalid` or `golden_too_large`.
+    """
+    path = Path(loadable.golden_path)
+    try:
+        bytes_max = max(GOLDEN_BYTES_MIN_BUDGET, int(Path(loadable.path).stat().st_size * GOLDEN_SHARE_OF_VARIANT))
+        with path.open("rb") as file:
+            data = file.read(bytes_max + 1)
+    except OSError as error:
+        raise EngineFault("golden_unreadable", f"cannot read golden vectors: {error}") from error
+    if len(data) > bytes_max:
+        raise EngineFault("golden_unreadable", f"golden vectors have more than {bytes_max} bytes")
+    return golden.decode(data, decoded_bytes_max=GOLDEN_DECODED_BYTES_MAX)
+
+
+@dataclass(eq=False)
+class Counter:
+    """Counts of one arm; cumulative, safe from threads."""
+
+    loadable: Loadable
+    arm: ArmName
+    trial: str = ""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _requests: int = 0
+    _errors: int = 0
+    _fallbacks: int = 0
+    _latency: dict[int, Sketch] = field(default_factory=dict)
+    _wait: Sketch = field(default_factory=Sketch)
+    _classes: dict[str, int] = field(default_factory=dict)
+    _last_error: str = ""
+    _changes: int = 0
+    _told: int = 0
+
+    def __post_init__(self) -> None:
+        self._labelled = next(
+            ((spec.name, spec.labels) for spec in self.loadable.interface.outputs if spec.labels), None
+        )
+
+    def answered(self, loaded: Loaded, bucket: int, engine_ns: int, wait_ns: int, outputs: Mapping[str, Array]) -> None:
+        """Count a run that gave an answer."""
+        found = self._top_classes(outputs)
+        with self._lock:
+            self._requests += 1
+            self._wait.add(wait_ns / 1000)
+            self._add_latency(loaded, bucket, engine_ns)
+            for name in found:
+                if name not in self._classes and len(self._classes) >= CLASSES_MAX:
+                    name = "other"  # noqa: PLW2901 - the histogram is bounded
+                self._classes[name] = self._classes.get(name, 0) + 1
+            self._changes += 1
+
+    def failed(self, error: str, *, fallback: bool) -> None:
+        """Count a run that the model failed; `fallback`: somebody else answered it."""
+        with self._lock:
+            self._requests += 1
+            self._errors += 1
+            self._fallbacks += fallback
+            self._last_error = error[:ERROR_CHARS_MAX]
+            self._changes += 1
+
+    def answered_many(self, loaded: Loaded, runs: Sequence[tuple[int, int]]) -> None:
+        """Count runs that gave an answer, as (bucket, engine time in ns): the handle's way, outside its calls."""
+        with self._lock:
+            self._requests += len(runs)
+            for bucket, engine_ns in runs:
+                self._add_latency(loaded, bucket, engine_ns)
+            self._changes += bool(runs)
+
+    def stats(self) -> ArmStats:
+        """Return the counts as they stand."""
+        with self._lock:
+            return ArmStats(
+                model=self.loadable.model,
+                manifest=self.loadable.manifest,
+                variant=self.loadable.variant,
+                digest=self.loadable.digest,
+                arm=self.arm,
+                trial=self.trial,
+                requests=self._requests,
+                errors=self._errors,
+                fallbacks=self._fallbacks,
+                latency_us={str(bucket): sketch.to_wire() for bucket, sketch in self._latency.items()},
+                wait_us=self._wait.to_wire(),
+                classes=dict(self._classes),
+                last_error=self._last_error,
+            )
+
+    def news(self) -> ArmStats | None:
+        """Return the counts if they changed since the last call of this."""
+        with self._lock:
+            if self._changes == self._told:
+                return None
+            self._told = self._changes
+        return self.stats()
+
+    def told_everything(self) -> bool:
+        """Tell whether nothing changed since the last `news`."""
+        with self._lock:
+            return self._changes == self._told
+
+    def _add_latency(self, loaded: Loaded, bucket: int, engine_ns: int) -> None:
+        if loaded.runs_to_leave_out > 0:
+            loaded.runs_to_leave_out -= 1
+            return
+        sketch = self._latency.get(bucket)
+        if sketch is None:
+            sketch = self._latency[bucket] = Sketch()
+        sketch.add(engine_ns / 1000)
+
+    def _top_classes(self, outputs: Mapping[str, Array]) -> list[str]:
+        if self._labelled is None:
+            return []
+        name, labels = self._labelled
+        values = outputs.get(name)
+        if values is None or not values.ndim or values.shape[-1] != len(labels):
+            return []
+        return [labels[int(index)] for index in np.atleast_1d(values.argmax(axis=-1)).ravel()]

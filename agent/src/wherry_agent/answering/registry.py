@@ -1,0 +1,59 @@
+"""Which models are in service. Readers take one reference and never a lock; only the loader writes."""
+
+from __future__ import annotations
+
+import threading
+
+from wherry_agent.answering.published import Published
+
+COLD_SECONDS_MAX = 60.0
+"""How long a request waits while its model is swapped cold (memory for one version only)."""
+
+
+class Registry:
+    """Name → what is published, replaced as a whole."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, Published] = {}
+        self._cold: dict[str, threading.Event] = {}
+
+    def get(self, name: str) -> Published | None:
+        """Return what answers for `name`; None if nothing does. While it is swapped cold, wait for the new one."""
+        published = self._models.get(name)
+        if published is None:
+            cold = self._cold.get(name)
+            if cold is not None:
+                cold.wait(COLD_SECONDS_MAX)
+                published = self._models.get(name)
+        return published
+
+    def peek(self, name: str) -> Published | None:
+        """Return what answers for `name` without waiting."""
+        return self._models.get(name)
+
+    def names(self) -> list[str]:
+        """Return the names of models in service, in order, those that are being swapped cold included."""
+        return sorted({*self._models, *self._cold})
+
+    def all(self) -> list[Published]:
+        """Return everything in service."""
+        return list(self._models.values())
+
+    def publish(self, name: str, published: Published) -> None:
+        """Swap the reference: every request that begins from now on sees the new value."""
+        self._models = {**self._models, name: published}
+        cold = self._cold.pop(name, None)
+        if cold is not None:
+            cold.set()
+
+    def withdraw(self, name: str) -> None:
+        """Take a model out of service."""
+        self._models = {key: value for key, value in self._models.items() if key != name}
+        cold = self._cold.pop(name, None)
+        if cold is not None:
+            cold.set()
+
+    def go_cold(self, name: str) -> None:
+        """Take the old version out while the new one loads: requests wait instead of failing."""
+        self._cold[name] = threading.Event()
+        self._models = {key: value for key, value in self._models.items() if key != name}

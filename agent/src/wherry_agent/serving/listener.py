@@ -1,0 +1,152 @@
+"""Accepting connections on inherited sockets: one thread accepts for all of them, one per connection answers.
+
+The listening sockets belong to the supervisor and outlive this process, so they are never shut down here: a connection
+that this process does not accept any more waits in the queue for the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import threading
+import time
+
+from wherry_agent.serving.http import BadRequest, Connection
+from wherry_agent.serving.protocol import Protocol, failure
+
+log = logging.getLogger(__name__)
+
+CONNECTIONS_MAX = 64
+"""More wait in the listening queue until one ends."""
+LINGER_SECONDS = 1.0
+LINGER_BYTES_MAX = 1 << 22
+ACCEPT_PAUSE_SECONDS = 0.1
+
+
+class _Client:
+    """A connection, its thread, and whether it is between two requests."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        self.connection = Connection(sock)
+        self.waiting = True
+
+
+class HttpServer:
+    """Serves a protocol on listening sockets."""
+
+    def __init__(self, listeners: list[socket.socket], protocol: Protocol) -> None:
+        self._listeners = listeners
+        self._protocol = protocol
+        self._lock = threading.Condition()
+        self._clients: set[_Client] = set()
+        self._draining = False
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
+        self._acceptor = threading.Thread(target=self._accept, name="accept", daemon=True)
+
+    def start(self) -> None:
+        """Begin to accept, unless it is being drained already."""
+        with self._lock:
+            if not self._draining:
+                self._acceptor.start()
+
+    def drain(self, deadline: float) -> None:
+        """Stop accepting, close idle connections, and wait until `deadline` (monotonic) for those with a request."""
+        with self._lock:
+            self._draining = True
+            for client in self._clients:
+                if client.waiting and client.connection.idle:
+                    with contextlib.suppress(OSError):  # closed in this moment by its client
+                        client.socket.shutdown(socket.SHUT_RD)
+            started = self._acceptor.is_alive()
+        self._wake()
+        if started:
+            self._acceptor.join()
+        with self._lock:
+            while self._clients and (left := deadline - time.monotonic()) > 0:
+                self._lock.wait(left)
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        by_fd = {listener.fileno(): listener for listener in self._listeners}
+        for listener in self._listeners:
+            listener.setblocking(False)
+        poll = select.poll()
+        poll.register(self._wake_read, select.POLLIN)
+        full = True
+        while not self._draining:
+            was_full, full = full, len(self._clients) >= CONNECTIONS_MAX
+            if was_full != full:
+                for fd in by_fd:
+                    if full:
+                        poll.unregister(fd)
+                    else:
+                        poll.register(fd, select.POLLIN)
+            for fd, _ in poll.poll():
+                if fd == self._wake_read:
+                    os.read(fd, 4096)
+                elif len(self._clients) < CONNECTIONS_MAX:
+                    self._take(by_fd[fd])
+        for listener in self._listeners:
+            listener.close()
+
+    def _take(self, listener: socket.socket) -> None:
+        try:
+            sock, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):  # another worker was faster, or the client is gone
+            return
+        except OSError as error:
+            log.error("accept failed: %s", error)
+            time.sleep(ACCEPT_PAUSE_SECONDS)  # out of descriptors: trying at once again would only burn the core
+            return
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client = _Client(sock)
+        with self._lock:
+            self._clients.add(client)
+        threading.Thread(target=self._serve, args=(client,), name="http", daemon=True).start()
+
+    def _serve(self, client: _Client) -> None:
+        try:
+            while not self._draining or not client.connection.idle:
+                client.waiting = True
+                request = client.connection.read()
+                client.waiting = False
+                if request is None:
+                    break
+                response = self._protocol.respond(request)
+                keep_alive = request.keep_alive and not self._draining
+                client.connection.write(response, keep_alive=keep_alive)
+                if not keep_alive:
+                    break
+        except BadRequest as error:
+            self._refuse(client, error)
+        except OSError as error:
+            log.debug("a client is gone: %s", error)
+        finally:
+            client.socket.close()
+            with self._lock:
+                self._clients.discard(client)
+                self._lock.notify_all()
+            self._wake()
+
+    def _refuse(self, client: _Client, error: BadRequest) -> None:
+        """Answer and close, but read on for a moment: closing with unread bytes would reset the answer away."""
+        try:
+            client.connection.write(failure(error.status, error.message), keep_alive=False)
+            client.socket.shutdown(socket.SHUT_WR)
+            client.socket.settimeout(LINGER_SECONDS)
+            read = 0
+            while read < LINGER_BYTES_MAX and (chunk := client.socket.recv(1 << 16)):
+                read += len(chunk)
+        except OSError as gone:
+            log.debug("a client did not wait for its refusal: %s", gone)
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
+            os.write(self._wake_write, b"x")

@@ -1,0 +1,35 @@
+"""`python -m wherry_agent.workers`: a worker on the descriptors that the supervisor left open for it.
+
+`WHERRY_CONTROL_FD` is the control channel, `WHERRY_LISTEN_FDS` the listening sockets (comma separated; TCP and unix),
+`WHERRY_MEMORY_RESERVE_BYTES` what a swap leaves free on this machine.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+
+from wherry_agent.answering.memory import RESERVE_BYTES_DEFAULT
+from wherry_agent.workers.worker import Worker
+
+
+def main() -> int:
+    """Run a worker until it is told to stop."""
+    logging.basicConfig(level=logging.INFO, format="worker: %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        control = socket.socket(fileno=int(os.environ["WHERRY_CONTROL_FD"]))
+        listeners = [
+            socket.socket(fileno=int(text)) for text in os.environ.get("WHERRY_LISTEN_FDS", "").split(",") if text
+        ]
+        reserve = int(os.environ.get("WHERRY_MEMORY_RESERVE_BYTES", RESERVE_BYTES_DEFAULT))
+    except (KeyError, ValueError, OSError) as error:
+        print(f"error: a worker is started by the supervisor ({type(error).__name__}: {error})", file=sys.stderr)  # noqa: T201
+        return 2
+    Worker(control, listeners, reserve_bytes=reserve).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

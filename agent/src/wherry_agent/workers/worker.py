@@ -1,0 +1,174 @@
+"""One worker process: commands in, events out, models served in between.
+
+Three kinds of threads: this one reads commands, the loader loads, a ticker sends statistics once a second (at once
+after a candidate's error) and gives freed memory back. Requests come in on the serving side's own threads, which accept
+nobody before the first desired state is reached: after a crash, callers wait in the queue instead of being told 404.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+
+import msgspec
+
+from wherry_agent.answering import memory
+from wherry_agent.answering.arms import Loaded, read_golden
+from wherry_agent.answering.gate import RunGate
+from wherry_agent.answering.helpers import Helpers
+from wherry_agent.answering.registry import Registry
+from wherry_agent.children import (
+    GoldenDone,
+    Ready,
+    RunGolden,
+    Serve,
+    Stats,
+    Stop,
+    WorkerCommand,
+    encode_line,
+)
+from wherry_agent.lines import LineWriter, read_lines
+from wherry_agent.serving.listener import HttpServer
+from wherry_agent.serving.protocol import Protocol
+from wherry_agent.workers.loader import Loader
+from wherry_shared import golden
+from wherry_shared.errors import WherryError
+
+log = logging.getLogger(__name__)
+
+COMMAND_BYTES_MAX = 16 * 1024 * 1024
+"""One command: a `Serve` holds the interface of every model with its label lists."""
+STATS_SECONDS = 1.0
+STATS_SECONDS_MIN = 0.02
+DRAIN_SECONDS_MAX = 10.0
+
+_commands: msgspec.json.Decoder[WorkerCommand] = msgspec.json.Decoder(WorkerCommand)
+
+
+class Worker:
+    """Serves on `listeners` what comes over `control`."""
+
+    def __init__(
+        self,
+        control: socket.socket,
+        listeners: list[socket.socket],
+        *,
+        reserve_bytes: int = memory.RESERVE_BYTES_DEFAULT,
+    ) -> None:
+        self._control = control
+        self._writer = LineWriter(control)
+        self._tick = threading.Condition()
+        self._urgent = False
+        self._stopping = False
+        self.registry = Registry()
+        self._gate = RunGate()
+        self._helpers = Helpers()
+        self._http = HttpServer(listeners, Protocol(self.registry, self._gate, self._helpers))
+        self._loader = Loader(
+            self.registry,
+            self.say,
+            on_candidate_error=self._hurry,
+            on_first=self._http.start,
+            reserve_bytes=reserve_bytes,
+        )
+        self._ticker = threading.Thread(target=self._tell, name="stats", daemon=True)
+
+    def run(self) -> None:
+        """Serve until `Stop`, or until the supervisor is gone."""
+        self._ticker.start()
+        self.say(Ready(pid=os.getpid()))
+        try:
+            for line in read_lines(self._control, line_bytes_max=COMMAND_BYTES_MAX):
+                command = _parsed(line)
+                if isinstance(command, Stop):
+                    break
+                if command is not None:
+                    self._do(command)
+        except OSError as error:
+            log.warning("the supervisor is gone: %s", error)
+        self._stop()
+
+    def say(self, message: msgspec.Struct) -> None:
+        """Send an event; a supervisor that is gone is noticed by the reading side."""
+        try:
+            self._writer.write(encode_line(message))
+        except OSError as error:
+            log.warning("an event could not be sent: %s", error)
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _do(self, command: Serve | RunGolden) -> None:
+        match command:
+            case Serve():
+                self._loader.want(command)
+            case RunGolden():
+                threading.Thread(target=self._run_golden, args=(command,), name="golden", daemon=True).start()
+
+    def _run_golden(self, command: RunGolden) -> None:
+        published = self.registry.get(command.model)
+        loaded = next(
+            (one for one in (published.loaded() if published else []) if one.loadable.digest == command.digest), None
+        )
+        passed, detail = (False, "this variant is not loaded") if loaded is None else self._prove(loaded)
+        self.say(
+            GoldenDone(
+                model=command.model, digest=command.digest, trial=command.trial, passed=passed, detail=detail[:500]
+            )
+        )
+
+    def _prove(self, loaded: Loaded) -> tuple[bool, str]:
+        """Run the golden vectors of a loaded variant, each through the run gate like any request."""
+
+        def run(inputs: dict[str, golden.Array]) -> dict[str, golden.Array]:
+            with self._gate:
+                return loaded.bound.run(inputs)
+
+        try:
+            misses = golden.check(read_golden(loaded.loadable), run)
+        except WherryError as error:
+            return False, str(error)
+        return not misses, "; ".join(str(miss) for miss in misses[:5])
+
+    def _hurry(self) -> None:
+        with self._tick:
+            self._urgent = True
+            self._tick.notify()
+
+    def _tell(self) -> None:
+        while not self._stopping:
+            with self._tick:
+                if not self._urgent:
+                    self._tick.wait(STATS_SECONDS)
+                self._urgent = False
+            self._send_stats()
+            time.sleep(STATS_SECONDS_MIN)  # a candidate that fails every request must not flood the supervisor
+            if self._loader.freed.is_set():
+                self._loader.freed.clear()
+                memory.trim()
+
+    def _send_stats(self) -> None:
+        arms = [stats for counter in self._loader.counters() if (stats := counter.news()) is not None]
+        if arms:
+            self.say(Stats(arms=arms))
+        self._loader.settle()
+
+    def _stop(self) -> None:
+        self._stopping = True
+        self._loader.stop()
+        self._http.drain(time.monotonic() + DRAIN_SECONDS_MAX)
+        self._hurry()
+        self._ticker.join(STATS_SECONDS)
+        self._send_stats()
+        self._helpers.close()
+
+
+def _parsed(line: bytes) -> WorkerCommand | None:
+    try:
+        return _commands.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        # a newer supervisor may know commands that this worker does not; what is served does not suffer from it
+        log.error("a command that this worker does not understand: %s", error)
+        return None
