@@ -2,6 +2,7 @@
 
     HOME/store/blobs/sha256/HEX          verified
     HOME/store/blobs/sha256/HEX.part     growing; HEX.part.json says how much of it was synced, and who sent it
+    HOME/store/blobs/sha256/HEX.ENCODED  an encoded object of which HEX is being made; it may have a .part too
     HOME/store/assets/HEX/               an unpacked assets layer
 
 After a power cut the tail of a partial file may be torn, so only what its record calls synced is kept. Every durable
@@ -47,13 +48,13 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True):
 class Partial:
     """A blob on its way: append what arrives, then `commit`. What was synced is there again after any end."""
 
-    def __init__(self, store: Store, digest: str, length: int, disk: Disk) -> None:
-        self._store = store
+    def __init__(self, final: Path, digest: str, length: int, disk: Disk) -> None:
+        self._final = final
         self._disk = disk
         self.digest = check_digest(digest)
         self.length = length
-        self._path = store.path_of(digest).with_suffix(".part")
-        self._record_path = self._path.with_suffix(".part.json")
+        self._path = final.with_name(final.name + ".part")
+        self._record_path = final.with_name(final.name + ".part.json")
         record = self._read_record()
         self.sources: list[str] = list(record.sources)
         """Everybody whose bytes are in it."""
@@ -125,7 +126,7 @@ class Partial:
             raise RefusedError(DIGEST_MISMATCH, f"expected {self.digest}, found {found} in {self.size} bytes")
         self._file.sync()
         self._file.__exit__(None, None, None)
-        self._disk.rename(self._path, self._store.path_of(self.digest))
+        self._disk.rename(self._path, self._final)
         self._disk.unlink(self._record_path)
 
     def discard(self) -> None:
@@ -179,18 +180,21 @@ class Store:
         """Return the folder into which an assets layer is, or will be, unpacked."""
         return self._assets / hex_of(digest)
 
+    def encoded_path(self, digest: str, encoded: str) -> Path:
+        """Return where the object `encoded` is while the blob `digest` is made of it; it is kept or goes with the blob."""
+        return self._blobs / f"{hex_of(digest)}.{hex_of(encoded)}"
+
     def has(self, digest: str, length: int) -> bool:
         """Tell whether the verified blob is here, whole."""
-        path = self.path_of(digest)
-        return path.is_file() and path.stat().st_size == length
+        return is_whole(self.path_of(digest), length)
 
-    def part(self, digest: str, length: int) -> Partial:
-        """Begin or resume a blob.
+    def part(self, digest: str, length: int, *, final: Path | None = None) -> Partial:
+        """Begin or resume a blob, which gets the name `final` in the end (its own by default).
 
         Raises:
             DeviceError: `disk_full` or `disk`.
         """
-        return Partial(self, digest, length, self._disk)
+        return Partial(final or self.path_of(digest), digest, length, self._disk)
 
     def add(self, digest: str, data: bytes) -> None:
         """Keep small bytes that are at hand.
@@ -263,6 +267,11 @@ class Store:
             raise RefusedError("assets_invalid", f"the assets layer lacks {', '.join(missing)[:200]}")
         self._disk.write_atomic(folder / _COMPLETE, b"")
         return folder
+
+
+def is_whole(path: Path, length: int) -> bool:
+    """Tell whether a file has its length; whoever gave it its name verified it."""
+    return path.is_file() and path.stat().st_size == length
 
 
 def _members(path: Path, declared: dict[str, Asset]) -> Iterator[tuple[str, bytes]]:

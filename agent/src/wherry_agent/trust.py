@@ -1,0 +1,432 @@
+"""The device's side of TUF: sets of verified metadata that survive power loss and never go backwards.
+
+    HOME/trust/root.json   root v1, immutable, pinned by the digest in the enrolment token: the only trust anchor
+    HOME/trust/N/          a whole verified set, as python-tuf left it; the journal names the N in use
+
+python-tuf writes without fsync and believes what it finds, so it works on a scratch copy; the result is checked against
+the journal's floors (a set whose snapshot was zeroed by a power cut would let an older repository in), synced, and
+renamed to the next number. Bytes on the way come from HTTP (`online`) or from the set itself (`offline`: python-tuf has
+no mode for that, but a fetcher that answers from the folder is one). Only the courier imports this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from tuf.api import exceptions
+from tuf.api.metadata import Metadata, Root, Signed, Snapshot, TargetFile, Targets, Timestamp
+from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
+
+from wherry_agent.children import Trust
+from wherry_agent.courier_http import Http
+from wherry_agent.disk import Disk
+from wherry_shared import limits, reasons
+from wherry_shared.bundle import FORMAT
+from wherry_shared.digest import is_digest
+from wherry_shared.errors import DeviceError, RefusedError, UnreachableError
+
+ROOT_FILE = "root.json"
+SIGNED_AT = "x-wherry-signed-at"
+"""Field of the signed timestamp: when the server signed it, µs UTC."""
+DIRECTOR_TARGET = "director.json"
+SCRATCH = ".scratch"
+CONFIG = UpdaterConfig(
+    max_root_rotations=64,
+    max_delegations=8,
+    root_max_length=limits.TUF_ROOT_BYTES_MAX,
+    timestamp_max_length=16 * limits.KIB,
+    snapshot_max_length=limits.TUF_METADATA_BYTES_MAX,
+    targets_max_length=limits.TUF_METADATA_BYTES_MAX,
+)
+KEYS_MAX = 16
+SECOND_US = 1_000_000
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a publisher says about its model's versions."""
+
+    floor: str = ""
+    revoked: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the journal knows: the set in use, floors of role versions, the time below which no clock may fall."""
+
+    current: int
+    floors: dict[str, int]
+    time_floor_us: int
+
+
+class _Updater(Updater):
+    """python-tuf's client with a clock of ours, and with what it verified to be looked at."""
+
+    def set_reference_time(self, moment: datetime) -> None:
+        """Judge expiry at `moment`; python-tuf takes the wall clock and has no argument for it."""
+        self._trusted_set.reference_time = moment
+
+    def verified(self) -> dict[str, Signed]:
+        """Return every role that was verified, by name."""
+        return dict(self._trusted_set._trusted_set)  # noqa: SLF001 - its own iteration gives values without names
+
+
+class _Online(FetcherInterface):
+    """Fetches from a server; an unchanged timestamp costs a 304."""
+
+    def __init__(self, http: Http, folder: Path) -> None:
+        self._http = http
+        self._folder = folder
+
+    def _fetch(self, url: str) -> Iterator[bytes]:
+        headers: dict[str, str] = {}
+        cached = b""
+        if url.endswith("/timestamp.json"):
+            with contextlib.suppress(FileNotFoundError):
+                cached = (self._folder / "timestamp.json").read_bytes()
+                headers["If-None-Match"] = f'"{hashlib.sha256(cached).hexdigest()}"'
+        with self._http.request("GET", url, headers=headers) as answer:
+            if answer.status == 304 and cached:
+                yield cached
+                return
+            if answer.status != 200:
+                raise exceptions.DownloadHTTPError(f"{url}: {answer.status}", answer.status)
+            yield from answer.chunks()
+
+
+class _Offline(FetcherInterface):
+    """Answers from the set itself."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def _fetch(self, url: str) -> Iterator[bytes]:
+        name = urlsplit(url).path.rpartition("/")[2]
+        if name != "timestamp.json":  # newer roots and roles that were never fetched
+            raise exceptions.DownloadHTTPError(f"{name} is not on this device", 404)
+        yield (self._folder / name).read_bytes()
+
+
+class Session:
+    """A verified repository state to ask questions of; what they fetch is kept by `commit`."""
+
+    def __init__(self, updater: _Updater, folder: Path, known: Known, reference_us: int) -> None:
+        self._updater = updater
+        self._folder = folder
+        self._known = known
+        self.reference_us = reference_us
+        """The instant at which expiry is judged."""
+
+    def target(self, path: str) -> TargetFile | None:
+        """Return what a target is, None if nobody at threshold says so.
+
+        Raises:
+            RefusedError: `trust_expired`, `trust_rollback` or `trust_invalid`.
+            UnreachableError: `network`.
+        """
+        with _border():
+            try:
+                found = self._updater.get_targetinfo(path)
+            except exceptions.RepositoryError:
+                if self._delegated_to_nobody(path):
+                    return None
+                raise
+        self.check_floors()
+        return found
+
+    def manifest_of(self, path: str) -> tuple[str, int] | None:
+        """Return (digest, length) of the manifest of a release, None if it is not signed.
+
+        Raises:
+            RefusedError: as `target`, `trust_invalid` too if the target names no manifest.
+        """
+        target = self.target(path)
+        if target is None:
+            return None
+        manifest = _own(target).get("manifest")
+        if (
+            not isinstance(manifest, str)
+            or not is_digest(manifest)
+            or target.hashes.get("sha256") != manifest[7:]
+            or not 0 < target.length <= limits.MANIFEST_BYTES_MAX
+        ):
+            raise RefusedError(reasons.TRUST_INVALID, f"target {path} names no manifest")
+        return manifest, target.length
+
+    def policy(self, model: str) -> Policy:
+        """Return the publisher's policy for a model.
+
+        Raises:
+            RefusedError: as `target`; `trust_invalid` if it cannot be read: a policy that is not understood is obeyed
+                by doing nothing.
+        """
+        target = self.target(f"{model}/policy")
+        if target is None:
+            return Policy()
+        own = _own(target)
+        floor, revoked = own.get("floor", ""), own.get("revoked", [])
+        if not isinstance(floor, str) or not isinstance(revoked, list):
+            raise RefusedError(reasons.TRUST_INVALID, f"the policy of {model} cannot be read")
+        digests = [entry.get("digest") if isinstance(entry, dict) else None for entry in revoked]
+        if not all(isinstance(digest, str) and is_digest(digest) for digest in digests):
+            raise RefusedError(reasons.TRUST_INVALID, f"the policy of {model} revokes something unreadable")
+        return Policy(floor, frozenset(str(digest) for digest in digests))
+
+    def director_keys(self) -> dict[str, str]:
+        """Return key id → PEM of the keys that may sign offers.
+
+        Raises:
+            RefusedError: as `target`; `trust_invalid` if the targets role names none.
+        """
+        target = self.target(DIRECTOR_TARGET)
+        keys = _own(target).get("keys") if target is not None else None
+        if not isinstance(keys, dict) or not 1 <= len(keys) <= KEYS_MAX:
+            raise RefusedError(reasons.TRUST_INVALID, "the repository names no director key")
+        return {str(keyid): str(pem) for keyid, pem in keys.items()}
+
+    def check_floors(self) -> None:
+        """Refuse a state in which any role is older than this device has seen it.
+
+        Raises:
+            RefusedError: `trust_rollback`.
+        """
+        verified = self._updater.verified()
+        snapshot = verified.get(Snapshot.type)
+        listed = snapshot.meta if isinstance(snapshot, Snapshot) else {}
+        for role, floor in self._known.floors.items():
+            signed = verified.get(role)
+            if role in (Timestamp.type, Snapshot.type) and self._rotated(role):
+                continue  # versions begin anew with new online keys: TUF's recovery from a fast-forward
+            if signed is not None:
+                version = signed.version
+            else:
+                meta = listed.get(f"{role}.json")
+                version = meta.version if meta is not None else 0
+            if version < floor:
+                raise RefusedError(
+                    reasons.TRUST_ROLLBACK,
+                    f"{role} is at version {version}, this device has seen {floor}",
+                    consequence="nothing is installed; what serves goes on",
+                    next_step="the repository went back: wherry trust repair, or somebody replays old metadata",
+                )
+
+    def trust(self, current: int, *, changed: bool, signed_us: int = 0) -> Trust:
+        """Return what the journal should know of this state; `signed_us` is another verified signed time."""
+        verified = self._updater.verified()
+        floors = dict(self._known.floors)
+        for role, signed in verified.items():
+            if role in (Timestamp.type, Snapshot.type) and self._rotated(role):
+                floors[role] = signed.version
+            else:
+                floors[role] = max(floors.get(role, 0), signed.version)
+        online = [verified[Timestamp.type].expires, verified[Snapshot.type].expires]
+        offline = [signed.expires for role, signed in verified.items() if role not in (Timestamp.type, Snapshot.type)]
+        stamp = verified[Timestamp.type].unrecognized_fields.get(SIGNED_AT, 0)
+        seen = max(stamp if isinstance(stamp, int) else 0, signed_us)
+        floor = max(self._known.time_floor_us, min(seen, _us(min(offline))))
+        return Trust(current=current, floors=floors, time_floor_us=floor, expires_at=_us(min(online)), changed=changed)
+
+    def _rotated(self, role: str) -> bool:
+        """Tell whether root gave `role` other keys since the journal's root."""
+        before_version = self._known.floors.get(Root.type, 0)
+        root = self._updater.verified()[Root.type]
+        assert isinstance(root, Root)
+        if before_version in (0, root.version):
+            return False
+        try:
+            before = Metadata[Root].from_file(str(self._folder / "root_history" / f"{before_version}.root.json")).signed
+        except (exceptions.RepositoryError, OSError, exceptions.StorageError):
+            return False
+        return not set(before.roles[role].keyids) & set(root.roles[role].keyids)
+
+    def _delegated_to_nobody(self, path: str) -> bool:
+        """Tell whether the signed snapshot says that the role which would name `path` does not exist (yet)."""
+        verified = self._updater.verified()
+        snapshot, role = verified.get(Snapshot.type), verified.get(Targets.type)
+        for _ in range(CONFIG.max_delegations):
+            if not isinstance(snapshot, Snapshot) or not isinstance(role, Targets) or role.delegations is None:
+                return False
+            following = next(iter(role.delegations.get_roles_for_target(path)), None)
+            if following is None:
+                return False
+            if f"{following[0]}.json" not in snapshot.meta:
+                return True
+            role = verified.get(following[0])
+        return False
+
+
+class Keeper:
+    """The sets of one device. Couriers that run at the same time wait for each other."""
+
+    def __init__(
+        self, home: Path, disk: Disk, *, root_digest: str, metadata_url: str, http: Http, known: Known, wall_us: int
+    ) -> None:
+        self._folder = home / "trust"
+        self._disk = disk
+        self._root_digest = root_digest
+        self._url = metadata_url
+        self._http = http
+        self._known = known
+        self._reference_us = max(wall_us, known.time_floor_us)
+
+    @contextlib.contextmanager
+    def online(self) -> Iterator[Session]:
+        """Refresh over the network and yield the newest state.
+
+        Raises:
+            RefusedError: `trust_expired`, `trust_rollback` or `trust_invalid`.
+            UnreachableError: `network`.
+        """
+        with self._session(online=True) as session:
+            yield session
+
+    @contextlib.contextmanager
+    def offline(self) -> Iterator[Session]:
+        """Yield the state of the set in use, if it has not expired.
+
+        Raises:
+            RefusedError: `trust_expired`, `trust_rollback` or `trust_invalid`.
+            UnreachableError: `network`, if there is no set yet, or a question needs what the set does not hold.
+        """
+        with self._session(online=False) as session:
+            yield session
+
+    def commit(self, session: Session, *, signed_us: int = 0) -> Trust:
+        """Keep what a session fetched: sync it and give it the next number; remove sets that nobody names any more.
+
+        Raises:
+            DeviceError: `disk_full` or `disk`.
+        """
+        scratch = self._folder / SCRATCH
+        source = self._folder / str(self._known.current)
+        changed = not _same(scratch, source)
+        number = max([self._known.current, *self._numbers()]) + 1 if changed else self._known.current
+        trust = session.trust(number, changed=changed, signed_us=signed_us)
+        if changed:
+            (scratch / ROOT_FILE).unlink(missing_ok=True)  # python-tuf's symlink; the anchor is ours, above
+            for path in sorted(scratch.rglob("*")):
+                if path.is_file():
+                    self._disk.sync_file(path)
+            self._disk.sync_folder(scratch / "root_history")
+            self._disk.sync_folder(scratch)
+            self._disk.rename(scratch, self._folder / str(number))
+        for old in self._numbers():
+            if old < self._known.current:
+                self._disk.remove_tree(self._folder / str(old))
+        return trust
+
+    @contextlib.contextmanager
+    def _session(self, *, online: bool) -> Iterator[Session]:
+        scratch = self._folder / SCRATCH
+        with self._locked():
+            self._disk.remove_tree(scratch)
+            source = self._folder / str(self._known.current)
+            try:
+                if self._known.current and source.is_dir():
+                    shutil.copytree(source, scratch, symlinks=True)
+                else:
+                    self._disk.mkdir(scratch)
+                    if not online:
+                        raise UnreachableError(reasons.NETWORK, "no trusted metadata on this device yet")
+                fetcher = _Online(self._http, scratch) if online else _Offline(scratch)
+                yield self._open(scratch, fetcher)
+            except OSError as error:
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                reason = reasons.DISK_FULL if full else reasons.DISK
+                raise DeviceError(reason, f"trust: {error.strerror or error}") from error
+            finally:
+                self._disk.remove_tree(scratch)
+
+    def _open(self, scratch: Path, fetcher: FetcherInterface) -> Session:
+        with _border():
+            updater = _Updater(str(scratch), self._url, fetcher=fetcher, config=CONFIG, bootstrap=self._root())
+            updater.set_reference_time(datetime.fromtimestamp(self._reference_us / SECOND_US, UTC))
+            updater.refresh()
+        session = Session(updater, scratch, self._known, self._reference_us)
+        session.check_floors()
+        return session
+
+    def _root(self) -> bytes:
+        data = self._disk.read(self._folder / ROOT_FILE)
+        if data is None or hashlib.sha256(data).hexdigest() != self._root_digest:
+            raise RefusedError(
+                reasons.TRUST_INVALID,
+                "the root of trust on this device is missing or altered",
+                consequence="nothing is installed; what serves goes on",
+                next_step="enrol the device again",
+            )
+        return data
+
+    def _numbers(self) -> list[int]:
+        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        self._disk.mkdir(self._folder)
+        descriptor = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _border() -> Iterator[None]:
+    """Turn python-tuf's exceptions into ours."""
+    try:
+        yield
+    except exceptions.ExpiredMetadataError as error:
+        raise RefusedError(
+            reasons.TRUST_EXPIRED,
+            str(error),
+            consequence="nothing is installed; what serves goes on",
+            next_step="see that the server signs its timestamp, and that the device's clock is right",
+        ) from error
+    except exceptions.BadVersionNumberError as error:
+        raise RefusedError(reasons.TRUST_ROLLBACK, str(error)) from error
+    except exceptions.RepositoryError as error:
+        raise RefusedError(reasons.TRUST_INVALID, str(error)) from error
+    except exceptions.DownloadLengthMismatchError as error:
+        raise RefusedError(reasons.TRUST_INVALID, str(error)) from error
+    except exceptions.DownloadError as error:
+        cause = error.__cause__ if isinstance(error.__cause__, UnreachableError) else error
+        raise UnreachableError(reasons.NETWORK, str(cause)) from error
+
+
+def _own(target: TargetFile) -> dict[str, Any]:
+    custom = target.unrecognized_fields.get("custom")
+    own = custom.get("wherry") if isinstance(custom, dict) else None
+    if not isinstance(own, dict) or own.get("format") != FORMAT:
+        raise RefusedError(reasons.TRUST_INVALID, f"target {target.path} says nothing of format {FORMAT}")
+    return own
+
+
+def _us(moment: datetime) -> int:
+    return int(moment.timestamp()) * SECOND_US
+
+
+def _same(scratch: Path, source: Path) -> bool:
+    """Tell whether two sets hold the same files."""
+    if not source.is_dir():
+        return False
+
+    def content(folder: Path) -> dict[str, bytes]:
+        return {
+            str(path.relative_to(folder)): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file() and path != folder / ROOT_FILE
+        }
+
+    return content(scratch) == content(source)
