@@ -33,7 +33,6 @@ class Prepared:
     exposed: list[Candidate] = field(default_factory=list)
     stage: int = -1
     withdrawn: list[str] = field(default_factory=list)
-    scope: Scope = "unconfirmed"
     composed: list[Composed] = field(default_factory=list)
     refused: list[RefusedError] = field(default_factory=list)
     """Offers that could not be made; their devices are left as they are."""
@@ -88,14 +87,12 @@ def withdraw(
     prepared: Prepared,
     row: Any,
     plan: Plan,
-    scope: Scope,
     rows: Sequence[Any],
     current: dict[str, offers.Current],
     composer: Composer,
     now: int,
 ) -> None:
     """Compose the offers that name each device's own `from`. Signs, so call it outside of the event loop's thread."""
-    prepared.scope = scope
     changed: dict[str, dict[str, Any]] = {}
     for one in rows:
         changed.setdefault(one.device_id, {})[one.model] = offers.backwards(
@@ -110,6 +107,8 @@ def withdraw(
             for name, offered in models.items()
             if name not in known.models or known.models[name].rollout == row.id
         }
+        if not own:
+            continue  # another rollout has taken it over since
         try:
             prepared.composed.append(composer.compose(device, known, {**known.models, **own}, now))
         except RefusedError as error:
@@ -173,6 +172,7 @@ _WITHDRAW = text(
 ).bindparams(bindparam("devices", expanding=True), bindparam("outcomes", expanding=True))
 _SUPERSEDE = text(
     "UPDATE assignment SET outcome = 'superseded', settled_at = :now WHERE model = :model AND rollout_id <> :rollout"
+    " AND outcome IN ('exposed', 'confirmed', 'confirmed_idle', 'revert_pending')"
     " AND device_id IN (SELECT device_id FROM exposing)"
     " AND rollout_id IN (SELECT id FROM rollout WHERE project_id = :project AND model = :model"
     " AND state IN ('running', 'paused', 'returning'))"
@@ -182,9 +182,9 @@ _ASSIGN = text(
     " from_target, to_manifest, to_target, attempt, exposed_at, noticed_at, outcome, reason, detail, settled_at, requests,"
     " errors, latency_ratio)"
     " SELECT :rollout, e.device_id, :model, :project, :stage, e.stratum, e.share_key,"
-    # A device that runs the bundle already came from somewhere too: from where its last assignment says.
-    " CASE WHEN m.running = :to THEN COALESCE(p.from_manifest, '') ELSE COALESCE(m.running, '') END,"
-    " CASE WHEN m.running = :to THEN COALESCE(p.from_target, '')"
+    # A device that runs the bundle already goes back to where its last assignment came from, else it stays.
+    " CASE WHEN m.running = :to THEN COALESCE(NULLIF(p.from_manifest, ''), :to) ELSE COALESCE(m.running, '') END,"
+    " CASE WHEN m.running = :to THEN COALESCE(NULLIF(p.from_target, ''), :target)"
     " ELSE COALESCE(b.model || '/' || b.version, '') END,"
     " :to, :target, :attempt, :now, 0, 'exposed', '', '', 0, 0, 0, 0"
     " FROM exposing e LEFT JOIN device_model m ON m.device_id = e.device_id AND m.model = :model"

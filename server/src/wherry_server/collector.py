@@ -1,0 +1,98 @@
+"""Gathers messages into batches for `ingest`, and sends the acknowledgements once a batch is committed.
+
+Back-pressure is end to end: a device keeps at most 20 messages on the way and drops none before its acknowledgement, so
+what does not fit into the queue here is left out, counted, and comes again. A batch that the database does not take now
+waits and is tried again; one that it will never take is divided until the one bad message stands alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+
+from sqlalchemy.exc import DBAPIError, OperationalError
+
+from wherry_server.ingest import Frame, Ingest, Kind, Stored
+from wherry_server.times import now_us
+from wherry_shared import topics
+from wherry_shared.errors import RefusedError
+
+log = logging.getLogger(__name__)
+
+BATCH_MAX = 2_000
+BATCH_S = 0.025
+"""How long the first message of a batch waits for others."""
+QUEUE_MAX = 50_000
+RETRY_MIN_S = 0.1
+RETRY_MAX_S = 5.0
+
+Message = tuple[Kind, str, bytes]
+
+
+class Collector:
+    """A bounded queue in front of `Ingest`."""
+
+    def __init__(
+        self, ingest: Ingest, acknowledge: Callable[[str, bytes], None], stored: Callable[[Stored], None]
+    ) -> None:
+        self._ingest = ingest
+        self._acknowledge = acknowledge
+        self._stored = stored
+        self._queue: deque[Message] = deque()
+        self._filled = asyncio.Event()
+
+    def received(self, topic: str, payload: bytes) -> None:
+        """Take a message from the broker; never raises."""
+        if len(self._queue) >= QUEUE_MAX:
+            self._ingest.refuse("overload", now_us(), f"{QUEUE_MAX} messages wait already; devices send again")
+            return
+        try:
+            device, kind = topics.parse_up(topic)
+        except RefusedError as error:
+            self._ingest.refuse(error.code, now_us(), error.message)
+            return
+        self._queue.append((kind, device, payload))
+        self._filled.set()
+
+    async def run(self) -> None:
+        """Store batches until cancelled."""
+        while True:
+            await self._filled.wait()
+            if len(self._queue) < BATCH_MAX:
+                await asyncio.sleep(BATCH_S)
+            batch = [self._queue.popleft() for _ in range(min(BATCH_MAX, len(self._queue)))]
+            if not self._queue:
+                self._filled.clear()
+            await self._store(batch)
+
+    async def _store(self, batch: list[Message]) -> None:
+        wait = RETRY_MIN_S
+        while True:
+            try:
+                result = await self._ingest.store_batch(_by_kind(batch))
+            except OperationalError as error:
+                log.warning("the database does not take messages now, trying again: %s", error.orig)
+                await asyncio.sleep(wait)
+                wait = min(wait * 2, RETRY_MAX_S)
+                continue
+            except (DBAPIError, ValueError, TypeError, OverflowError, UnicodeError) as error:
+                if len(batch) == 1:
+                    self._ingest.refuse("store_failed", now_us(), f"{batch[0][0]} of {batch[0][1]}: {error}")
+                    return
+                middle = len(batch) // 2
+                await self._store(batch[:middle])
+                await self._store(batch[middle:])
+                return
+            break
+        for device, frame in result.acks:
+            self._acknowledge(topics.down(device, "ack"), frame)
+        self._stored(result)
+
+
+def _by_kind(batch: list[Message]) -> dict[Kind, list[Frame]]:
+    kinds: dict[Kind, list[Frame]] = {"hello": [], "report": [], "telemetry": []}
+    for kind, device, frame in batch:
+        kinds[kind].append((device, frame))
+    return kinds

@@ -1,0 +1,337 @@
+"""Carries rollouts on: reads evidence, asks `rollout.decide`, writes what it says in one transaction.
+
+The transaction compares the rollout's revision and the lease's epoch, so a decision made on what is no longer so is thrown
+away and made again. Nothing is remembered in this process that a restart may not forget: scans and parsed plans are caches,
+publishing is an outbox, and the state of every rollout is its row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from sqlalchemy import insert, text, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from wherry_server import assignments, evidence, offers
+from wherry_server.assignments import EXPOSED_PER_TURN, Prepared
+from wherry_server.db import bulk
+from wherry_server.db.tables import Decision as DecisionRow
+from wherry_server.db.tables import KnownBad, Rollout, table
+from wherry_server.ingest import Behind, Stored
+from wherry_server.lease import Lease, boot_id
+from wherry_server.offers import Composer, Number
+from wherry_server.outbox import Outbox
+from wherry_server.plan import Plan, parse_plan
+from wherry_server.rollout import Decision, Evidence, Expose, Moved, Progress, Withdraw, decide
+from wherry_server.services import Services
+from wherry_server.times import now_us
+from wherry_shared.clock import Now
+from wherry_shared.errors import RefusedError, UnreachableError
+
+log = logging.getLogger(__name__)
+
+_ROLLOUT = table(Rollout)
+
+TURN_MIN_S = 0.2
+TURN_MAX_S = 1.0
+"""Deadlines and operators are noticed within this time even if no device says anything."""
+SCAN_MIN_S = 1.0
+SCAN_SHARE = 20
+"""A scan of the members is repeated at the earliest after this many times what it took: at most 5 % of a core."""
+SCAN_FRESH_S = 0.1
+DONE_SCAN_MIN_S = 5.0
+RESIGN_PER_TURN = 2_000
+HELLOS_PER_TURN = 2_000
+
+
+@dataclass(slots=True)
+class _Known:
+    """What this process remembers of a rollout, to save work."""
+
+    plan: Plan
+    scan: evidence.Scan | None = None
+    scanned_at: float = 0.0
+    scan_cost: float = 0.0
+
+    def due(self, minimum: float, now: float) -> bool:
+        return self.scan is None or now - self.scanned_at >= max(minimum, SCAN_SHARE * self.scan_cost)
+
+
+@dataclass(slots=True)
+class Conductor:
+    """One project's director; `turn` is one look at every rollout under way."""
+
+    services: Services
+    lease: Lease
+    composer: Composer
+    outbox: Outbox | None = None
+    clock: Callable[[], Now] = field(default_factory=lambda: _clock(boot_id()))
+    _known: dict[str, _Known] = field(default_factory=dict)
+    _woken: asyncio.Event = field(default_factory=asyncio.Event)
+    _hellos: dict[str, Behind] = field(default_factory=dict)
+
+    # --- what ingest tells ----------------------------------------------------------------------
+
+    def stored(self, result: Stored) -> None:
+        """Take note of what a batch changed."""
+        for hello in result.hellos:
+            self._hellos[hello.device] = hello
+        if result.moved:
+            self._woken.set()
+
+    # --- turns ----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Take turns until cancelled."""
+        while True:
+            started = time.monotonic()
+            if self.lease.epoch:
+                await self.reconcile()
+                await self.turn()
+            spent = time.monotonic() - started
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TURN_MAX_S):
+                    await self._woken.wait()
+            self._woken.clear()
+            await asyncio.sleep(max(TURN_MIN_S, spent))
+
+    async def turn(self) -> bool:
+        """Look at every rollout once, the one that outranks the others first; tell whether anything was decided."""
+        async with self.services.database.read() as connection:
+            rows = (await connection.execute(_UNDER_WAY, {"project": self.services.project})).all()
+        moved = False
+        for row in rows:
+            try:
+                moved = await self._look(row) or moved
+            except UnreachableError as error:
+                log.info("%s: %s", _name(row), error.message)
+                if error.code == "lease_lost":
+                    return moved
+            except RefusedError as error:
+                log.error("%s cannot go on: %s", _name(row), error)
+        for gone in self._known.keys() - {row.id for row in rows}:
+            del self._known[gone]
+        return moved
+
+    async def _look(self, row: Any) -> bool:
+        known = self._known.get(row.id)
+        if known is None:
+            known = self._known[row.id] = _Known(parse_plan(_builtins(row.plan)))
+        progress = evidence.load_progress(_builtins(row.progress))
+        now, moment = self.clock(), now_us()
+        if row.state == "done" and not row.wanted and not known.due(DONE_SCAN_MIN_S, time.monotonic()):
+            if not known.scan or not known.scan.unexposed(progress.cut_offs, known.plan.stages[progress.stage].share):
+                return False
+        elif row.state in ("created", "running", "done") and known.due(SCAN_MIN_S, time.monotonic()):
+            known.scan = None
+        found, after, decisions = await self._ask(row, known, progress, now, moment)
+        if after.stage != progress.stage and time.monotonic() - known.scanned_at > SCAN_FRESH_S:
+            known.scan = None  # a cut-off is drawn from the members at this moment
+            found, after, decisions = await self._ask(row, known, progress, now, moment)
+        if not decisions and after == progress and not row.wanted:
+            return False
+        prepared = await self._prepare(row, known, after, decisions, moment)
+        idle = all(isinstance(one, Expose) for one in decisions) and not prepared.exposed
+        if idle and after == progress and not row.wanted:
+            return False
+        await self._commit(row, known.plan, progress, after, decisions, found, prepared, moment)
+        self._after(known, prepared)
+        for one in decisions:
+            if isinstance(one, Moved):
+                log.info("%s is %s: %s", _name(row), one.state, one.reason)
+        return True
+
+    async def _ask(
+        self, row: Any, known: _Known, progress: Progress, now: Now, moment: int
+    ) -> tuple[Evidence, Progress, tuple[Decision, ...]]:
+        async with self.services.database.read() as connection:
+            if known.scan is None and row.state in ("created", "running", "done"):
+                started = time.monotonic()
+                known.scan = await evidence.scan(connection, row, known.plan)
+                known.scanned_at = time.monotonic()
+                known.scan_cost = known.scanned_at - started
+            found = await evidence.read(connection, row, known.plan, progress, known.scan, moment)
+        after, decisions = decide(known.plan, progress, found, now)
+        return found, after, decisions
+
+    async def _prepare(
+        self, row: Any, known: _Known, after: Progress, decisions: tuple[Decision, ...], moment: int
+    ) -> Prepared:
+        """Read and sign what the decisions need, outside of the write transaction."""
+        prepared = Prepared()
+        database = self.services.database
+        for one in decisions:
+            if isinstance(one, Expose) and known.scan is not None:
+                chosen = known.scan.unexposed(after.cut_offs, one.share)[:EXPOSED_PER_TURN]
+                async with database.read() as connection:
+                    current = await assignments.read_exposing(connection, chosen)
+                await asyncio.to_thread(
+                    assignments.expose, prepared, row, known.plan, one.stage, chosen, current, self.composer, moment
+                )
+            elif isinstance(one, Withdraw):
+                async with database.read() as connection:
+                    rows = await assignments.read_withdrawing(connection, row.id, one.scope, one.stage)
+                    current = await offers.current(connection, sorted({found.device_id for found in rows}))
+                await asyncio.to_thread(
+                    assignments.withdraw, prepared, row, known.plan, rows, current, self.composer, moment
+                )
+        for refused in prepared.refused:
+            log.error("%s: %s", _name(row), refused)
+        return prepared
+
+    async def _commit(
+        self,
+        row: Any,
+        plan: Plan,
+        before: Progress,
+        after: Progress,
+        decisions: tuple[Decision, ...],
+        found: Evidence,
+        prepared: Prepared,
+        moment: int,
+    ) -> None:
+        """Write progress, decision, assignments and offers together, or nothing.
+
+        Raises:
+            UnreachableError: `rollout_changed` or `lease_lost`: look again.
+        """
+        async with self.services.database.write() as connection:
+            await self.lease.check(connection)
+            changed = await connection.execute(
+                update(_ROLLOUT)
+                .where(_ROLLOUT.c.id == row.id, _ROLLOUT.c.revision == row.revision)
+                .values(
+                    progress=msgspec.to_builtins(after),
+                    state=after.state,
+                    reason=after.reason,
+                    revision=row.revision + 1,
+                    wanted="",
+                    lease_epoch=self.lease.epoch,
+                    updated_at=moment,
+                )
+            )
+            if changed.rowcount != 1:
+                raise UnreachableError("rollout_changed", "changed meanwhile, looking again")
+            await connection.execute(
+                insert(DecisionRow).values(
+                    rollout_id=row.id,
+                    revision=row.revision + 1,
+                    project_id=row.project_id,
+                    at=moment,
+                    decisions=msgspec.to_builtins(decisions),
+                    evidence=msgspec.to_builtins(found),
+                    progress_before=msgspec.to_builtins(before),
+                )
+            )
+            if after.reason == "failure_bound" and before.state != "returning":
+                await self._remember_bad(connection, row, plan, moment)
+            await assignments.apply(connection, row, plan, prepared, moment)
+
+    async def _remember_bad(self, connection: AsyncConnection, row: Any, plan: Plan, moment: int) -> None:
+        """Keep the bundle from the hardware on which it failed beyond the bound."""
+        bad = await evidence.bad_classes(connection, row.id, plan)
+        await bulk.upsert(
+            connection,
+            table(KnownBad),
+            ("project_id", "manifest", "hardware_class", "reason", "devices", "updated_at"),
+            [
+                (row.project_id, planned.manifest, name, reason, devices, moment)
+                for planned in plan.models
+                for name, (reason, devices) in bad.items()
+            ],
+            update=("reason", "devices", "updated_at"),
+        )
+
+    def _after(self, known: _Known, prepared: Prepared) -> None:
+        exposed = {one.device for one in prepared.exposed}
+        if exposed:
+            models = {planned.model for planned in known.plan.models}
+            for other in self._known.values():  # of what it exposed, no rollout of the model takes anything newly
+                if other.scan is not None and not models.isdisjoint(planned.model for planned in other.plan.models):
+                    other.scan.free = [one for one in other.scan.free if one.device not in exposed]
+        if prepared.composed and self.outbox is not None:
+            self.outbox.wake()
+        self._woken.set()
+
+    # --- hellos ---------------------------------------------------------------------------------
+
+    async def reconcile(self) -> None:
+        """Answer hellos that named another offer than the current one: publish it again, or go on above theirs."""
+        hellos = [self._hellos.pop(device) for device in list(self._hellos)[:HELLOS_PER_TURN]]
+        if not hellos:
+            return
+        async with self.services.database.read() as connection:
+            current = await offers.current(connection, [hello.device for hello in hellos])
+        behind, ahead = [], []
+        for hello in hellos:
+            standing = current.get(hello.device)
+            if standing is None or standing.number == Number(0, 0):
+                continue
+            said = Number(hello.epoch, hello.serial)
+            if said < standing.number:
+                behind.append(hello.device)
+            elif said > standing.number:
+                ahead.append(hello.device)
+        if ahead:
+            log.warning("%d devices know newer offers than this server: going on above them", len(ahead))
+            await self._compose_again(ahead)
+        if behind and self.outbox is not None:
+            await self.outbox.again(behind)
+
+    async def resign(self) -> int:
+        """Sign offers anew that are past half of their life; return how many."""
+        async with self.services.database.read() as connection:
+            rows = await connection.execute(
+                _OLD,
+                {
+                    "project": self.services.project,
+                    "before": now_us() - offers.HALF_LIFE_US,
+                    "limit": RESIGN_PER_TURN,
+                },
+            )
+            devices = [row.device_id for row in rows]
+        if devices:
+            await self._compose_again(devices)
+        return len(devices)
+
+    async def _compose_again(self, devices: list[str]) -> None:
+        moment = now_us()
+        async with self.services.database.read() as connection:
+            current = await offers.current(connection, devices)
+        composed = await asyncio.to_thread(
+            lambda: [self.composer.compose(name, found, found.models, moment) for name, found in current.items()]
+        )
+        async with self.services.database.write() as connection:
+            await self.lease.check(connection)
+            await offers.write(connection, self.services.project, composed)
+        if self.outbox is not None:
+            self.outbox.wake()
+
+
+def _clock(boot: str) -> Callable[[], Now]:
+    return lambda: Now(boot, time.monotonic_ns() // 1_000_000, time.time())
+
+
+def _builtins(raw: Any) -> Any:
+    return msgspec.json.decode(raw) if isinstance(raw, (str, bytes)) else raw
+
+
+def _name(row: Any) -> str:
+    return f"rollout {row.number} ({row.model})"
+
+
+_UNDER_WAY = text(
+    "SELECT id, project_id, number, model, CAST(plan AS TEXT) AS plan, CAST(progress AS TEXT) AS progress, state, salt,"
+    " priority, revision, wanted FROM rollout WHERE project_id = :project AND (state IN ('running', 'paused', 'returning',"
+    " 'done') OR wanted <> '') ORDER BY priority DESC, number DESC"
+)
+_OLD = text(
+    "SELECT device_id FROM offer WHERE project_id = :project AND issued_at < :before ORDER BY issued_at LIMIT :limit"
+)

@@ -1,0 +1,175 @@
+"""The director's process: rollouts, ingest, publishing and trust's online roles, in one loop.
+
+It may be killed at any moment and started again. Each job runs for ever and is begun again after a fault; none waits for
+another. What a device says wakes the rollouts at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import uvloop
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from wherry_server.collector import Collector
+from wherry_server.conductor import Conductor
+from wherry_server.ingest import Ingest
+from wherry_server.lease import RENEW_S, Lease
+from wherry_server.mqtt import Link
+from wherry_server.offers import Composer
+from wherry_server.outbox import Outbox
+from wherry_server.services import Services, open_services
+from wherry_server.settings import Settings
+from wherry_server.times import now_us
+from wherry_shared import topics
+from wherry_shared.errors import WherryError
+
+log = logging.getLogger(__name__)
+
+TRUST_S = 600.0
+RESIGN_S = 60.0
+LOGS_S = 2.0
+LOGS_FOR_US = 600 * 1_000_000
+"""An open request for logs is repeated every LOGS_S for this long."""
+FAULT_MIN_S = 0.5
+FAULT_MAX_S = 10.0
+
+
+@dataclass(slots=True)
+class Process:
+    """Everything that runs in the director's process."""
+
+    services: Services
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def run(self) -> None:
+        """Run until `stopping` is set."""
+        services, trust = self.services, self.services.trust
+        ingest = Ingest(services.database, services.master_key, services.project)
+        lease = Lease(services.database, services.project, "director")
+        conductor = Conductor(services, lease, Composer(services.project, trust.director_keyid, trust.director_sign))
+        came_back = asyncio.Event()
+        link = Link(
+            services.settings.broker_host,
+            services.settings.broker_port,
+            name="director",
+            filters=[topics.ingest_filter(kind) for kind in ("hello", "report", "telemetry")],
+        )
+        collector = Collector(ingest, link.publish, conductor.stored)
+        link.on_message, link.on_connect = collector.received, came_back.set
+        outbox = conductor.outbox = Outbox(services.database, services.project, link)
+
+        async def hold() -> None:
+            await lease.hold()
+
+        async def publish_again() -> None:
+            await came_back.wait()
+            came_back.clear()
+            await outbox.again()
+
+        async def resign() -> None:
+            if lease.epoch:
+                await conductor.resign()
+
+        async def renew_trust() -> None:
+            await asyncio.to_thread(trust.refresh_online)
+
+        async def ask_logs() -> None:
+            await _ask_logs(services, ingest, link)
+
+        await _every(0, hold, once=True)
+        tasks = [
+            asyncio.create_task(work, name=name)
+            for name, work in (
+                ("link", _for_ever(link.run)),
+                ("ingest", _for_ever(collector.run)),
+                ("outbox", _for_ever(outbox.run)),
+                ("rollouts", _for_ever(conductor.run)),
+                ("lease", _every(RENEW_S, hold)),
+                ("again", _every(0, publish_again)),
+                ("resign", _every(RESIGN_S, resign)),
+                ("trust", _every(TRUST_S, renew_trust)),
+                ("logs", _every(LOGS_S, ask_logs)),
+            )
+        ]
+        log.info("directing project %s", services.project)
+        try:
+            await self.stopping.wait()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            with contextlib.suppress(DBAPIError):
+                await lease.release()
+            await services.close()
+
+
+async def _for_ever(work: Callable[[], Awaitable[None]]) -> None:
+    """Run `work`, which does not end; if it fails, say so and begin again with back-off."""
+    wait = FAULT_MIN_S
+    while True:
+        started = time.monotonic()
+        try:
+            await work()
+        except (WherryError, DBAPIError, OSError) as error:
+            log.warning("going on after: %s", error)
+        except Exception:
+            log.exception("going on after a fault")
+        wait = FAULT_MIN_S if time.monotonic() - started > FAULT_MAX_S else min(wait * 2, FAULT_MAX_S)
+        await asyncio.sleep(wait)
+
+
+async def _every(seconds: float, work: Callable[[], Awaitable[None]], *, once: bool = False) -> None:
+    """Do `work` now and every so often; one failure is logged and does not end it."""
+    while True:
+        try:
+            await work()
+        except (WherryError, DBAPIError, OSError) as error:
+            log.warning("going on after: %s", error)
+            await asyncio.sleep(FAULT_MIN_S)
+        except Exception:
+            log.exception("going on after a fault")
+            await asyncio.sleep(FAULT_MIN_S)
+        if once:
+            return
+        await asyncio.sleep(seconds)
+
+
+async def _ask_logs(services: Services, ingest: Ingest, link: Link) -> None:
+    """Repeat open requests for logs in an acknowledgement of their own, for devices that have nothing to say now."""
+    if not link.connected.is_set():
+        return
+    async with services.database.read() as connection:
+        rows = (await connection.execute(_LOGS, {"project": services.project, "since": now_us() - LOGS_FOR_US})).all()
+    for row in rows:
+        frame = ingest.ack(row.device_id, "report", row.epoch or "", row.contiguous or 0, row.requested_at)
+        link.publish(topics.down(row.device_id, "ack"), frame)
+
+
+def run(settings: Settings) -> None:
+    """Run the director's process until it is told to stop. It may be killed at any moment and started again."""
+    services = open_services(settings)
+
+    async def main() -> None:
+        process = Process(services)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, process.stopping.set)
+        await process.run()
+
+    uvloop.run(main())
+
+
+_LOGS = text(
+    "SELECT l.device_id, l.requested_at, s.epoch, s.contiguous FROM device_log l LEFT JOIN stream s"
+    " ON s.device_id = l.device_id AND s.stream = 'report' AND s.opened_at = (SELECT max(t.opened_at) FROM stream t"
+    " WHERE t.device_id = l.device_id AND t.stream = 'report')"
+    " WHERE l.project_id = :project AND l.requested_at > l.received_at AND l.requested_at > :since LIMIT 200"
+)
