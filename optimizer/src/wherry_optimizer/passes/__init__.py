@@ -1,1 +1,130 @@
-"""Passes: each one changes a model and knows no other."""
+"""Passes: each one turns a model file into another, and knows no other pass.
+
+`CATALOGUE` says what a pass needs without importing it; a pass's module has `Parameters` (a frozen msgspec Struct) and
+`apply(path, parameters, work) -> Result`, and imports what is heavy inside `apply`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import msgspec
+import numpy.typing as npt
+
+from wherry_shared.bundle import Format
+from wherry_shared.errors import RefusedError
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PassInfo:
+    """What a pass is and needs."""
+
+    name: str
+    module: str
+    formats: tuple[Format, ...]
+    precision: str
+    """What it makes of the weights; empty if it leaves their precision alone."""
+    calibration: bool
+    summary: str
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a pass may use: a folder of its own and calibration inputs under native names."""
+
+    folder: Path
+    calibration: Sequence[Mapping[str, Array]]
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a pass made."""
+
+    path: Path
+    notes: dict[str, Any] = field(default_factory=dict)
+    """Figures for the report."""
+    tensors: dict[str, str] = field(default_factory=dict)
+    """Native tensor names that changed: old → new."""
+
+
+class Pass(Protocol):
+    """The module of a pass."""
+
+    Parameters: type[msgspec.Struct]
+
+    def apply(self, path: Path, parameters: Any, work: Work) -> Result:
+        """Make a new file below `work.folder`; the file at `path` stays as it is.
+
+        Raises:
+            RefusedError: `pass_noop` if nothing changed, `pass_failed`, `already_quantized`.
+        """
+        ...
+
+
+CATALOGUE: tuple[PassInfo, ...] = (
+    PassInfo("simplify", "simplify", ("onnx",), "", False, "canonical graph by onnxslim, checked against the original"),
+    PassInfo(
+        "prune-obs",
+        "prune",
+        ("onnx",),
+        "",
+        True,
+        "second-order pruning of Conv, Gemm and MatMul weights with reconstruction from calibration activations",
+    ),
+    PassInfo(
+        "quantize-static",
+        "quantize",
+        ("onnx",),
+        "int8",
+        True,
+        "static QDQ of Conv, MatMul and Gemm: int8 weights per channel, uint8 activations",
+    ),
+    PassInfo(
+        "quantize-weights",
+        "quantize_weights",
+        ("onnx",),
+        "int8-weights",
+        False,
+        "int8 weights per channel behind DequantizeLinear, float arithmetic",
+    ),
+    PassInfo(
+        "quantize-tflite",
+        "quantize_tflite",
+        ("tflite",),
+        "int8",
+        False,
+        "ai-edge-quantizer: dynamic-range or weight-only int8",
+    ),
+)
+
+
+def find(name: str) -> PassInfo:
+    """Return a pass by name.
+
+    Raises:
+        RefusedError: `pass_unknown`.
+    """
+    for info in CATALOGUE:
+        if info.name == name:
+            return info
+    raise RefusedError(
+        "pass_unknown", f"there is no pass {name!r}", next_step=f"use {', '.join(info.name for info in CATALOGUE)}"
+    )
+
+
+def module(info: PassInfo) -> Pass:
+    """Import the module of a pass."""
+    return cast("Pass", importlib.import_module(f"wherry_optimizer.passes.{info.module}"))
+
+
+def excluded(name: str, patterns: Iterable[str]) -> bool:
+    """Tell whether a node's name matches one of the patterns that a recipe excludes (searched, not anchored)."""
+    return any(re.search(pattern, name) is not None for pattern in patterns)

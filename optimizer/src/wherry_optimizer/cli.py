@@ -1,0 +1,141 @@
+"""`wherry-optimizer`: build, pack, inspect and sign bundles on a workstation."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from wherry_shared.errors import WherryError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Make small, proved, signed bundles of models.",
+)
+PIPED_COLUMNS = 140
+"""Width of tables where nobody's window says how wide it is."""
+out = Console(width=None if sys.stdout.isatty() else PIPED_COLUMNS)
+err = Console(stderr=True, width=None if sys.stderr.isatty() else PIPED_COLUMNS)
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder in which NAME-VERSION is made.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder with an OCI image layout.")]
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@app.command()
+def build(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a packaged recipe.")],
+    output: Output = Path("bundles"),
+    as_json: AsJson = False,
+) -> None:
+    """Make a bundle from a float model and labelled data, as a recipe says."""
+    from wherry_optimizer import pipeline, report
+
+    result = pipeline.build(recipe, output, progress=lambda text: err.print(text, style="dim", markup=False))
+    written = report.as_dict(result)
+    (output / f"{result.path.name}.report.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        _print_json(written)
+        return
+    out.print(report.table(result.packed.config))
+    out.print(report.refused(result))
+    out.print(f"{result.path} ({result.packed.digest})", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def pack(
+    model: Annotated[Path, typer.Argument(help="An ONNX or TFLite file.")],
+    *,
+    name: Annotated[str, typer.Option(help="Name of the model, e.g. defect-detector.")],
+    version: Annotated[str, typer.Option(help="SemVer, e.g. 1.0.0.")],
+    licence: Annotated[str, typer.Option(help="SPDX expression or LicenseRef-….")],
+    inputs: Annotated[
+        Path | None, typer.Option(help="Samples: .npz, an array per input, samples along axis 0.")
+    ] = None,
+    attribution: Annotated[str, typer.Option(help="Whose work it is.")] = "",
+    source: Annotated[str, typer.Option(help="Where it comes from, e.g. an address.")] = "",
+    output: Output = Path("bundles"),
+    as_json: AsJson = False,
+) -> None:
+    """Make a bundle of one model as it is, without labels."""
+    from wherry_optimizer import report
+    from wherry_optimizer.pack import pack_model
+
+    packed = pack_model(
+        model,
+        name=name,
+        version=version,
+        licence=licence,
+        output=output,
+        attribution=attribution,
+        source=source,
+        inputs=inputs,
+    )
+    if as_json:
+        rows = [report.variant_dict(variant) for variant in packed.config.variants]
+        _print_json({"path": str(packed.path), "manifest": packed.digest, "variants": rows})
+        return
+    out.print(report.details(packed.config))
+    if packed.synthetic:
+        out.print("golden vectors are made up from the interface's ranges; --inputs samples.npz gives better ones")
+    out.print(f"{packed.path} ({packed.digest})", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def inspect(bundle: BundlePath, as_json: AsJson = False) -> None:
+    """Show what a bundle holds, after checking every blob."""
+    import msgspec
+
+    from wherry_optimizer import report
+    from wherry_shared.image_layout import Layout
+
+    layout = Layout(bundle)
+    layout.verify_all()
+    descriptor = layout.descriptor()
+    _, _, config = layout.bundle()
+    if as_json:
+        _print_json({"manifest": descriptor.digest, "config": msgspec.to_builtins(config)})
+        return
+    out.print(report.details(config))
+    out.print(f"manifest {descriptor.digest}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("passes")
+def list_passes(as_json: AsJson = False) -> None:
+    """List the passes that a recipe may use, and what each needs."""
+    import msgspec
+    from rich.table import Table
+
+    from wherry_optimizer.passes import CATALOGUE
+
+    if as_json:
+        _print_json([msgspec.to_builtins(info) for info in CATALOGUE])
+        return
+    rows = Table("pass", "formats", "makes", "calibration data", "what it does")
+    for info in CATALOGUE:
+        needs = "needed" if info.calibration else "–"
+        rows.add_row(info.name, ", ".join(info.formats), info.precision or "–", needs, info.summary)
+    out.print(rows)
+
+
+def main() -> None:
+    """Run the command line; errors are told as cause, consequence and next step."""
+    try:
+        app()
+    except WherryError as error:
+        err.print(error.diagnostics(), style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

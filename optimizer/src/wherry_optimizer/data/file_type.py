@@ -1,0 +1,195 @@
+"""Files of the Python environment, labelled by extension: real data for the `file-type` model (magika).
+
+`features` is what an application has to do before it asks the model: at most 4096 bytes from each end of a file,
+white space stripped at the outer sides, 1024 from the beginning and 1024 from the end, padded with 256.
+
+The label of a file is what `LABELS` says about its extension; extensions that mean several types (`.h`, `.dat`) are
+left out, and test data that are broken on purpose stay in, so accuracy is below that of a curated set. At most 40 files
+per label, none twice (by features), labels with fewer than 8 files dropped. Calibration and evaluation files come from
+different packages, so that near-copies within a package do not sit on both sides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wherry_optimizer.data import Dataset, Sample, Specification, Tensors
+from wherry_optimizer.sources import locate
+from wherry_shared.bundle import Interface
+from wherry_shared.errors import RefusedError
+
+BLOCK_BYTES = 4096
+SIDE = 1024
+PADDING = 256
+FILES_PER_LABEL_MAX = 40
+FILES_PER_LABEL_MIN = 8
+FILE_BYTES_MIN = 16
+"""Shorter files say nothing about their type."""
+CALIBRATION_SHARE = 0.15
+"""Packages whose hash falls below this share give calibration data."""
+LABELS: dict[str, str] = {
+    ".bat": "batch",
+    ".bz2": "bzip",
+    ".c": "c",
+    ".cc": "cpp",
+    ".cpp": "cpp",
+    ".css": "css",
+    ".csv": "csv",
+    ".exe": "pebin",
+    ".f": "fortran",
+    ".f90": "fortran",
+    ".gif": "gif",
+    ".gz": "gzip",
+    ".hpp": "cpp",
+    ".html": "html",
+    ".ini": "ini",
+    ".js": "javascript",
+    ".json": "json",
+    ".md": "markdown",
+    ".npy": "npy",
+    ".npz": "npz",
+    ".onnx": "onnx",
+    ".pem": "pem",
+    ".pkl": "pickle",
+    ".png": "png",
+    ".proto": "proto",
+    ".py": "python",
+    ".pyc": "pythonbytecode",
+    ".pyi": "python",
+    ".rst": "rst",
+    ".sh": "shell",
+    ".so": "elf",
+    ".svg": "svg",
+    ".toml": "toml",
+    ".txt": "txt",
+    ".wav": "wav",
+    ".xml": "xml",
+    ".xsl": "xml",
+    ".xz": "xz",
+    ".yaml": "yaml",
+    ".yml": "yaml",
+    ".zip": "zip",
+}
+"""Extension → content type in the model's own words."""
+
+
+def features(source: str | os.PathLike[str] | bytes) -> npt.NDArray[np.int32]:
+    """Return what the model takes for one file, given as a path or as its bytes: int32, (1, 2048), in [0, 256]."""
+    if isinstance(source, bytes):
+        begin, end = source[:BLOCK_BYTES], source[-BLOCK_BYTES:]
+    else:
+        with open(source, "rb") as file:  # noqa: PTH123 - takes what os.fspath takes
+            begin = file.read(BLOCK_BYTES)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - BLOCK_BYTES))
+            end = file.read(BLOCK_BYTES)
+    head, tail = begin.lstrip()[:SIDE], end.rstrip()[-SIDE:]
+    values = np.full((1, 2 * SIDE), PADDING, dtype=np.int32)
+    values[0, : len(head)] = np.frombuffer(head, dtype=np.uint8)
+    values[0, 2 * SIDE - len(tail) :] = np.frombuffer(tail, dtype=np.uint8)
+    return values
+
+
+def labels() -> list[str]:
+    """Return the model's class names, in the order of its output.
+
+    Raises:
+        RefusedError: `source_missing` or `data_invalid`.
+    """
+    path = locate(
+        "magika/models/standard_v3_3/config.min.json",
+        distribution="magika",
+        version="",
+        folder=Path(),
+        what="the list of content types",
+    )
+    names: Any = json.loads(path.read_bytes()).get("target_labels_space")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RefusedError("data_invalid", f"{path.name} of magika lists no content types")
+    return names
+
+
+def load(spec: Specification, interface: Interface, folder: Path) -> Dataset:
+    """Collect, label and split the files of this environment; see the module's text."""
+    del folder  # the data are where the environment is
+    names = labels()
+    index = {name: position for position, name in enumerate(names)}
+    input_name, output_name = interface.inputs[0].name, interface.outputs[0].name
+    calibration: list[Sample] = []
+    evaluation: list[Sample] = []
+    counts: dict[str, int] = {}
+    seen: set[bytes] = set()
+    for label, paths in sorted(_by_label(Path(sysconfig.get_paths()["purelib"])).items()):
+        if label not in index:
+            continue
+        rows: list[tuple[str, npt.NDArray[np.int32]]] = []
+        for package, path in paths:
+            values = features(path)
+            key = values.tobytes()
+            if key in seen:
+                continue
+            seen.add(key)
+            rows.append((package, values))
+            if len(rows) == FILES_PER_LABEL_MAX:
+                break
+        if len(rows) < FILES_PER_LABEL_MIN:
+            continue
+        counts[label] = len(rows)
+        for package, values in rows:
+            sample = Sample({input_name: values}, index[label])
+            (calibration if _share(package, spec.seed) < CALIBRATION_SHARE else evaluation).append(sample)
+    rng = np.random.default_rng(spec.seed)
+    calibration = [calibration[position] for position in rng.permutation(len(calibration))][: spec.calibration]
+    evaluation = [evaluation[position] for position in rng.permutation(len(evaluation))][: spec.evaluation]
+    return Dataset(
+        metric="accuracy",
+        description="files of the Python environment, labelled by extension, split by package",
+        calibration=tuple(calibration),
+        evaluation=tuple(evaluation),
+        score=lambda outputs, label: _right(outputs, output_name, label),
+        labels={output_name: names},
+        notes={"files_per_label": counts},
+    )
+
+
+def _right(outputs: Tensors, name: str, label: int) -> float:
+    return float(int(outputs[name].reshape(-1).argmax()) == label)
+
+
+def _share(package: str, seed: int) -> float:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{package}".encode()).digest()[:8], "big") / 2**64
+
+
+def _by_label(root: Path) -> dict[str, list[tuple[str, Path]]]:
+    """Return label → (package, file), in an order that depends on names only and mixes packages."""
+    found: dict[str, list[tuple[bytes, str, Path]]] = {}
+    for path in _files(root):
+        label = LABELS.get(path.suffix.lower())
+        if label is None:
+            continue
+        relative = path.relative_to(root).as_posix()
+        package = relative.partition("/")[0].partition("-")[0].removesuffix(".libs").lower()
+        order = hashlib.sha256(relative.encode()).digest()
+        found.setdefault(label, []).append((order, package, path))
+    return {
+        label: [(package, path) for _, package, path in sorted(rows) if path.stat().st_size >= FILE_BYTES_MIN]
+        for label, rows in found.items()
+    }
+
+
+def _files(root: Path) -> Iterator[Path]:
+    for folder, folders, files in os.walk(root):
+        folders.sort()
+        for name in sorted(files):
+            path = Path(folder, name)
+            if not path.is_symlink():
+                yield path

@@ -1,0 +1,118 @@
+"""Data of one's own: a NumPy `.npz` with an array per input and one of labels, all with the samples along axis 0.
+
+A sample keeps a leading axis of 1 where the model has a batch axis. Metrics: `accuracy` (class index against the
+largest entry of the output) and `absolute_error` (score is minus the mean absolute difference).
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wherry_optimizer.data import Array, Dataset, Sample, Specification, Tensors
+from wherry_shared.bundle import Interface, TensorSpec
+from wherry_shared.errors import RefusedError
+
+METRICS = ("accuracy", "absolute_error")
+
+
+def load(spec: Specification, interface: Interface, folder: Path) -> Dataset:
+    """Read arrays, shuffle them by the seed and split calibration from evaluation.
+
+    Raises:
+        RefusedError: `data_missing`, `data_invalid`, `data_shape`, `data_short`, `recipe_invalid`.
+    """
+    arrays = read_arrays(folder / spec.path)
+    labels = arrays.pop(spec.label, None)
+    if labels is None:
+        raise RefusedError("data_invalid", f"{spec.path} has no array {spec.label!r} of labels")
+    samples = split_samples(arrays, interface)
+    if len(labels) != len(samples):
+        raise RefusedError("data_shape", f"{spec.path} has {len(samples)} samples and {len(labels)} labels")
+    if len(samples) <= spec.calibration:
+        raise RefusedError(
+            "data_short",
+            f"{len(samples)} samples, of which {spec.calibration} are for calibration: none is left to evaluate on",
+            next_step="give more samples or lower data.calibration",
+        )
+    order = np.random.default_rng(spec.seed).permutation(len(samples))
+    chosen = [Sample(samples[index], labels[index].tolist()) for index in order]
+    held_back = chosen[spec.calibration : spec.calibration + spec.evaluation]
+    return Dataset(
+        metric=spec.metric,
+        description=f"{Path(spec.path).name}: {len(samples)} labelled samples",
+        calibration=tuple(chosen[: spec.calibration]),
+        evaluation=tuple(held_back),
+        score=_score(spec, interface),
+        notes={"samples": len(samples)},
+    )
+
+
+def read_arrays(path: Path) -> dict[str, Array]:
+    """Read all arrays of an `.npz`; pickled objects are refused.
+
+    Raises:
+        RefusedError: `data_missing` or `data_invalid`.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except FileNotFoundError as error:
+        raise RefusedError("data_missing", f"there is no {path}") from error
+    except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise RefusedError(
+            "data_invalid", f"{path.name} is not an .npz of plain arrays: {error}", next_step="write it by numpy.savez"
+        ) from error
+
+
+def split_samples(arrays: dict[str, Array], interface: Interface) -> list[dict[str, Array]]:
+    """Cut arrays along axis 0 into one dictionary per sample.
+
+    Raises:
+        RefusedError: `data_shape` if names or counts do not match, naming the array.
+    """
+    samples: list[dict[str, Array]] = []
+    counts = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
+    if len(set(counts.values())) > 1:
+        raise RefusedError("data_shape", f"arrays have different numbers of samples: {counts}")
+    for spec in interface.inputs:
+        if spec.name not in arrays and not spec.optional:
+            raise RefusedError(
+                "data_shape",
+                f"there is no array for input {spec.name!r}",
+                next_step=f"name the arrays {', '.join(item.name for item in interface.inputs)}",
+            )
+    for index in range(next(iter(counts.values()), 0)):
+        samples.append({spec.name: _cut(arrays[spec.name], index, spec) for spec in interface.inputs})
+    return samples
+
+
+def _cut(array: Array, index: int, spec: TensorSpec) -> Array:
+    if array.ndim == len(spec.shape) + 1:
+        return np.ascontiguousarray(array[index])
+    batched = bool(spec.shape) and (isinstance(spec.shape[0], str) or spec.shape[0] == 1)
+    if array.ndim == len(spec.shape) and batched:
+        return np.ascontiguousarray(array[index : index + 1])
+    raise RefusedError(
+        "data_shape",
+        f"array {spec.name!r} has shape {list(array.shape)}; with samples along axis 0 it needs rank "
+        f"{len(spec.shape) if batched else len(spec.shape) + 1} for an input of shape {spec.shape}",
+    )
+
+
+def _score(spec: Specification, interface: Interface) -> Callable[[Tensors, Any], float]:
+    if spec.metric not in METRICS:
+        raise RefusedError(
+            "recipe_invalid", f"recipe: data.metric: there is no {spec.metric!r}", next_step=f"use {', '.join(METRICS)}"
+        )
+    names = [output.name for output in interface.outputs]
+    output = spec.output or names[0]
+    if output not in names or (not spec.output and len(names) > 1):
+        raise RefusedError("recipe_invalid", f"recipe: data.output: name one of {', '.join(names)}")
+    if spec.metric == "accuracy":
+        return lambda outputs, label: float(int(outputs[output].reshape(-1).argmax()) == int(label))
+    return lambda outputs, label: -float(np.abs(outputs[output].reshape(-1) - np.asarray(label).reshape(-1)).mean())

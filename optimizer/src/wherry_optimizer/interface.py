@@ -1,0 +1,288 @@
+"""The interface of a bundle, found by asking the file and by running it.
+
+A file names its tensors and its fixed axes; which dynamic axes belong together, and from which length on the model
+runs at all, is found by running it. A recipe may add ranges, labels and bounds (`recipe.Hints`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from wherry_optimizer.recipe import Hints, InputHint, OutputHint
+from wherry_shared.bundle import Bounds, Format, Interface, TensorSpec, axis_bounds
+from wherry_shared.engines import load as open_session
+from wherry_shared.engines.canonical import Bound
+from wherry_shared.engines.errors import BadInput, EngineFault
+from wherry_shared.engines.session import DTYPES, NativeTensor, Session
+from wherry_shared.errors import RefusedError
+
+Array = npt.NDArray[Any]
+
+BATCH = "batch"
+BATCH_MAX = 64
+"""Largest batch that an interface promises unless the recipe says otherwise."""
+AXIS_MAX = 4096
+"""Largest length that an interface promises for any other dynamic axis, unless samples or the recipe show more."""
+AXIS_TRIED = (1, 2, 4, 8, 16, 32, 64, 128, 224, 256, 512, 1024)
+"""Lengths with which dynamic axes are tried until the model runs."""
+_GENERATED = re.compile(r"unk_|\?|dynamic|dyn|axis|dim_?\d|None|-1|\W*$", re.IGNORECASE)
+_BATCH_WORDS = {"batch", "batch_size", "batchsize", "bs", "n", "b"}
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """How one source file meets the interface."""
+
+    interface: Interface
+    tensors: dict[str, str]
+    batch: int
+
+
+def derive(path: Path, format_: Format, tensors: Mapping[str, str], hints: Hints) -> Fitted:
+    """Find the interface of a model file.
+
+    Args:
+        path: the model.
+        format_: of the file.
+        tensors: canonical → native names; what is left out keeps its native name.
+        hints: what is known beyond the file.
+
+    Raises:
+        RefusedError: `interface_invalid` (a name that the file lacks), `interface_unknown` (no shape was found on
+            which the model runs).
+    """
+    session = open_session(path, format_)
+    try:
+        return _derive(session, dict(tensors), hints)
+    finally:
+        session.close()
+
+
+def fit(path: Path, format_: Format, tensors: Mapping[str, str], interface: Interface) -> Fitted:
+    """Check that another file meets an interface that was derived from the first.
+
+    Raises:
+        RefusedError: `interface_differs`.
+    """
+    session = open_session(path, format_)
+    try:
+        natives = {native.name: native for native in session.describe()[0]}
+        batch = 0
+        for spec in interface.inputs:
+            native = natives.get(tensors.get(spec.name, spec.name))
+            if native is not None and spec.shape and isinstance(spec.shape[0], str):
+                own = native.shape[0] if native.shape else -1
+                batch = max(batch, own if isinstance(own, int) and own > 0 else 0)
+        Bound(session, interface, tensors, batch)
+    except EngineFault as error:
+        raise RefusedError(
+            "interface_differs",
+            f"{path.name} does not meet the interface of the first source: {error.message}",
+            next_step="map its tensor names under [sources.<name>.tensors], or make two bundles",
+        ) from error
+    finally:
+        session.close()
+    return Fitted(interface, _only_renamed(tensors), batch)
+
+
+def synthetic(
+    interface: Interface, rng: np.random.Generator, lengths: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """Draw inputs from the interface's ranges; dynamic axes take `lengths`, else their minimum.
+
+    Without a range: floats from [-1, 1], bytes from [0, 255], other integers from {0, 1}.
+    """
+    drawn: dict[str, Any] = {}
+    for spec in interface.inputs:
+        shape = [
+            (lengths or {}).get(axis, axis_bounds(axis, interface)[0]) if isinstance(axis, str) else axis
+            for axis in spec.shape
+        ]
+        dtype = DTYPES[spec.datatype]
+        if dtype.kind == "f":
+            low, high = _range(spec, -1.0, 1.0)
+            drawn[spec.name] = rng.uniform(low, high, shape).astype(dtype)
+        elif dtype.kind in "iu":
+            low, high = _range(spec, 0.0, 255.0 if dtype.itemsize == 1 and dtype.kind == "u" else 1.0)
+            drawn[spec.name] = rng.integers(int(low), int(high), shape, endpoint=True).astype(dtype)
+        elif dtype.kind == "b":
+            drawn[spec.name] = rng.integers(0, 1, shape, endpoint=True).astype(dtype)
+        else:
+            raise RefusedError(
+                "interface_unknown",
+                f"input {spec.name!r} is {spec.datatype}: no values can be made up for it",
+                next_step="give samples with --inputs",
+            )
+    return drawn
+
+
+def _range(spec: TensorSpec, low: float, high: float) -> tuple[float, float]:
+    return (low if spec.low is None else spec.low, high if spec.high is None else spec.high)
+
+
+def _only_renamed(tensors: Mapping[str, str]) -> dict[str, str]:
+    return {canonical: native for canonical, native in tensors.items() if canonical != native}
+
+
+def _derive(session: Session, tensors: dict[str, str], hints: Hints) -> Fitted:
+    natives_in, natives_out = session.describe()
+    names = {native.name for native in (*natives_in, *natives_out)}
+    canonical = {native: name for name, native in tensors.items()}
+    stray = sorted(set(tensors.values()) - names)
+    known = {canonical.get(name, name) for name in names}
+    stray += sorted({*hints.inputs, *hints.outputs} - known)
+    if stray:
+        raise RefusedError(
+            "interface_invalid",
+            f"the model has no tensor {', '.join(stray)}",
+            next_step=f"it has {', '.join(sorted(names))}",
+        )
+    dims: dict[str, Bounds] = {}
+    inputs = [_input(native, canonical, hints, dims) for native in natives_in]
+    dims |= {name: bounds for name, bounds in hints.dims.items() if name in dims}
+    outputs = [_output(native, canonical, hints) for native in natives_out]
+    interface = Interface(inputs=inputs, outputs=outputs, dims=dims)
+    lengths = _runnable(session, interface, tensors)
+    outputs, extra = _resolve_outputs(session, interface, tensors, lengths, natives_out)
+    bounded = {
+        name: bounds if name in hints.dims else msgspec.structs.replace(bounds, minimum=lengths[name])
+        for name, bounds in dims.items()
+    }
+    return Fitted(Interface(inputs=inputs, outputs=outputs, dims={**bounded, **extra}), _only_renamed(tensors), 0)
+
+
+def _input(native: NativeTensor, canonical: Mapping[str, str], hints: Hints, dims: dict[str, Bounds]) -> TensorSpec:
+    name = canonical.get(native.name, native.name)
+    shape: list[int | str] = []
+    for index, axis in enumerate(native.shape):
+        if isinstance(axis, int) and axis >= 0:
+            shape.append(axis)
+            continue
+        dim = _dim_name(axis, name, index)
+        dims.setdefault(dim, Bounds(minimum=1, maximum=BATCH_MAX if dim == BATCH else AXIS_MAX))
+        shape.append(dim)
+    hint = hints.inputs.get(name, InputHint())
+    return TensorSpec(
+        name=name, datatype=native.datatype, shape=shape, low=hint.low, high=hint.high, layout=hint.layout
+    )
+
+
+def _dim_name(axis: int | str, tensor: str, index: int) -> str:
+    generated = not isinstance(axis, str) or _GENERATED.match(axis) is not None
+    if index == 0 and (generated or str(axis).lower() in _BATCH_WORDS):
+        return BATCH
+    return f"{tensor}_{index}" if generated else str(axis)
+
+
+def _output(native: NativeTensor, canonical: Mapping[str, str], hints: Hints) -> TensorSpec:
+    name = canonical.get(native.name, native.name)
+    hint = hints.outputs.get(name, OutputHint())
+    if hint.labels is not None and native.shape and native.shape[-1] != len(hint.labels):
+        raise RefusedError(
+            "interface_invalid", f"output {name!r} has {native.shape[-1]} entries, the recipe names {len(hint.labels)}"
+        )
+    return TensorSpec(
+        name=name, datatype=native.datatype, shape=list(native.shape), labels=hint.labels, finite=hint.finite
+    )
+
+
+def _attempts(interface: Interface) -> Iterator[dict[str, int]]:
+    """Yield lengths of dynamic axes to try: all equal first, then every mixture of a few."""
+    free = [name for name in interface.dims if name != BATCH]
+    fixed = {BATCH: interface.dims[BATCH].minimum} if BATCH in interface.dims else {}
+    least = {name: interface.dims[name].minimum for name in free}
+    if not free:
+        yield fixed
+        return
+    for length in AXIS_TRIED:
+        yield fixed | {name: max(length, least[name]) for name in free}
+    if len(free) <= 3:
+        for mixture in itertools.product((1, 8, 64, 256), repeat=len(free)):
+            yield fixed | {name: max(length, least[name]) for name, length in zip(free, mixture, strict=True)}
+
+
+def _run(
+    session: Session, interface: Interface, tensors: Mapping[str, str], lengths: Mapping[str, int]
+) -> dict[str, Array]:
+    values = synthetic(interface, np.random.default_rng(0), lengths)
+    back = {tensors.get(spec.name, spec.name): spec.name for spec in interface.outputs}
+    results = session.run({tensors.get(name, name): value for name, value in values.items()})
+    return {back[native]: value for native, value in results.items()}
+
+
+def _runnable(session: Session, interface: Interface, tensors: Mapping[str, str]) -> dict[str, int]:
+    last: Exception | None = None
+    for lengths in _attempts(interface):
+        try:
+            _run(session, interface, tensors, lengths)
+        except (EngineFault, BadInput) as error:
+            last = error
+            continue
+        return lengths
+    raise RefusedError(
+        "interface_unknown",
+        f"the model did not run on made-up input: {last}",
+        next_step="give samples with --inputs, or bounds under [interface.dims]",
+    )
+
+
+def _resolve_outputs(
+    session: Session,
+    interface: Interface,
+    tensors: Mapping[str, str],
+    lengths: dict[str, int],
+    natives: Sequence[NativeTensor],
+) -> tuple[list[TensorSpec], dict[str, Bounds]]:
+    """Find which dynamic axis of an output follows which dimension of the inputs, by changing one at a time."""
+    base = _run(session, interface, tensors, lengths)
+    follows: dict[tuple[str, int], str] = {}
+    for dim in interface.dims:
+        changed = {**lengths, dim: lengths[dim] * 2 if lengths[dim] > 1 else 2}
+        try:
+            other = _run(session, interface, tensors, changed)
+        except (EngineFault, BadInput):
+            continue
+        for name, value in base.items():
+            for index, (before, after) in enumerate(zip(value.shape, other[name].shape, strict=False)):
+                if before == lengths[dim] and after == changed[dim]:
+                    follows.setdefault((name, index), dim)
+    outputs: list[TensorSpec] = []
+    extra: dict[str, Bounds] = {}
+    for spec, native in zip(interface.outputs, natives, strict=True):
+        shape: list[int | str] = []
+        for index, axis in enumerate(native.shape):
+            followed = follows.get((spec.name, index))
+            if followed is not None:
+                shape.append(followed)
+            elif isinstance(axis, int) and axis >= 0:
+                shape.append(axis)
+            else:
+                dim = f"{spec.name}_{index}"
+                extra[dim] = Bounds(minimum=0, maximum=0)
+                shape.append(dim)
+        outputs.append(msgspec.structs.replace(spec, shape=shape))
+    return outputs, extra
+
+
+def widened(fitted: Fitted, samples: Sequence[Mapping[str, Array]]) -> Fitted:
+    """Return `fitted` with bounds that admit every sample."""
+    dims = dict(fitted.interface.dims)
+    for inputs in samples:
+        for spec in fitted.interface.inputs:
+            for length, axis in zip(inputs[spec.name].shape, spec.shape, strict=False):
+                if isinstance(axis, str):
+                    bounds = dims[axis]
+                    dims[axis] = Bounds(
+                        minimum=min(bounds.minimum, length),
+                        maximum=max(bounds.maximum, length) if bounds.maximum else 0,
+                    )
+    return replace(fitted, interface=msgspec.structs.replace(fitted.interface, dims=dims))

@@ -1,0 +1,183 @@
+"""A model file: what it is, whether it is whole, and an ONNX graph in the one shape that passes expect.
+
+`load` looks at the content, never at the name. `prepare` gives an ONNX model whose weights are all initializers (some
+exporters keep them in Constant nodes, where passes that go by initializers would see nothing) and whose opset is at
+least 13 (per-channel quantization needs it). The source file itself is never changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx
+from onnx import numpy_helper, version_converter
+
+from wherry_shared import digest
+from wherry_shared.bundle import Format
+from wherry_shared.errors import RefusedError
+
+OPSET_MIN = 7
+"""The oldest opset that the version converter and onnxruntime still take."""
+OPSET_MAX = 23
+"""The newest opset that was tried with the passes here."""
+OPSET_PREPARED = 13
+MODEL_BYTES_MAX = 2**31 - 1
+"""A protobuf message, and a flatbuffer, end here."""
+_TFLITE_IDENTIFIER = b"TFL3"
+_TFLITE_HEADER_BYTES = 8
+_OWN_DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A checked model file. `opset` is 0 for TFLite."""
+
+    path: Path
+    format: Format
+    digest: str
+    bytes: int
+    opset: int = 0
+    external: tuple[Path, ...] = field(default=())
+    """Files beside an ONNX model that hold its weights."""
+
+
+def load(path: Path) -> Model:
+    """Check a model file.
+
+    Raises:
+        RefusedError: `model_missing`, `model_too_large`, `model_foreign` (neither ONNX nor TFLite), `model_corrupted`,
+            `model_opset`.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(_TFLITE_HEADER_BYTES)
+    except OSError as error:
+        raise RefusedError(
+            "model_missing", f"{path}: {error.strerror}", next_step="name an .onnx or .tflite file"
+        ) from error
+    if size > MODEL_BYTES_MAX:
+        raise RefusedError("model_too_large", f"{path.name} has {size} bytes, at most {MODEL_BYTES_MAX}")
+    if head[4:8] == _TFLITE_IDENTIFIER:
+        return _load_tflite(path, size)
+    graph = read_onnx(path)
+    external = _external_files(path)
+    return Model(path, "onnx", digest.of_file(path), size, opset_of(graph), external)
+
+
+def read_onnx(path: Path) -> onnx.ModelProto:
+    """Parse and check an ONNX file.
+
+    Raises:
+        RefusedError: `model_foreign`, `model_corrupted`, `model_opset`.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf has its own classes without types, and ValueError and OSError come as well
+        raise _foreign(path) from error
+    if not model.graph.node and not model.opset_import:
+        raise _foreign(path)
+    opset = opset_of(model)
+    if not OPSET_MIN <= opset <= OPSET_MAX:
+        raise RefusedError(
+            "model_opset",
+            f"{path.name} has opset {opset}, supported are {OPSET_MIN} to {OPSET_MAX}",
+            next_step=f"export the model again with opset {OPSET_PREPARED} to {OPSET_MAX}",
+        )
+    try:
+        model = onnx.load(path)
+        onnx.checker.check_model(model, full_check=False)
+    except Exception as error:  # as above, and the checker's own class
+        raise RefusedError(
+            "model_corrupted",
+            f"{path.name} is ONNX but not whole: {str(error).splitlines()[0]}",
+            next_step="export the model again",
+        ) from error
+    return model
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """Return the version of the default operator set, 0 if the model imports none."""
+    return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+
+
+def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy with weights as initializers and an opset of at least 13, checked.
+
+    Raises:
+        RefusedError: `model_opset` if the opset cannot be raised, `model_corrupted` if the result does not check.
+    """
+    prepared = onnx.ModelProto()
+    prepared.CopyFrom(model)
+    _constants_to_initializers(prepared.graph)
+    _initializers_out_of_inputs(prepared.graph)
+    opset = opset_of(prepared)
+    if opset < OPSET_PREPARED:
+        try:
+            prepared = version_converter.convert_version(prepared, OPSET_PREPARED)
+        except Exception as error:  # the converter is C++ and raises RuntimeError and its own classes
+            raise RefusedError(
+                "model_opset",
+                f"opset {opset} cannot be raised to {OPSET_PREPARED}: {str(error).splitlines()[0]}",
+                next_step=f"export the model again with opset {OPSET_PREPARED} or higher",
+            ) from error
+    try:
+        onnx.checker.check_model(prepared)
+    except onnx.checker.ValidationError as error:
+        raise RefusedError("model_corrupted", f"the prepared model does not check: {error}") from error
+    return prepared
+
+
+def is_quantized(model: onnx.ModelProto) -> bool:
+    """Tell whether the graph already holds quantized operators."""
+    return any("Quant" in node.op_type or node.op_type.endswith("Integer") for node in model.graph.node)
+
+
+def _load_tflite(path: Path, size: int) -> Model:
+    from wherry_shared.engines import load as open_session
+    from wherry_shared.engines.errors import EngineFault
+
+    try:
+        open_session(path, "tflite").close()
+    except EngineFault as error:
+        raise RefusedError(
+            "model_corrupted", f"{path.name} looks like TFLite but does not load: {error.message}"
+        ) from error
+    return Model(path, "tflite", digest.of_file(path), size)
+
+
+def _external_files(path: Path) -> tuple[Path, ...]:
+    names: set[str] = set()
+    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+        names |= {entry.value for entry in tensor.external_data if entry.key == "location"}
+    return tuple(path.parent / name for name in sorted(names))
+
+
+def _constants_to_initializers(graph: onnx.GraphProto) -> None:
+    kept: list[onnx.NodeProto] = []
+    for node in graph.node:
+        value = next((item.t for item in node.attribute if item.name == "value"), None)
+        if node.op_type != "Constant" or node.domain not in _OWN_DOMAINS or value is None:
+            kept.append(node)
+            continue
+        graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(value), node.output[0]))
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _initializers_out_of_inputs(graph: onnx.GraphProto) -> None:
+    """Old exporters list weights among the inputs, which makes them overridable and keeps runtimes from folding them."""
+    weights = {tensor.name for tensor in graph.initializer}
+    kept = [item for item in graph.input if item.name not in weights]
+    if len(kept) != len(graph.input):
+        del graph.input[:]
+        graph.input.extend(kept)
+
+
+def _foreign(path: Path) -> RefusedError:
+    return RefusedError(
+        "model_foreign",
+        f"{path.name} is neither an ONNX nor a TFLite model",
+        next_step="export the model as ONNX (opset 13 or higher) or TFLite",
+    )

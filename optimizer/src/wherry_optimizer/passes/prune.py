@@ -1,0 +1,273 @@
+"""Second-order pruning after training: weights go to zero and the others move to make up for it.
+
+For each layer the output y = W x is held as it was on calibration data: with H = Σ x xᵀ, removing weight j of a row
+costs w_j² / [H⁻¹]_jj, and the best answer of the other weights is −w_j / [H⁻¹]_jj · H⁻¹_j (Hassibi and Stork, "Second
+order derivatives for network pruning", 1993). Columns are treated in order with the Cholesky factor of H⁻¹, so that one
+factor serves all rows and all steps (Frantar and Alistarh, "SparseGPT", 2023). The arithmetic is NumPy's; activations
+come from running the model with the layers' inputs as extra outputs.
+
+Zeros in a dense tensor make no CPU faster: what shrinks is the compressed download.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import onnx
+from numpy.lib.stride_tricks import sliding_window_view
+from onnx import numpy_helper
+
+from wherry_optimizer.model import is_quantized, prepare, read_onnx
+from wherry_optimizer.passes import Array, Result, Work, excluded
+from wherry_shared.errors import RefusedError
+
+log = logging.getLogger(__name__)
+
+BLOCK_COLUMNS = 128
+"""Columns whose mask is chosen together; errors reach later columns block by block."""
+COLUMNS_MAX = 8192
+"""Layers with more inputs than this are left alone: H would not fit."""
+
+Matrix = npt.NDArray[np.float64]
+
+
+class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much to remove, from what, and what to look at."""
+
+    sparsity: float = 0.5
+    """Share of weights to remove in each pruned layer."""
+    minimum_elements: int = 4096
+    """Layers with fewer weights are left alone."""
+    error_max: float = 0.5
+    """A layer whose output would move by more than this share (L2, on calibration data) is left alone."""
+    samples: int = 32
+    positions: int = 256
+    """Positions of a convolution looked at per sample, drawn by the seed."""
+    damping: float = 0.01
+    """Added to the diagonal of H, as a share of its mean."""
+    exclude: list[str] = []
+    """Patterns of node names that are left alone."""
+
+    def __post_init__(self) -> None:
+        """Check what the type cannot say."""
+        if not 0 < self.sparsity < 1:
+            raise ValueError("sparsity lies between 0 and 1")
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A layer whose weight can be seen as W: (rows, columns), acting on columns of its input."""
+
+    name: str
+    operator: str
+    input: str
+    weight: str
+    attributes: dict[str, Any]
+
+
+def apply(path: Path, parameters: Parameters, work: Work) -> Result:
+    """Prune the model; see `passes.Pass`."""
+    source = read_onnx(path)
+    if is_quantized(source):
+        raise RefusedError("already_quantized", f"{path.name} is quantized; prune before quantizing")
+    model = prepare(source)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    layers = _layers(model.graph, weights, parameters)
+    if not layers:
+        raise RefusedError("pass_noop", "pruning changed nothing: no dense or convolution weight is large enough")
+    gathered = _hessians(path, layers, weights, parameters, work)
+    report: list[dict[str, Any]] = []
+    for layer in layers:
+        tensor = weights[layer.weight]
+        original = numpy_helper.to_array(tensor)
+        matrix = _as_matrix(original, layer)
+        pruned = prune_matrix(matrix, gathered[layer.name], parameters.sparsity, parameters.damping)
+        error = _relative_error(matrix, pruned, gathered[layer.name])
+        row = {"layer": layer.name[-80:], "weights": int(original.size), "output_error": round(error, 4)}
+        if error > parameters.error_max:
+            report.append({**row, "left_alone": True})
+            continue
+        restored = _from_matrix(pruned, original.shape, layer).astype(original.dtype)
+        tensor.CopyFrom(numpy_helper.from_array(restored, layer.weight))
+        report.append({**row, "zeros": round(float((restored == 0).mean()), 4)})
+    if all("left_alone" in row for row in report):
+        raise RefusedError(
+            "pass_noop", f"pruning changed nothing: every layer would move beyond {parameters.error_max}"
+        )
+    target = work.folder / "pruned.onnx"
+    onnx.save(model, target)
+    total = sum(tensor_size(tensor) for tensor in weights.values())
+    zeros = sum(round(row["weights"] * row.get("zeros", 0)) for row in report)
+    return Result(
+        target, {"sparsity": parameters.sparsity, "zeros_of_all_weights": round(zeros / total, 3), "layers": report}
+    )
+
+
+def prune_matrix(weights: Matrix, hessian: Matrix, sparsity: float, damping: float) -> Matrix:
+    """Return a copy of `weights` (rows, columns) with that share of zeros, the rest moved to keep W x.
+
+    Args:
+        weights: (rows, columns).
+        hessian: Σ x xᵀ over calibration inputs, (columns, columns).
+        sparsity: share of zeros in each block of columns.
+        damping: see `Parameters.damping`.
+    """
+    columns = weights.shape[1]
+    work = weights.astype(np.float64, copy=True)
+    h = hessian.astype(np.float64, copy=True)
+    dead = np.diag(h) == 0  # inputs that are always zero: their weights do nothing here
+    h[dead, dead] = 1.0
+    h[np.diag_indices(columns)] += damping * float(np.mean(np.diag(h)))
+    upper = np.linalg.cholesky(np.linalg.inv(h)).T  # H⁻¹ = Uᵀ U with U upper triangular
+    diagonal = np.diag(upper)
+    for start in range(0, columns, BLOCK_COLUMNS):
+        end = min(start + BLOCK_COLUMNS, columns)
+        saliency = (work[:, start:end] / diagonal[start:end]) ** 2
+        remove = np.zeros(saliency.shape, dtype=bool)
+        count = round(sparsity * saliency.size)
+        if count:
+            remove.reshape(-1)[np.argpartition(saliency, count - 1, axis=None)[:count]] = True
+        errors = np.zeros_like(saliency)
+        for offset in range(end - start):
+            column = start + offset
+            error = np.where(remove[:, offset], work[:, column], 0.0) / diagonal[column]
+            work[:, column:end] -= np.outer(error, upper[column, column:end])
+            work[remove[:, offset], column] = 0.0
+            errors[:, offset] = error
+        work[:, end:] -= errors @ upper[start:end, end:]
+    return work
+
+
+def tensor_size(tensor: onnx.TensorProto) -> int:
+    """Return the number of elements of an initializer."""
+    return int(np.prod(tensor.dims)) if tensor.dims else 1
+
+
+def _relative_error(before: Matrix, after: Matrix, hessian: Matrix) -> float:
+    """Return ‖(W′−W) X‖ / ‖W X‖ on the calibration data that made the Hessian."""
+    moved = after - before
+    energy = float(np.einsum("ij,jk,ik->", before, hessian, before, optimize=True))
+    lost = float(np.einsum("ij,jk,ik->", moved, hessian, moved, optimize=True))
+    return float(np.sqrt(max(lost, 0.0) / energy)) if energy > 0 else 0.0
+
+
+def _layers(graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto], parameters: Parameters) -> list[_Layer]:
+    users: dict[str, int] = {}
+    for node in graph.node:
+        for name in node.input:
+            users[name] = users.get(name, 0) + 1
+    found: list[_Layer] = []
+    for index, node in enumerate(graph.node):
+        if node.op_type not in ("Conv", "Gemm", "MatMul") or len(node.input) < 2:
+            continue
+        tensor = weights.get(node.input[1])
+        name = node.name or f"node {index}"
+        if tensor is None or tensor.data_type != onnx.TensorProto.FLOAT or excluded(name, parameters.exclude):
+            continue
+        attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+        columns = _columns(node.op_type, list(tensor.dims), attributes)
+        shared = users[node.input[1]] > 1  # a weight with several users has no single input to keep
+        if columns is None or shared or columns > COLUMNS_MAX or tensor_size(tensor) < parameters.minimum_elements:
+            continue
+        found.append(_Layer(name, node.op_type, node.input[0], node.input[1], attributes))
+    return found
+
+
+def _columns(operator: str, dims: Sequence[int], attributes: Mapping[str, Any]) -> int | None:
+    """Return the number of inputs of one output, None where the layer is of a kind that is left alone."""
+    if operator == "Conv":
+        plain = attributes.get("group", 1) == 1 and attributes.get("auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
+        return int(np.prod(dims[1:])) if len(dims) in (3, 4) and plain else None
+    if len(dims) != 2 or attributes.get("transA", 0):
+        return None
+    return dims[1] if attributes.get("transB", 0) else dims[0]
+
+
+def _as_matrix(weight: Array, layer: _Layer) -> Matrix:
+    if layer.operator == "Conv":
+        return weight.reshape(weight.shape[0], -1).astype(np.float64)
+    transposed = bool(layer.attributes.get("transB", 0))
+    return (weight if transposed else weight.T).astype(np.float64)
+
+
+def _from_matrix(matrix: Matrix, shape: tuple[int, ...], layer: _Layer) -> Array:
+    if layer.operator == "Conv":
+        return matrix.reshape(shape)
+    return matrix if layer.attributes.get("transB", 0) else matrix.T
+
+
+def _hessians(
+    path: Path,
+    layers: Sequence[_Layer],
+    weights: Mapping[str, onnx.TensorProto],
+    parameters: Parameters,
+    work: Work,
+) -> dict[str, Matrix]:
+    """Run the model on calibration data with the layers' inputs as outputs and add up x xᵀ for each."""
+    import onnxruntime
+
+    probe = prepare(read_onnx(path))
+    present = {output.name for output in probe.graph.output}
+    wanted = sorted({layer.input for layer in layers})
+    fed = {item.name for item in probe.graph.input}
+    for name in wanted:
+        if name not in present and name not in fed:
+            probe.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4
+    session = onnxruntime.InferenceSession(probe.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(work.seed)
+    sums: dict[str, npt.NDArray[np.float32]] = {}
+    for sample in work.calibration[: parameters.samples]:
+        asked = [name for name in wanted if name not in fed]
+        values = dict(zip(asked, session.run(asked, dict(sample)), strict=True)) | {
+            name: sample[name] for name in wanted if name in fed
+        }
+        for layer in layers:
+            rows = _rows(values[layer.input], layer, list(weights[layer.weight].dims), parameters.positions, rng)
+            product = rows.T @ rows
+            if layer.name in sums:
+                sums[layer.name] += product
+            else:
+                sums[layer.name] = product
+    return {name: total.astype(np.float64) for name, total in sums.items()}
+
+
+def _rows(
+    value: Array, layer: _Layer, dims: Sequence[int], positions: int, rng: np.random.Generator
+) -> npt.NDArray[np.float32]:
+    """Return the inputs of single outputs, (positions, columns) float32."""
+    if layer.operator != "Conv":
+        return _some(value.reshape(-1, value.shape[-1]), positions, rng).astype(np.float32)
+    spatial = len(dims) - 2
+    kernel = [int(size) for size in dims[2:]]
+    strides: list[int] = list(layer.attributes.get("strides", [1] * spatial))
+    dilations: list[int] = list(layer.attributes.get("dilations", [1] * spatial))
+    pads = list(layer.attributes.get("pads", [0] * 2 * spatial))
+    padded = np.pad(value, [(0, 0), (0, 0), *((pads[axis], pads[axis + spatial]) for axis in range(spatial))])
+    spans = tuple((size - 1) * dilation + 1 for size, dilation in zip(kernel, dilations, strict=True))
+    axes = tuple(range(2, 2 + spatial))
+    windows: Array = sliding_window_view(padded, spans, axes)  # type: ignore[call-overload]  # NumPy's own stub allows one axis only
+    # windows: (batch, channels, *out, *span) → strides along out, dilation along span
+    steps = tuple(slice(None, None, stride) for stride in strides)
+    holes = tuple(slice(None, None, dilation) for dilation in dilations)
+    windows = windows[(slice(None), slice(None), *steps, *holes)]
+    batch, channels = windows.shape[:2]
+    outs = windows.shape[2 : 2 + spatial]
+    total = batch * int(np.prod(outs))
+    chosen = np.arange(total) if total <= positions else rng.choice(total, positions, replace=False)
+    where = np.unravel_index(chosen, (batch, *outs))
+    index: tuple[Any, ...] = (where[0], slice(None), *where[1:])
+    taken = windows[index]
+    return np.asarray(taken, dtype=np.float32).reshape(len(chosen), channels * int(np.prod(kernel)))
+
+
+def _some(rows: Array, count: int, rng: np.random.Generator) -> Array:
+    return rows if len(rows) <= count else rows[rng.choice(len(rows), count, replace=False)]

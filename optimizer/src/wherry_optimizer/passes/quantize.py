@@ -1,0 +1,101 @@
+"""Static int8 of an ONNX model in QDQ form, ranges from calibration data.
+
+Only Conv, MatMul and Gemm by default: quantizing every operator ruins networks with softmax, sigmoid or norms, while
+these three hold nearly all weights and time. Weights are symmetric int8 per channel, activations uint8 (U8S8, which is
+the fastest on x86; choose `symmetric_activations` for Arm).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import onnx
+
+from wherry_optimizer.model import is_quantized, prepare, read_onnx
+from wherry_optimizer.passes import Array, Result, Work, excluded
+from wherry_shared.errors import RefusedError
+
+
+class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What to quantize and how."""
+
+    operators: tuple[str, ...] = ("Conv", "MatMul", "Gemm")
+    exclude: list[str] = []
+    """Patterns of node names that stay float."""
+    per_channel: bool = True
+    symmetric_activations: bool = False
+    reduce_range: bool = False
+    """7-bit weights, for x86 CPUs whose 8-bit products saturate (AVX2 without VNNI)."""
+    samples: int = 64
+    """Calibration samples used at most."""
+
+
+class _Reader:
+    """Feeds calibration samples to onnxruntime's calibrator, which asks for one after another."""
+
+    def __init__(self, samples: Sequence[Mapping[str, Array]]) -> None:
+        self._samples: Iterator[Mapping[str, Array]] = iter(samples)
+
+    def get_next(self) -> dict[str, Array] | None:
+        """Return the next sample, None at the end."""
+        sample = next(self._samples, None)
+        return None if sample is None else dict(sample)
+
+
+def apply(path: Path, parameters: Parameters, work: Work) -> Result:
+    """Quantize the model; see `passes.Pass`."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    source = read_onnx(path)
+    if is_quantized(source):
+        raise RefusedError("already_quantized", f"{path.name} holds quantized operators already")
+    prepared = prepare(source)
+    names = [node.name or f"wherry_node_{index}" for index, node in enumerate(prepared.graph.node)]
+    for node, name in zip(prepared.graph.node, names, strict=True):
+        node.name = name
+    kept_float = [name for name in names if excluded(name, parameters.exclude)]
+    CalibrationDataReader.register(_Reader)
+    target = work.folder / "quantized.onnx"
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # the quantizer advises on the root logger to run a pre-processing that is ours here
+    try:
+        quantize_static(
+            prepared,
+            target,
+            _Reader(work.calibration[: parameters.samples]),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=list(parameters.operators),
+            per_channel=parameters.per_channel,
+            reduce_range=parameters.reduce_range,
+            activation_type=QuantType.QInt8 if parameters.symmetric_activations else QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=kept_float,
+            extra_options={"ActivationSymmetric": True} if parameters.symmetric_activations else None,
+        )
+    except Exception as error:  # the quantizer raises whatever its graph surgery meets
+        raise RefusedError(
+            "pass_failed", f"onnxruntime could not quantize {path.name}: {str(error).splitlines()[0]}"
+        ) from error
+    finally:
+        root.setLevel(level)
+    return Result(target, _notes(target, parameters, len(kept_float)))
+
+
+def _notes(target: Path, parameters: Parameters, excluded_nodes: int) -> dict[str, Any]:
+    graph = onnx.load(target).graph
+    dequantized = {output for node in graph.node if node.op_type == "DequantizeLinear" for output in node.output}
+    count = sum(
+        1
+        for node in graph.node
+        if node.op_type in parameters.operators and len(node.input) > 1 and node.input[1] in dequantized
+    )
+    if count == 0:
+        raise RefusedError(
+            "pass_noop", f"quantization changed nothing: no {', '.join(parameters.operators)} to quantize"
+        )
+    return {"quantized_nodes": count, "excluded_nodes": excluded_nodes}

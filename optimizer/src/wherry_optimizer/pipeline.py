@@ -1,0 +1,436 @@
+"""From a recipe to a bundle: make variants, evaluate, judge, choose golden vectors, measure, pack.
+
+A variant that cannot be made, or that is over its accuracy budget, is refused with figures and left out; the build goes
+on unless the recipe marks it `required`. The variant without passes is the source file, byte for byte, and all others
+of that source are compared with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from wherry_optimizer import data, evaluate, gate, measure, passes
+from wherry_optimizer import interface as interfaces
+from wherry_optimizer.data import Dataset
+from wherry_optimizer.golden import WORKERS, Runnable, Selection, budget, select
+from wherry_optimizer.model import Model, load
+from wherry_optimizer.pack import Packed, Piece, engines_of, provenance, single_file, write_bundle
+from wherry_optimizer.recipe import LoadedRecipe, Recipe, VariantOf, convert_parameters, find_recipe, load_recipe
+from wherry_optimizer.sources import locate
+from wherry_shared import golden
+from wherry_shared.bundle import Accuracy, EngineName, Format, Interface, Licence
+from wherry_shared.engines import probe
+from wherry_shared.errors import RefusedError, WherryError
+from wherry_shared.facts import EngineFacts
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A variant that is not in the bundle, and why."""
+
+    id: str
+    code: str
+    why: str
+    accuracy: Accuracy | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what provenance keeps."""
+        row: dict[str, Any] = {"id": self.id, "code": self.code, "why": self.why}
+        if self.accuracy is not None:
+            row |= {"value": self.accuracy.value, "drop": self.accuracy.drop}
+        return row
+
+
+@dataclass(frozen=True, slots=True)
+class BuildResult:
+    """What a build made and what it kept out."""
+
+    packed: Packed
+    refused: tuple[Refused, ...]
+    notes: dict[str, list[dict[str, Any]]]
+    """What the passes of each variant said."""
+    dataset: dict[str, Any]
+    """Metric, description, digest and counts of the data."""
+
+    @property
+    def path(self) -> Path:
+        """The bundle."""
+        return self.packed.path
+
+
+@dataclass(slots=True)
+class Cache:
+    """Scores of variants on data by digests: builds of one process that share a model evaluate it once."""
+
+    scores: dict[tuple[str, ...], evaluate.Scores] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Made:
+    """A variant on its way."""
+
+    spec: VariantOf
+    runnable: Runnable
+    precision: str
+    digest: str
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    accuracy: Accuracy | None = None
+
+
+def build(
+    recipe: str | Path | LoadedRecipe,
+    output: Path,
+    *,
+    progress: Progress | None = None,
+    cache: Cache | None = None,
+) -> BuildResult:
+    """Build a bundle into `output`/NAME-VERSION.
+
+    Args:
+        recipe: a TOML file, the name of a packaged recipe, or a loaded one.
+        output: folder.
+        progress: told each step in a sentence.
+        cache: share one between builds to evaluate the same model on the same data once.
+
+    Raises:
+        RefusedError: `recipe_*`, `source_*`, `model_*`, `interface_*`, `data_*`, `licence_missing`, `golden_*`;
+            `over_budget`, `pass_*` or `already_quantized` for a variant marked `required`.
+    """
+    loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(find_recipe(str(recipe)))
+    say = progress or (lambda _: None)
+    with tempfile.TemporaryDirectory(prefix="wherry-build-") as folder:
+        return _Build(loaded, Path(folder), say, cache or Cache()).run(output)
+
+
+class _Build:
+    """One build; the steps are methods in the order in which they run."""
+
+    def __init__(self, loaded: LoadedRecipe, folder: Path, say: Progress, cache: Cache) -> None:
+        self.recipe: Recipe = loaded.recipe
+        self.loaded = loaded
+        self.folder = folder
+        self.say = say
+        self.cache = cache
+        self.refused: list[Refused] = []
+
+    def run(self, output: Path) -> BuildResult:
+        """Do every step."""
+        recipe = self.recipe
+        parameters = self.pass_parameters()
+        with contextlib.ExitStack() as stack:
+            sources = self.find_sources()
+            files = {key: stack.enter_context(single_file(model)) for key, model in sources.items()}
+            engines = probe()
+            interface, fits = self.fit(sources, files)
+            dataset = data.load(recipe.data, interface, self.loaded.folder)
+            interface = self.label(interface, dataset)
+            fits = {key: replace(fitted, interface=interface) for key, fitted in fits.items()}
+            self.say(
+                f"{recipe.name} {recipe.version}: {len(dataset.calibration)} calibration and "
+                f"{len(dataset.evaluation)} evaluation samples ({dataset.description})"
+            )
+            made = list(self.make(sources, files, fits, dataset, parameters))
+            made = self.judge(made, dataset)
+            selection = self.choose_golden(made, dataset, engines)
+            pieces = self.weigh(made, selection, engines)
+            packed = write_bundle(
+                output,
+                name=recipe.name,
+                version=recipe.version,
+                interface=interface,
+                pieces=pieces,
+                licence=Licence(
+                    expression=recipe.licence.expression,
+                    source=recipe.licence.source,
+                    attribution=recipe.licence.attribution,
+                ),
+                licence_text=self.licence_text(),
+                provenance=provenance(
+                    sources,
+                    recipe_digest=self.loaded.digest,
+                    data={recipe.data.kind: dataset.digest},
+                    refused=[item.as_dict() for item in self.refused],
+                ),
+                engines=engines,
+                description=recipe.description,
+                unseparated=selection.unseparated,
+            )
+        self.say(f"packed {packed.path}")
+        about = {"metric": dataset.metric, "description": dataset.description, "digest": dataset.digest}
+        return BuildResult(
+            packed, tuple(self.refused), {item.spec.id: item.notes for item in made}, about | dataset.notes
+        )
+
+    def pass_parameters(self) -> dict[tuple[str, int], tuple[passes.PassInfo, msgspec.Struct]]:
+        """Check every pass of the recipe, before anything heavy starts."""
+        found: dict[tuple[str, int], tuple[passes.PassInfo, msgspec.Struct]] = {}
+        for index, variant in enumerate(self.recipe.variants):
+            for number, row in enumerate(variant.passes):
+                info = passes.find(row["use"])
+                where = f"variants[{index}].passes[{number}]"
+                type_ = passes.module(info).Parameters
+                found[variant.id, number] = (info, convert_parameters(row, type_, where))
+        return found
+
+    def find_sources(self) -> dict[str, Model]:
+        """Find and check the source files."""
+        found: dict[str, Model] = {}
+        for key, source in self.recipe.sources.items():
+            path = locate(
+                source.path,
+                distribution=source.distribution,
+                version=source.version,
+                folder=self.loaded.folder,
+                what=f"source {key!r}",
+            )
+            found[key] = load(path)
+        return found
+
+    def fit(
+        self, sources: Mapping[str, Model], files: Mapping[str, Path]
+    ) -> tuple[Interface, dict[str, interfaces.Fitted]]:
+        """Derive the interface from the first source and check that the others meet it."""
+        fits: dict[str, interfaces.Fitted] = {}
+        for key, model in sources.items():
+            tensors = self.recipe.sources[key].tensors
+            if not fits:
+                fits[key] = interfaces.derive(files[key], model.format, tensors, self.recipe.interface)
+            else:
+                first = next(iter(fits.values())).interface
+                fits[key] = interfaces.fit(files[key], model.format, tensors, first)
+        return next(iter(fits.values())).interface, fits
+
+    def label(self, interface: Interface, dataset: Dataset) -> Interface:
+        """Add the class names that only the data know."""
+        outputs = []
+        for spec in interface.outputs:
+            hint = self.recipe.interface.outputs.get(spec.name)
+            if hint is None or not hint.labels_from_data:
+                outputs.append(spec)
+                continue
+            labels = dataset.labels.get(spec.name)
+            if labels is None or (isinstance(spec.shape[-1], int) and spec.shape[-1] != len(labels)):
+                raise RefusedError(
+                    "interface_invalid",
+                    f"recipe: interface.outputs.{spec.name}.labels_from_data: the data have "
+                    f"{'none' if labels is None else len(labels)}, the output has {spec.shape}",
+                )
+            outputs.append(msgspec.structs.replace(spec, labels=labels))
+        return msgspec.structs.replace(interface, outputs=outputs)
+
+    def make(
+        self,
+        sources: Mapping[str, Model],
+        files: Mapping[str, Path],
+        fits: Mapping[str, interfaces.Fitted],
+        dataset: Dataset,
+        parameters: Mapping[tuple[str, int], tuple[passes.PassInfo, msgspec.Struct]],
+    ) -> Iterator[_Made]:
+        """Run the passes of every variant; one that fails is refused."""
+        for spec in self.recipe.variants:
+            steps = [parameters[spec.id, number] for number in range(len(spec.passes))]
+            try:
+                yield self._make_one(spec, sources[spec.source], files[spec.source], fits[spec.source], dataset, steps)
+            except WherryError as error:
+                self._refuse(spec, error.code, error.message)
+
+    def _make_one(  # noqa: PLR0917 - all six say what is made from what
+        self,
+        spec: VariantOf,
+        model: Model,
+        path: Path,
+        fitted: interfaces.Fitted,
+        dataset: Dataset,
+        steps: Sequence[tuple[passes.PassInfo, msgspec.Struct]],
+    ) -> _Made:
+        folder = self.folder / spec.id
+        folder.mkdir()
+        feeds = [
+            {fitted.tensors.get(name, name): value for name, value in sample.inputs.items()}
+            for sample in dataset.calibration
+        ]
+        tensors, precision, quantized = fitted.tensors, "float32", False
+        notes: list[dict[str, Any]] = []
+        for number, (info, parameter) in enumerate(steps):
+            if model.format not in info.formats:
+                raise RefusedError("pass_unfit", f"pass {info.name} works on {', '.join(info.formats)} only")
+            self.say(f"{spec.id}: {info.name}")
+            own = folder / str(number)
+            own.mkdir()
+            result = passes.module(info).apply(path, parameter, passes.Work(own, feeds, self.recipe.data.seed))
+            path = result.path
+            tensors = {name: result.tensors.get(native, native) for name, native in tensors.items()}
+            precision, quantized = info.precision or precision, quantized or bool(info.precision)
+            notes.append({"pass": info.name, **result.notes})
+        runnable = Runnable(
+            id=spec.id,
+            path=path,
+            format=model.format,
+            interface=fitted.interface,
+            tensors=tensors,
+            batch=fitted.batch,
+            options=spec.options,
+            engines=self._engines(spec, model),
+            quantized=quantized,
+        )
+        runnable.open().close()  # a file that does not load, or lost a tensor, is no variant
+        return _Made(spec, runnable, precision, load(path).digest, notes)
+
+    def _engines(self, spec: VariantOf, model: Model) -> tuple[EngineName, ...]:
+        chosen = [name for name in engines_of(model) if not spec.engines or name in spec.engines]
+        if not chosen:
+            raise RefusedError("engine_missing", f"{', '.join(spec.engines)} run no {model.format} model")
+        return tuple(chosen)
+
+    def judge(self, made: Sequence[_Made], dataset: Dataset) -> list[_Made]:
+        """Evaluate all variants and let the gate speak."""
+        self.say(f"evaluating {len(made)} variants on {len(dataset.evaluation)} samples")
+        with ThreadPoolExecutor(WORKERS) as pool:
+            jobs = {item.spec.id: pool.submit(self._scores, item, dataset) for item in made}
+        found: dict[str, evaluate.Scores] = {}
+        failed: dict[str, WherryError] = {}
+        for key, job in jobs.items():
+            error = job.exception()
+            if isinstance(error, WherryError):
+                failed[key] = error
+            else:
+                found[key] = job.result()
+        sources = {item.spec.source: found.get(item.spec.id) for item in made if not item.spec.passes}
+        kept: list[_Made] = []
+        for item in made:
+            if item.spec.id in failed:
+                error = failed[item.spec.id]
+                self._refuse(item.spec, error.code, error.message)
+                continue
+            reference = sources.get(item.spec.source)
+            if reference is None:
+                self._refuse(item.spec, "source_failed", f"source {item.spec.source!r} gave no answers to compare with")
+                continue
+            item.accuracy = evaluate.compare(dataset, found[item.spec.id], reference)
+            allowed = self.recipe.gate.drop_max if item.spec.drop_max is None else item.spec.drop_max
+            verdict = gate.judge(item.accuracy, allowed)
+            self.say(f"{item.spec.id}: {verdict.why}")
+            if verdict.passed:
+                kept.append(item)
+            else:
+                self._refuse(item.spec, "over_budget", verdict.why, item.accuracy)
+        if not kept:
+            raise RefusedError("build_empty", f"no variant is left: {'; '.join(item.why for item in self.refused)}")
+        return kept
+
+    def _scores(self, item: _Made, dataset: Dataset) -> evaluate.Scores:
+        runnable = item.runnable
+        key = (item.digest, dataset.digest, runnable.engines[0], str(sorted(runnable.options.items())))
+        if key not in self.cache.scores:
+            bound = runnable.open()
+            self.cache.scores[key] = evaluate.scores(bound.run, dataset.evaluation, dataset.score)
+            bound.close()
+        return self.cache.scores[key]
+
+    def choose_golden(self, made: Sequence[_Made], dataset: Dataset, engines: Sequence[EngineFacts]) -> Selection:
+        """Choose golden vectors from calibration data, so that held-back data stay held back."""
+        self.say("choosing golden vectors")
+        candidates = [sample.inputs for sample in dataset.calibration[: self.recipe.golden.candidates]]
+        selection = select(
+            [item.runnable for item in made],
+            candidates,
+            engines,
+            vectors=self.recipe.golden.vectors,
+            sampled_above=self.recipe.golden.sampled_above,
+            synthetic=False,
+            budgets={item.spec.id: budget(item.runnable.path.stat().st_size) for item in made},
+        )
+        for one, other in selection.unseparated:
+            self.say(f"{one}: no golden vector tells it from {other}")
+        return selection
+
+    def weigh(self, made: Sequence[_Made], selection: Selection, engines: Sequence[EngineFacts]) -> list[Piece]:
+        """Measure what the variants cost: memory in processes of their own, then latency interleaved."""
+        self.say("measuring")
+        facts = {engine.name: engine for engine in engines}
+        with ThreadPoolExecutor(WORKERS) as pool:
+            sizes = {item.spec.id: pool.submit(measure.download_bytes, item.runnable.path) for item in made}
+            memory = {item.spec.id: pool.submit(self._peak, item, selection) for item in made}
+        calls: dict[str, Callable[[], Any]] = {}
+        references: dict[str, str] = {}
+        first = {item.spec.source: item.spec.id for item in made if not item.spec.passes}
+        for item in made:
+            bound = item.runnable.open()
+            inputs = golden.decode(selection.by_variant[item.spec.id].encoded).vectors[0].inputs
+            calls[item.spec.id] = lambda bound=bound, inputs=inputs: bound.run(inputs)  # type: ignore[misc]
+            references[item.spec.id] = first[item.spec.source]
+        latency = measure.interleaved(
+            calls, references, rounds=self.recipe.measure.rounds, seconds=self.recipe.measure.seconds
+        )
+        pieces: list[Piece] = []
+        for item in made:
+            engine = facts[item.runnable.engines[0]]
+            peak = memory[item.spec.id].result()
+            pieces.append(
+                Piece(
+                    item.runnable,
+                    item.precision,
+                    selection.by_variant[item.spec.id],
+                    synthetic=False,
+                    download_bytes=sizes[item.spec.id].result(),
+                    passes=tuple(row["pass"] for row in item.notes),
+                    figures=dict([measure.figures(engine, latency[item.spec.id], peak)]),
+                    memory_bytes=peak.peak_bytes,
+                    accuracy=item.accuracy,
+                )
+            )
+        return pieces
+
+    def _peak(self, item: _Made, selection: Selection) -> measure.PeakAnswer:
+        vectors = self.folder / f"{item.spec.id}.golden"
+        vectors.write_bytes(selection.by_variant[item.spec.id].encoded)
+        runnable = item.runnable
+        format_: Format = runnable.format
+        return measure.peak(
+            measure.PeakTask(
+                path=str(runnable.path),
+                format=format_,
+                engine=runnable.engines[0],
+                options=runnable.options,
+                golden=str(vectors),
+                tensors=runnable.tensors,
+            )
+        )
+
+    def licence_text(self) -> bytes | None:
+        """Read the licence text that the recipe names."""
+        text = self.recipe.licence.text
+        if text is None:
+            return None
+        path = locate(
+            text.path, distribution=text.distribution, version="", folder=self.loaded.folder, what="the licence text"
+        )
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise RefusedError("licence_missing", f"{path}: {error.strerror}") from error
+
+    def _refuse(self, spec: VariantOf, code: str, why: str, accuracy: Accuracy | None = None) -> None:
+        if spec.required or not spec.passes:
+            raise RefusedError(
+                code,
+                f"variant {spec.id!r}, which the recipe requires: {why}",
+                consequence="nothing was packed",
+                next_step="choose milder passes for it, raise its budget, or drop `required`",
+            )
+        log.info("variant %s refused: %s", spec.id, why)
+        self.say(f"{spec.id}: refused, {why}")
+        self.refused.append(Refused(spec.id, code, why, accuracy))

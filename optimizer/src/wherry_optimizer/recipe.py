@@ -1,0 +1,281 @@
+"""A recipe: which model, which data, which variants, and how much accuracy each may cost. Data, not code.
+
+Recipes are TOML. Types are frozen and made by `load_recipe`, which names a wrong field by its path. What a recipe says
+about a pass is checked against the parameters of that pass before anything heavy starts.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from wherry_shared import digest, limits
+from wherry_shared.bundle import Bounds, EngineName
+from wherry_shared.errors import RefusedError
+from wherry_shared.ids import check_name, parse_version
+
+FORMAT = 1
+RECIPE_BYTES_MAX = limits.MIB
+
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class _Frozen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of recipe types: immutable, keyword-only, a misspelt field is an error."""
+
+
+class LicenceText(_Frozen, frozen=True, kw_only=True):
+    """Where the text of the licence is: a file beside the recipe, or one that an installed distribution lists."""
+
+    path: str
+    distribution: str = ""
+
+
+class LicenceOf(_Frozen, frozen=True, kw_only=True):
+    """Under what terms, from where, by whom."""
+
+    expression: str
+    source: str
+    attribution: str
+    text: LicenceText | None = None
+
+
+class Source(_Frozen, frozen=True, kw_only=True):
+    """A float model file: beside the recipe, or inside an installed distribution (found without importing it).
+
+    `tensors` maps canonical to native names.
+    """
+
+    path: str
+    distribution: str = ""
+    version: str = ""
+    """If set, the only version of the distribution that this recipe was made for."""
+    tensors: dict[str, str] = {}
+
+
+class InputHint(_Frozen, frozen=True, kw_only=True):
+    """What the file cannot say about an input."""
+
+    low: float | None = None
+    high: float | None = None
+    layout: str | None = None
+
+
+class OutputHint(_Frozen, frozen=True, kw_only=True):
+    """What the file cannot say about an output."""
+
+    labels: list[str] | None = None
+    labels_from_data: bool = False
+    """Take the class names from the data module."""
+    finite: bool = True
+
+
+class Hints(_Frozen, frozen=True, kw_only=True):
+    """What is known about the interface beyond the files."""
+
+    inputs: dict[str, InputHint] = {}
+    outputs: dict[str, OutputHint] = {}
+    dims: dict[str, Bounds] = {}
+
+
+class DataOf(_Frozen, frozen=True, kw_only=True):
+    """Labelled data: `kind` names a data module; `npz` reads arrays from `path` beside the recipe."""
+
+    kind: str
+    path: str = ""
+    label: str = "label"
+    """npz: the array of labels."""
+    output: str = ""
+    """npz: the output that is scored; may be left out if there is one."""
+    metric: str = "accuracy"
+    calibration: Count = 64
+    """Samples for calibration, disjoint from those for evaluation."""
+    evaluation: Count = 512
+    """At most this many samples for evaluation."""
+    seed: int = 0
+
+
+class Gate(_Frozen, frozen=True, kw_only=True):
+    """The accuracy budget of variants that name none of their own."""
+
+    drop_max: Share = 0.01
+
+
+class GoldenOf(_Frozen, frozen=True, kw_only=True):
+    """How many golden vectors a variant gets at most; the byte budget may allow fewer."""
+
+    vectors: Annotated[int, msgspec.Meta(ge=1, le=limits.GOLDEN_VECTORS_MAX)] = 16
+    candidates: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 96
+    sampled_above: Count = 4096
+    """Outputs with more elements than this are kept as samples of this many."""
+
+
+class MeasureOf(_Frozen, frozen=True, kw_only=True):
+    """How long latency is measured: interleaved rounds over all variants, bounded by both."""
+
+    rounds: Count = 21
+    seconds: Annotated[float, msgspec.Meta(gt=0)] = 3.0
+
+
+class VariantOf(_Frozen, frozen=True, kw_only=True):
+    """One variant: a source and the passes that it goes through (none: the source file, byte for byte)."""
+
+    id: str
+    source: str
+    passes: list[dict[str, Any]] = []
+    """Each has `use`, the name of a pass, and the parameters of that pass."""
+    drop_max: Share | None = None
+    required: bool = False
+    """Fail the build, rather than leave the variant out, if it is over its budget or cannot be made."""
+    engines: list[EngineName] = []
+    """Empty: every engine that runs the format here and passes the golden vectors."""
+    options: dict[str, str | int | float | bool] = {}
+
+
+class Recipe(_Frozen, frozen=True, kw_only=True):
+    """A whole recipe."""
+
+    format: int
+    name: str
+    version: str
+    description: str = ""
+    licence: LicenceOf
+    sources: dict[str, Source]
+    interface: Hints = Hints()
+    data: DataOf
+    gate: Gate = Gate()
+    golden: GoldenOf = GoldenOf()
+    measure: MeasureOf = MeasureOf()
+    variants: list[VariantOf]
+
+
+class LoadedRecipe(msgspec.Struct, frozen=True, kw_only=True):
+    """A recipe with where it stands (relative paths start there) and its digest."""
+
+    recipe: Recipe
+    folder: Path
+    digest: str
+
+
+def packaged() -> list[str]:
+    """Return the names of the recipes that come with this package, such as `file-type-1.1.0`."""
+    folder = resources.files("wherry_optimizer") / "recipes"
+    return sorted(item.name[: -len(".toml")] for item in folder.iterdir() if item.name.endswith(".toml"))
+
+
+def find_recipe(text: str) -> Path:
+    """Return the path of a recipe: a file, or the name of one that comes with this package.
+
+    Raises:
+        RefusedError: `recipe_missing`.
+    """
+    path = Path(text)
+    if path.is_file():
+        return path
+    if text in packaged():
+        return Path(str(resources.files("wherry_optimizer") / "recipes" / f"{text}.toml"))
+    raise RefusedError(
+        "recipe_missing",
+        f"there is no recipe {text}",
+        next_step=f"name a TOML file, or one of: {', '.join(packaged())}",
+    )
+
+
+def load_recipe(path: Path) -> LoadedRecipe:
+    """Read and check a recipe.
+
+    Raises:
+        RefusedError: `recipe_missing`, `recipe_invalid` (naming the field by its path), `licence_missing`, `bad_name`,
+            `bad_version`.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RefusedError("recipe_missing", f"{path}: {error.strerror}") from error
+    return LoadedRecipe(recipe=parse_recipe(data), folder=path.parent, digest=digest.of_bytes(data))
+
+
+def parse_recipe(data: bytes) -> Recipe:
+    """Parse the text of a recipe.
+
+    Raises:
+        RefusedError: as `load_recipe`.
+    """
+    if len(data) > RECIPE_BYTES_MAX:
+        raise _invalid(f"has {len(data)} bytes, at most {RECIPE_BYTES_MAX}")
+    try:
+        recipe = msgspec.toml.decode(data, type=Recipe)
+    except msgspec.ValidationError as error:
+        raise _invalid(readable(str(error))) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
+        raise _invalid(f"is not TOML: {error}") from error
+    _check(recipe)
+    return recipe
+
+
+def convert_parameters(raw: dict[str, Any], type_: type[msgspec.Struct], where: str) -> Any:
+    """Make the typed parameters of a pass from a recipe's table.
+
+    Raises:
+        RefusedError: `recipe_invalid`, naming the field below `where`.
+    """
+    try:
+        return msgspec.convert({key: value for key, value in raw.items() if key != "use"}, type=type_)
+    except msgspec.ValidationError as error:
+        raise _invalid(readable(str(error), where)) from error
+
+
+def readable(message: str, where: str = "") -> str:
+    """Turn msgspec's `Expected … - at $.a[0].b` into `a[0].b: expected …`."""
+    what, _, path = message.partition(" - at `")
+    path = path.rstrip("`").removeprefix("$").removeprefix(".")
+    field = ".".join(part for part in (where, path) if part)
+    named = re.match(r"Object (?:missing required|contains unknown) field `([^`]+)`", what)
+    if named is not None:
+        field = f"{field}.{named[1]}" if field else named[1]
+        return f"{field}: {'missing' if 'missing' in what else 'there is no such field'}"
+    return f"{field or 'recipe'}: {what[:1].lower()}{what[1:]}"
+
+
+def _check(recipe: Recipe) -> None:
+    if recipe.format != FORMAT:
+        raise _invalid(f"format: is {recipe.format}, this release reads {FORMAT}")
+    check_name(recipe.name, "name")
+    parse_version(recipe.version)
+    if not recipe.licence.expression.strip() or not recipe.licence.attribution.strip():
+        raise RefusedError(
+            "licence_missing",
+            "licence.expression and licence.attribution may not be empty",
+            consequence="nobody may be sent a model without knowing its terms",
+            next_step="fill in [licence] of the recipe",
+        )
+    if not recipe.sources:
+        raise _invalid("sources: names no model file")
+    if not 1 <= len(recipe.variants) <= limits.VARIANTS_MAX:
+        raise _invalid(f"variants: has {len(recipe.variants)} entries, expected 1 to {limits.VARIANTS_MAX}")
+    seen: set[str] = set()
+    for index, variant in enumerate(recipe.variants):
+        where = f"variants[{index}]"
+        check_name(variant.id, f"{where}.id")
+        if variant.id in seen:
+            raise _invalid(f"{where}.id: {variant.id!r} appears twice")
+        seen.add(variant.id)
+        if variant.source not in recipe.sources:
+            raise _invalid(f"{where}.source: there is no source {variant.source!r}")
+        for number, row in enumerate(variant.passes):
+            if not isinstance(row.get("use"), str):
+                raise _invalid(f"{where}.passes[{number}].use: missing")
+    for key in recipe.sources:
+        if not any(variant.source == key and not variant.passes for variant in recipe.variants):
+            raise _invalid(
+                f"variants: source {key!r} has no variant without passes; other variants are compared with it"
+            )
+
+
+def _invalid(why: str) -> RefusedError:
+    return RefusedError("recipe_invalid", f"recipe: {why}", consequence="nothing was built")

@@ -1,0 +1,151 @@
+"""What a bundle holds, for people (a table) and for programs (JSON)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from wherry_optimizer.pipeline import BuildResult
+from wherry_shared.bundle import Config, TensorSpec, Variant
+
+
+def table(config: Config) -> Table:
+    """Return one row per variant."""
+    title = f"{config.model} {config.version}"
+    rows = Table(
+        title=title,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        caption=_caption(config),
+        caption_justify="left",
+    )
+    for heading in ("variant", "format", "precision"):
+        rows.add_column(heading, no_wrap=True)
+    for heading in ("file", "download", "accuracy", "drop", "latency", "ratio", "peak", "golden"):
+        rows.add_column(heading, justify="right", no_wrap=True)
+    largest = max(variant.bytes for variant in config.variants)
+    for variant in config.variants:
+        rows.add_row(*_row(variant, largest))
+    return rows
+
+
+def details(config: Config) -> Group:
+    """Return the table with the interface, the licence and where everything came from."""
+    lines: list[str] = []
+    for kind, specs in (("input", config.interface.inputs), ("output", config.interface.outputs)):
+        lines += [f"{kind:<8}{spec.name}: {_tensor(spec)}" for spec in specs]
+    for name, bounds in config.interface.dims.items():
+        lines.append(f"dim     {name}: {bounds.minimum} to {bounds.maximum or 'any'}")
+    lines.append(f"licence {config.licence.expression}, {config.licence.attribution} ({config.licence.source})")
+    for key, value in config.provenance.source_digests.items():
+        lines.append(f"source  {key} {value}")
+    for row in config.provenance.refused:
+        lines.append(f"refused {row.get('id')}: {row.get('why')}")
+    return Group(table(config), Text("\n".join(lines)))
+
+
+def refused(result: BuildResult) -> Text:
+    """Return what was kept out and what golden vectors do not tell apart."""
+    lines = [f"refused {item.id}: {item.why} [{item.code}]" for item in result.refused]
+    lines += [f"note: no golden vector of {one} tells it from {other}" for one, other in result.packed.unseparated]
+    return Text("\n".join(lines))
+
+
+def as_dict(result: BuildResult) -> dict[str, Any]:
+    """Return the report of a build as plain values."""
+    return {
+        "path": str(result.packed.path),
+        "model": result.packed.model,
+        "version": result.packed.version,
+        "manifest": result.packed.digest,
+        "data": result.dataset,
+        "variants": [
+            variant_dict(variant) | {"notes": result.notes.get(variant.id, [])}
+            for variant in result.packed.config.variants
+        ],
+        "refused": [item.as_dict() for item in result.refused],
+        "unseparated": [list(pair) for pair in result.packed.unseparated],
+    }
+
+
+def variant_dict(variant: Variant) -> dict[str, Any]:
+    """Return the figures of a variant as plain values."""
+    figures = next(iter(variant.figures.items()), None)
+    accuracy = variant.accuracy
+    return {
+        "id": variant.id,
+        "format": variant.format,
+        "precision": variant.precision,
+        "passes": variant.passes,
+        "digest": variant.digest,
+        "bytes": variant.bytes,
+        "download_bytes": variant.download_bytes,
+        "engines": [engine.name for engine in variant.engines],
+        "hardware": figures[0] if figures else None,
+        "latency_p50_us": figures[1].latency_p50_us if figures else None,
+        "latency_ratio": figures[1].latency_ratio if figures else None,
+        "peak_memory_bytes": figures[1].peak_memory_bytes if figures else None,
+        "metric": accuracy.metric if accuracy else None,
+        "accuracy": accuracy.value if accuracy else None,
+        "standard_error": accuracy.standard_error if accuracy else None,
+        "drop": accuracy.drop if accuracy else None,
+        "drop_standard_error": accuracy.drop_standard_error if accuracy else None,
+        "samples": accuracy.samples if accuracy else None,
+        "golden": {
+            "vectors": variant.golden.vectors,
+            "bytes": variant.golden.bytes,
+            "synthetic": variant.golden.synthetic,
+            "separates": variant.golden.separates,
+        },
+    }
+
+
+def _row(variant: Variant, largest: int) -> list[str]:
+    figures = next(iter(variant.figures.values()), None)
+    accuracy = variant.accuracy
+    download = variant.download_bytes or variant.bytes
+    return [
+        variant.id,
+        variant.format,
+        variant.precision,
+        _bytes(variant.bytes),
+        f"{_bytes(download)} ({download / largest:.2f})",
+        f"{accuracy.value:.4f} ± {accuracy.standard_error:.4f}" if accuracy else "–",
+        f"{accuracy.drop:+.4f} ± {accuracy.drop_standard_error or 0:.4f}" if accuracy else "–",
+        f"{figures.latency_p50_us / 1000:.2f} ms" if figures else "–",
+        f"{figures.latency_ratio:.2f}" if figures and figures.latency_ratio is not None else "–",
+        _bytes(figures.peak_memory_bytes) if figures else "–",
+        f"{variant.golden.vectors}{' synthetic' if variant.golden.synthetic else ''}",
+    ]
+
+
+def _caption(config: Config) -> str:
+    accuracy = next((variant.accuracy for variant in config.variants if variant.accuracy), None)
+    if accuracy is None:
+        return "download: zstd bytes, and their share of the largest file"
+    return (
+        f"{accuracy.metric} on {accuracy.samples} held-back samples ± standard error; drop against the source, paired. "
+        f"Data: {accuracy.data}. ratio: median latency over the float variant of the same source, interleaved"
+    )
+
+
+def _tensor(spec: TensorSpec) -> str:
+    text = f"{spec.datatype} [{', '.join(map(str, spec.shape))}]"
+    if spec.low is not None or spec.high is not None:
+        text += f" in [{spec.low}, {spec.high}]"
+    if spec.labels:
+        text += f", {len(spec.labels)} labels"
+    return text
+
+
+def _bytes(count: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000 or unit == "MB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count = count / 1000  # type: ignore[assignment]
+    raise AssertionError
