@@ -247,7 +247,7 @@ class _Build:
             except WherryError as error:
                 self._refuse(spec, error.code, error.message)
 
-    def _make_one(  # noqa: PLR0917 - all six say what is made from what
+    def _make_one(
         self,
         spec: VariantOf,
         model: Model,
