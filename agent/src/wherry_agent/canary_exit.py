@@ -16,6 +16,9 @@ NEAR_LIMIT = 0.9
 GRACE_S = 10.0
 """The canary ends itself at `Judge.seconds_max`; this much later its parent kills it."""
 
+ENGINE_BYTES = 40 * 1024 * 1024
+"""What a canary takes before it loads anything (measured: 38 to 65 MB); the low end, so that no death by memory is missed."""
+
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
 """Workers and canaries give memory back to the system only with these (contracts.md §6)."""
 
@@ -43,7 +46,7 @@ def classify_exit(returncode: int, peak: int, limit: int, *, timed_out: bool = F
     Args:
         returncode: as `subprocess.Popen.returncode`: negative for a signal.
         peak: highest `peak_of` seen (bytes), 0 if it was never seen.
-        limit: bytes that the process could have had in all, 0 for no limit.
+        limit: `Judge.memory_bytes_max`: bytes above what the process needs with its engine imported, 0 for no limit.
         timed_out: its parent killed it because it overran.
 
     Returns:
@@ -51,13 +54,16 @@ def classify_exit(returncode: int, peak: int, limit: int, *, timed_out: bool = F
     """
     if timed_out:
         return reasons.TIMEOUT, "the canary did not end in time and was killed"
-    near = limit > 0 and peak >= NEAR_LIMIT * limit
+    near = limit > 0 and peak - ENGINE_BYTES >= NEAR_LIMIT * limit
     if returncode < 0:
         name = _signal_name(-returncode)
         # SIGKILL without us is the kernel's out-of-memory killer; abort and a null pointer are how native code takes
         # a failed allocation
         if near and -returncode in (signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS):
-            return reasons.OVER_MEMORY, f"the canary died of {name} with {peak} of {limit} bytes in use"
+            return (
+                reasons.OVER_MEMORY,
+                f"the canary died of {name} with {peak} bytes in use, {limit} allowed above the engine",
+            )
         return reasons.CRASH, f"the canary died of {name}"
     return reasons.CRASH, f"the canary ended with exit code {returncode} and no verdict"
 

@@ -53,6 +53,20 @@ def choosy(path: Path, factor: float = 2.0) -> Path:
     return save(path, nodes, [floats("x", ["n", 4])], [floats("y", ["n", 4])], [table, zero, one])
 
 
+def save_gather_out_of_range(path: Path) -> Path:
+    """The graph of `choosy` but the index is always out of range."""
+    table = numpy_helper.from_array(np.array([2.0], np.float32), "table")
+    five = numpy_helper.from_array(np.array(5, np.int64), "five")
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("ReduceSum", ["shape"], ["index"], keepdims=0),
+        helper.make_node("Add", ["index", "five"], ["far"]),
+        helper.make_node("Gather", ["table", "far"], ["picked"], axis=0),
+        helper.make_node("Mul", ["x", "picked"], ["y"]),
+    ]
+    return save(path, nodes, [floats("x", ["n", 4])], [floats("y", ["n", 4])], [table, five])
+
+
 def slow(path: Path, factor: float = 2.0, turns: int = 4000, width: int = 128) -> Path:
     """y = factor · x after `turns`·x[0, 0] products of matrices: slow on input that begins with a 1, fast on 0."""
     body_in = [

@@ -6,15 +6,10 @@ This is the child of `probing.probe`; exit code 1 and a line on standard error m
 from __future__ import annotations
 
 import sys
-import tempfile
-from pathlib import Path
-from typing import cast
 
 import msgspec
 
-from wherry_shared.bundle import EngineName
 from wherry_shared.engines.probing import ENGINES
-from wherry_shared.facts import EngineFacts
 
 
 def main(arguments: list[str]) -> int:
@@ -22,6 +17,8 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0] not in ENGINES:
         print(f"usage: python -m wherry_shared.engines {'|'.join(ENGINES)}", file=sys.stderr)  # noqa: T201
         return 2
+    from wherry_shared.engines.tiny import run_tiny
+
     name = arguments[0]
     try:
         facts = run_tiny(name)
@@ -30,31 +27,6 @@ def main(arguments: list[str]) -> int:
         return 1
     sys.stdout.write(msgspec.json.encode(facts).decode() + "\n")
     return 0
-
-
-def run_tiny(name: str) -> EngineFacts:
-    """Compute x + x in engine `name`.
-
-    Raises:
-        ArithmeticError: the engine runs, but its result is wrong.
-        WherryError: the engine is missing or cannot load or run the model.
-    """
-    import numpy as np
-
-    from wherry_shared.engines import load, tiny
-
-    formats = ENGINES[name]
-    for format_ in formats:
-        with tempfile.TemporaryDirectory(prefix="wherry-probe-") as folder:
-            path = Path(folder) / f"tiny.{format_}"
-            path.write_bytes(tiny.MODELS[format_])
-            session = load(path, format_, engine=name)
-            result = session.run({"x": np.array([1.5, -2.0], np.float32)})["y"]
-            version = session.engine_version
-            session.close()
-        if result.tolist() != [3.0, -4.0]:
-            raise ArithmeticError(f"{name} computed 1.5 + 1.5 and -2 + -2 as {result.tolist()}")
-    return EngineFacts(name=cast("EngineName", name), version=version, formats=list(formats))
 
 
 if __name__ == "__main__":

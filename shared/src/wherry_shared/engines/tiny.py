@@ -8,8 +8,16 @@ y, one empty buffer, schema version 3), so that no flatbuffer encoder is needed 
 from __future__ import annotations
 
 import base64
+import tempfile
+from pathlib import Path
+from typing import cast
 
-from wherry_shared.bundle import Format
+import numpy as np
+
+from wherry_shared.bundle import EngineName, Format
+from wherry_shared.engines import load
+from wherry_shared.engines.probing import ENGINES
+from wherry_shared.facts import EngineFacts
 
 _FLOAT = 1  # onnx.TensorProto.FLOAT
 _IR_VERSION = 8
@@ -57,3 +65,25 @@ _TFLITE = base64.b64decode(
 )
 
 MODELS: dict[Format, bytes] = {"onnx": _onnx(), "tflite": _TFLITE}
+
+
+def run_tiny(name: str) -> EngineFacts:
+    """Compute x + x in engine `name`; return what it is.
+
+    Raises:
+        ArithmeticError: the engine runs, but its result is wrong.
+        WherryError: the engine is missing or cannot load or run the model.
+    """
+    formats = ENGINES[name]
+    version = ""
+    for format_ in formats:
+        with tempfile.TemporaryDirectory(prefix="wherry-probe-") as folder:
+            path = Path(folder) / f"tiny.{format_}"
+            path.write_bytes(MODELS[format_])
+            session = load(path, format_, engine=name)
+            result = session.run({"x": np.array([1.5, -2.0], np.float32)})["y"]
+            version = session.engine_version
+            session.close()
+        if result.tolist() != [3.0, -4.0]:
+            raise ArithmeticError(f"{name} computed 1.5 + 1.5 and -2 + -2 as {result.tolist()}")
+    return EngineFacts(name=cast("EngineName", name), version=version, formats=list(formats))
