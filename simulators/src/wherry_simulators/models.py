@@ -19,9 +19,9 @@ from wherry_shared import ids, reasons
 from wherry_shared.bundle import Interface, TensorSpec
 from wherry_shared.errors import RefusedError
 
-BUCKETS = ("10", "12")
-"""Shape buckets (log2 of total input elements) between which the simulated traffic is divided."""
-DRAWS_MAX = 12
+BUCKETS = ("10", "10", "12", "10")
+"""Shape buckets (log2 of total input elements) that simulated requests fall into, in turn."""
+DRAWS_MAX = 64
 """Latencies drawn per call of `traffic`; each stands for an equal part of the requests."""
 _INTERFACE = Interface(
     inputs=[TensorSpec(name="x", datatype="FP32", shape=["batch", 16])],

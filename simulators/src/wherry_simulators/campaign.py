@@ -1,0 +1,158 @@
+"""A rollout on the simulated server, decided by the real engine.
+
+This is the director without a database: what a report makes of an assignment (`wherry_server.outcomes`), what is offered
+forwards and backwards (`wherry_server.offers`) and what follows (`wherry_server.rollout`) are the real functions; only the
+rows and the counting over them are plain Python here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wherry_server import offers, outcomes
+from wherry_server.plan import Plan
+from wherry_server.rollout import Command, Counts, Evidence, Expose, Moved, Progress, Scope, Withdraw, decide
+from wherry_server.targeting import cut_offs, exposed, key_of
+from wherry_shared.clock import Now
+from wherry_shared.wire import OfferedModel, Report
+from wherry_simulators.server import Server
+
+STRATUM = ""
+"""All devices are of one kind here."""
+
+
+@dataclass(slots=True)
+class Assignment:
+    """A device that was exposed: the columns of the real table that decisions need."""
+
+    stage: int
+    exposed_ms: int
+    from_target: str
+    from_manifest: str
+    outcome: str = "exposed"
+
+
+class Campaign:
+    """One rollout of one model."""
+
+    def __init__(self, server: Server, plan: Plan, rollout: str) -> None:
+        self.server = server
+        self.plan = plan
+        self.rollout = rollout
+        self.progress = Progress()
+        self.command: Command = "start"
+        self.assigned: dict[str, Assignment] = {}
+        self.moves: list[Moved] = []
+        self._keys = {device: key_of(rollout, device) for device in server.records}
+        self._heard_ms: dict[str, int] = {}
+
+    @property
+    def model(self) -> str:
+        """The model that is rolled out."""
+        return self.plan.models[0].model
+
+    def heard(self, device: str, now_ms: int) -> None:
+        """Note that a device was heard of."""
+        self._heard_ms[device] = now_ms
+
+    def turn(self, now: Now) -> list[tuple[str, OfferedModel]]:
+        """Decide once; return the devices whose desired model changes."""
+        evidence = self._evidence(now)
+        self.command = ""
+        self.progress, decisions = decide(self.plan, self.progress, evidence, now)
+        changes: list[tuple[str, OfferedModel]] = []
+        for decision in decisions:
+            match decision:
+                case Expose(stage=stage):
+                    changes += self._expose(stage, now)
+                case Withdraw(scope=scope, stage=stage):
+                    changes += self._withdraw(scope, stage)
+                case Moved():
+                    self.moves.append(decision)
+        return changes
+
+    def on_report(self, device: str, report: Report) -> None:
+        """Carry a report that was just stored into the assignment that it speaks of, as ingest does."""
+        assignment = self.assigned.get(device)
+        if assignment is None or report.model != self.model:
+            return
+        planned = self.plan.models[0]
+        change = outcomes.judge(
+            outcomes.Assigned(
+                self.rollout, self.plan.attempt, assignment.from_manifest, planned.manifest, assignment.outcome
+            ),
+            report,
+        )
+        if change is not None:
+            assignment.outcome = change.outcome
+
+    # --- what is done ------------------------------------------------------------------------------
+
+    def _expose(self, stage: int, now: Now) -> list[tuple[str, OfferedModel]]:
+        offered = offers.forwards(self.plan, self.rollout)[self.model]
+        changes: list[tuple[str, OfferedModel]] = []
+        for device in self._due(stage):
+            manifest, target = self._runs(device)
+            self.assigned[device] = Assignment(stage, now.monotonic_ms, target, manifest)
+            changes.append((device, offered))
+        return changes
+
+    def _withdraw(self, scope: Scope, stage: int) -> list[tuple[str, OfferedModel]]:
+        changes: list[tuple[str, OfferedModel]] = []
+        for device, one in self.assigned.items():
+            confirmed = one.outcome in {"confirmed", "confirmed_idle"}
+            in_scope = not confirmed or scope == "all" or (scope == "stage" and one.stage == stage)
+            if not in_scope or one.outcome not in outcomes.LIVE:
+                continue
+            changes.append((device, offers.backwards(self.plan, self.rollout, one.from_target, one.from_manifest)))
+            if one.outcome not in outcomes.FAILURES:
+                back = one.outcome == "exposed" and self._runs(device)[0] == one.from_manifest
+                one.outcome = "withdrawn" if back else "revert_pending"
+        return changes
+
+    def _due(self, stage: int) -> list[str]:
+        share = self.plan.stages[stage].share
+        return [
+            device
+            for device, key in self._keys.items()
+            if device not in self.assigned and exposed(key, STRATUM, self.progress.cut_offs, share)
+        ]
+
+    def _runs(self, device: str) -> tuple[str, str]:
+        """Return (manifest, target) of what a device last said that it runs."""
+        record = self.server.records[device]
+        report = record.current.get(self.model)
+        manifest = report.running if report is not None else ""
+        for offered in reversed(record.offers.values()):
+            if self.model in offered and offered[self.model].manifest == manifest:
+                return manifest, offered[self.model].target
+        return "", ""
+
+    # --- evidence ---------------------------------------------------------------------------------
+
+    def _evidence(self, now: Now) -> Evidence:
+        stages = [dict.fromkeys(Counts.__struct_fields__, 0) for _ in self.plan.stages]
+        for device, assignment in self.assigned.items():
+            stages[assignment.stage][self._count(device, assignment, now)] += 1
+        following = self.progress.stage + 1
+        ahead: dict[str, int] = {}
+        if following < len(self.plan.stages):
+            keys = {STRATUM: list(self._keys.values())}
+            ahead = cut_offs(keys, self.plan.stages[following].share, self.progress.cut_offs)
+        return Evidence(
+            stages=[Counts(**counts) for counts in stages],
+            members=len(self._keys),
+            unexposed=len(self._due(self.progress.stage)) if self.progress.stage >= 0 else 0,
+            next_cut_offs=ahead,
+            command=self.command,
+        )
+
+    def _count(self, device: str, assignment: Assignment, now: Now) -> str:
+        """Return the one count that a device is in."""
+        if assignment.outcome in outcomes.FAILURES:
+            return "failed"
+        if assignment.outcome != "exposed":
+            return assignment.outcome
+        if now.monotonic_ms - self._heard_ms.get(device, assignment.exposed_ms) > self.plan.silent_s * 1000:
+            return "silent"
+        return "late" if now.monotonic_ms - assignment.exposed_ms > self.plan.late_s * 1000 else "pending"

@@ -1,0 +1,283 @@
+"""What must hold in every world: safety after every write and effect, convergence at the end.
+
+The checkers know the truth from the simulated hands (what a canary really passed, what a trial really saw, what the
+worker really serves) and compare the machine's states, effects and reports with it. A violation names the rule, the
+device and the instant; a run goes on, so that one cause does not hide another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import msgspec
+
+from wherry_agent import state as s
+from wherry_shared import reasons
+from wherry_shared.wire import OfferedModel, Report
+from wherry_simulators.device import Device
+from wherry_simulators.server import Server
+
+VIOLATIONS_MAX = 50
+"""Beyond this a run only counts."""
+CONFIRMED = frozenset({"confirmed", "confirmed_idle"})
+NEGATIVE_ENDS = frozenset({"returned", "failed", "refused", "safe"})
+ENDS = CONFIRMED | NEGATIVE_ENDS | {"removed"}
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """A rule that did not hold."""
+
+    rule: str
+    device: str
+    at_ms: int
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.at_ms / 1000:.1f} s, {self.device}: {self.rule}: {self.detail}"
+
+
+class Checkers:
+    """Looks on in one world."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self.violations: list[Violation] = []
+        self.count = 0
+        self.reports = 0
+        self.trace = hashlib.blake2b(digest_size=16)
+        self._bad: dict[tuple[str, str], int] = {}
+        """(device, variant digest) → highest attempt that ended in a verdict here."""
+        self._said: dict[tuple[str, str, int], bytes] = {}
+        """(device, stream epoch, seq) → body."""
+        self._ends: dict[str, list[Report]] = {}
+        """Device → final outcomes that its journal ever held."""
+        self._began_ms: dict[tuple[str, str], int] = {}
+        """(device, trial) → when the candidate first served in it."""
+        self._confirmed: set[tuple[str, str]] = set()
+        """(device, model) that ever had a confirmed version."""
+
+    def object(self, rule: str, device: Device, detail: str) -> None:
+        """Note a violation."""
+        self.count += 1
+        if len(self.violations) < VIOLATIONS_MAX:
+            self.violations.append(Violation(rule, device.name, device.world.agenda.now_ms, detail))
+
+    # --- after every write ------------------------------------------------------------------------
+
+    def wrote(self, device: Device, before: s.State, event: s.Event | None, after: s.State) -> None:
+        """Check what a turn changed."""
+        self._trace(device, event, after)
+        if after.seq < before.seq or after.revision < before.revision:
+            self.object("counters never fall", device, f"seq {before.seq}→{after.seq}")
+        if before.offer is not None and after.offer is not None:
+            known, taken = (before.offer.epoch, before.offer.serial), (after.offer.epoch, after.offer.serial)
+            if taken < known:
+                self.object("an older offer changes nothing", device, f"{known}→{taken}")
+        if after.seq != before.seq:
+            made = [report for report in after.owed if report.seq >= before.seq]
+            if [report.seq for report in made] != list(range(before.seq, after.seq)):
+                self.object("reports are gapless", device, f"made {[report.seq for report in made]}")
+            for report in made:
+                self._reported(device, before, report)
+
+    def _trace(self, device: Device, event: s.Event | None, after: s.State) -> None:
+        phases = ",".join(f"{name}:{type(slot.phase).__name__}" for name, slot in after.models.items())
+        line = (
+            f"{device.world.agenda.now_ms} {device.name} {type(event).__name__} {after.revision} {after.seq} {phases}\n"
+        )
+        self.trace.update(line.encode())
+
+    def _reported(self, device: Device, before: s.State, report: Report) -> None:
+        self.reports += 1
+        if report.state in ENDS:
+            self._ends.setdefault(device.name, []).append(report)
+        if report.state in NEGATIVE_ENDS and not report.reason:
+            self.object("a report that says no says why", device, f"{report.state} of {report.target}")
+        self._names_an_offer(device, report)
+        slot = before.models.get(report.model)
+        phase = slot.phase if slot is not None else None
+        if report.state in CONFIRMED:
+            self._confirmed.add((device.name, report.model))
+            if isinstance(phase, s.OnTrial | s.Proving):
+                self._confirmed_by_rule(device, phase, report)
+            elif slot is None or slot.incumbent is None or slot.incumbent.manifest != report.manifest:
+                self.object("confirmed only after a trial", device, f"{report.target} from {type(phase).__name__}")
+        if report.state in {"returned", "failed"} and report.reason in reasons.VERDICTS:
+            self._remember_bad(device, phase)
+        self._runs_what_it_says(device, report)
+
+    def _names_an_offer(self, device: Device, report: Report) -> None:
+        offered = self._server.records[device.name].offers.get(report.serial, {}).get(report.model)
+        if offered is None:
+            self.object("a report names an offer", device, f"{report.state} under serial {report.serial}")
+
+    def _confirmed_by_rule(self, device: Device, phase: s.OnTrial | s.Proving, report: Report) -> None:
+        terms, ledger, trial = phase.job.offered.trial, device.hands.ledger, phase.trial
+        seen = ledger.requests.get(trial, 0)
+        if report.requests > seen or report.errors > ledger.errors.get(trial, 0):
+            self.object("a report counts what happened", device, f"{report.requests} requests reported, {seen} made")
+        if report.state == "confirmed" and report.requests - report.errors < terms.min_requests:
+            self.object("confirmed only by the trial's rule", device, f"{report.requests} requests")
+        if isinstance(phase, s.Proving) and trial not in ledger.golden:
+            self.object("confirmed only by the trial's rule", device, "the golden vectors did not pass again")
+        if report.state == "confirmed_idle":
+            lasted_ms = device.world.agenda.now_ms - self._began_ms.get((device.name, trial), 0)
+            if lasted_ms < terms.max_s * 1000:
+                self.object("confirmed only by the trial's rule", device, f"idle after {lasted_ms} ms")
+        if report.errors >= terms.errors_min and report.errors > terms.error_rate_max * report.requests:
+            self.object(
+                "a candidate that fails is not confirmed", device, f"{report.errors} of {report.requests} failed"
+            )
+
+    def _remember_bad(self, device: Device, phase: s.Phase | None) -> None:
+        job = getattr(phase, "job", None)
+        if isinstance(job, s.Job) and job.candidates:
+            key = (device.name, job.loadable.digest)
+            self._bad[key] = max(self._bad.get(key, 0), job.offered.attempt)
+
+    def _runs_what_it_says(self, device: Device, report: Report) -> None:
+        """A report's `running` is what the worker serves, whenever the worker has nothing left to do."""
+        worker = device.hands.worker
+        if worker is None or device.hands.busy(device.now()) or not worker.told:
+            return
+        serving = worker.serving.get(report.model)
+        really = serving.manifest if serving is not None else ""
+        if report.state in CONFIRMED and report.running != really:
+            self.object("a report says what runs", device, f"{report.state}: {report.running[:15]}, not {really[:15]}")
+
+    # --- before and after effects -----------------------------------------------------------------
+
+    def ordered(self, device: Device, effect: s.Effect) -> None:
+        """Check an effect before it runs."""
+        match effect:
+            case s.Judge(candidate=candidate, attempt=attempt):
+                self._not_bad(device, candidate.digest, attempt)
+            case s.Serve(models=models):
+                for model in models:
+                    digest = model.active.digest
+                    if digest not in device.hands.passed:
+                        self.object("only what a canary passed serves", device, f"{model.active.target}")
+                    if model.trial:
+                        phase = device.memory.models[model.name].phase
+                        job = getattr(phase, "job", None)
+                        self._not_bad(device, digest, job.offered.attempt if isinstance(job, s.Job) else 0)
+            case s.Collect(keep=keep):
+                kept = {loadable.digest for loadable in keep}
+                for digest in self._needed(device):
+                    if digest not in kept:
+                        self.object("what may still serve is not collected", device, digest[:15])
+            case _:
+                pass
+
+    def _needed(self, device: Device) -> Iterable[str]:
+        for slot in device.memory.models.values():
+            if slot.incumbent is not None:
+                yield slot.incumbent.loadable.digest
+            if isinstance(slot.phase, s.Judging | s.Queued | s.Swapping | s.OnTrial | s.Proving):
+                yield slot.phase.job.loadable.digest
+
+    def _not_bad(self, device: Device, digest: str, attempt: int) -> None:
+        known = self._bad.get((device.name, digest), 0)
+        if attempt <= known:
+            self.object("known bad is not tried again", device, f"{digest[:15]} at attempt {attempt}")
+
+    def happened(self, device: Device, events: tuple[s.Event, ...]) -> None:
+        """Check what the worker serves after it did something."""
+        worker = device.hands.worker
+        if worker is None:
+            return
+        for event in events:
+            if isinstance(event, s.CanaryDone) and event.result.passed:
+                continue
+            if not isinstance(event, s.Served):
+                continue
+            for name, loadable in worker.serving.items():
+                if loadable.digest not in device.hands.passed:
+                    self.object("only what a canary passed serves", device, f"{loadable.target} serves")
+                if loadable.digest not in device.hands.store:
+                    self.object("only what is on disk serves", device, f"{loadable.target} serves")
+                self._old_or_new(device, name, loadable.manifest)
+                trial = worker.trial(name)
+                if trial:
+                    self._began_ms.setdefault((device.name, trial), device.world.agenda.now_ms)
+            return
+
+    def _old_or_new(self, device: Device, name: str, manifest: str) -> None:
+        offers = self._server.records[device.name].offers.values()
+        if not any(name in offered and offered[name].manifest == manifest for offered in offers):
+            self.object("what serves was offered", device, manifest[:15])
+
+    def heard(self, device: Device, report: Report) -> None:
+        """Check a report that reached the server: one number, one body."""
+        key = (device.name, report.epoch, report.seq)
+        body = msgspec.json.encode(msgspec.structs.replace(report, first=0))
+        if self._said.setdefault(key, body) != body:
+            self.object("a report's number has one body", device, f"seq {report.seq} says {report.state} now")
+
+    # --- at the end -------------------------------------------------------------------------------
+
+    def not_settled(self, device: Device) -> str:
+        """Say what a device has not brought to an end yet; empty if nothing is left."""
+        record = self._server.records[device.name]
+        if not device.up:
+            return "down"
+        if device.memory.owed:
+            return f"owes {len(device.memory.owed)} reports"
+        worker = device.hands.worker
+        for name, desired in record.desired.items():
+            loadable = worker.serving.get(name) if worker is not None else None
+            why = _model_not_settled(
+                desired, loadable.manifest if loadable is not None else "", record.current.get(name)
+            )
+            if why:
+                slot = device.memory.models.get(name)
+                return f"{name}: {why}, phase {type(slot.phase).__name__ if slot is not None else 'none'}"
+        return ""
+
+    def finish(self, devices: Iterable[Device]) -> None:
+        """Check what must hold once everything settled."""
+        for device in devices:
+            why = self.not_settled(device)
+            if why:
+                self.object("every device comes to an end by itself", device, why)
+            record = self._server.records[device.name]
+            stream = record.streams.get(("report", device.durable.stream))
+            if stream is not None and (stream.lost or stream.above or stream.contiguous != device.durable.seq - 1):
+                self.object("no report is lost", device, f"lost {stream.lost}, stored up to {stream.contiguous}")
+            stored = {(report.epoch, report.seq) for report in record.log}
+            for report in self._ends.get(device.name, ()):
+                if (report.epoch, report.seq) not in stored:
+                    self.object("no report is lost", device, f"{report.state} of {report.target}")
+            self._truth_at_the_end(device)
+
+    def _truth_at_the_end(self, device: Device) -> None:
+        worker = device.hands.worker
+        if worker is None:
+            self.object("a device ends with a worker", device, "none")
+            return
+        for name, report in self._server.records[device.name].current.items():
+            loadable = worker.serving.get(name)
+            running = loadable.manifest if loadable is not None else ""
+            if running != report.running:
+                self.object("a report says what runs", device, f"last word {report.state} of {report.target}")
+            desired = self._server.records[device.name].desired.get(name)
+            removed = desired is not None and desired.mode == "none"
+            safe = report.state == "safe"
+            if (device.name, name) in self._confirmed and not running and not removed and not safe:
+                self.object("what once served keeps serving", device, f"{name} serves nothing")
+
+
+def _model_not_settled(desired: OfferedModel, running: str, report: Report | None) -> str:
+    if report is None:
+        return "" if desired.mode == "none" and not running else "never reported"
+    if desired.mode == "none":
+        return "" if not running else f"still runs {running[:15]}"
+    if running == desired.manifest and report.state in CONFIRMED and report.manifest == desired.manifest:
+        return ""
+    spoken_of = (report.manifest, report.attempt) == (desired.manifest, desired.attempt)
+    if spoken_of and report.state in NEGATIVE_ENDS and report.reason:
+        return ""
+    return f"desired {desired.target}, last word {report.state} of {report.target} ({report.reason})"

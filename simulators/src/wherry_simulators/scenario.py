@@ -1,0 +1,67 @@
+"""What a row of a scenario table says: releases, how they behave, what goes wrong, and what must come of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from wherry_server.gates import Bound
+from wherry_server.plan import Stage
+from wherry_shared.wire import Trial
+from wherry_simulators import models
+from wherry_simulators.faults import NONE, Faults
+from wherry_simulators.models import Behaviour
+
+MODEL = "detector"
+HOUR_MS = 3_600_000
+TRIAL = Trial(min_requests=20, max_s=300, canary_s=60)
+FAILURE = Bound(share=0.1, sample_min=5)
+
+
+def manifest_of(version: str, model: str = MODEL) -> str:
+    """Return the manifest digest that stands for a version."""
+    return models.digest_of(f"{model}/{version}")
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A bundle that is to come to the devices at some time: to all at once, or by a rollout in stages."""
+
+    version: str
+    behaviour: Behaviour = field(default_factory=Behaviour)
+    at_ms: int = 0
+    model: str = MODEL
+    attempt: int = 1
+    stages: tuple[Stage, ...] = ()
+    """Empty: offered to every device at once, without a rollout."""
+    failure: Bound = FAILURE
+    trial: Trial = TRIAL
+    ends: frozenset[str] = frozenset()
+    """States in which its rollout may end; empty: any final one."""
+
+    @property
+    def target(self) -> str:
+        """The TUF target path, MODEL/VERSION."""
+        return f"{self.model}/{self.version}"
+
+    @property
+    def manifest(self) -> str:
+        """The digest that stands for its manifest."""
+        return manifest_of(self.version, self.model)
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One row. Its name is a sentence that the run has to make true."""
+
+    name: str
+    releases: tuple[Release, ...]
+    faults: Faults = NONE
+    ends_on: frozenset[str] = frozenset()
+    """Versions of `MODEL` that a device may run at the end; empty: any that was released."""
+    devices: int = 20
+    requests_per_s: float = 2.0
+    offer_life_s: int = 7 * 86_400
+    settle_ms: int = 12 * HOUR_MS
+    """How long after the last fault and release everything may take to settle, without anybody's help."""
+    restore_at_ms: int = 0
+    """When the server is restored from a backup that is two offers old; 0: never."""

@@ -1,0 +1,26 @@
+"""Tables of scenarios: each row's name is a sentence that a run has to make true."""
+
+from __future__ import annotations
+
+from wherry_shared.errors import RefusedError
+from wherry_simulators.scenario import Scenario
+from wherry_simulators.scenarios import behaviours, rollouts, trouble
+
+ALL: tuple[Scenario, ...] = (*behaviours.TABLE, *trouble.TABLE, *rollouts.TABLE)
+
+
+def find(name: str) -> Scenario:
+    """Return the one scenario whose name contains `name`.
+
+    Raises:
+        RefusedError: `scenario_unknown`.
+    """
+    found = [row for row in ALL if name in row.name]
+    exact = [row for row in found if row.name == name]
+    if len(exact or found) != 1:
+        raise RefusedError(
+            "scenario_unknown",
+            f"{len(found)} scenarios have {name!r} in their name",
+            next_step="wherry-sim world --list shows them all",
+        )
+    return (exact or found)[0]

@@ -1,0 +1,62 @@
+"""Releases in stages, decided by the real rollout engine from what the devices say."""
+
+from __future__ import annotations
+
+from wherry_server.plan import Stage
+from wherry_shared import reasons
+from wherry_simulators.faults import MODERATE
+from wherry_simulators.models import Behaviour, VariantBehaviour
+from wherry_simulators.scenario import HOUR_MS, Release, Scenario
+
+STAGES = (Stage(share=0.1), Stage(share=0.5), Stage(share=1.0))
+DONE, HALTED = frozenset({"done"}), frozenset({"halted"})
+_FAILING = Behaviour(variants=[VariantBehaviour(error_rate=0.4)])
+_PARTLY = Behaviour(affected=0.5, variants=[VariantBehaviour(error_rate=0.4)])
+
+TABLE = (
+    Scenario(
+        "a good release is done after its last stage",
+        (Release("1.0.0"), Release("1.1.0", at_ms=HOUR_MS, stages=STAGES, ends=DONE)),
+        ends_on=frozenset({"1.1.0"}),
+        devices=60,
+    ),
+    Scenario(
+        "a release that fails on devices halts, and everyone is on the old one again",
+        (Release("1.0.0"), Release("1.1.0", _FAILING, at_ms=HOUR_MS, stages=STAGES, ends=HALTED)),
+        ends_on=frozenset({"1.0.0"}),
+        devices=60,
+    ),
+    Scenario(
+        "a release that fails on half of the devices halts, and the other half comes back too",
+        (Release("1.0.0"), Release("1.1.0", _PARTLY, at_ms=HOUR_MS, stages=STAGES, ends=HALTED)),
+        ends_on=frozenset({"1.0.0"}),
+        devices=60,
+    ),
+    Scenario(
+        "a release that misses its golden vectors halts before its second stage",
+        (
+            Release("1.0.0"),
+            Release(
+                "1.1.0",
+                Behaviour(variants=[VariantBehaviour(canary=reasons.GOLDEN_MISS)]),
+                at_ms=HOUR_MS,
+                stages=STAGES,
+                ends=HALTED,
+            ),
+        ),
+        ends_on=frozenset({"1.0.0"}),
+        devices=60,
+    ),
+    Scenario(
+        "staged releases end through crashes and a rough network",
+        (
+            Release("1.0.0"),
+            Release("1.1.0", at_ms=HOUR_MS, stages=STAGES),
+            Release("1.2.0", _FAILING, at_ms=2 * HOUR_MS, stages=STAGES, ends=HALTED),
+        ),
+        MODERATE,
+        ends_on=frozenset({"", "1.0.0", "1.1.0"}),
+        devices=60,
+        settle_ms=36 * HOUR_MS,
+    ),
+)

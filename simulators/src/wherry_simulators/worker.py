@@ -1,0 +1,188 @@
+"""A worker without engines: takes the real commands, gives the real events, behaves by the table.
+
+Like the real one it is told what it should serve and works out what to load and free; it counts per arm since the trial
+began, leaves the first runs after a load out of the latencies, answers with the incumbent what the candidate fails, and
+forgets everything when it dies.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from wherry_agent.children import ArmStats, GoldenDone, Loadable, RunGolden, Serve, ServeModel, Serving, Stats
+from wherry_shared.sketch import Sketch
+from wherry_simulators import models
+from wherry_simulators.models import Behaviours
+
+WARM_RUNS = 10
+"""Runs after a load whose latency is no evidence (contracts.md §4)."""
+
+
+@dataclass(slots=True)
+class _Arm:
+    """Counts of one loaded variant."""
+
+    loadable: Loadable
+    trial: str = ""
+    requests: int = 0
+    errors: int = 0
+    fallbacks: int = 0
+    runs: int = 0
+    latency_us: dict[str, Sketch] = field(default_factory=dict)
+
+    def stats(self, arm: str) -> ArmStats:
+        return ArmStats(
+            model=self.loadable.model,
+            manifest=self.loadable.manifest,
+            variant=self.loadable.variant,
+            digest=self.loadable.digest,
+            arm=arm,
+            trial=self.trial,
+            requests=self.requests,
+            errors=self.errors,
+            fallbacks=self.fallbacks,
+            latency_us={bucket: sketch.to_wire() for bucket, sketch in self.latency_us.items()},
+            last_error="simulated engine fault" if self.errors else "",
+        )
+
+    def count(self, latencies: list[tuple[str, float, int]]) -> None:
+        for bucket, value, times in latencies:
+            cold = min(times, max(0, WARM_RUNS - self.runs))
+            self.runs += times
+            if times > cold:
+                self.latency_us.setdefault(bucket, Sketch()).add(value, times - cold)
+
+
+@dataclass(slots=True)
+class Ledger:
+    """What really happened on a device, whatever the machine came to know of it."""
+
+    requests: dict[str, int] = field(default_factory=dict)
+    """Requests that candidates got, by trial."""
+    errors: dict[str, int] = field(default_factory=dict)
+    golden: set[str] = field(default_factory=set)
+    """Trials in which the golden vectors passed in place."""
+    answered: int = 0
+    """Requests that callers got an answer to."""
+    failed: int = 0
+    """Requests that callers got an error for: the candidate failed and no incumbent was loaded."""
+
+
+class Worker:
+    """Serves by the table. `None` from a method that answers means: it died doing that."""
+
+    def __init__(self, device: str, behaviours: Behaviours, source: random.Random, ledger: Ledger) -> None:
+        self._device = device
+        self._behaviours = behaviours
+        self._random = source
+        self._serving: dict[str, ServeModel] = {}
+        self._arms: dict[str, _Arm] = {}
+        """By digest of the loaded variant."""
+        self._ledger = ledger
+        self.told = False
+        """Whether it was told what to serve yet."""
+
+    @property
+    def serving(self) -> dict[str, Loadable]:
+        """What answers requests now, by model."""
+        return {name: one.active for name, one in self._serving.items()}
+
+    def trial(self, model: str) -> str:
+        """Return the trial that the model's active variant is in; empty if it is trusted."""
+        return self._serving[model].trial if model in self._serving else ""
+
+    def serve(self, command: Serve) -> list[Serving]:
+        """Bring the serving set to what `command` says. A variant that does not load leaves what served before."""
+        self.told = True
+        answers: list[Serving] = []
+        after: dict[str, ServeModel] = {}
+        for wanted in command.models:
+            reason = self._load(wanted)
+            if reason:
+                before = self._serving.get(wanted.name)
+                if before is not None:
+                    after[wanted.name] = before
+            else:
+                after[wanted.name] = wanted
+            answers.append(
+                Serving(
+                    revision=command.revision,
+                    model=wanted.name,
+                    digest=wanted.active.digest,
+                    ok=not reason,
+                    reason=reason,
+                    detail="by the table" if reason else "",
+                    incumbent_loaded=wanted.incumbent is not None and wanted.incumbent.digest in self._arms,
+                    load_ms=float(self._behaviours.variant(self._device, wanted.active).load_ms),
+                )
+            )
+        self._serving = after
+        keep = {one.active.digest for one in after.values()}
+        keep |= {one.incumbent.digest for one in after.values() if one.incumbent is not None}
+        self._arms = {digest: arm for digest, arm in self._arms.items() if digest in keep}
+        return answers
+
+    def _load(self, wanted: ServeModel) -> str:
+        """Load what `wanted` needs; return the reason for which the active variant cannot be loaded."""
+        arm = self._arms.get(wanted.active.digest)
+        if arm is None:
+            reason = self._behaviours.variant(self._device, wanted.active).load
+            if reason:
+                return reason
+            arm = self._arms[wanted.active.digest] = _Arm(wanted.active)
+        if arm.trial != wanted.trial and wanted.trial:
+            arm = self._arms[wanted.active.digest] = _Arm(wanted.active, runs=arm.runs)
+        arm.trial = wanted.trial
+        if wanted.incumbent is not None and wanted.incumbent.digest not in self._arms:
+            self._arms[wanted.incumbent.digest] = _Arm(wanted.incumbent)
+        return ""
+
+    def golden(self, command: RunGolden) -> GoldenDone | None:
+        """Run the golden vectors of a loaded variant; None if that variant is not loaded (nothing answers)."""
+        arm = self._arms.get(command.digest)
+        if arm is None:
+            return None
+        passed = self._behaviours.variant(self._device, arm.loadable).golden
+        if passed:
+            self._ledger.golden.add(command.trial)
+        return GoldenDone(
+            model=command.model,
+            digest=command.digest,
+            trial=command.trial,
+            passed=passed,
+            detail="" if passed else "simulated golden miss",
+        )
+
+    def pour(self, requests: int) -> Stats | None:
+        """Let callers make `requests` requests to every served model; None if a variant took the worker down."""
+        arms: list[ArmStats] = []
+        for serving in self._serving.values():
+            active = self._arms[serving.active.digest]
+            behaviour = self._behaviours.variant(self._device, serving.active)
+            drawn = models.traffic(self._random, behaviour, requests)
+            active.requests += drawn.requests
+            active.errors += drawn.errors
+            active.count(drawn.latencies)
+            ledger = self._ledger
+            if serving.trial:
+                ledger.requests[serving.trial] = ledger.requests.get(serving.trial, 0) + drawn.requests
+                ledger.errors[serving.trial] = ledger.errors.get(serving.trial, 0) + drawn.errors
+            incumbent = None if serving.incumbent is None else self._arms.get(serving.incumbent.digest)
+            if incumbent is None:
+                ledger.failed += drawn.errors
+                ledger.answered += drawn.requests - drawn.errors
+            else:
+                again = models.traffic(
+                    self._random, self._behaviours.variant(self._device, incumbent.loadable), drawn.errors
+                )
+                incumbent.count(again.latencies)
+                incumbent.requests += drawn.errors
+                active.fallbacks += drawn.errors
+                ledger.answered += drawn.requests
+            if drawn.crashed:
+                return None
+            arms.append(active.stats("candidate" if serving.trial else "incumbent"))
+            if incumbent is not None:
+                arms.append(incumbent.stats("incumbent"))
+        return Stats(arms=arms)

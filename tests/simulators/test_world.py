@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+
+from wherry_simulators import scenarios
+from wherry_simulators.scenarios import behaviours, rollouts, trouble
+from wherry_simulators.world import World
+
+SEEDS = 40
+
+
+def explain(result):
+    return f"{result.scenario}, seed {result.seed}:\n" + "\n".join(str(violation) for violation in result.violations)
+
+
+@pytest.mark.parametrize("scenario", behaviours.TABLE, ids=lambda row: row.name)
+def test_with_nothing_going_wrong(scenario):
+    for seed in range(3):
+        result = World(scenario, seed).run()
+        assert not result.violations, explain(result)
+
+
+@pytest.mark.parametrize("scenario", trouble.TABLE[1:], ids=lambda row: row.name)
+def test_through_trouble(scenario):
+    for seed in range(4):
+        result = World(scenario, seed).run()
+        assert not result.violations, explain(result)
+
+
+@pytest.mark.parametrize("scenario", rollouts.TABLE, ids=lambda row: row.name)
+def test_in_stages_by_the_real_rollout_engine(scenario):
+    for seed in range(2):
+        result = World(scenario, seed).run()
+        assert not result.violations, explain(result)
+
+
+def test_three_releases_on_fifty_devices_over_forty_seeds():
+    steps = crashes = 0
+    for seed in range(SEEDS):
+        result = World(trouble.THREE_RELEASES, seed).run()
+        assert not result.violations, explain(result)
+        assert result.devices == 50
+        steps, crashes = steps + result.steps, crashes + result.crashes
+    assert crashes > SEEDS * 20, "the world has to be worse than this"
+    assert steps > SEEDS * 2_000
+
+
+@pytest.mark.parametrize("name", ["through a storm", "staged releases end"])
+def test_the_same_seed_gives_the_same_trace_and_another_seed_another(name):
+    scenario = scenarios.find(name)
+    first, second, other = (World(scenario, seed).run() for seed in (7, 7, 8))
+    assert (first.trace, first.steps, first.messages_sent) == (second.trace, second.steps, second.messages_sent)
+    assert first.trace != other.trace
+
+
+def test_scenarios_have_names_of_their_own():
+    names = [row.name for row in scenarios.ALL]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.soak
+def test_ten_thousand_devices_take_three_releases():
+    result = World(trouble.THREE_RELEASES, 1, devices=10_000).run()
+    assert not result.violations, explain(result)
