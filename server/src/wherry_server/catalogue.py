@@ -215,17 +215,12 @@ async def list_models(connection: AsyncConnection, project: str) -> list[dict[st
             select(_bundles.c.model, _bundles.c.version, _bundles.c.created_at).where(_bundles.c.project_id == project)
         )
     ).all()
-    running: dict[str, int] = dict(
-        (
-            await connection.execute(
-                select(_device_models.c.model, func.count())
-                .where(_device_models.c.project_id == project, _device_models.c.running != "")
-                .group_by(_device_models.c.model)
-            )
-        )
-        .tuples()
-        .all()
+    counted = await connection.execute(
+        select(_device_models.c.model, func.count().label("devices"))
+        .where(_device_models.c.project_id == project, _device_models.c.running != "")
+        .group_by(_device_models.c.model)
     )
+    running = {row.model: row.devices for row in counted}
     versions: dict[str, list[str]] = {}
     newest: dict[str, int] = {}
     for row in rows:

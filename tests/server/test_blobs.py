@@ -1,0 +1,219 @@
+"""Blobs: whole and right, or not there; and how devices fetch them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from tests.server.harness import Running, release, until
+from wherry_server.blobs import INCOMING, Blobs
+from wherry_server.encodings import compress
+from wherry_shared import wire
+from wherry_shared.digest import of_bytes
+from wherry_shared.errors import RefusedError, WherryError
+from wherry_shared.limits import ZSTD_WINDOW_BYTES_MAX
+
+DATA = bytes(range(256)) * 2000
+
+
+def left_in(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+async def chunks(*parts: bytes) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
+
+
+def test_a_blob_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    blobs = Blobs(tmp_path)
+
+    async def run() -> None:
+        assert await blobs.put(of_bytes(DATA), chunks(DATA[:7], b"", DATA[7:]), length=len(DATA))
+        assert not await blobs.put(of_bytes(DATA), chunks(DATA), length=len(DATA))
+        read = b"".join([piece async for piece in blobs.read(of_bytes(DATA), 5, 400_000)])
+        assert read == DATA[5:400_000]
+        assert await blobs.get(of_bytes(DATA), bytes_max=len(DATA)) == DATA
+
+    asyncio.run(run())
+    assert blobs.size(of_bytes(DATA)) == len(DATA)
+
+
+@pytest.mark.parametrize(
+    ("parts", "length", "code"),
+    [
+        ((DATA[:-1],), len(DATA), "length_mismatch"),
+        ((DATA, b"x"), len(DATA), "length_mismatch"),
+        ((DATA[:-1] + b"x",), len(DATA), "digest_mismatch"),
+        ((DATA[:-1],), None, "digest_mismatch"),
+        ((), 0, "digest_mismatch"),
+    ],
+)
+def test_nothing_is_kept_of_a_blob_that_is_not_what_it_says(
+    tmp_path: Path, parts: tuple[bytes, ...], length: int | None, code: str
+) -> None:
+    blobs = Blobs(tmp_path)
+    with pytest.raises(RefusedError) as caught:
+        asyncio.run(blobs.put(of_bytes(DATA), chunks(*parts), length=length))
+    assert caught.value.code == code
+    assert left_in(tmp_path) == []
+
+
+def test_the_same_blob_sent_twice_at_once_is_stored_once(tmp_path: Path) -> None:
+    blobs = Blobs(tmp_path)
+
+    async def run() -> list[bool]:
+        return await asyncio.gather(*(blobs.put(of_bytes(DATA), chunks(DATA)) for _ in range(8)))
+
+    created = asyncio.run(run())
+    assert sum(created) >= 1
+    assert left_in(tmp_path) == [blobs.path(of_bytes(DATA))]
+
+
+def test_what_a_killed_upload_left_is_swept(tmp_path: Path) -> None:
+    blobs = Blobs(tmp_path)
+    (tmp_path / INCOMING).mkdir()
+    (tmp_path / INCOMING / "half").write_bytes(b"half")
+    assert blobs.sweep() == 1
+    assert left_in(tmp_path) == []
+
+
+def test_a_large_blob_is_not_read_where_a_small_one_is_expected(tmp_path: Path) -> None:
+    blobs = Blobs(tmp_path)
+    asyncio.run(blobs.put_bytes(DATA))
+    with pytest.raises(RefusedError) as caught:
+        asyncio.run(blobs.get(of_bytes(DATA), bytes_max=10))
+    assert caught.value.code == "blob_too_large"
+
+
+@pytest.mark.parametrize("name", ["sha256:../../etc/passwd", "sha256:AB", "md5:" + "0" * 32, "", "sha256:" + "g" * 64])
+def test_only_digests_name_blobs(tmp_path: Path, name: str) -> None:
+    with pytest.raises(WherryError) as caught:
+        Blobs(tmp_path).path(name)
+    assert caught.value.code == "bad_digest"
+
+
+def test_the_window_of_an_encoding_fits_every_device(tmp_path: Path) -> None:
+    source = tmp_path / "raw"
+    source.write_bytes(b"the same line again and again\n" * 500_000)
+    size = source.stat().st_size
+    assert size > ZSTD_WINDOW_BYTES_MAX
+    digest, length = compress(source, tmp_path / "encoded", size)
+    encoded = (tmp_path / "encoded").read_bytes()
+    assert (of_bytes(encoded), len(encoded)) == (digest, length)
+    assert zstandard.get_frame_parameters(encoded).window_size <= ZSTD_WINDOW_BYTES_MAX
+    decoder = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES_MAX)
+    assert decoder.decompress(encoded) == source.read_bytes()
+
+
+# --- over HTTP ----------------------------------------------------------------------------------
+
+
+def test_an_altered_upload_is_refused_and_leaves_nothing(server: Running) -> None:
+    digest = of_bytes(b"altered upload")
+    with server.http() as http:
+        answer = http.put(f"/api/v1/blobs/{digest}", content=b"altered uploaD")
+        assert (answer.status_code, answer.json()["code"]) == (422, "digest_mismatch")
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert http.head(f"/api/v1/blobs/{digest}").status_code == 404
+        assert http.put(f"/api/v1/blobs/{digest}", content=b"altered upload").status_code == 201
+        assert http.put(f"/api/v1/blobs/{digest}", content=b"altered upload").status_code == 200
+        assert http.head(f"/api/v1/blobs/{digest}").headers["wherry-bytes"] == "14"
+
+
+def test_an_upload_that_is_cut_short_leaves_nothing(server: Running) -> None:
+    data = b"cut!" * 2_000_000
+    digest = of_bytes(data)
+    incoming = server.settings.blobs_folder / INCOMING
+    with socket.create_connection(("127.0.0.1", server.settings.port)) as raw:
+        raw.sendall(
+            f"PUT /api/v1/blobs/{digest} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.admin}\r\n"
+            f"Content-Length: {len(data)}\r\n\r\n".encode()
+        )
+        raw.sendall(data[: len(data) // 2])
+        until(lambda: list(incoming.glob("*")))
+    until(lambda: not list(incoming.glob("*")))
+    with server.http() as http:
+        assert http.head(f"/api/v1/blobs/{digest}").status_code == 404
+        assert http.put(f"/api/v1/blobs/{digest}", content=data).status_code == 201
+
+
+def test_who_may_not_publish_uploads_nothing(server: Running) -> None:
+    digest = of_bytes(b"of an operator")
+    with server.http(server.token("operator")) as http:
+        answer = http.put(f"/api/v1/blobs/{digest}", content=b"of an operator")
+        assert (answer.status_code, answer.json()["code"]) == (403, "role_missing")
+        assert http.head(f"/api/v1/blobs/{digest}").status_code == 404
+
+
+def test_a_device_fetches_blobs_of_its_project_by_ranges_and_conditions(server: Running, tmp_path: Path) -> None:
+    weights = hashlib.shake_256(b"random").digest(700_000)
+    manifest, _ = release(server, tmp_path, "ranged", weights=weights)
+    digest = manifest.layers[0].digest
+    etag = f'"{digest}"'
+    with server.as_device(server.device("ranger")) as http:
+        url = f"/device/v1/blobs/{digest}"
+        whole = http.get(url)
+        assert (whole.status_code, whole.content) == (200, weights)
+        assert whole.headers["etag"] == etag
+        assert whole.headers["content-length"] == str(len(weights))
+        assert whole.headers["accept-ranges"] == "bytes"
+        part = http.get(url, headers={"Range": "bytes=600000-"})
+        assert (part.status_code, part.content) == (206, weights[600_000:])
+        assert part.headers["content-range"] == "bytes 600000-699999/700000"
+        beyond = http.get(url, headers={"Range": "bytes=700000-"})
+        assert (beyond.status_code, beyond.headers["content-range"]) == (416, "bytes */700000")
+        same = http.get(url, headers={"If-None-Match": etag})
+        assert (same.status_code, same.content, same.headers["etag"]) == (304, b"", etag)
+        assert http.get(url, headers={"Range": "bytes=0-0", "If-Range": '"x"'}).content == weights
+        assert http.get(url, headers={"Range": "bytes=0-1,4-5"}).content == weights
+
+
+def test_a_blob_that_no_bundle_names_is_not_served(server: Running) -> None:
+    digest = of_bytes(b"inert")
+    with server.http() as http:
+        assert http.put(f"/api/v1/blobs/{digest}", content=b"inert").status_code == 201
+    with server.as_device(server.device("curious")) as http:
+        for path in (f"/device/v1/blobs/{digest}", f"/device/v1/blobs/{digest}/info"):
+            answer = http.get(path)
+            assert (answer.status_code, answer.json()["code"]) == (404, "blob_unknown")
+
+
+def test_weights_that_get_smaller_are_also_served_as_zstd(server: Running, tmp_path: Path) -> None:
+    weights = b"\0" * 200_000 + hashlib.shake_256(b"x").digest(50_000)
+    manifest, _ = release(server, tmp_path, "sparse", weights=weights)
+    raw = manifest.layers[0].digest
+    with server.as_device(server.device("saver")) as http:
+
+        def info() -> wire.BlobInfo:
+            return wire.parse(wire.BlobInfo, http.get(f"/device/v1/blobs/{raw}/info").content)
+
+        until(lambda: info().encodings)
+        found = info()
+        assert found.bytes == len(weights)
+        encoding = found.encodings[0]
+        assert encoding.bytes < 60_000
+        encoded = http.get(f"/device/v1/blobs/{encoding.digest}").content
+        assert (of_bytes(encoded), len(encoded)) == (encoding.digest, encoding.bytes)
+        assert zstandard.ZstdDecompressor().decompress(encoded) == weights
+    with server.http() as http:
+        variant = http.get("/api/v1/bundles/sparse/1.0.0").json()["variants"][0]
+        assert (variant["bytes"], variant["download_bytes"]) == (len(weights), encoding.bytes)
+
+
+def test_weights_that_do_not_get_smaller_keep_one_form(server: Running, tmp_path: Path) -> None:
+    manifest, _ = release(server, tmp_path, "noise", weights=hashlib.shake_256(b"noise").digest(100_000))
+    marker, _ = release(server, tmp_path, "marker", weights=b"m" * 100_000)  # encoded after it, one at a time
+    with server.as_device(server.device("listener")) as http:
+
+        def encodings(digest: str) -> list[wire.Encoding]:
+            return wire.parse(wire.BlobInfo, http.get(f"/device/v1/blobs/{digest}/info").content).encodings
+
+        until(lambda: encodings(marker.layers[0].digest))
+        assert encodings(manifest.layers[0].digest) == []

@@ -1,0 +1,285 @@
+"""Devices: how they become known, and what operators see of them."""
+
+from __future__ import annotations
+
+import base64
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import NameOID
+from sqlalchemy import insert, update
+
+from tests.server.harness import Running, csr, enrol, in_database
+from wherry_server.db.tables import Device, DeviceModel, TelemetryWindow, table
+from wherry_server.times import now_us
+from wherry_shared import wire
+from wherry_shared.facts import DeviceFacts, EngineFacts
+from wherry_shared.frames import device_key
+from wherry_shared.ids import is_device_id
+from wherry_shared.sketch import Sketch
+
+
+def test_a_device_gets_an_identity_of_its_own(server: Running) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    facts = DeviceFacts(arch="x86_64", engines=[EngineFacts(name="onnxruntime", version="1.32.0", formats=["onnx"])])
+    token = server.enrolment_token(labels={"site": "north"})
+    answer = enrol(server, token, "press-1", csr_pem=csr(key), labels={"line": "4", "site": "south"}, facts=facts)
+    device = wire.parse(wire.EnrolAnswer, answer.content)
+    assert is_device_id(device.device)
+    master = server.settings.master_key_file.read_bytes()
+    assert base64.b64decode(device.mac_key) == device_key(master, device.device)
+    certificate = x509.load_pem_x509_certificate(device.certificate_pem.encode())
+    certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(device.ca_pem.encode()))
+    assert certificate.public_key() == key.public_key()
+    assert certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value == device.device
+    assert (device.project, device.tuf_path) == ("default", "/tuf/default")
+    with server.http() as http:
+        shown = http.get("/api/v1/devices/press-1").json()
+        assert shown["id"] == device.device
+        assert shown["labels"] == {"line": "4", "site": "north"}, "what the operator said counts more"
+        assert shown["engines"] == ["onnxruntime 1.32.0"]
+        assert http.get(f"/api/v1/devices/{device.device}").json() == shown
+
+
+@pytest.mark.parametrize(
+    "token", ["", "wherry1", "wherry1..", "wherry1.unknown.00", "wherry2.unknown.00", "a.b.c.d", "wherry1.ü.00"]
+)
+def test_an_unknown_token_enrols_nobody(server: Running, token: str) -> None:
+    answer = enrol(server, token, "stranger")
+    assert (answer.status_code, answer.json()["code"]) == (403, "enrolment_refused")
+
+
+def test_a_token_is_good_for_as_many_devices_as_it_says_also_when_they_come_at_once(server: Running) -> None:
+    token = server.enrolment_token(uses=5)
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda number: enrol(server, token, f"crowd-{number}"), range(12)))
+    codes = sorted(answer.status_code for answer in answers)
+    assert codes == [200] * 5 + [403] * 7
+    devices = {wire.parse(wire.EnrolAnswer, answer.content).device for answer in answers if answer.status_code == 200}
+    assert len(devices) == 5
+    with server.http() as http:
+        assert len(http.get("/api/v1/devices", params={"name": "crowd-"}).json()["devices"]) == 5
+        assert http.get("/api/v1/audit/verify").json() == {"whole": True, "broken_at": None}
+
+
+def test_an_enrolment_whose_answer_got_lost_is_repeated_without_harm(server: Running) -> None:
+    token = server.enrolment_token(uses=1)
+    request = csr()
+    first = wire.parse(wire.EnrolAnswer, enrol(server, token, "again", csr_pem=request).content)
+    second = wire.parse(wire.EnrolAnswer, enrol(server, token, "again", csr_pem=request).content)
+    assert second.device == first.device
+    assert second.bearer != first.bearer
+    with server.as_device(first) as old, server.as_device(second) as new:
+        assert old.post("/device/v1/logs", json=[]).status_code == 401
+        assert new.post("/device/v1/logs", json=[]).status_code == 204
+
+
+def test_another_key_does_not_get_a_name_that_is_taken(server: Running) -> None:
+    server.device("unique")
+    answer = enrol(server, server.enrolment_token(), "unique")
+    assert (answer.status_code, answer.json()["code"]) == (409, "name_taken")
+
+
+def _rsa_request() -> str:
+    key = rsa.generate_private_key(65537, 2048)
+    request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
+    return request.public_bytes(serialization.Encoding.PEM).decode()
+
+
+def _altered_request() -> str:
+    der = bytearray(x509.load_pem_x509_csr(csr().encode()).public_bytes(serialization.Encoding.DER))
+    der[-1] ^= 1
+    body = base64.encodebytes(bytes(der)).decode()
+    return f"-----BEGIN CERTIFICATE REQUEST-----\n{body}-----END CERTIFICATE REQUEST-----\n"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: "",
+        lambda: "not a request",
+        lambda: csr(ec.generate_private_key(ec.SECP384R1())),
+        _rsa_request,
+        _altered_request,
+        lambda: "x" * 20_000,
+    ],
+    ids=["empty", "text", "other curve", "rsa", "altered", "huge"],
+)
+def test_a_request_that_is_not_a_sound_p256_one_is_refused(server: Running, make: object) -> None:
+    token = server.enrolment_token(uses=1)
+    answer = enrol(server, token, "unsound", csr_pem=make())  # type: ignore[operator]
+    assert (answer.status_code, answer.json()["code"]) == (422, "csr_invalid")
+    assert enrol(server, token, f"sound-{now_us()}").status_code == 200, "the refusal used the token up"
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"name": "../etc"}, "bad_name"),
+        ({"name": ""}, "bad_name"),
+        ({"labels": {"a b": "c"}}, "labels_invalid"),
+        ({"labels": {"a": "c" * 200}}, "labels_invalid"),
+        ({"labels": {str(number): "x" for number in range(40)}}, "labels_invalid"),
+        ({"format": 9}, "message_format"),
+    ],
+)
+def test_bad_names_labels_and_formats_are_refused(server: Running, fields: dict[str, object], code: str) -> None:
+    answer = enrol(server, server.enrolment_token(), **{"name": "plain", **fields})
+    assert (answer.status_code, answer.json()["code"]) == (422, code)
+
+
+def test_only_the_right_secret_speaks_for_a_device(server: Running) -> None:
+    device, other = server.device("secret-1"), server.device("secret-2")
+    for token in (
+        f"{device.device}:{other.bearer}",
+        f"{device.device}:",
+        device.bearer,
+        f"{device.device[:-1]}x:{device.bearer}",
+        server.admin,
+    ):
+        with server.http(token) as http:
+            answer = http.post("/device/v1/logs", json=["x"])
+            assert (answer.status_code, answer.json()["code"]) == (401, "unauthenticated"), token
+
+
+def test_a_revoked_device_gets_nothing_more(server: Running) -> None:
+    device = server.device("revoked")
+    devices = table(Device)
+    in_database(
+        server.settings,
+        lambda c: c.execute(update(devices).where(devices.c.id == device.device).values(state="revoked")),
+    )
+    with server.as_device(device) as http:
+        answer = http.post("/device/v1/logs", json=["x"])
+    assert (answer.status_code, answer.json()["code"]) == (403, "device_revoked")
+
+
+def test_devices_are_listed_page_by_page_and_filtered(server: Running) -> None:
+    names = [f"page-{number}" for number in range(5)]
+    devices = [server.device(name) for name in names]
+    _say(server, devices[1].device, "pager", state="trial")
+    _say(server, devices[2].device, "pager", state="confirmed")
+    with server.http() as http:
+        first = http.get("/api/v1/devices", params={"name": "page-", "limit": 3}).json()
+        second = http.get("/api/v1/devices", params={"name": "page-", "limit": 3, "after": first["next"]}).json()
+        assert [device["name"] for device in first["devices"] + second["devices"]] == names
+        assert second["next"] == ""
+
+        def found(**parameters: str) -> list[str]:
+            return [device["name"] for device in http.get("/api/v1/devices", params=parameters).json()["devices"]]
+
+        assert found(model="pager") == names[1:3]
+        assert found(model="pager", state="trial") == [names[1]]
+        assert found(model="other", state="trial") == []
+        assert found(name="page_") == [], "an underscore is no wildcard"
+        assert set(found(state="active")) >= set(names)
+
+
+def test_a_device_shows_what_runs_and_why(server: Running) -> None:
+    device = server.device("shown")
+    _say(
+        server,
+        device.device,
+        "shower",
+        state="returned",
+        running="sha256:" + "a" * 64,
+        running_variant="int8",
+        reason="health_errors",
+        detail="3 of 20 failed",
+        body={
+            "variants": [
+                {
+                    "id": "int8",
+                    "outcome": "serving",
+                    "why": "41 µs",
+                    "engine": "onnxruntime 1.32.0",
+                    "peak_memory_bytes": 7,
+                }
+            ]
+        },
+    )
+    _measure(server, device.device, "shower", "sha256:" + "a" * 64, [1000.0] * 99 + [9000.0])
+    with server.http() as http:
+        model = http.get("/api/v1/devices/shown").json()["models"][0]
+    assert (model["variant"], model["why"], model["engine"]) == ("int8", "41 µs", "onnxruntime 1.32.0")
+    assert (model["reason"], model["detail"], model["peak_memory_bytes"]) == ("health_errors", "3 of 20 failed", 7)
+    assert model["latency"]["requests"] == 100
+    assert model["latency"]["p50_us"] == pytest.approx(1000, rel=0.05)
+
+
+def test_the_fleet_is_counted_with_simulated_devices_apart(server: Running) -> None:
+    with server.http() as http:
+        before = http.get("/api/v1/fleet").json()["devices"]
+        real = server.device("counted")
+        for number in range(2):
+            swarm = server.device(f"swarm-{number}", simulated="true")
+            _say(server, swarm.device, "counter", state="confirmed", running="sha256:" + "b" * 64)
+        _say(server, real.device, "counter", state="failed", running="")
+        after = http.get("/api/v1/fleet").json()
+    assert after["devices"]["real"]["active"] == before["real"]["active"] + 1
+    assert after["devices"]["simulated"]["active"] == before["simulated"]["active"] + 2
+    counter = after["models"]["counter"]
+    assert counter["states"] == {"confirmed": {"real": 0, "simulated": 2}, "failed": {"real": 1, "simulated": 0}}
+    assert counter["versions"]["none"] == {"real": 1, "simulated": 0}
+
+
+def test_log_lines_come_when_an_operator_asks(server: Running) -> None:
+    device = server.device("logger")
+    with server.http(server.token("viewer")) as http:
+        assert http.post("/api/v1/devices/logger/logs").status_code == 403
+        assert http.get("/api/v1/devices/logger/logs").json() == {"requested_at": 0, "received_at": 0, "lines": []}
+    with server.http(server.token("operator")) as http, server.as_device(device) as own:
+        asked = http.post("/api/v1/devices/logger/logs")
+        assert asked.status_code == 202
+        assert own.post("/device/v1/logs", content=b"{").status_code == 422
+        assert own.post("/device/v1/logs", json=[f"line {number}" for number in range(300)]).status_code == 204
+        found = http.get("/api/v1/devices/logger/logs").json()
+    assert found["requested_at"] == asked.json()["requested_at"] <= found["received_at"]
+    assert found["lines"] == [f"line {number}" for number in range(100, 300)]
+
+
+def _say(server: Running, device: str, model: str, **fields: object) -> None:
+    row = {
+        "device_id": device,
+        "model": model,
+        "project_id": "default",
+        "updated_at": now_us(),
+        "running": "",
+        **fields,
+    }
+    in_database(server.settings, lambda c: c.execute(insert(DeviceModel).values({"body": {}, **row})))
+
+
+def _measure(server: Running, device: str, model: str, manifest: str, values: list[float]) -> None:
+    sketch = Sketch()
+    for value in values:
+        sketch.add(value)
+    window = wire.Window(
+        model=model,
+        manifest=manifest,
+        variant="int8",
+        arm="incumbent",
+        start=1,
+        duration_us=1,
+        requests=len(values),
+        latency_us={"0": sketch.to_wire()},
+    )
+    row = {
+        "device_id": device,
+        "epoch": "e",
+        "seq": 1,
+        "position": 0,
+        "project_id": "default",
+        "model": model,
+        "manifest": manifest,
+        "variant": "int8",
+        "arm": "incumbent",
+        "start": 1,
+        "duration_us": 1,
+        "requests": len(values),
+        "body": wire.encode(window),
+    }
+    in_database(server.settings, lambda c: c.execute(insert(TelemetryWindow).values(row)))
