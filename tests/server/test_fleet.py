@@ -13,7 +13,7 @@ from cryptography.x509.oid import NameOID
 from sqlalchemy import insert, update
 
 from tests.server.harness import Running, csr, enrol, in_database
-from wherry_server.db.tables import Device, DeviceModel, TelemetryWindow, table
+from wherry_server.db.tables import Cohort, Device, DeviceModel, TelemetryWindow, table
 from wherry_server.times import now_us
 from wherry_shared import wire
 from wherry_shared.facts import DeviceFacts, EngineFacts
@@ -175,6 +175,13 @@ def test_devices_are_listed_page_by_page_and_filtered(server: Running) -> None:
         assert found(model="pager", state="trial") == [names[1]]
         assert found(model="other", state="trial") == []
         assert found(name="page_") == [], "an underscore is no wildcard"
+        cohort = {"name": "late-pages", "selector": "name in (page-3, page-4)", "created_by": "me"}
+        in_database(
+            server.settings,
+            lambda c: c.execute(insert(Cohort).values(project_id="default", created_at=now_us(), **cohort)),
+        )
+        assert found(cohort="late-pages") == names[3:]
+        assert http.get("/api/v1/devices", params={"cohort": "none"}).json()["code"] == "cohort_unknown"
         assert set(found(state="active")) >= set(names)
 
 

@@ -195,7 +195,7 @@ def _wait_ready(settings: Settings, supervisor: Supervisor, stop: threading.Even
                     return
             except httpx.HTTPError:  # not listening yet
                 pass
-            failing = next((child for child in supervisor.children[:2] if child.failures >= 3), None)
+            failing = next((child for child in supervisor.children if child.failures >= 3), None)
             if failing is not None or time.monotonic() > deadline:
                 late = failing or supervisor.children[1]
                 raise UnreachableError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -36,7 +36,8 @@ class Filter(msgspec.Struct, frozen=True, kw_only=True):
     state: str = ""
     """`active`, `revoked` or `decommissioned`, or the state of a model on the device, such as `trial`."""
     model: str = ""
-    ids: Collection[str] | None = None
+    ids: frozenset[str] | None = None
+    """Only these; None: all."""
     after: str = ""
     """Only names behind this one: the next page."""
     limit: int = LISTED_MAX
@@ -45,8 +46,15 @@ class Filter(msgspec.Struct, frozen=True, kw_only=True):
 async def list_devices(connection: AsyncConnection, project: str, wanted: Filter) -> tuple[list[dict[str, Any]], str]:
     """Return devices by name, and the name after which the next page begins (empty at the end)."""
     conditions = _conditions(project, wanted)
-    query = select(_devices).where(*conditions).order_by(_devices.c.name).limit(wanted.limit + 1)
-    rows = (await connection.execute(query)).all()
+    rows: list[Any] = []
+    after = wanted.after
+    while len(rows) <= wanted.limit:
+        query = select(_devices).where(*conditions, _devices.c.name > after).order_by(_devices.c.name)
+        batch = (await connection.execute(query.limit(LISTED_MAX + 1))).all()
+        rows += [row for row in batch if wanted.ids is None or row.id in wanted.ids]
+        if len(batch) <= LISTED_MAX:
+            break
+        after = batch[-1].name
     more = rows[wanted.limit - 1].name if len(rows) > wanted.limit else ""
     rows = rows[: wanted.limit]
     versions = await _versions(connection, project)
@@ -55,7 +63,7 @@ async def list_devices(connection: AsyncConnection, project: str, wanted: Filter
 
 
 def _conditions(project: str, wanted: Filter) -> list[ColumnElement[bool]]:
-    found: list[ColumnElement[bool]] = [_devices.c.project_id == project, _devices.c.name > wanted.after]
+    found: list[ColumnElement[bool]] = [_devices.c.project_id == project]
     if wanted.name:
         found.append(_devices.c.name.contains(wanted.name, autoescape=True))
     on_device = _models.c.device_id == _devices.c.id
@@ -66,8 +74,6 @@ def _conditions(project: str, wanted: Filter) -> list[ColumnElement[bool]]:
         found.append(
             or_(_devices.c.state == wanted.state, exists().where(and_(on_device, _models.c.state == wanted.state)))
         )
-    if wanted.ids is not None:
-        found.append(_devices.c.id.in_(list(wanted.ids)))
     return found
 
 

@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import sys
-from importlib import import_module
 from typing import Literal
 
 from wherry_server.settings import Settings
@@ -32,7 +31,9 @@ def run(role: Role, settings: Settings) -> None:
     if role == "api":
         run_api(settings)
     elif role == "director":
-        import_module("wherry_server.director").run(settings)
+        from wherry_server import director
+
+        director.run(settings)
     else:
         from wherry_server import broker
 

@@ -7,9 +7,10 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from pydantic import BaseModel
 
-from wherry_server import audit, fleet
+from wherry_server import audit, cohorts, fleet
 from wherry_server.api.shapes import DeviceDetail, DeviceList, DeviceLogs, FleetState
 from wherry_server.auth import Operator, ServicesDep, Viewer
+from wherry_server.targeting import parse_selector
 
 router = APIRouter(prefix="/api/v1", tags=["fleet"])
 
@@ -29,12 +30,18 @@ async def list_devices(
     name: Annotated[str, Query(description="part of the name", max_length=64)] = "",
     state: Annotated[str, Query(description="of the device, or of a model on it", max_length=32)] = "",
     model: Annotated[str, Query(description="has said something about it", max_length=64)] = "",
+    cohort: Annotated[str, Query(description="members of this cohort", max_length=64)] = "",
     after: Annotated[str, Query(description="names behind this one", max_length=64)] = "",
     limit: Annotated[int, Query(ge=1, le=fleet.LISTED_MAX)] = fleet.LISTED_MAX,
 ) -> DeviceList:
     """List devices by name."""
     async with services.database.read() as connection:
-        wanted = fleet.Filter(name=name, state=state, model=model, after=after, limit=limit)
+        ids = None
+        if cohort:
+            saved = await cohorts.find(connection, services.project, cohort)
+            taken = await cohorts.members(connection, services.project, parse_selector(saved["selector"]))
+            ids = frozenset(member.id for member in taken)
+        wanted = fleet.Filter(name=name, state=state, model=model, ids=ids, after=after, limit=limit)
         rows, following = await fleet.list_devices(connection, services.project, wanted)
     return DeviceList.model_validate({"devices": rows, "next": following})
 
