@@ -1,0 +1,270 @@
+"""Measurements on their way to the server: windows cut from running counts, kept in a bounded buffer, numbered.
+
+The worker counts and never resets; a window is the difference of two looks at a counter. All counters are looked at
+whenever the serving set changes, so that no window straddles a swap. The buffer is SQLite and may lose whole windows (a
+power cut, no space, too long offline); every loss that is known is counted in `dropped`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import sqlite3
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from wherry_agent.children import ArmStats
+from wherry_shared import wire
+from wherry_shared.wire import Arm, Telemetry, Window
+
+log = logging.getLogger(__name__)
+
+WINDOWS_MAX = 64
+"""Windows in one message; more go into the next."""
+MESSAGE_BYTES_MAX = 60_000
+MESSAGES_MAX = 10_000
+ARMS_MAX = 256
+"""Counters looked at between two cuts; more belong to variants that are long gone."""
+
+_Key = tuple[str, str, str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Under which rollout a candidate's window falls."""
+
+    rollout: str
+    attempt: int
+
+
+class Windows:
+    """Cuts windows out of counters."""
+
+    def __init__(self) -> None:
+        self._latest: dict[_Key, ArmStats] = {}
+        self._cut: dict[_Key, ArmStats] = {}
+        self._since_us: dict[_Key, int] = {}
+        self._baselines: dict[tuple[str, str], ArmStats] = {}
+
+    def look(self, arms: Iterable[ArmStats], at_us: int) -> None:
+        """Take the newest counts."""
+        for stats in arms:
+            key = (stats.model, stats.digest, stats.arm, stats.trial)
+            if key not in self._latest:
+                self._since_us[key] = at_us
+            elif stats.requests < self._latest[key].requests:
+                self._cut.pop(key, None)  # another process counts from nothing
+            self._latest[key] = stats
+            if stats.arm == "incumbent":
+                known = self._baselines.get((stats.model, stats.digest))
+                if known is None or stats.requests >= known.requests:
+                    self._baselines[stats.model, stats.digest] = stats
+        while len(self._latest) > ARMS_MAX:
+            self._drop(next(iter(self._latest)))
+
+    def baseline(self, model: str, digest: str) -> ArmStats | None:
+        """Return the fullest counts of an incumbent in this life of the agent."""
+        return self._baselines.get((model, digest))
+
+    def cut(self, at_us: int, context: Callable[[ArmStats], Context]) -> list[Window]:
+        """Return what was counted since the last cut."""
+        windows = []
+        for key, stats in self._latest.items():
+            before = self._cut.get(key)
+            requests = stats.requests - (before.requests if before is not None else 0)
+            fallbacks = stats.fallbacks - (before.fallbacks if before is not None else 0)
+            if requests > 0 or fallbacks > 0:
+                windows.append(_window(stats, before, self._since_us[key], at_us, context(stats)))
+            self._cut[key] = stats
+            self._since_us[key] = at_us
+        return windows
+
+    def keep_only(self, digests: set[str]) -> None:
+        """Forget counters of variants that are not served any more; call after a cut."""
+        for key in [key for key in self._latest if key[1] not in digests]:
+            self._drop(key)
+        self._baselines = {key: stats for key, stats in self._baselines.items() if key[1] in digests}
+
+    def restart(self) -> None:
+        """The process that counted is gone; call after a cut."""
+        self._latest.clear()
+        self._cut.clear()
+        self._since_us.clear()
+
+    def _drop(self, key: _Key) -> None:
+        for table in (self._latest, self._cut, self._since_us):
+            table.pop(key, None)
+
+
+def _window(stats: ArmStats, before: ArmStats | None, start_us: int, at_us: int, context: Context) -> Window:
+    arm: Arm = "candidate" if stats.arm == "candidate" else "shadow" if stats.arm == "shadow" else "incumbent"
+    old = before or msgspec.structs.replace(
+        stats, requests=0, errors=0, fallbacks=0, latency_us={}, wait_us={}, classes={}
+    )
+    latency = {
+        bucket: bins
+        for bucket, now in stats.latency_us.items()
+        if (bins := _less(now, old.latency_us.get(bucket, {})))
+    }
+    return Window(
+        model=stats.model,
+        manifest=stats.manifest,
+        variant=stats.variant,
+        arm=arm,
+        start=start_us,
+        duration_us=max(0, at_us - start_us),
+        rollout=context.rollout,
+        attempt=context.attempt,
+        requests=max(0, stats.requests - old.requests),
+        errors=max(0, stats.errors - old.errors),
+        fallbacks=max(0, stats.fallbacks - old.fallbacks),
+        latency_us=latency,
+        wait_us=_less(stats.wait_us, old.wait_us),
+        classes=_less(stats.classes, old.classes),
+    )
+
+
+def _less(now: dict[str, int], before: dict[str, int]) -> dict[str, int]:
+    """Subtract counts; a key whose count fell (sketch bins that were merged) counts as new."""
+    found = {}
+    for key, count in now.items():
+        left = count - before.get(key, 0)
+        if left < 0:
+            left = count
+        if left:
+            found[key] = left
+    return found
+
+
+class Buffer:
+    """Messages that the server did not acknowledge yet."""
+
+    def __init__(self, path: Path, bytes_max: int) -> None:
+        self._path = path
+        self._bytes_max = bytes_max
+        self._database = self._open()
+        row = self._database.execute("SELECT epoch, next, dropped FROM stream").fetchone()
+        self.epoch: str = row[0]
+        self._next: int = row[1]
+        self._dropped: int = row[2]
+
+    @property
+    def next(self) -> int:
+        """Number of the next message."""
+        return self._next
+
+    @property
+    def first(self) -> int:
+        """Oldest number still held, `next` if none is."""
+        row = self._database.execute("SELECT min(seq) FROM message").fetchone()
+        return int(row[0]) if row[0] is not None else self._next
+
+    def held(self, count: int) -> list[int]:
+        """Return the oldest `count` numbers that are not acknowledged."""
+        rows = self._database.execute("SELECT seq FROM message ORDER BY seq LIMIT ?", (count,)).fetchall()
+        return [int(row[0]) for row in rows]
+
+    def message(self, seq: int) -> Telemetry | None:
+        """Return a message as it is to be sent now."""
+        row = self._database.execute("SELECT body FROM message WHERE seq = ?", (seq,)).fetchone()
+        if row is None:
+            return None
+        return msgspec.structs.replace(wire.parse(Telemetry, row[0]), first=self.first)
+
+    def add(self, message: Telemetry) -> None:
+        """Number and keep messages with the windows of `message`, split to fit; the oldest give way.
+
+        Nothing is raised: what cannot be kept is dropped and counted.
+        """
+        for windows in _split(message.windows):
+            try:
+                self._add(msgspec.structs.replace(message, windows=windows))
+            except sqlite3.Error as error:
+                self._dropped += len(windows)
+                log.warning("telemetry: %d windows dropped: %s", len(windows), error)
+
+    def acknowledge(self, epoch: str, seq: int) -> None:
+        """Drop what the server has."""
+        if epoch != self.epoch or seq >= self._next:
+            return
+        try:
+            with self._database:
+                self._database.execute("DELETE FROM message WHERE seq <= ?", (seq,))
+        except sqlite3.Error as error:  # it is sent again, and the server knows it already
+            log.warning("telemetry: an acknowledgement could not be noted: %s", error)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    def _add(self, message: Telemetry) -> None:
+        seq = self._next
+        body = wire.encode(
+            msgspec.structs.replace(message, epoch=self.epoch, seq=seq, first=0, dropped=self._dropped)
+        )
+        with self._database:
+            insert = "INSERT INTO message (seq, windows, size, body) VALUES (?, ?, ?, ?)"
+            self._database.execute(insert, (seq, len(message.windows), len(body), body))
+            lost = self._make_room()
+            self._database.execute("UPDATE stream SET next = ?, dropped = ?", (seq + 1, lost))
+        self._next, self._dropped = seq + 1, lost
+
+    def _make_room(self) -> int:
+        """Drop the oldest messages over the bound; return how many windows went with them."""
+        lost = 0
+        count, size = self._database.execute("SELECT count(*), coalesce(sum(size), 0) FROM message").fetchone()
+        while count > 1 and (count > MESSAGES_MAX or size > self._bytes_max):
+            row = self._database.execute("SELECT seq, windows, size FROM message ORDER BY seq LIMIT 1").fetchone()
+            self._database.execute("DELETE FROM message WHERE seq = ?", (row[0],))
+            count, size, lost = count - 1, size - row[2], lost + row[1]
+        return lost
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            return self._connect()
+        except sqlite3.DatabaseError as error:
+            log.warning("telemetry: the buffer could not be read and begins anew: %s", error)
+            for suffix in ("", "-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    self._path.with_name(self._path.name + suffix).unlink()
+            return self._connect()
+
+    def _connect(self) -> sqlite3.Connection:
+        database = sqlite3.connect(self._path, check_same_thread=False)
+        try:
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = NORMAL")  # whole messages may be lost with the power, none torn
+            database.execute("PRAGMA cache_size = -256")
+            with database:
+                database.execute("CREATE TABLE IF NOT EXISTS stream (epoch TEXT, next INTEGER, dropped INTEGER)")
+                database.execute(
+                    "CREATE TABLE IF NOT EXISTS message"
+                    " (seq INTEGER PRIMARY KEY, windows INTEGER, size INTEGER, body BLOB)"
+                )
+                if database.execute("SELECT count(*) FROM stream").fetchone()[0] == 0:
+                    database.execute("INSERT INTO stream VALUES (?, 1, 0)", (secrets.token_urlsafe(12),))
+        except sqlite3.Error:
+            database.close()
+            raise
+        return database
+
+
+def _split(windows: list[Window]) -> list[list[Window]]:
+    """Divide windows into messages that fit; a window alone too large for one loses its sketches."""
+    found: list[list[Window]] = [[]]
+    size = 0
+    for window in windows:
+        length = len(wire.encode(window))
+        if length > MESSAGE_BYTES_MAX:
+            window = msgspec.structs.replace(window, latency_us={}, wait_us={}, classes={})
+            length = len(wire.encode(window))
+        if found[-1] and (size + length > MESSAGE_BYTES_MAX or len(found[-1]) >= WINDOWS_MAX):
+            found.append([])
+            size = 0
+        found[-1].append(window)
+        size += length
+    return found
