@@ -1,1 +1,942 @@
-"""Placeholder."""
+"""The supervisor: threads around one queue, and one loop that takes a turn at a time.
+
+A turn: take an event, let `machine.step` decide, write the new state durably, then run the effects; `_run` is the one
+table that does, and decides nothing. Whatever happens elsewhere (broker, server, children, applications, timers) comes
+in through the queue, so nothing here needs a lock but what other threads look at.
+
+Engines, numpy, TUF and cryptography live in children: a native crash is a dead child, never a dead agent.
+"""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import logging
+import os
+import queue
+import random
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import assert_never
+
+import msgspec
+
+from wherry_agent import __version__, children, identity, machine, readings, status
+from wherry_agent import state as s
+from wherry_agent.children import ArmStats
+from wherry_agent.disk import Disk
+from wherry_agent.handle_server import HandleCrash, HandleServer, HandleVerdict
+from wherry_agent.identity import Identity
+from wherry_agent.journal import Journal
+from wherry_agent.link import Callbacks, Link
+from wherry_agent.log_ring import LogRing
+from wherry_agent.outbox import Outbox
+from wherry_agent.processes import Short, WorkerProcess, canary, courier
+from wherry_agent.settings import MIB, Settings
+from wherry_agent.telemetry import Buffer, Context, Windows
+from wherry_shared import dsse, reasons, topics, wire
+from wherry_shared.clock import Now
+from wherry_shared.errors import DeviceError, RefusedError, UnreachableError, WherryError
+from wherry_shared.facts import DeviceFacts
+from wherry_shared.limits import STREAM_IN_FLIGHT_MAX
+
+log = logging.getLogger(__name__)
+
+TURN_SECONDS_MAX = 60.0
+"""The loop wakes at least this often."""
+TICK_MIN_S = 0.05
+JITTER = 0.1
+JITTER_MAX_S = 60.0
+"""Waits of the machine are stretched by up to a tenth, so that a fleet does not come back in step."""
+HANDLES_EVERY_S = 1.0
+ENROL_WAIT_MAX_S = 60.0
+JOURNAL_AGAIN_S = 5.0
+EVENTS_KEPT_MAX = 1000
+VERIFY_WAIT_MIN_S = 5.0
+VERIFY_WAIT_MAX_S = 3600.0
+HEARTBEAT_S = 300.0
+"""Telemetry without windows is sent this often: memory, disk and temperature."""
+BALLAST_BYTES = 512 * 1024
+"""A file that gives way when the disk is full, so that the journal can still be written."""
+BACKLOG = 128
+
+
+class Daemon:
+    """One agent on one home folder."""
+
+    def __init__(self, settings: Settings, *, disk: Disk | None = None) -> None:
+        self._settings = settings
+        self._home = Path(settings.home)
+        self._disk = disk or Disk()
+        self._queue: queue.SimpleQueue[s.Event | Callable[[], None]] = queue.SimpleQueue()
+        self._timers: dict[str, tuple[float, Callable[[], None]]] = {}
+        self._jitter = random.random() * JITTER  # noqa: S311 - spreads a fleet, guards nothing
+        self._boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        self._stopping = False
+        self._started_s = time.monotonic()
+        self._journal = Journal(self._disk, self._home / "journal.json")
+        self._kept: deque[s.Event] = deque(maxlen=EVENTS_KEPT_MAX)
+        self._shorts: dict[str, Short] = {}
+        self._trusting: deque[tuple[str, Callable[[], None]]] = deque()
+        self._trust_busy = ""
+        self._collect: s.Collect | None = None
+        self._envelope: tuple[bytes, int] | None = None
+        self._facts: DeviceFacts | None = None
+        self._served: set[str] = set()
+        self._etag = ""
+        self._courier_until_us = 0
+        self._logs_sent = 0
+        self._report_box = Outbox()
+        self._telemetry_box = Outbox()
+        self._windows = Windows()
+        self._ring = LogRing()
+        self._lock_file: int | None = None
+
+    # --- start and end ---
+
+    def run(self) -> int:
+        """Serve until SIGTERM or SIGINT; return the exit code.
+
+        Raises:
+            DeviceError: `already_running`, `port_busy`, `socket_path` and other trouble of this machine.
+            RefusedError: `not_enrolled`, `enrol_refused`, `identity_invalid`.
+        """
+        logging.getLogger().addHandler(self._ring)
+        os.umask(0o077)
+        self._disk.mkdir(self._home / "run")
+        self._lock()
+        self._disk.sweep(self._home)
+        self._add_ballast()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._queue.put(self._stop))
+        self._identity = self._enrolled()
+        self._server = (self._settings.server or self._identity.server).rstrip("/")
+        self._state, effects = machine.resume(self._read_journal(), self._now())
+        self._commit(self._state)
+        self._buffer = Buffer(self._home / "telemetry.db", self._settings.telemetry_mb * MIB)
+        self._listen()
+        self._link = Link(self._home, self._identity, self._server, self._callbacks())
+        self._worker.start()
+        for effect in effects:
+            self._run(effect)
+        threading.Thread(target=self._look_at_device, name="facts", daemon=True).start()
+        self._status = status.Server(self._home / "run" / status.SOCKET, lambda: self._ask(self.snapshot))
+        self._link.start()
+        self._later("window", self._settings.window_s, self._cut_windows)
+        log.info("agent %s of device %s serves on port %d", __version__, self._identity.device, self.http_port)
+        try:
+            self._loop()
+        finally:
+            self._end()
+        return 0
+
+    def _loop(self) -> None:
+        while not self._stopping:
+            try:
+                item = self._queue.get(timeout=self._wait_s())
+            except queue.Empty:
+                self._run_timers()
+                if self._tick_in_s() <= 0:
+                    self._turn(s.Tick())
+                continue
+            if callable(item):
+                item()
+            else:
+                self._turn(item)
+            self._run_timers()
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _end(self) -> None:
+        log.info("agent stops")
+        for short in self._shorts.values():
+            short.cancel()
+        self._cut_windows()
+        self._link.stop()
+        self._worker.stop(children.Stop())
+        self._handles.close()
+        self._status.close()
+        for listener in self._listeners:
+            listener.close()
+        self._buffer.close()
+        logging.getLogger().removeHandler(self._ring)
+
+    def _lock(self) -> None:
+        path = self._home / "run" / "lock"
+        self._lock_file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DeviceError(
+                "already_running",
+                f"another agent runs on {self._home}",
+                consequence="this one does not start",
+                next_step="stop it, or choose another --home",
+            ) from error
+
+    def _enrolled(self) -> Identity:
+        """Return the identity, enrolling first if there is none yet; an unreachable server is asked again."""
+        wait_s = 1.0
+        while True:
+            known = identity.load(self._home)
+            if known is not None:
+                return known
+            settings = self._settings
+            if not settings.token or not settings.server:
+                raise RefusedError(
+                    "not_enrolled",
+                    f"{self._home} holds no identity",
+                    consequence="the agent does not know its server",
+                    next_step="run with --server URL --token TOKEN once",
+                )
+            task = children.Enrol(
+                home=settings.home,
+                server=settings.server,
+                token=settings.token,
+                name=settings.name or socket.gethostname(),
+                labels=settings.labels,
+            )
+            box: queue.SimpleQueue[children.CourierAnswer] = queue.SimpleQueue()
+            courier(task, box.put)
+            answer = box.get()
+            if isinstance(answer, children.Enrolled):
+                log.info("enrolled as %s in project %s", answer.device, answer.project)
+                continue
+            detail = answer.detail if isinstance(answer, children.Failed) else "an answer to another question"
+            if isinstance(answer, children.Failed) and answer.retry_after_s is None:
+                raise RefusedError(
+                    "enrol_refused",
+                    f"the server did not take this device: {detail}",
+                    consequence="it gets no models",
+                    next_step="make a new token with wherry device token",
+                )
+            log.warning("enrolment: %s; trying again in %.0f s", detail, wait_s)
+            if self._signalled(wait_s):
+                raise RefusedError("not_enrolled", "stopped before the device was enrolled")
+            wait_s = min(wait_s * 2, ENROL_WAIT_MAX_S)
+
+    def _signalled(self, seconds: float) -> bool:
+        """Wait; tell whether a signal came."""
+        try:
+            item = self._queue.get(timeout=seconds)
+        except queue.Empty:
+            return False
+        if callable(item):
+            item()
+        return self._stopping
+
+    def _read_journal(self) -> s.State:
+        state, problems = self._journal.read(lambda: secrets.token_urlsafe(12))
+        for problem in problems:
+            log.error("%s", problem.diagnostics())
+        device, project = self._identity.device, self._identity.project
+        if state is not None and (state.device, state.project) == (device, project):
+            return state
+        if state is not None:
+            log.error("the journal is of device %s, this is %s: begun anew", state.device, device)
+        return machine.initial(device=device, project=project, stream=secrets.token_urlsafe(12))
+
+    def _listen(self) -> None:
+        """Open the sockets on which models are served; the supervisor owns them, so a dead worker refuses nobody."""
+        tcp = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tcp.bind(("127.0.0.1", self._settings.http_port))
+        except OSError as error:
+            raise DeviceError(
+                "port_busy",
+                f"port {self._settings.http_port} of 127.0.0.1 cannot be used: {error.strerror}",
+                consequence="applications could not reach their models",
+                next_step="choose another with --http-port",
+            ) from error
+        self.http_port: int = tcp.getsockname()[1]
+        path = self._home / "run" / "worker.sock"
+        local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            path.unlink(missing_ok=True)
+            local.bind(str(path))
+            path.chmod(0o660)
+        except OSError as error:
+            raise DeviceError(
+                "socket_path",
+                f"cannot listen on {path}: {error}",
+                consequence="applications could not reach their models",
+                next_step="choose a --home with a shorter path that this user may write",
+            ) from error
+        self._listeners = [tcp, local]
+        for listener in self._listeners:
+            listener.listen(BACKLOG)
+        self._worker = WorkerProcess(
+            self._listeners,
+            on_event=lambda event: self._queue.put(lambda: self._worker_event(event)),
+            on_death=lambda detail, ordered: self._queue.put(lambda: self._worker_died(detail, ordered=ordered)),
+            memory_reserve_bytes=self._settings.memory_reserve_mb * MIB,
+        )
+        self._handles = HandleServer(
+            self._home / "run" / "handle.sock",
+            self._settings.handle_group,
+            worker_socket=str(path),
+            on_crash=self._handle_crashed,
+            on_verdict=self._handle_judged,
+        )
+
+    def _look_at_device(self) -> None:
+        """Find out the facts in a thread: engines take seconds to probe, and what is installed serves meanwhile."""
+        try:
+            found = readings.ask_facts(self._home, self._settings.engines, self._settings.labels)
+        except DeviceError as error:
+            log.error("%s", error.diagnostics())
+            self._queue.put(lambda: self._later("facts", ENROL_WAIT_MAX_S, self._look_again))
+            return
+        self._queue.put(lambda: self._know(found))
+
+    def _look_again(self) -> None:
+        threading.Thread(target=self._look_at_device, name="facts", daemon=True).start()
+
+    def _know(self, found: DeviceFacts) -> None:
+        self._facts = found
+        log.info("engines: %s", ", ".join(f"{e.name} {e.version}" for e in found.engines) or "none")
+        self._say_hello()
+        self._next_trusting()
+
+    # --- turns ---
+
+    def _now(self) -> Now:
+        return Now(self._boot, int(time.clock_gettime(time.CLOCK_BOOTTIME) * 1000), time.time())
+
+    def _turn(self, event: s.Event) -> None:
+        state, effects = machine.step(self._state, event, self._now())
+        try:
+            self._commit(state)
+        except DeviceError as error:
+            # nothing was done: the old state stands, and the event is taken again when there is room
+            log.error("%s", error)
+            if not isinstance(event, s.Tick | s.Measured):
+                self._kept.append(event)
+            self._later("journal", JOURNAL_AGAIN_S, self._take_kept)
+            return
+        for effect in effects:
+            self._run(effect)
+
+    def _commit(self, state: s.State) -> None:
+        """Make a state durable and current; only a trial's running counts may wait.
+
+        Raises:
+            DeviceError: `disk_full` or `disk`.
+        """
+        if state is not self._state and machine.only_counts_differ(self._state, state):
+            self._state = state
+            return
+        try:
+            self._journal.write(state)
+        except DeviceError as error:
+            ballast = self._home / "ballast"
+            if error.code != reasons.DISK_FULL or not ballast.exists():
+                raise
+            self._disk.unlink(ballast)
+            self._later("ballast", 600.0, self._add_ballast)
+            self._journal.write(state)
+        self._state = state
+
+    def _take_kept(self) -> None:
+        events = list(self._kept)
+        self._kept.clear()
+        for event in events:
+            self._turn(event)
+
+    def _add_ballast(self) -> None:
+        ballast = self._home / "ballast"
+        try:
+            if not ballast.exists() and self._disk.free_bytes(self._home) > 8 * BALLAST_BYTES:
+                self._disk.write_atomic(ballast, bytes(BALLAST_BYTES))
+        except DeviceError as error:
+            log.warning("no ballast: %s", error)
+        if not ballast.exists():
+            self._later("ballast", 600.0, self._add_ballast)
+
+    def _run(self, effect: s.Effect) -> None:
+        """Do what an effect says; every one may be repeated."""
+        match effect:
+            case s.Resolve():
+                self._trust_task(effect.model, lambda: self._resolve(effect))
+            case s.Fetch():
+                self._fetch(effect)
+            case s.Judge():
+                self._judge(effect)
+            case s.Cancel():
+                self._cancel(effect.model)
+            case s.Serve():
+                self._serve(effect)
+            case s.RunGolden():
+                self._worker.send(children.RunGolden(model=effect.model, digest=effect.digest, trial=effect.trial))
+            case s.RestartWorker():
+                log.warning("worker is restarted: %s", effect.why)
+                self._worker.restart()
+            case s.Refresh():
+                self._refresh()
+            case s.SendReports():
+                self._send_reports()
+            case s.Collect():
+                self._collect = effect
+                self._collect_now()
+            case _:
+                assert_never(effect)
+
+    # --- timers ---
+
+    def _later(self, name: str, seconds: float, what: Callable[[], None]) -> None:
+        self._timers[name] = (time.monotonic() + seconds, what)
+
+    def _run_timers(self) -> None:
+        now_s = time.monotonic()
+        for name in [name for name, (due_s, _) in self._timers.items() if due_s <= now_s]:
+            _, what = self._timers.pop(name)
+            what()
+
+    def _tick_in_s(self) -> float:
+        return machine.next_deadline_ms(self._state, self._now()) / 1000
+
+    def _wait_s(self) -> float:
+        tick_s = self._tick_in_s()
+        tick_s += min(tick_s * self._jitter, JITTER_MAX_S)
+        now_s = time.monotonic()
+        timers_s = min((due_s - now_s for due_s, _ in self._timers.values()), default=TURN_SECONDS_MAX)
+        return min(TURN_SECONDS_MAX, max(TICK_MIN_S, min(tick_s, timers_s)))
+
+    def _ask(self, question: Callable[[], object]) -> object:
+        """Answer a question of another thread in a turn of its own.
+
+        Raises:
+            UnreachableError: `busy`, the loop did not get to it.
+        """
+        box: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._queue.put(lambda: box.put(question()))
+        try:
+            return box.get(timeout=10.0)
+        except queue.Empty as error:
+            raise UnreachableError("busy", "the agent is busy", next_step="try again") from error
+
+    # --- courier and canary ---
+
+    def _trust_task(self, key: str, start: Callable[[], None]) -> None:
+        """Queue a courier that reads and may replace the trusted set: one at a time, each from what the last found."""
+        self._trusting = deque((name, run) for name, run in self._trusting if name != key)
+        self._trusting.append((key, start))
+        self._next_trusting()
+
+    def _next_trusting(self) -> None:
+        if self._trust_busy:
+            return
+        for index, (key, start) in enumerate(self._trusting):
+            if key in ("!verify", "!refresh") or self._facts is not None:
+                del self._trusting[index]
+                self._trust_busy = key
+                start()
+                return
+
+    def _trust_done(self, key: str) -> None:
+        self._shorts.pop(key, None)
+        self._trust_busy = ""
+        self._next_trusting()
+        self._collect_now()
+
+    def _known(self) -> tuple[int, dict[str, int], int]:
+        trust = self._state.trust
+        return (trust.current, trust.floors, trust.time_floor_us) if trust is not None else (0, {}, 0)
+
+    def _courier(self, key: str, task: children.CourierTask, done: Callable[[children.CourierAnswer], None]) -> None:
+        self._shorts[key] = courier(task, lambda answer: self._queue.put(lambda: done(answer)))
+
+    def _resolve(self, effect: s.Resolve) -> None:
+        current, floors, time_floor_us = self._known()
+        offered = effect.offered
+        assert self._facts is not None
+        task = children.Resolve(
+            home=self._settings.home,
+            server=self._server,
+            mirrors=self._settings.mirrors,
+            model=effect.model,
+            offered=offered,
+            time_floor_us=time_floor_us,
+            floors=floors,
+            current=current,
+            contract=effect.contract,
+            contract_preprocess=effect.contract_preprocess,
+            facts=msgspec.to_builtins(self._facts),
+        )
+
+        def done(answer: children.CourierAnswer) -> None:
+            if isinstance(answer, children.Resolved):
+                self._turn(
+                    s.Resolved(
+                        effect.model,
+                        answer.manifest,
+                        offered.attempt,
+                        tuple(answer.candidates),
+                        tuple(answer.passed_over),
+                        answer.preprocess_id,
+                        answer.trust,
+                    )
+                )
+            else:
+                self._turn(_failed(effect.model, offered.manifest, offered.attempt, "resolve", answer))
+            self._trust_done(effect.model)
+
+        self._courier(effect.model, task, done)
+
+    def _fetch(self, effect: s.Fetch) -> None:
+        task = children.Fetch(
+            home=self._settings.home,
+            server=self._server,
+            mirrors=self._settings.mirrors,
+            manifest=effect.manifest,
+            variant=effect.variant,
+        )
+
+        def done(answer: children.CourierAnswer) -> None:
+            self._shorts.pop(effect.model, None)
+            if isinstance(answer, children.Fetched):
+                self._turn(s.Fetched(effect.model, answer.manifest, effect.attempt, answer.variant))
+            else:
+                self._turn(_failed(effect.model, effect.manifest, effect.attempt, "fetch", answer))
+
+        needed = self._bytes_to_fetch(effect)
+        free = self._disk.free_bytes(self._home) - self._settings.disk_reserve_mb * MIB
+        if needed > free:
+            detail = f"{needed} bytes are to be downloaded, {max(0, free)} may be"
+            full = children.Failed(reason=reasons.DISK_FULL, detail=detail, retry_after_s=60.0)
+            self._queue.put(lambda: done(full))
+            return
+        self._courier(effect.model, task, done)
+
+    def _bytes_to_fetch(self, effect: s.Fetch) -> int:
+        phase = self._state.models[effect.model].phase
+        if not isinstance(phase, s.Fetching):
+            return 0
+        return next((c.bytes for c in phase.job.candidates if c.loadable.variant == effect.variant), 0)
+
+    def _judge(self, effect: s.Judge) -> None:
+        budget = (
+            effect.memory_bytes_max
+            or self._settings.canary_memory_mb * MIB
+            or readings.memory_bytes("MemAvailable") // 2
+        )
+        task = children.Judge(
+            candidate=effect.candidate,
+            incumbent=effect.incumbent,
+            memory_bytes_max=budget,
+            seconds_max=effect.seconds_max,
+            latency_ratio_max=effect.latency_ratio_max,
+        )
+        loadable = effect.candidate
+
+        def done(result: children.Judged) -> None:
+            self._shorts.pop(effect.model, None)
+            self._turn(s.CanaryDone(effect.model, loadable.manifest, effect.attempt, loadable.digest, result))
+
+        self._shorts[effect.model] = canary(task, lambda result: self._queue.put(lambda: done(result)))
+
+    def _cancel(self, key: str) -> None:
+        self._trusting = deque((name, run) for name, run in self._trusting if name != key)
+        short = self._shorts.pop(key, None)
+        if short is not None:
+            short.cancel()
+        if self._trust_busy == key:
+            self._trust_done(key)
+
+    def _collect_now(self) -> None:
+        """Delete blobs that nothing needs; not while a courier brings some in that no state names yet."""
+        if self._collect is None or any(not key.startswith("!") for key in self._shorts) or self._trust_busy:
+            return
+        keep = {digest for loadable in self._collect.keep for digest in _digests(loadable)} | self._handles.leases()
+        self._collect = None
+        from wherry_agent.store import Store
+
+        try:
+            freed = Store(self._home, self._disk).collect(keep)
+        except DeviceError as error:
+            log.warning("the store could not be tidied: %s", error)
+            return
+        if freed:
+            log.info("%d bytes of blobs that nothing needs are gone", freed)
+
+    # --- trust and offers ---
+
+    def _refresh(self) -> None:
+        """Bring trust up to date: ask for timestamp.json, start the courier only on change or at half of its life."""
+        trust, until_us, etag = self._state.trust, self._courier_until_us, self._etag
+
+        def ask() -> None:
+            from wherry_agent.courier_http import Http
+
+            try:
+                ca = identity.folder(self._home) / identity.CA_FILE
+                http = Http(ca=ca if ca.exists() else None, server=self._server)
+                headers = {"If-None-Match": etag} if etag else {}
+                url = f"{self._server}{self._identity.tuf_path}/timestamp.json"
+                with http.request("GET", url, headers=headers) as answer:
+                    unchanged, new = answer.status == 304, answer.header("ETag")
+            except WherryError as error:
+                failed = s.RefreshFailed(reasons.NETWORK, error.message)
+                self._queue.put(failed)
+                return
+            if unchanged and trust is not None and time.time() * 1e6 < until_us:
+                self._queue.put(s.Refreshed(trust))
+                return
+            self._queue.put(lambda: self._trust_task("!refresh", lambda: self._refresh_by_courier(new)))
+
+        threading.Thread(target=ask, name="timestamp", daemon=True).start()
+
+    def _refresh_by_courier(self, etag: str) -> None:
+        current, floors, time_floor_us = self._known()
+        task = children.Refresh(
+            home=self._settings.home, server=self._server, time_floor_us=time_floor_us, floors=floors, current=current
+        )
+
+        def done(answer: children.CourierAnswer) -> None:
+            if isinstance(answer, children.Refreshed):
+                now_us = self._now().wall_us
+                self._etag = etag
+                self._courier_until_us = now_us + (answer.trust.expires_at - now_us) // 2
+                self._turn(s.Refreshed(answer.trust))
+            else:
+                failed = _failure(answer)
+                log.warning("trust: %s", failed.detail)
+                self._turn(s.RefreshFailed(failed.reason, failed.detail))
+            self._trust_done("!refresh")
+
+        self._courier("!refresh", task, done)
+
+    def _offer(self, data: bytes) -> None:
+        """Bytes that claim to be an offer: let the courier verify them, unless they are the ones accepted already."""
+        known = self._state.offer
+        try:
+            _, payload, _ = dsse.open_envelope(data)
+            offer = wire.parse(wire.Offer, payload)
+        except RefusedError as error:
+            log.warning("an offer is ignored: %s", error)
+            return
+        if known is not None and (offer.epoch, offer.serial) <= (known.epoch, known.serial):
+            return  # old or repeated; a forged number costs nothing, since a newer one is verified
+        self._envelope = (data, 0)
+        self._trust_task("!verify", self._verify)
+
+    def _verify(self) -> None:
+        if self._envelope is None:
+            self._trust_done("!verify")
+            return
+        data, tries = self._envelope
+        current, floors, time_floor_us = self._known()
+        task = children.Verify(
+            home=self._settings.home,
+            server=self._server,
+            device=self._identity.device,
+            project=self._identity.project,
+            envelope=base64.b64encode(data).decode(),
+            time_floor_us=time_floor_us,
+            floors=floors,
+            current=current,
+        )
+
+        def done(answer: children.CourierAnswer) -> None:
+            newest = self._envelope is not None and self._envelope[0] is data
+            if isinstance(answer, children.Verified):
+                if newest:
+                    self._envelope = None
+                log.info("offer %d.%d is the director's", answer.offer.epoch, answer.offer.serial)
+                self._turn(s.Offered(answer.offer, answer.digest, answer.trust))
+            else:
+                failed = _failure(answer)
+                log.warning("an offer is not acted on: %s (%s)", failed.detail, failed.reason)
+                if newest and failed.retry_after_s is not None:
+                    self._envelope = (data, tries + 1)
+                    wait_s = min(VERIFY_WAIT_MAX_S, max(failed.retry_after_s, VERIFY_WAIT_MIN_S * 2 ** min(tries, 16)))
+                    again = wait_s * (1 + self._jitter)
+                    self._later("verify", again, lambda: self._trust_task("!verify", self._verify))
+                elif newest:
+                    self._envelope = None
+            self._trust_done("!verify")
+
+        self._courier("!verify", task, done)
+
+    # --- worker and handles ---
+
+    def _serve(self, effect: s.Serve) -> None:
+        self._look()
+        self._cut_windows()
+        self._worker.send(children.Serve(revision=effect.revision, models=list(effect.models)))
+        wanted = {model.name: model for model in effect.models}
+        for name in self._served | set(wanted):
+            self._handles.publish(name, wanted.get(name))
+        self._served = set(wanted)
+
+    def _worker_event(self, event: children.WorkerEvent) -> None:
+        match event:
+            case children.Ready():
+                log.info("worker %d is ready", event.pid)
+                self._turn(s.WorkerReady())
+            case children.Serving():
+                if not event.ok:
+                    log.warning("worker cannot serve %s: %s %s", event.model, event.reason, event.detail)
+                self._turn(s.Served(event.model, event.digest, event.revision, event.ok, event.reason, event.detail))
+            case children.GoldenDone():
+                self._turn(s.GoldenChecked(event.model, event.digest, event.trial, event.passed, event.detail))
+            case children.Stats():
+                self._look(event.arms)
+            case _:
+                assert_never(event)
+
+    def _worker_died(self, detail: str, *, ordered: bool) -> None:
+        self._cut_windows()
+        self._windows.restart("worker")
+        self._turn(s.WorkerDied(f"the worker ended with {detail}", ordered))
+
+    def _look(self, arms: list[ArmStats] | None = None) -> None:
+        """Take the newest counts of worker and handles, and let the machine weigh those of candidates."""
+        at_us = self._now().wall_us
+        handles = self._handles.drain_stats()
+        self._windows.look("worker", arms or [], at_us)
+        self._windows.look("handle", handles, at_us)
+        news = {(stats.model, stats.digest, stats.trial) for stats in (*(arms or []), *handles)}
+        for name, slot in self._state.models.items():
+            phase = slot.phase
+            if not isinstance(phase, s.OnTrial | s.Proving):
+                continue
+            digest = phase.job.loadable.digest
+            candidate = self._windows.total(name, digest, "candidate", phase.trial)
+            if candidate is None or (name, digest, phase.trial) not in news:
+                continue
+            incumbent = slot.incumbent.loadable.digest if slot.incumbent is not None else ""
+            self._turn(s.Measured(name, phase.trial, candidate, self._windows.baseline(name, incumbent)))
+        if self._handles.leases():
+            self._later("handles", HANDLES_EVERY_S, self._look)
+
+    def _handle_crashed(self, crash: HandleCrash) -> None:
+        detail = f"process {crash.pid} ended without goodbye while it ran the candidate"
+        self._queue.put(s.Condemned(crash.model, crash.digest, crash.trial, reasons.CRASH, detail))
+
+    def _handle_judged(self, verdict: HandleVerdict) -> None:
+        detail = f"process {verdict.pid}: {verdict.reason}"
+        self._queue.put(s.Condemned(verdict.model, verdict.digest, verdict.trial, reasons.APPLICATION, detail))
+
+    # --- the server ---
+
+    def _callbacks(self) -> Callbacks:
+        return Callbacks(
+            up=lambda: self._queue.put(self._is_up),
+            down=lambda: self._queue.put(lambda: log.info("the broker is gone")),
+            offer=lambda data: self._queue.put(lambda: self._offer(data)),
+            ack=lambda frame: self._queue.put(lambda: self._acked(frame)),
+            reached=lambda: self._queue.put(s.Connected()),
+            outgoing=self._outgoing,
+        )
+
+    def _is_up(self) -> None:
+        log.info("connected to the broker")
+        self._say_hello()
+        self._report_box.forget()
+        self._telemetry_box.forget()
+        self._turn(s.Connected())
+        self._send_reports()
+        self._send_telemetry()
+
+    def _hello(self) -> bytes:
+        state = self._state
+        return wire.encode(
+            wire.Hello(
+                format=wire.FORMAT,
+                device=self._identity.device,
+                at=self._now().wall_us,
+                boot=self._boot,
+                agent=__version__,
+                offer_epoch=state.offer.epoch if state.offer is not None else 0,
+                offer_serial=state.offer.serial if state.offer is not None else 0,
+                facts=self._facts,
+                running=machine.running(state),
+                streams={
+                    "report": (state.stream, state.owed[0].seq if state.owed else state.seq, state.seq),
+                    "telemetry": (self._buffer.epoch, self._buffer.first, self._buffer.next),
+                },
+                trust_version=state.trust.current if state.trust is not None else 0,
+                trust_state=machine.trust_state(state, self._now()),
+            )
+        )
+
+    def _say_hello(self) -> None:
+        self._link.publish("hello", self._hello())
+
+    def _send_reports(self) -> None:
+        if not self._link.is_up:
+            return
+        reports = {report.seq: report for report in machine.outgoing(self._state)}
+        self._send("report", self._report_box, list(reports), lambda seq: reports[seq], self._send_reports)
+
+    def _send_telemetry(self) -> None:
+        if not self._link.is_up:
+            return
+        held = self._buffer.held(STREAM_IN_FLIGHT_MAX)
+        self._send("telemetry", self._telemetry_box, held, self._buffer.message, self._send_telemetry)
+
+    def _send(
+        self,
+        kind: topics.Up,
+        box: Outbox,
+        held: list[int],
+        message: Callable[[int], msgspec.Struct | None],
+        again: Callable[[], None],
+    ) -> None:
+        now_s = time.monotonic()
+        for seq in box.due(held, now_s, random.random()):  # noqa: S311 - jitter
+            found = message(seq)
+            if found is not None:
+                self._link.publish(kind, wire.encode(found))
+        next_s = box.next_s(now_s)
+        if next_s is not None:
+            self._later(f"send {kind}", max(next_s, TICK_MIN_S), again)
+
+    def _outgoing(self, kind: topics.Up) -> list[bytes]:
+        """Return what HTTP should post now (asked by the link's thread)."""
+
+        def answer() -> list[bytes]:
+            match kind:
+                case "hello":
+                    return [self._hello()]
+                case "report":
+                    return [wire.encode(r) for r in machine.outgoing(self._state)[:STREAM_IN_FLIGHT_MAX]]
+                case "telemetry":
+                    found = [self._buffer.message(seq) for seq in self._buffer.held(STREAM_IN_FLIGHT_MAX)]
+                    return [wire.encode(message) for message in found if message is not None]
+                case _:
+                    assert_never(kind)
+
+        payloads = self._ask(answer)
+        assert isinstance(payloads, list)
+        return payloads
+
+    def _acked(self, frame: bytes) -> None:
+        try:
+            ack = wire.parse(wire.Ack, self._link.unseal("ack", frame))
+        except RefusedError as error:
+            log.warning("an acknowledgement is ignored: %s", error)
+            return
+        if ack.device != self._identity.device:
+            return
+        if ack.stream == "report":
+            self._turn(s.Acked(ack.epoch, ack.seq))
+            self._send_reports()
+        else:
+            self._buffer.acknowledge(ack.epoch, ack.seq)
+            self._send_telemetry()
+        if ack.logs and ack.logs != self._logs_sent:
+            self._logs_sent = ack.logs
+            threading.Thread(target=self._post_logs, args=(ack.logs,), name="logs", daemon=True).start()
+
+    def _post_logs(self, asked: int) -> None:
+        try:
+            self._link.post_logs(msgspec.json.encode(self._ring.lines()))
+        except WherryError as error:
+            log.warning("log lines could not be sent: %s", error)
+            self._queue.put(lambda: self._logs_again(asked))
+
+    def _logs_again(self, asked: int) -> None:
+        if self._logs_sent == asked:
+            self._logs_sent = 0  # the next acknowledgement asks again
+
+    # --- telemetry ---
+
+    def _context(self, stats: ArmStats) -> Context:
+        slot = self._state.models.get(stats.model)
+        if slot is not None:
+            phase = slot.phase
+            if isinstance(phase, s.Swapping | s.OnTrial | s.Proving) and phase.job.loadable.digest == stats.digest:
+                return Context(phase.job.offered.rollout, phase.job.offered.attempt)
+            for version in (slot.incumbent, slot.last_good):
+                if version is not None and version.loadable.digest == stats.digest:
+                    return Context(version.offered.rollout, version.offered.attempt)
+        return Context("", 0)
+
+    def _cut_windows(self) -> None:
+        """Turn what was counted since the last cut into a message; also called before the serving set changes."""
+        self._later("window", self._settings.window_s, self._cut_windows)
+        now = self._now()
+        windows = self._windows.cut(now.wall_us, self._context)
+        serving = machine.serving(self._state)
+        self._windows.keep_only(
+            {model.active.digest for model in serving}
+            | {model.incumbent.digest for model in serving if model.incumbent is not None}
+        )
+        quiet_s = now.monotonic_ms / 1000 - getattr(self, "_spoke_s", 0.0)
+        if not windows and quiet_s < HEARTBEAT_S:
+            return
+        self._spoke_s = now.monotonic_ms / 1000
+        try:
+            disk_free = self._disk.free_bytes(self._home)
+        except DeviceError as error:
+            log.warning("%s", error)
+            disk_free = 0
+        self._buffer.add(
+            wire.Telemetry(
+                format=wire.FORMAT,
+                device=self._identity.device,
+                epoch="",
+                seq=0,
+                first=0,
+                at=now.wall_us,
+                windows=windows,
+                memory_available_bytes=readings.memory_bytes("MemAvailable"),
+                disk_free_bytes=disk_free,
+                temperature_c=readings.temperature_c(),
+            )
+        )
+        self._send_telemetry()
+
+    # --- what is seen from outside ---
+
+    def snapshot(self) -> dict[str, object]:
+        """Return what `wherry-agent status` shows."""
+        return {
+            "agent": __version__,
+            "pid": os.getpid(),
+            "uptime_s": round(time.monotonic() - self._started_s, 1),
+            "server": self._server,
+            "connected": "mqtt" if self._link.is_up else "no",
+            "http": f"http://127.0.0.1:{self.http_port}",
+            "worker_pid": self._worker.pid,
+            "engines": [f"{e.name} {e.version}" for e in self._facts.engines] if self._facts is not None else [],
+            **status.describe(self._state, self._now(), name=self._identity.name),
+        }
+
+
+def _digests(loadable: children.Loadable) -> set[str]:
+    """Return the blobs that a variant needs."""
+    paths = (loadable.golden_path, loadable.config_path, loadable.assets_path)
+    return {loadable.digest, loadable.manifest, *(f"sha256:{Path(path).name}" for path in paths if path)}
+
+
+def _failure(answer: children.CourierAnswer) -> children.Failed:
+    if isinstance(answer, children.Failed):
+        return answer
+    detail = f"the courier answered {type(answer).__name__}"
+    return children.Failed(reason=reasons.CHILD_FAILED, detail=detail, retry_after_s=0.0)
+
+
+def _failed(model: str, manifest: str, attempt: int, task: s.Task, answer: children.CourierAnswer) -> s.TaskFailed:
+    failed = _failure(answer)
+    return s.TaskFailed(model, manifest, attempt, task, failed.reason, failed.detail, failed.retry_after_s)
+
+
+def main(settings: Settings) -> int:
+    """Run an agent; errors of the WherryError family are told to the person and end it."""
+    try:
+        return Daemon(settings).run()
+    except WherryError as error:
+        print(error.diagnostics(), file=sys.stderr)  # noqa: T201
+        return 1

@@ -9,38 +9,14 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import msgspec
 
-from wherry_agent import __version__
-from wherry_shared.errors import DeviceError
+from wherry_agent import __version__, readings
 from wherry_shared.facts import FEATURES, DeviceFacts
-
-PROBE_SECONDS_MAX = 180.0
-
-
-def read(home: Path, engines: list[str], labels: dict[str, str]) -> DeviceFacts:
-    """Ask a child for the facts.
-
-    Raises:
-        DeviceError: `facts_failed`.
-    """
-    argv = [sys.executable, "-m", "wherry_agent.facts", str(home), ",".join(engines)]
-    try:
-        run = subprocess.run(argv, stdout=subprocess.PIPE, timeout=PROBE_SECONDS_MAX, check=True)
-        facts = msgspec.json.decode(run.stdout, type=DeviceFacts)
-    except (OSError, subprocess.SubprocessError, msgspec.DecodeError) as error:
-        raise DeviceError(
-            "facts_failed",
-            f"this device cannot be described: {error}",
-            consequence="no bundle can be chosen for it",
-            next_step="run python -m wherry_agent.facts and see what it says",
-        ) from error
-    return msgspec.structs.replace(facts, labels=labels)
 
 
 def gather(home: Path, engines: list[str]) -> DeviceFacts:
@@ -56,33 +32,11 @@ def gather(home: Path, engines: list[str]) -> DeviceFacts:
         cpu_model=cpu_model,
         cpu_features=[feature for feature in FEATURES if feature in flags],
         cores=len(os.sched_getaffinity(0)),
-        memory_bytes=memory("MemTotal"),
+        memory_bytes=readings.memory_bytes("MemTotal"),
         disk_free_bytes=shutil.disk_usage(home if home.exists() else Path("/")).free,
         engines=probe(engines or None),
         timezone=time.tzname[0],
     )
-
-
-def memory(field: str) -> int:
-    """Return a field of /proc/meminfo in bytes, 0 if the kernel does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        return 0  # not Linux, or not a number: then memory is not a fact
-    return 0
-
-
-def temperature_c() -> float | None:
-    """Return the hottest thermal zone in °C, None where the kernel has none."""
-    found = []
-    for path in Path("/sys/class/thermal").glob("thermal_zone*/temp"):
-        try:
-            found.append(int(path.read_text(encoding="ascii")) / 1000)
-        except (OSError, ValueError):
-            continue  # a sensor that cannot be read now
-    return max(found) if found else None
 
 
 def _cpu() -> tuple[str, set[str]]:

@@ -57,8 +57,9 @@ NAMES: dict[type[Any], dict[str, str]] = {
         "ends": "ended",
         "settled": "settled",
         "faults": "load_faults",
+        "told": "last_report",
     },
-    s.Installed: {"offered": "terms", "loadable": "file", "order": "order", "idle": "idle"},
+    s.Installed: {"offered": "terms", "loadable": "file", "order": "order", "idle": "idle", "tried": "tried"},
     s.End: {"manifest": "manifest", "rollout": "rollout", "attempt": "attempt"},
     s.Job: {
         "offered": "terms",

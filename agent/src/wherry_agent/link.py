@@ -191,7 +191,9 @@ class Link:
                 self._down_since = time.monotonic()
                 self._callbacks.down()
 
-    def _on_connect(self, client: mqtt.Client, _data: Any, _flags: Any, code: ReasonCode, _p: Properties | None) -> None:
+    def _on_connect(
+        self, client: mqtt.Client, _data: Any, _flags: Any, code: ReasonCode, _p: Properties | None
+    ) -> None:
         if code.is_failure:
             log.warning("the broker refused the connection: %s", code)
             self._lost.set()
@@ -203,7 +205,9 @@ class Link:
         self._connected.set()
         self._callbacks.up()
 
-    def _on_disconnect(self, _client: mqtt.Client, _data: Any, _f: Any, _code: ReasonCode, _p: Properties | None) -> None:
+    def _on_disconnect(
+        self, _client: mqtt.Client, _data: Any, _f: Any, _code: ReasonCode, _p: Properties | None
+    ) -> None:
         self._lost.set()
 
     def _on_message(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
@@ -274,6 +278,4 @@ class Link:
         from wherry_agent.courier_http import Http
 
         ca = identities.folder(self._home) / identities.CA_FILE
-        return Http(
-            ca=ca if ca.exists() else None, server=self._server, authorization=self._identity.authorization
-        )
+        return Http(ca=ca if ca.exists() else None, server=self._server, authorization=self._identity.authorization)

@@ -24,7 +24,7 @@ Rules for whoever edits this module:
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, assert_never
+from typing import assert_never
 
 import msgspec
 
@@ -68,6 +68,7 @@ from wherry_agent.state import (
     SlotEvent,
     State,
     Swapping,
+    Task,
     TaskFailed,
     Tick,
     TrustWatch,
@@ -99,6 +100,22 @@ from wherry_agent.turn import (
 from wherry_shared import reasons
 from wherry_shared.clock import Now, Since
 from wherry_shared.wire import ModelState, OfferedModel, Report, VariantTried
+
+__all__ = [
+    "Effect",
+    "Event",
+    "State",
+    "initial",
+    "limit_ms",
+    "next_deadline_ms",
+    "only_counts_differ",
+    "outgoing",
+    "resume",
+    "running",
+    "serving",
+    "step",
+    "trust_state",
+]
 
 
 def initial(*, device: str, project: str, stream: str) -> State:
@@ -830,7 +847,7 @@ def _overdue(phase: Phase, now: Now) -> bool:
     return phase.since.elapsed_ms(now) >= limit
 
 
-def _late(name: str, job: Job, task: Literal["resolve", "fetch", "judge"]) -> TaskFailed:
+def _late(name: str, job: Job, task: Task) -> TaskFailed:
     offered = job.offered
     return TaskFailed(
         name, offered.manifest, offered.attempt, task, reasons.CHILD_FAILED, "it did not end in time", 0.0

@@ -16,6 +16,9 @@ from wherry_shared.bundle import Interface
 from wherry_shared.clock import Since
 from wherry_shared.wire import Offer, OfferedModel, Report, VariantTried
 
+Task = Literal["resolve", "fetch", "judge"]
+"""What a courier or a canary does for a slot."""
+
 # --- what a slot is made of ----------------------------------------------------------------------
 
 
@@ -30,6 +33,8 @@ class Installed:
     """Device-wide count of confirmations: the highest is the first suspect when the worker crashes in a loop."""
     idle: bool = False
     """Confirmed by golden vectors only, without enough requests."""
+    tried: tuple[VariantTried, ...] = ()
+    """Which variants were weighed, and why this one was taken."""
 
     @property
     def manifest(self) -> str:
@@ -171,7 +176,7 @@ class Waiting:
     reason: str
     detail: str
     wait_ms: int
-    then: Literal["resolve", "fetch", "judge"]
+    then: Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +216,8 @@ class Slot:
     """The offer under which the incumbent (or its absence) was last reported."""
     faults: int = 0
     """Failures in a row to bring the incumbent into service."""
+    told: Report | None = None
+    """The last report about it, also after the server has it."""
 
 
 # --- the device ----------------------------------------------------------------------------------
@@ -349,7 +356,7 @@ class TaskFailed:
     model: str
     manifest: str
     attempt: int
-    task: Literal["resolve", "fetch", "judge"]
+    task: Task
     reason: str
     detail: str
     retry_after_s: float | None = None

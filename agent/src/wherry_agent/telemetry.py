@@ -8,6 +8,7 @@ power cut, no space, too long offline); every loss that is known is counted in `
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import secrets
 import sqlite3
@@ -18,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from wherry_agent.children import ArmStats
+from wherry_agent.handle_server import merged
 from wherry_shared import wire
 from wherry_shared.wire import Arm, Telemetry, Window
 
@@ -30,7 +32,8 @@ MESSAGES_MAX = 10_000
 ARMS_MAX = 256
 """Counters looked at between two cuts; more belong to variants that are long gone."""
 
-_Key = tuple[str, str, str, str]
+_Key = tuple[str, str, str, str, str]
+"""(source, model, digest, arm, trial): a handle and the worker may count the same arm side by side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +53,10 @@ class Windows:
         self._since_us: dict[_Key, int] = {}
         self._baselines: dict[tuple[str, str], ArmStats] = {}
 
-    def look(self, arms: Iterable[ArmStats], at_us: int) -> None:
-        """Take the newest counts."""
+    def look(self, source: str, arms: Iterable[ArmStats], at_us: int) -> None:
+        """Take the newest counts of a source."""
         for stats in arms:
-            key = (stats.model, stats.digest, stats.arm, stats.trial)
+            key = (source, stats.model, stats.digest, stats.arm, stats.trial)
             if key not in self._latest:
                 self._since_us[key] = at_us
             elif stats.requests < self._latest[key].requests:
@@ -70,6 +73,11 @@ class Windows:
         """Return the fullest counts of an incumbent in this life of the agent."""
         return self._baselines.get((model, digest))
 
+    def total(self, model: str, digest: str, arm: str, trial: str) -> ArmStats | None:
+        """Return the newest counts of an arm over all sources."""
+        found = [stats for key, stats in self._latest.items() if key[1:] == (model, digest, arm, trial)]
+        return functools.reduce(merged, found) if found else None
+
     def cut(self, at_us: int, context: Callable[[ArmStats], Context]) -> list[Window]:
         """Return what was counted since the last cut."""
         windows = []
@@ -85,15 +93,14 @@ class Windows:
 
     def keep_only(self, digests: set[str]) -> None:
         """Forget counters of variants that are not served any more; call after a cut."""
-        for key in [key for key in self._latest if key[1] not in digests]:
+        for key in [key for key in self._latest if key[2] not in digests]:
             self._drop(key)
         self._baselines = {key: stats for key, stats in self._baselines.items() if key[1] in digests}
 
-    def restart(self) -> None:
+    def restart(self, source: str) -> None:
         """The process that counted is gone; call after a cut."""
-        self._latest.clear()
-        self._cut.clear()
-        self._since_us.clear()
+        for key in [key for key in self._latest if key[0] == source]:
+            self._drop(key)
 
     def _drop(self, key: _Key) -> None:
         for table in (self._latest, self._cut, self._since_us):
@@ -106,9 +113,7 @@ def _window(stats: ArmStats, before: ArmStats | None, start_us: int, at_us: int,
         stats, requests=0, errors=0, fallbacks=0, latency_us={}, wait_us={}, classes={}
     )
     latency = {
-        bucket: bins
-        for bucket, now in stats.latency_us.items()
-        if (bins := _less(now, old.latency_us.get(bucket, {})))
+        bucket: bins for bucket, now in stats.latency_us.items() if (bins := _less(now, old.latency_us.get(bucket, {})))
     }
     return Window(
         model=stats.model,
@@ -203,9 +208,7 @@ class Buffer:
 
     def _add(self, message: Telemetry) -> None:
         seq = self._next
-        body = wire.encode(
-            msgspec.structs.replace(message, epoch=self.epoch, seq=seq, first=0, dropped=self._dropped)
-        )
+        body = wire.encode(msgspec.structs.replace(message, epoch=self.epoch, seq=seq, first=0, dropped=self._dropped))
         with self._database:
             insert = "INSERT INTO message (seq, windows, size, body) VALUES (?, ?, ?, ?)"
             self._database.execute(insert, (seq, len(message.windows), len(body), body))
@@ -257,10 +260,10 @@ def _split(windows: list[Window]) -> list[list[Window]]:
     """Divide windows into messages that fit; a window alone too large for one loses its sketches."""
     found: list[list[Window]] = [[]]
     size = 0
-    for window in windows:
-        length = len(wire.encode(window))
+    for whole in windows:
+        window, length = whole, len(wire.encode(whole))
         if length > MESSAGE_BYTES_MAX:
-            window = msgspec.structs.replace(window, latency_us={}, wait_us={}, classes={})
+            window = msgspec.structs.replace(whole, latency_us={}, wait_us={}, classes={})
             length = len(wire.encode(window))
         if found[-1] and (size + length > MESSAGE_BYTES_MAX or len(found[-1]) >= WINDOWS_MAX):
             found.append([])

@@ -40,6 +40,7 @@ from wherry_agent.state import (
     Slot,
     State,
     Swapping,
+    Task,
     TaskFailed,
     TrustWatch,
     Waiting,
@@ -69,7 +70,8 @@ RETRY_MIN_MS = 5_000
 RETRY_MAX_MS = 3600_000
 REFRESH_MS = 5 * 60_000
 REFRESH_MIN_MS = 60_000
-REFRESH_MAX_MS = 12 * 3600_000
+REFRESH_MAX_MS = 3600_000
+"""Asking costs one conditional request: the daemon starts the courier only on change or at half of the life."""
 OWED_MAX = 256
 """Reports kept for the server; beyond it the oldest are dropped, and counted as lost by `first`."""
 KNOWN_BAD_MAX = 256
@@ -277,6 +279,8 @@ class Turn:
         )
         owed = (*self.state.owed, report)[-OWED_MAX:]
         self.state = replace(self.state, owed=owed, seq=self.state.seq + 1)
+        if name in self.state.models:
+            self.put(name, replace(slot, told=report))
 
     # --- slots ---
 
@@ -316,9 +320,7 @@ class Turn:
             )
         )
 
-    def trouble(
-        self, name: str, slot: Slot, job: Job, task: Literal["resolve", "fetch", "judge"], event: TaskFailed
-    ) -> None:
+    def trouble(self, name: str, slot: Slot, job: Job, task: Task, event: TaskFailed) -> None:
         """The work could not be done: refuse what trying again cannot change, wait with the rest."""
         if event.reason in REFUSALS:
             self.refuse(name, slot, job, event.reason, event.detail)
@@ -411,8 +413,8 @@ class Turn:
         """The trial ended well: the candidate is what is trusted from now on."""
         order = self.state.confirmations + 1
         self.state = replace(self.state, confirmations=order)
-        installed = Installed(plain(job.offered), job.loadable, order, idle)
         job = replace(job, tried=_outcome(job.tried, "serving"))
+        installed = Installed(plain(job.offered), job.loadable, order, idle, job.tried)
         first = slot.contract is None
         self.put(
             name,

@@ -1,0 +1,56 @@
+"""What the supervisor reads of the machine it runs on: memory, temperature, and the facts that a child finds out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+from wherry_shared.errors import DeviceError
+from wherry_shared.facts import DeviceFacts
+
+PROBE_SECONDS_MAX = 180.0
+
+
+def ask_facts(home: Path, engines: list[str], labels: dict[str, str]) -> DeviceFacts:
+    """Ask a child for the facts.
+
+    Raises:
+        DeviceError: `facts_failed`.
+    """
+    argv = [sys.executable, "-m", "wherry_agent.facts", str(home), ",".join(engines)]
+    try:
+        run = subprocess.run(argv, stdout=subprocess.PIPE, timeout=PROBE_SECONDS_MAX, check=True)
+        facts = msgspec.json.decode(run.stdout, type=DeviceFacts)
+    except (OSError, subprocess.SubprocessError, msgspec.DecodeError) as error:
+        raise DeviceError(
+            "facts_failed",
+            f"this device cannot be described: {error}",
+            consequence="no bundle can be chosen for it",
+            next_step="run python -m wherry_agent.facts and see what it says",
+        ) from error
+    return msgspec.structs.replace(facts, labels=labels)
+
+
+def memory_bytes(field: str) -> int:
+    """Return a field of /proc/meminfo in bytes, 0 if the kernel does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        return 0  # not Linux, or not a number: then memory is not a fact
+    return 0
+
+
+def temperature_c() -> float | None:
+    """Return the hottest thermal zone in °C, None where the kernel has none."""
+    found = []
+    for path in Path("/sys/class/thermal").glob("thermal_zone*/temp"):
+        try:
+            found.append(int(path.read_text(encoding="ascii")) / 1000)
+        except (OSError, ValueError):
+            continue  # a sensor that cannot be read now
+    return max(found) if found else None

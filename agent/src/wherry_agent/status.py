@@ -1,0 +1,190 @@
+"""`wherry-agent status`: what runs on this device, and why this variant of it.
+
+Asked over the supervisor's unix socket; when no supervisor runs, the journal answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from wherry_agent import machine
+from wherry_agent import state as s
+from wherry_agent.disk import Disk
+from wherry_agent.journal import decode
+from wherry_shared.clock import Now
+from wherry_shared.errors import RefusedError, WherryError
+from wherry_shared.wire import VariantTried
+
+log = logging.getLogger(__name__)
+
+SOCKET = "agent.sock"
+SECONDS_MAX = 15.0
+BYTES_MAX = 4 * 1024 * 1024
+_PHASES: dict[type[Any], str] = {
+    s.Idle: "idle",
+    s.Resolving: "choosing a variant",
+    s.Fetching: "downloading",
+    s.Judging: "in the canary",
+    s.Queued: "waiting for its trial",
+    s.Swapping: "being swapped in",
+    s.OnTrial: "on trial",
+    s.Proving: "proving itself by golden vectors",
+    s.Returning: "going back",
+    s.Waiting: "waiting to try again",
+    s.Safe: "safe: serves nothing",
+}
+
+
+def describe(state: s.State, now: Now, *, name: str = "") -> dict[str, object]:
+    """Return the state of a device for a person or a program."""
+    return {
+        "device": state.device,
+        "name": name,
+        "project": state.project,
+        "offer": [state.offer.epoch, state.offer.serial] if state.offer is not None else None,
+        "trust": machine.trust_state(state, now) or ("ok" if state.trust is not None else "none yet"),
+        "reports_owed": len(state.owed),
+        "models": {model: _model(slot) for model, slot in sorted(state.models.items())},
+        "known_bad": [
+            {"digest": bad.digest, "engine": f"{bad.engine} {bad.engine_version}", "reason": bad.reason}
+            for bad in state.known_bad
+        ],
+    }
+
+
+def _model(slot: s.Slot) -> dict[str, object]:
+    phase = slot.phase
+    shown: dict[str, object] = {"doing": _PHASES[type(phase)]}
+    if isinstance(phase, s.Swapping | s.OnTrial | s.Proving):
+        loadable = phase.job.loadable
+        shown["candidate"] = _version(loadable.target, loadable.variant, phase.job.tried)
+        shown["trial"] = {
+            "requests": phase.counts.requests,
+            "errors": phase.counts.errors,
+            "fallbacks": phase.counts.fallbacks,
+            "restarts": phase.job.restarts,
+        }
+    elif not isinstance(phase, s.Idle | s.Safe):
+        shown["candidate"] = {"target": phase.job.offered.target}
+    if isinstance(phase, s.Waiting):
+        shown["trouble"] = {"reason": phase.reason, "detail": phase.detail, "again_in_s": phase.wait_ms // 1000}
+    if isinstance(phase, s.Safe):
+        shown["trouble"] = {"reason": phase.reason, "detail": phase.detail}
+    if slot.incumbent is not None:
+        loadable = slot.incumbent.loadable
+        serves = _version(loadable.target, loadable.variant, slot.incumbent.tried)
+        shown["serves"] = {**serves, "engine": f"{loadable.engine} {loadable.engine_version}"}
+    if slot.told is not None:
+        told = slot.told
+        last = {"state": told.state, "target": told.target, "reason": told.reason, "detail": told.detail}
+        shown["last_report"] = {key: value for key, value in last.items() if value}
+    return shown
+
+
+def _version(target: str, variant: str, tried: tuple[VariantTried, ...]) -> dict[str, object]:
+    why = next((one.why for one in reversed(tried) if one.id == variant), "")
+    others = [f"{one.id}: {one.outcome} {one.reason} {one.why}".strip() for one in tried if one.id != variant]
+    return {"target": target, "variant": variant, "why": why, **({"others": others} if others else {})}
+
+
+class Server:
+    """Answers on a unix socket: one JSON document per connection."""
+
+    def __init__(self, path: Path, answer: Callable[[], object]) -> None:
+        self._path = path
+        self._answer = answer
+        path.unlink(missing_ok=True)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.bind(str(path))
+        self._socket.listen(8)
+        self._thread = threading.Thread(target=self._main, name="status", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop answering."""
+        with contextlib.suppress(OSError):  # not connected: shutdown only wakes the accepting thread
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._path.unlink(missing_ok=True)
+
+    def _main(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return  # closed
+            with connection:
+                connection.settimeout(SECONDS_MAX)
+                try:
+                    connection.sendall(msgspec.json.encode(self._answer()))
+                except (OSError, WherryError) as error:
+                    log.warning("status: %s", error)
+
+
+def ask(home: Path) -> dict[str, Any]:
+    """Return the status of the agent on `home`, from its journal if it does not run.
+
+    Raises:
+        RefusedError: `no_agent`, there is neither; or as `journal.decode`.
+    """
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(SECONDS_MAX)
+            connection.connect(str(home / "run" / SOCKET))
+            data = bytearray()
+            while chunk := connection.recv(1 << 16):
+                data += chunk
+                if len(data) > BYTES_MAX:
+                    raise RefusedError("no_agent", "the agent's answer does not end")
+        return {"running": True, **msgspec.json.decode(bytes(data), type=dict[str, Any])}
+    except (OSError, msgspec.DecodeError):
+        record = Disk().read(home / "journal.json")
+    if record is None:
+        raise RefusedError(
+            "no_agent",
+            f"no agent runs on {home}, and it holds no journal",
+            next_step="start one with wherry-agent run, or name its --home",
+        )
+    state = decode(record)
+    return {"running": False, **describe(state, Now("", 0, 0.0))}
+
+
+def render(shown: dict[str, Any]) -> str:
+    """Return the status as text for a person."""
+    lines = [f"device   {shown['device']} {shown.get('name', '')}".rstrip()]
+    if shown["running"]:
+        engines = ", ".join(shown["engines"]) or "being probed"
+        lines += [
+            f"agent    {shown['agent']}, up {shown['uptime_s']:.0f} s, engines: {engines}",
+            f"server   {shown['server']}, connected: {shown['connected']}, reports owed: {shown['reports_owed']}",
+            f"serves   {shown['http']}",
+        ]
+    else:
+        lines.append("agent    is not running; this is what its journal says")
+    lines.append(f"trust    {shown['trust']}")
+    for name, model in shown["models"].items():
+        lines.append(f"\n{name}: {model['doing']}")
+        for key in ("serves", "candidate"):
+            version = model.get(key)
+            if version is not None:
+                variant = f" variant {version['variant']}" if "variant" in version else ""
+                lines.append(f"  {key:<10}{version['target']}{variant}")
+                lines += [f"    because {version['why']}"] if version.get("why") else []
+                lines += [f"    not {other}" for other in version.get("others", [])]
+        if "trial" in model:
+            trial = model["trial"]
+            lines.append(f"  trial     {trial['requests']} requests, {trial['errors']} errors")
+        for key in ("trouble", "last_report"):
+            if key in model:
+                lines.append(f"  {key.replace('_', ' '):<12}" + " · ".join(str(v) for v in model[key].values()))
+    if not shown["models"]:
+        lines.append("\nno models yet")
+    return "\n".join(lines)
