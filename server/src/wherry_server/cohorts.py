@@ -13,6 +13,7 @@ from sqlalchemy import delete, insert, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from wherry_server import audit
 from wherry_server.db.database import Database
 from wherry_server.db.tables import Cohort, table
 from wherry_server.targeting import And, Compare, Everything, Not, Or, Selector, View, matches, parse_selector
@@ -150,6 +151,8 @@ async def save(
                     consequence="nothing was changed",
                     next_step="change it with PUT, or choose another name",
                 ) from error
+        action = "cohort.change" if replace else "cohort.create"
+        await audit.append(connection, project, actor, action, name, selector=selector)
         return await find(connection, project, name)
 
 
@@ -173,7 +176,7 @@ async def every(connection: AsyncConnection, project: str) -> list[dict[str, Any
     return [_public(row) for row in rows]
 
 
-async def remove(database: Database, project: str, name: str) -> None:
+async def remove(database: Database, project: str, actor: str, name: str) -> None:
     """Forget a cohort. Rollouts keep the selector that they were created with.
 
     Raises:
@@ -183,6 +186,7 @@ async def remove(database: Database, project: str, name: str) -> None:
         gone = await connection.execute(delete(_COHORT).where(_COHORT.c.project_id == project, _COHORT.c.name == name))
         if gone.rowcount != 1:
             raise _unknown(name)
+        await audit.append(connection, project, actor, "cohort.delete", name)
 
 
 async def preview(connection: AsyncConnection, project: str, selector: str, limit: int) -> dict[str, Any]:

@@ -1,0 +1,159 @@
+"""Rollouts: create, command, show. Deciding is the director's."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Body, Path, Query
+from pydantic import BaseModel
+
+from wherry_server import rollouts
+from wherry_server.auth import Operator, ServicesDep, Viewer
+
+router = APIRouter(prefix="/api/v1", tags=["rollouts"])
+Number = Annotated[int, Path(ge=1, le=1 << 53)]
+
+
+class RolloutSummary(BaseModel):
+    """A rollout in a list; `stage` is an index, −1 before the first."""
+
+    number: int
+    id: str
+    model: str
+    version: str
+    models: list[dict[str, Any]]
+    cohort: str
+    selector: str
+    state: str
+    reason: str
+    wanted: str
+    stage: int
+    stages_total: int
+    priority: int
+    revision: int
+    created_at: int
+    created_by: str
+    updated_at: int
+
+
+class StageState(BaseModel):
+    """A stage, and the devices that it exposed by what became of them."""
+
+    share: float
+    soak_s: int
+    confirmed_min: int
+    state: str
+    counts: dict[str, int]
+
+
+class Why(BaseModel):
+    """What a rollout waits for."""
+
+    code: str
+    have: int = 0
+    need: int = 0
+    unit: str = "devices"
+
+
+class Outcomes(BaseModel):
+    """Devices of a stage with one outcome for one reason."""
+
+    stage: int
+    outcome: str
+    reason: str
+    simulated: bool
+    devices: int
+
+
+class RolloutDetail(RolloutSummary):
+    """A rollout with counts per stage; `counts` has `real` and `simulated` devices apart, by outcome."""
+
+    plan: dict[str, Any]
+    stages: list[StageState]
+    members: int
+    unexposed: int
+    held: int
+    counts: dict[str, dict[str, int]]
+    outcomes: list[Outcomes]
+    why_not_yet: list[Why]
+
+
+class DecisionShown(BaseModel):
+    """What was decided at a revision, and on what evidence."""
+
+    revision: int
+    at: int
+    decisions: list[dict[str, Any]]
+    evidence: dict[str, Any]
+    progress_before: dict[str, Any]
+
+
+class Rollback(BaseModel):
+    """Bring a model back to what ran before, on one device or where its newest rollout reached."""
+
+    model: str
+    device: str | None = None
+
+
+@router.get("/rollouts")
+async def list_rollouts(
+    services: ServicesDep,
+    _viewer: Viewer,
+    model: Annotated[str | None, Query(max_length=64)] = None,
+    state: Annotated[str | None, Query(max_length=32)] = None,
+) -> list[RolloutSummary]:
+    """List the newest rollouts, newest first."""
+    async with services.database.read() as connection:
+        found = await rollouts.every(connection, services.project, model, state)
+    return [RolloutSummary.model_validate(one) for one in found]
+
+
+@router.post("/rollouts", status_code=201)
+async def create_rollout(
+    wish: Annotated[dict[str, Any], Body(description="fields of a plan, see docs/formats/plan.md")],
+    services: ServicesDep,
+    operator: Operator,
+) -> RolloutDetail:
+    """Create a rollout; a plan that does not parse is not stored."""
+    made = await rollouts.create(services.database, services.project, f"token:{operator.name}", wish)
+    return RolloutDetail.model_validate(made)
+
+
+@router.get("/rollouts/{number}")
+async def show_rollout(number: Number, services: ServicesDep, _viewer: Viewer) -> RolloutDetail:
+    """Show a rollout: counts per stage, reasons, and why it is not further yet."""
+    async with services.database.read() as connection:
+        return RolloutDetail.model_validate(await rollouts.show(connection, services.project, number))
+
+
+@router.get("/rollouts/{number}/decisions")
+async def list_decisions(
+    number: Number, services: ServicesDep, _viewer: Viewer, after: Annotated[int, Query(ge=0, le=1 << 53)] = 0
+) -> list[DecisionShown]:
+    """List what was decided and on what evidence, oldest first, behind revision `after`."""
+    async with services.database.read() as connection:
+        found = await rollouts.decisions(connection, services.project, number, after)
+    return [DecisionShown.model_validate(one) for one in found]
+
+
+@router.post("/rollouts/{number}/{command}", status_code=202)
+async def command_rollout(
+    number: Number,
+    command: Literal["start", "pause", "resume", "abort", "revert"],
+    services: ServicesDep,
+    operator: Operator,
+) -> RolloutDetail:
+    """Write a command down; the director applies it in its next turn, within about a second."""
+    actor = f"token:{operator.name}"
+    return RolloutDetail.model_validate(
+        await rollouts.command(services.database, services.project, actor, number, command)
+    )
+
+
+@router.post("/rollbacks", status_code=202)
+async def roll_back(wish: Rollback, services: ServicesDep, operator: Operator) -> RolloutDetail:
+    """Bring a model back to what ran before, and return the rollout that does it."""
+    actor = f"token:{operator.name}"
+    return RolloutDetail.model_validate(
+        await rollouts.roll_back(services.database, services.project, actor, wish.model, wish.device)
+    )

@@ -1,0 +1,69 @@
+"""`wherry cohort`: saved selectors."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from wherry_server.cli.common import AsJson, client, show, table, when
+
+app = typer.Typer(name="cohort", help="Saved selectors: who a rollout is for.", no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(help="Name of the cohort.")]
+Selector = Annotated[str, typer.Argument(help='Such as: label.site = berlin and not name = lab-*; or "all".')]
+
+
+@app.command("list")
+def list_cohorts(as_json: AsJson = False) -> None:
+    """List the saved cohorts."""
+    found = client().get("/api/v1/cohorts")
+
+    def render(console: Console) -> None:
+        rows = [(one["name"], one["selector"], when(one["created_at"]), one["created_by"]) for one in found]
+        console.print(table(["COHORT", "SELECTOR", "CREATED", "BY"], rows))
+
+    show(found, as_json, render)
+
+
+@app.command()
+def create(name: Name, selector: Selector, as_json: AsJson = False) -> None:
+    """Save a selector under a name."""
+    made = client().post("/api/v1/cohorts", {"name": name, "selector": selector})
+    show(made, as_json, lambda console: console.print(f"saved cohort {made['name']}: {made['selector']}"))
+
+
+@app.command()
+def change(name: Name, selector: Selector, as_json: AsJson = False) -> None:
+    """Give a cohort another selector; rollouts that are there keep theirs."""
+    made = client().put(f"/api/v1/cohorts/{name}", {"selector": selector})
+    show(made, as_json, lambda console: console.print(f"changed cohort {made['name']}: {made['selector']}"))
+
+
+@app.command("show")
+def show_cohort(name: Name, as_json: AsJson = False) -> None:
+    """Show a cohort and whom it takes now."""
+    found = client().get(f"/api/v1/cohorts/{name}")
+    show(found, as_json, lambda console: _whom(console, found))
+
+
+@app.command()
+def preview(selector: Selector, as_json: AsJson = False) -> None:
+    """Say whom a selector takes now, without saving it."""
+    found = client().post("/api/v1/cohorts/preview", {"selector": selector})
+    show(found, as_json, lambda console: _whom(console, found))
+
+
+@app.command()
+def delete(name: Name) -> None:
+    """Forget a cohort."""
+    client().delete(f"/api/v1/cohorts/{name}")
+
+
+def _whom(console: Console, found: dict[str, Any]) -> None:
+    console.print(f"selector  {found['selector']}")
+    console.print(f"devices   {found['devices']} now, {found['simulated']} of them simulated")
+    if found["names"]:
+        rest = found["devices"] - len(found["names"])
+        console.print(f"          {', '.join(found['names'])}{f' and {rest} more' if rest > 0 else ''}")

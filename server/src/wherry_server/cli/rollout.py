@@ -1,0 +1,304 @@
+"""`wherry rollout`: make, command and watch rollouts."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from wherry_server.cli.common import GLOBALS, AsJson, client, console, show, table, when
+from wherry_server.client import Client
+from wherry_shared.errors import RefusedError
+
+app = typer.Typer(name="rollout", help="Move devices to a bundle in stages.", no_args_is_help=True)
+
+POLL_S = 0.5
+EXIT_NOT_DONE = 3
+"""Exit status of `watch` for a rollout that ended without being done."""
+FINAL = frozenset({"done", "halted", "aborted", "reverted"})
+BAR_CHARS = 24
+Number = Annotated[int, typer.Argument(help="Number of the rollout.")]
+WAITS = {
+    "not_started": "it has not been started: wherry rollout start",
+    "paused": "it is paused: wherry rollout resume",
+    "no_devices": "no device of the cohort is exposed yet",
+    "held": "the devices are held by another rollout, or the bundle is known to be bad on their hardware",
+    "exposing": "devices are being exposed",
+    "sample": "devices that have settled, of the minimum sample",
+    "in_flight": "devices that have settled or passed a deadline, of those needed",
+    "traffic": "devices confirmed with traffic, of those needed",
+    "soak": "seconds of soaking",
+    "revert_pending": "devices that are back",
+    "revert_deadline": "seconds until nobody waits for them any more",
+}
+
+
+def parse_target(text: str) -> dict[str, str]:
+    """Return {model, version} of MODEL:VERSION.
+
+    Raises:
+        RefusedError: `bad_target`.
+    """
+    model, colon, version = text.partition(":")
+    if not (model and colon and version):
+        raise RefusedError("bad_target", f"{text!r} is not MODEL:VERSION", next_step="such as file-type:1.1.0")
+    return {"model": model, "version": version}
+
+
+def parse_stages(text: str, soak_s: int, confirmed_min: int) -> list[dict[str, Any]]:
+    """Return the stages of `5,25,100` (percent).
+
+    Raises:
+        RefusedError: `plan_stages`.
+    """
+    stages = []
+    for part in text.split(","):
+        try:
+            percent = float(part.strip().removesuffix("%"))
+        except ValueError as error:
+            raise RefusedError("plan_stages", f"{part!r} is not a percentage", next_step="such as 5,25,100") from error
+        stages.append({"share": percent / 100, "soak_s": soak_s, "confirmed_min": confirmed_min})
+    return stages
+
+
+def read_plan(file: Path | None) -> dict[str, Any]:
+    """Return the fields of a plan file, TOML or JSON.
+
+    Raises:
+        RefusedError: `plan_file`.
+    """
+    if file is None:
+        return {}
+    try:
+        data = file.read_bytes()
+        decode = msgspec.toml.decode if file.suffix == ".toml" else msgspec.json.decode
+        found = decode(data, type=dict[str, Any])
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RefusedError("plan_file", f"{file}: {error}", next_step="see docs/formats/plan.md") from error
+    return found
+
+
+@app.command()
+def create(  # one option per wish
+    target: Annotated[str, typer.Argument(help="MODEL:VERSION")],
+    cohort: Annotated[str | None, typer.Option(help="Saved cohort.")] = None,
+    selector: Annotated[str | None, typer.Option(help='Selector, such as "all".')] = None,
+    device: Annotated[str | None, typer.Option(help="One device, by id or name.")] = None,
+    stages: Annotated[str, typer.Option(help="Shares of the cohort in percent.")] = "5,25,100",
+    soak: Annotated[int, typer.Option(help="Seconds that a stage soaks after its sample stood.")] = 0,
+    confirmed_min: Annotated[int, typer.Option(help="Devices with traffic that each stage needs.")] = 1,
+    plan: Annotated[Path | None, typer.Option(help="More of the plan, as TOML or JSON.")] = None,
+    start: Annotated[bool, typer.Option("--start", help="Start it at once.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Start it and watch it to its end.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Create a rollout; it waits until it is started."""
+    wish = {"stages": parse_stages(stages, soak, confirmed_min), **read_plan(plan), "models": [parse_target(target)]}
+    wish.update(
+        {key: value for key, value in (("cohort", cohort), ("selector", selector), ("device", device)) if value}
+    )
+    wish["start"] = start or watch
+    run(client(), wish, watch=watch, as_json=as_json)
+
+
+def run(api: Client, wish: dict[str, Any], *, watch: bool, as_json: bool) -> None:
+    """Create the rollout of a wish, and watch it if that was asked for."""
+    made = api.post("/api/v1/rollouts", wish)
+    if watch:
+        follow(api, made["number"], as_json=as_json)
+    else:
+        show(made, as_json, lambda out: _details(out, made))
+
+
+@app.command("list")
+def list_rollouts(
+    model: Annotated[str | None, typer.Option(help="Of this model.")] = None,
+    state: Annotated[str | None, typer.Option(help="In this state.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the newest rollouts."""
+    found = client().get("/api/v1/rollouts", model=model, state=state)
+
+    def render(out: Console) -> None:
+        rows = [
+            (
+                one["number"],
+                f"{one['model']}:{one['version']}",
+                one["cohort"] or one["selector"],
+                one["state"] + (f" ({one['reason']})" if one["reason"] else ""),
+                f"{one['stage'] + 1} of {one['stages_total']}",
+                when(one["updated_at"]),
+            )
+            for one in found
+        ]
+        out.print(table(["#NO", "BUNDLE", "FOR", "STATE", "STAGE", "CHANGED"], rows))
+
+    show(found, as_json, render)
+
+
+@app.command("show")
+def show_rollout(number: Number, as_json: AsJson = False) -> None:
+    """Show a rollout: stages, counts, reasons, and why it is not further yet."""
+    found = client().get(f"/api/v1/rollouts/{number}")
+    show(found, as_json, lambda out: _details(out, found))
+
+
+@app.command()
+def decisions(number: Number, as_json: AsJson = False) -> None:
+    """List what was decided on a rollout."""
+    found = client().get(f"/api/v1/rollouts/{number}/decisions")
+
+    def render(out: Console) -> None:
+        rows = [(one["revision"], when(one["at"]), "; ".join(_said(d) for d in one["decisions"])) for one in found]
+        out.print(table(["#REVISION", "WHEN", "DECIDED"], rows))
+
+    show(found, as_json, render)
+
+
+@app.command()
+def watch(number: Number, as_json: AsJson = False) -> None:
+    """Watch a rollout until it ends; exits with 3 if it does not end done."""
+    follow(client(), number, as_json=as_json)
+
+
+def _command(name: str, help_text: str) -> None:
+    def run_command(number: Number, as_json: AsJson = False) -> None:
+        found = client().post(f"/api/v1/rollouts/{number}/{name}")
+        show(found, as_json, lambda out: out.print(f"rollout {number}: {name} is wanted (now {found['state']})"))
+
+    app.command(name, help=help_text)(run_command)
+
+
+_command("start", "Start a rollout.")
+_command("pause", "Expose no further devices; those exposed go on, and a breach still halts.")
+_command("resume", "Go on after a pause.")
+_command("abort", "End a rollout: what is not confirmed is withdrawn, what is confirmed stays.")
+_command("revert", "Bring every device that it changed back to what it ran before.")
+
+
+def follow(api: Client, number: int, *, as_json: bool) -> None:
+    """Show a rollout until it ends.
+
+    Raises:
+        typer.Exit: with `EXIT_NOT_DONE`, unless it is done.
+    """
+    machine = as_json or GLOBALS.as_json
+    found: dict[str, Any] = {}
+    if machine or not sys.stdout.isatty():
+        last: Any = None
+        while found.get("state") not in FINAL or found.get("wanted"):
+            found = api.get(f"/api/v1/rollouts/{number}")
+            line = json.dumps(found) if machine else _line(found)
+            said = (found["revision"], found["counts"], found["state"])
+            if said != last:
+                sys.stdout.write(line + "\n")
+                sys.stdout.flush()
+                last = said
+            time.sleep(POLL_S)
+    else:
+        with Live(console=console(), refresh_per_second=4) as live:
+            while found.get("state") not in FINAL or found.get("wanted"):
+                found = api.get(f"/api/v1/rollouts/{number}")
+                live.update(progress_view(found))
+                time.sleep(POLL_S)
+    if found["state"] != "done":
+        raise typer.Exit(EXIT_NOT_DONE)
+
+
+# --- for people ---------------------------------------------------------------------------------
+
+
+def progress_view(found: dict[str, Any]) -> RenderableType:
+    """Return the live view of a rollout."""
+    head = Text.assemble(
+        (f"rollout {found['number']}", "bold"),
+        f"  {found['model']}:{found['version']} for {found['cohort'] or found['selector']}  ",
+        (found["state"], "bold green" if found["state"] == "done" else "bold"),
+        f" ({found['reason']})" if found["reason"] else "",
+    )
+    rows = []
+    for index, stage in enumerate(found["stages"], 1):
+        counts = stage["counts"]
+        good = counts["confirmed"] + counts["confirmed_idle"]
+        everyone = sum(counts.values())
+        rows.append(
+            (
+                index,
+                f"{stage['share']:.4g}".rstrip() if stage["share"] < 0.0001 else f"{stage['share'] * 100:g} %",
+                stage["state"],
+                _bar(good, counts["failed"], everyone),
+                everyone,
+                good,
+                counts["failed"],
+                counts["pending"],
+                counts["silent"] + counts["late"],
+                counts["withdrawn"] + counts["reverted"],
+                counts["revert_pending"],
+            )
+        )
+    columns = ["#", "SHARE", "STAGE", "", "#EXPOSED", "#GOOD", "#BAD", "#UNDER WAY", "#QUIET", "#BACK", "#GOING BACK"]
+    real, simulated = found["counts"]["real"], found["counts"]["simulated"]
+    tail = (
+        f"devices: {real['exposed']} real, {simulated['exposed']} simulated exposed of {found['members']} in the cohort"
+    )
+    lines = [Text(f"waits: {_why(why)}") for why in found["why_not_yet"]]
+    return Group(head, table(columns, rows), Text(tail, style="dim"), *lines)
+
+
+def _details(out: Console, found: dict[str, Any]) -> None:
+    out.print(progress_view(found))
+    reasons = [
+        (one["stage"] + 1, one["outcome"], one["reason"], "simulated" if one["simulated"] else "real", one["devices"])
+        for one in found["outcomes"]
+        if one["reason"]
+    ]
+    if reasons:
+        out.print(table(["#STAGE", "OUTCOME", "REASON", "KIND", "#DEVICES"], reasons))
+    for index, stage in enumerate(found["stages"], 1):
+        if stage["confirmed_min"] == 0:
+            out.print(f"note: stage {index} asks for no device confirmed with traffic (confirmed_min = 0)")
+
+
+def _bar(good: int, bad: int, everyone: int) -> Text:
+    if not everyone:
+        return Text("·" * BAR_CHARS, style="dim")
+    first = BAR_CHARS * good // everyone
+    second = min(BAR_CHARS - first, -(-BAR_CHARS * bad // everyone))
+    return Text.assemble(("█" * first, "green"), ("█" * second, "red"), ("·" * (BAR_CHARS - first - second), "dim"))
+
+
+def _why(why: dict[str, Any]) -> str:
+    said = WAITS.get(why["code"], f"gate {why['code'].removeprefix('gate_')}: devices judged, of the sample")
+    amount = f"{why['have']} of {why['need']} " if why["need"] else ""
+    return f"{amount}{said} [{why['code']}]"
+
+
+def _said(decision: dict[str, Any]) -> str:
+    match decision["decision"]:
+        case "expose":
+            return f"expose stage {decision['stage'] + 1} ({decision['share'] * 100:g} %)"
+        case "withdraw":
+            return f"withdraw ({decision['scope']})"
+        case _:
+            return f"{decision['state']}: {decision['reason']}"
+
+
+def _line(found: dict[str, Any]) -> str:
+    counts = {
+        name: found["counts"]["real"][name] + found["counts"]["simulated"][name] for name in found["counts"]["real"]
+    }
+    said = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+    reason = f" ({found['reason']})" if found["reason"] else ""
+    waits = "; ".join(why["code"] for why in found["why_not_yet"])
+    return (
+        f"rollout {found['number']} {found['model']}:{found['version']} {found['state']}{reason}"
+        f" stage {found['stage'] + 1}/{found['stages_total']}: {said or 'nobody exposed'}{f' [{waits}]' if waits else ''}"
+    )

@@ -1,0 +1,373 @@
+"""Rollouts as operators see them: made from a wish, told what to do, shown with counts and reasons.
+
+Nothing here decides: a command is written down as `wanted`, and the director applies it in its next turn.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any, cast
+
+import msgspec
+from sqlalchemy import func, insert, select, text, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from wherry_server import audit, cohorts, evidence, fleet
+from wherry_server.db.database import Database
+from wherry_server.db.tables import Bundle, Decision, Rollout, table
+from wherry_server.lease import boot_id
+from wherry_server.outcomes import LIVE
+from wherry_server.plan import parse_plan
+from wherry_server.rollout import Command, Progress, State, why_not_yet
+from wherry_server.times import now_us
+from wherry_shared.clock import MICROSECONDS, Now
+from wherry_shared.errors import RefusedError
+
+_ROLLOUT, _BUNDLE, _DECISION = table(Rollout), table(Bundle), table(Decision)
+ALLOWED: dict[Command, frozenset[State]] = {
+    "start": frozenset({"created"}),
+    "pause": frozenset({"running"}),
+    "resume": frozenset({"paused"}),
+    "abort": frozenset({"created", "running", "paused"}),
+    "revert": frozenset({"running", "paused", "returning", "done", "halted", "aborted"}),
+}
+"""In which states a command may be given."""
+TALLIED = ("exposed", "pending", *LIVE[1:], "withdrawn", "revert_pending", "reverted", "superseded")
+LISTED_MAX = 200
+DECISIONS_MAX = 200
+
+
+async def create(database: Database, project: str, actor: str, wish: dict[str, Any]) -> dict[str, Any]:
+    """Make a rollout and return it.
+
+    Args:
+        database: where.
+        project: whose.
+        actor: who wants it, for the audit log.
+        wish: the fields of a plan (`docs/formats/plan.md`), with `models: [{model, version}]`, whose manifests are looked
+            up here; whom it is for as one of `cohort` (saved name), `selector` (text) or `device` (id or name); and
+            `start: true` to start it at once.
+
+    Raises:
+        RefusedError: as `plan.parse_plan`; `bundle_unknown`, `cohort_unknown`, `device_unknown`, `plan_target`.
+    """
+    async with database.write() as connection:
+        number = await _create(connection, project, actor, dict(wish))
+    async with database.read() as connection:
+        return await show(connection, project, number)
+
+
+async def _create(connection: AsyncConnection, project: str, actor: str, wish: dict[str, Any]) -> int:
+    start = wish.pop("start", False)
+    if not isinstance(start, bool):
+        raise RefusedError("plan_invalid", "start is true or false")
+    selector, cohort = await _target(connection, project, wish)
+    models = wish.pop("models", None)
+    if not isinstance(models, list) or not all(isinstance(one, dict) for one in models):
+        raise RefusedError("plan_invalid", "models is a list of {model, version}")
+    plan = parse_plan(
+        {
+            **wish,
+            "models": [await _planned(connection, project, one) for one in models],
+            "selector": selector,
+            "cohort": cohort,
+        }
+    )
+    highest = await connection.scalar(select(func.max(_ROLLOUT.c.number)).where(_ROLLOUT.c.project_id == project))
+    number, now = (highest or 0) + 1, now_us()
+    await connection.execute(
+        insert(_ROLLOUT).values(
+            id=secrets.token_urlsafe(12),
+            project_id=project,
+            number=number,
+            model=plan.models[0].model,
+            plan=msgspec.to_builtins(plan),
+            progress=msgspec.to_builtins(Progress()),
+            state="created",
+            reason="",
+            salt=secrets.token_urlsafe(16),
+            priority=plan.priority,
+            revision=1,
+            lease_epoch=0,
+            wanted="start" if start else "",
+            created_at=now,
+            created_by=actor,
+            updated_at=now,
+        )
+    )
+    await audit.append(
+        connection,
+        project,
+        actor,
+        "rollout.create",
+        str(number),
+        models=[planned.target for planned in plan.models],
+        selector=selector,
+        started=start,
+    )
+    return number
+
+
+async def _target(connection: AsyncConnection, project: str, wish: dict[str, Any]) -> tuple[str, str]:
+    """Return (selector, cohort name) of whom a wish is for."""
+    given = {name: wish.pop(name) for name in ("cohort", "selector", "device") if wish.get(name) not in (None, "")}
+    if len(given) != 1 or not all(isinstance(value, str) for value in given.values()):
+        raise RefusedError(
+            "plan_target",
+            "say whom the rollout is for by exactly one of cohort, selector or device",
+            next_step="to reach every device: selector all",
+        )
+    ((kind, value),) = given.items()
+    if kind == "device":
+        found = await fleet.find_device(connection, project, value)
+        return f'id = "{found.id}"', ""
+    if kind == "cohort":
+        return str((await cohorts.find(connection, project, value))["selector"]), value
+    return value, ""
+
+
+async def _planned(connection: AsyncConnection, project: str, one: dict[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(one) - {"model", "version"})
+    if unknown:
+        raise RefusedError("plan_invalid", f"a model is {{model, version}}; unknown: {', '.join(unknown)[:100]}")
+    model, version = str(one.get("model", "")), str(one.get("version", ""))
+    manifest = await connection.scalar(
+        select(_BUNDLE.c.manifest).where(
+            _BUNDLE.c.project_id == project, _BUNDLE.c.model == model, _BUNDLE.c.version == version
+        )
+    )
+    if manifest is None:
+        raise RefusedError(
+            "bundle_unknown",
+            f"there is no bundle {model[:64]} {version[:64]}",
+            consequence="nothing was stored",
+            next_step="push it first: wherry bundle push",
+        )
+    return {"model": model, "version": version, "manifest": manifest}
+
+
+async def command(database: Database, project: str, actor: str, number: int, wanted: Command) -> dict[str, Any]:
+    """Write a command down for the director and return the rollout.
+
+    Raises:
+        RefusedError: `rollout_unknown`, or `rollout_state` where the command makes no sense.
+    """
+    async with database.write() as connection:
+        row = await find(connection, project, number)
+        progress = evidence.load_progress(row.progress)
+        pending = row.wanted and row.wanted != wanted and wanted not in ("abort", "revert")
+        pointless = wanted == "revert" and (progress.stage < 0 or progress.ending == "reverted")
+        if row.state not in ALLOWED[wanted] or pending or pointless:
+            what = f"{row.state}, and {row.wanted} is wanted" if row.wanted else row.state
+            raise RefusedError(
+                "rollout_state",
+                f"rollout {number} is {what}: {wanted} is not possible now",
+                consequence="nothing was changed",
+                next_step=f"possible in: {', '.join(sorted(ALLOWED[wanted]))}",
+            )
+        await connection.execute(
+            update(_ROLLOUT)
+            .where(_ROLLOUT.c.id == row.id)
+            .values(wanted=wanted, revision=row.revision + 1, updated_at=now_us())
+        )
+        await audit.append(connection, project, actor, f"rollout.{wanted}", str(number), state=row.state)
+    async with database.read() as connection:
+        return await show(connection, project, number)
+
+
+async def roll_back(database: Database, project: str, actor: str, model: str, device: str | None) -> dict[str, Any]:
+    """Bring a model back to what ran before: of its newest rollout, or on one device only. Returns the rollout that does it.
+
+    Raises:
+        RefusedError: `nothing_to_roll_back` or `device_unknown`.
+    """
+    if device is None:
+        async with database.read() as connection:
+            number = await connection.scalar(_NEWEST, {"project": project, "model": model})
+        if number is None:
+            raise _nothing(f"no rollout of {model[:64]} has reached a device that could go back")
+        return await command(database, project, actor, int(number), "revert")
+    async with database.write() as connection:
+        found = await fleet.find_device(connection, project, device)
+        row = (await connection.execute(_BEFORE, {"device": found.id, "model": model})).one_or_none()
+        if row is None or "/" not in row.from_target:
+            raise _nothing(f"it is not known what {found.name} ran of {model[:64]} before")
+        priority = await connection.scalar(_PRIORITY, {"device": found.id, "model": model}) or 0
+        number = await _create(
+            connection,
+            project,
+            actor,
+            {
+                "models": [{"model": model, "version": row.from_target.split("/", 1)[1]}],
+                "device": found.id,
+                "stages": [{"share": 1.0, "confirmed_min": 0}],
+                "supersede": True,
+                "priority": priority,
+                "start": True,
+            },
+        )
+    async with database.read() as connection:
+        return await show(connection, project, number)
+
+
+async def find(connection: AsyncConnection, project: str, number: int) -> Any:
+    """Return the row of a rollout.
+
+    Raises:
+        RefusedError: `rollout_unknown`.
+    """
+    row = (
+        await connection.execute(select(_ROLLOUT).where(_ROLLOUT.c.project_id == project, _ROLLOUT.c.number == number))
+    ).one_or_none()
+    if row is None:
+        raise RefusedError(
+            "rollout_unknown", f"there is no rollout {number}", next_step="see which there are: wherry rollout list"
+        )
+    return row
+
+
+async def every(
+    connection: AsyncConnection, project: str, model: str | None, state: str | None
+) -> list[dict[str, Any]]:
+    """Return the newest rollouts, newest first."""
+    query = select(_ROLLOUT).where(_ROLLOUT.c.project_id == project).order_by(_ROLLOUT.c.number.desc())
+    if model:
+        query = query.where(_ROLLOUT.c.model == model)
+    if state:
+        query = query.where(_ROLLOUT.c.state == state)
+    return [_summary(row) for row in (await connection.execute(query.limit(LISTED_MAX))).all()]
+
+
+async def show(connection: AsyncConnection, project: str, number: int) -> dict[str, Any]:
+    """Return a rollout with counts per stage, real and simulated apart, and why it is not further yet.
+
+    Raises:
+        RefusedError: `rollout_unknown`.
+    """
+    row = await find(connection, project, number)
+    plan, progress = parse_plan(row.plan), evidence.load_progress(row.progress)
+    now = now_us()
+    scan = await evidence.scan(connection, row, plan) if row.state in ("created", "running", "paused") else None
+    found = await evidence.read(connection, row, plan, progress, scan, now)
+    details = await evidence.breakdown(connection, row.id)
+    tallies = {kind: _tally(details, simulated=kind == "simulated") for kind in ("real", "simulated")}
+    waits = why_not_yet(plan, progress, found, _here(now))
+    return {
+        **_summary(row),
+        "plan": msgspec.to_builtins(plan),
+        "stages": [
+            {
+                "share": stage.share,
+                "soak_s": stage.soak_s,
+                "confirmed_min": stage.confirmed_min,
+                "state": _stage_state(index, progress),
+                "counts": {name: getattr(counts, name) for name in counts.__struct_fields__},
+            }
+            for index, (stage, counts) in enumerate(zip(plan.stages, found.stages, strict=True))
+        ],
+        "members": found.members,
+        "unexposed": found.unexposed,
+        "held": found.held,
+        "counts": tallies,
+        "outcomes": details,
+        "why_not_yet": msgspec.to_builtins(waits),
+    }
+
+
+async def decisions(connection: AsyncConnection, project: str, number: int, after: int) -> list[dict[str, Any]]:
+    """Return what was decided on a rollout and on what evidence, oldest first, behind a revision.
+
+    Raises:
+        RefusedError: `rollout_unknown`.
+    """
+    row = await find(connection, project, number)
+    rows = await connection.execute(
+        select(_DECISION)
+        .where(_DECISION.c.rollout_id == row.id, _DECISION.c.revision > after)
+        .order_by(_DECISION.c.revision)
+        .limit(DECISIONS_MAX)
+    )
+    return [
+        {
+            "revision": one.revision,
+            "at": one.at,
+            "decisions": one.decisions,
+            "evidence": one.evidence,
+            "progress_before": one.progress_before,
+        }
+        for one in rows
+    ]
+
+
+def _here(now: int) -> Now:
+    """Return an instant that compares with the waits of a director on this machine."""
+    return Now(boot_id(), time.monotonic_ns() // 1_000_000, now / MICROSECONDS)
+
+
+def _stage_state(index: int, progress: Progress) -> str:
+    if index > progress.stage:
+        return "ahead"
+    if index < progress.stage or progress.state == "done":
+        return "proved"
+    return "under_way" if progress.state in ("running", "paused") else "stopped"
+
+
+def _tally(details: list[dict[str, Any]], *, simulated: bool) -> dict[str, int]:
+    """Count devices by outcome; `exposed` is everybody who ever was, `pending` who has not settled."""
+    tally = dict.fromkeys(TALLIED, 0)
+    for one in details:
+        if one["simulated"] is simulated:
+            tally["exposed"] += one["devices"]
+            tally["pending" if one["outcome"] == "exposed" else one["outcome"]] += one["devices"]
+    return tally
+
+
+def _summary(row: Any) -> dict[str, Any]:
+    plan = cast("dict[str, Any]", row.plan)
+    progress = cast("dict[str, Any]", row.progress)
+    return {
+        "number": row.number,
+        "id": row.id,
+        "model": row.model,
+        "version": plan["models"][0]["version"],
+        "models": plan["models"],
+        "cohort": plan.get("cohort", ""),
+        "selector": plan["selector"],
+        "state": row.state,
+        "reason": row.reason,
+        "wanted": row.wanted,
+        "stage": progress.get("stage", -1),
+        "stages_total": len(plan["stages"]),
+        "priority": row.priority,
+        "revision": row.revision,
+        "created_at": row.created_at,
+        "created_by": row.created_by,
+        "updated_at": row.updated_at,
+    }
+
+
+def _nothing(message: str) -> RefusedError:
+    return RefusedError(
+        "nothing_to_roll_back",
+        message,
+        consequence="nothing was changed",
+        next_step="deploy the version that you want: wherry deploy MODEL:VERSION",
+    )
+
+
+_NEWEST = text(
+    "SELECT r.number FROM rollout r WHERE r.project_id = :project AND r.model = :model"
+    " AND r.state IN ('running', 'paused', 'done', 'halted', 'aborted') AND EXISTS (SELECT 1 FROM assignment a"
+    " WHERE a.rollout_id = r.id AND a.outcome IN ('exposed', 'confirmed', 'confirmed_idle'))"
+    " ORDER BY r.number DESC LIMIT 1"
+)
+_BEFORE = text(
+    "SELECT a.from_target FROM assignment a JOIN rollout r ON r.id = a.rollout_id WHERE a.device_id = :device"
+    " AND a.model = :model AND a.from_manifest <> '' AND a.from_manifest <> a.to_manifest"
+    " AND a.outcome IN ('exposed', 'confirmed', 'confirmed_idle') ORDER BY r.number DESC LIMIT 1"
+)
+_PRIORITY = text(
+    "SELECT max(r.priority) FROM rollout r JOIN assignment a ON a.rollout_id = r.id WHERE a.device_id = :device"
+    " AND a.model = :model AND r.state IN ('running', 'paused', 'returning') AND a.outcome <> 'superseded'"
+)
