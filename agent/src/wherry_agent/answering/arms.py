@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -100,6 +101,9 @@ class Counter:
     loadable: Loadable
     arm: ArmName
     trial: str = ""
+    pending: deque[tuple[int, int]] = field(default_factory=deque)
+    """Runs that callers left behind without waiting for the lock; see `fold`."""
+    _fold_left_out: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _requests: int = 0
     _errors: int = 0
@@ -138,13 +142,22 @@ class Counter:
             self._last_error = error[:ERROR_CHARS_MAX]
             self._changes += 1
 
-    def answered_many(self, loaded: Loaded, runs: Sequence[tuple[int, int]]) -> None:
-        """Count runs that gave an answer, as (bucket, engine time in ns): the handle's way, outside its calls."""
+    def leave_out(self, runs: int) -> None:
+        """Leave so many runs of `fold` out of the latency from now on: the variant was just loaded."""
         with self._lock:
-            self._requests += len(runs)
-            for bucket, engine_ns in runs:
-                self._add_latency(loaded, bucket, engine_ns)
-            self._changes += bool(runs)
+            self._fold_left_out = runs
+
+    def fold(self) -> None:
+        """Count the runs in `pending`, (bucket, engine time in ns) each: the handle's way, outside its calls."""
+        with self._lock:
+            for _ in range(len(self.pending)):  # what callers append meanwhile waits for the next turn
+                bucket, engine_ns = self.pending.popleft()
+                self._requests += 1
+                self._changes += 1
+                if self._fold_left_out > 0:
+                    self._fold_left_out -= 1
+                else:
+                    self._sketch(bucket).add(engine_ns / 1000)
 
     def stats(self) -> ArmStats:
         """Return the counts as they stand."""
@@ -182,10 +195,13 @@ class Counter:
         if loaded.runs_to_leave_out > 0:
             loaded.runs_to_leave_out -= 1
             return
+        self._sketch(bucket).add(engine_ns / 1000)
+
+    def _sketch(self, bucket: int) -> Sketch:
         sketch = self._latency.get(bucket)
         if sketch is None:
             sketch = self._latency[bucket] = Sketch()
-        sketch.add(engine_ns / 1000)
+        return sketch
 
     def _top_classes(self, outputs: Mapping[str, Array]) -> list[str]:
         if self._labelled is None:

@@ -1,0 +1,494 @@
+"""Use a model of this device inside an application's own process, while the supervisor swaps it underneath.
+
+    with Model("file-type") as model:
+        answer = model.run({"bytes": numpy_array})
+        label = answer.by.labels["target_label"][answer["target_label"].argmax()]
+
+A call reads one reference and runs the engine in the caller's thread; its overhead is the target of
+`benchmarks/handle_overhead.py`. Loading, warming, swapping, counting and talking to the supervisor happen in two threads
+of the handle's own. While a candidate is on trial, `isolation="worker"` (the default) sends calls to the worker process
+and keeps the incumbent here, so that a candidate which crashes can't take the application with it; `"inline"` runs the
+candidate here as well. If the supervisor goes away, the last verified version goes on serving.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import socket as sockets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from wherry_agent import handle_messages as messages
+from wherry_agent.answering.arms import RUNS_LEFT_OUT, ArmName, Counter, Loaded, key_of, load_variant
+from wherry_agent.answering.gate import RunGate
+from wherry_agent.answering.helpers import Helpers
+from wherry_agent.answering.published import Published
+from wherry_agent.children import Loadable, ServeModel
+from wherry_agent.handle_remote import NotJson, RemoteAnswer, WorkerClient
+from wherry_agent.lines import LineWriter, read_lines
+from wherry_shared import reasons
+from wherry_shared.bundle import Interface
+from wherry_shared.engines.errors import BadInput, EngineFault, OutOfMemory
+from wherry_shared.engines.session import Array
+from wherry_shared.errors import RefusedError, UnreachableError, WherryError
+
+log = logging.getLogger(__name__)
+
+SOCKET_VARIABLE = "WHERRY_HANDLE_SOCKET"
+SOCKET_DEFAULT = "/var/lib/wherry/run/handle.sock"
+COUNT_SECONDS = 1.0
+DRAIN_SECONDS = 0.2
+"""How often timings of calls are folded into sketches, outside the calls."""
+RECONNECT_SECONDS_MIN = 0.1
+RECONNECT_SECONDS_MAX = 5.0
+COUNTERS_MAX = 8
+"""Arms that one handle keeps counters of: those in use and the last few before them."""
+INLINE_PERMITS = 1024
+"""The application's threads are its own business: no run gate in its process."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """The version that gave an answer, with the assets of exactly that version."""
+
+    model: str
+    version: str
+    variant: str
+    digest: str
+    trial: str
+    interface: Interface
+    assets_path: str
+
+    @property
+    def labels(self) -> dict[str, list[str]]:
+        """Class names along the last axis, for each output that has them."""
+        return {spec.name: spec.labels for spec in self.interface.outputs if spec.labels}
+
+    def asset(self, path: str) -> Path:
+        """Return the file of that path among the bundle's assets.
+
+        Raises:
+            RefusedError: `asset_missing`.
+        """
+        root = Path(self.assets_path).resolve() if self.assets_path else None
+        file = (root / path).resolve() if root is not None else None
+        if root is None or file is None or not file.is_relative_to(root) or not file.is_file():
+            raise RefusedError("asset_missing", f"{self.model} {self.version} has no asset {path[:200]!r}")
+        return file
+
+
+class Answer(dict[str, Array]):
+    """Outputs under canonical names; `by` is the version that gave them, `fallback` whether it stood in for another."""
+
+    __slots__ = ("by", "fallback")
+
+    def __init__(self, outputs: dict[str, Array], by: Served, *, fallback: bool = False) -> None:
+        super().__init__(outputs)
+        self.by = by
+        self.fallback = fallback
+
+
+@dataclass(frozen=True, slots=True)
+class _InProcess:
+    """A trusted version in this process: the short way."""
+
+    loaded: Loaded
+    counter: Counter
+    served: Served
+    left_behind: Callable[[tuple[int, int]], None]
+    """`append` of the counter's pending runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Inline:
+    """A candidate on trial in this process, its incumbent beside it."""
+
+    published: Published
+    served: dict[int, Served]
+    """By identity of the loaded variant."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Remote:
+    """A candidate on trial in the worker, its incumbent here."""
+
+    client: WorkerClient
+    candidate: Served
+    counter: Counter
+    incumbent: _InProcess | None
+
+
+_Engaged = _InProcess | _Inline | _Remote
+
+
+class Model:
+    """A model by name. Thread-safe; close it, or use it as a context manager."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        socket: str | Path | None = None,
+        isolation: messages.Isolation = "worker",
+        timeout_s: float = 30.0,
+    ) -> None:
+        """Connect to the supervisor and wait until a version is ready.
+
+        Args:
+            name: the model's name.
+            socket: the supervisor's unix socket; default `$WHERRY_HANDLE_SOCKET`, then `/var/lib/wherry/run/handle.sock`.
+            isolation: where a candidate on trial runs, `worker` or `inline`.
+            timeout_s: how long to wait.
+
+        Raises:
+            UnreachableError: `supervisor_unreachable`, or `no_model`: nothing to serve within `timeout_s`.
+            RefusedError: the supervisor does not talk to this process.
+        """
+        self.name = name
+        self._path = str(socket or os.environ.get(SOCKET_VARIABLE) or SOCKET_DEFAULT)
+        self._isolation: messages.Isolation = isolation
+        self._engaged: _Engaged | None = None
+        self._helpers = Helpers()
+        self._gate = RunGate(INLINE_PERMITS)
+        self._counters: dict[tuple[tuple[str, str, str], ArmName, str], Counter] = {}
+        self._counters_lock = threading.Lock()
+        self._writer: LineWriter | None = None
+        self._connection: sockets.socket | None = None
+        self._closed = threading.Event()
+        self._first = threading.Event()
+        self._trouble: WherryError = UnreachableError(
+            "supervisor_unreachable",
+            f"no supervisor answers on {self._path}",
+            consequence="there is no verified version to run",
+            next_step="start wherry-agent, or name its socket",
+        )
+        self._hurry = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._listen, name=f"handle-{name}", daemon=True),
+            threading.Thread(target=self._count, name=f"handle-{name}-counts", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self.close)
+        if not self._first.wait(timeout_s) or self._engaged is None:
+            self.close()
+            raise self._trouble
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> Answer:
+        """Run the model on arrays under canonical names.
+
+        Raises:
+            BadInput: the interface does not allow this input.
+            EngineFault: the model failed on it, and no incumbent could answer.
+            UnreachableError: `no_model`, the device has no version any more, or `worker_gone`.
+        """
+        engaged = self._engaged
+        if engaged.__class__ is _InProcess:
+            bound = engaged.loaded.bound
+            bucket = bound.check(inputs)
+            started = time.perf_counter_ns()
+            try:
+                results = bound.run_checked(inputs, outputs)
+            except EngineFault as fault:
+                engaged.counter.failed(str(fault), fallback=False)
+                raise
+            engaged.left_behind((bucket, time.perf_counter_ns() - started))
+            return Answer(results, engaged.served)
+        return self._run_on_trial(engaged, inputs, outputs)
+
+    @property
+    def served(self) -> Served:
+        """The version that the next call asks first.
+
+        Raises:
+            UnreachableError: `no_model`.
+        """
+        match self._engaged:
+            case _InProcess() as engaged:
+                return engaged.served
+            case _Inline() as engaged:
+                return engaged.served[id(engaged.published.active)]
+            case _Remote() as engaged:
+                return engaged.candidate
+        raise self._no_model()
+
+    def report_bad(self, reason: str, answer: Answer | None = None) -> None:
+        """Say that what a version answers is wrong: the version that gave `answer`, or the one that serves now.
+
+        Raises:
+            UnreachableError: `supervisor_unreachable`, nobody heard it.
+        """
+        by = answer.by if answer is not None else self.served
+        if not self._say(messages.BadReport(digest=by.digest, trial=by.trial, reason=reason[:500])):
+            raise UnreachableError("supervisor_unreachable", "the supervisor is gone: nobody heard the report")
+
+    def close(self) -> None:
+        """Say goodbye and let go of the model."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        self._hurry.set()
+        self._send_counts()
+        self._say(messages.Bye())
+        connection = self._connection
+        if connection is not None:
+            with contextlib.suppress(OSError):  # gone already
+                connection.shutdown(sockets.SHUT_RDWR)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(COUNT_SECONDS)
+        self._helpers.close()
+        self._engaged = None
+        atexit.unregister(self.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- calls on trial ----------------------------------------------------------------------------
+
+    def _run_on_trial(
+        self, engaged: _Engaged | None, inputs: Mapping[str, Array], outputs: Sequence[str] | None
+    ) -> Answer:
+        match engaged:
+            case _Inline():
+                answer = engaged.published.answer(self._gate, self._helpers, inputs, outputs)
+                return Answer(answer.outputs, engaged.served[id(answer.loaded)], fallback=answer.fallback)
+            case _Remote():
+                return self._ask_worker(engaged, inputs, outputs)
+        raise self._no_model()
+
+    def _ask_worker(self, engaged: _Remote, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> Answer:
+        incumbent = engaged.incumbent
+        try:
+            answer = engaged.client.ask(inputs, outputs)
+        except NotJson as error:
+            if incumbent is None:
+                raise BadInput(
+                    "NaN and Inf cannot be sent to the worker, where the only version is on trial",
+                    next_step='use isolation="inline", or wait until the version is confirmed',
+                ) from error
+            return self._by_incumbent(incumbent, inputs, outputs)
+        except UnreachableError as error:
+            if error.code == "worker_died":  # with this request, so nobody else has counted it
+                engaged.counter.failed(str(error), fallback=incumbent is not None)
+                self._hurry.set()
+            if incumbent is None:
+                raise
+            return self._by_incumbent(incumbent, inputs, outputs)
+        except EngineFault:
+            if incumbent is None:  # counted by the worker, which had no incumbent in memory either
+                raise
+            return self._by_incumbent(incumbent, inputs, outputs)
+        return _from_worker(answer, engaged)
+
+    @staticmethod
+    def _by_incumbent(incumbent: _InProcess, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> Answer:
+        bound = incumbent.loaded.bound
+        bucket = bound.check(inputs)
+        started = time.perf_counter_ns()
+        results = bound.run_checked(inputs, outputs)
+        incumbent.left_behind((bucket, time.perf_counter_ns() - started))
+        return Answer(results, incumbent.served, fallback=True)
+
+    def _no_model(self) -> WherryError:
+        return UnreachableError(
+            "no_model",
+            f"this device has no version of {self.name!r} to run",
+            next_step="wait for a rollout, or ask wherry-agent status",
+        )
+
+    # -- the supervisor ----------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        """Stay connected; act on every assignment. Ends only with the handle, or when it is refused."""
+        wait_s = RECONNECT_SECONDS_MIN
+        while not self._closed.is_set():
+            connection = sockets.socket(sockets.AF_UNIX)
+            try:
+                connection.connect(self._path)
+                self._connection, self._writer = connection, LineWriter(connection)
+                self._say(
+                    messages.Hi(format=messages.FORMAT, model=self.name, pid=os.getpid(), isolation=self._isolation)
+                )
+                for line in read_lines(connection, line_bytes_max=messages.LINE_BYTES_MAX):
+                    wait_s = RECONNECT_SECONDS_MIN
+                    message = messages.parse_to_handle(line)
+                    if isinstance(message, messages.Refusal):
+                        self._trouble = RefusedError(message.code, message.message)
+                        self._first.set()
+                        return
+                    self._act(message)
+            except (OSError, RefusedError) as error:
+                log.debug("handle of %s: %s", self.name, error)
+            finally:
+                self._writer = None
+                connection.close()
+            self._orphaned()
+            self._closed.wait(wait_s)
+            wait_s = min(2 * wait_s, RECONNECT_SECONDS_MAX)
+
+    def _act(self, assign: messages.Assign) -> None:
+        try:
+            self._engaged = self._made(assign)
+        except (WherryError, MemoryError) as error:
+            log.warning("model %s: %s", self.name, error)
+            reason = reasons.OVER_MEMORY if isinstance(error, OutOfMemory | MemoryError) else reasons.LOAD_FAILED
+            self._say(self._state(assign.revision, ok=False, reason=reason, detail=str(error)[:500]))
+            return
+        if self._engaged is None:
+            self._trouble = self._no_model()
+        else:
+            self._first.set()
+        self._say(self._state(assign.revision))
+
+    def _made(self, assign: messages.Assign) -> _Engaged | None:
+        """Load what `assign` asks for, beside what serves meanwhile; loaded variants are used again."""
+        serve = assign.serve
+        if serve is None:
+            return None
+        have = {key_of(loaded.loadable): loaded for loaded in self._loaded()}
+        if not serve.trial:
+            return self._in_process(serve.active, have)
+        if self._isolation == "inline":
+            return self._inline(serve, have)
+        incumbent = self._in_process(serve.incumbent, have) if serve.incumbent is not None else None
+        client = WorkerClient(assign.worker_socket, serve.name, serve.deadline_ms / 1000)
+        counter = self._counter(serve.active, "candidate", serve.trial)
+        return _Remote(client, _served(serve.active, serve.trial), counter, incumbent)
+
+    def _in_process(self, loadable: Loadable, have: dict[tuple[str, str, str], Loaded]) -> _InProcess:
+        counter = self._counter(loadable, "incumbent", "")
+        loaded = have.get(key_of(loadable))
+        if loaded is None:
+            loaded = load_variant(loadable)
+            counter.leave_out(RUNS_LEFT_OUT)
+        return _InProcess(loaded, counter, _served(loadable, ""), counter.pending.append)
+
+    def _inline(self, serve: ServeModel, have: dict[tuple[str, str, str], Loaded]) -> _Inline:
+        active = have.get(key_of(serve.active)) or load_variant(serve.active)
+        incumbent = None
+        if serve.incumbent is not None:
+            incumbent = have.get(key_of(serve.incumbent)) or load_variant(serve.incumbent)
+        published = Published(
+            active=active,
+            counter=self._counter(serve.active, "candidate", serve.trial),
+            incumbent=incumbent,
+            incumbent_counter=self._counter(incumbent.loadable, "incumbent", "") if incumbent else None,
+            trial=serve.trial,
+            deadline_s=serve.deadline_ms / 1000,
+            on_candidate_error=self._hurry.set,
+        )
+        served = {id(active): _served(serve.active, serve.trial)}
+        if incumbent is not None:
+            served[id(incumbent)] = _served(incumbent.loadable, "")
+        return _Inline(published, served)
+
+    def _orphaned(self) -> None:
+        """The supervisor is gone: a candidate is not verified by anybody now, so the incumbent takes over."""
+        match self._engaged:
+            case _Remote(incumbent=_InProcess() as incumbent):
+                self._engaged = incumbent
+            case _Inline(published=Published(incumbent=Loaded() as loaded)):
+                self._engaged = self._in_process(loaded.loadable, {key_of(loaded.loadable): loaded})
+
+    def _loaded(self) -> list[Loaded]:
+        match self._engaged:
+            case _InProcess() as engaged:
+                return [engaged.loaded]
+            case _Inline() as engaged:
+                return engaged.published.loaded()
+            case _Remote(incumbent=_InProcess() as incumbent):
+                return [incumbent.loaded]
+        return []
+
+    def _state(self, revision: int, *, ok: bool = True, reason: str = "", detail: str = "") -> messages.Engaged:
+        engaged = self._engaged
+        holds = [loaded.loadable.digest for loaded in self._loaded()]
+        if isinstance(engaged, _Remote):
+            holds.append(engaged.candidate.digest)  # its assets are read here
+        return messages.Engaged(
+            revision=revision,
+            digest=self.served.digest if engaged is not None else "",
+            in_process=isinstance(engaged, _InProcess | _Inline),
+            holds=holds,
+            ok=ok,
+            reason=reason,
+            detail=detail,
+        )
+
+    # -- counting ----------------------------------------------------------------------------------
+
+    def _counter(self, loadable: Loadable, arm: ArmName, trial: str) -> Counter:
+        with self._counters_lock:
+            key = (key_of(loadable), arm, trial)
+            counter = self._counters.pop(key, None) or Counter(loadable, arm, trial)
+            self._counters[key] = counter  # the newest last: the oldest is forgotten first
+            while len(self._counters) > COUNTERS_MAX:
+                del self._counters[next(iter(self._counters))]
+            return counter
+
+    def _count(self) -> None:
+        due = time.monotonic() + COUNT_SECONDS
+        while not self._closed.is_set():
+            urgent = self._hurry.wait(DRAIN_SECONDS)
+            self._drain()
+            if urgent or time.monotonic() >= due:
+                self._hurry.clear()
+                self._send_counts()
+                due = time.monotonic() + COUNT_SECONDS
+
+    def _drain(self) -> list[Counter]:
+        with self._counters_lock:
+            counters = list(self._counters.values())
+        for counter in counters:
+            counter.fold()
+        return counters
+
+    def _send_counts(self) -> None:
+        arms = [stats for counter in self._drain() if (stats := counter.news()) is not None]
+        if arms:
+            self._say(messages.Counts(arms=arms))
+
+    def _say(self, message: Any) -> bool:
+        writer = self._writer
+        if writer is None:
+            return False
+        try:
+            writer.write(messages.encode(message))
+        except OSError as error:
+            log.debug("handle of %s: the supervisor did not hear: %s", self.name, error)
+            return False
+        return True
+
+
+def _served(loadable: Loadable, trial: str) -> Served:
+    return Served(
+        model=loadable.model,
+        version=loadable.target.rpartition("/")[2],
+        variant=loadable.variant,
+        digest=loadable.digest,
+        trial=trial,
+        interface=loadable.interface,
+        assets_path=loadable.assets_path,
+    )
+
+
+def _from_worker(answer: RemoteAnswer, engaged: _Remote) -> Answer:
+    fallback = bool(answer.parameters.get("wherry_fallback"))
+    for served in (engaged.candidate, *([engaged.incumbent.served] if engaged.incumbent is not None else [])):
+        if served.version == answer.model_version:
+            return Answer(answer.tensors(), served, fallback=fallback)
+    raise EngineFault("foreign_version", f"the worker answered with version {answer.model_version}")

@@ -1,0 +1,378 @@
+"""Handles in real application processes, a real worker, and the supervisor's side of both."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from tests.agent.serving_kit import loadable, until, worker
+from tests.shared.engines import models
+from wherry_agent import handle_messages as messages
+from wherry_agent.children import ServeModel
+from wherry_agent.handle import Model
+from wherry_agent.handle_server import HandleCrash, HandleServer, HandleVerdict, allowed
+from wherry_shared.engines import BadInput, EngineFault
+from wherry_shared.errors import RefusedError, UnreachableError
+
+ONES = {"x": np.ones((1, 4), np.float32)}
+NEGATIVE = {"x": np.full((1, 4), -1, np.float32)}
+
+
+class Supervisor:
+    """A handle server whose callbacks are kept."""
+
+    def __init__(self, folder: Path, worker_socket: str = "") -> None:
+        self.path = folder / "handle.sock"
+        self.crashes: list[HandleCrash] = []
+        self.verdicts: list[HandleVerdict] = []
+        self.server = HandleServer(
+            self.path,
+            worker_socket=worker_socket,
+            on_crash=self.crashes.append,
+            on_verdict=self.verdicts.append,
+        )
+
+    def publish(self, active, **more) -> None:
+        self.server.publish("scale", ServeModel(name="scale", active=active, **more))
+
+    def publish_and_settle(self, active, **more) -> None:
+        self.publish(active, **more)
+        until(lambda: self.server.settled("scale"), "all handles act on the assignment")
+
+    def model(self, **more) -> Model:
+        return Model("scale", socket=self.path, timeout_s=20, **more)
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
+    made = Supervisor(tmp_path)
+    yield made
+    made.server.close()
+
+
+def test_a_handle_runs_the_published_version_with_its_labels_and_assets(tmp_path: Path, supervisor: Supervisor):
+    assets = tmp_path / "assets"
+    assets.mkdir()
+    (assets / "labels.txt").write_text("cat dog")
+    interface = models.interface()
+    labelled = msgspec.structs.replace(
+        interface, outputs=[msgspec.structs.replace(interface.outputs[0], labels=["a", "b", "c", "d"])]
+    )
+    good = loadable(models.scale(tmp_path / "a.onnx", 2.0), interface=labelled, assets_path=str(assets))
+    supervisor.publish(good)
+    with supervisor.model() as model:
+        answer = model.run(ONES)
+        assert answer["y"].tolist() == [[2.0] * 4]
+        assert (answer.by.version, answer.by.variant, answer.fallback) == ("1.0.0", "float", False)
+        assert answer.by.labels == {"y": ["a", "b", "c", "d"]}
+        assert answer.by.asset("labels.txt").read_text() == "cat dog"
+        for path in ("nope", "../handle.sock", "/etc/passwd"):
+            with pytest.raises(RefusedError, match="asset_missing"):
+                answer.by.asset(path)
+        with pytest.raises(BadInput):
+            model.run({"x": np.ones((1, 4), np.float64)})
+
+
+def test_swaps_under_concurrent_calls_fail_none_of_them(tmp_path: Path, supervisor: Supervisor):
+    versions = [loadable(models.scale(tmp_path / f"{n}.onnx", n), f"1.{n}.0") for n in range(1, 7)]
+    supervisor.publish(versions[0])
+    wrong: list[object] = []
+    calls = [0]
+    stop = threading.Event()
+    with supervisor.model() as model:
+
+        def keep_calling() -> None:
+            while not stop.is_set():
+                try:
+                    answer = model.run(ONES)
+                    if answer["y"][0, 0] != float(answer.by.version.split(".")[1]):
+                        wrong.append(answer.by)
+                    calls[0] += 1
+                except Exception as error:
+                    wrong.append(error)
+
+        threads = [threading.Thread(target=keep_calling) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for version in versions[1:]:
+            supervisor.publish_and_settle(version)
+            assert model.run(ONES).by.version == version.target.split("/")[1]
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+        assert supervisor.server.leases() == {versions[-1].digest}
+    until(lambda: supervisor.server.leases() == set(), "the lease ends with the handle")
+
+
+def test_every_call_is_counted_once_even_across_a_swap(tmp_path: Path, supervisor: Supervisor):
+    one = loadable(models.scale(tmp_path / "1.onnx", 1), "1.1.0")
+    two = loadable(models.scale(tmp_path / "2.onnx", 2), "1.2.0")
+    supervisor.publish(one)
+    counts: dict[str, int] = {}
+
+    def total() -> int:
+        for stats in supervisor.server.drain_stats():
+            counts[stats.digest] = stats.requests
+        return sum(counts.values())
+
+    with supervisor.model() as model:
+        for _ in range(37):
+            model.run(ONES)
+        supervisor.publish_and_settle(two)
+        for _ in range(5):
+            model.run(ONES)
+        until(lambda: total() == 42, "all calls are counted")
+        assert counts == {one.digest: 37, two.digest: 5}
+        for _ in range(3):
+            model.run(ONES)
+    until(lambda: total() == 45, "what was counted last is said at goodbye")
+
+
+def test_a_candidate_is_kept_out_of_the_process_until_it_is_confirmed(tmp_path: Path):
+    good = loadable(models.scale(tmp_path / "good.onnx", 2.0))
+    candidate = loadable(models.root(tmp_path / "new.onnx"), "1.1.0")
+    with worker(tmp_path) as process:
+        supervisor = Supervisor(tmp_path, str(process.unix_path))
+        supervisor.publish(good)
+        with supervisor.model() as model:
+            process.serve(ServeModel(name="scale", active=candidate, incumbent=good, trial="t"))
+            supervisor.publish_and_settle(candidate, incumbent=good, trial="t")
+            answer = model.run({"x": np.full((1, 4), 9, np.float32)}, ["y"])
+            assert (answer["y"].tolist(), answer.by.version, answer.fallback) == ([[3.0] * 4], "1.1.0", False)
+            assert answer["y"].dtype == np.float32
+            answer = model.run(NEGATIVE)
+            assert (answer["y"].tolist(), answer.by.version, answer.fallback) == ([[-2.0] * 4], "1.0.0", True)
+            arm = process.arm("candidate", lambda one: one.errors == 1)
+            assert (arm.requests, arm.fallbacks) == (2, 1)
+            assert supervisor.server.leases() == {good.digest, candidate.digest}
+            with pytest.raises(BadInput):
+                model.run({"x": np.ones((1, 5), np.float32)})
+            process.serve(ServeModel(name="scale", active=candidate))
+            supervisor.publish_and_settle(candidate)
+            assert model.run({"x": np.full((1, 4), 4, np.float32)}).by.version == "1.1.0"
+            assert supervisor.server.leases() == {candidate.digest}
+            with pytest.raises(EngineFault, match="not_finite"):
+                model.run(NEGATIVE)
+        supervisor.server.close()
+
+
+def test_a_worker_that_dies_with_a_request_takes_no_caller_with_it(tmp_path: Path):
+    good = loadable(models.scale(tmp_path / "good.onnx", 2.0))
+    endless = loadable(models.slow(tmp_path / "slow.onnx", 3.0, turns=1_000_000), "1.1.0")
+    with worker(tmp_path) as process:
+        supervisor = Supervisor(tmp_path, str(process.unix_path))
+        supervisor.publish(good)
+        with supervisor.model() as model:
+            wanted = ServeModel(name="scale", active=endless, incumbent=good, trial="t", deadline_ms=60_000)
+            process.serve(wanted)
+            supervisor.server.publish("scale", wanted)
+            until(lambda: supervisor.server.settled("scale"), "the trial begins")
+            answers: list[object] = []
+            caller = threading.Thread(target=lambda: answers.append(model.run(ONES)))
+            caller.start()
+            # the worker is inside the candidate once its helper thread burns CPU
+            until(lambda: _cpu_ticks(process.process.pid) > 60, "the candidate runs")
+            process.process.send_signal(signal.SIGSEGV)
+            caller.join(20)
+            (answer,) = answers
+            assert (answer["y"].tolist(), answer.by.version, answer.fallback) == ([[2.0] * 4], "1.0.0", True)
+
+            def candidate_errors() -> bool:
+                return any(
+                    (one.arm, one.errors, one.fallbacks) == ("candidate", 1, 1)
+                    for one in supervisor.server.drain_stats()
+                )
+
+            until(candidate_errors, "the handle counts what the worker no longer can")
+        supervisor.server.close()
+
+
+def _cpu_ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def test_inline_runs_the_candidate_here_and_falls_back_here(tmp_path: Path, supervisor: Supervisor):
+    good = loadable(models.scale(tmp_path / "good.onnx", 2.0))
+    candidate = loadable(models.root(tmp_path / "new.onnx"), "1.1.0")
+    supervisor.publish(good)
+    with supervisor.model(isolation="inline") as model:
+        supervisor.publish_and_settle(candidate, incumbent=good, trial="t")
+        assert model.run(ONES).by.version == "1.1.0"
+        answer = model.run(NEGATIVE)
+        assert (answer.by.version, answer.fallback, answer["y"][0, 0]) == ("1.0.0", True, -2.0)
+        until(
+            lambda: any(
+                (one.arm, one.requests, one.errors) == ("candidate", 2, 1) for one in supervisor.server.drain_stats()
+            ),
+            "the candidate's error reaches the supervisor",
+        )
+    assert supervisor.crashes == []
+
+
+APPLICATION = """
+import os, signal, sys
+import numpy as np
+from wherry_agent.handle import Model
+model = Model("scale", socket=sys.argv[1], isolation=sys.argv[2], timeout_s=20)
+print(model.run({"x": np.ones((1, 4), np.float32)}).by.version, flush=True)
+line = sys.stdin.readline().strip()
+if line == "crash":
+    os.kill(os.getpid(), signal.SIGSEGV)
+"""
+
+
+def application(path: Path, isolation: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", APPLICATION, str(path), isolation],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_an_application_that_dies_on_an_inline_candidate_counts_against_it(tmp_path: Path, supervisor: Supervisor):
+    good = loadable(models.scale(tmp_path / "good.onnx", 2.0))
+    candidate = loadable(models.scale(tmp_path / "new.onnx", 3.0), "1.1.0")
+    supervisor.publish(candidate, incumbent=good, trial="t")
+    with application(supervisor.path, "inline") as first:
+        assert first.stdout.readline() == "1.1.0\n"
+        first.communicate("crash\n")
+    (crash,) = until(lambda: supervisor.crashes, "the crash is told")
+    assert (crash.model, crash.digest, crash.trial, crash.pid) == ("scale", candidate.digest, "t", first.pid)
+    with application(supervisor.path, "inline") as second:
+        assert second.stdout.readline() == "1.0.0\n", "after a crash the next connection gets the incumbent"
+        second.communicate("bye\n")
+    assert second.returncode == 0
+    until(lambda: supervisor.server.leases() == set(), "the second application is gone")
+    assert len(supervisor.crashes) == 1, "an exit with goodbye is no crash"
+
+
+def test_an_application_that_dies_on_a_trusted_version_is_no_evidence(tmp_path: Path, supervisor: Supervisor):
+    good = loadable(models.scale(tmp_path / "good.onnx", 2.0))
+    supervisor.publish(good)
+    with application(supervisor.path, "worker") as first:
+        assert first.stdout.readline() == "1.0.0\n"
+        assert supervisor.server.leases() == {good.digest}
+        first.communicate("crash\n")
+    until(lambda: supervisor.server.leases() == set(), "the lease ends with the process")
+    assert supervisor.crashes == []
+
+
+def test_without_its_supervisor_a_handle_serves_the_last_verified_version(tmp_path: Path):
+    good = loadable(models.scale(tmp_path / "good.onnx", 2.0))
+    candidate = loadable(models.scale(tmp_path / "new.onnx", 3.0), "1.1.0")
+    supervisor = Supervisor(tmp_path)
+    supervisor.publish(good)
+    with supervisor.model(isolation="inline") as model:
+        supervisor.publish_and_settle(candidate, incumbent=good, trial="t")
+        assert model.run(ONES).by.version == "1.1.0"
+        supervisor.server.close()
+        until(lambda: model.run(ONES).by.version == "1.0.0", "the candidate is nobody's to judge now")
+        with pytest.raises(UnreachableError, match="supervisor_unreachable"):
+            model.report_bad("nobody hears this")
+        again = Supervisor(tmp_path)
+        again.publish(candidate)
+        until(lambda: model.run(ONES).by.version == "1.1.0", "the handle finds its supervisor again")
+        again.server.close()
+
+
+def test_a_version_that_does_not_load_leaves_what_serves(tmp_path: Path, supervisor: Supervisor):
+    good = loadable(models.scale(tmp_path / "good.onnx", 2.0))
+    (tmp_path / "junk.onnx").write_bytes(b"junk")
+    broken = msgspec.structs.replace(good, path=str(tmp_path / "junk.onnx"), manifest="sha256:" + "1" * 64)
+    supervisor.publish(good)
+    with supervisor.model() as model:
+        supervisor.publish_and_settle(broken)
+        assert model.run(ONES).by.version == "1.0.0"
+
+
+def test_an_application_can_give_its_own_verdict(tmp_path: Path, supervisor: Supervisor):
+    supervisor.publish(loadable(models.scale(tmp_path / "good.onnx", 2.0)))
+    with supervisor.model() as model:
+        model.report_bad("boxes are upside down", model.run(ONES))
+        (verdict,) = until(lambda: supervisor.verdicts, "the verdict arrives")
+        assert (verdict.reason, verdict.digest) == ("boxes are upside down", model.served.digest)
+
+
+def test_nothing_to_serve_and_nobody_there_are_told_apart(tmp_path: Path, supervisor: Supervisor):
+    with pytest.raises(UnreachableError, match="no_model"):
+        Model("scale", socket=supervisor.path, timeout_s=0.5)
+    with pytest.raises(UnreachableError, match="supervisor_unreachable"):
+        Model("scale", socket=tmp_path / "nobody.sock", timeout_s=0.3)
+
+
+def test_strangers_are_refused():
+    assert allowed(0, 0, None)
+    assert allowed(os.geteuid(), 12345, None)
+    stranger = os.geteuid() + 54321
+    assert not allowed(stranger, 12345, None)
+    assert not allowed(stranger, 12345, 999)
+    assert allowed(stranger, 999, 999), "its own group is the one that may"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_process_of_another_user_is_refused_by_its_credentials(tmp_path: Path, supervisor: Supervisor):
+    supervisor.path.chmod(0o777)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == 0 and folder != Path("/") and "pytest" in str(folder):
+            folder.chmod(0o755)
+    code = (
+        "import os, socket, sys; os.setgid(54321); os.setuid(54321);"
+        "s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print(s.recv(1000).decode())"
+    )
+    child = subprocess.run([sys.executable, "-c", code, str(supervisor.path)], capture_output=True, text=True)
+    refusal = messages.parse_to_handle(child.stdout.strip().encode())
+    assert isinstance(refusal, messages.Refusal)
+    assert refusal.code == "not_allowed"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"nonsense\n",
+        json.dumps({"kind": "hi", "format": 99, "model": "scale", "pid": 1}).encode() + b"\n",
+        b"x" * (messages.LINE_BYTES_MAX + 2),
+        json.dumps(
+            {
+                "kind": "counts",
+                "arms": [
+                    {"model": "m", "manifest": "", "variant": "", "digest": "", "arm": "incumbent", "wait_us": {"q": 1}}
+                ],
+            }
+        ).encode()
+        + b"\n",
+    ],
+)
+def test_what_is_no_handle_is_refused_and_others_go_on(tmp_path: Path, supervisor: Supervisor, line: bytes):
+    supervisor.publish(loadable(models.scale(tmp_path / "good.onnx", 2.0)))
+    with supervisor.model() as model, socket.socket(socket.AF_UNIX) as stranger:
+        stranger.settimeout(20)
+        stranger.connect(str(supervisor.path))
+        stranger.sendall(line)
+        answer = b""
+        while chunk := stranger.recv(4096):
+            answer += chunk
+        assert isinstance(messages.parse_to_handle(answer.strip()), messages.Refusal)
+        assert model.run(ONES).by.version == "1.0.0"
+    assert supervisor.crashes == []
+
+
+def test_the_supervisors_side_loads_neither_numpy_nor_an_engine():
+    code = (
+        "import sys, wherry_agent.handle_server, wherry_agent.canary_exit;"
+        "print([m for m in ('numpy', 'onnxruntime', 'asyncio', 'cryptography', 'wherry_shared.engines') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
