@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import socket
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import zstandard
 
-from tests.server.harness import Running, release, until
+from tests.server.harness import Running, release, running, until
 from wherry_server.blobs import INCOMING, Blobs
-from wherry_server.encodings import compress
+from wherry_server.encodings import StoppedError, compress
 from wherry_shared import wire
 from wherry_shared.digest import of_bytes
 from wherry_shared.errors import RefusedError, WherryError
@@ -104,12 +105,31 @@ def test_the_window_of_an_encoding_fits_every_device(tmp_path: Path) -> None:
     source.write_bytes(b"the same line again and again\n" * 500_000)
     size = source.stat().st_size
     assert size > ZSTD_WINDOW_BYTES_MAX
-    digest, length = compress(source, tmp_path / "encoded", size)
+    digest, length = compress(source, tmp_path / "encoded", size, threading.Event())
     encoded = (tmp_path / "encoded").read_bytes()
     assert (of_bytes(encoded), len(encoded)) == (digest, length)
     assert zstandard.get_frame_parameters(encoded).window_size <= ZSTD_WINDOW_BYTES_MAX
     decoder = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES_MAX)
     assert decoder.decompress(encoded) == source.read_bytes()
+
+
+def test_compressing_is_given_up_when_the_server_ends(tmp_path: Path) -> None:
+    (tmp_path / "raw").write_bytes(DATA)
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(StoppedError):
+        compress(tmp_path / "raw", tmp_path / "encoded", len(DATA), stop)
+
+
+def test_what_a_stopped_server_left_uncompressed_is_taken_up_at_the_next_start(tmp_path: Path) -> None:
+    with running(tmp_path / "data", encode_blobs=False) as server:
+        manifest, _ = release(server, tmp_path, "late")
+        device = server.device("patient")
+        url = f"/device/v1/blobs/{manifest.layers[0].digest}/info"
+        with server.as_device(device) as http:
+            assert wire.parse(wire.BlobInfo, http.get(url).content).encodings == []
+    with running(tmp_path / "data") as server, server.as_device(device) as http:
+        until(lambda: wire.parse(wire.BlobInfo, http.get(url).content).encodings)
 
 
 # --- over HTTP ----------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
-from sqlalchemy import insert, update
+from sqlalchemy import insert
 
 from tests.server.harness import Running, csr, enrol, in_database
-from wherry_server.db.tables import Cohort, Device, DeviceModel, TelemetryWindow, table
+from wherry_server.db.tables import Cohort, DeviceModel, TelemetryWindow
 from wherry_server.times import now_us
 from wherry_shared import wire
 from wherry_shared.facts import DeviceFacts, EngineFacts
@@ -145,16 +145,27 @@ def test_only_the_right_secret_speaks_for_a_device(server: Running) -> None:
             assert (answer.status_code, answer.json()["code"]) == (401, "unauthenticated"), token
 
 
-def test_a_revoked_device_gets_nothing_more(server: Running) -> None:
+def test_a_revoked_device_gets_nothing_more_and_its_name_stays_taken(server: Running) -> None:
     device = server.device("revoked")
-    devices = table(Device)
-    in_database(
-        server.settings,
-        lambda c: c.execute(update(devices).where(devices.c.id == device.device).values(state="revoked")),
-    )
+    with server.http(server.token("operator")) as http:
+        assert http.post("/api/v1/devices/revoked/revoke").json() == {"device": device.device, "state": "revoked"}
+        assert http.get("/api/v1/devices/revoked").json()["state"] == "revoked"
     with server.as_device(device) as http:
         answer = http.post("/device/v1/logs", json=["x"])
     assert (answer.status_code, answer.json()["code"]) == (403, "device_revoked")
+    assert enrol(server, server.enrolment_token(), "revoked").status_code == 409
+
+
+def test_the_name_of_a_decommissioned_device_is_free_again(server: Running) -> None:
+    for _ in range(2):
+        device = server.device("replaced")
+        with server.http() as http:
+            for _ in range(2):
+                assert http.post(f"/api/v1/devices/{device.device}/decommission").status_code == 200
+            assert http.get(f"/api/v1/devices/{device.device}").json()["name"] == f"replaced~{device.device}"
+        with server.as_device(device) as http:
+            assert http.post("/device/v1/logs", json=["x"]).status_code == 403
+    assert server.device("replaced").device
 
 
 def test_devices_are_listed_page_by_page_and_filtered(server: Running) -> None:

@@ -62,7 +62,8 @@ class Client:
 
     def __init__(self, access: Access, *, http: httpx.Client | None = None) -> None:
         self.server = access.server
-        self.http = http or httpx.Client(base_url=access.server, timeout=TIMEOUT_S)
+        here = httpx.URL(access.server).host in ("127.0.0.1", "::1", "localhost")
+        self.http = http or httpx.Client(base_url=access.server, timeout=TIMEOUT_S, trust_env=not here)  # no proxy
         self.http.headers["Authorization"] = f"Bearer {access.token}"
 
     def __enter__(self) -> Self:

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import logging
 import secrets
+import threading
 from collections.abc import Collection
 from pathlib import Path
 
@@ -42,8 +43,16 @@ def level_for(size: int) -> int:
     return next((level for limit, level in LEVELS if size <= limit), LEVEL_LARGE)
 
 
-def compress(source: Path, target: Path, size: int) -> tuple[str, int]:
-    """Compress a file and return digest and length of the result; the window fits every device."""
+class StoppedError(Exception):
+    """The server ends: the work is given up and taken up at the next start."""
+
+
+def compress(source: Path, target: Path, size: int, stop: threading.Event) -> tuple[str, int]:
+    """Compress a file and return digest and length of the result; the window fits every device.
+
+    Raises:
+        StoppedError: `stop` was set.
+    """
     parameters = zstandard.ZstdCompressionParameters.from_level(
         level_for(size), source_size=size, write_content_size=True, write_checksum=False
     )
@@ -61,6 +70,8 @@ def compress(source: Path, target: Path, size: int) -> tuple[str, int]:
         for piece in zstandard.ZstdCompressor(compression_params=parameters).read_to_iter(
             raw, size=size, read_size=READ_BYTES
         ):
+            if stop.is_set():
+                raise StoppedError
             sha.update(piece)
             written += encoded.write(piece)
     return "sha256:" + sha.hexdigest(), written
@@ -75,6 +86,7 @@ class Encoder:
         self._project = project
         self._queue: asyncio.Queue[str] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
+        self._stop = threading.Event()
 
     async def start(self) -> None:
         """Take up what is not encoded yet and begin to work."""
@@ -98,7 +110,8 @@ class Encoder:
             self._queue.put_nowait(digest)
 
     async def close(self) -> None:
-        """Stop after the blob under way."""
+        """Give up the blob under way and end."""
+        self._stop.set()
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -134,7 +147,7 @@ class Encoder:
             part = self._blobs.folder / INCOMING / f"zstd-{secrets.token_hex(16)}"
             part.parent.mkdir(exist_ok=True)
             try:
-                found = await asyncio.to_thread(compress, self._blobs.path(digest), part, size)
+                found = await asyncio.to_thread(compress, self._blobs.path(digest), part, size, self._stop)
                 if found[1] < size:
                     encoded_digest, encoded_bytes = found
                     await self._blobs.put_file(part, encoded_digest, encoded_bytes)

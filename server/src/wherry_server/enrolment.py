@@ -159,7 +159,7 @@ async def enrol(services: Services, request: wire.EnrolRequest) -> wire.EnrolAns
                 "name_taken",
                 f"a device named {request.name!r} is enrolled already",
                 consequence="this device was not enrolled",
-                next_step="give it another name (wherry-agent run --name), or decommission the old one",
+                next_step=f"give it another name (wherry-agent run --name), or: wherry device decommission {request.name}",
             )
         await audit.append(
             connection,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from sqlalchemy import ColumnElement, and_, case, exists, func, insert, or_, select, update
@@ -15,6 +15,7 @@ from wherry_shared.errors import RefusedError
 from wherry_shared.sketch import Sketch
 from wherry_shared.wire import Window
 
+Ending = Literal["revoked", "decommissioned"]
 SEEN_RECENTLY_US = 5 * 60 * 1_000_000
 """A device heard of within this time counts as reachable."""
 LISTED_MAX = 1000
@@ -206,6 +207,23 @@ def _no_devices() -> dict[str, int]:
 
 def _kind(row: Any) -> str:
     return "simulated" if row.simulated else "real"
+
+
+async def end_device(connection: AsyncConnection, project: str, name: str, state: Ending) -> Any:
+    """Shut a device out, and return its row as it was.
+
+    `revoked` keeps the name, so that nobody enrols under it by mistake; `decommissioned` gives it free for a new
+    enrolment, and the old entry is kept under the name with the device's id behind it.
+
+    Raises:
+        RefusedError: `device_unknown`.
+    """
+    row = await find_device(connection, project, name)
+    values: dict[str, str] = {"state": state}
+    if state == "decommissioned" and row.state != "decommissioned":
+        values["name"] = f"{row.name}~{row.id}"
+    await connection.execute(update(_devices).where(_devices.c.id == row.id).values(values))
+    return row
 
 
 # --- logs ---------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 from pydantic import BaseModel
@@ -20,6 +20,13 @@ class LogsRequested(BaseModel):
 
     device: str
     requested_at: int
+
+
+class Ended(BaseModel):
+    """A device that gets nothing more from this server."""
+
+    device: str
+    state: str
 
 
 @router.get("/devices")
@@ -69,6 +76,26 @@ async def request_logs(device: str, services: ServicesDep, operator: Operator) -
         requested_at = await fleet.request_logs(connection, services.project, row.id)
         await audit.append(connection, services.project, f"token:{operator.name}", "device.logs", row.name)
     return LogsRequested(device=row.id, requested_at=requested_at)
+
+
+@router.post("/devices/{device}/{ending}")
+async def end_device(
+    device: str, ending: Literal["revoke", "decommission"], services: ServicesDep, operator: Operator
+) -> Ended:
+    """Shut a device out: revoke it (its name stays taken) or decommission it (its name is free again)."""
+    state: fleet.Ending = "revoked" if ending == "revoke" else "decommissioned"
+    async with services.database.write() as connection:
+        row = await fleet.end_device(connection, services.project, device, state)
+        await audit.append(
+            connection,
+            services.project,
+            f"token:{operator.name}",
+            f"device.{ending}",
+            row.name,
+            id=row.id,
+            was=row.state,
+        )
+    return Ended(device=row.id, state=state)
 
 
 @router.get("/fleet")

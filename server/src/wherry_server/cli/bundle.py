@@ -13,8 +13,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from wherry_server.cli.common import GLOBALS, AsJson, client, show, size, table, when
 from wherry_server.client import find_access
 from wherry_shared.errors import RefusedError
-from wherry_shared.publishing import PublisherKey, push
-from wherry_shared.publishing_remote import Remote
 
 app = typer.Typer(name="bundle", help="Signed releases of models.", no_args_is_help=True)
 
@@ -26,6 +24,8 @@ def push_bundle(
     as_json: AsJson = False,
 ) -> None:
     """Upload what the server lacks, hand in the signed bin, release the bundle."""
+    from wherry_shared.publishing import PublisherKey, Remote, push
+
     access = find_access(GLOBALS.server, GLOBALS.token)
     quiet = as_json or GLOBALS.as_json
     with (

@@ -127,6 +127,24 @@ def _render_model(console: Console, model: dict[str, Any]) -> None:
             console.print(text.rstrip(), markup=False)
 
 
+@app.command("revoke")
+def revoke_device(device: Device, as_json: AsJson = False) -> None:
+    """Shut a device out at once; its name stays taken."""
+    _end(device, "revoke", as_json)
+
+
+@app.command("decommission")
+def decommission_device(device: Device, as_json: AsJson = False) -> None:
+    """Take a device out of the fleet; its name is free for a new enrolment."""
+    _end(device, "decommission", as_json)
+
+
+def _end(device: str, ending: str, as_json: bool) -> None:
+    with client() as server:
+        found = server.post(f"/api/v1/devices/{device}/{ending}")
+    show(found, as_json, lambda console: console.print(f"{device} is {found['state']}"))
+
+
 @app.command("logs")
 def device_logs(
     device: Device,

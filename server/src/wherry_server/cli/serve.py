@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from wherry_server import dev as development
-from wherry_server import roles
 from wherry_server.settings import DEFAULT_DATA, Settings
 from wherry_shared.errors import RefusedError
 
@@ -31,6 +29,8 @@ def dev(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
 ) -> None:
     """Start everything on this machine: API, director, MQTT broker, SQLite, generated keys. For development."""
+    from wherry_server import dev as development
+
     development.run(Settings.load(data, port=port, broker_port=broker_port), quiet=quiet)
 
 
@@ -40,6 +40,8 @@ def serve(
     data: Data = None,
 ) -> None:
     """Run one role of a server on a data folder that `wherry dev` made ready."""
+    from wherry_server import roles
+
     settings = Settings.load(data)
     match role:
         case "api" | "director" | "broker":
