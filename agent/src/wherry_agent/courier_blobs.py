@@ -105,37 +105,42 @@ class Blobs:
             return
         choice = self._encoding(digest, length) if encoded else None
         self._check_space(length + (choice.bytes if choice else 0))
-        if choice is not None:
-            try:
-                self._bring_encoded(choice, digest, length)
-                return
-            except _NobodyHasError:
-                pass  # /info promised an object that is not there: the raw blob decides
-            except RefusedError as error:  # or one that is something else
-                if error.code != reasons.DIGEST_MISMATCH:
-                    raise
+        if choice is not None and self._bring_encoded(choice, digest, length):
+            return
         self._bring_object(digest, length, self.store.path_of(digest))
 
-    def _bring_encoded(self, choice: wire.Encoding, digest: str, length: int) -> None:
+    def _bring_encoded(self, choice: wire.Encoding, digest: str, length: int) -> bool:
+        """Have a blob in the store by way of an encoding; False if that object is not there or not what it should be."""
         source = self.store.encoded_path(digest, choice.digest)
-        self._bring_object(choice.digest, choice.bytes, source)
         try:
-            with self.store.part(digest, length) as part:
-                part.reset()
-                decoder = zstandard.ZstdDecompressor(max_window_size=limits.ZSTD_WINDOW_BYTES_MAX)
-                try:
-                    with source.open("rb") as file, decoder.stream_reader(file) as reader:
-                        while chunk := reader.read(CHUNK_BYTES):
-                            part.write(chunk, "zstd")
-                    part.commit()
-                except zstandard.ZstdError as error:
-                    part.discard()
-                    raise RefusedError(reasons.DIGEST_MISMATCH, f"{choice.digest} is not zstd: {error}") from error
-                except RefusedError:
-                    part.discard()
-                    raise
-        finally:
-            self.disk.unlink(source)
+            self._bring_object(choice.digest, choice.bytes, source)
+            self._decode(source, digest, length)
+        except _NobodyHasError:
+            pass  # the raw blob decides
+        except RefusedError as error:
+            if error.code != reasons.DIGEST_MISMATCH:
+                raise
+        else:
+            self.store.forget(source)
+            return True
+        self.store.forget(source)
+        return False
+
+    def _decode(self, source: Path, digest: str, length: int) -> None:
+        with self.store.part(digest, length) as part:
+            part.reset()
+            decoder = zstandard.ZstdDecompressor(max_window_size=limits.ZSTD_WINDOW_BYTES_MAX)
+            try:
+                with source.open("rb") as file, decoder.stream_reader(file) as reader:
+                    while chunk := reader.read(CHUNK_BYTES):
+                        part.write(chunk, "zstd")
+                part.commit()
+            except zstandard.ZstdError as error:
+                part.discard()
+                raise RefusedError(reasons.DIGEST_MISMATCH, f"{digest} is not in its zstd object: {error}") from error
+            except RefusedError:
+                part.discard()
+                raise
 
     def _encoding(self, digest: str, length: int) -> wire.Encoding | None:
         """Return a smaller encoding if the server offers one; no answer means none."""

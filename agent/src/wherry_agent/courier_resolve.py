@@ -60,6 +60,10 @@ def release(task: Resolve, keeper: Keeper) -> tuple[int, Trust]:
                 return _release(task, session), keeper.commit(session)
         except UnreachableError:
             raise unreachable from None
+        except RefusedError as error:
+            if error.code == reasons.TRUST_EXPIRED:  # what is missing is the network, not a better repository
+                raise unreachable from None
+            raise
 
 
 def _release(task: Resolve, session: Session) -> int:

@@ -196,6 +196,15 @@ class Store:
         """
         return Partial(final or self.path_of(digest), digest, length, self._disk)
 
+    def forget(self, final: Path) -> None:
+        """Remove a blob of this store and what was on the way to it.
+
+        Raises:
+            DeviceError: `disk`.
+        """
+        for suffix in (".part.json", ".part", ""):
+            self._disk.unlink(final.with_name(final.name + suffix))
+
     def add(self, digest: str, data: bytes) -> None:
         """Keep small bytes that are at hand.
 

@@ -113,9 +113,12 @@ class _Offline(FetcherInterface):
 
     def _fetch(self, url: str) -> Iterator[bytes]:
         name = urlsplit(url).path.rpartition("/")[2]
-        if name != "timestamp.json":  # newer roots and roles that were never fetched
+        if name.endswith(".snapshot.json"):  # asked for only if the set's own was found expired or wrong: say so again
+            name = "snapshot.json"
+        path = self._folder / name
+        if name not in ("timestamp.json", "snapshot.json") or not path.is_file():  # newer roots, roles never fetched
             raise exceptions.DownloadHTTPError(f"{name} is not on this device", 404)
-        yield (self._folder / name).read_bytes()
+        yield path.read_bytes()
 
 
 class Session:

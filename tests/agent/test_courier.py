@@ -1,0 +1,739 @@
+"""The courier against the real server, and against servers that lie, break off, or are not what they say."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import zstandard
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from tuf.api.metadata import Metadata, Targets
+
+from tests.trust_kit import (
+    FACTS,
+    MODEL,
+    Answer,
+    LittleServer,
+    RunningServer,
+    assets_of,
+    blob_answer,
+    digest,
+    expires,
+    little_server,
+    release,
+    running_server,
+    tar_of,
+    write_bundle,
+)
+from wherry_agent import courier_blobs, identity
+from wherry_agent.children import (
+    CourierAnswer,
+    Enrol,
+    Enrolled,
+    Failed,
+    Fetch,
+    Fetched,
+    Progress,
+    Refresh,
+    Refreshed,
+    Resolve,
+    Resolved,
+    Trust,
+    Verified,
+    Verify,
+)
+from wherry_agent.courier import run
+from wherry_agent.courier_blobs import Blobs
+from wherry_agent.courier_http import Http
+from wherry_agent.disk import Disk
+from wherry_agent.store import Store
+from wherry_shared import dsse, reasons, wire
+from wherry_shared.bundle import Interface, TensorSpec
+from wherry_shared.digest import of_bytes
+from wherry_shared.errors import DeviceError, RefusedError, UnreachableError
+from wherry_shared.image_layout import Layout
+from wherry_shared.publishing import PublisherKey, push, set_policy, sign
+
+S = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[RunningServer]:
+    with running_server(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def key(tmp_path_factory) -> PublisherKey:
+    return PublisherKey.open(tmp_path_factory.mktemp("workstation") / "publisher.pem")
+
+
+@pytest.fixture(scope="module")
+def bundle(server: RunningServer, key: PublisherKey, tmp_path_factory) -> Path:
+    """A released bundle with assets and weights that compress."""
+    folder = tmp_path_factory.mktemp("bundles") / "thing"
+    files = {"labels.txt": b"cat\ndog\n"}
+    write_bundle(folder, "1.0.0", weights=os.urandom(1000) * 400, assets=assets_of(files))
+    return publish(server, key, folder)
+
+
+def publish(server: RunningServer, key: PublisherKey, folder: Path) -> Path:
+    with server.remote() as remote:
+        sign(folder, remote, key)
+        push(folder, remote, key)
+    return folder
+
+
+class Device:
+    """A device's home, and the words that its supervisor would keep."""
+
+    def __init__(self, home: Path, server: str, token: str, name: str) -> None:
+        self.home = home
+        self.server = server
+        self.trust = Trust(current=0, floors={}, time_floor_us=0, expires_at=0)
+        self.said: list[CourierAnswer] = []
+        answer = self.run(Enrol(home=str(home), server=server, token=token, name=name, labels={"line": "a"}))
+        self.enrolled = answer
+        known = identity.load(home)
+        self.id = known.device if known else ""
+
+    def run(self, task, **arguments) -> CourierAnswer:
+        answer = run(task, self.said.append, **arguments)
+        word = getattr(answer, "trust", None)
+        if word is not None:
+            self.trust = word
+        return answer
+
+    def common(self) -> dict:
+        return {
+            "home": str(self.home),
+            "server": self.server,
+            "time_floor_us": self.trust.time_floor_us,
+            "floors": self.trust.floors,
+            "current": self.trust.current,
+        }
+
+    def refresh(self, **arguments) -> CourierAnswer:
+        return self.run(Refresh(**self.common()), **arguments)
+
+    def verify(self, envelope: bytes, **arguments) -> CourierAnswer:
+        task = Verify(**self.common(), device=self.id, project="default", envelope=base64.b64encode(envelope).decode())
+        return self.run(task, **arguments)
+
+    def resolve(self, target: str, manifest: str, *, facts=FACTS, **arguments) -> CourierAnswer:
+        fields = {"mode": arguments.pop("mode", "replace")}
+        task = Resolve(
+            **self.common(),
+            model=arguments.pop("model", MODEL),
+            offered=wire.OfferedModel(target=target, manifest=manifest, **fields),
+            facts=msgspec.to_builtins(facts),
+            contract=arguments.pop("contract", None),
+        )
+        return self.run(task, **arguments)
+
+    def fetch(self, manifest: str, **arguments) -> CourierAnswer:
+        task = Fetch(
+            home=str(self.home),
+            server=self.server,
+            manifest=manifest,
+            variant=arguments.pop("variant", "float"),
+            mirrors=arguments.pop("mirrors", []),
+            tries_max=2,
+        )
+        return self.run(task, **arguments)
+
+
+_names = iter(range(1000))
+
+
+@pytest.fixture
+def device(server: RunningServer, tmp_path: Path) -> Device:
+    return Device(tmp_path / "device", server.url, server.enrolment_token, f"press-{next(_names)}")
+
+
+def reason(answer: CourierAnswer) -> str:
+    assert isinstance(answer, Failed), answer
+    return answer.reason
+
+
+def manifest_of(bundle: Path) -> str:
+    return of_bytes(Layout(bundle).manifest_bytes())
+
+
+def variant_of(bundle: Path):
+    return Layout(bundle).bundle()[2].variants[0]
+
+
+def offer(server: RunningServer, to: Device, **changes) -> bytes:
+    now = int(time.time() * S)
+    fields = {"device": to.id, "project": "default", "epoch": 1, "serial": 1, "issued_at": now}
+    value = wire.Offer(**{"format": 1, "expires_at": now + 3600 * S, **fields, **changes})
+    return dsse.sign(dsse.OFFER_TYPE, wire.encode(value), server.trust.director_keyid, server.trust.director_sign)
+
+
+# --- enrolment ----------------------------------------------------------------------------------
+
+
+def test_a_device_enrols_and_its_identity_is_private(device: Device, server: RunningServer):
+    assert isinstance(device.enrolled, Enrolled)
+    known = identity.load(device.home)
+    assert known is not None
+    assert (known.server, known.root_digest, known.tuf_path) == (server.url, server.trust.root_digest, "/tuf/default")
+    assert len(known.frame_key) == 32
+    for path in (device.home / "identity").iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert (device.home / "trust" / "root.json").read_bytes() == server.trust.metadata("1.root.json")
+
+
+def test_enrolling_again_is_the_same_device(device: Device, server: RunningServer):
+    task = Enrol(home=str(device.home), server=server.url, token=server.enrolment_token, name="other")
+    assert device.run(task) == device.enrolled
+
+
+def test_an_enrolment_that_was_cut_short_goes_on_with_the_same_key(server: RunningServer, tmp_path: Path):
+    def hook(step, path):
+        if step == "rename" and path.name == "device.json":
+            raise DeviceError("disk_full", "no space left")
+
+    task = Enrol(home=str(tmp_path), server=server.url, token=server.enrolment_token, name=f"cut-{next(_names)}")
+    assert reason(run(task, print, disk=Disk(hook))) == reasons.DISK_FULL
+    assert identity.load(tmp_path) is None
+    before = (tmp_path / "identity" / "key.pem").read_bytes()
+    assert isinstance(run(task, print), Enrolled)
+    assert (tmp_path / "identity" / "key.pem").read_bytes() == before
+
+
+def test_a_root_that_the_token_does_not_name_enrols_nobody(server: RunningServer, tmp_path: Path):
+    token = server.enrolment_token.rpartition(".")[0] + "." + "0" * 64
+    refused = run(Enrol(home=str(tmp_path), server=server.url, token=token, name=f"wary-{next(_names)}"), print)
+    assert reason(refused) == reasons.TRUST_INVALID
+    assert identity.load(tmp_path) is None
+
+
+@pytest.mark.parametrize("token", ["", "wherry1.short", "wherry2.AAAAAAAAAAAAAAAAAAAAAAAA." + "0" * 64])
+def test_what_is_no_token_is_not_sent_anywhere(tmp_path: Path, token: str):
+    assert reason(run(Enrol(home=str(tmp_path), server="http://127.0.0.1:1", token=token, name="x"), print)) == (
+        reasons.ENROL_REFUSED
+    )
+    assert not (tmp_path / "identity").exists()
+
+
+def test_a_token_that_the_server_does_not_know_is_refused(server: RunningServer, tmp_path: Path):
+    token = "wherry1." + "A" * 32 + "." + server.trust.root_digest
+    assert reason(run(Enrol(home=str(tmp_path), server=server.url, token=token, name="x"), print)) == (
+        reasons.ENROL_REFUSED
+    )
+
+
+def test_a_server_that_is_away_can_be_asked_again(tmp_path: Path):
+    token = "wherry1." + "A" * 32 + "." + "0" * 64
+    answer = run(Enrol(home=str(tmp_path), server="http://127.0.0.1:1", token=token, name="x"), print)
+    assert reason(answer) == reasons.NETWORK
+    assert answer.retry_after_s
+
+
+# --- offers -------------------------------------------------------------------------------------
+
+
+def test_an_offer_of_the_director_is_verified_and_then_without_network(device: Device, server: RunningServer):
+    answer = device.verify(offer(server, device))
+    assert isinstance(answer, Verified)
+    assert answer.offer.device == device.id
+    assert answer.trust.current == 1
+    device.server = "http://127.0.0.1:1"
+    again = device.verify(offer(server, device, serial=2))
+    assert isinstance(again, Verified)
+    assert (again.trust.current, again.trust.changed) == (1, False)
+    assert again.trust.time_floor_us >= answer.trust.time_floor_us > 0
+
+
+def test_an_altered_offer_is_refused(device: Device, server: RunningServer):
+    envelope = json.loads(offer(server, device))
+    payload = base64.b64decode(envelope["payload"]).replace(b'"serial":1', b'"serial":9')
+    envelope["payload"] = base64.b64encode(payload).decode()
+    assert reason(device.verify(json.dumps(envelope).encode())) == reasons.OFFER_INVALID
+
+
+@pytest.mark.parametrize("changes", [{"device": "z" * 22}, {"project": "other"}])
+def test_an_offer_for_somebody_else_is_refused(device: Device, server: RunningServer, changes):
+    assert reason(device.verify(offer(server, device, **changes))) == reasons.OFFER_FOREIGN
+
+
+def test_an_expired_offer_is_refused_by_wall_time_and_by_the_time_floor(device: Device, server: RunningServer):
+    now = int(time.time() * S)
+    assert reason(device.verify(offer(server, device, expires_at=now - S))) == reasons.OFFER_EXPIRED
+    device.refresh()
+    assert reason(device.verify(offer(server, device, expires_at=now - 60 * S), wall_s=1000.0)) == (
+        reasons.OFFER_EXPIRED
+    )
+
+
+def test_an_unknown_key_causes_one_refresh_and_is_refused(device: Device, server: RunningServer):
+    device.refresh()
+    thief = Ed25519PrivateKey.generate()
+    payload = base64.b64decode(json.loads(offer(server, device))["payload"])
+    forged = dsse.sign(dsse.OFFER_TYPE, payload, "thief", thief.sign)
+    asked: list[str] = []
+
+    def count(path: str, headers: dict[str, str]) -> Answer:
+        asked.append(path)
+        return Answer(503)
+
+    with little_server(count) as proxy:
+        device.server = proxy.url
+        assert reason(device.verify(forged)) == reasons.NETWORK
+        assert len(asked) == 1
+        assert reason(device.verify(forged)) == reasons.OFFER_INVALID  # asked a moment ago
+        assert len(asked) == 1
+    device.server = server.url
+    later = time.time() + 61
+    assert reason(device.verify(forged, wall_s=later)) == reasons.OFFER_INVALID
+
+
+def test_the_directors_name_under_a_thiefs_signature_is_refused(device: Device, server: RunningServer):
+    thief = Ed25519PrivateKey.generate()
+    payload = base64.b64decode(json.loads(offer(server, device))["payload"])
+    forged = dsse.sign(dsse.OFFER_TYPE, payload, server.trust.director_keyid, thief.sign)
+    assert reason(device.verify(forged)) == reasons.OFFER_INVALID
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"\xff\xfe", b'{"payload": "%", "keyid": "", "sig": ""}', b"x" * 200_000])
+def test_bytes_that_are_no_offer_are_refused(device: Device, data: bytes):
+    assert reason(device.verify(data)) == reasons.OFFER_INVALID
+
+
+# --- resolving and fetching ---------------------------------------------------------------------
+
+
+def test_a_release_is_resolved_and_fetched(device: Device, server: RunningServer, bundle: Path):
+    manifest, variant = manifest_of(bundle), variant_of(bundle)
+    answer = device.resolve(f"{MODEL}/1.0.0", manifest)
+    assert isinstance(answer, Resolved), answer
+    (candidate,) = answer.candidates
+    loadable = candidate.loadable
+    assert (loadable.variant, loadable.engine, loadable.engine_version) == ("float", "onnxruntime", "1.32.0")
+    assert candidate.bytes >= variant.bytes
+    assert not Path(loadable.path).exists()
+    assert not Path(loadable.golden_path).exists()
+    assert isinstance(device.fetch(manifest), Fetched)
+    assert of_bytes(Path(loadable.path).read_bytes()) == variant.digest
+    assert of_bytes(Path(loadable.golden_path).read_bytes()) == variant.golden.digest
+    assert (Path(loadable.assets_path) / "labels.txt").read_bytes() == b"cat\ndog\n"
+    again = device.resolve(f"{MODEL}/1.0.0", manifest)
+    assert isinstance(again, Resolved)
+    assert again.candidates[0].bytes == 0
+    fetched = device.fetch(manifest)
+    assert isinstance(fetched, Fetched)
+    assert fetched.bytes == 0
+
+
+def test_weights_come_in_the_smaller_encoding(device: Device, server: RunningServer, bundle: Path):
+    manifest, variant = manifest_of(bundle), variant_of(bundle)
+    known = identity.load(device.home)
+    assert known is not None
+    http = Http(server=server.url, authorization=known.authorization)
+    deadline = time.monotonic() + 20
+    while True:  # the server encodes after it accepted
+        with http.request("GET", f"{server.url}/device/v1/blobs/{variant.digest}/info") as response:
+            info = wire.parse(wire.BlobInfo, response.read(10_000))
+        if info.encodings:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    device.resolve(f"{MODEL}/1.0.0", manifest)
+    fetched = device.fetch(manifest)
+    assert isinstance(fetched, Fetched)
+    assert fetched.bytes < variant.bytes / 10
+    store = Store(device.home, Disk())
+    assert store.has(variant.digest, variant.bytes)
+    assert not [path for path in store.path_of(variant.digest).parent.iterdir() if "." in path.name]
+
+
+def test_without_network_a_known_release_resolves_from_what_is_here(device: Device, bundle: Path):
+    manifest = manifest_of(bundle)
+    device.resolve(f"{MODEL}/1.0.0", manifest)
+    device.server = "http://127.0.0.1:1"
+    assert isinstance(device.resolve(f"{MODEL}/1.0.0", manifest), Resolved)
+    assert reason(device.resolve(f"{MODEL}/1.0.0", manifest, wall_s=time.time() + 2 * 86400)) == reasons.NETWORK
+
+
+def test_what_nobody_signed_and_what_is_signed_otherwise_are_refused(device: Device, bundle: Path):
+    assert reason(device.resolve(f"{MODEL}/99.0.0", digest("x"))) == reasons.TRUST_UNSIGNED
+    assert reason(device.resolve(f"{MODEL}/1.0.0", digest("x"))) == reasons.TRUST_UNSIGNED
+
+
+def test_a_mode_of_a_later_release_is_refused_by_name(device: Device, bundle: Path):
+    assert reason(device.resolve(f"{MODEL}/1.0.0", manifest_of(bundle), mode="shadow")) == reasons.UNSUPPORTED
+
+
+@pytest.mark.parametrize("target", ["other/1.0.0", "thing", "thing/newest", "../thing/1.0.0"])
+def test_a_target_that_is_not_of_the_model_is_refused(device: Device, target: str):
+    assert reason(device.resolve(target, digest("x"))) == reasons.OFFER_INVALID
+
+
+def test_a_bundle_that_says_it_is_another_version_is_refused(device, server, key, tmp_path: Path):
+    """The server and the publishing code refuse it too, so it is signed past both."""
+    write_bundle(tmp_path / "b", "1.0.0", model="liar", claims="2.0.0")
+    layout = Layout(tmp_path / "b")
+    data = layout.manifest_bytes()
+    write_bundle(tmp_path / "honest", "2.0.0", model="liar")
+    publish(server, key, tmp_path / "honest")
+    role, version, current = server.trust.bin_for("liar/1.0.0")
+    targets = dict(Metadata[Targets].from_bytes(current).signed.targets) if current else {}
+    targets["liar/1.0.0"] = release("liar/1.0.0", of_bytes(data), len(data))
+    metadata = Metadata(Targets(version + 1, None, expires(80), targets))
+    metadata.sign(key.signer)
+    server.trust.accept_bin(role, metadata.to_bytes(), version)
+
+    def mirror(path: str, headers: dict[str, str]) -> Answer:
+        blob = layout.path(path.rpartition("/")[2]).read_bytes()
+        return blob_answer(blob, '"x"', headers)
+
+    with little_server(mirror) as lying:
+        task = Resolve(
+            **device.common(),
+            mirrors=[lying.url],
+            model="liar",
+            offered=wire.OfferedModel(target="liar/1.0.0", manifest=of_bytes(data)),
+            facts=msgspec.to_builtins(FACTS),
+        )
+        assert reason(device.run(task)) == reasons.BUNDLE_INVALID
+
+
+def test_a_bundle_that_breaks_the_applications_contract_is_refused_naming_the_field(device: Device, bundle: Path):
+    tensor = TensorSpec(name="x", datatype="FP32", shape=[7])
+    contract = Interface(inputs=[tensor], outputs=[tensor])
+    answer = device.resolve(f"{MODEL}/1.0.0", manifest_of(bundle), contract=contract)
+    assert reason(answer) == reasons.CONTRACT_BROKEN
+    assert "inputs.x.shape[0]" in answer.detail
+
+
+def test_a_bundle_without_a_fitting_variant_says_why(device, server, key, tmp_path: Path):
+    write_bundle(tmp_path / "b", "1.0.0", model="foreign", arch=("riscv64",))
+    publish(server, key, tmp_path / "b")
+    answer = device.resolve("foreign/1.0.0", manifest_of(tmp_path / "b"), model="foreign")
+    assert reason(answer) == reasons.NO_VARIANT
+    assert "riscv64" in answer.detail
+
+
+def test_floor_and_revocation_of_the_publisher_are_obeyed(device, server, key, tmp_path: Path):
+    manifests = {}
+    for version in ("1.0.0", "1.1.0", "1.2.0"):
+        manifests[version] = write_bundle(tmp_path / version, version, model="guarded", weights=version.encode())
+        publish(server, key, tmp_path / version)
+    with server.remote() as remote:
+        set_policy(remote, key, "guarded", floor="1.1.0", revoked={manifests["1.1.0"]: "replace"})
+
+    def said(version: str) -> CourierAnswer:
+        return device.resolve(f"guarded/{version}", manifests[version], model="guarded")
+
+    assert reason(said("1.0.0")) == reasons.BELOW_FLOOR
+    assert reason(said("1.1.0")) == reasons.REVOKED
+    assert isinstance(said("1.2.0"), Resolved)
+
+
+def test_a_mirror_that_lies_is_dropped_and_the_server_asked(device: Device, server: RunningServer, bundle: Path):
+    manifest = manifest_of(bundle)
+    device.resolve(f"{MODEL}/1.0.0", manifest)
+
+    def lie(path: str, headers: dict[str, str]) -> Answer:
+        blob = bytearray(server.blob(path.rpartition("/")[2]))
+        blob[len(blob) // 2] ^= 1
+        return Answer(200, bytes(blob))
+
+    with little_server(lie) as mirror:
+        assert isinstance(device.fetch(manifest, mirrors=[mirror.url]), Fetched)
+        assert mirror.asked
+        assert not any("authorization" in headers for _, headers in mirror.asked)
+        assert len({path for path, _ in mirror.asked}) == len(mirror.asked)  # never asked twice for one blob
+    variant = variant_of(bundle)
+    assert Store(device.home, Disk()).read(variant.golden.digest, 1000)
+
+
+def test_when_the_only_bytes_are_a_liars_nothing_is_kept(device, server, key, tmp_path: Path):
+    """A release whose weights the server does not have, served altered by a mirror."""
+    folder = tmp_path / "b"
+    manifest = write_bundle(folder, "1.0.0", model="altered", weights=os.urandom(200_000))
+    variant = variant_of(folder)
+    publish(server, key, folder)
+    assert isinstance(device.resolve("altered/1.0.0", manifest, model="altered"), Resolved)
+    altered = bytearray(server.blob(variant.digest))
+    altered[100] ^= 1
+    honest = server.services.blobs.path(variant.digest)
+    honest.rename(tmp_path / "away")
+
+    def lie(path: str, headers: dict[str, str]) -> Answer:
+        return Answer(200, bytes(altered)) if path.endswith(variant.digest) else Answer(404)
+
+    try:
+        with little_server(lie) as mirror, little_server(lie) as second:
+            task = Fetch(
+                home=str(device.home),
+                server=second.url,
+                mirrors=[mirror.url],
+                manifest=manifest,
+                variant="float",
+                tries_max=2,
+            )
+            fetch_golden = device.fetch(manifest, variant="float")  # the server has everything but the weights
+            assert isinstance(fetch_golden, Failed)
+            assert reason(device.run(task)) == reasons.DIGEST_MISMATCH
+    finally:
+        (tmp_path / "away").rename(honest)
+    store = Store(device.home, Disk())
+    assert not store.has(variant.digest, variant.bytes)
+    assert isinstance(device.fetch(manifest), Fetched)
+
+
+def test_progress_is_told(device: Device, bundle: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("wherry_agent.courier.PROGRESS_EVERY_S", 0.0)
+    manifest = manifest_of(bundle)
+    device.resolve(f"{MODEL}/1.0.0", manifest)
+    device.fetch(manifest)
+    told = [item for item in device.said if isinstance(item, Progress)]
+    assert told
+    assert all(0 < item.done_bytes <= item.total_bytes for item in told)
+
+
+def test_a_disk_that_is_full_is_said_so_and_resumes(device: Device, bundle: Path):
+    manifest = manifest_of(bundle)
+    device.resolve(f"{MODEL}/1.0.0", manifest)
+
+    def full(step, path):
+        if step == "write" and ".part" in path.name:
+            raise DeviceError("disk_full", "no space left") from OSError(errno.ENOSPC, "full")
+
+    answer = device.fetch(manifest, disk=Disk(full))
+    assert reason(answer) == reasons.DISK_FULL
+    assert answer.retry_after_s
+    assert isinstance(device.fetch(manifest), Fetched)
+
+
+def test_too_little_space_is_seen_before_the_download(device: Device, bundle: Path):
+    class Small(Disk):
+        def free_bytes(self, path: Path) -> int:
+            return courier_blobs.DISK_RESERVE_BYTES + 10
+
+    manifest = manifest_of(bundle)
+    device.resolve(f"{MODEL}/1.0.0", manifest)
+    assert reason(device.fetch(manifest, disk=Small())) == reasons.DISK_FULL
+
+
+def test_an_archive_that_reaches_outside_is_refused(device, server, key, tmp_path: Path):
+    files = {"labels.txt": b"cat"}
+    tar = tar_of({**files, "../../../escape": b"x"})
+    manifest = write_bundle(tmp_path / "b", "1.0.0", model="escaping", assets=assets_of(files, tar))
+    publish(server, key, tmp_path / "b")
+    assert isinstance(device.resolve("escaping/1.0.0", manifest, model="escaping"), Resolved)
+    assert reason(device.fetch(manifest)) == reasons.BUNDLE_INVALID
+    assert not list(tmp_path.rglob("escape"))
+
+
+def test_trust_is_refreshed_and_stays_when_nothing_changed(device: Device):
+    first = device.refresh()
+    assert isinstance(first, Refreshed)
+    second = device.refresh()
+    assert isinstance(second, Refreshed)
+    assert second.trust.current == first.trust.current
+
+
+def test_a_device_that_is_not_enrolled_says_so(tmp_path: Path):
+    task = Refresh(home=str(tmp_path), server="http://127.0.0.1:1", time_floor_us=0)
+    assert reason(run(task, print)) == reasons.TRUST_INVALID
+
+
+# --- the process --------------------------------------------------------------------------------
+
+
+def courier(data: bytes) -> tuple[int, list[dict]]:
+    done = subprocess.run(
+        [sys.executable, "-m", "wherry_agent.courier"], input=data, capture_output=True, timeout=60, check=False
+    )
+    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_the_process_takes_a_task_and_says_a_result(device: Device):
+    code, lines = courier(msgspec.json.encode(Refresh(**device.common())))
+    assert code == 0
+    assert lines[-1]["kind"] == "refreshed"
+    assert lines[-1]["trust"]["current"] == 1
+
+
+@pytest.mark.parametrize("data", [b"", b"nonsense", b'{"kind": "unknown"}'])
+def test_the_process_exits_cleanly_from_what_is_no_task(data: bytes):
+    code, lines = courier(data)
+    assert (code, lines[-1]["kind"], lines[-1]["reason"]) == (0, "failed", reasons.CHILD_FAILED)
+
+
+# --- downloads, one source at a time --------------------------------------------------------------
+
+DATA = os.urandom(300_000)
+DIGEST = of_bytes(DATA)
+
+
+def blobs(home: Path, server: LittleServer, mirrors: list[LittleServer] | None = None, tries: int = 3) -> Blobs:
+    return Blobs(
+        store=Store(home, Disk()),
+        disk=Disk(),
+        http=Http(server=server.url, authorization="Bearer secret"),
+        server=server.url,
+        mirrors=[mirror.url for mirror in mirrors or []],
+        tries_max=tries,
+        sleep=lambda _seconds: None,
+    )
+
+
+def honest(cuts: list[int], data: bytes = DATA):
+    """Serve the blob, hanging up after so many bytes of each answer while `cuts` lasts."""
+
+    def answer(path: str, headers: dict[str, str]) -> Answer:
+        if path.endswith("/info"):
+            return Answer(404)
+        return blob_answer(data, f'"{of_bytes(data)}"', headers, cut=cuts.pop(0) if cuts else None)
+
+    return answer
+
+
+def test_a_download_that_is_cut_short_resumes_with_a_range(tmp_path: Path):
+    with little_server(honest([100_000, 100_000])) as server:
+        bring = blobs(tmp_path, server)
+        bring.bring(DIGEST, len(DATA))
+        assert bring.wire_bytes == len(DATA)
+        ranges = [headers.get("range") for path, headers in server.asked if not path.endswith("/info")]
+    assert ranges == [None, "bytes=100000-", "bytes=200000-"]
+    assert bring.store.read(DIGEST, len(DATA)) == DATA
+
+
+def test_a_download_goes_on_in_the_next_courier(tmp_path: Path):
+    with little_server(honest([120_000] + [0] * 9)) as server, pytest.raises(UnreachableError):
+        blobs(tmp_path, server, tries=2).bring(DIGEST, len(DATA))
+    with little_server(honest([])) as server:
+        again = blobs(tmp_path, server)
+        again.bring(DIGEST, len(DATA))
+        assert again.wire_bytes == len(DATA) - 120_000
+        assert server.asked[-1][1]["if-range"] == f'"{DIGEST}"'
+    assert again.store.read(DIGEST, len(DATA)) == DATA
+
+
+def test_tries_without_progress_are_bounded(tmp_path: Path):
+    with little_server(lambda _path, _headers: Answer(503)) as server:
+        with pytest.raises(UnreachableError, match="503"):
+            blobs(tmp_path, server, tries=3).bring(DIGEST, len(DATA), encoded=False)
+        assert len(server.asked) == 3
+
+
+def test_a_source_without_ranges_sends_it_all_again(tmp_path: Path):
+    cuts = [150_000]
+
+    def answer(path: str, _headers: dict[str, str]) -> Answer:
+        return Answer(404) if path.endswith("/info") else Answer(200, DATA, cut=cuts.pop(0) if cuts else None)
+
+    with little_server(answer) as server:
+        bring = blobs(tmp_path, server)
+        bring.bring(DIGEST, len(DATA))
+    assert bring.wire_bytes == len(DATA) + 150_000
+
+
+def test_a_lie_in_one_half_convicts_nobody_until_one_source_sent_it_all(tmp_path: Path):
+    wrong = bytearray(DATA)
+    wrong[10] ^= 1
+    with (
+        little_server(honest([150_000] + [0] * 20, bytes(wrong))) as mirror,
+        little_server(honest([])) as server,
+    ):
+        bring = blobs(tmp_path, server, [mirror])
+        bring.bring(DIGEST, len(DATA))
+    assert bring.store.read(DIGEST, len(DATA)) == DATA
+
+
+@pytest.mark.parametrize("length", [len(DATA) - 1, len(DATA) + 1, 0])
+def test_a_source_with_another_length_never_makes_the_blob(tmp_path: Path, length: int):
+    data = (DATA + b"xx")[:length]
+    with little_server(honest([], data)) as server, pytest.raises((RefusedError, UnreachableError)):
+        blobs(tmp_path, server).bring(DIGEST, len(DATA), encoded=False)
+    assert not Store(tmp_path, Disk()).has(DIGEST, len(DATA))
+
+
+def test_a_range_that_is_not_the_one_asked_for_is_not_appended(tmp_path: Path):
+    cuts = [100_000]
+
+    def answer(path: str, headers: dict[str, str]) -> Answer:
+        said = honest(cuts)(path, headers)
+        if said.status == 206:
+            return Answer(206, DATA[5:], {"Content-Range": f"bytes 5-{len(DATA) - 1}/{len(DATA)}"})
+        return said
+
+    with little_server(answer) as server, pytest.raises(UnreachableError):
+        blobs(tmp_path, server).bring(DIGEST, len(DATA), encoded=False)
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        zstandard.compress(os.urandom(len(DATA))),
+        zstandard.compress(bytes(50_000_000)),
+        b"not zstd at all",
+        zstandard.ZstdCompressor(
+            compression_params=zstandard.ZstdCompressionParameters(window_log=27, enable_ldm=True)
+        ).compress(bytes(1000)),
+    ],
+    ids=["other bytes", "bomb", "garbage", "window"],
+)
+def test_an_encoding_that_is_not_the_blob_falls_back_to_the_blob(tmp_path: Path, encoded: bytes):
+    info = wire.BlobInfo(
+        digest=DIGEST,
+        bytes=len(DATA),
+        encodings=[wire.Encoding(encoding="zstd", digest=of_bytes(encoded), bytes=min(len(encoded), len(DATA) - 1))],
+    )
+
+    def answer(path: str, headers: dict[str, str]) -> Answer:
+        if path.endswith("/info"):
+            return Answer(200, wire.encode(info))
+        wanted = encoded if path.endswith(of_bytes(encoded)) else DATA
+        return blob_answer(wanted, f'"{of_bytes(wanted)}"', headers)
+
+    with little_server(answer) as server:
+        bring = blobs(tmp_path, server)
+        bring.bring(DIGEST, len(DATA))
+    assert bring.store.read(DIGEST, len(DATA)) == DATA
+    assert [path.name for path in bring.store.path_of(DIGEST).parent.iterdir()] == [DIGEST[7:]]
+
+
+def test_secrets_stay_with_the_server_along_redirects(tmp_path: Path):
+    with little_server(honest([])) as elsewhere:
+
+        def redirect(path: str, _headers: dict[str, str]) -> Answer:
+            return Answer(404) if path.endswith("/info") else Answer(307, b"", {"Location": elsewhere.url + path})
+
+        with little_server(redirect) as server:
+            blobs(tmp_path, server).bring(DIGEST, len(DATA))
+            assert all(headers["authorization"] == "Bearer secret" for _, headers in server.asked)
+        assert elsewhere.asked
+        assert not any("authorization" in headers for _, headers in elsewhere.asked)
+
+
+@pytest.mark.parametrize("location", ["file:///etc/passwd", "http://user:pass@127.0.0.1/", "gopher://x/"])
+def test_redirects_to_strange_places_are_not_followed(tmp_path: Path, location: str):
+    with (
+        little_server(lambda _path, _headers: Answer(302, b"", {"Location": location})) as server,
+        pytest.raises((UnreachableError, RefusedError)),
+    ):
+        blobs(tmp_path, server).bring(DIGEST, len(DATA), encoded=False)
+
+
+def test_redirects_in_a_circle_end(tmp_path: Path):
+    with (
+        little_server(lambda path, _headers: Answer(302, b"", {"Location": path})) as server,
+        pytest.raises(UnreachableError, match="redirects"),
+    ):
+        blobs(tmp_path, server, tries=1).bring(DIGEST, len(DATA), encoded=False)
