@@ -23,7 +23,9 @@ PIPED_COLUMNS = 140
 out = Console(width=None if sys.stdout.isatty() else PIPED_COLUMNS)
 err = Console(stderr=True, width=None if sys.stderr.isatty() else PIPED_COLUMNS)
 
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder in which NAME-VERSION is made.")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder in which NAME-VERSION is made, or that folder itself.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder with an OCI image layout.")]
 
@@ -35,7 +37,7 @@ def _print_json(value: Any) -> None:
 @app.command()
 def build(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a packaged recipe.")],
-    output: Output = Path("bundles"),
+    output: Output = Path(),
     as_json: AsJson = False,
 ) -> None:
     """Make a bundle from a float model and labelled data, as a recipe says."""
@@ -43,7 +45,9 @@ def build(
 
     result = pipeline.build(recipe, output, progress=lambda text: err.print(text, style="dim", markup=False))
     written = report.as_dict(result)
-    (output / f"{result.path.name}.report.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    result.path.with_name(f"{result.path.name}.report.json").write_text(
+        json.dumps(written, indent=2) + "\n", encoding="utf-8"
+    )
     if as_json:
         _print_json(written)
         return
@@ -64,7 +68,7 @@ def pack(
     ] = None,
     attribution: Annotated[str, typer.Option(help="Whose work it is.")] = "",
     source: Annotated[str, typer.Option(help="Where it comes from, e.g. an address.")] = "",
-    output: Output = Path("bundles"),
+    output: Output = Path(),
     as_json: AsJson = False,
 ) -> None:
     """Make a bundle of one model as it is, without labels."""
@@ -108,6 +112,26 @@ def inspect(bundle: BundlePath, as_json: AsJson = False) -> None:
         return
     out.print(report.details(config))
     out.print(f"manifest {descriptor.digest}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def sign(
+    bundle: BundlePath,
+    *,
+    server: Annotated[str | None, typer.Option(help="Address; else WHERRY_SERVER, else what wherry dev wrote.")] = None,
+    token: Annotated[str | None, typer.Option(help="API token; else WHERRY_TOKEN, else what wherry dev wrote.")] = None,
+    key: Annotated[Path | None, typer.Option(help="File of the publisher's key; made on first use.")] = None,
+    publisher: Annotated[str | None, typer.Option(help="Name under which to publish.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sign a bundle as a release with the publisher's key, which never leaves this machine."""
+    from wherry_optimizer import signing
+
+    signed, opened, made = signing.sign_bundle(bundle, server=server, token=token, key=key, publisher=publisher)
+    if as_json:
+        _print_json(signing.as_json(signed, opened))
+        return
+    out.print(signing.describe(signed, opened, made), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("passes")

@@ -3,8 +3,12 @@
 For every candidate input each variant runs under every engine configuration at hand (optimization levels, threads, QDQ
 on and off, both TFLite runtimes). What moves between configurations is the price of honesty: the tolerance is ten times
 the largest such difference (`TOLERANCE_FACTOR`), at least 1e-4 of the output's range. Vectors are chosen among the
-steadier half so that every other variant of the bundle fails at least one; variants that nothing separates are reported
-(`Selection.unseparated`), since a mix-up of those would pass.
+steadier half so that every other variant of the bundle fails at least one; variants of the same format that nothing
+separates are reported (`Selection.unseparated`), since a mix-up of those would pass.
+
+An engine that cannot load a variant, or answers so differently that a tolerance for both would let anything pass (seen:
+dynamic-range int8 in tflite-runtime 2.14 and LiteRT 2.3 are 0.15 of the range apart), is not one that it was shown on:
+the variant does not name it (`Selection.left_out`).
 """
 
 from __future__ import annotations
@@ -35,6 +39,8 @@ TOLERANCE_FACTOR = 10.0
 FLOOR_OF_RANGE = 1e-4
 STEADY_SHARE = 0.5
 """Vectors are taken from this share of the candidates: those that move least between configurations."""
+ENGINE_MOVED_MAX = 0.02
+"""Another engine that moves an output by more than this share of its range is left out."""
 WORKERS = min(2, os.cpu_count() or 1)
 
 
@@ -80,7 +86,9 @@ class Runs:
     moved: dict[str, npt.NDArray[np.float64]]
     """Output → (candidates,): largest difference between any configuration and the first."""
     shown: tuple[EngineName, ...]
-    """Engines that loaded and ran it."""
+    """Engines that loaded it and agree with the first."""
+    left_out: dict[EngineName, str]
+    """Engines that did not, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +108,9 @@ class Selection:
 
     by_variant: dict[str, Chosen]
     unseparated: list[tuple[str, str]]
-    """(variant, other): the other passes all golden vectors of the variant."""
+    """(variant, other) of one format: the other passes all golden vectors of the variant."""
+    left_out: Sequence[tuple[str, EngineName, str]]
+    """(variant, engine, why): engines that the variant does not name."""
 
 
 def select(
@@ -145,9 +155,14 @@ def select(
         tolerances = _tolerances(item, own, order)
         made = _make(own, candidates, order, tolerances, sampled_above, synthetic=synthetic)
         separates = [other.id for other in variants if other.id != item.id and _fails(made, runs[other.id], order)]
-        unseparated += [(item.id, other.id) for other in variants if other.id not in (item.id, *separates)]
+        unseparated += [
+            (item.id, other.id)
+            for other in variants
+            if other.format == item.format and other.id not in (item.id, *separates)
+        ]
         by_variant[item.id] = Chosen(golden.encode(made), len(order), separates, own.shown, tolerances)
-    return Selection(by_variant, unseparated)
+    left_out = [(key, engine, why) for key, own in runs.items() for engine, why in own.left_out.items()]
+    return Selection(by_variant, unseparated, left_out)
 
 
 def budget(variant_bytes: int) -> int:
@@ -181,32 +196,49 @@ def configurations(variant: Runnable, available: Sequence[EngineFacts]) -> list[
 def run_all(variant: Runnable, candidates: Sequence[dict[str, Array]], available: Sequence[EngineFacts]) -> Runs:
     """Run every candidate under every configuration.
 
-    An engine other than the first that cannot load the variant is left out of `shown`, not an error: the variant then
-    does not name it.
+    Raises:
+        EngineFault: the variant fails in its first engine.
     """
     outputs: list[dict[str, Array]] = []
     moved: dict[str, npt.NDArray[np.float64]] = {}
     shown: list[EngineName] = []
+    left_out: dict[EngineName, str] = {}
     for configuration in configurations(variant, available):
+        if configuration.engine in left_out:
+            continue
+        first = not outputs
         try:
             bound = variant.open(configuration.engine, **dict(configuration.options))
             results = [bound.run(candidate) for candidate in candidates]
-        except EngineFault:
-            if not outputs or configuration.engine in shown:
+        except EngineFault as error:
+            if first or configuration.engine == shown[0]:
                 raise
+            left_out[configuration.engine] = error.message
             continue
         bound.close()
-        if configuration.engine not in shown:
-            shown.append(configuration.engine)
-        if not outputs:
+        if first:
             outputs = results
             moved = {name: np.zeros(len(candidates)) for name in results[0]}
-            continue
-        for index, (first, other) in enumerate(zip(outputs, results, strict=True)):
-            for name, value in first.items():
-                difference = np.abs(value.astype(np.float64) - other[name].astype(np.float64))
-                moved[name][index] = max(moved[name][index], float(difference.max(initial=0.0)))
-    return Runs(outputs, moved, tuple(shown))
+        differences = {name: _moved(name, outputs, results) for name in moved}
+        spans = {name: _span([row[name] for row in outputs]) for name in moved}
+        share = max(float(value.max()) / spans[name] for name, value in differences.items())
+        if configuration.engine not in shown:
+            if not first and share > ENGINE_MOVED_MAX:
+                left_out[configuration.engine] = f"moves an output by {share:.2f} of its range against {shown[0]}"
+                continue
+            shown.append(configuration.engine)
+        moved = {name: np.maximum(value, differences[name]) for name, value in moved.items()}
+    return Runs(outputs, moved, tuple(shown), left_out)
+
+
+def _moved(name: str, first: Sequence[Tensors], other: Sequence[Tensors]) -> npt.NDArray[np.float64]:
+    """Return the largest difference of an output per candidate, (candidates,)."""
+    return np.array(
+        [
+            float(np.abs(one[name].astype(np.float64) - two[name].astype(np.float64)).max(initial=0.0))
+            for one, two in zip(first, other, strict=True)
+        ]
+    )
 
 
 def _steady(runs: Mapping[str, Runs], count: int) -> list[int]:

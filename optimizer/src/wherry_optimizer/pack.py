@@ -51,7 +51,7 @@ OPSET_OF_ORT_FLOOR = 21
 IR_OF_ORT_FLOOR = 10
 """onnxruntime 1.20 runs every model up to these; a newer one asks for the version it was built with."""
 TOOLS = ("wherry-optimizer", "onnx", "onnxruntime", "onnxslim", "ai-edge-quantizer", "ai-edge-litert", "numpy")
-SYNTHETIC_CANDIDATES = 32
+SYNTHETIC_CANDIDATES = 12
 SYNTHETIC_VECTORS = 8
 
 
@@ -98,17 +98,23 @@ def write_bundle(
     description: str = "",
     unseparated: Sequence[tuple[str, str]] = (),
 ) -> Packed:
-    """Write a bundle to `output`/NAME-VERSION; an older one of that name is replaced when the new one is whole.
+    """Write a bundle to `output`/NAME-VERSION (or to `output`, if that is its name already).
+
+    An older one of that name is replaced when the new one is whole; a folder that is no bundle is not touched.
 
     Raises:
-        RefusedError: `bad_name`, `bad_version`, `licence_missing`, or `config_invalid` for values that no reader would
-            take.
+        RefusedError: `bad_name`, `bad_version`, `licence_missing`, `output_taken`, or `config_invalid` for values that
+            no reader would take.
     """
     check_name(name, "name")
     parse_version(version)
-    target = output / f"{name}-{version}"
-    output.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=output))
+    target = output if output.name == f"{name}-{version}" else output / f"{name}-{version}"
+    if target.exists() and not (target / "oci-layout").is_file():
+        raise RefusedError(
+            "output_taken", f"{target} exists and is no bundle", next_step="choose another folder by --output"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         folder.chmod(0o755)  # mkdtemp makes it private; a bundle is to be copied
         writer = LayoutWriter(folder)

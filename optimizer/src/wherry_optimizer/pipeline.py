@@ -73,9 +73,10 @@ class BuildResult:
 
 @dataclass(slots=True)
 class Cache:
-    """Scores of variants on data by digests: builds of one process that share a model evaluate it once."""
+    """What builds of one process share: scores of variants on data by digests, and which engines work here."""
 
     scores: dict[tuple[str, ...], evaluate.Scores] = field(default_factory=dict)
+    engines: list[EngineFacts] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -133,7 +134,8 @@ class _Build:
         with contextlib.ExitStack() as stack:
             sources = self.find_sources()
             files = {key: stack.enter_context(single_file(model)) for key, model in sources.items()}
-            engines = probe()
+            self.cache.engines = self.cache.engines or probe()
+            engines = self.cache.engines
             interface, fits = self.fit(sources, files)
             dataset = data.load(recipe.data, interface, self.loaded.folder)
             interface = self.label(interface, dataset)
@@ -353,6 +355,8 @@ class _Build:
             synthetic=False,
             budgets={item.spec.id: budget(item.runnable.path.stat().st_size) for item in made},
         )
+        for one, engine, why in selection.left_out:
+            self.say(f"{one}: {engine} left out, it {why}")
         for one, other in selection.unseparated:
             self.say(f"{one}: no golden vector tells it from {other}")
         return selection

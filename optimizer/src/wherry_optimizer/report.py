@@ -26,7 +26,7 @@ def table(config: Config) -> Table:
     )
     for heading in ("variant", "format", "precision"):
         rows.add_column(heading, no_wrap=True)
-    for heading in ("file", "download", "accuracy", "drop", "latency", "ratio", "peak", "golden"):
+    for heading in ("file", "download", "accuracy", "drop", "latency", "peak", "golden"):
         rows.add_column(heading, justify="right", no_wrap=True)
     largest = max(variant.bytes for variant in config.variants)
     for variant in config.variants:
@@ -117,8 +117,7 @@ def _row(variant: Variant, largest: int) -> list[str]:
         f"{_bytes(download)} ({download / largest:.2f})",
         f"{accuracy.value:.4f} ± {accuracy.standard_error:.4f}" if accuracy else "–",
         f"{accuracy.drop:+.4f} ± {accuracy.drop_standard_error or 0:.4f}" if accuracy else "–",
-        f"{figures.latency_p50_us / 1000:.2f} ms" if figures else "–",
-        f"{figures.latency_ratio:.2f}" if figures and figures.latency_ratio is not None else "–",
+        f"{figures.latency_p50_us / 1000:.2f} ms (×{figures.latency_ratio or 1:.2f})" if figures else "–",
         _bytes(figures.peak_memory_bytes) if figures else "–",
         f"{variant.golden.vectors}{' synthetic' if variant.golden.synthetic else ''}",
     ]
@@ -130,7 +129,7 @@ def _caption(config: Config) -> str:
         return "download: zstd bytes, and their share of the largest file"
     return (
         f"{accuracy.metric} on {accuracy.samples} held-back samples ± standard error; drop against the source, paired. "
-        f"Data: {accuracy.data}. ratio: median latency over the float variant of the same source, interleaved"
+        f"Data: {accuracy.data}. latency: median, and × the float variant of the same source, interleaved"
     )
 
 
@@ -143,9 +142,9 @@ def _tensor(spec: TensorSpec) -> str:
     return text
 
 
-def _bytes(count: int) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000 or unit == "MB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count = count / 1000  # type: ignore[assignment]
-    raise AssertionError
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} MB"
