@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter_ns
 from types import TracebackType
 from typing import Any, Self
 
@@ -36,6 +37,7 @@ from wherry_agent.handle_remote import NotJson, RemoteAnswer, WorkerClient
 from wherry_agent.lines import LineWriter, read_lines
 from wherry_shared import reasons
 from wherry_shared.bundle import Interface
+from wherry_shared.engines.canonical import Bound
 from wherry_shared.engines.errors import BadInput, EngineFault, OutOfMemory
 from wherry_shared.engines.session import Array
 from wherry_shared.errors import RefusedError, UnreachableError, WherryError
@@ -90,10 +92,16 @@ class Answer(dict[str, Array]):
 
     __slots__ = ("by", "fallback")
 
-    def __init__(self, outputs: dict[str, Array], by: Served, *, fallback: bool = False) -> None:
-        super().__init__(outputs)
-        self.by = by
-        self.fallback = fallback
+    by: Served
+    fallback: bool
+
+    @classmethod
+    def of(cls, outputs: dict[str, Array], by: Served, *, fallback: bool) -> Answer:
+        """Return `outputs` as the answer of a version."""
+        answer = cls(outputs)
+        answer.by = by
+        answer.fallback = fallback
+        return answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +109,8 @@ class _InProcess:
     """A trusted version in this process: the short way."""
 
     loaded: Loaded
+    bound: Bound
+    """That of `loaded`."""
     counter: Counter
     served: Served
     left_behind: Callable[[tuple[int, int]], None]
@@ -192,16 +202,19 @@ class Model:
         """
         engaged = self._engaged
         if engaged.__class__ is _InProcess:
-            bound = engaged.loaded.bound
+            bound = engaged.bound
             bucket = bound.check(inputs)
-            started = time.perf_counter_ns()
+            answer = Answer()
+            answer.by = engaged.served
+            answer.fallback = False
+            started = perf_counter_ns()
             try:
-                results = bound.run_checked(inputs, outputs)
+                bound.run_into(answer, inputs, outputs)
             except EngineFault as fault:
                 engaged.counter.failed(str(fault), fallback=False)
                 raise
-            engaged.left_behind((bucket, time.perf_counter_ns() - started))
-            return Answer(results, engaged.served)
+            engaged.left_behind((bucket, perf_counter_ns() - started))
+            return answer
         return self._run_on_trial(engaged, inputs, outputs)
 
     @property
@@ -265,7 +278,7 @@ class Model:
         match engaged:
             case _Inline():
                 answer = engaged.published.answer(self._gate, self._helpers, inputs, outputs)
-                return Answer(answer.outputs, engaged.served[id(answer.loaded)], fallback=answer.fallback)
+                return Answer.of(answer.outputs, engaged.served[id(answer.loaded)], fallback=answer.fallback)
             case _Remote():
                 return self._ask_worker(engaged, inputs, outputs)
         raise self._no_model()
@@ -296,12 +309,12 @@ class Model:
 
     @staticmethod
     def _by_incumbent(incumbent: _InProcess, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> Answer:
-        bound = incumbent.loaded.bound
+        bound = incumbent.bound
         bucket = bound.check(inputs)
-        started = time.perf_counter_ns()
+        started = perf_counter_ns()
         results = bound.run_checked(inputs, outputs)
-        incumbent.left_behind((bucket, time.perf_counter_ns() - started))
-        return Answer(results, incumbent.served, fallback=True)
+        incumbent.left_behind((bucket, perf_counter_ns() - started))
+        return Answer.of(results, incumbent.served, fallback=True)
 
     def _no_model(self) -> WherryError:
         return UnreachableError(
@@ -375,7 +388,7 @@ class Model:
         if loaded is None:
             loaded = load_variant(loadable)
             counter.leave_out(RUNS_LEFT_OUT)
-        return _InProcess(loaded, counter, _served(loadable, ""), counter.pending.append)
+        return _InProcess(loaded, loaded.bound, counter, _served(loadable, ""), counter.pending.append)
 
     def _inline(self, serve: ServeModel, have: dict[tuple[str, str, str], Loaded]) -> _Inline:
         active = have.get(key_of(serve.active)) or load_variant(serve.active)
@@ -490,5 +503,5 @@ def _from_worker(answer: RemoteAnswer, engaged: _Remote) -> Answer:
     fallback = bool(answer.parameters.get("wherry_fallback"))
     for served in (engaged.candidate, *([engaged.incumbent.served] if engaged.incumbent is not None else [])):
         if served.version == answer.model_version:
-            return Answer(answer.tensors(), served, fallback=fallback)
+            return Answer.of(answer.tensors(), served, fallback=fallback)
     raise EngineFault("foreign_version", f"the worker answered with version {answer.model_version}")

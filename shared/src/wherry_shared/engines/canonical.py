@@ -10,10 +10,10 @@ shapes that were once found good are remembered, and tensors are handed through 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -27,6 +27,17 @@ SHAPES_REMEMBERED_MAX = 1024
 """Input shapes that one `Bound` remembers as good; more are checked in full at each call."""
 _DOT_ELEMENTS_MAX = 8192
 """Below this a dot product with itself is the cheapest test for NaN and Inf; above, BLAS may start threads."""
+
+
+class _Output(NamedTuple):
+    """What is checked of one output."""
+
+    name: str
+    finite: bool
+    """NaN and Inf are forbidden."""
+    good: set[tuple[int, ...]]
+    """Shapes that were found good."""
+    spec: TensorSpec
 
 
 class Source(Protocol):
@@ -99,23 +110,29 @@ class Bound:
         if unfed:
             raise EngineFault("interface_mismatch", f"the interface names no input for {', '.join(sorted(unfed))}")
         self._required = tuple(
-            (spec.name, DTYPES[spec.datatype], DTYPES[spec.datatype].type)
+            (spec.name, DTYPES[spec.datatype])
             for spec in interface.inputs
             if not spec.optional or spec.name in self._native_in
         )
-        self._all_out = [spec.name for spec in interface.outputs]
-        self._all_native_out = [self._native_out[name] for name in self._all_out]
-        self._finite = frozenset(
-            spec.name for spec in interface.outputs if spec.finite and spec.datatype in ("FP16", "FP32", "FP64")
-        )
+        self._only = self._required[0] if len(self._required) == 1 else None
+        self._all_native_out = [
+            self._native_out[spec.name] for spec in interface.outputs if spec.name in self._native_out
+        ]
+        self._plan = [
+            _Output(spec.name, spec.finite and spec.datatype in ("FP16", "FP32", "FP64"), set(), spec)
+            for spec in interface.outputs
+            if spec.name in self._native_out
+        ]
+        self._plan_of = {output.name: output for output in self._plan}
         self._batch_axis = _batch_axis(interface)
         self._good: dict[Any, int] = {}
-        self._out_specs = {spec.name: spec for spec in interface.outputs}
-        self._good_out: set[tuple[str, tuple[int, ...]]] = set()
         # an engine that can run what was checked here, without checking it again
         self._run_checked: Callable[[list[str], dict[str, Array]], list[Array]] | None = getattr(
             session, "run_checked", None
         )
+        plain = self._same_in and not batch and all(spec.name in self._native_in for spec in interface.inputs)
+        self._direct = self._run_checked if plain else None
+        """The short way: canonical names are native names, and one call of the engine is the whole answer."""
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run under canonical names; a batch larger than a fixed one is looped over, a smaller one padded.
@@ -133,9 +150,16 @@ class Bound:
         Raises:
             BadInput: naming the tensor and the difference.
         """
-        if len(inputs) == len(self._required):
+        if self._only is not None:
+            name, dtype = self._only
+            value = inputs.get(name)
+            if value.__class__ is np.ndarray and value.dtype is dtype and len(inputs) == 1:
+                bucket = self._good.get(value.shape)
+                if bucket is not None:
+                    return bucket
+        elif len(inputs) == len(self._required):
             shapes = []
-            for name, dtype, _ in self._required:
+            for name, dtype in self._required:
                 value = inputs.get(name)
                 if value.__class__ is not np.ndarray or value.dtype is not dtype:
                     break
@@ -153,17 +177,40 @@ class Bound:
             BadInput: a requested output does not exist.
             EngineFault: as `run`.
         """
+        results: dict[str, Array] = {}
+        self.run_into(results, inputs, outputs)
+        return results
+
+    def run_into(
+        self, results: dict[str, Array], inputs: Mapping[str, Array], outputs: Sequence[str] | None = None
+    ) -> None:
+        """Run on inputs that `check` passed, and put the outputs into `results`, which a failure may leave half full.
+
+        Raises:
+            BadInput: a requested output does not exist.
+            EngineFault: as `run`.
+        """
         if outputs is None:
-            names, native = self._all_out, self._all_native_out
+            plan, native = self._plan, self._all_native_out
         else:
             check_outputs(self._native_out, outputs)
-            names, native = list(outputs), [self._native_out[name] for name in outputs]
-        if self.batch and self._batch_axis is not None:
-            results = self._in_batches(inputs, names, native)
+            plan = [self._plan_of[name] for name in outputs]
+            native = [self._native_out[name] for name in outputs]
+        if self._direct is not None and inputs.__class__ is dict:
+            values = self._direct(native, inputs)
+        elif self.batch and self._batch_axis is not None:
+            values = self._in_batches(inputs, [output.spec.name for output in plan], native)
         else:
-            results = dict(zip(names, self._once(inputs, native), strict=True))
-        self._check_results(results)
-        return results
+            values = self._once(inputs, native)
+        for (name, finite, good, spec), value in zip(plan, values, strict=True):
+            if finite:
+                # the cheapest test first: a finite sum of squares has finite squares, a large one may only overflow
+                flat = value.ravel()
+                if (value.size > _DOT_ELEMENTS_MAX or not isfinite(flat.dot(flat))) and not all_finite(value):
+                    raise EngineFault("not_finite", f"output {name!r} holds NaN or Inf")
+            if value.shape not in good:
+                _check_result(spec, value, good)
+            results[name] = value
 
     def warm_inputs(self) -> dict[str, Array]:
         """Return inputs of the smallest shape that the interface allows, all at the low end of their range."""
@@ -205,7 +252,7 @@ class Bound:
             shapes.append(value.shape)
         bucket = max(elements, 1).bit_length() - 1
         if len(inputs) == len(self._required) and len(self._good) < SHAPES_REMEMBERED_MAX:
-            self._good[tuple(shapes)] = bucket
+            self._good[shapes[0] if self._only is not None else tuple(shapes)] = bucket
         return bucket
 
     def _check_shape(self, spec: TensorSpec, shape: tuple[int, ...], lengths: dict[str, int]) -> None:
@@ -235,7 +282,7 @@ class Bound:
             raise EngineFault("run_failed", f"the model refuses input that its interface allows: {error}") from error
         return [results[name] for name in native]
 
-    def _in_batches(self, inputs: Mapping[str, Array], names: list[str], native: list[str]) -> dict[str, Array]:
+    def _in_batches(self, inputs: Mapping[str, Array], names: list[str], native: list[str]) -> list[Array]:
         batched_in = {spec.name for spec in self.interface.inputs if spec.shape[:1] == [self._batch_axis]}
         batched_out = {spec.name for spec in self.interface.outputs if spec.shape[:1] == [self._batch_axis]}
         total = next(len(value) for name, value in inputs.items() if name in batched_in)
@@ -258,34 +305,30 @@ class Bound:
                 [value[:count] if name in batched_out else value for name, value in zip(names, results, strict=True)]
             )
         if len(parts) == 1:
-            return dict(zip(names, parts[0], strict=True))
-        return {
-            name: np.concatenate([part[index] for part in parts]) if name in batched_out else parts[-1][index]
+            return parts[0]
+        return [
+            np.concatenate([part[index] for part in parts]) if name in batched_out else parts[-1][index]
             for index, name in enumerate(names)
-        }
+        ]
 
-    def _check_results(self, results: Mapping[str, Array]) -> None:
-        for name, value in results.items():
-            if name in self._finite and not all_finite(value):
-                raise EngineFault("not_finite", f"output {name!r} holds NaN or Inf")
-            seen = (name, value.shape)
-            if seen not in self._good_out:
-                spec = self._out_specs[name]
-                wanted = [axis if isinstance(axis, int) else -1 for axis in spec.shape]
-                if value.dtype != DTYPES[spec.datatype] or not fits(value.shape, wanted):
-                    raise EngineFault(
-                        "bad_output",
-                        f"output {name!r} is {value.dtype} {list(value.shape)}, expected {spec.datatype} {spec.shape}",
-                    )
-                if len(self._good_out) < SHAPES_REMEMBERED_MAX:
-                    self._good_out.add(seen)
+
+def _check_result(spec: TensorSpec, value: Array, good: set[tuple[int, ...]]) -> None:
+    """Compare datatype and shape of an output with the interface; a good shape is remembered."""
+    wanted = [axis if isinstance(axis, int) else -1 for axis in spec.shape]
+    if value.dtype != DTYPES[spec.datatype] or not fits(value.shape, wanted):
+        raise EngineFault(
+            "bad_output",
+            f"output {spec.name!r} is {value.dtype} {list(value.shape)}, expected {spec.datatype} {spec.shape}",
+        )
+    if len(good) < SHAPES_REMEMBERED_MAX:
+        good.add(value.shape)
 
 
 def all_finite(value: Array) -> bool:
     """Tell whether a float array holds neither NaN nor Inf."""
     if value.size <= _DOT_ELEMENTS_MAX:
         flat = value.ravel()
-        if math.isfinite(flat.dot(flat)):
+        if isfinite(flat.dot(flat)):
             return True  # the sum of squares is finite only if every square is; a large one may overflow: look again
     return bool(np.isfinite(value).all())
 
