@@ -30,7 +30,8 @@ from wherry_shared.reasons import DIGEST_MISMATCH
 
 SYNC_BYTES = 4 * MIB
 """A kill costs at most this much of a download."""
-ASSETS_BYTES_MAX = 256 * MIB
+ASSETS_BYTES_MAX = 64 * MIB
+"""Assets are labels and tables; one of them is in memory at a time."""
 ASSETS_FILES_MAX = 1000
 ASSET_PATH_CHARS_MAX = 255
 _COMPLETE = ".complete"

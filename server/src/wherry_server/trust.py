@@ -65,6 +65,8 @@ class Trust:
         self._keys = Keys(folder / "keys")
         self._proposed = folder / "proposed"
         self._cache: dict[tuple[str, int, int], Metadata[Targets]] = {}
+        """Verified metadata by role, version and version of who delegated; one entry a role."""
+        self._root_cache: Metadata[Root] | None = None
 
     # --- opening --------------------------------------------------------------------------------
 
@@ -367,8 +369,13 @@ class Trust:
         return self._objects.highest().get(role, 0)
 
     def _root(self) -> Metadata[Root]:
-        root = self._parse(Root, self._version("root"))
+        version = self._version("root")
+        known = self._root_cache
+        if known is not None and known.signed.version == version:
+            return known
+        root = self._parse(Root, version)
         _verified(lambda: root.signed.verify_delegate("root", root.signed_bytes, root.signatures))
+        self._root_cache = root
         return root
 
     def _targets(self) -> Metadata[Targets]:
@@ -383,7 +390,7 @@ class Trust:
             found = rules.parse_targets(self._objects.get(version, role))
             metadata = found
             _verified(lambda: verify(role, metadata.signed_bytes, metadata.signatures))
-            for stale in [known for known in self._cache if known[0] == role]:
+            for stale in [known for known in tuple(self._cache) if known[0] == role]:
                 self._cache.pop(stale, None)
             self._cache[key] = found
         return found

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from wherry_server.cli.common import AsJson, client, date, show, table
+from wherry_server.cli.common import GLOBALS, AsJson, client, date, show, table
+from wherry_server.client import find_access
+from wherry_shared.errors import RefusedError
+
+if TYPE_CHECKING:  # tuf and cryptography cost a quarter of a second
+    from wherry_shared.publishing import PublisherKey, Remote
 
 app = typer.Typer(name="trust", help="The signing keys that devices trust.", no_args_is_help=True)
 
@@ -23,6 +31,73 @@ def trust_status(as_json: AsJson = False) -> None:
     with client() as server:
         found = server.get("/api/v1/trust")
     show(found, as_json, lambda console: _render(console, found))
+
+
+KeyFile = Annotated[Path | None, typer.Option(help="Publisher's key (WHERRY_PUBLISHER_KEY).")]
+
+
+@app.command("policy")
+def set_model_policy(
+    model: Annotated[str, typer.Argument(help="Model whose policy this is.")],
+    floor: Annotated[str, typer.Option(help="Lowest version that devices may run; empty: none.")] = "",
+    revoke: Annotated[
+        list[str] | None, typer.Option(help="Manifest digest that may not run; add =stop to end what serves now.")
+    ] = None,
+    key: KeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sign the whole policy of a model, replacing the one before: floor and revocations."""
+    from wherry_shared.publishing import set_policy
+
+    revoked = {}
+    for item in revoke or []:
+        digest, _, effect = item.partition("=")
+        revoked[digest] = effect or "replace"
+    with _signing(key) as (remote, opened):
+        version = set_policy(remote, opened, model, floor=floor, revoked=revoked)
+    found = {"model": model, "floor": floor, "revoked": revoked, "version": version}
+    show(found, as_json, lambda console: console.print(f"{model}/policy signed, version {version} of its publisher"))
+
+
+@app.command("renew")
+def renew_roles(key: KeyFile = None, as_json: AsJson = False) -> None:
+    """Sign this publisher's roles anew; due every 90 days, or devices stop installing its releases."""
+    from wherry_shared.publishing import renew
+
+    _on_roles(renew, "signed anew", key, as_json)
+
+
+@app.command("repair")
+def repair_roles(key: KeyFile = None, as_json: AsJson = False) -> None:
+    """Hand in again what this publisher signed and a server restored from a backup no longer has."""
+    from wherry_shared.publishing import repair
+
+    _on_roles(repair, "handed in again", key, as_json)
+
+
+def _on_roles(action: Callable[[Remote, PublisherKey], list[str]], what: str, key: Path | None, as_json: bool) -> None:
+    with _signing(key) as (remote, opened):
+        roles = action(remote, opened)
+    text = f"{what}: {', '.join(roles)}" if roles else f"nothing to be {what}"
+    show({"roles": roles}, as_json, lambda console: console.print(text))
+
+
+@contextmanager
+def _signing(key: Path | None) -> Iterator[tuple[Remote, PublisherKey]]:
+    """Connect to the server with the publisher's key of this machine."""
+    from wherry_shared.publishing import PublisherKey, Remote
+
+    access = find_access(GLOBALS.server, GLOBALS.token)
+    opened = PublisherKey.find(key)
+    if opened is None:
+        raise RefusedError(
+            "key_absent",
+            "there is no publisher's key on this machine",
+            consequence="nothing was signed",
+            next_step="run this where bundles are signed, or name the key: --key FILE",
+        )
+    with Remote(access.server, access.token) as remote:
+        yield remote, opened
 
 
 def _render(console: Console, state: dict[str, Any]) -> None:
