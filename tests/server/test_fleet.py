@@ -13,7 +13,7 @@ from cryptography.x509.oid import NameOID
 from sqlalchemy import insert
 
 from tests.server.harness import Running, csr, enrol, in_database
-from wherry_server.db.tables import Cohort, DeviceModel, TelemetryWindow
+from wherry_server.db.tables import Cohort, DeviceModel, Offer, TelemetryWindow
 from wherry_server.times import now_us
 from wherry_shared import wire
 from wherry_shared.facts import DeviceFacts, EngineFacts
@@ -226,6 +226,22 @@ def test_a_device_shows_what_runs_and_why(server: Running) -> None:
     assert (model["reason"], model["detail"], model["peak_memory_bytes"]) == ("health_errors", "3 of 20 failed", 7)
     assert model["latency"]["requests"] == 100
     assert model["latency"]["p50_us"] == pytest.approx(1000, rel=0.05)
+
+
+def test_a_device_is_said_to_know_its_offer_once_it_spoke_of_it(server: Running) -> None:
+    device = server.device("offered")
+    offer = {"device_id": device.device, "project_id": "default", "epoch": 5, "serial": 3, "envelope": b"{}"}
+    times = {"issued_at": now_us(), "expires_at": now_us() + 10**9}
+    in_database(server.settings, lambda c: c.execute(insert(Offer).values(models={}, **offer, **times)))
+
+    def known() -> int:
+        with server.http() as http:
+            serial: int = http.get("/api/v1/devices/offered").json()["offer"]["known_serial"]
+            return serial
+
+    assert known() == 0
+    _say(server, device.device, "offer-model", state="fetching", body={"serial": 3})
+    assert known() == 3
 
 
 def test_the_fleet_is_counted_with_simulated_devices_apart(server: Running) -> None:

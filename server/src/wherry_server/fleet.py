@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -123,7 +123,7 @@ async def show_device(connection: AsyncConnection, project: str, name: str) -> d
         else {
             "epoch": offer.epoch,
             "serial": offer.serial,
-            "known_serial": row.offer_serial if row.offer_epoch == offer.epoch else 0,
+            "known_serial": _known_serial(row, offer, models),
             "published": bool(offer.published),
             "expires_at": offer.expires_at,
             "models": offer.models,
@@ -133,6 +133,13 @@ async def show_device(connection: AsyncConnection, project: str, name: str) -> d
         if logs is None
         else {"requested_at": logs.requested_at, "received_at": logs.received_at, "lines": logs.lines},
     }
+
+
+def _known_serial(device: Any, offer: Any, models: Sequence[Any]) -> int:
+    """Return the serial of this epoch's offers that the device has spoken of, in its hello or in a report."""
+    said = [device.offer_serial] if device.offer_epoch == offer.epoch else []
+    said += [model.body.get("serial", 0) for model in models if model.updated_at >= offer.issued_at]
+    return max(said, default=0)
 
 
 async def _latency(connection: AsyncConnection, device: str, model: str, running: str) -> dict[str, Any] | None:

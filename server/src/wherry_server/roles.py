@@ -18,6 +18,8 @@ GRACE_S = 5
 """How long open requests may take when the api is told to end."""
 KEEP_ALIVE_S = 75
 BACKLOG = 1024
+CHATTY = ("alembic", "gmqtt", "httpx", "tracing")
+"""Libraries that log every step at level INFO."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -27,7 +29,8 @@ def run(role: Role, settings: Settings) -> None:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format=f"%(asctime)s {role} %(levelname)s %(name)s: %(message)s"
     )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for chatty in CHATTY:
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     if role == "api":
         run_api(settings)
     elif role == "director":
