@@ -172,6 +172,7 @@ class Model:
         self._counters_lock = threading.Lock()
         self._writer: LineWriter | None = None
         self._connection: sockets.socket | None = None
+        self._revision = -1
         self._closed = threading.Event()
         self._first = threading.Event()
         self._trouble: WherryError = UnreachableError(
@@ -333,6 +334,7 @@ class Model:
             try:
                 connection.connect(self._path)
                 self._connection, self._writer = connection, LineWriter(connection)
+                self._revision = -1
                 self._say(
                     messages.Hi(format=messages.FORMAT, model=self.name, pid=os.getpid(), isolation=self._isolation)
                 )
@@ -354,6 +356,9 @@ class Model:
             wait_s = min(2 * wait_s, RECONNECT_SECONDS_MAX)
 
     def _act(self, assign: messages.Assign) -> None:
+        if assign.revision < self._revision:
+            return  # overtaken on its way by a newer one
+        self._revision = assign.revision
         try:
             self._engaged = self._made(assign)
         except (WherryError, MemoryError) as error:

@@ -1,6 +1,6 @@
 """The supervisor's side of the handles: who holds which file, who runs what, whose process died on a candidate.
 
-One thread accepts, one per connection reads. The peer is known by SO_PEERCRED, not by what it says: root, this user, or
+One thread accepts, one sends, one per connection reads. The peer is known by SO_PEERCRED, not by what it says: root, this user, or
 a member of the group. Nothing here decides about a trial: crashes and verdicts are handed to the owner's callbacks,
 which are called from connection threads and must return at once.
 """
@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 
 import msgspec
 
@@ -104,8 +105,11 @@ class HandleServer:
         self._drained: dict[tuple[str, str, str, str], ArmStats] = {}
         self._closed = False
         self._listener = self._listen()
+        self._outgoing: SimpleQueue[_Peer | None] = SimpleQueue()
         self._acceptor = threading.Thread(target=self._accept, name="handles", daemon=True)
+        self._sender = threading.Thread(target=self._send, name="handles-out", daemon=True)
         self._acceptor.start()
+        self._sender.start()
 
     def publish(self, name: str, assignment: ServeModel | None) -> None:
         """Say what handles of model `name` should have from now on; None: nothing. Repeating it changes nothing."""
@@ -118,9 +122,9 @@ class HandleServer:
                 self._serves.pop(name, None)
             else:
                 self._serves[name] = assignment
-            peers = [peer for peer in self._peers if peer.model == name]
-        for peer in peers:
-            self._assign(peer)
+            for peer in self._peers:
+                if peer.model == name:
+                    self._outgoing.put(peer)
 
     def leases(self) -> set[str]:
         """Return digests of files that a live handle holds or may be loading: garbage collection keeps them."""
@@ -155,6 +159,8 @@ class HandleServer:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._acceptor.join()
+        self._outgoing.put(None)
+        self._sender.join()
         for peer in peers:
             with contextlib.suppress(OSError):  # gone in this moment
                 peer.connection.shutdown(socket.SHUT_RDWR)
@@ -264,6 +270,11 @@ class HandleServer:
                     )
             case messages.Bye():
                 peer.said_goodbye = True
+
+    def _send(self) -> None:
+        """Tell handles what is new: a thread of its own, since an application that does not read must block nobody."""
+        while (peer := self._outgoing.get()) is not None:
+            self._assign(peer)
 
     def _assign(self, peer: _Peer) -> None:
         with self._lock:

@@ -1,0 +1,456 @@
+"""The endpoint over real sockets: the Open Inference Protocol in JSON, and HTTP as clients get it wrong."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.agent.serving_kit import infer_body, loadable, until
+from tests.shared.engines import models
+from wherry_agent.answering.arms import Counter, load_variant
+from wherry_agent.answering.gate import RunGate
+from wherry_agent.answering.helpers import Helpers
+from wherry_agent.answering.published import Published
+from wherry_agent.answering.registry import Registry
+from wherry_agent.serving import listener, tensors
+from wherry_agent.serving.http import HEAD_BYTES_MAX, BadRequest, body_length, parse_head
+from wherry_agent.serving.listener import HttpServer
+from wherry_agent.serving.protocol import Protocol
+from wherry_shared.bundle import Bounds, Interface, TensorSpec
+from wherry_shared.engines import BadInput
+from wherry_shared.limits import REQUEST_BYTES_MAX
+
+
+class Endpoint:
+    """A served registry on TCP and unix."""
+
+    def __init__(self, folder: Path) -> None:
+        self.registry = Registry()
+        self.tcp = socket.create_server(("127.0.0.1", 0))
+        self.port = self.tcp.getsockname()[1]
+        self.unix_path = folder / "http.sock"
+        unix = socket.socket(socket.AF_UNIX)
+        unix.bind(str(self.unix_path))
+        unix.listen()
+        self.server = HttpServer([self.tcp, unix], Protocol(self.registry, RunGate(), Helpers()))
+        self.server.start()
+
+    def publish(self, name: str, active, incumbent=None, trial: str = "") -> None:
+        self.registry.publish(
+            name,
+            Published(
+                active=load_variant(active),
+                counter=Counter(active, "candidate" if trial else "incumbent", trial),
+                incumbent=load_variant(incumbent) if incumbent else None,
+                incumbent_counter=Counter(incumbent, "incumbent") if incumbent else None,
+                trial=trial,
+            ),
+        )
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+
+    def raw(self, data: bytes) -> bytes:
+        """Send bytes, close the sending side, return everything that comes back."""
+        with self.connect() as sock:
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+            answer = b""
+            while chunk := sock.recv(65536):
+                answer += chunk
+            return answer
+
+    def call(self, method: str, path: str, body: Any = None, *headers: str) -> tuple[int, Any]:
+        data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        lines = [f"{method} {path} HTTP/1.1", "Host: x", f"Content-Length: {len(data)}", *headers]
+        return parse(self.raw("\r\n".join(lines).encode() + b"\r\n\r\n" + data))
+
+
+def parse(answer: bytes) -> tuple[int, Any]:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)
+
+
+@pytest.fixture
+def endpoint(tmp_path: Path) -> Iterator[Endpoint]:
+    made = Endpoint(tmp_path)
+    made.publish("scale", loadable(models.scale(tmp_path / "a.onnx", 2.0)))
+    yield made
+    made.server.drain(time.monotonic() + 5)
+
+
+INFER = "/v2/models/scale/infer"
+ONES = infer_body([[1.0, 1.0, 1.0, 1.0]])
+
+
+def test_server_and_model_metadata(endpoint: Endpoint):
+    status, about = endpoint.call("GET", "/v2")
+    assert (status, about["name"], about["extensions"]) == (200, "wherry", [])
+    assert endpoint.call("GET", "/v2/health/live") == (200, {"live": True})
+    assert endpoint.call("GET", "/v2/health/ready") == (200, {"ready": True})
+    expected = {
+        "name": "scale",
+        "versions": ["1.0.0"],
+        "platform": "onnxruntime_onnx",
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}],
+        "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 4]}],
+    }
+    assert endpoint.call("GET", "/v2/models/scale") == (200, expected)
+    assert endpoint.call("GET", "/v2/models/scale/versions/1.0.0") == (200, expected)
+    assert endpoint.call("GET", "/v2/models/scale/ready") == (200, {"name": "scale", "ready": True})
+    assert endpoint.call("GET", "/v2/models/scale/versions/1.0.0/ready")[0] == 200
+
+
+def test_infer_answers_with_id_version_variant_and_requested_outputs(endpoint: Endpoint):
+    status, answer = endpoint.call("POST", INFER, {**ONES, "id": "42", "outputs": [{"name": "y"}]})
+    assert status == 200
+    assert answer == {
+        "model_name": "scale",
+        "model_version": "1.0.0",
+        "id": "42",
+        "parameters": {"wherry_variant": "float"},
+        "outputs": [{"name": "y", "datatype": "FP32", "shape": [1, 4], "data": [2.0] * 4}],
+    }
+    flat = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [2, 4], "data": [1, 2, 3, 4, 5, 6, 7, 8]}]}
+    assert endpoint.call("POST", INFER, flat)[1]["outputs"][0]["data"] == [2.0, 4, 6, 8, 10, 12, 14, 16]
+
+
+def test_explicit_versions_answer_only_while_they_are_loaded_and_are_no_evidence(tmp_path: Path, endpoint: Endpoint):
+    old = loadable(models.scale(tmp_path / "a.onnx", 2.0))
+    new = loadable(models.scale(tmp_path / "b.onnx", 3.0), "1.1.0")
+    endpoint.publish("scale", new, old, trial="t")
+    assert endpoint.call("GET", "/v2/models/scale")[1]["versions"] == ["1.1.0", "1.0.0"]
+    assert endpoint.call("POST", INFER, ONES)[1]["model_version"] == "1.1.0"
+    for version, value in (("1.0.0", 2.0), ("1.1.0", 3.0)):
+        status, answer = endpoint.call("POST", f"/v2/models/scale/versions/{version}/infer", ONES)
+        assert (status, answer["model_version"], answer["outputs"][0]["data"][0]) == (200, version, value)
+    published = endpoint.registry.get("scale")
+    assert published is not None
+    assert published.counter.stats().requests == 1
+    assert published.incumbent_counter is not None
+    assert published.incumbent_counter.stats().requests == 0
+    status, answer = endpoint.call("POST", "/v2/models/scale/versions/0.9.0/infer", ONES)
+    assert status == 404
+    assert "1.1.0, 1.0.0" in answer["error"]
+
+
+def change(**what: Any) -> dict[str, Any]:
+    return {"inputs": [{**ONES["inputs"][0], **what}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "word"),
+    [
+        (b"", "not an inference request"),
+        (b"{", "not an inference request"),
+        (b"\xff\xfe", "not an inference request"),
+        (b"[" * 100_000, "not an inference request"),
+        ({}, "inputs"),
+        ({"inputs": []}, "missing"),
+        ({"inputs": [ONES["inputs"][0]] * 2}, "given twice"),
+        (change(name="z"), "no such input"),
+        (change(datatype="FP64"), "dtype"),
+        (change(datatype="BF16"), "not supported"),
+        (change(datatype="nope"), "not supported"),
+        (change(shape=[1, 5]), "asks for 5"),
+        (change(shape=[-1, 4]), "cannot be"),
+        (change(shape=[1] * 40), "cannot be"),
+        (change(shape=[1 << 40, 1 << 40]), "at most"),
+        (change(shape=[4]), "shape"),
+        (change(data=["1", "2", "3", "4"]), "not FP32 values"),
+        (change(data=[1, 2, 3, None]), "not FP32 values"),
+        (change(data=[True, False, True, True]), "not FP32 values"),
+        (change(data={"a": 1}), "not FP32 values"),
+        (change(data=[1, 2, 3, 1e39]), "out of the range"),
+        (change(data=[[[[[[[[[[[[[[[[[[[[1, 2, 3, 4]]]]]]]]]]]]]]]]]]]]), "deep"),
+        ({**ONES, "outputs": [{"name": "nope"}]}, "no such output"),
+        ({**ONES, "outputs": []}, "outputs"),
+        ({**ONES, "parameters": {"sequence_id": 7}}, "sequences"),
+        ({**ONES, "parameters": {"binary_data_output": True}}, "binary"),
+        ({**ONES, "outputs": [{"name": "y", "parameters": {"binary_data": True}}]}, "binary"),
+        ({**ONES, "outputs": [{"name": "y", "parameters": {"classification": 3}}]}, "classification"),
+        (change(parameters={"binary_data_size": 16}), "binary"),
+        (change(parameters={"shared_memory_region": "r"}), "shared memory"),
+    ],
+)
+def test_every_bad_request_is_400_with_its_reason(endpoint: Endpoint, body: Any, word: str):
+    status, answer = endpoint.call("POST", INFER, body)
+    assert status == 400
+    assert word in answer["error"]
+    published = endpoint.registry.get("scale")
+    assert published is not None
+    assert published.counter.stats().errors == 0, "the caller's fault is no evidence"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status"),
+    [
+        ("GET", "/", (), 404),
+        ("GET", "/v2/nope", (), 404),
+        ("GET", "/v2/models/other", (), 404),
+        ("GET", "/v2/models/other/ready", (), 404),
+        ("GET", INFER, (), 405),
+        ("POST", "/v2/health/live", (), 405),
+        ("POST", INFER, ("Inference-Header-Content-Length: 10",), 400),
+        ("POST", INFER, ("Content-Type: application/octet-stream",), 415),
+        ("POST", INFER, ("Content-Encoding: gzip",), 415),
+    ],
+)
+def test_other_paths_methods_and_types_are_refused(endpoint: Endpoint, method, path, headers, status):
+    found, answer = endpoint.call(method, path, ONES if method == "POST" else None, *headers)
+    assert found == status
+    assert answer["error"]
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET /v2\r\n\r\n", 400),
+        (b"GET /v2 HTTP/2.0\r\n\r\n", 505),
+        (b"GET /v2 HTTP/1.1\nHost: x\n\r\n\r\n", 400),
+        (b"GET v2 HTTP/1.1\r\n\r\n", 400),
+        (b"GET /v2 HTTP/1.1\r\n folded: x\r\n\r\n", 400),
+        (b"GET /v2 HTTP/1.1\r\nno colon\r\n\r\n", 400),
+        (b"GET /v2 HTTP/1.1\r\nContent-Length : 3\r\n\r\nabc", 400),
+        (b"POST /v2 HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab", 400),
+        (b"POST /v2 HTTP/1.1\r\nContent-Length: -1\r\n\r\n", 400),
+        (b"POST /v2 HTTP/1.1\r\nContent-Length: 1e3\r\n\r\n", 400),
+        (b"POST /v2 HTTP/1.1\r\n\r\n", 411),
+        (b"POST /v2 HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 501),
+        (f"POST /v2 HTTP/1.1\r\nContent-Length: {REQUEST_BYTES_MAX + 1}\r\n\r\n".encode() + b"x" * 1000, 413),
+        (b"POST /v2 HTTP/1.1\r\nContent-Length: 10\r\n\r\nabc", 400),
+        (b"GET /v2 HTTP/1.1\r\nX: " + b"x" * (HEAD_BYTES_MAX + 1) + b"\r\n\r\n", 431),
+        (b"GET /v2 HTTP/1.1\r\n" + b"a: b\r\n" * 100 + b"\r\n", 431),
+    ],
+)
+def test_what_is_not_http_gets_an_answer_and_a_closed_connection(endpoint: Endpoint, data: bytes, status: int):
+    answer = endpoint.raw(data)
+    assert parse(answer)[0] == status
+    assert b"Connection: close" in answer
+    assert endpoint.call("GET", "/v2/health/live")[0] == 200
+
+
+def request(body: Any, *headers: str) -> bytes:
+    data = json.dumps(body).encode()
+    return (
+        "\r\n".join([f"POST {INFER} HTTP/1.1", f"Content-Length: {len(data)}", *headers]).encode() + b"\r\n\r\n" + data
+    )
+
+
+def read_one(sock: socket.socket) -> tuple[int, Any]:
+    answer = b""
+    while b"\r\n\r\n" not in answer:
+        chunk = sock.recv(65536)
+        assert chunk, "the connection closed instead of answering"
+        answer += chunk
+    head, _, body = answer.partition(b"\r\n\r\n")
+    length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+    while len(body) < length:
+        body += sock.recv(65536)
+    assert len(body) == length
+    return int(head.split()[1]), json.loads(body)
+
+
+def test_one_connection_answers_many_requests_whatever_the_pieces(endpoint: Endpoint):
+    with endpoint.connect() as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        data = request(ONES)
+        for piece in (1, 7, 64, len(data)):
+            for start in range(0, len(data), piece):
+                sock.sendall(data[start : start + piece])
+            assert read_one(sock)[0] == 200
+        bad = request({"inputs": []})
+        sock.sendall(bad)
+        assert read_one(sock)[0] == 400
+        sock.sendall(data)
+        assert read_one(sock)[0] == 200, "a refused request leaves the connection usable"
+
+
+def test_pipelined_requests_are_answered_in_order(endpoint: Endpoint):
+    answers = endpoint.raw(b"".join(request({**ONES, "id": str(n)}) for n in range(5)))
+    ids = [json.loads(part.partition(b"\r\n\r\n")[2])["id"] for part in answers.split(b"HTTP/1.1 200 OK\r\n")[1:]]
+    assert ids == ["0", "1", "2", "3", "4"]
+
+
+def test_the_connection_closes_when_the_client_asks_for_it(endpoint: Endpoint):
+    with endpoint.connect() as sock:
+        sock.sendall(request(ONES, "Connection: close"))
+        assert read_one(sock)[0] == 200
+        assert sock.recv(10) == b""
+    with endpoint.connect() as sock:
+        sock.sendall(request(ONES).replace(b"HTTP/1.1", b"HTTP/1.0", 1))
+        assert read_one(sock)[0] == 200
+        assert sock.recv(10) == b""
+
+
+def test_a_client_that_expects_a_go_ahead_gets_it(endpoint: Endpoint):
+    head, _, body = request(ONES, "Expect: 100-continue").partition(b"\r\n\r\n")
+    with endpoint.connect() as sock:
+        sock.sendall(head + b"\r\n\r\n")
+        assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(body)
+        assert read_one(sock)[0] == 200
+
+
+def test_a_large_body_and_answer_pass(tmp_path: Path, endpoint: Endpoint):
+    wide = models.interface(width=60_000)
+    endpoint.publish(
+        "wide", loadable(models.scale(tmp_path / "w.onnx", 2.0, width=60_000), model="wide", interface=wide)
+    )
+    values = np.arange(120_000, dtype=np.float32) / 7
+    body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [2, 60_000], "data": values.tolist()}]}
+    status, answer = endpoint.call("POST", "/v2/models/wide/infer", body)
+    assert status == 200
+    assert np.array_equal(np.array(answer["outputs"][0]["data"], np.float32), 2 * values)
+
+
+def test_the_unix_socket_serves_the_same(endpoint: Endpoint):
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(20)
+        sock.connect(str(endpoint.unix_path))
+        sock.sendall(request(ONES))
+        assert read_one(sock)[1]["outputs"][0]["data"] == [2.0] * 4
+
+
+def test_more_connections_than_the_cap_wait_and_none_is_refused(endpoint: Endpoint, monkeypatch):
+    monkeypatch.setattr(listener, "CONNECTIONS_MAX", 4)
+    held = [endpoint.connect() for _ in range(4)]
+    for sock in held:
+        sock.sendall(request(ONES))
+        assert read_one(sock)[0] == 200
+    with endpoint.connect() as waiting:
+        waiting.sendall(request(ONES))
+        waiting.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            waiting.recv(1)
+        held[0].close()
+        waiting.settimeout(20)
+        assert read_one(waiting)[0] == 200
+    for sock in held:
+        sock.close()
+
+
+def test_draining_answers_what_is_in_flight_and_closes_idle_connections(tmp_path: Path):
+    endpoint = Endpoint(tmp_path)
+    endpoint.publish("scale", loadable(models.slow(tmp_path / "s.onnx", 2.0, turns=3000)))
+    idle = endpoint.connect()
+    idle.sendall(request(infer_body([[0.0] * 4])))
+    assert read_one(idle)[0] == 200
+    busy = endpoint.connect()
+    busy.sendall(request(ONES))
+    until(lambda: any(not client.waiting for client in endpoint.server._clients), "the slow request is running")
+    draining = threading.Thread(target=lambda: endpoint.server.drain(time.monotonic() + 20))
+    draining.start()
+    assert read_one(busy)[0] == 200
+    assert busy.recv(1) == b""
+    assert idle.recv(1) == b""
+    draining.join(20)
+    assert not draining.is_alive()
+    idle.close()
+    busy.close()
+
+
+def test_all_datatypes_pass_through_json_and_onnx(tmp_path: Path, endpoint: Endpoint):
+    import onnx
+    from onnx import TensorProto, helper
+
+    kinds = {
+        "BOOL": (TensorProto.BOOL, [True, False]),
+        "UINT8": (TensorProto.UINT8, [0, 255]),
+        "INT8": (TensorProto.INT8, [-128, 127]),
+        "INT16": (TensorProto.INT16, [-32768, 32767]),
+        "INT32": (TensorProto.INT32, [-(2**31), 2**31 - 1]),
+        "INT64": (TensorProto.INT64, [-(2**63), 2**63 - 1]),
+        "UINT64": (TensorProto.UINT64, [0, 2**64 - 1]),
+        "FP16": (TensorProto.FLOAT16, [0.5, -2.0]),
+        "FP64": (TensorProto.DOUBLE, [0.1, -1e300]),
+        "BYTES": (TensorProto.STRING, ["a", "ü"]),
+    }
+    nodes, inputs, outputs = [], [], []
+    for name, (kind, _) in kinds.items():
+        nodes.append(helper.make_node("Identity", [f"in_{name}"], [f"out_{name}"]))
+        inputs.append(helper.make_tensor_value_info(f"in_{name}", kind, ["n"]))
+        outputs.append(helper.make_tensor_value_info(f"out_{name}", kind, ["n"]))
+    path = models.save(tmp_path / "types.onnx", nodes, inputs, outputs)
+    assert onnx.load(path)
+    interface = Interface(
+        inputs=[TensorSpec(name=f"in_{name}", datatype=name, shape=["n"]) for name in kinds],
+        outputs=[TensorSpec(name=f"out_{name}", datatype=name, shape=["n"]) for name in kinds],
+        dims={"n": Bounds()},
+    )
+    plain = loadable(models.scale(tmp_path / "x.onnx", 1.0))
+    typed = msgspec.structs.replace(plain, model="types", path=str(path), golden_path="", interface=interface)
+    endpoint.publish("types", typed)
+    body = {
+        "inputs": [
+            {"name": f"in_{name}", "datatype": name, "shape": [2], "data": data} for name, (_, data) in kinds.items()
+        ]
+    }
+    status, answer = endpoint.call("POST", "/v2/models/types/infer", body)
+    assert status == 200, answer
+    assert {output["name"]: output["data"] for output in answer["outputs"]} == {
+        f"out_{name}": data for name, (_, data) in kinds.items()
+    }
+    for name, value in (("UINT8", 256), ("INT8", -129), ("UINT64", -1), ("INT64", 2**63), ("FP16", 1e6)):
+        wrong = {
+            "inputs": [
+                {**entry, "data": [value, 0]} if entry["datatype"] == name else entry for entry in body["inputs"]
+            ]
+        }
+        status, answer = endpoint.call("POST", "/v2/models/types/infer", wrong)
+        assert status == 400, (name, answer)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=300))
+def test_no_head_makes_the_parser_raise_anything_but_its_own_refusal(head: bytes):
+    status = 0
+    try:
+        method, path, headers, _ = parse_head(head)
+        body_length(method, headers)
+    except BadRequest as error:
+        status = error.status
+    else:
+        assert method
+        assert isinstance(path, tuple)
+    assert status in {0, 400, 411, 413, 431, 501, 505}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(["FP32", "INT8", "UINT64", "BOOL", "BYTES", "FP16"]),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3),
+        lambda inner: st.lists(inner, max_size=4),
+        max_leaves=12,
+    ),
+    st.lists(st.integers(-1, 5), max_size=4),
+)
+def test_any_data_is_an_array_of_its_shape_or_bad_input(datatype: str, data: Any, shape: list[int]):
+    try:
+        array = tensors.decode(
+            "x", datatype, shape, msgspec.Raw(msgspec.json.encode(data) if _encodable(data) else b"1")
+        )
+    except BadInput:
+        return
+    assert list(array.shape) == shape
+
+
+def _encodable(data: Any) -> bool:
+    try:
+        msgspec.json.encode(data)
+    except (OverflowError, msgspec.EncodeError):
+        return False
+    return True
