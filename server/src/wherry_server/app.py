@@ -4,19 +4,33 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from wherry_server import __version__, api, problems
+from wherry_server import __version__, problems
+from wherry_server.api import (
+    audit,
+    blobs,
+    bundles,
+    cohorts,
+    device,
+    devices,
+    health,
+    messages,
+    rollouts,
+    tokens,
+    trust,
+    tuf,
+)
 from wherry_server.encodings import Encoder
 from wherry_server.services import Services
 from wherry_shared.errors import RefusedError
 from wherry_shared.limits import BLOB_BYTES_MAX, MIB
 
+ROUTERS = (bundles, blobs, trust, devices, cohorts, rollouts, tokens, audit, health, device, messages, tuf)
+"""In the order in which the description of the API shows them."""
 BODY_BYTES_MAX = 4 * MIB
 """Any request body but a blob: room for TUF metadata (2 MiB) and for twenty frames of 100 KB."""
 
@@ -91,8 +105,6 @@ def create_app(services: Services) -> FastAPI:
     app.state.encoder = None
     problems.install(app)
     app.add_middleware(BodyLimit)
-    for found in iter_modules(api.__path__):
-        router = getattr(import_module(f"{api.__name__}.{found.name}"), "router", None)
-        if isinstance(router, APIRouter):
-            app.include_router(router)
+    for module in ROUTERS:
+        app.include_router(module.router)
     return app

@@ -1,1 +1,1 @@
-"""HTTP routers. Every module here that has a `router` is part of the API."""
+"""HTTP routers, one module per noun; `app.ROUTERS` lists them."""

@@ -1,16 +1,15 @@
-"""`wherry`: serve and manage. One module per noun; each has an `app` that is added here."""
+"""`wherry`: serve and manage. One module per noun: its `app` is a group here, its `commands` stand alone."""
 
 from __future__ import annotations
 
 import json
 import sys
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import Annotated
 
 import typer
 
 from wherry_server import __version__
+from wherry_server.cli import bundle, cohort, deploy, device, fleet, model, rollout, serve, token, trust
 from wherry_server.cli.common import GLOBALS, AsJson
 from wherry_shared.errors import WherryError
 
@@ -44,21 +43,14 @@ def root(
     GLOBALS.server, GLOBALS.token, GLOBALS.as_json = server, token, as_json
 
 
-def register() -> None:
-    """Add the commands of every module here: `app` as a group, `commands` as commands of the root."""
-    for found in iter_modules(__path__):
-        if found.name in ("common", "__main__"):
-            continue
-        module = import_module(f"{__name__}.{found.name}")
-        if hasattr(module, "app"):
-            app.add_typer(module.app)
-        if hasattr(module, "commands"):
-            app.registered_commands.extend(module.commands.registered_commands)
+for alone in (serve.commands, deploy.commands, fleet.commands):
+    app.registered_commands.extend(alone.registered_commands)
+for group in (bundle, model, device, cohort, rollout, token, trust):
+    app.add_typer(group.app)
 
 
 def main() -> None:
     """Run the command line; errors come as cause, consequence and next step, and exit with 1."""
-    register()
     try:
         app()
     except WherryError as error:
