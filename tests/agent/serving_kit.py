@@ -26,6 +26,8 @@ from wherry_shared.bundle import Interface
 from wherry_shared.engines.canonical import open_bound
 
 DEADLINE_S = 30.0
+SAMPLE = 1000
+"""Entries kept of a larger output."""
 
 
 def until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:

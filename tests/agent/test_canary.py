@@ -60,6 +60,27 @@ def test_a_good_candidate_passes_with_figures(tmp_path: Path):
     assert verdict.latency_ratio == 0.0, "there is no incumbent to compare with"
 
 
+@pytest.mark.parametrize("engine", ["ai-edge-litert", "tflite-runtime"])
+def test_a_tflite_candidate_is_judged_on_either_runtime(tmp_path: Path, engine: str):
+    path = tmp_path / "nmp.tflite"
+    path.write_bytes(models.PITCH_TFLITE.read_bytes())
+    audio = np.zeros((1, 1, 43844, 1), np.float32)
+    audio[0, 0, :, 0] = np.sin(np.arange(43844) * 2 * np.pi * 440 / 22050)  # A4
+    candidate = loadable(
+        path,
+        model="pitch",
+        interface=models.PITCH,
+        engine=engine,
+        format_="tflite",
+        tensors=models.PITCH_TENSORS,
+        rows=audio,
+    )
+    verdict = judged(Judge(candidate=candidate, memory_bytes_max=256 * MB))
+    assert verdict.passed, verdict
+    assert verdict.vectors == 1
+    assert verdict.peak_memory_bytes > MB
+
+
 def test_latency_is_a_ratio_to_the_incumbent_in_the_same_process(tmp_path: Path):
     incumbent = loadable(models.scale(tmp_path / "a.onnx", 2.0))
     same = loadable(models.scale(tmp_path / "b.onnx", 2.0), "1.1.0")
@@ -121,6 +142,11 @@ def test_a_file_that_does_not_load_and_golden_vectors_that_do_not_decode(tmp_pat
     assert judged(Judge(candidate=msgspec.structs.replace(good, golden_path=str(tmp_path / "junk")))).reason == (
         reasons.BUNDLE_INVALID
     )
+    (tmp_path / "large").write_bytes(b"x" * 300_000)
+    verdict = judged(Judge(candidate=msgspec.structs.replace(good, golden_path=str(tmp_path / "large"))))
+    assert verdict.reason == reasons.BUNDLE_INVALID
+    verdict = judged(Judge(candidate=msgspec.structs.replace(good, golden_path=str(tmp_path / "gone"))))
+    assert verdict.reason not in reasons.VERDICTS, "a lost file says nothing about the model"
 
 
 def test_an_engine_that_is_not_here_is_no_verdict(tmp_path: Path):

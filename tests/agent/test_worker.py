@@ -10,6 +10,7 @@ import signal
 import threading
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -84,6 +85,7 @@ def test_swaps_under_concurrent_load_fail_no_request(tmp_path: Path):
         threads = [threading.Thread(target=keep_asking, args=(process, keep)) for keep in (True, True, False)]
         for thread in threads:
             thread.start()
+        until(lambda: "1.1.0" in seen, "the first version answers")
         for old, new in itertools.pairwise(versions):
             process.serve(ServeModel(name="scale", active=new, incumbent=old, trial="t"))
             process.serve(ServeModel(name="scale", active=new))
@@ -221,8 +223,6 @@ def test_a_version_that_does_not_load_leaves_what_serves(tmp_path: Path):
     good = loadable(models.scale(tmp_path / "good.onnx", 2.0))
     broken_path = tmp_path / "broken.onnx"
     broken_path.write_bytes(b"\x08\x08garbage")
-    import msgspec
-
     broken = msgspec.structs.replace(good, path=str(broken_path), manifest="sha256:" + "0" * 64, target="scale/9.0.0")
     with worker(tmp_path) as process:
         process.serve(ServeModel(name="scale", active=good))
@@ -260,21 +260,10 @@ def test_golden_vectors_are_run_in_place(tmp_path: Path):
 
 @pytest.mark.parametrize("engine", ["ai-edge-litert", "tflite-runtime"])
 def test_a_worker_serves_tflite_on_both_runtimes(tmp_path: Path, engine: str):
-    import msgspec
-
     path = tmp_path / "nmp.tflite"
     path.write_bytes(models.PITCH_TFLITE.read_bytes())
-    onnx_like = loadable(models.scale(tmp_path / "a.onnx", 2.0))
-    pitch = msgspec.structs.replace(
-        onnx_like,
-        model="pitch",
-        target="pitch/1.0.0",
-        path=str(path),
-        golden_path="",
-        format="tflite",
-        engine=engine,
-        interface=models.PITCH,
-        tensors=models.PITCH_TENSORS,
+    pitch = loadable(
+        path, model="pitch", interface=models.PITCH, engine=engine, format_="tflite", tensors=models.PITCH_TENSORS
     )
     with worker(tmp_path) as process:
         (serving,) = process.serve(ServeModel(name="pitch", active=pitch))

@@ -19,8 +19,8 @@ import numpy as np
 from wherry_agent.children import ArmStats, Loadable
 from wherry_shared import golden
 from wherry_shared.engines.canonical import Bound, open_bound
-from wherry_shared.engines.errors import EngineFault
 from wherry_shared.engines.session import Array, EngineLimits
+from wherry_shared.errors import DeviceError, RefusedError
 from wherry_shared.limits import GOLDEN_BYTES_MIN_BUDGET, GOLDEN_DECODED_BYTES_MAX, GOLDEN_SHARE_OF_VARIANT
 from wherry_shared.sketch import Sketch
 
@@ -79,7 +79,7 @@ def read_golden(loadable: Loadable) -> golden.Golden:
     """Read the golden vectors of a variant from disk, bounded by what a bundle may hold.
 
     Raises:
-        EngineFault: `golden_unreadable`, the file is gone.
+        DeviceError: `golden_unreadable`, the file is gone; says nothing about the variant.
         RefusedError: `golden_invalid` or `golden_too_large`.
     """
     path = Path(loadable.golden_path)
@@ -88,9 +88,9 @@ def read_golden(loadable: Loadable) -> golden.Golden:
         with path.open("rb") as file:
             data = file.read(bytes_max + 1)
     except OSError as error:
-        raise EngineFault("golden_unreadable", f"cannot read golden vectors: {error}") from error
+        raise DeviceError("golden_unreadable", f"cannot read golden vectors: {error}") from error
     if len(data) > bytes_max:
-        raise EngineFault("golden_unreadable", f"golden vectors have more than {bytes_max} bytes")
+        raise RefusedError("golden_too_large", f"golden vectors have more than {bytes_max} bytes")
     return golden.decode(data, decoded_bytes_max=GOLDEN_DECODED_BYTES_MAX)
 
 
