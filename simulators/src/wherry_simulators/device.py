@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable
 from typing import Literal, Protocol
 
-from wherry_agent import machine, turn
+from wherry_agent import journal, machine, turn
 from wherry_agent import state as s
 from wherry_shared import reasons, wire
 from wherry_shared.clock import Now
@@ -127,7 +127,7 @@ class Device:
         self.life += 1
         self.up = True
         self._resending = self._pouring = False
-        before = self.memory = self.durable
+        before = self.memory = journal.decode(journal.encode(self.durable))
         after, effects = self.brain.resume(before, self.now())
         self.steps += 1
         if self._commit(before, None, after, effects):
@@ -285,11 +285,11 @@ class Device:
         faults = self.world.faults()
         if self.hands.worker is not None and self._random.random() < faults.worker_crash_per_s * POUR_MS / 1000:
             self.lose_worker("simulated death of the worker")
-        events, start = self.hands.pour(self._requests())
-        if start is not None:
-            self._schedule(start)
+        poured = self.hands.pour(self._requests())
+        if poured.start is not None:
+            self._schedule(poured.start)
         life = self.life
-        for event in events:
+        for event in poured.events:
             self.turn(event)
         if not self.up or self.life != life:
             return

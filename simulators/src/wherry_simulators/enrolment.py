@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import hmac
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ ENROL_TRIES_MAX = 5
 ENROL_AT_ONCE = 8
 """Enrolments on the way at one time: a swarm must not be a denial of service."""
 _TIMEOUT_S = 30.0
+_P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 
 Verifier = Callable[[bytes, bytes], bool]
 
@@ -53,10 +55,10 @@ class Identity:
 class Enroller:
     """Enrols devices of one swarm with one key pair."""
 
-    def __init__(self, client: httpx.AsyncClient, token: str) -> None:
+    def __init__(self, client: httpx.AsyncClient, token: str, swarm: str) -> None:
         self._client = client
         self._token = token
-        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._key = _key(token, swarm)
         self._slots = asyncio.Semaphore(ENROL_AT_ONCE)
 
     def _csr(self, name: str) -> str:
@@ -95,6 +97,12 @@ class Enroller:
             consequence="the swarm did not start",
             next_step="check the address, and that wherry dev is running",
         )
+
+
+def _key(token: str, swarm: str) -> ec.EllipticCurvePrivateKey:
+    """Derive the key of a swarm, so that the same swarm started again is the same devices to the server."""
+    digest = hmac.digest(token.encode(), b"wherry swarm key v1/" + swarm.encode(), hashlib.sha256)
+    return ec.derive_private_key(1 + int.from_bytes(digest, "big") % (_P256_ORDER - 1), ec.SECP256R1())
 
 
 def _identity(body: bytes) -> Identity:

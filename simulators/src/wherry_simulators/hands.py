@@ -53,6 +53,17 @@ class Trouble:
     retry_after_s: float | None = 20.0
 
 
+@dataclass(frozen=True, slots=True)
+class Poured:
+    """What a stretch of requests led to."""
+
+    events: tuple[s.Event, ...] = ()
+    """What the daemon says: counts of candidates, or that the worker died."""
+    start: Work | None = None
+    """The start of the next worker, if this one died."""
+    arms: tuple[ArmStats, ...] = ()
+
+
 class Hands:
     """One device's children, worker and store."""
 
@@ -260,22 +271,21 @@ class Hands:
 
     # --- traffic ----------------------------------------------------------------------------------
 
-    def pour(self, requests: int) -> tuple[list[s.Event], Work | None]:
-        """Let callers make requests; return what the daemon says about candidates, and the next start if one crashed."""
+    def pour(self, requests: int) -> Poured:
+        """Let callers make requests to every served model."""
         if self.worker is None:
-            return [], None
+            return Poured()
         stats = self.worker.pour(requests)
         if stats is None:
             died, start = self.kill_worker("simulated crash under traffic")
-            return [died], start
-        events: list[s.Event] = []
-        baselines: dict[str, ArmStats] = {arm.model: arm for arm in stats.arms if arm.arm == "incumbent"}
-        for arm in stats.arms:
-            if arm.arm == "candidate":
-                events.append(
-                    s.Measured(model=arm.model, trial=arm.trial, candidate=arm, baseline=baselines.get(arm.model))
-                )
-        return events, None
+            return Poured((died,), start)
+        baselines = {arm.model: arm for arm in stats.arms if arm.arm == "incumbent"}
+        measured = tuple(
+            s.Measured(model=arm.model, trial=arm.trial, candidate=arm, baseline=baselines.get(arm.model))
+            for arm in stats.arms
+            if arm.arm == "candidate"
+        )
+        return Poured(measured, None, tuple(stats.arms))
 
     def _about(self, milliseconds: int) -> int:
         """Return a time around `milliseconds`: no two devices are equally fast."""
