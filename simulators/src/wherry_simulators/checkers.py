@@ -76,12 +76,26 @@ class Checkers:
             known, taken = (before.offer.epoch, before.offer.serial), (after.offer.epoch, after.offer.serial)
             if taken < known:
                 self.object("an older offer changes nothing", device, f"{known}→{taken}")
+        if event is not None and after.offer is not None:
+            self._expired_starts_nothing(device, before, after, after.offer)
         if after.seq != before.seq:
             made = [report for report in after.owed if report.seq >= before.seq]
             if [report.seq for report in made] != list(range(before.seq, after.seq)):
                 self.object("reports are gapless", device, f"made {[report.seq for report in made]}")
             for report in made:
                 self._reported(device, before, report)
+
+    def _expired_starts_nothing(self, device: Device, before: s.State, after: s.State, offer: s.Accepted) -> None:
+        began = [
+            name
+            for name, slot in after.models.items()
+            if isinstance(slot.phase, s.Resolving) and isinstance(before.models.get(name, s.Slot()).phase, s.Idle)
+        ]
+        if began:
+            offers = self._server.records[device.name].expires
+            wall_us = device.now().wall_us
+            if wall_us >= offers.get(offer.serial, wall_us + 1):
+                self.object("an expired offer starts nothing", device, f"serial {offer.serial} began {began[0]}")
 
     def _trace(self, device: Device, event: s.Event | None, after: s.State) -> None:
         phases = ",".join(f"{name}:{type(slot.phase).__name__}" for name, slot in after.models.items())

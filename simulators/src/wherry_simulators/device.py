@@ -25,6 +25,7 @@ from wherry_simulators.brain import Brain
 from wherry_simulators.clock import Agenda
 from wherry_simulators.faults import Faults
 from wherry_simulators.hands import Hands, Trouble, Work
+from wherry_simulators.worker import MachineDownError
 
 EPOCH_WALL_S = 1_800_000_000.0
 """Wall time at virtual millisecond 0."""
@@ -285,7 +286,11 @@ class Device:
         faults = self.world.faults()
         if self.hands.worker is not None and self._random.random() < faults.worker_crash_per_s * POUR_MS / 1000:
             self.lose_worker("simulated death of the worker")
-        poured = self.hands.pour(self._requests())
+        try:
+            poured = self.hands.pour(self._requests())
+        except MachineDownError:
+            self.crash(power=True)
+            return
         if poured.start is not None:
             self._schedule(poured.start)
         life = self.life

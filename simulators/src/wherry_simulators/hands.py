@@ -272,7 +272,11 @@ class Hands:
     # --- traffic ----------------------------------------------------------------------------------
 
     def pour(self, requests: int) -> Poured:
-        """Let callers make requests to every served model."""
+        """Let callers make requests to every served model.
+
+        Raises:
+            MachineDownError: a variant took the whole machine down.
+        """
         if self.worker is None:
             return Poured()
         stats = self.worker.pour(requests)

@@ -45,6 +45,8 @@ class VariantBehaviour(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     """Share of requests that take `tail_us` instead."""
     tail_us: float = 0.0
     crash_per_request: float = 0.0
+    down_per_request: float = 0.0
+    """Share of requests that take the whole machine down."""
     peak_memory_bytes: int = 50_000_000
     canary_ms: int = 800
     load_ms: int = 150
@@ -134,7 +136,7 @@ def _check(key: str, behaviour: Behaviour) -> None:
     codes = [behaviour.resolve, behaviour.fetch]
     for variant in behaviour.variants:
         codes += [variant.canary, variant.load]
-        shares = (variant.error_rate, variant.tail_share, variant.crash_per_request)
+        shares = (variant.error_rate, variant.tail_share, variant.crash_per_request, variant.down_per_request)
         if not all(0.0 <= share <= 1.0 for share in shares):
             raise RefusedError("behaviours_invalid", f"{key}: {variant.id} has a share outside 0 to 1")
     for code in codes:
@@ -175,12 +177,15 @@ def candidates(behaviour: Behaviour, model: str, target: str, manifest: str) -> 
 class Traffic:
     """What a stretch of requests to one variant came to."""
 
-    __slots__ = ("crashed", "errors", "latencies", "requests")
+    __slots__ = ("crashed", "down", "errors", "latencies", "requests")
 
     def __init__(self) -> None:
         self.requests = 0
         self.errors = 0
         self.crashed = False
+        """It took the worker down."""
+        self.down = False
+        """It took the machine down."""
         self.latencies: list[tuple[str, float, int]] = []
         """(shape bucket, engine time in µs, how many requests it stands for)"""
 
@@ -194,6 +199,8 @@ def traffic(source: random.Random, behaviour: VariantBehaviour, requests: int) -
     if behaviour.crash_per_request and source.random() < 1 - (1 - behaviour.crash_per_request) ** requests:
         drawn.crashed = True
         drawn.requests = source.randrange(requests)
+    if behaviour.down_per_request:
+        drawn.down = source.random() < 1 - (1 - behaviour.down_per_request) ** requests
     if behaviour.error_rate:
         drawn.errors = _binomial(source, drawn.requests, behaviour.error_rate)
     answered = drawn.requests - drawn.errors

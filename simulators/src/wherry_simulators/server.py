@@ -74,6 +74,8 @@ class Record:
     envelope: bytes = b""
     offers: dict[int, dict[str, OfferedModel]] = field(default_factory=dict)
     """Every offer ever made to the device, by serial: checkers compare reports with it."""
+    expires: dict[int, int] = field(default_factory=dict)
+    """Serial → when the newest offer of that number expires (µs)."""
     known: tuple[int, int] = (0, 0)
     """(epoch, serial) that the device last said it knows."""
     streams: dict[tuple[StreamName, str], Stream] = field(default_factory=dict)
@@ -114,6 +116,7 @@ class Server:
         record.serial += 1
         record.issued_us = now_us
         record.offers[record.serial] = record.desired
+        record.expires[record.serial] = now_us + self._life_us
         record.envelope = sign(
             wire.encode(
                 Offer(

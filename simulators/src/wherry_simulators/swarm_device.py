@@ -2,7 +2,7 @@
 
 Real are: the machine and its decisions, MQTT, the frames and their keys, the director's signature on every offer, the
 streams with their numbers, resends and acknowledgements, and the cutting of telemetry windows. Simulated are: what
-couriers, canaries and workers do, and the disk (a swarm device that ends forgets everything).
+couriers, canaries and workers do, and the disk (it lasts as long as the process).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from wherry_agent import machine, turn
+from wherry_agent import journal, machine, turn
 from wherry_agent import state as s
 from wherry_agent.children import ArmStats
 from wherry_agent.outbox import Outbox
@@ -30,6 +30,7 @@ from wherry_shared.wire import Ack, Hello, Offer, StreamName, Telemetry
 from wherry_simulators.enrolment import Identity, Verifier
 from wherry_simulators.hands import Hands, Work
 from wherry_simulators.mqtt import Connection
+from wherry_simulators.worker import MachineDownError
 
 AGENT = "wherry-sim 0.1.0"
 POUR_TRIAL_S = 0.5
@@ -119,6 +120,16 @@ class SwarmDevice:
         self._commit(after, effects)
         self._schedule(self.hands.start_worker())
 
+    def _restart(self) -> None:
+        """A candidate took the machine down: all that was in memory is gone, the state is read from a journal."""
+        self.hands.crash()
+        self.boot = secrets.token_hex(8)
+        self._windows = Windows()
+        self.state = journal.decode(journal.encode(self.state))
+        if self.connection is not None:
+            self.connection.abort("the simulated machine went down")
+        self.start()
+
     def beat(self, now_s: float) -> None:
         """Do what is due; called several times a second."""
         if self._deadline_s is not None and now_s >= self._deadline_s:
@@ -172,7 +183,11 @@ class SwarmDevice:
     def _pour(self, now_s: float) -> None:
         expected = (now_s - self._poured_s) * self._requests_per_s
         self._poured_s = now_s
-        poured = self.hands.pour(int(expected) + (self._random.random() < expected % 1))
+        try:
+            poured = self.hands.pour(int(expected) + (self._random.random() < expected % 1))
+        except MachineDownError:
+            self._restart()
+            return
         if poured.start is not None:
             self._windows.restart("worker")
             self._schedule(poured.start)

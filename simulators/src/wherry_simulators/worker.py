@@ -69,6 +69,10 @@ class Ledger:
     """Requests that callers got an error for: the candidate failed and no incumbent was loaded."""
 
 
+class MachineDownError(Exception):
+    """A variant took the whole machine down, and everything on it."""
+
+
 class Worker:
     """Serves by the table. `None` from a method that answers means: it died doing that."""
 
@@ -155,7 +159,11 @@ class Worker:
         )
 
     def pour(self, requests: int) -> Stats | None:
-        """Let callers make `requests` requests to every served model; None if a variant took the worker down."""
+        """Let callers make `requests` requests to every served model; None if a variant took the worker down.
+
+        Raises:
+            MachineDownError: a variant took the whole machine down.
+        """
         arms: list[ArmStats] = []
         for serving in self._serving.values():
             active = self._arms[serving.active.digest]
@@ -180,6 +188,8 @@ class Worker:
                 incumbent.requests += drawn.errors
                 active.fallbacks += drawn.errors
                 ledger.answered += drawn.requests
+            if drawn.down:
+                raise MachineDownError
             if drawn.crashed:
                 return None
             arms.append(active.stats("candidate" if serving.trial else "incumbent"))

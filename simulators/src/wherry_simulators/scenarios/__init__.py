@@ -24,3 +24,19 @@ def find(name: str) -> Scenario:
             next_step="wherry-sim world --list shows them all",
         )
     return (exact or found)[0]
+
+
+def matching(name: str) -> tuple[Scenario, ...]:
+    """Return all scenarios whose name contains `name`.
+
+    Raises:
+        RefusedError: `scenario_unknown`, if there is none.
+    """
+    found = tuple(row for row in ALL if name in row.name)
+    if not found:
+        raise RefusedError(
+            "scenario_unknown",
+            f"no scenario has {name!r} in its name",
+            next_step="wherry-sim world --list shows them all",
+        )
+    return found

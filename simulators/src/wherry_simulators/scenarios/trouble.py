@@ -13,6 +13,7 @@ from wherry_simulators.scenario import HOUR_MS, Release, Scenario
 
 _BAD = Behaviour(variants=[VariantBehaviour(error_rate=0.4)])
 _MISS = Behaviour(variants=[VariantBehaviour(canary=reasons.GOLDEN_MISS)])
+_TWO = Behaviour(variants=[VariantBehaviour(id="int8"), VariantBehaviour(id="float")])
 _THREE = (Release("1.0.0"), Release("1.1.0", at_ms=HOUR_MS), Release("1.2.0", _BAD, at_ms=2 * HOUR_MS))
 
 THREE_RELEASES = Scenario(
@@ -54,6 +55,13 @@ TABLE = (
         _THREE,
         Faults(until_ms=3 * HOUR_MS, child_lost=0.4, answer_late=0.4, answer_repeated=0.5, fetch_trouble=0.3),
         ends_on=frozenset({"", "1.0.0", "1.1.0"}),
+    ),
+    Scenario(
+        "verdicts that come late or twice count for nothing else",
+        tuple(
+            Release(f"1.{number}.0", _TWO if number % 2 else _MISS, at_ms=number * 3 * 60_000) for number in range(12)
+        ),
+        Faults(until_ms=HOUR_MS, answer_late=0.5, answer_late_ms=240_000, answer_repeated=0.6),
     ),
     Scenario(
         "a server that is silent most of the time gets every report in the end",

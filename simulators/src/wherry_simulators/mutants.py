@@ -1,0 +1,310 @@
+"""Deliberate bugs: each is put into the machine, and some world has to notice.
+
+A simulator that is kinder than the real world finds nothing, and says so in green. So it is software under test as well:
+every row below is a mistake that somebody could make in the machine or the daemon, as a wrapper around the real
+functions. `hunt` runs the scenarios on each until a rule is violated; a mutant that nobody notices is a hole in the
+checkers or a missing fault, and fails the build. Add one for every bug that was found elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+
+from wherry_agent import machine
+from wherry_agent import state as s
+from wherry_agent.children import Judged
+from wherry_shared.clock import Now, Since
+from wherry_shared.wire import Report
+from wherry_simulators import scenarios
+from wherry_simulators.brain import REAL, Brain, Turn
+from wherry_simulators.world import World
+
+ASSERTION = "the machine keeps its own assertions"
+_TRIAL = (s.Swapping, s.OnTrial, s.Proving)
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One mistake."""
+
+    name: str
+    brain: Brain
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What became of a mutant."""
+
+    mutant: str
+    caught: bool
+    rule: str
+    scenario: str
+    seed: int
+    runs: int
+
+
+def hunt(seeds: int, only: Callable[[Mutant], bool] = lambda _: True) -> Iterator[Fate]:
+    """Run the scenarios on each mutant until one notices; at most `seeds` seeds of each scenario."""
+    for mutant in ALL:
+        if only(mutant):
+            yield _fate(mutant, seeds)
+
+
+def _fate(mutant: Mutant, seeds: int) -> Fate:
+    runs = 0
+    for seed in range(seeds):
+        for row in scenarios.ALL:
+            runs += 1
+            try:
+                result = World(row, seed, brain=mutant.brain).run()
+            except AssertionError:
+                return Fate(mutant.name, True, ASSERTION, row.name, seed, runs)
+            if result.violations:
+                return Fate(mutant.name, True, result.violations[0].rule, row.name, seed, runs)
+    return Fate(mutant.name, False, "", "", 0, runs)
+
+
+# --- ways to be wrong ----------------------------------------------------------------------------
+
+
+def _step(wrong: Callable[[s.State, s.Event, Now], Turn]) -> Brain:
+    return replace(REAL, step=wrong)
+
+
+def _resume(wrong: Callable[[s.State, Now], Turn]) -> Brain:
+    return replace(REAL, resume=wrong)
+
+
+def _events(change: Callable[[s.State, s.Event], s.Event | None]) -> Brain:
+    """Hear something else than what was said, or nothing."""
+
+    def step(state: s.State, event: s.Event, now: Now) -> Turn:
+        heard = change(state, event)
+        return (state, ()) if heard is None else machine.step(state, heard, now)
+
+    return _step(step)
+
+
+def _effects(change: Callable[[s.Event | None, s.Effect], s.Effect | None]) -> Brain:
+    """Do something else than what was decided, or nothing."""
+
+    def kept(event: s.Event | None, turn: Turn) -> Turn:
+        return turn[0], tuple(done for effect in turn[1] if (done := change(event, effect)) is not None)
+
+    return replace(
+        REAL,
+        step=lambda state, event, now: kept(event, machine.step(state, event, now)),
+        resume=lambda state, now: kept(None, machine.resume(state, now)),
+    )
+
+
+def _slots(change: Callable[[s.Slot, Now], s.Slot]) -> Callable[[s.State, Now], s.State]:
+    def changed(state: s.State, now: Now) -> s.State:
+        return replace(state, models={name: change(slot, now) for name, slot in state.models.items()})
+
+    return changed
+
+
+def _phases_never_overdue(*kinds: type[Any]) -> Brain:
+    """Start the wait of these phases anew at every tick."""
+
+    def again(slot: s.Slot, now: Now) -> s.Slot:
+        if isinstance(slot.phase, kinds):
+            return replace(slot, phase=replace(slot.phase, since=Since.at(now)))
+        return slot
+
+    refresh = _slots(again)
+
+    def step(state: s.State, event: s.Event, now: Now) -> Turn:
+        return machine.step(refresh(state, now) if isinstance(event, s.Tick) else state, event, now)
+
+    return _step(step)
+
+
+def _job(state: s.State, model: str) -> s.Job | None:
+    slot = state.models.get(model)
+    job = getattr(slot.phase, "job", None) if slot is not None else None
+    return job if isinstance(job, s.Job) else None
+
+
+# --- the mistakes --------------------------------------------------------------------------------
+
+
+def _stale_verdict(state: s.State, event: s.Event) -> s.Event:
+    if isinstance(event, s.CanaryDone):
+        job = _job(state, event.model)
+        if job is not None and job.candidates:
+            offered = job.offered
+            return replace(event, manifest=offered.manifest, attempt=offered.attempt, digest=job.loadable.digest)
+    return event
+
+
+def _stale_counts(state: s.State, event: s.Event) -> s.Event:
+    slot = state.models.get(event.model) if isinstance(event, s.Measured) else None
+    if isinstance(event, s.Measured) and slot is not None and isinstance(slot.phase, s.OnTrial):
+        candidate = msgspec.structs.replace(event.candidate, digest=slot.phase.job.loadable.digest)
+        return replace(event, trial=slot.phase.trial, candidate=candidate)
+    return event
+
+
+def _old_offer(state: s.State, event: s.Event, now: Now) -> Turn:
+    return machine.step(replace(state, offer=None) if isinstance(event, s.Offered) else state, event, now)
+
+
+def _unjudged(state: s.State, event: s.Event, now: Now) -> Turn:
+    after, effects = machine.step(state, event, now)
+    if isinstance(event, s.Fetched):
+        job = _job(after, event.model)
+        if job is not None and isinstance(after.models[event.model].phase, s.Judging):
+            passed = s.CanaryDone(
+                event.model, job.offered.manifest, job.offered.attempt, job.loadable.digest, Judged(passed=True)
+            )
+            later, more = machine.step(after, passed, now)
+            return later, (*effects, *more)
+    return after, effects
+
+
+def _forgetful(state: s.State, now: Now) -> s.State:  # noqa: ARG001  # the form of `_slots`
+    models = {name: replace(slot, ends=()) for name, slot in state.models.items()}
+    return replace(state, known_bad=(), models=models)
+
+
+def _renumbering(state: s.State, now: Now) -> Turn:
+    owed = tuple(
+        msgspec.structs.replace(report, seq=number) for number, report in enumerate(state.owed, start=state.seq)
+    )
+    return machine.resume(replace(state, owed=owed, seq=state.seq + len(owed)), now)
+
+
+def _confirming(state: s.State, now: Now) -> Turn:
+    after, effects = machine.resume(state, now)
+    for name, slot in state.models.items():
+        phase = slot.phase
+        if isinstance(phase, s.OnTrial):
+            confirmed = s.Installed(phase.job.offered, phase.job.loadable, after.confirmations + 1)
+            trusted = replace(slot, incumbent=confirmed, last_good=slot.incumbent, phase=s.Idle(), settled=None)
+            after = replace(after, models={**after.models, name: trusted})
+            after, more = machine.step(after, s.Connected(), now)
+            effects = (*effects, *more)
+    return after, effects
+
+
+def _giving_up(slot: s.Slot, now: Now) -> s.Slot:  # noqa: ARG001  # the form of `_slots`
+    job = getattr(slot.phase, "job", None)
+    if isinstance(slot.phase, (*_TRIAL, s.Returning)) and isinstance(job, s.Job):
+        end = s.End(job.offered.manifest, job.offered.rollout, job.offered.attempt)
+        return replace(slot, phase=s.Idle(), ends=(*slot.ends, end), settled=None)
+    return slot
+
+
+def _uncounted(slot: s.Slot, now: Now) -> s.Slot:  # noqa: ARG001  # the form of `_slots`
+    job = getattr(slot.phase, "job", None)
+    if isinstance(job, s.Job) and not isinstance(slot.phase, s.Idle | s.Safe):
+        return replace(slot, phase=replace(slot.phase, job=replace(job, restarts=0)))
+    return slot
+
+
+def _sent_is_done(state: s.State, event: s.Event, now: Now) -> Turn:
+    return machine.step(replace(state, owed=()) if state.owed else state, event, now)
+
+
+def _at_reports(change: Callable[[Report], Report]) -> Brain:
+    def step(state: s.State, event: s.Event, now: Now) -> Turn:
+        after, effects = machine.step(state, event, now)
+        owed = tuple(change(report) if report.seq >= state.seq else report for report in after.owed)
+        return replace(after, owed=owed), effects
+
+    return _step(step)
+
+
+def _flattering(state: s.State, event: s.Event) -> s.Event:  # noqa: ARG001  # the form of `_events`
+    if isinstance(event, s.Measured):
+        return replace(event, candidate=msgspec.structs.replace(event.candidate, errors=0))
+    return event
+
+
+def _eternal(state: s.State, event: s.Event) -> s.Event:  # noqa: ARG001  # the form of `_events`
+    if isinstance(event, s.Offered):
+        return replace(event, offer=msgspec.structs.replace(event.offer, expires_at=1 << 61))
+    return event
+
+
+def _on_trial(state: s.State) -> bool:
+    return any(isinstance(slot.phase, _TRIAL) for slot in state.models.values())
+
+
+ALL: tuple[Mutant, ...] = (
+    Mutant("effects run before the journal is written", replace(REAL, journal_first=False)),
+    Mutant("a verdict of the canary counts for whatever is being judged", _events(_stale_verdict)),
+    Mutant("counts of an earlier trial count for this one", _events(_stale_counts)),
+    Mutant("a trial has no deadline", _phases_never_overdue(s.OnTrial)),
+    Mutant("proving has no deadline", _phases_never_overdue(s.Proving)),
+    Mutant("resolving and fetching have no deadline", _phases_never_overdue(s.Resolving, s.Fetching)),
+    Mutant("judging has no deadline", _phases_never_overdue(s.Judging)),
+    Mutant("a wait after trouble never ends", _phases_never_overdue(s.Waiting)),
+    Mutant(
+        "what was bad is forgotten",
+        _step(lambda state, event, now: machine.step(_forgetful(state, now), event, now)),
+    ),
+    Mutant(
+        "what was bad is forgotten at a restart",
+        _resume(lambda state, now: machine.resume(_forgetful(state, now), now)),
+    ),
+    Mutant("owed reports get new numbers at a restart", _resume(_renumbering)),
+    Mutant("a report counts as delivered once it was sent", _step(_sent_is_done)),
+    Mutant(
+        "owed reports are dropped at a restart",
+        _resume(lambda state, now: machine.resume(replace(state, owed=()), now)),
+    ),
+    Mutant("an offer with a lower serial is accepted", _step(_old_offer)),
+    Mutant("an offer never expires", _events(_eternal)),
+    Mutant("a candidate serves before it was judged", _step(_unjudged)),
+    Mutant("a restart during a trial confirms the candidate", _resume(_confirming)),
+    Mutant(
+        "a restart during a trial ends it without a word",
+        _resume(lambda state, now: machine.resume(_slots(_giving_up)(state, now), now)),
+    ),
+    Mutant(
+        "restarts during a trial are not counted",
+        _resume(lambda state, now: machine.resume(_slots(_uncounted)(state, now), now)),
+    ),
+    Mutant(
+        "a new worker is not told what to serve",
+        _effects(
+            lambda event, effect: None if isinstance(event, s.WorkerReady) and isinstance(effect, s.Serve) else effect
+        ),
+    ),
+    Mutant(
+        "a death of the worker during a trial is ignored",
+        _events(lambda state, event: None if isinstance(event, s.WorkerDied) and _on_trial(state) else event),
+    ),
+    Mutant("errors of the candidate are not counted", _events(_flattering)),
+    Mutant(
+        "latency is not compared",
+        _events(lambda _, event: replace(event, baseline=None) if isinstance(event, s.Measured) else event),
+    ),
+    Mutant(
+        "golden vectors that fail in place are taken for passed",
+        _events(lambda _, event: replace(event, passed=True) if isinstance(event, s.GoldenChecked) else event),
+    ),
+    Mutant(
+        "a load that failed is taken for a success",
+        _events(lambda _, event: replace(event, ok=True) if isinstance(event, s.Served) else event),
+    ),
+    Mutant(
+        "files are collected while they may still serve",
+        _effects(lambda _, effect: s.Collect(()) if isinstance(effect, s.Collect) else effect),
+    ),
+    Mutant(
+        "a report says that what was offered runs",
+        _at_reports(lambda report: msgspec.structs.replace(report, running=report.manifest)),
+    ),
+    Mutant(
+        "a report that says no gives no reason",
+        _at_reports(lambda report: msgspec.structs.replace(report, reason="")),
+    ),
+)
