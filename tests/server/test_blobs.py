@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -82,6 +84,33 @@ def test_what_a_killed_upload_left_is_swept(tmp_path: Path) -> None:
     (tmp_path / INCOMING).mkdir()
     (tmp_path / INCOMING / "half").write_bytes(b"half")
     assert blobs.sweep() == 1
+    assert left_in(tmp_path) == []
+
+
+def test_a_disk_that_takes_no_more_is_this_machines_fault_and_nothing_stays(tmp_path: Path) -> None:
+    script = """
+import asyncio, resource, sys
+from pathlib import Path
+from wherry_server.blobs import Blobs
+from wherry_shared.digest import of_bytes
+from wherry_shared.errors import DeviceError
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+data = b"x" * 3_000_000
+
+async def chunks():
+    for start in range(0, len(data), 65536):
+        yield data[start : start + 65536]
+
+try:
+    asyncio.run(Blobs(Path(sys.argv[1])).put(of_bytes(data), chunks()))
+except DeviceError as error:
+    print(error.code)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.strip() == "disk", done.stderr
     assert left_in(tmp_path) == []
 
 

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterable, AsyncIterator
 from pathlib import Path
 
 import obstore
-from obstore.exceptions import AlreadyExistsError
+from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore
 
 from wherry_shared.digest import check_digest, hex_of
@@ -59,7 +59,7 @@ class Blobs:
 
         Raises:
             RefusedError: `bad_digest`, `digest_mismatch` or `length_mismatch`; then nothing was kept.
-            DeviceError: `disk_full`.
+            DeviceError: `disk_full` or `disk`.
         """
         check_digest(digest)
         if self.size(digest) is not None:
@@ -99,7 +99,7 @@ class Blobs:
                 self._store, incoming, checked(), chunk_size=WRITE_CHUNK_BYTES, max_concurrency=WRITES_AT_ONCE
             )
             return await self._adopt(incoming, digest)
-        except OSError as error:
+        except (OSError, BaseError) as error:
             raise _disk(error) from error
 
     async def _adopt(self, incoming: str, digest: str) -> bool:
@@ -180,8 +180,10 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _disk(error: OSError) -> DeviceError:
-    code = "disk_full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "disk"
+def _disk(error: OSError | BaseError) -> DeviceError:
+    numbers = (errno.ENOSPC, errno.EDQUOT)  # obstore tells the number in its text only
+    full = any(getattr(error, "errno", None) == number or f"os error {number})" in str(error) for number in numbers)
+    code = "disk_full" if full else "disk"
     return DeviceError(
         code,
         f"the blob store cannot write: {error}",
