@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +16,7 @@ from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 
 from tests.trust_kit import MODEL, Workstation, digest, expires, release, with_publisher
 from wherry_server.trust import SIGNED_AT, Trust
+from wherry_shared import key_files
 from wherry_shared.errors import DeviceError, RefusedError, WherryError
 
 T0 = 1_900_000_000.0
@@ -375,3 +379,70 @@ def test_after_a_restore_publishers_hand_in_what_they_kept(tmp_path: Path):
     assert trust.accept_bin(role, kept, 1) == "accepted"
     assert trust.role_bytes(role) == (role, 4, kept)
     assert refused(lambda: trust.accept_bin(role, acme.bin(4 + 20_000, {TARGET: ONE}), 4)) == "bin_version"
+
+
+RIVAL = """
+import sys
+from pathlib import Path
+from tests.trust_kit import MODEL, Workstation, digest
+from wherry_server.trust import Trust
+from wherry_shared import key_files
+from wherry_shared.errors import RefusedError
+trust, who = Trust.open(Path(sys.argv[1])), sys.argv[2]
+acme = Workstation()
+acme.signers = [key_files.load(Path(sys.argv[3]))]
+for number in range(12):
+    while True:
+        try:
+            acme.publish(trust, f"{MODEL}/{who}.{number}.0", digest(f"{who}.{number}"))
+            break
+        except RefusedError as error:
+            assert error.code == "bin_changed", error
+"""
+
+
+def test_two_processes_publish_at_once_and_lose_nothing(tmp_path: Path):
+    trust = Trust.create_dev(tmp_path / "trust")
+    acme = Workstation()
+    acme.signers = [key_files.create(tmp_path / "publisher.pem")]
+    with_publisher(trust, acme)
+    rivals = [
+        subprocess.Popen(
+            [sys.executable, "-c", RIVAL, str(tmp_path / "trust"), who, str(tmp_path / "publisher.pem")],
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        for who in ("1", "2")
+    ]
+    for rival in rivals:
+        _, complaint = rival.communicate(timeout=60)
+        assert rival.returncode == 0, complaint.decode()
+    for who in ("1", "2"):
+        for number in range(12):
+            assert trust.target(MODEL, f"{who}.{number}.0") == digest(f"{who}.{number}")
+    listed = {name: meta.version for name, meta in snapshot(trust).meta.items()}
+    for role, version in trust.public_state()["publishers"][0]["bins"].items():
+        assert listed[f"{role}.json"] == version
+
+
+def test_superseded_online_versions_are_removed_and_nothing_else(tmp_path: Path):
+    trust = Trust.create_dev(tmp_path / "trust", now=T0)
+    for day in range(40):
+        trust.refresh_online(T0 + day * DAY_S)
+    names = [path.name for path in (tmp_path / "trust" / "metadata").iterdir()]
+    assert len([name for name in names if name.endswith(".timestamp.json")]) == 16
+    assert len([name for name in names if name.endswith(".snapshot.json")]) == 10
+    assert {"1.root.json", "1.targets.json"} <= set(names)
+    assert timestamp(trust).version == int(T0 + 39 * DAY_S)
+
+
+def test_a_write_that_was_cut_between_bin_and_snapshot_is_published_later(tmp_path: Path):
+    trust = Trust.create_dev(tmp_path / "trust")
+    acme = with_publisher(trust, Workstation())
+    role, _, _ = trust.bin_for(TARGET)
+    before = trust.metadata("timestamp.json")
+    (tmp_path / "trust" / "metadata" / f"1.{role}.json").write_bytes(acme.bin(1, {TARGET: ONE}))
+    assert trust.metadata("timestamp.json") == before
+    assert Trust.open(tmp_path / "trust").refresh_online() is True
+    assert snapshot(trust).meta[f"{role}.json"].version == 1
+    assert trust.target(MODEL, "1.0.0") == ONE

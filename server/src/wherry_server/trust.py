@@ -33,6 +33,7 @@ from tuf.api.metadata import (
     MetaFile,
     Root,
     Snapshot,
+    SuccinctRoles,
     TargetFile,
     Targets,
     Timestamp,
@@ -221,7 +222,6 @@ class Trust:
         }
         publishers = []
         for publisher in self.publishers:
-            prefix = f"{publisher.name}-"
             publishers.append(
                 {
                     "name": publisher.name,
@@ -230,11 +230,7 @@ class Trust:
                     "keyids": list(publisher.keyids),
                     "bits": publisher.bits,
                     "version": highest.get(publisher.name, 0),
-                    "bins": {
-                        name: version
-                        for name, version in sorted(highest.items())
-                        if name.startswith(prefix) and self._is_bin(publisher, name)
-                    },
+                    "bins": self._bins(publisher),
                 }
             )
         return {
@@ -424,17 +420,26 @@ class Trust:
         return next((publisher for publisher in self.publishers if model in publisher.models), None)
 
     def _role_of(self, publisher: rules.Publisher, target: str) -> str:
-        delegations = self._publisher_role(publisher).signed.delegations
-        assert delegations is not None
-        assert delegations.succinct_roles is not None
-        return delegations.succinct_roles.get_role_for_target(target)
+        return self._succinct(publisher).get_role_for_target(target)
+
+    def _bins(self, publisher: rules.Publisher) -> dict[str, int]:
+        """Return the versions of the bins of a publisher that hold something, by name."""
+        highest = self._objects.highest()
+        if not highest.get(publisher.name):
+            return {}
+        succinct = self._succinct(publisher)
+        return {name: version for name, version in sorted(highest.items()) if succinct.is_delegated_role(name)}
 
     def _is_bin(self, publisher: rules.Publisher, role: str) -> bool:
         if self._version(publisher.name) == 0:
             return False
+        return role == role.lower() and self._succinct(publisher).is_delegated_role(role)
+
+    def _succinct(self, publisher: rules.Publisher) -> SuccinctRoles:
         delegations = self._publisher_role(publisher).signed.delegations
-        succinct = delegations.succinct_roles if delegations else None
-        return succinct is not None and succinct.is_delegated_role(role) and role == role.lower()
+        assert delegations is not None
+        assert delegations.succinct_roles is not None
+        return delegations.succinct_roles
 
     def _owner(self, role: str) -> rules.Publisher:
         for publisher in self.publishers:
@@ -543,10 +548,9 @@ class Trust:
             if highest.get(publisher.name):
                 self._publisher_role(publisher)
                 wanted[f"{publisher.name}.json"] = highest[publisher.name]
-                for name, version in highest.items():
-                    if name.startswith(f"{publisher.name}-") and self._is_bin(publisher, name):
-                        self._bin(publisher, name)
-                        wanted[f"{name}.json"] = version
+                for name, version in self._bins(publisher).items():
+                    self._bin(publisher, name)
+                    wanted[f"{name}.json"] = version
         seconds = int(moment.timestamp())
         changed = False
         snapshot = self._top(Snapshot).signed if "snapshot" in highest else None

@@ -1,8 +1,8 @@
 """Create-only objects in a folder: a name is written once, durably, and never means other bytes afterwards.
 
 Several processes share the folder. Writers hold `locked()`; readers need no lock, since an object appears whole (hard
-link of a synced file) or not at all. The index of highest versions is cached by the folder's modification time and, as
-in git's index, not trusted while that time is too young to tell two changes apart.
+link of a synced file) or not at all. Every writer ends by changing the token in `generation`, so that a reader knows by
+one small read whether its index of highest versions still holds. The token need not survive a power cut: no index does.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import fcntl
 import os
 import re
 import secrets
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from wherry_shared.errors import RefusedError
 
 _VERSIONED = re.compile(r"([1-9][0-9]{0,14})\.([a-z0-9][a-z0-9-]{0,70})\.json")
-_RACY_NS = 2_000_000_000
-"""A folder changed within this time may change again without its modification time showing it."""
+_KEPT = {"timestamp": 16, "snapshot": 256}
+"""Superseded versions of online roles that stay, for clients in the middle of a refresh; other roles keep all."""
 
 
 def split_name(name: str) -> tuple[int, str] | None:
@@ -35,30 +35,59 @@ class Objects:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lock_path = folder.parent / "lock"
-        self._seen_ns = -1
-        self._highest: dict[str, int] = {}
+        self._generation_path = folder.parent / "generation"
+        self._known: tuple[bytes, dict[str, int]] | None = None
+        self._writer = 0
+        self._held: dict[str, int] = {}
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep every other writer out, in this process and in others."""
+        """Keep every other writer out, in this process and in others; not reentrant."""
         with self._lock_path.open("ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            self._held = self._scan()
+            before = dict(self._held)
+            self._writer = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._writer = 0
+                if self._held != before:
+                    self._prune(self._held)
+                    scratch = self._generation_path.with_name(f".generation.{secrets.token_hex(6)}")
+                    scratch.write_bytes(secrets.token_bytes(16))
+                    scratch.replace(self._generation_path)
 
     def highest(self) -> dict[str, int]:
         """Return the highest version of each role."""
-        stamp = self._folder.stat().st_mtime_ns
-        if stamp == self._seen_ns:
-            return self._highest
-        young = time.time_ns() - stamp < _RACY_NS
+        if self._writer == threading.get_ident():
+            return self._held
+        try:
+            generation = self._generation_path.read_bytes()
+        except FileNotFoundError:
+            return self._scan()
+        known = self._known
+        if known is None or known[0] != generation:
+            known = self._known = (generation, self._scan())
+        return known[1]
+
+    def _scan(self) -> dict[str, int]:
         highest: dict[str, int] = {}
-        for entry in os.scandir(self._folder):
-            parts = split_name(entry.name)
-            if parts is not None:
-                highest[parts[1]] = max(highest.get(parts[1], 0), parts[0])
-        self._highest = highest
-        self._seen_ns = -1 if young else stamp
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
+                parts = split_name(entry.name)
+                if parts is not None:
+                    highest[parts[1]] = max(highest.get(parts[1], 0), parts[0])
         return highest
+
+    def _prune(self, highest: dict[str, int]) -> None:
+        for role, kept in _KEPT.items():
+            versions = sorted(
+                parts[0] for path in self._folder.glob(f"*.{role}.json") if (parts := split_name(path.name)) is not None
+            )
+            for version in versions[:-kept]:
+                assert version < highest[role]
+                (self._folder / f"{version}.{role}.json").unlink()
 
     def get(self, version: int, role: str) -> bytes:
         """Return an object.
@@ -86,7 +115,7 @@ class Objects:
         except FileExistsError as error:
             if final.read_bytes() != data:
                 raise RefusedError("metadata_taken", f"{name} is already bound to other bytes") from error
-        self._seen_ns = -1
+        self._held[role] = max(self._held.get(role, 0), version)
 
 
 def create_file(path: Path, data: bytes, *, mode: int) -> None:
