@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from wherry_agent import machine
@@ -19,9 +20,10 @@ from wherry_agent.state import (
     Served,
     State,
     Swapping,
+    TrustWatch,
 )
 from wherry_shared.bundle import Interface, TensorSpec
-from wherry_shared.clock import MICROSECONDS, Now
+from wherry_shared.clock import MICROSECONDS, Now, Since
 from wherry_shared.sketch import Sketch
 from wherry_shared.wire import Mode, Offer, OfferedModel, Trial
 
@@ -107,8 +109,14 @@ def offer(serial: int, models: dict[str, OfferedModel], **fields: Any) -> Offere
     return Offered(offer=value, digest=digest_of(f"offer-{serial}"), trust=trust())
 
 
-def fresh() -> State:
+def blank() -> State:
+    """A device that was just enrolled."""
     return machine.initial(device=DEVICE, project="default", stream="stream-1")
+
+
+def fresh() -> State:
+    """The same, with trust refreshed so that it is not due in a test."""
+    return replace(blank(), watch=TrustWatch(Since.at(now()), 10**9))
 
 
 def resolved(version: str = "1.0.0", *variants: str, model: str = MODEL, attempt: int = 1) -> Resolved:

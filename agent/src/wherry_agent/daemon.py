@@ -313,7 +313,8 @@ class Daemon:
         return Now(self._boot, int(time.clock_gettime(time.CLOCK_BOOTTIME) * 1000), time.time())
 
     def _turn(self, event: s.Event) -> None:
-        state, effects = machine.step(self._state, event, self._now())
+        before = self._state
+        state, effects = machine.step(before, event, self._now())
         try:
             self._commit(state)
         except DeviceError as error:
@@ -323,6 +324,10 @@ class Daemon:
                 self._kept.append(event)
             self._later("journal", JOURNAL_AGAIN_S, self._take_kept)
             return
+        for report in state.owed:
+            if report.seq >= before.seq:
+                words = (report.model, report.state, report.target, report.reason, report.detail)
+                log.info("%s", " · ".join(word for word in words if word))
         for effect in effects:
             self._run(effect)
 

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ def ask(home: Path) -> dict[str, Any]:
             next_step="start one with wherry-agent run, or name its --home",
         )
     state = decode(record)
-    return {"running": False, **describe(state, Now("", 0, 0.0))}
+    return {"running": False, **describe(state, Now("", 0, time.time()))}
 
 
 def render(shown: dict[str, Any]) -> str:
