@@ -268,7 +268,7 @@ def decode(data: bytes) -> s.State:
         raise _bad("journal_torn", "the journal's bytes are not those that were written")
     try:
         state = _from_disk(s.State, msgspec.json.decode(body))
-    except (msgspec.MsgspecError, KeyError, TypeError, ValueError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.MsgspecError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise _bad("journal_invalid", f"the journal holds no state: {error}") from error
     assert isinstance(state, s.State)
     return state
