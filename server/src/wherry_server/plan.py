@@ -25,7 +25,7 @@ SECONDS_MAX = 366 * 86_400
 PRIORITY_MAX = 1_000
 ATTEMPT_MAX = 1_000_000
 STRATA_MAX = 4
-STRATEGIES_LATER = frozenset({"shadow", "split", "blue_green", "mirror"})
+STRATEGIES_LATER = ("shadow", "split", "blue_green")
 
 OnHalt = Literal["hold", "revert_stage", "revert_all"]
 

@@ -1,0 +1,417 @@
+"""The rollout engine over random plans, fleets, outcomes and orders of events; then the cases that have a name."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wherry_server.gates import Bound
+from wherry_server.plan import Plan, parse_plan
+from wherry_server.rollout import (
+    ACTIVE,
+    FINAL,
+    RESTARTS_MAX,
+    Counts,
+    Decision,
+    Evidence,
+    Expose,
+    Moved,
+    Progress,
+    Withdraw,
+    decide,
+    verdicts,
+    why_not_yet,
+)
+from wherry_server.targeting import cut_offs, exposed, key_of
+from wherry_shared.clock import Now
+
+DIGEST = "sha256:" + "a" * 64
+SALT = "salt"
+LATE_S, SILENT_S, STAGE_MAX_S, REVERT_S = 60, 100, 500, 80
+
+
+def plan_of(**changes: Any) -> Plan:
+    """A plan with short waits."""
+    return parse_plan(
+        {
+            "models": [{"model": "m", "version": "1.0.0", "manifest": DIGEST}],
+            "selector": "all",
+            "stages": [{"share": 0.25}, {"share": 1.0}],
+            "trial": {"max_s": 30},
+            "late_s": LATE_S,
+            "silent_s": SILENT_S,
+            "stage_max_s": STAGE_MAX_S,
+            "revert_s": REVERT_S,
+            **changes,
+        }
+    )
+
+
+@dataclass
+class Device:
+    """One device of the model fleet, and what it will do once it is exposed."""
+
+    name: str
+    stratum: str
+    behaviour: str
+    delay_s: int
+    state: str = ""
+    stage: int = -1
+    exposed_s: float = 0.0
+    changed: bool = False
+
+    def settle(self, now_s: float) -> None:
+        """Let time pass on the device."""
+        if self.state == "exposed" and now_s - self.exposed_s >= self.delay_s:
+            if self.behaviour in ("confirmed", "confirmed_idle", "vanishes"):
+                self.state, self.changed = self.behaviour.replace("vanishes", "confirmed"), True
+            elif self.behaviour == "failed":
+                self.state = "failed"
+        if self.state == "revert_pending" and self.behaviour != "vanishes":
+            self.state, self.changed = "reverted", False
+
+
+@dataclass
+class Fleet:
+    """What the director does with decisions and where its counts come from, without a database."""
+
+    plan: Plan
+    devices: list[Device]
+    chunk: int
+    progress: Progress = field(default_factory=Progress)
+    ever_exposed: set[str] = field(default_factory=set)
+
+    def evidence(self, now_s: float, command: str) -> Evidence:
+        stages: list[dict[str, int]] = [{} for _ in self.plan.stages]
+        for device in self.devices:
+            if not device.state:
+                continue
+            became = device.state
+            if became == "exposed":
+                waited = now_s - device.exposed_s
+                quiet = device.behaviour == "mute"
+                became = "pending"
+                if waited >= SILENT_S and quiet:
+                    became = "silent"
+                elif waited >= LATE_S and not quiet:
+                    became = "late"
+            stages[device.stage][became] = stages[device.stage].get(became, 0) + 1
+        keys: dict[str, list[int]] = {}
+        for device in self.devices:
+            keys.setdefault(device.stratum, []).append(key_of(SALT, device.name))
+        following = self.progress.stage + 1
+        coming: dict[str, int] = {}
+        if following < len(self.plan.stages):
+            coming = cut_offs(keys, self.plan.stages[following].share, self.progress.cut_offs)
+        return Evidence(
+            stages=[Counts(**stage) for stage in stages],
+            members=len(self.devices),
+            unexposed=len(self.below(self.progress)),
+            next_cut_offs=coming,
+            command=command,  # type: ignore[arg-type]
+        )
+
+    def below(self, progress: Progress) -> list[Device]:
+        """Devices that a stage may still expose."""
+        if progress.stage < 0:
+            return []
+        share = self.plan.stages[progress.stage].share
+        return [
+            device
+            for device in self.devices
+            if not device.state and exposed(key_of(SALT, device.name), device.stratum, progress.cut_offs, share)
+        ]
+
+    def apply(self, decisions: tuple[Decision, ...], after: Progress, now_s: float) -> None:
+        for one in decisions:
+            if isinstance(one, Expose):
+                for device in self.below(after)[: self.chunk]:
+                    device.state, device.stage, device.exposed_s = "exposed", one.stage, now_s
+                    self.ever_exposed.add(device.name)
+            elif isinstance(one, Withdraw):
+                for device in self.devices:
+                    confirmed = device.state in ("confirmed", "confirmed_idle")
+                    in_scope = one.scope == "all" or (one.scope == "stage" and device.stage == one.stage)
+                    if device.state == "exposed":
+                        device.state = "withdrawn"
+                    elif confirmed and in_scope:
+                        device.state = "revert_pending"
+        self.progress = after
+
+
+behaviours = st.sampled_from(["confirmed"] * 6 + ["confirmed_idle", "failed", "mute", "stuck", "vanishes"])
+devices = st.lists(
+    st.tuples(st.sampled_from(["", "", "b"]), behaviours, st.integers(0, 50)), min_size=0, max_size=25
+).map(lambda rows: [Device(f"d{n}", stratum, how, delay) for n, (stratum, how, delay) in enumerate(rows)])
+bounds = st.one_of(
+    st.builds(Bound, count=st.integers(0, 4)),
+    st.builds(Bound, share=st.sampled_from([0.0, 0.1, 0.3, 0.6]), sample_min=st.integers(1, 6)),
+)
+plans = st.builds(
+    lambda shares, soak, confirmed, failure, silent, late, on_halt, sample, settled: plan_of(
+        stages=[{"share": share, "soak_s": soak, "confirmed_min": confirmed} for share in sorted(set(shares))],
+        failure=msgspec.to_builtins(failure),
+        silent=msgspec.to_builtins(silent),
+        late=msgspec.to_builtins(late),
+        on_halt=on_halt,
+        sample_min=sample,
+        settled_share=settled,
+    ),
+    st.lists(st.sampled_from([0.05, 0.1, 0.25, 0.5, 1.0]), min_size=1, max_size=4),
+    st.sampled_from([0, 0, 30]),
+    st.sampled_from([0, 1, 1, 3]),
+    bounds,
+    bounds,
+    bounds,
+    st.sampled_from(["hold", "revert_stage", "revert_all"]),
+    st.integers(1, 8),
+    st.sampled_from([0.5, 0.95, 1.0]),
+)
+commands = st.lists(
+    st.tuples(st.integers(0, 60), st.sampled_from(["pause", "resume", "abort", "revert", "start"])), max_size=4
+)
+
+
+@given(plans, devices, commands, st.integers(0, 2**32), st.integers(1, 10), st.integers(0, 3))
+@settings(max_examples=300, deadline=None)
+def test_whatever_happens_a_rollout_is_bounded_final_and_ends(
+    plan: Plan, members: list[Device], orders: list[tuple[int, str]], seed: int, chunk: int, reboots: int
+):
+    chance = random.Random(seed)
+    newcomers = [Device(f"n{n}", chance.choice(["", "b", "c"]), "confirmed", 3) for n in range(chance.randrange(4))]
+    fleet = Fleet(plan, members, chunk)
+    wanted = {0: "start", **{turn + 1: command for turn, command in orders}}
+    boots = {chance.randrange(1, 80) for _ in range(reboots)}
+    now_s, boot, boot_s = 0.0, 0, 0.0
+    breached = False
+    limit_s = (len(plan.stages) + 1) * (STAGE_MAX_S + 60) * (reboots + 2) + 2 * REVERT_S + 1000
+    turn = 0
+    while True:
+        if turn in boots:
+            boot, boot_s = boot + 1, now_s
+        now = Now(f"boot-{boot}", int((now_s - boot_s) * 1000), now_s)
+        if newcomers and chance.random() < 0.1:
+            fleet.devices.append(newcomers.pop())
+        for device in chance.sample(fleet.devices, len(fleet.devices)):
+            device.settle(now_s)
+        command = wanted.get(turn, "")
+        if fleet.progress.state == "paused" and turn > 70:
+            command = "resume"
+        before = fleet.progress
+        evidence = fleet.evidence(now_s, command)
+        after, decisions = decide(plan, before, evidence, now)
+
+        # the same question has the same answer, and carrying the answer out twice changes nothing more
+        assert decide(plan, before, evidence, now) == (after, decisions)
+
+        exposing = [one for one in decisions if isinstance(one, Expose)]
+        found = verdicts(plan, evidence)
+        breached = breached or (before.state in ACTIVE and any(one.outcome == "breach" for one in found))
+        if breached:
+            assert not exposing, "nothing widens after a breach"
+        assert all(after.cut_offs.get(name, 0) >= at for name, at in before.cut_offs.items()), "a cut-off fell"
+        assert before.stage <= after.stage <= before.stage + 1
+        if before.state in FINAL:
+            assert after.state == before.state or command == "revert"
+            assert not exposing or before.state == "done"
+        if before.state in ("paused", "returning", "halted", "aborted", "reverted"):
+            assert not exposing or command == "resume"
+        for one in exposing:
+            assert one.cut_offs == after.cut_offs
+
+        fleet.apply(decisions, after, now_s)
+        exposed_then = set(fleet.ever_exposed)
+        for device in fleet.devices:
+            if device.name in exposed_then:
+                share = plan.stages[after.stage].share
+                assert exposed(key_of(SALT, device.name), device.stratum, after.cut_offs, share), "above the cut-off"
+        if after.state not in FINAL:
+            assert why_not_yet(plan, after, evidence, now) or exposing or after != before
+
+        turn += 1
+        now_s += chance.choice([1, 2, 5, 13])
+        if after.state in FINAL and turn > max([0, *wanted]) and not newcomers:
+            break
+        if after.state in FINAL and turn > 400:
+            break
+        assert now_s < limit_s, f"does not end: {after.state}, {why_not_yet(plan, after, evidence, now)}"
+
+    changed = [device for device in fleet.devices if device.changed]
+    if fleet.progress.state == "reverted" or (
+        fleet.progress.state == "halted" and plan.on_halt == "revert_all" and "_bound" in fleet.progress.reason
+    ):
+        assert all(device.behaviour == "vanishes" for device in changed), "a device that changed was not brought back"
+    if fleet.progress.state in ("halted", "aborted", "reverted"):
+        assert not [device for device in fleet.devices if device.state == "exposed"], "an unconfirmed one was left"
+
+
+# --- cases with a name ---------------------------------------------------------------------------
+
+NOW = Now("boot", 10_000_000, 1_000_000.0)
+
+
+def later(seconds: float, boot: str = "boot") -> Now:
+    return Now(boot, 10_000_000 + int(seconds * 1000), 1_000_000.0 + seconds)
+
+
+def started(plan: Plan, members: int = 100) -> Progress:
+    keys = {"": [key_of(SALT, f"d{n}") for n in range(members)]}
+    evidence = Evidence(
+        stages=[Counts()] * len(plan.stages), next_cut_offs=cut_offs(keys, plan.stages[0].share), command="start"
+    )
+    progress, decisions = decide(plan, Progress(), evidence, NOW)
+    assert [type(one) for one in decisions] == [Moved, Expose]
+    return progress
+
+
+def evidence_of(*stages: Counts, **more: Any) -> Evidence:
+    return Evidence(stages=list(stages), members=100, **more)
+
+
+def codes(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> list[str]:
+    return [why.code for why in why_not_yet(plan, progress, evidence, now)]
+
+
+def test_a_rollout_that_was_not_started_stays_as_it_is():
+    plan = plan_of()
+    assert decide(plan, Progress(), evidence_of(Counts(), Counts()), NOW) == (Progress(), ())
+    assert codes(plan, Progress(), evidence_of(Counts(), Counts()), NOW) == ["not_started"]
+
+
+WAITING = [
+    ("exposing", Counts(confirmed=25), {"unexposed": 5}),
+    ("no_devices", Counts(), {}),
+    ("held", Counts(), {"held": 3}),
+    ("sample", Counts(confirmed=2, silent=1), {}),
+    ("in_flight", Counts(confirmed=20, pending=5), {}),
+    ("traffic", Counts(confirmed_idle=25), {}),
+]
+
+
+@pytest.mark.parametrize(("code", "counts", "more"), WAITING)
+def test_a_stage_says_what_it_waits_for(code: str, counts: Counts, more: dict[str, Any]):
+    plan = plan_of(sample_min=3 if code == "sample" else 1)
+    progress = started(plan)
+    evidence = evidence_of(counts, Counts(), **more)
+    after, decisions = decide(plan, progress, evidence, later(1))
+    assert code in codes(plan, after, evidence, later(1))
+    assert after.stage == 0
+    assert not [one for one in decisions if isinstance(one, Moved)]
+
+
+def test_a_stage_whose_devices_all_confirmed_is_followed_by_the_next():
+    plan = plan_of()
+    after, decisions = decide(
+        plan, started(plan), evidence_of(Counts(confirmed=25), Counts(), next_cut_offs={"": 99}), later(1)
+    )
+    assert after.stage == 1
+    assert [type(one) for one in decisions] == [Expose]
+
+
+def test_a_soak_counts_from_when_the_sample_stood_and_starts_again_after_a_reboot():
+    plan = plan_of(stages=[{"share": 1.0, "soak_s": 100}])
+    progress = started(plan)
+    good = evidence_of(Counts(confirmed=100))
+    progress, _ = decide(plan, progress, good, later(50))
+    progress, _ = decide(plan, progress, good, later(149))
+    assert codes(plan, progress, good, later(149)) == ["soak"]
+    rebooted, _ = decide(plan, progress, good, Now("other", 5_000, 1_000_150.0))
+    assert (rebooted.state, rebooted.restarts) == ("running", 1)
+    done, _ = decide(plan, progress, good, later(150))
+    assert done.state == "done"
+
+
+def test_a_wait_that_reboots_restart_for_ever_is_ended():
+    plan = plan_of(stages=[{"share": 1.0}])
+    progress = started(plan)
+    pending = evidence_of(Counts(pending=100))
+    for boot in range(RESTARTS_MAX + 1):
+        progress, _ = decide(plan, progress, pending, Now(f"boot-{boot}", 0, 0.0))
+    assert (progress.state, progress.ending) == ("returning", "halted")
+
+
+def test_a_breach_is_judged_before_an_operator_may_pause():
+    plan = plan_of()
+    after, decisions = decide(
+        plan, started(plan), evidence_of(Counts(confirmed=5, failed=20), Counts(), command="pause"), later(1)
+    )
+    assert (after.state, after.ending, after.reason) == ("returning", "halted", "failure_bound")
+    assert [one for one in decisions if isinstance(one, Withdraw)] == [Withdraw(scope="all", stage=0)]
+
+
+def test_a_paused_rollout_still_halts_on_a_breach_and_exposes_nobody():
+    plan = plan_of()
+    paused, _ = decide(plan, started(plan), evidence_of(Counts(pending=25), Counts(), command="pause"), later(1))
+    still, decisions = decide(plan, paused, evidence_of(Counts(pending=25), Counts(), unexposed=5), later(2))
+    assert (still.state, decisions) == ("paused", ())
+    halted, _ = decide(plan, paused, evidence_of(Counts(failed=25), Counts()), later(3))
+    assert halted.state == "returning"
+
+
+@pytest.mark.parametrize(
+    ("on_halt", "scope"), [("hold", "unconfirmed"), ("revert_stage", "stage"), ("revert_all", "all")]
+)
+def test_a_halt_brings_back_whom_the_plan_says(on_halt: str, scope: str):
+    plan = plan_of(on_halt=on_halt)
+    _, decisions = decide(plan, started(plan), evidence_of(Counts(failed=25), Counts()), later(1))
+    assert [one.scope for one in decisions if isinstance(one, Withdraw)] == [scope]
+
+
+@pytest.mark.parametrize(("counts", "reason"), [(Counts(silent=25), "silent_bound"), (Counts(late=25), "late_bound")])
+def test_devices_that_are_quiet_halt_by_bounds_of_their_own(counts: Counts, reason: str):
+    plan = plan_of()
+    after, _ = decide(plan, started(plan), evidence_of(counts, Counts()), later(1))
+    assert after.reason == reason
+
+
+def test_a_stage_that_proves_nothing_halts_at_its_deadline_and_keeps_what_is_confirmed():
+    plan = plan_of()
+    idle = evidence_of(Counts(confirmed_idle=25), Counts())
+    after, decisions = decide(plan, started(plan), idle, later(STAGE_MAX_S))
+    assert after.reason == "stage_deadline:traffic"
+    assert [one.scope for one in decisions if isinstance(one, Withdraw)] == ["unconfirmed"]
+
+
+def test_returning_waits_for_devices_but_not_for_ever():
+    plan = plan_of()
+    returning, _ = decide(plan, started(plan), evidence_of(Counts(failed=25), Counts()), later(1))
+    pending = evidence_of(Counts(failed=20, revert_pending=5), Counts())
+    assert decide(plan, returning, pending, later(2)) == (returning, ())
+    expired, decisions = decide(plan, returning, pending, later(1 + REVERT_S))
+    assert expired.state == "halted"
+    assert [one.reason for one in decisions if isinstance(one, Moved)] == ["revert_deadline"]
+    back, _ = decide(plan, returning, evidence_of(Counts(failed=20, reverted=5), Counts()), later(2))
+    assert back.state == "halted"
+
+
+def test_a_release_that_is_done_stays_desired_for_newcomers_only():
+    plan = plan_of(stages=[{"share": 1.0}])
+    done, _ = decide(plan, started(plan), evidence_of(Counts(confirmed=100)), later(1))
+    assert done.state == "done"
+    assert decide(plan, done, evidence_of(Counts(failed=100)), later(2)) == (done, ())
+    same, decisions = decide(plan, done, evidence_of(Counts(confirmed=100), unexposed=1), later(3))
+    assert (same, [type(one) for one in decisions]) == (done, [Expose])
+
+
+def test_only_a_person_leaves_a_final_state():
+    plan = plan_of(stages=[{"share": 1.0}])
+    done, _ = decide(plan, started(plan), evidence_of(Counts(confirmed=100)), later(1))
+    back, decisions = decide(plan, done, evidence_of(Counts(confirmed=100), command="revert"), later(2))
+    assert (back.state, back.ending) == ("returning", "reverted")
+    assert [one.scope for one in decisions if isinstance(one, Withdraw)] == ["all"]
+    reverted, _ = decide(plan, back, evidence_of(Counts(reverted=100)), later(3))
+    assert reverted.state == "reverted"
+    assert decide(plan, reverted, evidence_of(Counts(reverted=100), command="revert"), later(4)) == (reverted, ())
+
+
+def test_one_device_is_a_sample_where_there_is_only_one():
+    plan = plan_of(stages=[{"share": 1.0, "confirmed_min": 0}])
+    progress = started(plan, members=1)
+    assert decide(plan, progress, evidence_of(Counts(confirmed_idle=1)), later(1))[0].state == "done"
+    assert decide(plan, progress, evidence_of(Counts(failed=1)), later(1))[0].reason == "failure_bound"
