@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +73,16 @@ class Agent:
 
     def start(self) -> Agent:
         """Start it; it enrols by itself the first time."""
-        arguments = ["wherry_agent.cli", "run", "--server", self.server, "--token", self.token, "--home", str(self.home)]
+        arguments = [
+            "wherry_agent.cli",
+            "run",
+            "--server",
+            self.server,
+            "--token",
+            self.token,
+            "--home",
+            str(self.home),
+        ]
         arguments += ["--name", self.name, "--http-port", str(self.http_port)]
         for name, value in self.labels.items():
             arguments += ["--label", f"{name}={value}"]
@@ -83,11 +91,11 @@ class Agent:
         self.child = Child(self.name, arguments, self.logs / f"{self.name}.log").start()
         return self
 
-    def running(self) -> dict[str, Any]:
-        """Return what `wherry-agent status --json` says, read from the agent's home."""
+    def status(self) -> dict[str, Any]:
+        """Return what `wherry-agent status --json` says, asked of the agent."""
         from wherry_agent import status
 
-        return status.read(self.home)
+        return status.ask(self.home)
 
 
 @dataclass
@@ -115,5 +123,4 @@ def write_json(path: Path, value: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".new")
     temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
-    return path
+    return temporary.replace(path)

@@ -1,0 +1,433 @@
+"""The story that the demo tells, step by step; every step checks what it claims."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from wherry_server.client import Client
+from wherry_shared import publishing, reasons
+from wherry_shared.errors import RefusedError, UnreachableError
+from wherry_shared.publishing import PublisherKey
+from wherry_shared.publishing_remote import Remote
+from wherry_simulators.demo.bundles import FAULTS, MODEL, PITCH, Release, Releases
+from wherry_simulators.demo.files import requests
+from wherry_simulators.demo.mirror import Mirror
+from wherry_simulators.demo.outcome import Outcome, variants_table
+from wherry_simulators.demo.traffic import Traffic
+from wherry_simulators.fleet import Agent, Server, SwarmChild, write_json
+from wherry_simulators.processes import wait_for
+
+SWARM_DEVICES = 200
+REQUESTS_PER_S = 15.0
+"""By the client of each pilot agent."""
+STEP_S = 90.0
+"""What one step of the story may take before it counts as stuck."""
+FINAL = ("done", "halted", "aborted", "reverted")
+TRIAL = {"min_requests": 40, "max_s": 8, "latency_tail_ratio_max": 8.0, "canary_latency_ratio_max": 20.0}
+"""Terms of the demo's trials: short, and lenient with a machine on which everything runs at once."""
+PLAN: dict[str, Any] = {
+    "trial": TRIAL,
+    "failure": {"count": 20, "share": 0.1, "sample_min": 5},
+    "silent_s": 60,
+    "late_s": 60,
+    "settled_share": 0.95,
+    "revert_s": 45,
+}
+PILOT = 'label.ring = "pilot"'
+CAMERAS = 'label.role = "camera"'
+
+
+class Demo:
+    """Everything that runs, and what came out so far."""
+
+    def __init__(self, folder: Path, console: Console, *, swarm: int = SWARM_DEVICES) -> None:
+        self.folder = folder
+        self.console = console
+        self.outcome = Outcome(swarm=swarm)
+        self.server = Server(folder / "server", folder / "logs")
+        self.agents: dict[str, Agent] = {}
+        self.swarm: SwarmChild | None = None
+        self.mirror: Mirror | None = None
+        self.traffic: list[Traffic] = []
+        self.releases: dict[str, Release] = {}
+        self.pitch: Release | None = None
+        self.special: tuple[int, str] = (0, "")
+        self._key = folder / "publisher.pem"
+
+    # --- the steps ------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Tell the whole story."""
+        self._fresh()
+        with self._step("build", "Bundles from real models and real data"):
+            self._build()
+        with self._step("start", f"wherry dev, 4 real agents, {self.outcome.swarm} simulated devices"):
+            self._start()
+        with self._step("first", f"{MODEL} 1.0.0 to every camera, {PITCH} 1.0.0 to the TFLite device"):
+            self._first()
+        with self._step("second", f"{MODEL} 1.1.0: pilot, then 5 % → 25 % → 100 %"):
+            self._second()
+        with self._step("faulty", f"two releases that pass their golden vectors and fail on {self.special[1]}"):
+            self._faulty()
+        with self._step("altered", "weights altered after signing"):
+            self._altered()
+        with self._step("end", "The end"):
+            self._end()
+
+    def stop(self) -> None:
+        """End every process that was started."""
+        for traffic in self.traffic:
+            traffic.stop()
+        for agent in self.agents.values():
+            if agent.child is not None:
+                agent.child.stop()
+        if self.swarm is not None and self.swarm.child is not None:
+            self.swarm.child.stop()
+        if self.mirror is not None:
+            self.mirror.stop()
+        if self.server.child is not None:
+            self.server.child.stop()
+
+    def _fresh(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+
+    def _build(self) -> None:
+        makes = Releases(self.folder / "bundles", lambda line: self.console.print(f"  [dim]{line}[/]"))
+        for version in ("1.0.0", "1.1.0"):
+            self.releases[version] = makes.build(f"{MODEL}-{version}")
+        self.pitch = makes.build(f"{PITCH}-1.0.0")
+        honest = [*self.releases.values(), self.pitch]
+        self.outcome.releases = honest
+        self.outcome.kept_out = [
+            {"bundle": release.name, **refused.as_dict()} for release in honest for refused in release.refused
+        ]
+        self.special = makes.uncovered_class(self.releases["1.1.0"])
+        for version, fault in FAULTS.items():
+            self.releases[version] = makes.spoil(self.releases["1.1.0"], version, fault, self.special[0])
+        self.releases["1.4.0"] = makes.copy_as(self.releases["1.1.0"], "1.4.0")
+        self.releases["altered"] = makes.alter_weights(self.releases["1.4.0"])
+        self.console.print(variants_table(honest))
+        for row in self.outcome.kept_out:
+            self.console.print(f"  kept out of {row['bundle']}: {row['id']}: {row['why']}")
+        precisions = {variant.precision for variant in self.releases["1.1.0"].config.variants}
+        formats = {variant.format for variant in self.pitch.config.variants}
+        self.outcome.check(
+            "1.1.0 has a float, an int8 and a pruned variant, all within the accuracy budget",
+            len(self.releases["1.1.0"].config.variants) >= 3 and len(precisions) >= 2,
+        )
+        self.outcome.check("pitch has variants for both engines", formats == {"onnx", "tflite"})
+
+    def _start(self) -> None:
+        self.server.start()
+        self.console.print(f"  API {self.server.address}, broker on port {self.server.broker_port}")
+        for release in (self.releases["1.0.0"], self.pitch):
+            assert release is not None
+            self._publish(release)
+        self.mirror = Mirror(self.server.address).start()
+        token = self.server.token(8)
+        self._agent("cam-1", token, {"role": "camera", "ring": "pilot"}, ["onnxruntime"])
+        self._agent("cam-2", token, {"role": "camera", "ring": "pilot"}, ["onnxruntime"])
+        self._agent("cam-3", token, {"role": "camera", "ring": "wide"}, ["onnxruntime"], server=self.mirror.address)
+        self._agent("mic-1", token, {"role": "microphone", "ring": "wide"}, ["ai-edge-litert"])
+        table = write_json(self.folder / "behaviours.json", self._behaviours())
+        swarm_token = self.server.token(self.outcome.swarm, {"role": "camera", "ring": "wide"})
+        self.swarm = SwarmChild(
+            self.server.address, swarm_token, self.outcome.swarm, table, self.folder / "logs"
+        ).start()
+        expected = {"real": len(self.agents), "simulated": self.outcome.swarm}
+        wait_for("all devices to enrol", lambda: self._counts() == expected, STEP_S, every_s=0.5)
+        self.outcome.real = expected["real"]
+        self.console.print(
+            f"  {expected['real']} real agents (processes), {expected['simulated']} simulated devices "
+            "(real MQTT and machine, model behaviour from a table)"
+        )
+        self.outcome.check("4 real agents and all simulated devices enrolled", expected["real"] >= 4)
+
+    def _first(self) -> None:
+        with (
+            self._rollout(MODEL, "1.0.0", CAMERAS, [1.0]) as shown,
+            self._rollout(PITCH, "1.0.0", 'name = "mic-1"', [1.0], confirmed_min=0) as pitch,
+        ):
+            for name in ("cam-1", "cam-2"):
+                port = self.agents[name].http_port
+                wait_for(f"{name} to serve", partial(_ready, port, MODEL), STEP_S)
+                self.traffic.append(Traffic(name, port, MODEL, requests(self.special[0]), REQUESTS_PER_S).start())
+            done = self._follow(shown)
+            heard = self._follow(pitch)
+        self.outcome.check("1.0.0 reached every camera", done["state"] == "done" and self._all_run("1.0.0"))
+        self.outcome.check(
+            "the TFLite device serves pitch", heard["state"] == "done" and _ready(self.agents["mic-1"].http_port, PITCH)
+        )
+
+    def _second(self) -> None:
+        self._publish(self.releases["1.1.0"])
+        with self._rollout(MODEL, "1.1.0", PILOT, [1.0], confirmed_min=2) as shown:
+            pilot = self._follow(shown)
+        self.outcome.check(
+            "1.1.0 was confirmed by both pilot agents under traffic", pilot["counts"]["real"]["confirmed"] >= 2
+        )
+        with self._rollout(MODEL, "1.1.0", CAMERAS, [0.05, 0.25, 1.0]) as shown:
+            wide = self._follow(shown)
+        self.outcome.check("1.1.0 reached every camera in stages", wide["state"] == "done" and self._all_run("1.1.0"))
+
+    def _faulty(self) -> None:
+        for version in FAULTS:
+            self._publish(self.releases[version])
+            with self._rollout(MODEL, version, PILOT, [1.0], failure={"count": 0}) as shown:
+                end = self._follow(shown)
+            back = self.outcome.rollouts[-1]["reverted_real"]
+            self.outcome.check(
+                f"{version}: halted, and {back} real devices went back", end["state"] == "halted" and back >= 2
+            )
+            wait_for("everyone to run 1.1.0", lambda: self._all_run("1.1.0"), STEP_S)
+            for name in ("cam-1", "cam-2"):
+                model = self._model_of(name)
+                self.console.print(f"  {name}: {model.get('reason')}: {model.get('detail')}")
+        self.outcome.check("after both, everyone runs 1.1.0 again", self._all_run("1.1.0"))
+
+    def _altered(self) -> None:
+        assert self.mirror is not None
+        honest, altered = self.releases["1.4.0"], self.releases["altered"]
+        with self._remote() as remote:
+            publishing.sign(honest.path, remote, PublisherKey.open(self._key))
+            try:
+                publishing.push(altered.path, remote, PublisherKey.open(self._key))
+            except RefusedError as error:
+                self.console.print(f"  the server refuses: {error}")
+                self.outcome.refused_by_server += 1
+            publishing.push(honest.path, remote, PublisherKey.open(self._key))
+        self.outcome.check("the server refused the altered bundle", self.outcome.refused_by_server == 1)
+        self.mirror.lie_about(*self._blobs(honest))
+        with self._rollout(MODEL, "1.4.0", 'name = "cam-3"', [1.0], confirmed_min=0) as shown:
+            refused = wait_for("cam-3 to refuse", lambda: self._refusal("cam-3"), STEP_S)
+            self.console.print(f"  cam-3, behind a mirror that lies, refuses: {refused}")
+            self.outcome.refused_by_agent += 1
+            with self.server.client() as client:
+                client.post(f"/api/v1/rollouts/{shown['number']}/abort")
+            self._follow(shown)
+        still = self._model_of("cam-3").get("running_target") == f"{MODEL}/1.1.0"
+        self.outcome.check("the agent refused what the lying mirror served, and still runs 1.1.0", still)
+
+    def _end(self) -> None:
+        for traffic in self.traffic:
+            tally = traffic.stop()
+            self.outcome.answered += tally.answered
+            self.outcome.failed += tally.failed
+            self.outcome.fallbacks += tally.fallbacks
+            versions = ", ".join(f"{version}: {count}" for version, count in sorted(tally.versions.items()))
+            self.console.print(
+                f"  {traffic.name} answered {tally.answered} requests ({versions}), {tally.failed} failed"
+            )
+            for error in tally.errors:
+                self.console.print(f"    [red]{error}[/]")
+        self.outcome.check(
+            "no request failed, the bad class included", self.outcome.failed == 0 and self.outcome.answered > 100
+        )
+        self.outcome.check("the incumbent answered what a candidate could not", self.outcome.fallbacks > 0)
+
+    # --- helpers --------------------------------------------------------------------------------
+
+    @contextmanager
+    def _step(self, key: str, words: str) -> Iterator[None]:
+        self.console.print(f"\n[bold]{len(self.outcome.seconds) + 1}. {words}[/]")
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.outcome.seconds[key] = time.monotonic() - began
+            self.console.print(f"  [dim]{self.outcome.seconds[key]:.1f} s[/]")
+
+    def _agent(
+        self, name: str, token: str, labels: dict[str, str], engines: list[str], *, server: str | None = None
+    ) -> None:
+        home = self.folder / "devices" / name
+        self.agents[name] = Agent(
+            name, home, self.folder / "logs", server or self.server.address, token, labels, engines
+        ).start()
+
+    def _remote(self) -> Remote:
+        with self.server.client() as client:
+            token = client.http.headers["Authorization"].removeprefix("Bearer ")
+        return Remote(self.server.address, token)
+
+    def _publish(self, release: Release) -> None:
+        with self._remote() as remote:
+            publishing.sign(release.path, remote, PublisherKey.open(self._key))
+            publishing.push(release.path, remote, PublisherKey.open(self._key))
+        self.console.print(f"  signed and pushed {release.name} ({release.manifest[:19]}…)")
+
+    def _behaviours(self) -> dict[str, Any]:
+        slow, failing = self.releases["1.3.0"].manifest, self.releases["1.2.0"].manifest
+        variants = [variant.id for variant in self.releases["1.1.0"].config.variants]
+        return {
+            "format": 1,
+            "models": {
+                failing: {"variants": [{"id": name, "error_rate": 0.25} for name in variants]},
+                slow: {"variants": [{"id": name, "tail_share": 0.25, "tail_us": 90_000} for name in variants]},
+            },
+        }
+
+    def _counts(self) -> dict[str, int]:
+        with self.server.client() as client:
+            fleet = client.get("/api/v1/fleet")
+        devices = fleet["devices"]
+        return {"real": int(devices["real"]), "simulated": int(devices["simulated"])}
+
+    @contextmanager
+    def _rollout(
+        self, model: str, version: str, selector: str, shares: list[float], *, confirmed_min: int = 1, **changes: Any
+    ) -> Iterator[dict[str, Any]]:
+        """Create and start a rollout; at the end keep what the server says of it."""
+        began = time.monotonic()
+        stages = [{"share": share, "confirmed_min": confirmed_min} for share in shares]
+        wish = {
+            **PLAN,
+            "models": [{"model": model, "version": version}],
+            "selector": selector,
+            "stages": stages,
+            "supersede": True,
+            "start": True,
+            **changes,
+        }
+        with self.server.client() as client:
+            shown: dict[str, Any] = client.post("/api/v1/rollouts", wish)
+            self.console.print(f"  rollout {shown['number']}: {model} {version} to {selector}")
+            yield shown
+            self.outcome.add_rollout(client.get(f"/api/v1/rollouts/{shown['number']}"), time.monotonic() - began)
+
+    def _follow(self, rollout: dict[str, Any]) -> dict[str, Any]:
+        """Print progress until the rollout has ended, and return it as the server shows it then."""
+        last = ""
+        with self.server.client() as client:
+
+            def look() -> dict[str, Any] | None:
+                nonlocal last
+                shown: dict[str, Any] = client.get(f"/api/v1/rollouts/{rollout['number']}")
+                line = _progress(shown)
+                if line != last:
+                    self.console.print(f"  {line}")
+                    last = line
+                return shown if shown["state"] in FINAL else None
+
+            try:
+                return wait_for(f"rollout {rollout['number']} to end", look, STEP_S, every_s=0.3)
+            except UnreachableError:
+                shown = client.get(f"/api/v1/rollouts/{rollout['number']}")
+                self.console.print(f"  [red]stuck: {shown['why_not_yet']}[/]")
+                raise
+
+    def _devices(self, client: Client) -> Iterator[dict[str, Any]]:
+        after = ""
+        while True:
+            page = client.get("/api/v1/devices", after=after or None)
+            yield from page["devices"]
+            after = page["next"] or ""
+            if not after:
+                return
+
+    def _all_run(self, version: str) -> bool:
+        """Tell whether every camera says that it runs `version`."""
+        wanted = self.releases[version].manifest
+        with self.server.client() as client:
+            cameras = [device for device in self._devices(client) if device["labels"].get("role") == "camera"]
+        running = [device["models"].get(MODEL, {}).get("running") for device in cameras]
+        return len(running) == self.outcome.swarm + 3 and all(found == wanted for found in running)
+
+    def _model_of(self, name: str) -> dict[str, Any]:
+        with self.server.client() as client:
+            shown = client.get(f"/api/v1/devices/{name}")
+        found: dict[str, Any] = next((model for model in shown["models"] if model["model"] == MODEL), {})
+        return found
+
+    def _refusal(self, name: str) -> str:
+        model = self._model_of(name)
+        return str(model.get("detail")) if model.get("reason") == reasons.DIGEST_MISMATCH else ""
+
+    def _blobs(self, release: Release) -> list[str]:
+        """Return every digest under which the weights of a release can be fetched."""
+        digests = []
+        with self.server.client() as client:
+            for variant in release.config.variants:
+                digests.append(variant.digest)
+                found = client.get(f"/api/v1/blobs/{variant.digest}/info")
+                digests += [encoding["digest"] for encoding in found["encodings"]]
+        return digests
+
+
+def _ready(port: int, model: str) -> bool:
+    import http.client
+
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", f"/v2/models/{model}/ready")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _progress(shown: dict[str, Any]) -> str:
+    real, simulated = shown["counts"]["real"], shown["counts"]["simulated"]
+
+    def both(*names: str) -> str:
+        return f"{sum(real.get(name, 0) for name in names)} real + {sum(simulated.get(name, 0) for name in names)} simulated"
+
+    stage = shown["stage"]
+    share = f"stage {stage + 1} of {shown['stages_total']}" if stage >= 0 else "not started"
+    if 0 <= stage < len(shown["stages"]):
+        share += f" ({100 * shown['stages'][stage]['share']:g} %)"
+    line = f"{shown['state']:<9} {share}: exposed {both('exposed')}, confirmed {both('confirmed', 'confirmed_idle')}"
+    failed = sum(real.get(name, 0) + simulated.get(name, 0) for name in ("returned", "failed", "refused"))
+    if failed or shown["state"] not in ("running", "done"):
+        line += f", went back {both('returned', 'failed', 'reverted', 'withdrawn')}"
+    return line + (f" — {shown['reason']}" if shown["reason"] else "")
+
+
+def tell(folder: Path, console: Console, *, swarm: int = SWARM_DEVICES, keep: bool = False) -> bool:
+    """Run the demo; return whether everything came out. With `keep` the processes stay."""
+    demo = Demo(folder, console, swarm=swarm)
+    finished = False
+    try:
+        demo.run()
+        finished = True
+    finally:
+        demo.outcome.check("the story was told to its end", finished)
+        demo.outcome.write(folder / "report.json")
+        console.print()
+        demo.outcome.show(console)
+        console.print(f"report: {folder / 'report.json'}")
+        if not (keep and finished):
+            demo.stop()
+    if keep:
+        _look_around(demo, console)
+    return demo.outcome.good
+
+
+def _look_around(demo: Demo, console: Console) -> None:
+    data = os.path.relpath(demo.server.folder)
+    agent = demo.agents["cam-1"]
+    console.print(f"""
+Everything goes on running. Look around:
+  export WHERRY_DATA={data}
+  wherry fleet; wherry rollout list; wherry device show cam-1
+  wherry-agent status --home {os.path.relpath(agent.home)}
+  curl -s localhost:{agent.http_port}/v2/models/{MODEL}
+Press Ctrl-C to end it.""")
+    try:
+        while demo.server.child is not None and demo.server.child.alive():
+            time.sleep(1)
+    except KeyboardInterrupt:
+        console.print("ending")
+    finally:
+        demo.stop()
