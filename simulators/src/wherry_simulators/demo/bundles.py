@@ -92,10 +92,10 @@ class Releases:
                 return value, words
         raise RuntimeError("golden vectors cover every class that the demo knows")
 
-    def spoil(
+    def change(
         self, base: Release, version: str, edit: Callable[[onnx.ModelProto, int], onnx.ModelProto], value: int
     ) -> Release:
-        """Make `version`: every variant of `base` edited, its golden vectors kept and passed."""
+        """Make `version`: every variant of `base` through `edit`, its golden vectors kept and passed."""
         files: dict[str, Path] = {}
         work = self.folder / f"edited-{version}"
         work.mkdir(parents=True, exist_ok=True)
@@ -107,14 +107,12 @@ class Releases:
         packed = pack.repack(base.path, self.folder, version=version, files=files)
         return self.read(packed.path)
 
-    def copy_as(self, base: Release, version: str) -> Release:
-        """Make `version` with the very files of `base`."""
-        layout = Layout(base.path)
-        files = {variant.id: layout.path(variant.digest) for variant in base.config.variants}
-        return self.read(pack.repack(base.path, self.folder, version=version, files=files).path)
+    def stamp(self, base: Release, version: str) -> Release:
+        """Make `version`: the same networks as `base` in other files, as a new export would give."""
+        return self.change(base, version, _stamped, 0)
 
     def alter_weights(self, release: Release) -> Release:
-        """Copy a signed bundle and flip one byte in the middle of its weights."""
+        """Copy a signed bundle, signature and all, and flip one byte in the middle of its weights."""
         path = self.folder / f"{release.model}-{release.version}-altered"
         shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(release.path, path)
@@ -124,6 +122,13 @@ class Releases:
             data[len(data) // 2] ^= 0x40
             blob.write_bytes(bytes(data))
         return Release(release.model, release.version, path, release.manifest, release.config)
+
+
+def _stamped(model: onnx.ModelProto, _value: int) -> onnx.ModelProto:
+    edited = onnx.ModelProto()
+    edited.CopyFrom(model)
+    edited.doc_string = "exported again"
+    return edited
 
 
 FAULTS: dict[str, Callable[[onnx.ModelProto, int], onnx.ModelProto]] = {

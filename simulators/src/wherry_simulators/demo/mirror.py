@@ -7,6 +7,7 @@ what comes back. Lengths, ranges and ETags stay right, so only a digest can noti
 from __future__ import annotations
 
 import http.client
+import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -66,8 +67,11 @@ class Mirror:
         finally:
             connection.close()
         self.forwarded += 1
-        lying = any(digest in path for digest in self._lies) and not path.endswith("/info")
-        if lying and answer.status in (200, 206) and data:
+        lying = any(digest in path for digest in self._lies)
+        if lying and path.endswith("/info"):
+            # other encodings of the same blob are other objects: lie about those as well
+            self._lies.update(one["digest"] for one in json.loads(data).get("encodings", ()))
+        elif lying and answer.status in (200, 206) and data:
             middle = len(data) // 2
             data = data[:middle] + bytes([data[middle] ^ 0x40]) + data[middle + 1 :]
             self.lied += 1

@@ -13,7 +13,6 @@ from typing import Any
 
 from rich.console import Console
 
-from wherry_server.client import Client
 from wherry_shared import publishing, reasons
 from wherry_shared.errors import RefusedError, UnreachableError
 from wherry_shared.publishing import PublisherKey
@@ -113,9 +112,8 @@ class Demo:
         ]
         self.special = makes.uncovered_class(self.releases["1.1.0"])
         for version, fault in FAULTS.items():
-            self.releases[version] = makes.spoil(self.releases["1.1.0"], version, fault, self.special[0])
-        self.releases["1.4.0"] = makes.copy_as(self.releases["1.1.0"], "1.4.0")
-        self.releases["altered"] = makes.alter_weights(self.releases["1.4.0"])
+            self.releases[version] = makes.change(self.releases["1.1.0"], version, fault, self.special[0])
+        self.releases["1.4.0"] = makes.stamp(self.releases["1.1.0"], "1.4.0")
         self.console.print(variants_table(honest))
         for row in self.outcome.kept_out:
             self.console.print(f"  kept out of {row['bundle']}: {row['id']}: {row['why']}")
@@ -140,10 +138,10 @@ class Demo:
         self._agent("cam-3", token, {"role": "camera", "ring": "wide"}, ["onnxruntime"], server=self.mirror.address)
         self._agent("mic-1", token, {"role": "microphone", "ring": "wide"}, ["ai-edge-litert"])
         table = write_json(self.folder / "behaviours.json", self._behaviours())
-        swarm_token = self.server.token(self.outcome.swarm, {"role": "camera", "ring": "wide"})
-        self.swarm = SwarmChild(
-            self.server.address, swarm_token, self.outcome.swarm, table, self.folder / "logs"
-        ).start()
+        if self.outcome.swarm:
+            token = self.server.token(self.outcome.swarm, {"role": "camera", "ring": "wide"})
+            logs = self.folder / "logs"
+            self.swarm = SwarmChild(self.server.address, token, self.outcome.swarm, table, logs).start()
         expected = {"real": len(self.agents), "simulated": self.outcome.swarm}
         wait_for("all devices to enrol", lambda: self._counts() == expected, STEP_S, every_s=0.5)
         self.outcome.real = expected["real"]
@@ -158,7 +156,7 @@ class Demo:
             self._rollout(MODEL, "1.0.0", CAMERAS, [1.0]) as shown,
             self._rollout(PITCH, "1.0.0", 'name = "mic-1"', [1.0], confirmed_min=0) as pitch,
         ):
-            for name in ("cam-1", "cam-2"):
+            for name in ("cam-1", "cam-2", "cam-3"):
                 port = self.agents[name].http_port
                 wait_for(f"{name} to serve", partial(_ready, port, MODEL), STEP_S)
                 self.traffic.append(Traffic(name, port, MODEL, requests(self.special[0]), REQUESTS_PER_S).start())
@@ -197,9 +195,10 @@ class Demo:
 
     def _altered(self) -> None:
         assert self.mirror is not None
-        honest, altered = self.releases["1.4.0"], self.releases["altered"]
+        honest = self.releases["1.4.0"]
         with self._remote() as remote:
             publishing.sign(honest.path, remote, PublisherKey.open(self._key))
+            altered = Releases(self.folder / "bundles", self.console.print).alter_weights(honest)
             try:
                 publishing.push(altered.path, remote, PublisherKey.open(self._key))
             except RefusedError as error:
@@ -207,7 +206,7 @@ class Demo:
                 self.outcome.refused_by_server += 1
             publishing.push(honest.path, remote, PublisherKey.open(self._key))
         self.outcome.check("the server refused the altered bundle", self.outcome.refused_by_server == 1)
-        self.mirror.lie_about(*self._blobs(honest))
+        self.mirror.lie_about(*(variant.digest for variant in honest.config.variants))
         with self._rollout(MODEL, "1.4.0", 'name = "cam-3"', [1.0], confirmed_min=0) as shown:
             refused = wait_for("cam-3 to refuse", lambda: self._refusal("cam-3"), STEP_S)
             self.console.print(f"  cam-3, behind a mirror that lies, refuses: {refused}")
@@ -215,7 +214,7 @@ class Demo:
             with self.server.client() as client:
                 client.post(f"/api/v1/rollouts/{shown['number']}/abort")
             self._follow(shown)
-        still = self._model_of("cam-3").get("running_target") == f"{MODEL}/1.1.0"
+        still = self._model_of("cam-3").get("version") == "1.1.0"
         self.outcome.check("the agent refused what the lying mirror served, and still runs 1.1.0", still)
 
     def _end(self) -> None:
@@ -279,9 +278,8 @@ class Demo:
 
     def _counts(self) -> dict[str, int]:
         with self.server.client() as client:
-            fleet = client.get("/api/v1/fleet")
-        devices = fleet["devices"]
-        return {"real": int(devices["real"]), "simulated": int(devices["simulated"])}
+            devices = client.get("/api/v1/fleet")["devices"]
+        return {"real": int(devices["real"]["active"]), "simulated": int(devices["simulated"]["active"])}
 
     @contextmanager
     def _rollout(
@@ -326,22 +324,11 @@ class Demo:
                 self.console.print(f"  [red]stuck: {shown['why_not_yet']}[/]")
                 raise
 
-    def _devices(self, client: Client) -> Iterator[dict[str, Any]]:
-        after = ""
-        while True:
-            page = client.get("/api/v1/devices", after=after or None)
-            yield from page["devices"]
-            after = page["next"] or ""
-            if not after:
-                return
-
     def _all_run(self, version: str) -> bool:
         """Tell whether every camera says that it runs `version`."""
-        wanted = self.releases[version].manifest
         with self.server.client() as client:
-            cameras = [device for device in self._devices(client) if device["labels"].get("role") == "camera"]
-        running = [device["models"].get(MODEL, {}).get("running") for device in cameras]
-        return len(running) == self.outcome.swarm + 3 and all(found == wanted for found in running)
+            model = client.get("/api/v1/fleet")["models"].get(MODEL, {"versions": {}})
+        return bool(model["versions"] == {version: {"real": 3, "simulated": self.outcome.swarm}})
 
     def _model_of(self, name: str) -> dict[str, Any]:
         with self.server.client() as client:
@@ -352,16 +339,6 @@ class Demo:
     def _refusal(self, name: str) -> str:
         model = self._model_of(name)
         return str(model.get("detail")) if model.get("reason") == reasons.DIGEST_MISMATCH else ""
-
-    def _blobs(self, release: Release) -> list[str]:
-        """Return every digest under which the weights of a release can be fetched."""
-        digests = []
-        with self.server.client() as client:
-            for variant in release.config.variants:
-                digests.append(variant.digest)
-                found = client.get(f"/api/v1/blobs/{variant.digest}/info")
-                digests += [encoding["digest"] for encoding in found["encodings"]]
-        return digests
 
 
 def _ready(port: int, model: str) -> bool:
