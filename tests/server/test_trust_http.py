@@ -66,6 +66,11 @@ def test_a_stale_bin_gets_412(server: Running, tmp_path: Path) -> None:
         current = http.get(f"/api/v1/trust/bins/{signed.role}")
         assert (current.headers["etag"], current.headers["wherry-role"]) == (f'"{signed.version}"', signed.role)
         assert current.content == signed.kept.read_bytes()
+        entries = http.get("/api/v1/audit").json()
+        text = str(entries)
+    for action in ("publisher.add", "bin.put"):
+        assert action in text
+    assert signed.role in text
 
 
 def test_publishers_set_policies_and_renew_by_command(server: Running, tmp_path: Path) -> None:

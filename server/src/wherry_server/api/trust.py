@@ -12,7 +12,9 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
+from wherry_server import audit
 from wherry_server.auth import Identity, ServicesDep, require
+from wherry_server.services import Services
 from wherry_server.trust import MODELS_MAX
 from wherry_shared.errors import RefusedError
 from wherry_shared.limits import TUF_METADATA_BYTES_MAX
@@ -44,12 +46,13 @@ async def trust_state(services: ServicesDep, _who: Viewing) -> dict[str, Any]:
 
 
 @router.post("/publishers")
-async def add_publisher(body: NewPublisher, services: ServicesDep, _who: Administrating) -> dict[str, Any]:
+async def add_publisher(body: NewPublisher, services: ServicesDep, who: Administrating) -> dict[str, Any]:
     """Delegate models to a publisher; where the targets key is offline this needs a ceremony."""
     pems = [*body.public_keys_pem, *([body.public_key_pem] if body.public_key_pem else [])]
     publisher = await run_in_threadpool(
         services.trust.add_publisher, body.name, pems, body.models, threshold=body.threshold
     )
+    await _record(services, who, "publisher.add", publisher.name, models=body.models, keys=list(publisher.keyids))
     return {
         "name": publisher.name,
         "models": list(publisher.models),
@@ -77,7 +80,7 @@ async def put_bin(
     request: Request,
     response: Response,
     services: ServicesDep,
-    _who: Publishing,
+    who: Publishing,
     if_match: Annotated[str, Header()] = "",
 ) -> dict[str, Any]:
     """Replace a bin or publisher role by its next version, signed by its publisher."""
@@ -94,6 +97,7 @@ async def put_bin(
         if len(data) > TUF_METADATA_BYTES_MAX:
             raise RefusedError("bin_too_large", f"more than {TUF_METADATA_BYTES_MAX} bytes")
     state = await run_in_threadpool(services.trust.accept_bin, role, bytes(data), int(expected[1]))
+    await _record(services, who, "bin.put", role, replaces=int(expected[1]), state=state)
     if state == "proposed":
         response.status_code = 202
     return {"role": role, "state": state}
@@ -106,9 +110,16 @@ async def proposal(role: str, services: ServicesDep, _who: Viewing) -> Response:
 
 
 @router.delete("/proposals/{role}", status_code=204)
-async def withdraw_proposal(role: str, services: ServicesDep, _who: Publishing) -> None:
+async def withdraw_proposal(role: str, services: ServicesDep, who: Publishing) -> None:
     """Drop a proposal, so that another can be made."""
     await run_in_threadpool(services.trust.withdraw, role)
+    await _record(services, who, "bin.withdraw", role)
+
+
+async def _record(services: Services, who: Identity, action: str, subject: str, **details: Any) -> None:
+    """Write into the audit chain what happened to trust; the metadata themselves are create-only and say it too."""
+    async with services.database.write() as connection:
+        await audit.append(connection, services.project, f"token:{who.name}", action, subject, **details)
 
 
 def _answer(role: str, version: int, data: bytes) -> Response:
