@@ -16,6 +16,7 @@ from wherry_agent.answering import memory
 from wherry_agent.answering.arms import CLASSES_MAX, Counter, load_variant
 from wherry_agent.answering.gate import RunGate
 from wherry_agent.answering.helpers import Helpers, Overrun
+from wherry_agent.answering.published import Published
 from wherry_agent.answering.registry import Registry
 from wherry_agent.children import Serve, ServeModel, Serving
 from wherry_agent.workers.loader import Loader
@@ -63,6 +64,27 @@ def test_a_call_that_overruns_is_left_behind_and_its_result_dropped():
             return False
 
     until(again, "helpers are free again")
+    helpers.close()
+
+
+def test_an_endless_candidate_is_asked_to_stop_when_nobody_waits_for_it(tmp_path: Path):
+    """A call left behind would burn a core for ever, and slow down the incumbent that answers instead."""
+    good = loadable(models.scale(tmp_path / "good.onnx", 2.0))
+    quick = loadable(models.slow(tmp_path / "quick.onnx", 3.0, turns=1), "1.1.0")
+    endless = msgspec.structs.replace(quick, path=str(models.slow(tmp_path / "endless.onnx", 3.0, turns=10**12)))
+    helpers = Helpers()
+    published = Published(
+        active=load_variant(endless),
+        counter=Counter(endless, "candidate", "t"),
+        incumbent=load_variant(good),
+        incumbent_counter=Counter(good, "incumbent"),
+        trial="t",
+        deadline_s=0.05,
+    )
+    answer = published.answer(RunGate(1), helpers, {"x": np.ones((1, 4), np.float32)})
+    assert (answer.fallback, answer.outputs["y"][0, 0]) == (True, 2.0)
+    until(lambda: helpers.stuck == 0, "the engine gives up the call")
+    assert published.counter.stats().errors == 1
     helpers.close()
 
 

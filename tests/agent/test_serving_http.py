@@ -342,6 +342,23 @@ def test_more_connections_than_the_cap_wait_and_none_is_refused(endpoint: Endpoi
         sock.close()
 
 
+def test_the_longest_idle_connection_makes_room_for_one_that_waits(endpoint: Endpoint, monkeypatch):
+    monkeypatch.setattr(listener, "CONNECTIONS_MAX", 2)
+    monkeypatch.setattr(listener, "IDLE_SECONDS_WHEN_FULL", 0.2)
+    oldest, newer = endpoint.connect(), endpoint.connect()
+    for sock in (oldest, newer):
+        sock.sendall(request(ONES))
+        assert read_one(sock)[0] == 200
+    with endpoint.connect() as waiting:
+        waiting.sendall(request(ONES))
+        assert read_one(waiting)[0] == 200
+        assert oldest.recv(1) == b"", "the oldest was closed"
+        newer.sendall(request(ONES))
+        assert read_one(newer)[0] == 200
+    oldest.close()
+    newer.close()
+
+
 def test_draining_answers_what_is_in_flight_and_closes_idle_connections(tmp_path: Path):
     endpoint = Endpoint(tmp_path)
     endpoint.publish("scale", loadable(models.slow(tmp_path / "s.onnx", 2.0, turns=3000)))

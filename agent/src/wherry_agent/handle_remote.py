@@ -122,9 +122,16 @@ class WorkerClient:
         connection: _UnixConnection | None = getattr(self._local, "connection", None)
         if connection is None:
             connection = self._local.connection = _UnixConnection(self._path, self._timeout_s)
-        elif connection.sock is not None and select.select([connection.sock], [], [], 0)[0]:
+        elif connection.sock is not None and _readable(connection.sock):
             connection.close()  # readable while nothing was asked: the other side closed an idle connection
         return connection
+
+
+def _readable(sock: socket.socket) -> bool:
+    """Tell whether something (or the end) waits to be read; by poll, since an application may have many descriptors."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _body(inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> bytes:

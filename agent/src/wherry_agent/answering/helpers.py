@@ -1,7 +1,7 @@
 """Threads that run a candidate, so that one which overruns can be left behind.
 
-A native call can't be stopped. What can be done is to stop waiting: the caller gets its answer elsewhere, and the late
-result is dropped when it comes. At most `STUCK_MAX` calls are left behind at once; beyond that a candidate gets no more
+A native call can't be stopped from outside; some engines can be asked to stop between two operators. What can always be
+done is to stop waiting: the caller gets its answer elsewhere, and the late result is dropped when it comes. At most `STUCK_MAX` calls are left behind at once; beyond that a candidate gets no more
 threads, which counts as its failure.
 """
 
@@ -43,8 +43,8 @@ class Helpers:
         self._stuck = 0
         self._closed = False
 
-    def run(self, function: Callable[[], T], timeout_s: float) -> T:
-        """Run `function` in a helper and wait for it.
+    def run(self, function: Callable[[], T], timeout_s: float, on_overrun: Callable[[], None] | None = None) -> T:
+        """Run `function` in a helper and wait for it; `on_overrun` may try to end it when nobody waits any more.
 
         Raises:
             Overrun: it did not end within `timeout_s`; its result is dropped when it comes.
@@ -61,13 +61,22 @@ class Helpers:
         queue.put(call)  # type: ignore[arg-type]
         if not call.done.wait(timeout_s):
             with self._lock:
-                if not call.done.is_set():
+                overrun = not call.done.is_set()
+                if overrun:
                     call.error = Overrun()  # tells the helper that nobody waits any more
                     self._stuck += 1
-                    raise Overrun(f"no answer within {timeout_s:.3f} s")
+            if overrun:
+                if on_overrun is not None:
+                    on_overrun()
+                raise Overrun(f"no answer within {timeout_s:.3f} s")
         if call.error is not None:
             raise call.error
         return call.result
+
+    @property
+    def stuck(self) -> int:
+        """How many calls still run that nobody waits for."""
+        return self._stuck
 
     def close(self) -> None:
         """Let idle helpers end; busy ones end after their call."""

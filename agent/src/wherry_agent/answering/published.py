@@ -15,7 +15,7 @@ from wherry_agent.answering.arms import Counter, Loaded
 from wherry_agent.answering.gate import RunGate
 from wherry_agent.answering.helpers import Helpers, Overrun
 from wherry_shared.engines.errors import BadInput, EngineFault
-from wherry_shared.engines.session import Array
+from wherry_shared.engines.session import Array, Interrupt
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,10 @@ class Published:
         # the permit stays with this thread: a candidate that overran must not keep the incumbent from answering
         try:
             try:
-                results, engine_ns = helpers.run(lambda: _timed(active, inputs, outputs), self.deadline_s)
+                interrupt = Interrupt()
+                results, engine_ns = helpers.run(
+                    lambda: _timed(active, inputs, outputs, interrupt), self.deadline_s, interrupt.interrupt
+                )
             except (EngineFault, Overrun) as fault:
                 return self._fall_back(fault, inputs, outputs)
         finally:
@@ -129,9 +132,15 @@ def _as_fault(fault: EngineFault | Overrun) -> EngineFault:
     return fault if isinstance(fault, EngineFault) else EngineFault("deadline", str(fault))
 
 
-def _timed(loaded: Loaded, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> tuple[dict[str, Array], int]:
+def _timed(
+    loaded: Loaded,
+    inputs: Mapping[str, Array],
+    outputs: Sequence[str] | None,
+    interrupt: Interrupt | None = None,
+) -> tuple[dict[str, Array], int]:
+    results: dict[str, Array] = {}
     started = time.perf_counter_ns()
-    results = loaded.bound.run_checked(inputs, outputs)
+    loaded.bound.run_into(results, inputs, outputs, interrupt)
     return results, time.perf_counter_ns() - started
 
 

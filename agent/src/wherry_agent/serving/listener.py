@@ -21,9 +21,12 @@ log = logging.getLogger(__name__)
 
 CONNECTIONS_MAX = 64
 """More wait in the listening queue until one ends."""
+IDLE_SECONDS_WHEN_FULL = 5.0
+"""With others waiting, a connection that was idle for so long makes room."""
 LINGER_SECONDS = 1.0
 LINGER_BYTES_MAX = 1 << 22
 ACCEPT_PAUSE_SECONDS = 0.1
+FULL_POLL_MS = 250
 
 
 class _Client:
@@ -33,6 +36,13 @@ class _Client:
         self.socket = sock
         self.connection = Connection(sock)
         self.waiting = True
+        self.since = time.monotonic()
+        """When it began to wait."""
+
+    def hang_up(self) -> None:
+        """Let the thread of an idle connection see its end; what the client sent in this moment is still answered."""
+        with contextlib.suppress(OSError):  # closed in this moment by its client
+            self.socket.shutdown(socket.SHUT_RD)
 
 
 class HttpServer:
@@ -60,8 +70,7 @@ class HttpServer:
             self._draining = True
             for client in self._clients:
                 if client.waiting and client.connection.idle:
-                    with contextlib.suppress(OSError):  # closed in this moment by its client
-                        client.socket.shutdown(socket.SHUT_RD)
+                    client.hang_up()
             started = self._acceptor.is_alive()
         self._wake()
         if started:
@@ -87,13 +96,29 @@ class HttpServer:
                         poll.unregister(fd)
                     else:
                         poll.register(fd, select.POLLIN)
-            for fd, _ in poll.poll():
+            ready = poll.poll(FULL_POLL_MS if full else None)
+            if not ready:
+                self._make_room()
+            for fd, _ in ready:
                 if fd == self._wake_read:
                     os.read(fd, 4096)
                 elif len(self._clients) < CONNECTIONS_MAX:
                     self._take(by_fd[fd])
         for listener in self._listeners:
             listener.close()
+
+    def _make_room(self) -> None:
+        """All connections are taken: if somebody waits in a queue, hang up on the one that was idle longest."""
+        poll = select.poll()
+        for queue in self._listeners:
+            poll.register(queue, select.POLLIN)
+        if not poll.poll(0):
+            return
+        with self._lock:
+            idle = [client for client in self._clients if client.waiting and client.connection.idle]
+        longest = min(idle, key=lambda client: client.since, default=None)
+        if longest is not None and time.monotonic() - longest.since >= IDLE_SECONDS_WHEN_FULL:
+            longest.hang_up()
 
     def _take(self, listener: socket.socket) -> None:
         try:
@@ -114,6 +139,7 @@ class HttpServer:
     def _serve(self, client: _Client) -> None:
         try:
             while not self._draining or not client.connection.idle:
+                client.since = time.monotonic()
                 client.waiting = True
                 request = client.connection.read()
                 client.waiting = False

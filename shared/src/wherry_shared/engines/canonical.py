@@ -21,7 +21,7 @@ from wherry_shared.bundle import Format, Interface, TensorSpec, axis_bounds
 from wherry_shared.engines import load
 from wherry_shared.engines.checks import check_outputs, fits
 from wherry_shared.engines.errors import BadInput, EngineFault
-from wherry_shared.engines.session import DTYPES, Array, EngineLimits, NativeTensor, Session
+from wherry_shared.engines.session import DTYPES, Array, EngineLimits, Interrupt, NativeTensor, Session
 
 SHAPES_REMEMBERED_MAX = 1024
 """Input shapes that one `Bound` remembers as good; more are checked in full at each call."""
@@ -127,9 +127,7 @@ class Bound:
         self._batch_axis = _batch_axis(interface)
         self._good: dict[Any, int] = {}
         # an engine that can run what was checked here, without checking it again
-        self._run_checked: Callable[[list[str], dict[str, Array]], list[Array]] | None = getattr(
-            session, "run_checked", None
-        )
+        self._run_checked: Callable[..., list[Array]] | None = getattr(session, "run_checked", None)
         plain = self._same_in and not batch and all(spec.name in self._native_in for spec in interface.inputs)
         self._direct = self._run_checked if plain else None
         """The short way: canonical names are native names, and one call of the engine is the whole answer."""
@@ -182,9 +180,15 @@ class Bound:
         return results
 
     def run_into(
-        self, results: dict[str, Array], inputs: Mapping[str, Array], outputs: Sequence[str] | None = None
+        self,
+        results: dict[str, Array],
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None = None,
+        interrupt: Interrupt | None = None,
     ) -> None:
         """Run on inputs that `check` passed, and put the outputs into `results`, which a failure may leave half full.
+
+        `interrupt` lets another thread end the call, where the engine can.
 
         Raises:
             BadInput: a requested output does not exist.
@@ -196,12 +200,12 @@ class Bound:
             check_outputs(self._native_out, outputs)
             plan = [self._plan_of[name] for name in outputs]
             native = [self._native_out[name] for name in outputs]
-        if self._direct is not None and inputs.__class__ is dict:
+        if self._direct is not None and interrupt is None and inputs.__class__ is dict:
             values = self._direct(native, inputs)
         elif self.batch and self._batch_axis is not None:
-            values = self._in_batches(inputs, [output.spec.name for output in plan], native)
+            values = self._in_batches(inputs, [output.name for output in plan], native, interrupt)
         else:
-            values = self._once(inputs, native)
+            values = self._once(inputs, native, interrupt)
         for (name, finite, good, spec), value in zip(plan, values, strict=True):
             if finite:
                 # the cheapest test first: a finite sum of squares has finite squares, a large one may only overflow
@@ -268,21 +272,23 @@ class Bound:
             if isinstance(axis, str) and lengths.setdefault(axis, length) != length:
                 raise BadInput(f"input {spec.name!r}: axis {axis!r} is {length} here and {lengths[axis]} elsewhere")
 
-    def _once(self, inputs: Mapping[str, Array], native: list[str]) -> list[Array]:
+    def _once(self, inputs: Mapping[str, Array], native: list[str], interrupt: Interrupt | None) -> list[Array]:
         feed: dict[str, Array]
         if self._same_in and inputs.__class__ is dict and len(inputs) == len(self._native_in):
             feed = inputs
         else:
             feed = {self._native_in[name]: value for name, value in inputs.items() if name in self._native_in}
         if self._run_checked is not None:
-            return self._run_checked(native, feed)
+            return self._run_checked(native, feed, interrupt)
         try:
             results = self.session.run(feed, native)
         except BadInput as error:  # the interface allowed it, so the file is not what the interface says
             raise EngineFault("run_failed", f"the model refuses input that its interface allows: {error}") from error
         return [results[name] for name in native]
 
-    def _in_batches(self, inputs: Mapping[str, Array], names: list[str], native: list[str]) -> list[Array]:
+    def _in_batches(
+        self, inputs: Mapping[str, Array], names: list[str], native: list[str], interrupt: Interrupt | None
+    ) -> list[Array]:
         batched_in = {spec.name for spec in self.interface.inputs if spec.shape[:1] == [self._batch_axis]}
         batched_out = {spec.name for spec in self.interface.outputs if spec.shape[:1] == [self._batch_axis]}
         total = next(len(value) for name, value in inputs.items() if name in batched_in)
@@ -300,7 +306,7 @@ class Bound:
                     else value
                     for name, value in part.items()
                 }
-            results = self._once(part, native)
+            results = self._once(part, native, interrupt)
             parts.append(
                 [value[:count] if name in batched_out else value for name, value in zip(names, results, strict=True)]
             )

@@ -9,7 +9,7 @@ from typing import Any
 from wherry_shared.bundle import Datatype
 from wherry_shared.engines.checks import check_native
 from wherry_shared.engines.errors import EngineFault, OutOfMemory
-from wherry_shared.engines.session import Array, EngineLimits, NativeTensor
+from wherry_shared.engines.session import Array, EngineLimits, Interrupt, NativeTensor
 from wherry_shared.errors import DeviceError, RefusedError
 
 NAME = "onnxruntime"
@@ -65,6 +65,7 @@ class OrtSession:
         self._output_names = [tensor.name for tensor in self._outputs]
         self._by_name = {tensor.name: tensor for tensor in self._inputs}
         self._known_outputs = frozenset(self._output_names)
+        self._run_options = runtime.RunOptions
         # `InferenceSession.run` checks names again and looks for providers to fall back to, 0.6 µs a call; what it wraps
         # is used where it is there, since names are checked here and there is one provider
         inner = getattr(session, "_sess", None)
@@ -82,10 +83,14 @@ class OrtSession:
         names = self._output_names if outputs is None else list(outputs)
         return dict(zip(names, self.run_checked(names, dict(inputs)), strict=True))
 
-    def run_checked(self, names: list[str], feed: dict[str, Array]) -> list[Array]:
+    def run_checked(self, names: list[str], feed: dict[str, Array], interrupt: Interrupt | None = None) -> list[Array]:
         """Run once on a feed whose names, datatypes and shapes the caller has checked: the short way of `canonical`."""
+        options = None
+        if interrupt is not None:
+            options = self._run_options()
+            interrupt.attach(lambda: setattr(options, "terminate", True))  # obeyed between two operators
         try:
-            return self._run(names, feed, None)
+            return self._run(names, feed, options)
         except Exception as error:  # see __init__
             if self._run is _closed:
                 raise RuntimeError("run on a closed session") from None

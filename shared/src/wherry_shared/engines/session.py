@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -32,6 +32,26 @@ class EngineLimits:
     """What an engine may take: `slots` calls at once (an engine that can't share one instance opens so many)."""
 
     slots: int = field(default_factory=lambda: max(1, len(os.sched_getaffinity(0))))
+
+
+class Interrupt:
+    """Lets another thread end a call that nobody waits for any more, where the engine can do that (onnxruntime)."""
+
+    def __init__(self) -> None:
+        self._end: Callable[[], None] | None = None
+        self._wanted = False
+
+    def attach(self, end: Callable[[], None]) -> None:
+        """Say how the call that begins now is ended; called by an engine."""
+        self._end = end
+        if self._wanted:
+            end()
+
+    def interrupt(self) -> None:
+        """End the call, now or when it begins; it then raises `EngineFault`, which nobody may be there to see."""
+        self._wanted = True
+        if self._end is not None:
+            self._end()
 
 
 @runtime_checkable
