@@ -495,6 +495,24 @@ def test_when_the_only_bytes_are_a_liars_nothing_is_kept(device, server, key, tm
     assert isinstance(device.fetch(manifest), Fetched)
 
 
+@pytest.mark.parametrize("which", ["weights", "config", "manifest"])
+def test_a_blob_that_the_disk_changed_is_fetched_again(device: Device, bundle: Path, which: str):
+    manifest = manifest_of(bundle)
+    device.resolve(f"{MODEL}/1.0.0", manifest)
+    device.fetch(manifest)
+    layout = Layout(bundle)
+    digests = {
+        "weights": variant_of(bundle).digest,
+        "config": layout.bundle()[1].config.digest,
+        "manifest": manifest,
+    }
+    path = Store(device.home, Disk()).path_of(digests[which])
+    right = path.read_bytes()
+    path.write_bytes(bytes([right[0] ^ 1]) + right[1:])
+    assert isinstance(device.fetch(manifest), Fetched)
+    assert path.read_bytes() == right
+
+
 def test_progress_is_told(device: Device, bundle: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("wherry_agent.courier.PROGRESS_EVERY_S", 0.0)
     manifest = manifest_of(bundle)

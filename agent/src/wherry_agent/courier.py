@@ -189,8 +189,7 @@ def _fetch(task: Fetch, emit: Emit, disk: Disk) -> Fetched:
     wanted = {variant.golden.digest: variant.golden.bytes, variant.digest: variant.bytes}
     if config.assets is not None:
         wanted[config.assets.digest] = config.assets.bytes
-    missing = {digest: length for digest, length in wanted.items() if not blobs.store.has(digest, length)}
-    total = sum(missing.values())
+    total = sum(length for digest, length in wanted.items() if not blobs.store.has(digest, length))
     last = time.monotonic()
 
     def report(_count: int) -> None:
@@ -201,7 +200,7 @@ def _fetch(task: Fetch, emit: Emit, disk: Disk) -> Fetched:
             emit(Progress(done_bytes=min(blobs.wire_bytes, total), total_bytes=total))
 
     blobs.report = report
-    for digest, length in missing.items():
+    for digest, length in wanted.items():
         blobs.bring(digest, length)
     if config.assets is not None:
         blobs.store.unpack(config.assets.digest, config.assets.files)

@@ -29,6 +29,8 @@ BACKOFF_S = 0.5
 BACKOFF_MAX_S = 10.0
 PROGRESS_BYTES_MIN = 64 * limits.KIB
 """A try that brought this much is not counted: a bad line gets there in the end, bounded by the blob's length."""
+ENCODED_BYTES_MIN = 16 * limits.KIB
+"""Below this an encoding saves less than asking for it costs."""
 INFO_BYTES_MAX = 64 * limits.KIB
 
 Sleep = Callable[[float], None]
@@ -101,9 +103,11 @@ class Blobs:
             UnreachableError: `network`.
             DeviceError: `disk_full` or `disk`.
         """
-        if self.store.has(digest, length):
+        if self.store.intact(digest, length):
             return
-        choice = self._encoding(digest, length) if encoded else None
+        if self.store.has(digest, length):
+            self.store.forget(self.store.path_of(digest))  # it was right once; the disk changed it
+        choice = self._encoding(digest, length) if encoded and length >= ENCODED_BYTES_MIN else None
         self._check_space(length + (choice.bytes if choice else 0))
         if choice is not None and self._bring_encoded(choice, digest, length):
             return

@@ -24,9 +24,9 @@ import msgspec
 from wherry_agent.disk import Disk, Part
 from wherry_shared.bundle import Asset
 from wherry_shared.digest import CHUNK_BYTES, check_digest, hex_of, of_bytes
-from wherry_shared.errors import RefusedError
+from wherry_shared.errors import DeviceError, RefusedError
 from wherry_shared.limits import MIB
-from wherry_shared.reasons import DIGEST_MISMATCH
+from wherry_shared.reasons import DIGEST_MISMATCH, DISK
 
 SYNC_BYTES = 4 * MIB
 """A kill costs at most this much of a download."""
@@ -188,6 +188,23 @@ class Store:
     def has(self, digest: str, length: int) -> bool:
         """Tell whether the verified blob is here, whole."""
         return is_whole(self.path_of(digest), length)
+
+    def intact(self, digest: str, length: int) -> bool:
+        """Tell whether the blob is here and still what it was when it was verified: reads all of it.
+
+        Raises:
+            DeviceError: `disk`.
+        """
+        if not self.has(digest, length):
+            return False
+        sha = hashlib.sha256()
+        try:
+            with self.path_of(digest).open("rb") as file:
+                while chunk := file.read(CHUNK_BYTES):
+                    sha.update(chunk)
+        except OSError as error:
+            raise DeviceError(DISK, f"{digest}: {error.strerror or error}", next_step="check the disk") from error
+        return sha.hexdigest() == hex_of(digest)
 
     def part(self, digest: str, length: int, *, final: Path | None = None) -> Partial:
         """Begin or resume a blob, which gets the name `final` in the end (its own by default).
