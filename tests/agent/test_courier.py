@@ -6,6 +6,7 @@ import base64
 import errno
 import json
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -573,9 +574,19 @@ def test_a_device_that_is_not_enrolled_says_so(tmp_path: Path):
 # --- the process --------------------------------------------------------------------------------
 
 
-def courier(data: bytes) -> tuple[int, list[dict]]:
+def courier(data: bytes, *, file_bytes_max: int = resource.RLIM_INFINITY) -> tuple[int, list[dict]]:
+    """Run a courier; no file that it writes can grow beyond `file_bytes_max`, as on a full disk."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes_max, file_bytes_max))
+
     done = subprocess.run(
-        [sys.executable, "-m", "wherry_agent.courier"], input=data, capture_output=True, timeout=60, check=False
+        [sys.executable, "-B", "-m", "wherry_agent.courier"],
+        input=data,
+        capture_output=True,
+        timeout=60,
+        check=False,
+        preexec_fn=limit,
     )
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -591,6 +602,27 @@ def test_the_process_takes_a_task_and_says_a_result(device: Device):
 def test_the_process_exits_cleanly_from_what_is_no_task(data: bytes):
     code, lines = courier(data)
     assert (code, lines[-1]["kind"], lines[-1]["reason"]) == (0, "failed", reasons.CHILD_FAILED)
+
+
+@pytest.mark.parametrize("room", [0, 300, 1500])
+def test_without_room_for_trust_the_process_says_so_and_keeps_what_was(device: Device, room: int):
+    device.refresh()
+    before = sorted(path.name for path in (device.home / "trust").iterdir())
+    task = Refresh(**{**device.common(), "current": 0})
+    code, lines = courier(msgspec.json.encode(task), file_bytes_max=room)
+    assert (code, lines[-1].get("reason")) == (0, reasons.DISK_FULL)
+    assert sorted(path.name for path in (device.home / "trust").iterdir()) == before
+    assert isinstance(device.refresh(), Refreshed)
+
+
+def test_a_disk_that_fills_up_in_a_download_is_said_so_and_the_rest_resumes(device: Device, bundle: Path):
+    manifest, variant = manifest_of(bundle), variant_of(bundle)
+    device.resolve(f"{MODEL}/1.0.0", manifest)
+    task = Fetch(home=str(device.home), server=device.server, manifest=manifest, variant="float", tries_max=2)
+    code, lines = courier(msgspec.json.encode(task), file_bytes_max=variant.bytes // 2)
+    assert (code, lines[-1].get("reason")) == (0, reasons.DISK_FULL)
+    assert not Store(device.home, Disk()).has(variant.digest, variant.bytes)
+    assert isinstance(device.fetch(manifest), Fetched)
 
 
 # --- downloads, one source at a time --------------------------------------------------------------

@@ -345,7 +345,7 @@ class Keeper:
                 fetcher = _Online(self._http, scratch) if online else _Offline(scratch)
                 yield self._open(scratch, fetcher)
             except OSError as error:
-                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
                 reason = reasons.DISK_FULL if full else reasons.DISK
                 raise DeviceError(reason, f"trust: {error.strerror or error}") from error
             finally:
