@@ -155,7 +155,7 @@ class Moved(_Decision, tag="moved", frozen=True, kw_only=True):
 Decision: TypeAlias = Expose | Withdraw | Moved
 
 
-class Why(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Why(msgspec.Struct, frozen=True, kw_only=True):
     """Why a rollout is not further yet: a stable code, and how much of what is needed is there."""
 
     code: str

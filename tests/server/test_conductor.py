@@ -1,0 +1,401 @@
+"""Rollouts carried on over a database, with devices that speak frames; the director's turns are taken by hand."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from tests.server.fleet_kit import MODEL, PROJECT, Fleet, fleet, manifest_of, run
+from wherry_server import conductor as conducting
+from wherry_server import rollouts
+from wherry_server.lease import Lease
+from wherry_server.offers import Composer
+from wherry_server.targeting import exposed, key_of, signed
+from wherry_shared.errors import RefusedError, UnreachableError
+
+SHORT = {"trial": {"max_s": 30}, "late_s": 60, "silent_s": 60, "stage_max_s": 600}
+
+
+async def nobody_above_the_cut_off(found: Fleet, number: int) -> None:
+    """The property of stages, over the rows of a rollout."""
+    (row,) = await found.rows("SELECT id, salt, progress FROM rollout WHERE number = :n", n=number)
+    shown = await found.show(number)
+    async with found.database.read() as connection:
+        progress = conducting.evidence.load_progress((await rollouts.find(connection, PROJECT, number)).progress)
+    share = shown["plan"]["stages"][progress.stage]["share"]
+    assigned = await found.rows("SELECT device_id, share_key, stratum FROM assignment WHERE rollout_id = :r", r=row.id)
+    for one in assigned:
+        key = key_of(row.salt, one.device_id)
+        assert one.share_key == signed(key)
+        assert exposed(key, one.stratum, progress.cut_offs, share)
+
+
+def test_a_good_bundle_goes_through_its_stages_to_everybody(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            await found.enrol(30, version="1.0.0")
+            await found.enrol(10, version="1.0.0", simulated=True)
+            number = await found.roll_out("1.1.0", stages=[{"share": 0.05}, {"share": 0.25}, {"share": 1.0}])
+            sizes = []
+            for _ in range(20):
+                await found.turn()
+                await nobody_above_the_cut_off(found, number)
+                sizes.append(len(await found.rows("SELECT 1 FROM assignment")))
+                if (await found.show(number))["state"] == "done":
+                    break
+            shown = await found.show(number)
+            assert shown["state"] == "done"
+            assert sorted(set(sizes)) == [2, 10, 40]
+            assert (shown["counts"]["real"]["confirmed"], shown["counts"]["simulated"]["confirmed"]) == (30, 10)
+            assert {device.running for device in found.devices.values()} == {manifest_of("1.1.0")}
+            assert all(device.offered == {manifest_of("1.1.0"): 1} for device in found.devices.values())
+            froms = await found.rows("SELECT DISTINCT from_manifest, from_target FROM assignment")
+            assert [tuple(row) for row in froms] == [(manifest_of("1.0.0"), f"{MODEL}/1.0.0")]
+
+    run(work())
+
+
+def test_a_bad_bundle_halts_and_everybody_is_back(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            devices = await found.enrol(20, version="1.0.0")
+            for device in devices[::2]:
+                device.behaviours["1.1.0"] = "bad"
+            number = await found.roll_out("1.1.0", stages=[{"share": 0.5}, {"share": 1.0}])
+            shown = await found.until(number, "halted")
+            assert shown["reason"] == "failure_bound"
+            assert {device.running for device in devices} == {manifest_of("1.0.0")}
+            counts = shown["counts"]["real"]
+            assert counts["exposed"] == 10
+            assert counts["returned"] + counts["reverted"] == 10
+            assert counts["returned"] > 0
+            assert counts["confirmed"] == counts["pending"] == counts["revert_pending"] == 0
+            # nobody is offered it any more, also not by the same plan again: it is known bad on this hardware
+            again = await found.roll_out("1.1.0")
+            await found.turn()
+            await found.turn()
+            assert (await found.show(again))["why_not_yet"][0]["code"] == "held"
+            # unless a person says so with another attempt
+            await found.command(again, "abort")
+            for device in devices:
+                device.behaviours.clear()
+            assert (await found.until(await found.roll_out("1.1.0", attempt=2), "done"))["state"] == "done"
+
+    run(work())
+
+
+def test_a_halt_writes_the_offer_of_every_assigned_device_in_its_own_transaction(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            devices = await found.enrol(10, version="1.0.0")
+            for device in devices:
+                device.behaviours["1.1.0"] = "stuck"
+            for device in devices[:2]:
+                device.behaviours["1.1.0"] = "bad"
+            number = await found.roll_out("1.1.0", failure={"count": 1})
+            await found.turn()
+            for device in devices:
+                device.online = False  # they hear nothing of the halt
+            await found.turn()
+            shown = await found.show(number)
+            assert shown["reason"] == "failure_bound"
+            offers = await found.rows("SELECT models, serial FROM offer")
+            assert all(manifest_of("1.0.0") in row.models and row.serial == 2 for row in offers)
+            assert shown["counts"]["real"]["withdrawn"] == 8
+
+    run(work())
+
+
+def test_a_device_that_is_away_is_reverted_at_its_next_hello(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            devices = await found.enrol(6, version="1.0.0")
+            number = await found.roll_out("1.1.0", revert_s=100)
+            await found.until(number, "done")
+            devices[0].online = False
+            await found.command(number, "revert")
+            await found.turn()
+            await found.turn()
+            await found.turn()
+            shown = await found.show(number)
+            assert (shown["state"], shown["counts"]["real"]["revert_pending"]) == ("returning", 1)
+            assert shown["why_not_yet"][0] == {"code": "revert_pending", "have": 5, "need": 6, "unit": "devices"}
+            await found.turn(seconds=101)
+            shown = await found.show(number)
+            assert (shown["state"], shown["counts"]["real"]["revert_pending"]) == ("reverted", 1)
+            devices[0].online = True
+            await found.say_hello([devices[0]])
+            await found.turn()
+            await found.turn()
+            assert devices[0].running == manifest_of("1.0.0")
+            assert (await found.show(number))["counts"]["real"]["reverted"] == 6
+
+    run(work())
+
+
+def test_a_first_release_that_fails_leaves_devices_as_empty_as_they_were(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0")
+            devices = await found.enrol(4)
+            for device in devices[:3]:
+                device.behaviours["1.0.0"] = "bad"
+            number = await found.roll_out("1.0.0", failure={"count": 1})
+            await found.until(number, "halted")
+            assert {device.running for device in devices} == {""}
+
+    run(work())
+
+
+def test_trouble_around_a_device_is_no_failure_of_the_bundle(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            devices = await found.enrol(4, version="1.0.0")
+            devices[0].behaviours["1.1.0"] = "disk"
+            number = await found.roll_out("1.1.0", failure={"count": 0})
+            await found.turn()
+            await found.turn()
+            shown = await found.show(number)
+            assert (shown["state"], shown["stages"][0]["counts"]["pending"]) == ("running", 1)
+            assert ("exposed", "disk_full") in {(one["outcome"], one["reason"]) for one in shown["outcomes"]}
+            assert shown["why_not_yet"][0]["code"] == "in_flight"
+
+    run(work())
+
+
+def test_quiet_devices_are_counted_apart_after_their_deadline(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.1.0")
+            devices = await found.enrol(10)
+            devices[0].behaviours["1.1.0"] = "mute"
+            devices[1].behaviours["1.1.0"] = "stuck"
+            number = await found.roll_out("1.1.0", **SHORT)
+            await found.turn()
+            async with found.database.write() as connection:  # an hour ago
+                hour = 3_600_000_000
+                await connection.execute(
+                    text("UPDATE assignment SET exposed_at = exposed_at - :h, noticed_at = max(0, noticed_at - :h)"),
+                    {"h": hour},
+                )
+            shown = await found.until(number, "done")
+            counts = shown["stages"][0]["counts"]
+            assert (counts["silent"], counts["late"], counts["confirmed"]) == (1, 1, 8)
+
+    run(work())
+
+
+def test_newcomers_join_the_stage_that_their_key_gives_them(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            await found.enrol(20)
+            number = await found.roll_out("1.1.0", stages=[{"share": 0.5, "soak_s": 1000}, {"share": 1.0}])
+            await found.turn()
+            late = await found.enrol(30)
+            for _ in range(3):
+                await found.turn()
+            await nobody_above_the_cut_off(found, number)
+            running = sum(device.running != "" for device in late)
+            assert 3 < running < 27
+            assert (await found.show(number))["stage"] == 0
+
+    run(work())
+
+
+def test_a_release_that_is_done_reaches_newcomers_and_only_the_newest_does(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            await found.enrol(5)
+            first = await found.roll_out("1.0.0")
+            await found.until(first, "done")
+            second = await found.roll_out("1.1.0")
+            await found.until(second, "done")
+            (late,) = await found.enrol(1)
+            for _ in range(3):
+                await found.turn()
+            assert late.offered == {manifest_of("1.1.0"): 1}
+            assert (await found.show(second))["state"] == "done"
+
+    run(work())
+
+
+TAKEOVERS = [
+    ({}, False),
+    ({"supersede": True}, True),
+    ({"priority": 1}, True),
+    ({"priority": -1, "supersede": True}, False),
+]
+
+
+@pytest.mark.parametrize(("wish", "taken"), TAKEOVERS)
+def test_a_device_of_an_active_rollout_is_taken_over_only_by_an_explicit_rule(tmp_path: Path, wish: dict, taken: bool):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            devices = await found.enrol(4)
+            first = await found.roll_out("1.0.0", stages=[{"share": 1.0, "soak_s": 1000}])
+            await found.turn()
+            second = await found.roll_out("1.1.0", **wish)
+            await found.turn()
+            await found.turn()
+            wanted = manifest_of("1.1.0") if taken else manifest_of("1.0.0")
+            assert {device.running for device in devices} == {wanted}
+            shown = await found.show(first)
+            assert shown["counts"]["real"]["superseded"] == (4 if taken else 0)
+            if taken:  # a revert of the older one leaves alone what it no longer has
+                await found.until(second, "done")
+                await found.command(first, "revert")
+                await found.until(first, "reverted")
+                assert {device.running for device in devices} == {wanted}
+            else:
+                assert (await found.show(second))["why_not_yet"][0]["code"] == "held"
+
+    run(work())
+
+
+def test_roll_back_on_one_device_brings_what_it_ran_before(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            devices = await found.enrol(3, version="1.0.0")
+            await found.until(await found.roll_out("1.1.0"), "done")
+            made = await rollouts.roll_back(found.database, PROJECT, "test", MODEL, devices[0].id)
+            await found.until(made["number"], "done")
+            assert [device.running for device in devices] == [
+                manifest_of("1.0.0"),
+                manifest_of("1.1.0"),
+                manifest_of("1.1.0"),
+            ]
+            back = await rollouts.roll_back(found.database, PROJECT, "test", MODEL, None)
+            assert back["number"] == made["number"]  # the newest that reached a device
+            with pytest.raises(RefusedError) as caught:
+                await rollouts.roll_back(found.database, PROJECT, "test", "pitch", None)
+            assert caught.value.code == "nothing_to_roll_back"
+
+    run(work())
+
+
+def test_a_large_stage_takes_several_turns_each_of_which_judges_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.1.0")
+            devices = await found.enrol(30)
+            for device in devices:
+                device.behaviours["1.1.0"] = "bad"
+            number = await found.roll_out("1.1.0", failure={"count": 3})
+            await found.until(number, "halted")
+            assert 10 <= (await found.show(number))["counts"]["real"]["exposed"] <= 20
+
+    monkeypatch.setattr(conducting, "EXPOSED_PER_TURN", 10)
+    run(work())
+
+
+class Interrupting(Composer):
+    """Signs offers, and at the first one somebody else aborts the rollout."""
+
+    def __init__(self, file: Path, inner: Composer) -> None:
+        self.file, self.inner, self.done = file, inner, False
+
+    def compose(self, *arguments):
+        if not self.done:
+            self.done = True
+            with closing(sqlite3.connect(self.file)) as other, other:
+                other.execute("UPDATE rollout SET wanted = 'abort', revision = revision + 1")
+        return self.inner.compose(*arguments)
+
+
+def test_a_decision_made_on_what_is_no_longer_so_is_thrown_away(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.1.0")
+            await found.enrol(5)
+            number = await found.roll_out("1.1.0")
+            found.conductor.composer = Interrupting(tmp_path / "wherry.sqlite", found.conductor.composer)
+            await found.conductor.turn()
+            assert await found.rows("SELECT 1 FROM assignment") == []
+            assert await found.rows("SELECT 1 FROM offer") == []
+            assert (await found.until(number, "aborted"))["state"] == "aborted"
+
+    run(work())
+
+
+def test_only_the_holder_of_the_lease_writes(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.1.0")
+            await found.enrol(5)
+            await found.roll_out("1.1.0")
+            other = Lease(found.database, PROJECT, "director")
+            assert not await other.hold()
+            async with found.database.write() as connection:
+                await connection.execute(text("UPDATE lease SET expires_at = 0"))
+            assert await other.hold()
+            await found.conductor.turn()
+            assert await found.rows("SELECT 1 FROM assignment") == []
+            async with found.database.write() as connection:
+                await other.check(connection)
+                with pytest.raises(UnreachableError) as caught:
+                    await found.conductor.lease.check(connection)
+            assert caught.value.code == "lease_lost"
+
+    run(work())
+
+
+def test_every_decision_is_recorded_with_its_evidence(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.1.0")
+            await found.enrol(5)
+            number = await found.roll_out("1.1.0")
+            await found.until(number, "done")
+            async with found.database.read() as connection:
+                decided = await rollouts.decisions(connection, PROJECT, number, 0)
+            kinds = [[one["decision"] for one in row["decisions"]] for row in decided]
+            assert kinds == [["moved", "expose"], ["moved"]]
+            assert decided[-1]["evidence"]["stages"] == [{"confirmed": 5}]
+            assert [row["revision"] for row in decided] == [2, 3]
+
+    run(work())
+
+
+def test_a_plan_with_strata_takes_its_share_of_each(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.1.0")
+            await found.enrol(40, site="berlin")
+            await found.enrol(8, site="oslo")
+            wish = {"strata": ["label.site"], "stages": [{"share": 0.25, "soak_s": 1000}, {"share": 1.0}]}
+            number = await found.roll_out("1.1.0", **wish)
+            await found.turn()
+            rows = await found.rows("SELECT stratum, count(*) AS devices FROM assignment GROUP BY stratum")
+            assert {row.stratum: row.devices for row in rows} == {"berlin": 10, "oslo": 2}
+            await nobody_above_the_cut_off(found, number)
+
+    run(work())
+
+
+def test_a_device_that_already_runs_the_bundle_goes_back_to_where_it_came_from(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            pilots = await found.enrol(2, version="1.0.0", pilot="yes")
+            others = await found.enrol(2, version="1.0.0")
+            await found.until(await found.roll_out("1.1.0", selector="label.pilot = yes"), "done")
+            everyone = await found.roll_out("1.1.0")
+            await found.until(everyone, "done")
+            await found.command(everyone, "revert")
+            await found.until(everyone, "reverted")
+            assert {device.running for device in [*pilots, *others]} == {manifest_of("1.0.0")}
+
+    run(work())

@@ -1,0 +1,302 @@
+"""What devices say is stored once and acknowledged without gaps, whatever comes between."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.server.fleet_kit import FakeDevice, Fleet, fleet, manifest_of, run
+from wherry_server.streams import AHEAD_MAX, SEQ_MAX, Position
+from wherry_shared import frames, ids, wire
+from wherry_shared.errors import RefusedError
+
+# --- one stream ---------------------------------------------------------------------------------
+
+STREAMS = [
+    # messages as (seq, first) → contiguous, lost, new ones
+    ("in order", [(1, 1), (2, 1), (3, 2)], 3, 0, [1, 2, 3]),
+    ("repeated", [(1, 1), (1, 1), (2, 1), (1, 1)], 2, 0, [1, 2]),
+    ("a gap stays open", [(1, 1), (3, 1)], 1, 0, [1, 3]),
+    ("a gap closes", [(1, 1), (3, 1), (2, 1)], 3, 0, [1, 3, 2]),
+    ("out of order", [(3, 1), (2, 1), (1, 1)], 3, 0, [3, 2, 1]),
+    ("first jumps", [(1, 1), (9, 8)], 7, 6, [1, 9]),
+    ("first jumps to the message itself", [(1, 1), (9, 9)], 9, 7, [1, 9]),
+    ("first jumps over what was stored ahead", [(1, 1), (4, 1), (6, 6)], 6, 3, [1, 4, 6]),
+    ("begins late", [(50, 50), (51, 50)], 51, 49, [50, 51]),
+    ("an old one after the jump is no news", [(9, 9), (3, 1)], 9, 8, [9]),
+]
+
+
+@pytest.mark.parametrize(
+    ("messages", "contiguous", "lost", "new"), [row[1:] for row in STREAMS], ids=[r[0] for r in STREAMS]
+)
+def test_a_stream_moves_on_by_its_rules(messages: list, contiguous: int, lost: int, new: list[int]):
+    position = Position()
+    taken = [seq for seq, first in messages if position.accept(seq, first) == "new"]
+    assert (position.contiguous, position.lost, taken) == (contiguous, lost, new)
+
+
+@pytest.mark.parametrize(("seq", "first"), [(0, 0), (1, 0), (1, 2), (-1, -1), (SEQ_MAX + 1, 1), (5, -3)])
+def test_numbers_that_cannot_be_are_refused(seq: int, first: int):
+    with pytest.raises(RefusedError) as caught:
+        Position().accept(seq, first)
+    assert caught.value.code == "stream_invalid"
+
+
+def test_a_message_far_above_a_gap_is_refused_and_comes_again():
+    position = Position()
+    with pytest.raises(RefusedError) as caught:
+        position.accept(AHEAD_MAX + 1, 1)
+    assert caught.value.code == "stream_ahead"
+    assert position.contiguous == 0
+
+
+@given(st.integers(1, 40), st.integers(0, 2**32))
+@settings(max_examples=200)
+def test_delivery_in_any_order_with_repeats_stores_each_once_and_acknowledges_all(count: int, seed: int):
+    chance = random.Random(seed)
+    sent = [number for number in range(1, count + 1) for _ in range(chance.randint(1, 3))]
+    chance.shuffle(sent)
+    position = Position()
+    new = []
+    for seq in sent:
+        if position.accept(seq, 1) == "new":
+            new.append(seq)
+        held = set(new)
+        assert position.contiguous == next(n for n in range(count + 1) if n + 1 not in held)
+    assert sorted(new) == list(range(1, count + 1))
+    assert (position.contiguous, position.lost, position.ahead) == (count, 0, set())
+
+
+# --- through the database -----------------------------------------------------------------------
+
+
+def telemetry(device: FakeDevice, seq: int, first: int = 1, **more: Any) -> bytes:
+    window = wire.Window(
+        model="m", manifest="sha256:1", variant="v", arm="incumbent", start=1, duration_us=5, requests=3
+    )
+    values = {"format": 1, "device": device.id, "epoch": "t1", "seq": seq, "first": first, "at": 1, "windows": [window]}
+    return device.frame("telemetry", wire.Telemetry(**{**values, **more}))
+
+
+def report(device: FakeDevice, seq: int, first: int = 1, **more: Any) -> bytes:
+    values = {"format": 1, "device": device.id, "epoch": "e1", "seq": seq, "first": first, "at": 1, "model": "m"}
+    return device.frame("report", wire.Report(**{**values, "state": "confirmed", "running": "sha256:1", **more}))
+
+
+def acked(device: FakeDevice, answers: list[tuple[str, bytes]]) -> list[tuple[str, str, int]]:
+    found = []
+    for name, frame in answers:
+        assert name == device.id
+        ack = wire.parse(wire.Ack, frames.unseal(device.key, "ack", device.id, frame))
+        found.append((ack.stream, ack.epoch, ack.seq))
+    return found
+
+
+def test_repeats_gaps_and_jumps_over_batches_keep_the_log_and_the_acknowledgement_right(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            (device,) = await found.enrol(1)
+            store = found.ingest.store
+            assert acked(device, await store("telemetry", [(device.id, telemetry(device, 1))])) == [
+                ("telemetry", "t1", 1)
+            ]
+            assert acked(device, await store("telemetry", [(device.id, telemetry(device, 3))])) == [
+                ("telemetry", "t1", 1)
+            ]
+            assert acked(device, await store("telemetry", [(device.id, telemetry(device, 3))])) == [
+                ("telemetry", "t1", 1)
+            ]
+            assert acked(device, await store("telemetry", [(device.id, telemetry(device, 2))])) == [
+                ("telemetry", "t1", 3)
+            ]
+            assert acked(device, await store("telemetry", [(device.id, telemetry(device, 9, 8))])) == [
+                ("telemetry", "t1", 7)
+            ]
+            assert acked(device, await store("telemetry", [(device.id, telemetry(device, 8, 8))])) == [
+                ("telemetry", "t1", 9)
+            ]
+            logged = await found.rows("SELECT seq FROM telemetry_log ORDER BY seq")
+            assert [row.seq for row in logged] == [1, 2, 3, 8, 9]
+            assert len(await found.rows("SELECT 1 FROM telemetry_window")) == 5
+            (stream,) = await found.rows("SELECT contiguous, highest, lost FROM stream")
+            assert tuple(stream) == (9, 9, 4)
+            assert found.ingest.lost == 4
+
+    run(work())
+
+
+def test_two_ingests_over_one_database_agree_on_what_is_new(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            from wherry_server.ingest import Ingest
+
+            (device,) = await found.enrol(1)
+            other = Ingest(found.database, found.services.master_key, "default")
+            await found.ingest.store("report", [(device.id, report(device, 1)), (device.id, report(device, 2))])
+            answers = await other.store("report", [(device.id, report(device, 2)), (device.id, report(device, 3))])
+            assert acked(device, answers) == [("report", "e1", 3)]
+            assert len(await found.rows("SELECT 1 FROM report_log")) == 3
+
+    run(work())
+
+
+def test_only_a_newer_report_replaces_the_current_row(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            (device,) = await found.enrol(1)
+            store = found.ingest.store
+
+            async def current() -> tuple[str, int]:
+                (row,) = await found.rows("SELECT running, seq FROM device_model WHERE model = 'm'")
+                return row.running, row.seq
+
+            await store("report", [(device.id, report(device, 2, running="sha256:2"))])
+            await store("report", [(device.id, report(device, 1, running="sha256:1"))])
+            assert await current() == ("sha256:2", 2)
+            # a new journal is newer, though its numbers begin again; the old epoch is old news from then on
+            await store("report", [(device.id, report(device, 1, epoch="e2", running="sha256:9"))])
+            assert await current() == ("sha256:9", 1)
+            await store("report", [(device.id, report(device, 3, running="sha256:3"))])
+            assert await current() == ("sha256:9", 1)
+
+    run(work())
+
+
+def spoiled(found: Fleet, device: FakeDevice, other: FakeDevice) -> dict[str, tuple[str, str, bytes]]:
+    """One message per way of being wrong: name → (expected code, device by topic, frame)."""
+    good = report(device, 1)
+    stranger = ids.new_device_id()
+    key = frames.device_key(found.services.master_key, stranger)
+    foreign = wire.Report(format=1, device=other.id, epoch="e1", seq=1, first=1, at=1, model="m", state="confirmed")
+    unknown = wire.Report(format=1, device=stranger, epoch="e1", seq=1, first=1, at=1, model="m", state="confirmed")
+
+    def sealed(payload: bytes) -> bytes:
+        return frames.seal(device.key, "report", device.id, payload)
+
+    return {
+        "altered": ("frame_forged", device.id, good[:-2] + b" }"),
+        "under another key": ("frame_forged", device.id, frames.seal(b"k" * 32, "report", device.id, b"{}")),
+        "on another device's topic": ("frame_forged", other.id, good),
+        "of another kind": ("frame_forged", device.id, frames.seal(device.key, "hello", device.id, b"{}")),
+        "names another device": ("message_foreign", device.id, sealed(wire.encode(foreign))),
+        "no frame": ("frame_invalid", device.id, b"hello"),
+        "empty": ("frame_invalid", device.id, b""),
+        "not JSON": ("message_invalid", device.id, sealed(b"\xff\x00{")),
+        "not a report": ("message_invalid", device.id, sealed(b'{"format": 1}')),
+        "nested without end": ("message_invalid", device.id, sealed(b"[" * 5000)),
+        "of a later format": ("message_format", device.id, sealed(good[44:].replace(b'"format":1', b'"format":2'))),
+        "numbers beyond any table": ("message_invalid", device.id, report(device, 1, requests=1 << 63)),
+        "a negative number": ("message_invalid", device.id, report(device, 1, errors=-1)),
+        "a stream that cannot be": ("stream_invalid", device.id, report(device, 1, first=7)),
+        "too large": ("frame_too_large", device.id, report(device, 1, detail="x" * 100_000)),
+        "not enrolled": ("device_unknown", stranger, frames.seal(key, "report", stranger, wire.encode(unknown))),
+        "no device id": ("bad_topic", "nobody", good),
+    }
+
+
+def test_what_is_wrong_with_a_message_is_counted_and_stops_nobody(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            device, other, healthy = await found.enrol(3)
+            for seq, (name, (code, topic, frame)) in enumerate(spoiled(found, device, other).items(), 1):
+                before = found.ingest.refused[code]
+                answers = await found.ingest.store("report", [(topic, frame), (healthy.id, report(healthy, seq))])
+                assert found.ingest.refused[code] == before + 1, name
+                assert (healthy.id, seq) in [
+                    (d, wire.parse(wire.Ack, f[44:]).seq) for d, f in answers if d == healthy.id
+                ], name
+            assert {row.device_id for row in await found.rows("SELECT device_id FROM report_log")} == {healthy.id}
+
+    run(work())
+
+
+def test_a_revoked_device_is_heard_no_more(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            (device,) = await found.enrol(1)
+            from sqlalchemy import text
+
+            async with found.database.write() as connection:
+                await connection.execute(text("UPDATE device SET state = 'revoked'"))
+            assert await found.ingest.store("report", [(device.id, report(device, 1))]) == []
+            assert found.ingest.refused["device_unknown"] == 1
+
+    run(work())
+
+
+def test_a_hello_brings_facts_and_what_runs_but_no_older_word_than_a_report(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            (device,) = await found.enrol(1)
+
+            def hello(running: str, following: int) -> bytes:
+                said = msgspec.convert(
+                    {
+                        "format": 1,
+                        "device": device.id,
+                        "at": 1,
+                        "boot": "b2",
+                        "agent": "0.1.0",
+                        "offer_epoch": 1,
+                        "offer_serial": 7,
+                        "facts": {"arch": "aarch64"},
+                        "running": {"m": running},
+                        "streams": {"report": ["e1", 1, following]},
+                    },
+                    wire.Hello,
+                )
+                return device.frame("hello", said)
+
+            async def running() -> str:
+                (row,) = await found.rows("SELECT running FROM device_model WHERE model = 'm'")
+                value: str = row.running
+                return value
+
+            await found.ingest.store(
+                "report", [(device.id, report(device, n, running=f"sha256:{n}")) for n in (1, 2, 3)]
+            )
+            await found.ingest.store("hello", [(device.id, hello("sha256:old", 3))])  # said before the third report
+            assert await running() == "sha256:3"
+            await found.ingest.store("hello", [(device.id, hello("sha256:new", 4))])
+            assert await running() == "sha256:new"
+            (row,) = await found.rows("SELECT boot, offer_serial, facts, last_seen_at FROM device")
+            assert (row.boot, row.offer_serial) == ("b2", 7)
+            assert "aarch64" in str(row.facts)
+            assert row.last_seen_at > 0
+
+    run(work())
+
+
+def test_an_acknowledgement_carries_the_request_for_logs(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            (device,) = await found.enrol(1)
+            from wherry_server import fleet as devices
+
+            async with found.database.write() as connection:
+                at = await devices.request_logs(connection, "default", device.id)
+            ((_, frame),) = await found.ingest.store("report", [(device.id, report(device, 1))])
+            assert wire.parse(wire.Ack, frame[44:]).logs == at
+
+    run(work())
+
+
+def test_where_a_device_came_from_is_learned_from_its_report(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            (device,) = await found.enrol(1)
+            device.running = manifest_of("1.0.0")  # the server does not know: no hello said so
+            number = await found.roll_out("1.1.0")
+            await found.until(number, "done")
+            (row,) = await found.rows("SELECT from_manifest, from_target FROM assignment")
+            assert tuple(row) == (manifest_of("1.0.0"), "file-type/1.0.0")
+
+    run(work())

@@ -1,0 +1,154 @@
+"""One signed offer per device, with numbers that only rise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import text
+
+from tests.server.fleet_kit import MODEL, fleet, manifest_of, run
+from wherry_server import offers
+from wherry_server.offers import Composer, Current, Number, next_number
+from wherry_shared import dsse, wire
+from wherry_shared.errors import RefusedError
+
+numbers = st.builds(Number, st.integers(0, 5), st.integers(0, 50))
+
+NUMBERS = [
+    # stored, known by the device → next
+    ((0, 0), (0, 0), (1, 1)),
+    ((1, 1), (0, 0), (1, 2)),
+    ((1, 1), (1, 1), (1, 2)),
+    ((1, 7), (1, 3), (1, 8)),
+    ((1, 3), (1, 7), (1, 8)),  # restored from a backup
+    ((0, 0), (1, 7), (1, 8)),
+    ((1, 9), (2, 4), (2, 5)),  # the epoch was raised meanwhile
+    ((2, 4), (1, 9), (2, 5)),
+]
+
+
+@pytest.mark.parametrize(("stored", "known", "following"), NUMBERS)
+def test_the_next_number_is_above_the_row_and_above_what_the_device_knows(
+    stored: tuple, known: tuple, following: tuple
+):
+    assert next_number(Number(*stored), Number(*known)) == Number(*following)
+
+
+@given(numbers, numbers)
+def test_a_device_always_obeys_the_next_offer(stored: Number, known: Number):
+    following = next_number(stored, known)
+    assert following > stored
+    assert following > known
+
+
+def test_an_offer_is_signed_over_its_exact_bytes():
+    key = Ed25519PrivateKey.generate()
+    composer = Composer("default", "kid", key.sign)
+    entry = wire.OfferedModel(target="m/1.0.0", manifest=manifest_of("1.0.0"), rollout="r")
+    made = composer.compose("d" * 22, Current(Number(0, 0), Number(0, 0), {}), {"m": entry}, 1_000)
+
+    def check(message: bytes, signature: bytes) -> bool:
+        try:
+            key.public_key().verify(signature, message)
+        except InvalidSignature:
+            return False
+        return True
+
+    offer = wire.parse(wire.Offer, dsse.verify(dsse.OFFER_TYPE, made.envelope, {"kid": check}))
+    assert (offer.epoch, offer.serial, offer.issued_at) == (1, 1, 1_000)
+    assert offer.expires_at == 1_000 + offers.LIFE_US
+    assert offer.models == {"m": entry}
+    with pytest.raises(RefusedError):
+        dsse.verify("application/other", made.envelope, {"kid": check})
+
+
+def test_an_offer_that_no_message_can_carry_is_refused():
+    composer = Composer("default", "kid", lambda data: b"s" * 64)
+    entry = wire.OfferedModel(target="m/1.0.0", manifest=manifest_of("1.0.0"), rollout="r" * 500)
+    many = {f"m{number}": entry for number in range(200)}
+    with pytest.raises(RefusedError) as caught:
+        composer.compose("d" * 22, Current(Number(0, 0), Number(0, 0), {}), many, 1_000)
+    assert caught.value.code == "offer_too_large"
+
+
+def test_a_row_that_is_already_higher_stays(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            (device,) = await found.enrol(1)
+            composer = found.conductor.composer
+            none = Current(Number(1, 8), Number(0, 0), {})
+            newer = composer.compose(device.id, none, {}, 2)
+            older = composer.compose(device.id, none._replace(number=Number(1, 3)), {}, 1)
+            async with found.database.write() as connection:
+                await offers.write(connection, "default", [newer])
+                await offers.write(connection, "default", [older])
+            (row,) = await found.rows("SELECT serial FROM offer")
+            assert row.serial == 9
+
+    run(work())
+
+
+def test_a_hello_with_a_higher_number_is_answered_above_it_and_a_lower_one_by_the_current_row(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0")
+            behind, ahead = await found.enrol(2)
+            await found.until(await found.roll_out("1.0.0"), "done")
+            ahead.known = (1, 500)
+            async with found.database.write() as connection:
+                await connection.execute(text("UPDATE offer SET published = true"))
+            await found.say_hello([behind, ahead])
+            await found.turn()
+            rows = {row.device_id: row for row in await found.rows("SELECT device_id, serial, published FROM offer")}
+            assert (rows[behind.id].serial, rows[behind.id].published) == (1, 1)
+            assert (rows[ahead.id].serial, rows[ahead.id].published) == (501, 0)
+            assert ahead.known == (1, 501)
+            assert ahead.running == manifest_of("1.0.0")
+            behind.known = (0, 0)
+            await found.say_hello([behind])
+            found.conductor.outbox = Recorder()  # type: ignore[assignment]
+            await found.conductor.reconcile()
+            assert found.conductor.outbox.devices == [behind.id]  # type: ignore[union-attr]
+
+    run(work())
+
+
+class Recorder:
+    """An outbox that remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.devices: list[str] = []
+
+    async def again(self, devices: list[str]) -> None:
+        self.devices += devices
+
+    def wake(self) -> None:
+        """Nothing is published here."""
+
+
+def test_an_offer_past_half_of_its_life_is_signed_anew_with_the_same_content(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0")
+            (device,) = await found.enrol(1)
+            await found.until(await found.roll_out("1.0.0"), "done")
+            assert await found.conductor.resign() == 0
+            async with found.database.write() as connection:
+                await connection.execute(
+                    text("UPDATE offer SET issued_at = issued_at - :half"), {"half": offers.HALF_LIFE_US + 1}
+                )
+            assert await found.conductor.resign() == 1
+            (row,) = await found.rows("SELECT serial, models, published FROM offer")
+            assert (row.serial, row.published) == (2, 0)
+            assert manifest_of("1.0.0") in row.models
+            await found.exchange()
+            assert device.offered == {manifest_of("1.0.0"): 2}
+            assert device.running == manifest_of("1.0.0")
+            assert MODEL in row.models
+
+    run(work())
