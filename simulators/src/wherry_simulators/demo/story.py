@@ -23,7 +23,7 @@ from wherry_simulators.demo.mirror import Mirror
 from wherry_simulators.demo.outcome import Outcome, variants_table
 from wherry_simulators.demo.traffic import Traffic
 from wherry_simulators.fleet import Agent, Server, SwarmChild, write_json
-from wherry_simulators.processes import wait_for
+from wherry_simulators.processes import Child, wait_for
 
 SWARM_DEVICES = 200
 REQUESTS_PER_S = 15.0
@@ -102,9 +102,13 @@ class Demo:
 
     def _build(self) -> None:
         makes = Releases(self.folder / "bundles", lambda line: self.console.print(f"  [dim]{line}[/]"))
+        # the other model is built beside, by the command that a user would type
+        beside = ["wherry_optimizer.cli", "build", f"{PITCH}-1.0.0", "--output", str(makes.folder)]
+        builder = Child("build of pitch", beside, self.folder / "logs" / "build-pitch.log").start()
         for version in ("1.0.0", "1.1.0"):
             self.releases[version] = makes.build(f"{MODEL}-{version}")
-        self.pitch = makes.build(f"{PITCH}-1.0.0")
+        wait_for("pitch to be built", lambda: not builder.alive(), STEP_S)
+        self.pitch = makes.read(makes.folder / f"{PITCH}-1.0.0")
         honest = [*self.releases.values(), self.pitch]
         self.outcome.releases = honest
         self.outcome.kept_out = [
@@ -162,7 +166,8 @@ class Demo:
                 self.traffic.append(Traffic(name, port, MODEL, requests(self.special[0]), REQUESTS_PER_S).start())
             done = self._follow(shown)
             heard = self._follow(pitch)
-        self.outcome.check("1.0.0 reached every camera", done["state"] == "done" and self._all_run("1.0.0"))
+        wait_for("the last cameras to confirm 1.0.0", lambda: self._all_run("1.0.0"), STEP_S)
+        self.outcome.check("1.0.0 reached every camera", done["state"] == "done")
         self.outcome.check(
             "the TFLite device serves pitch", heard["state"] == "done" and _ready(self.agents["mic-1"].http_port, PITCH)
         )
@@ -176,7 +181,8 @@ class Demo:
         )
         with self._rollout(MODEL, "1.1.0", CAMERAS, [0.05, 0.25, 1.0]) as shown:
             wide = self._follow(shown)
-        self.outcome.check("1.1.0 reached every camera in stages", wide["state"] == "done" and self._all_run("1.1.0"))
+        wait_for("the last cameras to confirm 1.1.0", lambda: self._all_run("1.1.0"), STEP_S)
+        self.outcome.check("1.1.0 reached every camera in stages", wide["state"] == "done")
 
     def _faulty(self) -> None:
         for version in FAULTS:
