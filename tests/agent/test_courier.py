@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -58,7 +59,8 @@ from wherry_agent.courier_blobs import Blobs
 from wherry_agent.courier_http import Http
 from wherry_agent.disk import Disk
 from wherry_agent.store import Store
-from wherry_shared import dsse, reasons, wire
+from wherry_server.trust import Trust as ServerTrust
+from wherry_shared import dsse, key_files, reasons, wire
 from wherry_shared.bundle import Interface, TensorSpec
 from wherry_shared.digest import of_bytes
 from wherry_shared.errors import DeviceError, RefusedError, UnreachableError
@@ -299,6 +301,26 @@ def test_an_unknown_key_causes_one_refresh_and_is_refused(device: Device, server
     device.server = server.url
     later = time.time() + 61
     assert reason(device.verify(forged, wall_s=later)) == reasons.OFFER_INVALID
+
+
+def test_a_new_director_key_is_learnt_from_the_targets_role(tmp_path: Path):
+    with running_server(tmp_path / "server") as own:
+        device = Device(tmp_path / "device", own.url, own.enrolment_token, "rotates")
+        old = offer(own, device)
+        assert isinstance(device.verify(old), Verified)
+        folder = own.settings.trust_folder
+        (folder / "keys" / "director.pem").unlink()
+        key_files.create(folder / "keys" / "director.pem")
+        ceremony = ServerTrust.open(folder)
+        with ceremony._objects.locked():
+            content = Targets(version=2, delegations=ceremony._targets().signed.delegations)
+            ceremony._sign_targets(content, datetime.now(UTC))
+            ceremony._publish(datetime.now(UTC))
+        own.trust = ceremony
+        fresh = device.verify(offer(own, device, serial=2))
+        assert isinstance(fresh, Verified), fresh
+        assert fresh.trust.changed
+        assert reason(device.verify(old, wall_s=time.time() + 61)) == reasons.OFFER_INVALID
 
 
 def test_the_directors_name_under_a_thiefs_signature_is_refused(device: Device, server: RunningServer):
