@@ -349,6 +349,8 @@ def test_the_longest_idle_connection_makes_room_for_one_that_waits(endpoint: End
     for sock in (oldest, newer):
         sock.sendall(request(ONES))
         assert read_one(sock)[0] == 200
+        # the answer is here before the server's thread waits again: only then is it idle, in this order
+        until(lambda: all(client.waiting for client in endpoint.server._clients), "the server's threads wait")
     with endpoint.connect() as waiting:
         waiting.sendall(request(ONES))
         assert read_one(waiting)[0] == 200
