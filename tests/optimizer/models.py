@@ -1,0 +1,151 @@
+"""Small real networks and data for tests: trained nowhere, but with weights that decide something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+CLASSES = 6
+FEATURES = 48
+HIDDEN = 96
+
+
+def blobs(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return (count, 48) float32 points around six centres, and which centre each belongs to."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(0, 1, (CLASSES, FEATURES))
+    labels = rng.integers(0, CLASSES, count)
+    return (centres[labels] + rng.normal(0, 0.7, (count, FEATURES))).astype(np.float32), labels
+
+
+def classifier(
+    path: Path, *, opset: int = 15, constants: bool = False, batch: int | str = "N", name: str = "x"
+) -> Path:
+    """Write a two-layer network that names the centre a point is nearest to.
+
+    The first layer spreads the features over redundant hidden units, the second reads the distances off again by least
+    squares, so that both layers have weights that pruning can move between.
+    """
+    rng = np.random.default_rng(7)
+    first = (rng.normal(0, 1, (FEATURES, HIDDEN)) / np.sqrt(FEATURES)).astype(np.float32)
+    points, labels = blobs(2000, seed=5)
+    hidden = np.maximum(points @ first, 0)
+    second, *_ = np.linalg.lstsq(hidden, np.eye(CLASSES)[labels] * 4, rcond=None)
+    weights = {"first": first, "second": second.astype(np.float32)}
+    nodes = [
+        helper.make_node("MatMul", [name, "first"], ["h"], name="layer/one"),
+        helper.make_node("Relu", ["h"], ["r"], name="layer/relu"),
+        helper.make_node("MatMul", ["r", "second"], ["z"], name="layer/two"),
+        helper.make_node("Softmax", ["z"], ["p"], name="layer/out", axis=-1),
+    ]
+    initializers = []
+    for key, value in weights.items():
+        tensor = numpy_helper.from_array(value, key)
+        if constants:
+            nodes.insert(0, helper.make_node("Constant", [], [key], value=tensor))
+        else:
+            initializers.append(tensor)
+    graph = helper.make_graph(
+        nodes,
+        "classifier",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, FEATURES])],
+        [helper.make_tensor_value_info("p", TensorProto.FLOAT, [batch, CLASSES])],
+        initializers,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+    return path
+
+
+def conv(path: Path, *, size: int | str = "H") -> Path:
+    """Write a strided, padded convolution over images of free height and width, pooled to four numbers."""
+    rng = np.random.default_rng(3)
+    graph = helper.make_graph(
+        [
+            helper.make_node(
+                "Conv", ["image", "w"], ["c"], name="conv", strides=[2, 1], pads=[1, 0, 1, 2], dilations=[1, 2]
+            ),
+            helper.make_node("Relu", ["c"], ["r"]),
+            helper.make_node("GlobalAveragePool", ["r"], ["g"]),
+            helper.make_node("Flatten", ["g"], ["y"]),
+        ],
+        "conv",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 3, size, size if size != "H" else "W"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 4])],
+        [numpy_helper.from_array(rng.normal(0, 1, (4, 3, 3, 3)).astype(np.float32), "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    onnx.save(model, path)
+    return path
+
+
+RECIPE = """
+format = 1
+name = "blobs"
+version = "1.0.0"
+
+[licence]
+expression = "MIT"
+source = "tests"
+attribution = "the tests"
+
+[sources.onnx]
+path = "model.onnx"
+
+[data]
+kind = "npz"
+path = "data.npz"
+calibration = 64
+evaluation = 200
+
+[gate]
+drop_max = 0.05
+
+[golden]
+vectors = 8
+candidates = 24
+
+[measure]
+rounds = 3
+seconds = 0.2
+
+[[variants]]
+id = "float"
+source = "onnx"
+"""
+
+INT8 = """
+[[variants]]
+id = "int8"
+source = "onnx"
+passes = [{ use = "quantize-static" }]
+"""
+
+PRUNED = """
+[[variants]]
+id = "pruned-int8"
+source = "onnx"
+passes = [{ use = "prune-obs", sparsity = 0.5, minimum_elements = 500 }, { use = "quantize-static" }]
+"""
+
+RUINED = """
+[[variants]]
+id = "ruined"
+source = "onnx"
+passes = [{ use = "prune-obs", sparsity = 0.97, minimum_elements = 500, error_max = 10.0 }]
+"""
+
+
+def workshop(folder: Path, *variants: str, recipe: str = RECIPE) -> Path:
+    """Write a model, data and a recipe; return the recipe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    classifier(folder / "model.onnx")
+    points, labels = blobs(320, seed=1)
+    np.savez(folder / "data.npz", x=points, label=labels)
+    path = folder / "recipe.toml"
+    path.write_text(recipe + "".join(variants))
+    return path

@@ -1,0 +1,116 @@
+"""Golden vectors tell variants apart where anything can, and say so where nothing does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from tests.optimizer.models import blobs, classifier
+from wherry_optimizer import interface
+from wherry_optimizer.golden import Runnable, Runs, _cover, _steady, budget, configurations, select
+from wherry_optimizer.recipe import Hints
+from wherry_shared import golden
+from wherry_shared.errors import RefusedError
+from wherry_shared.facts import EngineFacts
+from wherry_shared.golden import Tolerance
+
+ORT = [EngineFacts(name="onnxruntime", version="1.32.0", formats=["onnx"])]
+
+
+def runnable(id_: str, path: Path) -> Runnable:
+    fitted = interface.derive(path, "onnx", {}, Hints())
+    return Runnable(id_, path, "onnx", fitted.interface, {}, 0, {}, ("onnxruntime",))
+
+
+def scaled(source: Path, target: Path, factor: float) -> Path:
+    graph = onnx.load(source)
+    weight = next(tensor for tensor in graph.graph.initializer if tensor.name == "second")
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(factor), "second"))
+    onnx.save(graph, target)
+    return target
+
+
+def candidates(count: int) -> list[dict[str, np.ndarray]]:
+    return [{"x": point[None]} for point in blobs(count, seed=21)[0]]
+
+
+def test_variants_that_differ_are_told_apart_and_twins_are_reported(tmp_path: Path) -> None:
+    path = classifier(tmp_path / "m.onnx")
+    variants = [
+        runnable("a", path),
+        runnable("b", scaled(path, tmp_path / "b.onnx", 1.05)),
+        runnable("twin", scaled(path, tmp_path / "t.onnx", 1.0)),
+    ]
+    found = select(
+        variants,
+        candidates(12),
+        ORT,
+        vectors=4,
+        sampled_above=4096,
+        synthetic=False,
+        budgets=dict.fromkeys("ab", 10**5) | {"twin": 10**5},
+    )
+    assert found.by_variant["a"].separates == ["b"]
+    assert found.by_variant["b"].separates == ["a", "twin"]
+    assert set(found.unseparated) == {("a", "twin"), ("twin", "a")}
+
+
+def test_the_tolerance_is_at_least_a_share_of_the_range(tmp_path: Path) -> None:
+    item = runnable("a", classifier(tmp_path / "m.onnx"))
+    found = select([item], candidates(8), ORT, vectors=8, sampled_above=4096, synthetic=True, budgets={"a": 10**5})
+    made = golden.decode(found.by_variant["a"].encoded)
+    values = np.concatenate([vector.expected["p"].values for vector in made.vectors])
+    assert made.tolerances["p"].atol >= 0.99e-4 * (values.max() - values.min())
+    assert made.tolerances["p"].argmax_margin == made.tolerances["p"].atol
+
+
+def test_vectors_stay_within_the_byte_budget_and_none_fitting_is_refused(tmp_path: Path) -> None:
+    item = runnable("a", classifier(tmp_path / "m.onnx"))
+    found = select([item], candidates(20), ORT, vectors=10, sampled_above=4096, synthetic=True, budgets={"a": 1600})
+    assert len(found.by_variant["a"].encoded) <= 1600
+    assert 1 <= found.by_variant["a"].vectors < 10
+    with pytest.raises(RefusedError) as caught:
+        select([item], candidates(4), ORT, vectors=4, sampled_above=4096, synthetic=True, budgets={"a": 100})
+    assert caught.value.code == "golden_too_large"
+
+
+def test_the_byte_budget_is_a_share_of_large_variants() -> None:
+    assert budget(1000) == 256_000
+    assert budget(10_000_000) == 1_000_000
+
+
+def test_large_outputs_are_kept_as_samples(tmp_path: Path) -> None:
+    item = runnable("a", classifier(tmp_path / "m.onnx"))
+    found = select([item], candidates(4), ORT, vectors=2, sampled_above=3, synthetic=True, budgets={"a": 10**5})
+    made = golden.decode(found.by_variant["a"].encoded)
+    assert made.vectors[0].expected["p"].values.shape == (3,)
+    assert golden.check(made, item.open().run) == []
+
+
+def test_candidates_that_move_between_configurations_are_avoided() -> None:
+    outputs = [{"y": np.array([float(index)])} for index in range(4)]
+    runs = {"a": Runs(outputs, {"y": np.array([0.0, 0.5, 0.0, 0.9])}, ("onnxruntime",), {})}
+    assert _steady(runs, 4) == [0, 2]
+
+
+def test_the_vector_that_tells_most_pairs_apart_comes_first(tmp_path: Path) -> None:
+    item = runnable("a", classifier(tmp_path / "m.onnx"))
+    variants = [item, Runnable("b", item.path, "onnx", item.interface, {}, 0, {}, ("onnxruntime",))]
+    same, other = {"p": np.zeros((1, 6), np.float32)}, {"p": np.ones((1, 6), np.float32)}
+    runs = {
+        "a": Runs([same, same], {"p": np.zeros(2)}, ("onnxruntime",), {}),
+        "b": Runs([same, other], {"p": np.zeros(2)}, ("onnxruntime",), {}),
+    }
+    bounds = {key: {"p": Tolerance(0.1, 0.0)} for key in runs}
+    assert _cover(variants, runs, bounds, [0, 1]) == [1, 0]
+
+
+def test_a_variant_that_no_engine_here_runs_is_refused(tmp_path: Path) -> None:
+    item = runnable("a", classifier(tmp_path / "m.onnx"))
+    with pytest.raises(RefusedError) as caught:
+        configurations(item, [EngineFacts(name="ai-edge-litert", version="2.3.0", formats=["tflite"])])
+    assert caught.value.code == "engine_missing"

@@ -1,0 +1,115 @@
+"""Second-order pruning: it does what the theory says, on matrices and on graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import numpy_helper
+
+from tests.optimizer.models import blobs, classifier, conv
+from wherry_optimizer.passes import Work, prune
+from wherry_shared.engines import load
+from wherry_shared.errors import RefusedError
+
+
+def correlated(rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:
+    """Inputs whose columns say much about each other, as activations do."""
+    return rng.normal(size=(rows, columns // 2)) @ rng.normal(size=(columns // 2, columns)) + 0.1 * rng.normal(
+        size=(rows, columns)
+    )
+
+
+def lost(before: np.ndarray, after: np.ndarray, x: np.ndarray) -> float:
+    return float(np.linalg.norm((after - before) @ x.T) / np.linalg.norm(before @ x.T))
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 50), st.sampled_from([0.3, 0.5, 0.7]), st.sampled_from([16, 40, 120]))
+def test_it_loses_far_less_than_dropping_the_smallest_weights(seed: int, sparsity: float, columns: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = correlated(400, columns, rng)
+    weights = rng.normal(size=(12, columns))
+    pruned = prune.prune_matrix(weights, x.T @ x, sparsity, 0.01)
+    assert (pruned == 0).mean() == pytest.approx(sparsity, abs=0.01)
+    plain = np.where(np.abs(weights) <= np.quantile(np.abs(weights), sparsity), 0, weights)
+    assert lost(weights, pruned, x) < 0.7 * lost(weights, plain, x)
+
+
+@given(st.integers(0, 50))
+def test_weights_that_are_left_are_the_least_squares_answer(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = correlated(300, 20, rng)
+    weights = rng.normal(size=(3, 20))
+    h = x.T @ x + 0.05 * np.eye(20) * np.mean(np.diag(x.T @ x))
+    kept = rng.random(weights.shape) < 0.5
+    h /= np.mean(np.diag(h))
+    single = weights.astype(np.float32)
+    fitted = prune._fit(single, single, kept, h.astype(np.float32), 40)
+    for row in range(3):
+        s = np.flatnonzero(kept[row])
+        best = np.linalg.solve(h[np.ix_(s, s)], h[s] @ weights[row])
+        np.testing.assert_allclose(fitted[row, s], best, rtol=1e-2, atol=1e-3)
+        assert (fitted[row, ~kept[row]] == 0).all()
+
+
+def test_one_weight_is_removed_with_the_best_answer_of_the_others() -> None:
+    rng = np.random.default_rng(1)
+    x = correlated(200, 4, rng)
+    weights = np.array([[1e-3, 1.0, -2.0, 0.5]])
+    pruned = prune.prune_matrix(weights, x.T @ x, 0.25, 1e-6)
+    assert np.flatnonzero(pruned[0] == 0).tolist() == [0]
+    best, *_ = np.linalg.lstsq(x[:, 1:], x @ weights[0], rcond=None)
+    np.testing.assert_allclose(pruned[0, 1:], best, rtol=1e-3)
+
+
+def test_inputs_that_are_always_zero_do_no_harm() -> None:
+    rng = np.random.default_rng(2)
+    x = correlated(100, 8, rng)
+    x[:, 3] = 0
+    pruned = prune.prune_matrix(rng.normal(size=(5, 8)), x.T @ x, 0.5, 0.01)
+    assert np.isfinite(pruned).all()
+
+
+def test_the_rows_of_a_convolution_are_what_it_multiplies(tmp_path: Path) -> None:
+    path = conv(tmp_path / "m.onnx")
+    graph = onnx.load(path).graph
+    weight = numpy_helper.to_array(graph.initializer[0])
+    attributes = {item.name: onnx.helper.get_attribute_value(item) for item in graph.node[0].attribute}
+    layer = prune._Layer("conv", "Conv", "image", "w", attributes)
+    image = np.random.default_rng(0).normal(size=(2, 3, 9, 11)).astype(np.float32)
+    rows = prune._rows(image, layer, list(weight.shape), 10_000, np.random.default_rng(0))
+    product = rows @ weight.reshape(4, -1).T
+    # the graph pools relu(conv) over positions: the same from our rows, image by image
+    pooled = np.maximum(product, 0).reshape(2, -1, 4).mean(axis=1)
+    np.testing.assert_allclose(load(path, "onnx").run({"image": image})["y"], pooled, rtol=1e-4)
+
+
+def test_a_graph_is_pruned_layer_by_layer_and_keeps_its_answers(tmp_path: Path) -> None:
+    path = classifier(tmp_path / "m.onnx")
+    before = path.read_bytes()
+    points, _ = blobs(128, seed=4)
+    work = Work(tmp_path, [{"x": point[None]} for point in points])
+    result = prune.apply(path, prune.Parameters(sparsity=0.5, minimum_elements=500, samples=128), work)
+    assert path.read_bytes() == before
+    zeros = [row["zeros"] for row in result.notes["layers"]]
+    assert zeros == pytest.approx([0.5, 0.5], abs=0.01)
+    fresh, _ = blobs(300, seed=8)
+    old, new = (load(file, "onnx").run({"x": fresh})["p"].argmax(1) for file in (path, result.path))
+    assert (old == new).mean() > 0.95
+
+
+def test_a_layer_that_would_move_too_far_is_left_alone(tmp_path: Path) -> None:
+    path = classifier(tmp_path / "m.onnx")
+    points, _ = blobs(64)
+    work = Work(tmp_path, [{"x": point[None]} for point in points])
+    with pytest.raises(RefusedError) as caught:
+        prune.apply(path, prune.Parameters(sparsity=0.95, minimum_elements=500, error_max=0.01), work)
+    assert caught.value.code == "pass_noop"
+    with pytest.raises(RefusedError) as caught:
+        prune.apply(path, prune.Parameters(sparsity=0.5, exclude=["^layer/"]), work)
+    assert caught.value.code == "pass_noop"
