@@ -288,3 +288,14 @@ def test_with_a_threshold_the_second_key_signs_what_stands_as_proposed(server, r
     assert sign(copy, remote, second).outcome == "cosigned"
     assert push(copy, remote, second).outcome == "released"
     assert server.trust.target("paired", "1.0.0") == manifest
+
+
+def test_a_bundle_signed_for_another_server_is_signed_again_where_the_key_is(remote, key, bundle: Path, tmp_path: Path):
+    sign(bundle, remote, key)
+    with running_server(tmp_path / "elsewhere") as elsewhere, elsewhere.remote() as there:
+        with pytest.raises(RefusedError) as caught:
+            push(bundle, there)
+        assert caught.value.code == "signed_elsewhere"
+        assert "sign" in caught.value.next_step
+        other = PublisherKey.open(tmp_path / "other.pem")
+        assert push(bundle, there, other).outcome == "released"

@@ -215,7 +215,21 @@ def _hand_in(release: _Bundle, remote: Remote, key: PublisherKey | None) -> Lite
         return "none"
     role, data = kept
     for _ in range(SIGN_TRIES):
-        _, version, bytes_there = remote.role(role)
+        try:
+            _, version, bytes_there = remote.role(role)
+        except RefusedError as error:
+            if error.code != "role_unknown":
+                raise
+            if key is None:
+                raise RefusedError(
+                    "signed_elsewhere",
+                    f"{release.target} was signed for another server: {role} is unknown here",
+                    consequence="the blobs are there, the bundle is not released",
+                    next_step=f"sign for this server: wherry-optimizer sign {release.path}",
+                ) from error
+            again = sign(release.path, remote, key)
+            role, data = again.role, again.kept.read_bytes()
+            continue
         there = parse(bytes_there).signed.targets.get(release.target) if bytes_there else None
         if there is not None and _manifest(there) == release.manifest:
             return "accepted"
