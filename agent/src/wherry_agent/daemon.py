@@ -780,6 +780,8 @@ class Daemon:
 
     def _send_reports(self) -> None:
         if not self._link.is_up:
+            if self._state.owed:
+                self._link.nudge()
             return
         reports = {report.seq: report for report in machine.outgoing(self._state)}
         self._send("report", self._report_box, list(reports), lambda seq: reports[seq], self._send_reports)
@@ -912,7 +914,7 @@ class Daemon:
             "pid": os.getpid(),
             "uptime_s": round(time.monotonic() - self._started_s, 1),
             "server": self._server,
-            "connected": "mqtt" if self._link.is_up else "no",
+            "connected": self._link.way,
             "http": f"http://127.0.0.1:{self.http_port}",
             "worker_pid": self._worker.pid,
             "engines": [f"{e.name} {e.version}" for e in self._facts.engines] if self._facts is not None else [],

@@ -41,6 +41,8 @@ STEADY_S = 30.0
 HTTP_AFTER_S = 10.0
 """Without MQTT for this long, HTTP takes over."""
 HTTP_EVERY_S = 30.0
+HTTP_NUDGED_S = 2.0
+"""With something new to say, HTTP waits no longer than this."""
 ANSWER_BYTES_MAX = 20 * MQTT_PAYLOAD_BYTES_MAX
 
 
@@ -73,7 +75,9 @@ class Link:
         self._lost = threading.Event()
         self._client: mqtt.Client | None = None
         self._connected = threading.Event()
+        self._nudged = threading.Event()
         self._down_since = time.monotonic()
+        self._answered_s = float("-inf")
         self._etag = ""
         self._threads = [
             threading.Thread(target=self._keep_mqtt, name="mqtt", daemon=True),
@@ -98,6 +102,13 @@ class Link:
         """Whether MQTT is connected and its topics are subscribed."""
         return self._connected.is_set() and not self._stop.is_set()
 
+    @property
+    def way(self) -> str:
+        """By which way the server is reached: `mqtt`, `http` or `no`."""
+        if self.is_up:
+            return "mqtt"
+        return "http" if time.monotonic() - self._answered_s < 2 * HTTP_EVERY_S else "no"
+
     def publish(self, kind: topics.Up, payload: bytes) -> bool:
         """Send a message over MQTT, framed; False if there is no connection or it is too large."""
         client = self._client
@@ -109,6 +120,10 @@ class Link:
             return False
         sent = client.publish(topics.up(self._identity.device, kind), frame, qos=1)
         return sent.rc == mqtt.MQTT_ERR_SUCCESS
+
+    def nudge(self) -> None:
+        """There is something new to send; over HTTP, if that is the way, do it soon."""
+        self._nudged.set()
 
     def seal(self, kind: str, payload: bytes) -> bytes:
         """Frame a message as this device's."""
@@ -232,6 +247,7 @@ class Link:
             if down_s < HTTP_AFTER_S:
                 self._stop.wait(HTTP_AFTER_S - down_s)
                 continue
+            self._nudged.clear()
             try:
                 self._exchange()
             except WherryError as error:
@@ -239,8 +255,11 @@ class Link:
             self._wait_down(HTTP_EVERY_S * (0.5 + random.random()))  # noqa: S311 - jitter
 
     def _wait_down(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while not self._stop.is_set() and not self._connected.is_set() and time.monotonic() < end:
+        began = time.monotonic()
+        while not self._stop.is_set() and not self._connected.is_set():
+            waited_s = time.monotonic() - began
+            if waited_s >= seconds or (self._nudged.is_set() and waited_s >= HTTP_NUDGED_S):
+                return
             self._stop.wait(0.5)
 
     def _exchange(self) -> None:
@@ -259,6 +278,7 @@ class Link:
                 self._callbacks.offer(body)
             elif answer.status >= 400:
                 log.warning("the server gave no offer: HTTP %d", answer.status)
+        self._answered_s = time.monotonic()
         self._callbacks.reached()
         for kind, path in (("report", "reports"), ("telemetry", "telemetry")):
             payloads = self._callbacks.outgoing(kind)  # type: ignore[arg-type]

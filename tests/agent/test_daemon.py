@@ -1,0 +1,188 @@
+"""The supervisor among real processes: server, broker, courier, canary, worker, and kills at bad moments."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import paho.mqtt.client as mqtt
+import pytest
+
+from tests.agent.daemon_kit import MODEL, Agent, Site, agent, alive, children_of, site
+from tests.agent.serving_kit import until
+from tests.shared.engines import models
+from wherry_agent import identity
+from wherry_shared import topics
+
+pytestmark = pytest.mark.services
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("site")
+    with site(folder) as made:
+        made.release("1.0.0", models.scale(folder / "one.onnx", 2.0))
+        made.release("1.1.0", models.scale(folder / "two.onnx", 3.0))
+        made.release("1.2.0", models.choosy(folder / "choosy.onnx", 3.0))
+        made.release("1.3.0", models.scale(folder / "four.onnx", 4.0), spoil=True)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def device(server: Site) -> Iterator[Agent]:
+    with agent(server, "bench-1", "--label", "site=lab") as made:
+        made.until("it is connected", lambda shown: shown["connected"] == "mqtt" and shown["engines"])
+        server.deploy("1.0.0", "bench-1", trial_s=2)
+        made.until_serves("1.0.0")
+        yield made
+
+
+def test_a_first_model_is_enrolled_verified_proved_and_served(device: Agent) -> None:
+    model = device.until_serves("1.0.0")
+    assert model["last_report"]["state"] == "confirmed_idle"
+    assert model["serves"]["engine"].startswith("onnxruntime ")
+    assert model["serves"]["why"]
+    code, body = device.infer()
+    assert (code, body["outputs"][0]["data"]) == (200, [2.0, 2.0, 4.0, 6.0])
+
+
+def test_reports_reach_the_server_and_are_owed_no_more(device: Agent, server: Site) -> None:
+    device.until_serves("1.0.0")
+    device.until("every report is acknowledged", lambda shown: shown["reports_owed"] == 0)
+
+    def known() -> bool:
+        _, shown = server.call("GET", "/api/v1/devices/bench-1")
+        return "confirmed_idle" in msgspec.json.encode(shown).decode()
+
+    until(known, "the server knows that it is confirmed", 20)
+
+
+def test_status_says_what_runs_and_why_in_words(device: Agent) -> None:
+    device.until_serves("1.0.0")
+    argv = [sys.executable, "-m", "wherry_agent.cli", "status", "--home", str(device.home)]
+    said = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=True).stdout
+    assert f"{MODEL}/1.0.0 variant float" in said
+    assert "because " in said
+
+
+def test_a_second_agent_on_the_same_home_refuses_to_start(device: Agent) -> None:
+    argv = [sys.executable, "-m", "wherry_agent.cli", "run", "--home", str(device.home), "--http-port", "0"]
+    said = subprocess.run(argv, capture_output=True, text=True, timeout=30)
+    assert said.returncode == 1
+    assert "already_running" in said.stderr
+    assert "next:" in said.stderr
+
+
+def test_a_killed_worker_refuses_nobody_and_is_followed_by_the_next(device: Agent) -> None:
+    shown = device.until("the worker runs", lambda shown: shown["worker_pid"])
+    os.kill(shown["worker_pid"], signal.SIGKILL)
+    assert set(device.ask(20)) == {"1.0.0"}
+    again = device.until("another worker runs", lambda now: now["worker_pid"] not in (0, shown["worker_pid"]))
+    assert again["pid"] == shown["pid"]
+
+
+def test_messages_that_are_no_offers_change_nothing(device: Agent) -> None:
+    known = identity.load(device.home)
+    assert known is not None
+    before = device.status()
+    client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2)
+    client.connect(known.broker_host, known.broker_port)
+    client.loop_start()
+    for payload in (b"{}", b"not json", b"\xff\xfe", b"x" * 90_000, b'{"payload":"e30=","keyid":"a","sig":"AAAA"}'):
+        client.publish(topics.down(known.device, "offer"), payload, qos=1).wait_for_publish(5)
+        client.publish(topics.down(known.device, "ack"), payload, qos=1).wait_for_publish(5)
+    client.disconnect()
+    client.loop_stop()
+    until(lambda: device.log.read_text().count("an offer is ignored") >= 5, "each was looked at")
+    after = device.status()
+    assert (after["offer"], after["models"]) == (before["offer"], before["models"])
+    assert after["pid"] == before["pid"]
+
+
+def test_a_bundle_that_misses_its_golden_vectors_never_serves(device: Agent, server: Site) -> None:
+    server.deploy("1.3.0", "bench-1")
+    shown = device.until("it failed", lambda s: s["models"][MODEL].get("last_report", {}).get("state") == "failed")
+    assert shown["models"][MODEL]["last_report"]["reason"] == "golden_miss"
+    assert set(device.ask(3)) == {"1.0.0"}
+    assert shown["known_bad"]
+
+
+def test_a_candidate_that_fails_on_some_input_goes_back_and_callers_do_not_notice(device: Agent, server: Site) -> None:
+    device.ask(20)
+    server.deploy("1.2.0", "bench-1")
+    device.until_doing("on trial")
+    for _ in range(200):
+        assert device.infer(7.0)[0] == 200
+        if device.model()["doing"] != "on trial":
+            break
+    model = device.until_serves("1.0.0")
+    assert (model["last_report"]["state"], model["last_report"]["reason"]) in {
+        ("returned", "health_errors"),
+        ("confirmed", ""),  # when the halted rollout's offer came after it
+    }
+    assert "health_errors" in device.log.read_text()
+    assert set(device.ask(3)) == {"1.0.0"}
+
+
+def test_an_agent_killed_in_a_trial_goes_on_with_it(device: Agent, server: Site) -> None:
+    server.deploy("1.1.0", "bench-1")
+    device.until_doing("on trial")
+    orphans = children_of(device.child.pid)
+    device.kill()
+    until(lambda: not any(alive(pid) for pid in orphans), "its children died with it")
+    device.start()
+    model = device.until_doing("on trial")
+    assert model["trial"]["restarts"] == 1
+    versions = device.ask(60)
+    assert set(versions) == {"1.1.0"}
+    device.until_serves("1.1.0")
+
+
+def test_a_server_that_was_away_and_whose_broker_forgot_everything_is_caught_up_with(
+    device: Agent, server: Site
+) -> None:
+    device.until("nothing is owed", lambda shown: shown["reports_owed"] == 0)
+    server.stop()
+    device.until("the broker is missed", lambda shown: shown["connected"] != "mqtt")
+    assert set(device.ask(3)) == {"1.1.0"}
+    server.start_again()
+    device.until("it is connected again", lambda shown: shown["connected"] == "mqtt", deadline_s=90)
+    server.deploy("1.0.0", "bench-1", trial_s=2, attempt=2)
+    device.until_serves("1.0.0")
+    device.until("nothing is owed", lambda shown: shown["reports_owed"] == 0)
+
+
+def test_sigterm_ends_it_in_order_and_the_journal_answers_then(device: Agent) -> None:
+    served = device.until_serves("1.0.0")["serves"]
+    assert device.stop() == 0
+    shown = device.status()
+    assert shown["running"] is False
+    assert shown["models"][MODEL]["serves"] == served
+    assert not (device.home / "run" / "agent.sock").exists()
+
+
+def test_without_a_broker_offers_and_reports_go_over_http(server: Site) -> None:
+    with agent(server, "bench-2") as lonely:
+        lonely.until("it is enrolled", lambda shown: shown["connected"] == "mqtt")
+        assert lonely.stop() == 0
+        path = lonely.home / "identity" / "device.json"
+        known = msgspec.json.decode(path.read_bytes())
+        path.write_bytes(msgspec.json.encode({**known, "broker_port": 1}))
+        server.deploy("1.0.0", "bench-2", trial_s=2)
+        lonely.start()
+        lonely.until_serves("1.0.0")
+        shown = lonely.until("nothing is owed", lambda shown: shown["reports_owed"] == 0)
+        assert shown["connected"] == "http"
+
+
+def test_a_device_without_identity_or_token_says_what_to_do(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "wherry_agent.cli", "run", "--home", str(tmp_path / "none"), "--http-port", "0"]
+    said = subprocess.run(argv, capture_output=True, text=True, timeout=30)
+    assert said.returncode == 1
+    assert "not_enrolled" in said.stderr
+    assert "--token" in said.stderr

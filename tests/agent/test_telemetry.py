@@ -1,0 +1,174 @@
+"""Windows cut from counters, and the buffer that keeps them until the server has them."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.agent.builders import MODEL, arm, latencies, loadable
+from wherry_agent import telemetry
+from wherry_agent.children import ArmStats
+from wherry_agent.telemetry import Buffer, Context, Windows
+from wherry_shared.sketch import Sketch
+from wherry_shared.wire import Telemetry, Window
+
+SECOND = 1_000_000
+
+
+def context(_: ArmStats) -> Context:
+    return Context("r1", 1)
+
+
+def counted(requests: int, **more: Any) -> ArmStats:
+    return arm(requests=requests, latency_us=latencies(4, 1000, requests), classes={"cat": requests}, **more)
+
+
+def test_a_window_is_what_was_counted_since_the_last_cut() -> None:
+    windows = Windows()
+    windows.look("worker", [counted(10, errors=1)], SECOND)
+    (first,) = windows.cut(3 * SECOND, context)
+    windows.look("worker", [counted(25, errors=1)], 4 * SECOND)
+    (second,) = windows.cut(9 * SECOND, context)
+    assert (first.requests, first.errors, first.start, first.duration_us) == (10, 1, SECOND, 2 * SECOND)
+    assert (second.requests, second.errors, second.start, second.duration_us) == (15, 0, 3 * SECOND, 6 * SECOND)
+    assert Sketch.from_wire(second.latency_us["4"]).count == 15
+    assert second.classes == {"cat": 15}
+    assert (second.rollout, second.attempt, second.arm) == ("r1", 1, "candidate")
+    assert windows.cut(10 * SECOND, context) == []
+
+
+def test_counts_of_a_new_process_begin_at_nothing() -> None:
+    windows = Windows()
+    windows.look("worker", [counted(100)], 0)
+    windows.cut(SECOND, context)
+    windows.restart("worker")
+    windows.look("worker", [counted(7)], 2 * SECOND)
+    (window,) = windows.cut(3 * SECOND, context)
+    assert window.requests == 7
+
+
+def test_counts_that_fell_without_notice_begin_at_nothing_too() -> None:
+    windows = Windows()
+    windows.look("worker", [counted(100)], 0)
+    windows.cut(SECOND, context)
+    windows.look("worker", [counted(7)], 2 * SECOND)
+    assert [window.requests for window in windows.cut(3 * SECOND, context)] == [7]
+
+
+def test_the_worker_and_a_handle_are_counted_apart_and_judged_together() -> None:
+    windows = Windows()
+    windows.look("worker", [counted(10, trial="t")], 0)
+    windows.look("handle", [counted(5, trial="t", errors=2)], 0)
+    total = windows.total(MODEL, loadable().digest, "candidate", "t")
+    assert total is not None
+    assert (total.requests, total.errors) == (15, 2)
+    assert sorted(window.requests for window in windows.cut(SECOND, context)) == [5, 10]
+    assert windows.total(MODEL, loadable().digest, "candidate", "another") is None
+
+
+def test_the_baseline_is_the_fullest_that_the_incumbent_had() -> None:
+    windows = Windows()
+    windows.look("worker", [counted(80, arm="incumbent")], 0)
+    windows.look("worker", [counted(3, arm="incumbent", trial="t")], 1)
+    baseline = windows.baseline(MODEL, loadable().digest)
+    assert baseline is not None
+    assert baseline.requests == 80
+    windows.keep_only(set())
+    assert windows.baseline(MODEL, loadable().digest) is None
+
+
+@pytest.fixture
+def buffers(tmp_path: Path) -> Iterator[Callable[..., Buffer]]:
+    opened: list[Buffer] = []
+
+    def make(bytes_max: int = 1 << 20) -> Buffer:
+        opened.append(Buffer(tmp_path / "telemetry.db", bytes_max))
+        return opened[-1]
+
+    yield make
+    for buffer in opened:
+        buffer.close()
+
+
+def message(count: int = 1, **window: Any) -> Telemetry:
+    item = Window(model=MODEL, manifest="m", variant="float", arm="candidate", start=1, duration_us=2, **window)
+    return Telemetry(format=1, device="d", epoch="", seq=0, first=0, at=5, windows=[item] * count)
+
+
+def test_messages_are_numbered_without_gaps_over_restarts_until_acknowledged(buffers: Callable[..., Buffer]) -> None:
+    buffer = buffers()
+    for _ in range(3):
+        buffer.add(message())
+    buffer.close()
+    buffer = buffers()
+    assert buffer.held(10) == [1, 2, 3]
+    buffer.acknowledge(buffer.epoch, 2)
+    buffer.acknowledge("another", 3)
+    buffer.acknowledge(buffer.epoch, 99)
+    buffer.add(message())
+    assert buffer.held(10) == [3, 4]
+    sent = buffer.message(4)
+    assert sent is not None
+    assert (sent.epoch, sent.seq, sent.first) == (buffer.epoch, 4, 3)
+    assert buffer.message(1) is None
+
+
+def test_beyond_its_bound_the_oldest_give_way_and_the_loss_is_told(buffers: Callable[..., Buffer]) -> None:
+    buffer = buffers(3000)
+    for _ in range(40):
+        buffer.add(message(2))
+    held = buffer.held(100)
+    assert 1 < len(held) < 40
+    assert held[-1] == 40
+    told = [buffer.message(seq) for seq in held]
+    assert [one.dropped for one in told if one is not None][-1] == 2
+    assert all(one is not None and one.first == held[0] for one in told)
+
+
+def test_many_windows_are_split_into_messages_that_fit(buffers: Callable[..., Buffer]) -> None:
+    buffer = buffers()
+    buffer.add(message(telemetry.WINDOWS_MAX * 2 + 1))
+    sizes = [len(one.windows) for seq in buffer.held(9) if (one := buffer.message(seq)) is not None]
+    assert sizes == [telemetry.WINDOWS_MAX, telemetry.WINDOWS_MAX, 1]
+
+
+def test_a_window_too_large_for_a_message_goes_without_its_sketches(buffers: Callable[..., Buffer]) -> None:
+    buffer = buffers()
+    huge = {str(number): 1 for number in range(20_000)}
+    buffer.add(message(latency_us={"4": huge}, requests=20_000))
+    sent = buffer.message(1)
+    assert sent is not None
+    assert (sent.windows[0].requests, sent.windows[0].latency_us) == (20_000, {})
+
+
+def test_a_buffer_that_cannot_be_read_begins_anew_with_another_epoch(
+    tmp_path: Path, buffers: Callable[..., Buffer]
+) -> None:
+    buffer = buffers()
+    buffer.add(message())
+    epoch = buffer.epoch
+    buffer.close()
+    for suffix in ("-wal", "-shm"):
+        (tmp_path / f"telemetry.db{suffix}").unlink(missing_ok=True)
+    (tmp_path / "telemetry.db").write_bytes(b"this is no database" * 500)
+    again = buffers()
+    assert again.epoch != epoch
+    assert again.held(9) == []
+
+
+def test_what_cannot_be_kept_is_dropped_and_counted(buffers: Callable[..., Buffer]) -> None:
+    buffer = buffers()
+    blocker = sqlite3.connect(buffer._path)
+    buffer._database.execute("PRAGMA busy_timeout = 0")
+    blocker.execute("BEGIN IMMEDIATE")
+    buffer.add(message(3))
+    blocker.rollback()
+    blocker.close()
+    buffer.add(message())
+    sent = buffer.message(1)
+    assert sent is not None
+    assert sent.dropped == 3
