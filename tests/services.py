@@ -1,0 +1,22 @@
+"""Programs that tests need beside Python: a missing one skips the test, or fails it where everything has to be there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+REQUIRED = "WHERRY_REQUIRE_SERVICES"
+"""Set to 1 by `.ci/run`, which installs the programs first: then a skip would hide a hole."""
+
+
+def needs(*programs: str) -> None:
+    """Go on only if every program is on the path."""
+    missing = [program for program in programs if shutil.which(program) is None]
+    if not missing:
+        return
+    why = f"not installed: {', '.join(missing)}"
+    if os.environ.get(REQUIRED) == "1":
+        pytest.fail(f"{why} ({REQUIRED}=1)")
+    pytest.skip(why)
