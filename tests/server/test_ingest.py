@@ -300,3 +300,37 @@ def test_where_a_device_came_from_is_learned_from_its_report(tmp_path: Path):
             assert tuple(row) == (manifest_of("1.0.0"), "file-type/1.0.0")
 
     run(work())
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "outcome"), [("good", "confirmed"), ("idle", "confirmed_idle"), ("bad", "returned")]
+)
+@pytest.mark.parametrize("together", [True, False])
+def test_a_report_that_comes_again_after_its_successor_undoes_nothing(
+    tmp_path: Path, behaviour: Any, outcome: str, together: bool
+):
+    """What is lost on its way to a killed director is sent again, after what the device said since."""
+
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.1.0")
+            (device,) = await found.enrol(1, version="1.0.0")
+            device.behaviours["1.1.0"] = behaviour
+            device.online = False
+            await found.roll_out("1.1.0")
+            await found.turn()
+            await found.turn()
+            (row,) = await found.rows("SELECT envelope FROM offer")
+            assert device.take_offer(bytes(row.envelope))
+            trial, end = ((device.id, frame) for frame in device.owed_frames())
+            if together:
+                await found.ingest.store("report", [end, trial])
+            else:
+                await found.ingest.store("report", [end])
+                await found.ingest.store("report", [trial])
+            (row,) = await found.rows("SELECT outcome, settled_at, from_manifest FROM assignment")
+            assert row.outcome == outcome
+            assert row.settled_at > 0
+            assert row.from_manifest == manifest_of("1.0.0")
+
+    run(work())

@@ -115,9 +115,11 @@ class Ingest:
             if known != spoken:
                 hellos, reports, telemetry = (self._of_known(part, known, now) for part in (hellos, reports, telemetry))
             positions = await self._streams(connection, reports, telemetry, now)
+            reached = {key: position.highest for key, position in positions.items()}
             fresh_reports = self._new(reports, "report", positions, now)
             fresh_telemetry = self._new(telemetry, "telemetry", positions, now)
-            await self._store_reports(connection, fresh_reports, positions, now)
+            late = [p for p in fresh_reports if p.message.seq < reached[p.device, "report", p.message.epoch]]
+            await self._store_reports(connection, fresh_reports, late, positions, now)
             await self._store_telemetry(connection, fresh_telemetry, now)
             await self._save_streams(connection, positions, now)
             await self._store_hellos(connection, hellos, now)
@@ -258,6 +260,7 @@ class Ingest:
         self,
         connection: AsyncConnection,
         fresh: list[_Parsed],
+        late: list[_Parsed],
         positions: dict[tuple[str, wire.StreamName, str], Position],
         now: int,
     ) -> None:
@@ -288,7 +291,7 @@ class Ingest:
             [_model_row(self._project, parsed, now) for parsed in current],
             update=_MODEL_COLUMNS[3:],
         )
-        await self._settle(connection, fresh, now)
+        await self._settle(connection, fresh, await self._overtaken(connection, late), now)
 
     async def _newest(
         self,
@@ -314,7 +317,27 @@ class Ingest:
                 newest[key] = parsed
         return list(newest.values())
 
-    async def _settle(self, connection: AsyncConnection, fresh: list[_Parsed], now: int) -> None:
+    async def _overtaken(self, connection: AsyncConnection, late: list[_Parsed]) -> set[tuple[str, str, int]]:
+        """Return which late reports are older than what the device already said of the same rollout: (device, epoch, seq).
+
+        A report that was lost on its way comes again after its successors, and must not undo what they say.
+        """
+        found: set[tuple[str, str, int]] = set()
+        for device, epoch in {(parsed.device, parsed.message.epoch) for parsed in late}:
+            own = [p.message for p in late if (p.device, p.message.epoch) == (device, epoch) and p.message.rollout]
+            if not own:
+                continue
+            since = {"device": device, "epoch": epoch, "seq": min(report.seq for report in own)}
+            last: dict[tuple[str, str], int] = {}
+            for row in await connection.execute(_SINCE, since):
+                later = wire.parse(wire.Report, row.body)
+                last[later.rollout, later.model] = row.seq
+            found |= {(device, epoch, r.seq) for r in own if r.seq < last.get((r.rollout, r.model), 0)}
+        return found
+
+    async def _settle(
+        self, connection: AsyncConnection, fresh: list[_Parsed], overtaken: set[tuple[str, str, int]], now: int
+    ) -> None:
         """Carry reports into the assignments that they speak of, oldest first."""
         speaking = [parsed for parsed in fresh if parsed.message.rollout]
         if not speaking:
@@ -343,7 +366,8 @@ class Ingest:
             if not assigned.from_manifest and report.incumbent not in ("", assigned.to_manifest):
                 assigned = assigned._replace(from_manifest=report.incumbent)
                 learned[key] = report.incumbent
-            change = outcomes.judge(assigned, report)
+            late = (parsed.device, report.epoch, report.seq) in overtaken
+            change = None if late else outcomes.judge(assigned, report)
             if change is None:
                 standing[key] = assigned
                 continue
@@ -615,6 +639,9 @@ _AHEAD: dict[wire.StreamName, Any] = {
 _CURRENT = _in_devices(
     "SELECT m.device_id, m.model, m.seq, s.opened_at FROM device_model m LEFT JOIN stream s"
     " ON s.device_id = m.device_id AND s.stream = 'report' AND s.epoch = m.stream_epoch WHERE m.device_id IN :devices"
+)
+_SINCE = text(
+    "SELECT seq, body FROM report_log WHERE device_id = :device AND epoch = :epoch AND seq > :seq ORDER BY seq"
 )
 _ASSIGNED = _in_devices(
     "SELECT rollout_id, device_id, model, attempt, from_manifest, to_manifest, outcome FROM assignment"
