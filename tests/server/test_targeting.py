@@ -122,6 +122,7 @@ REFUSED = [
     "memory_bytes > 2X",
     "arch > x86",
     "name = \x00",
+    'name = "\ud800"',
     "(" * 100 + "all" + ")" * 100,
     "not " * 100 + "all",
     " or ".join(["all"] * 1000),

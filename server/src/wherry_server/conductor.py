@@ -45,7 +45,7 @@ TURN_MAX_S = 1.0
 SCAN_MIN_S = 1.0
 SCAN_SHARE = 20
 """A scan of the members is repeated at the earliest after this many times what it took: at most 5 % of a core."""
-SCAN_FRESH_S = 0.1
+SCAN_FRESH_S = 1.0
 DONE_SCAN_MIN_S = 5.0
 RESIGN_PER_TURN = 2_000
 HELLOS_PER_TURN = 2_000

@@ -23,6 +23,7 @@ from wherry_server.rollout import Command, Progress, State, why_not_yet
 from wherry_server.times import now_us
 from wherry_shared.clock import MICROSECONDS, Now
 from wherry_shared.errors import RefusedError
+from wherry_shared.ids import check_name
 
 _ROLLOUT, _BUNDLE, _DECISION = table(Rollout), table(Bundle), table(Decision)
 ALLOWED: dict[Command, frozenset[State]] = {
@@ -59,6 +60,10 @@ async def create(database: Database, project: str, actor: str, wish: dict[str, A
 
 
 async def _create(connection: AsyncConnection, project: str, actor: str, wish: dict[str, Any]) -> int:
+    try:
+        msgspec.json.encode(wish)
+    except (UnicodeEncodeError, OverflowError, RecursionError) as error:
+        raise RefusedError("plan_invalid", f"not a plan: {error}") from error
     start = wish.pop("start", False)
     if not isinstance(start, bool):
         raise RefusedError("plan_invalid", "start is true or false")
@@ -180,8 +185,9 @@ async def roll_back(database: Database, project: str, actor: str, model: str, de
     """Bring a model back to what ran before: of its newest rollout, or on one device only. Returns the rollout that does it.
 
     Raises:
-        RefusedError: `nothing_to_roll_back` or `device_unknown`.
+        RefusedError: `bad_name`, `nothing_to_roll_back` or `device_unknown`.
     """
+    check_name(model, "model")
     if device is None:
         async with database.read() as connection:
             number = await connection.scalar(_NEWEST, {"project": project, "model": model})

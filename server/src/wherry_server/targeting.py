@@ -193,6 +193,8 @@ def parse_selector(text: str) -> Selector:
     """
     if len(text) > SELECTOR_CHARS_MAX:
         raise RefusedError("bad_selector", f"selector of {len(text)} characters, at most {SELECTOR_CHARS_MAX}")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise RefusedError("bad_selector", "selector with half a character (a lone surrogate)")
     parser = _Parser(_tokens(text))
     selector = parser.selector(0)
     parser.expect_end()

@@ -1,0 +1,264 @@
+"""Rollouts, cohorts and device messages over HTTP and the command line, with the director as a process and no broker.
+
+Devices speak the HTTP fall-back: hello, offer with ETag, reports with acknowledgements.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.fleet_kit import MODEL, FakeDevice
+from tests.server.harness import Running, free_port, release, running, until
+from tests.server.test_cli import said, wherry
+from tests.server.test_director_process import role
+from wherry_shared import frames, wire
+
+PLAN = {"selector": "all", "stages": [{"share": 1.0}]}
+
+
+@dataclass
+class Online:
+    """A fake device with its own HTTP connection."""
+
+    name: str
+    device: FakeDevice
+    http: httpx.Client
+    etag: str = ""
+
+    def turn(self) -> None:
+        """Fetch the offer, obey, report, forget what is acknowledged."""
+        answer = self.http.get("/device/v1/offer", headers={"If-None-Match": self.etag} if self.etag else {})
+        if answer.status_code == 200:
+            self.etag = answer.headers["etag"]
+            self.device.take_offer(answer.content)
+        if self.device.owed:
+            stored = self.http.post("/device/v1/reports", content=b"\n".join(self.device.owed_frames()))
+            assert stored.status_code == 200, stored.text
+            for frame in stored.content.split(b"\n"):
+                self.device.take_ack(frame)
+
+
+@dataclass
+class World:
+    """A server with two released bundles and three devices that live in a thread."""
+
+    server: Running
+    devices: list[Online]
+
+    def rollout(self, number: int) -> dict[str, Any]:
+        with self.server.http() as http:
+            found: dict[str, Any] = http.get(f"/api/v1/rollouts/{number}").json()
+        return found
+
+    def until(self, number: int, state: str) -> dict[str, Any]:
+        def look() -> dict[str, Any] | None:
+            found = self.rollout(number)
+            return found if found["state"] == state and not found["wanted"] else None
+
+        return until(look, 30)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("rollouts")
+    with running(folder / "data", broker_port=free_port()) as server:
+        server.settings.save()
+        release(server, folder, MODEL, "1.0.0", weights=b"one" * 1000)
+        release(server, folder, MODEL, "1.1.0", weights=b"two" * 1000)
+        release(server, folder, MODEL, "1.2.0", weights=b"bad" * 1000)
+        devices = []
+        for name in ("line-1", "line-2", "lab-1"):
+            answer = server.device(name, site=name.split("-")[0])
+            key = frames.device_key(server.settings.master_key_file.read_bytes(), answer.device)
+            fake = FakeDevice(answer.device, key, {"1.2.0": "bad"})
+            devices.append(Online(name, fake, server.as_device(answer)))
+        stop = threading.Event()
+
+        def live() -> None:
+            for online in devices:
+                assert online.http.post("/device/v1/hello", content=online.device.hello()).status_code == 204
+            while not stop.is_set():
+                for online in devices:
+                    online.turn()
+                time.sleep(0.05)
+
+        thread = threading.Thread(target=live, daemon=True)
+        with role("director", server.settings):
+            thread.start()
+            try:
+                yield World(server, devices)
+            finally:
+                stop.set()
+                thread.join(20)
+                assert not thread.is_alive()
+                for online in devices:
+                    online.http.close()
+
+
+def test_the_first_day_deploy_watch_deploy_again_and_roll_back(world: World):
+    done = wherry(world.server, "deploy", f"{MODEL}:1.0.0", "--selector", "all", "--watch")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "done (" in done.stdout or " done stage 1/1: exposed 3, confirmed 3" in done.stdout, done.stdout
+    assert wherry(world.server, "deploy", f"{MODEL}:1.1.0", "--device", "line-1", "--watch").returncode == 0
+    versions = {online.name: online.device.running for online in world.devices}
+    assert versions["line-1"] != versions["line-2"] == versions["lab-1"] != ""
+    back = wherry(world.server, "rollback", MODEL, "--device", "line-1", "--watch")
+    assert back.returncode == 0, back.stdout + back.stderr
+    assert world.devices[0].device.running == versions["line-2"]
+
+    # a bundle that fails goes back by itself, and `watch` says so by its status
+    failed = wherry(world.server, "deploy", f"{MODEL}:1.2.0", "--selector", "label.site = line", "--watch")
+    assert failed.returncode == 3, failed.stdout + failed.stderr
+    assert "halted (failure_bound)" in failed.stdout
+    assert world.devices[0].device.running == versions["line-2"]
+    rows = said(world.server, "rollout", "list", "--model", MODEL)
+    assert [row["state"] for row in rows] == ["halted", "done", "done", "done"]  # type: ignore[attr-defined]
+    number = rows[0]["number"]  # type: ignore[index]
+    text = wherry(world.server, "rollout", "show", str(number)).stdout
+    assert "health_errors" in text
+    assert "confirmed_min = 0" in text
+    decided = wherry(world.server, "rollout", "decisions", str(number)).stdout
+    assert "expose stage 1 (100 %)" in decided
+    assert "withdraw (all)" in decided
+
+
+def test_cohorts_are_saved_previewed_changed_and_forgotten(world: World):
+    assert wherry(world.server, "cohort", "create", "lines", "label.site = line").returncode == 0
+    shown = said(world.server, "cohort", "show", "lines")
+    assert (shown["devices"], shown["names"]) == (2, ["line-1", "line-2"])  # type: ignore[index,call-overload]
+    again = wherry(world.server, "cohort", "create", "lines", "all")
+    assert (again.returncode, "[name_taken]" in again.stderr) == (1, True)
+    assert wherry(world.server, "cohort", "change", "lines", "name = lab-*").returncode == 0
+    assert said(world.server, "cohort", "preview", "not name = lab-*")["devices"] == 2  # type: ignore[index,call-overload]
+    assert "lines" in wherry(world.server, "cohort", "list").stdout
+    bad = wherry(world.server, "cohort", "change", "lines", "colour = red")
+    assert "[bad_selector]" in bad.stderr
+    assert wherry(world.server, "cohort", "delete", "lines").returncode == 0
+    assert "[cohort_unknown]" in wherry(world.server, "cohort", "show", "lines").stderr
+
+
+def test_a_rollout_waits_for_its_start_and_obeys_pause_resume_and_abort(world: World):
+    server = world.server
+    made = said(
+        server,
+        "rollout",
+        "create",
+        f"{MODEL}:1.1.0",
+        "--selector",
+        "name = lab-1",
+        "--stages",
+        "50,100",
+        "--soak",
+        "900",
+    )
+    number = made["number"]  # type: ignore[index,call-overload]
+    assert [why["code"] for why in world.rollout(number)["why_not_yet"]] == ["not_started"]
+    assert "[rollout_state]" in wherry(server, "rollout", "resume", str(number)).stderr
+    assert wherry(server, "rollout", "start", str(number)).returncode == 0
+    until(lambda: [why["code"] for why in world.rollout(number)["why_not_yet"]] == ["soak"], 30)
+    assert wherry(server, "rollout", "pause", str(number)).returncode == 0
+    world.until(number, "paused")
+    assert wherry(server, "rollout", "resume", str(number)).returncode == 0
+    world.until(number, "running")
+    assert wherry(server, "rollout", "abort", str(number)).returncode == 0
+    aborted = world.until(number, "aborted")
+    assert aborted["counts"]["real"]["confirmed"] == 1  # what is confirmed stays
+    assert wherry(server, "rollout", "revert", str(number)).returncode == 0
+    assert world.until(number, "reverted")["counts"]["real"]["reverted"] == 1
+
+
+REFUSALS = [
+    ({**PLAN, "models": [{"model": MODEL, "version": "9.9.9"}]}, 404, "bundle_unknown"),
+    ({**PLAN, "models": [{"model": MODEL}]}, 404, "bundle_unknown"),
+    ({**PLAN, "models": "all"}, 422, "plan_invalid"),
+    ({**PLAN}, 422, "plan_invalid"),
+    ({**PLAN, "models": [{"model": MODEL, "version": "1.0.0", "manifest": "sha256:x"}]}, 422, "plan_invalid"),
+    ({"models": [{"model": MODEL, "version": "1.0.0"}], "stages": PLAN["stages"]}, 422, "plan_target"),
+    ({**PLAN, "device": "line-1", "models": [{"model": MODEL, "version": "1.0.0"}]}, 422, "plan_target"),
+    ({"stages": [], "device": "nobody", "models": [{"model": MODEL, "version": "1.0.0"}]}, 404, "device_unknown"),
+    ({"stages": [], "cohort": "nobody", "models": [{"model": MODEL, "version": "1.0.0"}]}, 404, "cohort_unknown"),
+    ({**PLAN, "strategy": "shadow", "models": [{"model": MODEL, "version": "1.0.0"}]}, 422, "strategy_unsupported"),
+    ({**PLAN, "models": [{"model": "\ud800", "version": "1.0.0"}]}, 422, "plan_invalid"),
+    ({**PLAN, "priority": 10**30, "models": [{"model": MODEL, "version": "1.0.0"}]}, 422, "plan_range"),
+    ({**PLAN, "start": "yes", "models": [{"model": MODEL, "version": "1.0.0"}]}, 422, "plan_invalid"),
+]
+
+
+@pytest.mark.parametrize(("wish", "status", "code"), REFUSALS)
+def test_a_wish_that_cannot_be_is_refused_and_not_stored(world: World, wish: dict[str, Any], status: int, code: str):
+    with world.server.http() as http:
+        before = len(http.get("/api/v1/rollouts").json())
+        answer = http.post("/api/v1/rollouts", content=json.dumps(wish))
+        assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
+        assert len(http.get("/api/v1/rollouts").json()) == before
+
+
+def test_only_operators_command_and_viewers_see(world: World):
+    viewer = world.server.token("viewer")
+    with world.server.http(viewer) as http:
+        assert http.get("/api/v1/rollouts").status_code == 200
+        for path, body in (
+            ("rollouts", PLAN),
+            ("cohorts", {"name": "x", "selector": "all"}),
+            ("rollbacks", {"model": "m"}),
+        ):
+            assert http.post(f"/api/v1/{path}", json=body).json()["code"] == "role_missing"
+        assert http.post("/api/v1/rollouts/1/abort").json()["code"] == "role_missing"
+    with world.server.http() as http:
+        assert http.get("/api/v1/rollouts/12345").json()["code"] == "rollout_unknown"
+        assert http.post("/api/v1/rollouts/12345/start").json()["code"] == "rollout_unknown"
+
+
+def test_a_device_without_offer_gets_204_and_one_that_has_it_304(world: World):
+    fresh = world.server.device("fresh", site="attic")
+    with world.server.as_device(fresh) as http:
+        key = frames.device_key(world.server.settings.master_key_file.read_bytes(), fresh.device)
+        device = FakeDevice(fresh.device, key)
+        assert http.get("/device/v1/offer").status_code in (200, 204)  # a release that is done may reach it any moment
+        assert http.post("/device/v1/hello", content=device.hello()).status_code == 204
+        for content in (b"", b"\n" * 50, b"rubbish", world.devices[0].device.hello()):
+            answer = http.post("/device/v1/hello", content=content)
+            assert answer.status_code == 422
+            assert answer.json()["code"] in ("too_many_frames", "frames_refused")
+        many = b"\n".join([device.hello()] * 21)
+        assert http.post("/device/v1/reports", content=many).json()["code"] == "too_many_frames"
+    with httpx.Client(base_url=world.server.url, trust_env=False) as nobody:
+        assert nobody.get("/device/v1/offer").status_code == 401
+        assert nobody.post("/device/v1/reports", content=b"x").status_code == 401
+    online = world.devices[1]
+    until(lambda: online.etag)
+    assert online.http.get("/device/v1/offer", headers={"If-None-Match": online.etag}).status_code == 304
+    assert online.http.get("/device/v1/offer", headers={"If-None-Match": '"0-0"'}).status_code == 200
+
+
+def test_telemetry_over_http_is_stored_and_acknowledged(world: World):
+    device = world.devices[0].device
+    message = wire.Telemetry(format=1, device=device.id, epoch="t", seq=1, first=1, at=1)
+    answer = world.devices[0].http.post("/device/v1/telemetry", content=device.frame("telemetry", message))
+    ack = wire.parse(wire.Ack, frames.unseal(device.key, "ack", device.id, answer.content))
+    assert (ack.stream, ack.seq) == ("telemetry", 1)
+
+
+def test_a_plan_file_fills_in_what_options_do_not_say(world: World, tmp_path: Path):
+    file = tmp_path / "plan.toml"
+    file.write_text('on_halt = "hold"\n[[stages]]\nshare = 0.5\n[[stages]]\nshare = 1.0\nsoak_s = 7\n')
+    made = said(world.server, "rollout", "create", f"{MODEL}:1.1.0", "--device", "lab-1", "--plan", str(file))
+    plan = made["plan"]  # type: ignore[index,call-overload]
+    assert (plan["on_halt"], [stage["soak_s"] for stage in plan["stages"]]) == ("hold", [0, 7])
+    file.write_text("on_halt =")
+    broken = wherry(
+        world.server, "rollout", "create", f"{MODEL}:1.1.0", "--device", "lab-1", "--plan", str(file), "--json"
+    )
+    assert json.loads(broken.stderr)["code"] == "plan_file"
+    assert "[bad_target]" in wherry(world.server, "rollout", "create", "nonsense", "--device", "lab-1").stderr
+    stages = wherry(world.server, "rollout", "create", f"{MODEL}:1.1.0", "--device", "lab-1", "--stages", "five")
+    assert "[plan_stages]" in stages.stderr
