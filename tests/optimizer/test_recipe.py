@@ -77,3 +77,9 @@ def test_an_unknown_recipe_is_refused_with_what_there_is() -> None:
     with pytest.raises(RefusedError) as caught:
         recipe.find_recipe("nothing")
     assert "pitch-1.0.0" in caught.value.next_step
+
+
+def test_the_documented_recipe_is_one() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "formats" / "recipe.md").read_text()
+    example = text.partition("```toml\n")[2].partition("```")[0]
+    assert recipe.parse_recipe(example.encode()).variants[1].required

@@ -1,0 +1,42 @@
+"""The recipes that come with Wherry build from the real models and keep what they promise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from wherry_optimizer import pipeline
+from wherry_shared.engines import probe
+
+
+def test_file_type_gets_an_int8_and_a_pruned_variant_within_budget(tmp_path: Path) -> None:
+    result = pipeline.build("file-type-1.1.0", tmp_path)
+    assert result.refused == ()
+    variants = {variant.id: variant for variant in result.packed.config.variants}
+    assert set(variants) == {"float", "int8", "pruned-int8"}
+    for variant in variants.values():
+        assert variant.accuracy.samples >= 300
+        assert variant.accuracy.drop <= 0.015
+        assert set(variants) - {variant.id} == set(variant.golden.separates)
+    assert variants["float"].accuracy.value > 0.85
+    assert variants["int8"].bytes < 0.3 * variants["float"].bytes
+    assert variants["pruned-int8"].download_bytes < 0.9 * variants["int8"].download_bytes
+    (figures,) = variants["int8"].figures.values()
+    assert figures.latency_ratio < 0.9
+    assert len(result.packed.config.interface.outputs[0].labels) == 214
+
+
+def test_pitch_has_variants_for_both_engines_with_one_interface(tmp_path: Path) -> None:
+    result = pipeline.build("pitch-1.0.0", tmp_path)
+    assert result.refused == ()
+    config = result.packed.config
+    assert [spec.name for spec in config.interface.inputs] == ["audio"]
+    assert {spec.name for spec in config.interface.outputs} == {"note", "onset", "contour"}
+    variants = {variant.id: variant for variant in config.variants}
+    assert {variant.format for variant in variants.values()} == {"onnx", "tflite"}
+    for variant in variants.values():
+        assert variant.accuracy.value > 0.95
+        assert "by construction" in variant.accuracy.data
+    here = {facts.name for facts in probe(["ai-edge-litert", "tflite-runtime"])}
+    assert {engine.name for engine in variants["tflite-float"].engines} == here
+    assert variants["tflite-int8"].bytes < 0.6 * variants["tflite-float"].bytes
+    assert variants["tflite-float"].tensors == {"audio": "input_2"}
