@@ -108,6 +108,7 @@ class Daemon:
             DeviceError: `already_running`, `port_busy`, `socket_path` and other trouble of this machine.
             RefusedError: `not_enrolled`, `enrol_refused`, `identity_invalid`.
         """
+        readings.use_one_arena()
         logging.getLogger().addHandler(self._ring)
         os.umask(0o077)
         self._disk.mkdir(self._home / "run")
@@ -303,6 +304,7 @@ class Daemon:
 
     def _know(self, found: DeviceFacts) -> None:
         self._facts = found
+        readings.give_back_memory()
         log.info("engines: %s", ", ".join(f"{e.name} {e.version}" for e in found.engines) or "none")
         self._say_hello()
         self._next_trusting()
@@ -513,14 +515,22 @@ class Daemon:
             else:
                 self._turn(_failed(effect.model, effect.manifest, effect.attempt, "fetch", answer))
 
-        needed = self._bytes_to_fetch(effect)
-        free = self._disk.free_bytes(self._home) - self._settings.disk_reserve_mb * MIB
-        if needed > free:
-            detail = f"{needed} bytes are to be downloaded, {max(0, free)} may be"
-            full = children.Failed(reason=reasons.DISK_FULL, detail=detail, retry_after_s=60.0)
-            self._queue.put(lambda: done(full))
+        trouble = self._no_room(self._bytes_to_fetch(effect))
+        if trouble is not None:
+            self._queue.put(lambda: done(trouble))
             return
         self._courier(effect.model, task, done)
+
+    def _no_room(self, needed: int) -> children.Failed | None:
+        """Say why `needed` bytes cannot be downloaded, None if they can."""
+        try:
+            free = self._disk.free_bytes(self._home) - self._settings.disk_reserve_mb * MIB
+        except DeviceError as error:
+            return children.Failed(reason=error.code, detail=error.message, retry_after_s=60.0)
+        if needed == 0 or needed <= free:
+            return None
+        detail = f"{needed} bytes are to be downloaded, {max(0, free)} may be"
+        return children.Failed(reason=reasons.DISK_FULL, detail=detail, retry_after_s=60.0)
 
     def _bytes_to_fetch(self, effect: s.Fetch) -> int:
         phase = self._state.models[effect.model].phase

@@ -1,0 +1,106 @@
+"""State first, then effects: what the supervisor does when the journal cannot be written."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from tests.agent.builders import MODEL, fresh, offer, offered, resolved
+from wherry_agent import journal, machine
+from wherry_agent import state as s
+from wherry_agent.daemon import Daemon
+from wherry_agent.disk import Disk, Step
+from wherry_agent.settings import Settings
+from wherry_shared.errors import DeviceError
+
+
+class Full:
+    """A disk that is full until it is told otherwise; removing the ballast makes room once."""
+
+    def __init__(self, *, after_unlink: bool = False) -> None:
+        self.full = False
+        self.after_unlink = after_unlink
+
+    def __call__(self, step: Step, path: Path) -> None:
+        if step == "unlink" and path.name == "ballast" and self.after_unlink:
+            self.full = False
+        if step == "write" and self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class Recorder(Daemon):
+    """A supervisor that writes down effects instead of starting children; the journal is real."""
+
+    def __init__(self, home: Path, hook: Full, **settings: int) -> None:
+        super().__init__(Settings(home=str(home), **settings), disk=Disk(hook))
+        self._server = "http://127.0.0.1:1"
+        self.effects: list[s.Effect] = []
+        self.written_at_effect: list[s.State] = []
+        self._state = fresh()
+        self._journal.write(self._state)
+
+    def _run(self, effect: s.Effect) -> None:
+        self.effects.append(effect)
+        self.written_at_effect.append(journal.decode((self._home / "journal.json").read_bytes()))
+
+
+def test_effects_run_only_when_their_state_is_on_disk(tmp_path: Path) -> None:
+    daemon = Recorder(tmp_path, Full())
+    daemon._turn(offer(1, {MODEL: offered()}))
+    daemon._turn(resolved())
+    assert [type(effect).__name__ for effect in daemon.effects] == ["Resolve", "SendReports", "Fetch"]
+    phases = [type(state.models[MODEL].phase).__name__ for state in daemon.written_at_effect]
+    assert phases == ["Resolving", "Resolving", "Fetching"]
+
+
+def test_with_a_full_disk_nothing_happens_until_there_is_room(tmp_path: Path) -> None:
+    full = Full()
+    daemon = Recorder(tmp_path, full)
+    full.full = True
+    before = daemon._state
+    daemon._turn(offer(1, {MODEL: offered()}))
+    assert daemon.effects == []
+    assert daemon._state == before == journal.decode((tmp_path / "journal.json").read_bytes())
+    assert "journal" in daemon._timers
+
+    full.full = False
+    daemon._take_kept()
+    assert [type(effect).__name__ for effect in daemon.effects] == ["Resolve", "SendReports"]
+
+
+def test_the_ballast_gives_way_so_that_the_journal_can_be_written(tmp_path: Path) -> None:
+    full = Full(after_unlink=True)
+    daemon = Recorder(tmp_path, full)
+    daemon._add_ballast()
+    assert (tmp_path / "ballast").stat().st_size > 0
+    full.full = True
+    daemon._turn(offer(1, {MODEL: offered()}))
+    assert [type(effect).__name__ for effect in daemon.effects] == ["Resolve", "SendReports"]
+    assert not (tmp_path / "ballast").exists()
+
+
+def test_without_ballast_a_full_disk_is_an_error_with_its_code(tmp_path: Path) -> None:
+    full = Full()
+    daemon = Recorder(tmp_path, full)
+    full.full = True
+    changed, _ = machine.step(daemon._state, offer(1, {MODEL: offered()}), daemon._now())
+    with pytest.raises(DeviceError) as caught:
+        daemon._commit(changed)
+    assert caught.value.code == "disk_full"
+
+
+def test_a_download_that_would_fill_the_disk_is_not_begun(tmp_path: Path) -> None:
+    daemon = Recorder(tmp_path, Full(), disk_reserve_mb=1 << 30)
+    daemon._turn(offer(1, {MODEL: offered()}))
+    daemon._turn(resolved())
+    fetch = daemon.effects[-1]
+    assert isinstance(fetch, s.Fetch)
+    daemon._fetch(fetch)
+    answer = daemon._queue.get(timeout=5)
+    assert callable(answer)
+    answer()
+    phase = daemon._state.models[MODEL].phase
+    assert isinstance(phase, s.Waiting)
+    assert phase.reason == "disk_full"
