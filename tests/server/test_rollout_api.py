@@ -197,7 +197,8 @@ REFUSALS = [
 def test_a_wish_that_cannot_be_is_refused_and_not_stored(world: World, wish: dict[str, Any], status: int, code: str):
     with world.server.http() as http:
         before = len(http.get("/api/v1/rollouts").json())
-        answer = http.post("/api/v1/rollouts", content=json.dumps(wish))
+        json_type = {"Content-Type": "application/json"}
+        answer = http.post("/api/v1/rollouts", content=json.dumps(wish), headers=json_type)
         assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
         assert len(http.get("/api/v1/rollouts").json()) == before
 
