@@ -38,5 +38,7 @@ def test_pitch_has_variants_for_both_engines_with_one_interface(tmp_path: Path) 
         assert "by construction" in variant.accuracy.data
     here = {facts.name for facts in probe(["ai-edge-litert", "tflite-runtime"])}
     assert {engine.name for engine in variants["tflite-float"].engines} == here
+    named = {engine.name for engine in variants["tflite-int8"].engines}
+    assert here - named == {engine for one, engine, _ in result.left_out if one == "tflite-int8"}
     assert variants["tflite-int8"].bytes < 0.6 * variants["tflite-float"].bytes
     assert variants["tflite-float"].tensors == {"audio": "input_2"}

@@ -64,6 +64,8 @@ class BuildResult:
     """What the passes of each variant said."""
     dataset: dict[str, Any]
     """Metric, description, digest and counts of the data."""
+    left_out: tuple[tuple[str, str, str], ...] = ()
+    """(variant, engine, why): engines that a variant does not name, see `golden.Selection`."""
 
     @property
     def path(self) -> Path:
@@ -172,9 +174,8 @@ class _Build:
             )
         self.say(f"packed {packed.path}")
         about = {"metric": dataset.metric, "description": dataset.description, "digest": dataset.digest}
-        return BuildResult(
-            packed, tuple(self.refused), {item.spec.id: item.notes for item in made}, about | dataset.notes
-        )
+        notes = {item.spec.id: item.notes for item in made}
+        return BuildResult(packed, tuple(self.refused), notes, about | dataset.notes, tuple(selection.left_out))
 
     def pass_parameters(self) -> dict[tuple[str, int], tuple[passes.PassInfo, msgspec.Struct]]:
         """Check every pass of the recipe, before anything heavy starts."""

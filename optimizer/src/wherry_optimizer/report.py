@@ -53,6 +53,7 @@ def refused(result: BuildResult) -> Text:
     """Return what was kept out and what golden vectors do not tell apart."""
     lines = [f"refused {item.id}: {item.why} [{item.code}]" for item in result.refused]
     lines += [f"note: no golden vector of {one} tells it from {other}" for one, other in result.packed.unseparated]
+    lines += [f"note: {one} does not name {engine}, which {why}" for one, engine, why in result.left_out]
     return Text("\n".join(lines))
 
 
@@ -69,6 +70,7 @@ def as_dict(result: BuildResult) -> dict[str, Any]:
             for variant in result.packed.config.variants
         ],
         "refused": [item.as_dict() for item in result.refused],
+        "left_out": [list(row) for row in result.left_out],
         "unseparated": [list(pair) for pair in result.packed.unseparated],
     }
 
