@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
-from sqlalchemy import bindparam, text
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server.db import bulk
@@ -128,8 +128,7 @@ async def current(connection: AsyncConnection, devices: Sequence[str]) -> dict[s
     """Return what the devices have been offered; a device that does not exist is left out."""
     found: dict[str, Current] = {}
     for at in range(0, len(devices), DEVICES_PER_READ):
-        rows = await connection.execute(_CURRENT, {"devices": list(devices[at : at + DEVICES_PER_READ])})
-        for row in rows:
+        for row in await bulk.select_in(connection, _CURRENT, devices[at : at + DEVICES_PER_READ]):
             models = _models.decode(row.models) if row.models else {}
             found[row.id] = Current(Number(row.epoch, row.serial), Number(row.known_epoch, row.known_serial), models)
     return found
@@ -171,8 +170,8 @@ _COLUMNS = (
     "expires_at",
     "published",
 )
-_CURRENT = text(
+_CURRENT = (
     "SELECT d.id, d.offer_epoch AS known_epoch, d.offer_serial AS known_serial, COALESCE(o.epoch, 0) AS epoch,"
     " COALESCE(o.serial, 0) AS serial, CAST(o.models AS TEXT) AS models"
-    " FROM device d LEFT JOIN offer o ON o.device_id = d.id WHERE d.id IN :devices"
-).bindparams(bindparam("devices", expanding=True))
+    " FROM device d LEFT JOIN offer o ON o.device_id = d.id WHERE d.id IN :keys"
+)
