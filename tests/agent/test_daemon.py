@@ -62,6 +62,16 @@ def test_reports_reach_the_server_and_are_owed_no_more(device: Agent, server: Si
     until(known, "the server knows that it is confirmed", 20)
 
 
+def test_an_operator_who_asks_gets_the_last_log_lines(device: Agent, server: Site) -> None:
+    device.until("it is connected", lambda shown: shown["connected"] == "mqtt")
+    assert server.call("POST", "/api/v1/devices/bench-1/logs")[0] == 202
+
+    def lines() -> list[str]:
+        return list(server.call("GET", "/api/v1/devices/bench-1/logs")[1]["lines"])
+
+    until(lambda: any("is the director's" in line for line in lines()), "the lines are there", 30)
+
+
 def test_status_says_what_runs_and_why_in_words(device: Agent) -> None:
     device.until_serves("1.0.0")
     argv = [sys.executable, "-m", "wherry_agent.cli", "status", "--home", str(device.home)]

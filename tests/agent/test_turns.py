@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.agent.builders import MODEL, fresh, offer, offered, resolved
+from tests.agent.builders import MODEL, candidates, fresh, offer, offered, resolved
 from wherry_agent import journal, machine
 from wherry_agent import state as s
 from wherry_agent.daemon import Daemon
@@ -104,3 +104,30 @@ def test_a_download_that_would_fill_the_disk_is_not_begun(tmp_path: Path) -> Non
     phase = daemon._state.models[MODEL].phase
     assert isinstance(phase, s.Waiting)
     assert phase.reason == "disk_full"
+
+
+class Leases:
+    """Handles that hold nothing."""
+
+    def leases(self) -> set[str]:
+        return set()
+
+
+def test_tidying_that_had_to_wait_keeps_what_came_in_between(tmp_path: Path) -> None:
+    daemon = Recorder(tmp_path, Full())
+    daemon._handles = Leases()  # type: ignore[assignment]
+    blobs = tmp_path / "store" / "blobs" / "sha256"
+    blobs.mkdir(parents=True)
+    needed = blobs / candidates()[0].loadable.digest.removeprefix("sha256:")
+    stray = blobs / ("f" * 64)
+    for path in (needed, stray):
+        path.write_bytes(b"x")
+    daemon._trust_busy = MODEL
+    Daemon._run(daemon, s.Collect(()))
+    assert stray.exists()
+    daemon._turn(offer(1, {MODEL: offered()}))
+    daemon._turn(resolved())
+    daemon._trust_busy = ""
+    daemon._collect_now()
+    assert needed.exists()
+    assert not stray.exists()

@@ -42,7 +42,8 @@ from wherry_agent.processes import Short, WorkerProcess, canary, courier
 from wherry_agent.settings import MIB, Settings
 from wherry_agent.telemetry import Buffer, Context, Windows
 from wherry_shared import dsse, reasons, topics, wire
-from wherry_shared.clock import Now
+from wherry_shared.clock import MICROSECONDS, Now
+from wherry_shared.digest import of_bytes
 from wherry_shared.errors import DeviceError, RefusedError, UnreachableError, WherryError
 from wherry_shared.facts import DeviceFacts
 from wherry_shared.limits import STREAM_IN_FLIGHT_MAX
@@ -65,6 +66,8 @@ HEARTBEAT_S = 300.0
 """Telemetry without windows is sent this often: memory, disk and temperature."""
 BALLAST_BYTES = 512 * 1024
 """A file that gives way when the disk is full, so that the journal can still be written."""
+HELLO_EVERY_S = 600.0
+"""A hello that nobody heard (the server was away, the broker was not) is made good by the next."""
 BACKLOG = 128
 
 
@@ -86,7 +89,7 @@ class Daemon:
         self._shorts: dict[str, Short] = {}
         self._trusting: deque[tuple[str, Callable[[], None]]] = deque()
         self._trust_busy = ""
-        self._collect: s.Collect | None = None
+        self._collect = False
         self._envelope: tuple[bytes, int] | None = None
         self._facts: DeviceFacts | None = None
         self._served: set[str] = set()
@@ -119,7 +122,9 @@ class Daemon:
             signal.signal(number, lambda *_: self._queue.put(self._stop))
         self._identity = self._enrolled()
         self._server = (self._settings.server or self._identity.server).rstrip("/")
-        self._state, effects = machine.resume(self._read_journal(), self._now())
+        known = self._read_journal()
+        self._set_clock(known)
+        self._state, effects = machine.resume(known, self._now())
         self._commit(self._state)
         self._buffer = Buffer(self._home / "telemetry.db", self._settings.telemetry_mb * MIB)
         self._listen()
@@ -244,6 +249,17 @@ class Daemon:
         if state is not None:
             log.error("the journal is of device %s, this is %s: begun anew", state.device, device)
         return machine.initial(device=device, project=project, stream=secrets.token_urlsafe(12))
+
+    def _set_clock(self, state: s.State) -> None:
+        """A clock before a time that was verified is wrong: set it forward, where that is allowed."""
+        floor_us = state.trust.time_floor_us if state.trust is not None else 0
+        if not self._settings.set_clock or time.time() * MICROSECONDS >= floor_us:
+            return
+        try:
+            time.clock_settime(time.CLOCK_REALTIME, floor_us / MICROSECONDS)
+            log.warning("the clock was behind a verified time and is set forward to it")
+        except OSError as error:
+            log.warning("the clock is behind a verified time and cannot be set: %s", error)
 
     def _listen(self) -> None:
         """Open the sockets on which models are served; the supervisor owns them, so a dead worker refuses nobody."""
@@ -392,7 +408,7 @@ class Daemon:
             case s.SendReports():
                 self._send_reports()
             case s.Collect():
-                self._collect = effect
+                self._collect = True
                 self._collect_now()
             case _:
                 assert_never(effect)
@@ -569,10 +585,12 @@ class Daemon:
 
     def _collect_now(self) -> None:
         """Delete blobs that nothing needs; not while a courier brings some in that no state names yet."""
-        if self._collect is None or any(not key.startswith("!") for key in self._shorts) or self._trust_busy:
+        if not self._collect or any(not key.startswith("!") for key in self._shorts) or self._trust_busy:
             return
-        keep = {digest for loadable in self._collect.keep for digest in _digests(loadable)} | self._handles.leases()
-        self._collect = None
+        # what is needed now: more may be than when this was asked for
+        keep = {digest for loadable in machine.kept(self._state) for digest in _digests(loadable)}
+        keep |= self._handles.leases()
+        self._collect = False
         from wherry_agent.store import Store
 
         try:
@@ -622,6 +640,8 @@ class Daemon:
                 self._etag = etag
                 self._courier_until_us = now_us + (answer.trust.expires_at - now_us) // 2
                 self._turn(s.Refreshed(answer.trust))
+                if answer.trust.changed:
+                    self._say_hello()  # an offer that could not be verified before comes again
             else:
                 failed = _failure(answer)
                 log.warning("trust: %s", failed.detail)
@@ -730,7 +750,8 @@ class Daemon:
             if candidate is None or (name, digest, phase.trial) not in news:
                 continue
             incumbent = slot.incumbent.loadable.digest if slot.incumbent is not None else ""
-            self._turn(s.Measured(name, phase.trial, candidate, self._windows.baseline(name, incumbent)))
+            # through the queue: an effect that looks must not begin a turn inside the one that it belongs to
+            self._queue.put(s.Measured(name, phase.trial, candidate, self._windows.baseline(name, incumbent)))
         if self._handles.leases():
             self._later("handles", HANDLES_EVERY_S, self._look)
 
@@ -774,7 +795,7 @@ class Daemon:
                 agent=__version__,
                 offer_epoch=state.offer.epoch if state.offer is not None else 0,
                 offer_serial=state.offer.serial if state.offer is not None else 0,
-                facts=self._facts,
+                facts=self._known_facts(),
                 running=machine.running(state),
                 streams={
                     "report": (state.stream, state.owed[0].seq if state.owed else state.seq, state.seq),
@@ -785,7 +806,19 @@ class Daemon:
             )
         )
 
+    def _known_facts(self) -> DeviceFacts | None:
+        """Return the facts with what applications here rely on, by model."""
+        if self._facts is None:
+            return None
+        contracts = {
+            name: of_bytes(msgspec.json.encode(slot.contract, order="deterministic"))
+            for name, slot in self._state.models.items()
+            if slot.contract is not None
+        }
+        return msgspec.structs.replace(self._facts, contracts=contracts)
+
     def _say_hello(self) -> None:
+        self._later("hello", HELLO_EVERY_S * (1 + self._jitter), self._say_hello)
         self._link.publish("hello", self._hello())
 
     def _send_reports(self) -> None:

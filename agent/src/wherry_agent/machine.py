@@ -106,6 +106,7 @@ __all__ = [
     "Event",
     "State",
     "initial",
+    "kept",
     "limit_ms",
     "next_deadline_ms",
     "only_counts_differ",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -47,7 +47,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Length of a telemetry window."""
     telemetry_mb: Size = 8
     """Telemetry kept while the server cannot be reached."""
-    log_level: str = "info"
+    set_clock: bool = False
+    """Set a clock that is behind a verified time forward at start (needs the right to); else it is only reported."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 def load(path: Path | None, flags: dict[str, Any]) -> Settings:

@@ -534,7 +534,7 @@ class SendReports:
 
 @dataclass(frozen=True, slots=True)
 class Collect:
-    """Blobs that belong to none of these may be deleted."""
+    """Blobs that belong to none of these may be deleted; whoever does it later asks `machine.kept` again."""
 
     keep: tuple[Loadable, ...]
 
