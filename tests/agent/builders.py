@@ -58,8 +58,8 @@ def loadable(version: str = "1.0.0", variant: str = "float", model: str = MODEL)
         engine_version="1.32.0",
         format="onnx",
         path=f"/store/{model}-{version}-{variant}",
-        golden_path="/store/golden",
-        config_path="/store/config",
+        golden_path="/store/" + "a" * 64,
+        config_path="/store/" + "b" * 64,
         interface=INTERFACE,
     )
 
