@@ -399,3 +399,40 @@ def test_a_device_that_already_runs_the_bundle_goes_back_to_where_it_came_from(t
             assert {device.running for device in [*pilots, *others]} == {manifest_of("1.0.0")}
 
     run(work())
+
+
+def test_a_revert_reaches_devices_that_a_later_rollout_tried_and_gave_back(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0", "1.2.0")
+            devices = await found.enrol(12, version="1.0.0")
+            for device in devices[:3]:
+                device.behaviours["1.2.0"] = "bad"
+            second = await found.roll_out("1.1.0")
+            await found.until(second, "done")
+            await found.until(await found.roll_out("1.2.0", failure={"count": 1}), "halted")
+            assert {device.running for device in devices} == {manifest_of("1.1.0")}
+            await found.command(second, "revert")
+            shown = await found.until(second, "reverted")
+            assert {device.running for device in devices} == {manifest_of("1.0.0")}
+            assert shown["counts"]["real"]["reverted"] == 12
+
+    run(work())
+
+
+def test_a_revert_leaves_alone_what_a_newer_release_has(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0", "1.2.0")
+            devices = await found.enrol(4, version="1.0.0")
+            first = await found.roll_out("1.1.0")
+            await found.until(first, "done")
+            await found.until(await found.roll_out("1.2.0", device=devices[0].id), "done")
+            await found.command(first, "revert")
+            shown = await found.until(first, "reverted")
+            running = [device.running for device in devices]
+            assert running == [manifest_of("1.2.0"), *[manifest_of("1.0.0")] * 3]
+            counts = shown["counts"]["real"]
+            assert (counts["reverted"], counts["superseded"], counts["confirmed"]) == (3, 1, 0)
+
+    run(work())

@@ -33,6 +33,8 @@ class Prepared:
     exposed: list[Candidate] = field(default_factory=list)
     stage: int = -1
     withdrawn: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    """Devices in scope that a newer rollout has: left alone, and counted as superseded."""
     composed: list[Composed] = field(default_factory=list)
     refused: list[RefusedError] = field(default_factory=list)
     """Offers that could not be made; their devices are left as they are."""
@@ -69,7 +71,7 @@ def expose(
 
 
 async def read_withdrawing(connection: AsyncConnection, rollout: str, scope: Scope, stage: int) -> list[Any]:
-    """Return the assignments that a withdrawal brings back: (device_id, model, from_manifest, from_target)."""
+    """Return the assignments that a withdrawal brings back: (device_id, model, from_*, owned)."""
     rows = await connection.execute(
         _WITHDRAWING,
         {
@@ -95,6 +97,9 @@ def withdraw(
     """Compose the offers that name each device's own `from`. Signs, so call it outside of the event loop's thread."""
     changed: dict[str, dict[str, Any]] = {}
     for one in rows:
+        if not one.owned:
+            prepared.lost.append(one.device_id)
+            continue
         changed.setdefault(one.device_id, {})[one.model] = offers.backwards(
             plan, row.id, one.from_target, one.from_manifest
         )
@@ -102,15 +107,8 @@ def withdraw(
         known = current.get(device)
         if known is None:
             continue
-        own = {
-            name: offered
-            for name, offered in models.items()
-            if name not in known.models or known.models[name].rollout == row.id
-        }
-        if not own:
-            continue  # another rollout has taken it over since
         try:
-            prepared.composed.append(composer.compose(device, known, {**known.models, **own}, now))
+            prepared.composed.append(composer.compose(device, known, {**known.models, **models}, now))
         except RefusedError as error:
             prepared.refused.append(error)
             continue
@@ -126,6 +124,12 @@ async def apply(connection: AsyncConnection, row: Any, plan: Plan, prepared: Pre
         await connection.execute(
             _WITHDRAW, {"rollout": row.id, "devices": part, "now": now, "outcomes": list(LIVE[:3])}
         )
+        for planned in plan.models:
+            await connection.execute(
+                _OTHERS_PENDING, {"rollout": row.id, "devices": part, "now": now, "model": planned.model}
+            )
+    if prepared.lost:
+        await connection.execute(_LOST, [{"rollout": row.id, "device": device, "now": now} for device in prepared.lost])
     await offers.write(connection, row.project_id, prepared.composed)
 
 
@@ -160,10 +164,24 @@ async def _insert(connection: AsyncConnection, row: Any, plan: Plan, prepared: P
         await connection.execute(_ASSIGN, named)
 
 
+# A device belongs to the rollout that exposed it last, unless that one gave it back.
 _WITHDRAWING = text(
-    "SELECT device_id, model, from_manifest, from_target FROM assignment WHERE rollout_id = :rollout AND outcome IN :outcomes"
-    " AND (outcome NOT IN ('confirmed', 'confirmed_idle') OR :all OR (:in_stage AND stage = :stage))"
+    "SELECT a.device_id, a.model, a.from_manifest, a.from_target, NOT EXISTS (SELECT 1 FROM assignment n"
+    " JOIN rollout r ON r.id = n.rollout_id WHERE n.device_id = a.device_id AND n.model = a.model"
+    " AND n.rollout_id <> a.rollout_id AND n.exposed_at > a.exposed_at"
+    " AND n.outcome NOT IN ('withdrawn', 'revert_pending', 'reverted', 'superseded')"
+    " AND NOT (n.outcome IN ('returned', 'failed', 'refused') AND r.state IN ('halted', 'aborted', 'reverted'))) AS owned"
+    " FROM assignment a WHERE a.rollout_id = :rollout AND a.outcome IN :outcomes"
+    " AND (a.outcome NOT IN ('confirmed', 'confirmed_idle') OR :all OR (:in_stage AND a.stage = :stage))"
 ).bindparams(bindparam("outcomes", expanding=True))
+_LOST = text(
+    "UPDATE assignment SET outcome = 'superseded', settled_at = :now WHERE rollout_id = :rollout AND device_id = :device"
+    " AND outcome IN ('exposed', 'confirmed', 'confirmed_idle')"
+)
+_OTHERS_PENDING = text(
+    "UPDATE assignment SET outcome = 'superseded', settled_at = :now WHERE rollout_id <> :rollout"
+    " AND outcome = 'revert_pending' AND device_id IN :devices AND model = :model"
+).bindparams(bindparam("devices", expanding=True))
 _WITHDRAW = text(
     "UPDATE assignment SET outcome = CASE WHEN outcome = 'exposed' AND COALESCE((SELECT m.running FROM device_model m"
     " WHERE m.device_id = assignment.device_id AND m.model = assignment.model), '') = from_manifest"
