@@ -450,6 +450,28 @@ def test_a_first_installation_goes_through_a_trial_too() -> None:
     assert told(state) == [("fetching", ""), ("judging", ""), ("trial", ""), ("confirmed", "")]
 
 
+@pytest.mark.parametrize(
+    ("counts", "end"),
+    [
+        ({"requests": 4}, "confirmed_idle"),
+        ({"requests": 40}, "confirmed"),
+        ({"requests": 40, "errors": 2}, "confirmed_idle"),
+    ],
+)
+def test_when_its_time_is_over_golden_vectors_stand_for_what_traffic_did_not_show(
+    counts: dict[str, int], end: str
+) -> None:
+    """The traffic's shapes changed with the swap, so that latency could not be compared."""
+    state = updating()
+    baseline = arm("1.0.0", arm="incumbent", requests=60, latency_us=latencies(4, 1000, 60))
+    seen = measured(state, "1.1.0", latency_us=latencies(9, 1000, 40), baseline=baseline, **counts)
+    state, _ = run(state, seen)
+    assert isinstance(phase(state), s.OnTrial)
+    state, _ = run(state, s.Tick(), ms=60_000)
+    state, _ = run(state, golden(state, "1.1.0"))
+    assert state.owed[-1].state == end
+
+
 def test_a_first_installation_that_fails_leaves_nothing_serving() -> None:
     before = on_trial("1.0.0")
     state, effects = run(before, measured(before, requests=10, errors=10))

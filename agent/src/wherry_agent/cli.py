@@ -156,7 +156,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     checks.append(("home", os.access(folder, os.W_OK), f"{home} can be written" if home.exists() else f"{home} is new"))
     path_fits = len(str(home / "run" / "handle.sock")) < 108
     checks.append(("sockets", path_fits, "paths fit" if path_fits else "the home's path is too long for unix sockets"))
-    checks.append(("signals", hasattr(os, "fork") and sys.platform == "linux", sys.platform))
+    checks.append(("system", sys.platform == "linux", sys.platform))
     known = identity.load(home)
     checks.append(("identity", known is not None, known.device if known is not None else "not enrolled yet"))
     if known is not None:
