@@ -214,6 +214,7 @@ def confirmed(version: str = "1.0.0", *, state: State | None = None, serial: int
     else:
         state, _ = run(state, measured(state, version, requests=10, baseline=baseline))
     assert state.models[MODEL].incumbent is not None
+    state, _ = run(state, served(state, version))
     return state
 
 

@@ -887,3 +887,35 @@ def test_files_of_everything_that_may_serve_again_are_kept() -> None:
     state, effects = run(state, served(state, "1.1.0"))
     kept = next(effect for effect in effects if isinstance(effect, s.Collect))
     assert {item.target for item in kept.keep} == {f"{MODEL}/1.1.0", f"{MODEL}/1.0.0"}
+
+
+# --- a worker that hangs where no trial waits for it ----------------------------------------------
+
+
+def test_a_worker_that_does_not_say_that_the_incumbent_serves_is_ended() -> None:
+    state, _ = run(confirmed("1.0.0"), s.WorkerDied("killed"), s.WorkerReady())
+    assert machine.next_deadline_ms(state, now(0)) <= turn.SERVE_MS
+    waiting, effects = run(state, s.Tick(), ms=turn.SERVE_MS - 1)
+    assert "RestartWorker" not in kinds(effects)
+    _, effects = run(waiting, s.Tick(), ms=turn.SERVE_MS)
+    assert kinds(effects) == ["RestartWorker"]
+
+
+def test_a_worker_that_said_so_is_left_alone() -> None:
+    state, _ = run(confirmed("1.0.0"), s.WorkerDied("killed"), s.WorkerReady())
+    state, _ = run(state, served(state, "1.0.0"))
+    _, effects = run(state, s.Tick(), ms=turn.SERVE_MS)
+    assert "RestartWorker" not in kinds(effects)
+
+
+def test_a_version_at_which_every_worker_hangs_gives_way_to_the_one_before() -> None:
+    state = confirmed("1.1.0", state=confirmed("1.0.0"), serial=2)
+    before, ms = state.seq, 0
+    for _ in range(turn.FAULTS_MAX):
+        state, _ = run(state, s.WorkerDied("ended", ordered=True), s.WorkerReady(), ms=ms)
+        ms += turn.SERVE_MS
+        state, effects = run(state, s.Tick(), ms=ms)
+        assert "RestartWorker" in kinds(effects)
+    assert told(state, before) == [("returned", reasons.CHILD_FAILED)]
+    assert machine.running(state) == {MODEL: digest_of(f"{MODEL}/1.0.0")}
+    assert state.known_bad == (), "a hanging process is no verdict on the variant"

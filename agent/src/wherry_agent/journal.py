@@ -47,6 +47,7 @@ NAMES: dict[type[Any], dict[str, str]] = {
         "revision": "serving_revision",
         "confirmations": "confirmations",
         "crashes": "worker_crashes",
+        "told": "worker_told",
     },
     s.Slot: {
         "incumbent": "incumbent",
@@ -104,6 +105,7 @@ NAMES: dict[type[Any], dict[str, str]] = {
         "reason": "reason",
     },
     s.Crashes: {"since": "since", "count": "count"},
+    s.Told: {"since": "since", "waiting": "waiting"},
     s.Idle: {},
     s.Resolving: {"job": "job", "since": "since"},
     s.Fetching: {"job": "job", "since": "since"},

@@ -71,6 +71,7 @@ from wherry_agent.state import (
     Task,
     TaskFailed,
     Tick,
+    Told,
     TrustWatch,
     Waiting,
     WorkerDied,
@@ -89,6 +90,7 @@ from wherry_agent.turn import (
     RETRY_MIN_MS,
     RETURN_MS,
     RETURN_TRIES_MAX,
+    SERVE_MS,
     SWAP_MS,
     TRIED_MAX,
     Turn,
@@ -137,7 +139,7 @@ def step(state: State, event: Event, now: Now) -> tuple[State, tuple[Effect, ...
         case RefreshFailed():
             turn.refresh_failed(event.reason)
         case WorkerReady():
-            turn.effects.append(_serve(turn.state))
+            _tell(turn)
         case Acked():
             turn.acked(event)
         case WorkerDied():
@@ -146,11 +148,15 @@ def step(state: State, event: Event, now: Now) -> tuple[State, tuple[Effect, ...
             turn.watch_trust(connected=isinstance(event, Connected))
             for name in tuple(turn.state.models):
                 _slot_step(turn, name, event)
+            _watch_worker(turn)
         case Resolved():
             if event.trust is not None:
                 turn.adopt_trust(event.trust)
             _slot_step(turn, event.model, event)
-        case Fetched() | TaskFailed() | CanaryDone() | Served() | Measured() | Condemned() | GoldenChecked():
+        case Served():
+            _answered(turn, event)
+            _slot_step(turn, event.model, event)
+        case Fetched() | TaskFailed() | CanaryDone() | Measured() | Condemned() | GoldenChecked():
             _slot_step(turn, event.model, event)
         case _:
             assert_never(event)
@@ -164,6 +170,7 @@ def resume(state: State, now: Now) -> tuple[State, tuple[Effect, ...]]:
     default is to go back to the incumbent; each phase that goes on says why.
     """
     turn = Turn(state, now)
+    turn.state = replace(turn.state, told=None)
     turn.resume_watch()
     for name, slot in tuple(turn.state.models.items()):
         phase = slot.phase
@@ -263,6 +270,8 @@ def next_deadline_ms(state: State, now: Now) -> int:
         limit = limit_ms(slot.phase)
         if limit is not None and not isinstance(slot.phase, Idle | Queued | Safe):
             left.append(limit - slot.phase.since.elapsed_ms(now))
+    if state.told is not None:
+        left.append(SERVE_MS - state.told.since.elapsed_ms(now))
     left.append(_watch_ms(state.watch) - state.watch.since.elapsed_ms(now) if state.watch is not None else 0)
     return max(0, min(left))
 
@@ -751,11 +760,14 @@ def _return_again(turn: Turn, name: str, slot: Slot, phase: Returning, event: Se
     reason, detail = reasons.CHILD_FAILED, "the worker did not serve it again"
     if isinstance(event, Served):
         reason, detail = event.reason or reasons.LOAD_FAILED, event.detail
+    else:
+        turn.effects.append(RestartWorker(detail))
     turn.give_up(name, turn.state.models[name], reason, detail)
 
 
 def _worker_died(turn: Turn, event: WorkerDied) -> None:
     """With a trial or a return under way the death is theirs; else it is counted, and a loop costs the last-confirmed."""
+    turn.state = replace(turn.state, told=None)
     busy = [name for name, slot in turn.state.models.items() if _occupies(slot.phase)]
     for name in tuple(turn.state.models):
         _slot_step(turn, name, event)
@@ -803,7 +815,7 @@ def _settle(turn: Turn) -> tuple[State, tuple[Effect, ...]]:
     _forget(turn)
     if serving(turn.state) != serving(turn.before):
         turn.state = replace(turn.state, revision=turn.state.revision + 1)
-        turn.effects.append(_serve(turn.state))
+        _tell(turn)
     if turn.state.seq != turn.before.seq and SendReports() not in turn.effects:
         turn.effects.append(SendReports())
     return turn.state, tuple(turn.effects)
@@ -829,8 +841,38 @@ def _occupies(phase: Phase) -> bool:
     return isinstance(phase, Swapping | OnTrial | Proving | Returning)
 
 
-def _serve(state: State) -> Serve:
-    return Serve(state.revision, serving(state))
+def _tell(turn: Turn) -> None:
+    """Tell the worker what to serve, and wait for its answers."""
+    models = serving(turn.state)
+    waiting = tuple(model.name for model in models)
+    turn.state = replace(turn.state, told=Told(Since.at(turn.now), waiting) if waiting else None)
+    turn.effects.append(Serve(turn.state.revision, models))
+
+
+def _answered(turn: Turn, event: Served) -> None:
+    told = turn.state.told
+    wanted = next((model.active.digest for model in serving(turn.state) if model.name == event.model), "")
+    if told is not None and turn.is_current(event) and event.digest == wanted:
+        waiting = tuple(name for name in told.waiting if name != event.model)
+        turn.state = replace(turn.state, told=replace(told, waiting=waiting) if waiting else None)
+
+
+def _watch_worker(turn: Turn) -> None:
+    """End a worker that does not answer: it hangs, also where no trial waits for it.
+
+    The model at which it is stuck has failed to load once more.
+    """
+    told = turn.state.told
+    if told is None or told.since.elapsed_ms(turn.now) < SERVE_MS:
+        return
+    turn.state = replace(turn.state, told=None)
+    name, detail = told.waiting[0], f"the worker did not answer within {SERVE_MS // 1000} s"
+    stuck = next((model for model in serving(turn.state) if model.name == name), None)
+    if stuck is not None:
+        late = Served(name, stuck.active.digest, turn.state.revision, False, reasons.CHILD_FAILED, detail)
+        _slot_step(turn, name, late)
+    if not any(isinstance(effect, RestartWorker) for effect in turn.effects):
+        turn.effects.append(RestartWorker(detail))
 
 
 def _forget(turn: Turn) -> None:

@@ -267,6 +267,15 @@ class Crashes:
 
 
 @dataclass(frozen=True, slots=True)
+class Told:
+    """A serving set that the worker was told, as long as it has not answered for all of it."""
+
+    since: Since
+    waiting: tuple[str, ...]
+    """Models that it did not answer for yet, in its order: it is stuck at the first."""
+
+
+@dataclass(frozen=True, slots=True)
 class State:
     """All that a device must not forget; one journal record."""
 
@@ -287,6 +296,7 @@ class State:
     """Of the desired serving set; grows with every change of it."""
     confirmations: int = 0
     crashes: Crashes | None = None
+    told: Told | None = None
 
 
 # --- events --------------------------------------------------------------------------------------

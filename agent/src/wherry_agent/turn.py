@@ -58,6 +58,8 @@ FETCH_MS = 6 * 3600_000
 JUDGE_GRACE_MS = 30_000
 """Above the trial's `canary_s`, which the canary's parent enforces itself."""
 SWAP_MS = 120_000
+SERVE_MS = 180_000
+"""Longer than `SWAP_MS`: a swap judges itself first, and this is for everything else that the worker has to load."""
 PROVE_MS = 120_000
 RETURN_MS = 30_000
 RETURN_TRIES_MAX = 3
