@@ -71,8 +71,11 @@ class Campaign:
                     self.moves.append(decision)
         return changes
 
-    def on_report(self, device: str, report: Report) -> None:
-        """Carry a report that was just stored into the assignment that it speaks of, as ingest does."""
+    def on_report(self, device: str, report: Report, *, stale: bool) -> None:
+        """Carry a report that was just stored into the assignment that it speaks of, as ingest does.
+
+        `stale`: a newer one about the same model was stored before.
+        """
         assignment = self.assigned.get(device)
         if assignment is None or report.model != self.model:
             return
@@ -82,6 +85,7 @@ class Campaign:
                 self.rollout, self.plan.attempt, assignment.from_manifest, planned.manifest, assignment.outcome
             ),
             report,
+            stale=stale,
         )
         if change is not None:
             assignment.outcome = change.outcome

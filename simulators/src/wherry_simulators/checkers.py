@@ -89,7 +89,8 @@ class Checkers:
         began = [
             name
             for name, slot in after.models.items()
-            if isinstance(slot.phase, s.Resolving) and isinstance(before.models.get(name, s.Slot()).phase, s.Idle)
+            if isinstance(slot.phase, s.Resolving | s.Fetching)
+            and isinstance(before.models.get(name, s.Slot()).phase, s.Idle | s.Waiting)
         ]
         if began:
             offers = self._server.records[device.name].expires
@@ -159,7 +160,7 @@ class Checkers:
             return
         serving = worker.serving.get(report.model)
         really = serving.manifest if serving is not None else ""
-        if report.state in CONFIRMED and report.running != really:
+        if report.state in CONFIRMED | {"trial"} and report.running != really:
             self.object("a report says what runs", device, f"{report.state}: {report.running[:15]}, not {really[:15]}")
 
     # --- before and after effects -----------------------------------------------------------------
@@ -178,6 +179,10 @@ class Checkers:
                         phase = device.memory.models[model.name].phase
                         job = getattr(phase, "job", None)
                         self._not_bad(device, digest, job.offered.attempt if isinstance(job, s.Job) else 0)
+            case s.RestartWorker(why=why):
+                worker = device.hands.worker
+                if worker is not None and worker.well and worker.told and not device.hands.busy(device.now()):
+                    self.object("a worker that does what it is told is not ended", device, why)
             case s.Collect(keep=keep):
                 kept = {loadable.digest for loadable in keep}
                 for digest in self._needed(device):
@@ -243,9 +248,9 @@ class Checkers:
         worker = device.hands.worker
         for name, desired in record.desired.items():
             loadable = worker.serving.get(name) if worker is not None else None
-            why = _model_not_settled(
-                desired, loadable.manifest if loadable is not None else "", record.current.get(name)
-            )
+            running = loadable.manifest if loadable is not None else ""
+            about = record.about.get((name, desired.manifest, desired.attempt))
+            why = _model_not_settled(desired, running, record.current.get(name), about)
             if why:
                 slot = device.memory.models.get(name)
                 return f"{name}: {why}, phase {type(slot.phase).__name__ if slot is not None else 'none'}"
@@ -284,14 +289,14 @@ class Checkers:
                 self.object("what once served keeps serving", device, f"{name} serves nothing")
 
 
-def _model_not_settled(desired: OfferedModel, running: str, report: Report | None) -> str:
+def _model_not_settled(desired: OfferedModel, running: str, report: Report | None, about: Report | None) -> str:
+    """`report` is the device's last word on the model, `about` its last word on what is desired."""
     if report is None:
         return "" if desired.mode == "none" and not running else "never reported"
     if desired.mode == "none":
         return "" if not running else f"still runs {running[:15]}"
     if running == desired.manifest and report.state in CONFIRMED and report.manifest == desired.manifest:
         return ""
-    spoken_of = (report.manifest, report.attempt) == (desired.manifest, desired.attempt)
-    if spoken_of and report.state in NEGATIVE_ENDS and report.reason:
+    if about is not None and about.state in NEGATIVE_ENDS and about.reason and report.state in ENDS:
         return ""
     return f"desired {desired.target}, last word {report.state} of {report.target} ({report.reason})"

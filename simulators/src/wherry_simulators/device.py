@@ -35,6 +35,8 @@ RESEND_MS = 30_000
 POUR_MS = 5_000
 """Between two looks at the worker's counts while a candidate is on trial."""
 VERIFY_MS = 200
+REPEAT_MS = 60_000
+"""How much later a repeated answer may come."""
 WRONG_CLOCK_S = 10 * 365 * 86_400
 CLOCK_FIXED_MS = 900_000
 """How long a wrong wall clock stays wrong."""
@@ -234,9 +236,12 @@ class Device:
     def _done(self, work: Work) -> None:
         if not self.hands.wanted(work):
             return
+        faults = self.world.faults()
+        if work.loads and self._random.random() < faults.worker_silent:
+            self.hands.hang()
+            return
         events = work.act()
         self.world.watcher.happened(self, events)
-        faults = self.world.faults()
         for event in events:
             if work.model and self._random.random() < faults.child_lost:
                 self._lose(event)
@@ -261,17 +266,20 @@ class Device:
         self.turn(s.TaskFailed(model, manifest, attempt, task, reasons.CHILD_FAILED, "it died without an answer"))
 
     def _repeat(self, event: s.Event, *, stays: bool) -> None:
-        wait_ms = self._random.randrange(60_000)
         if stays:
-            self.world.agenda.after(wait_ms, lambda: self._hear(event))
-            return
+            self.world.agenda.after(self._random.randrange(REPEAT_MS), lambda: self._hear(event))
+        else:
+            self._again_in_this_worker(event, REPEAT_MS)
+
+    def _again_in_this_worker(self, event: s.Event, within_ms: int) -> None:
+        """Say it once more, as long as the same worker lives: nobody reads from a process that is gone."""
         process = self.hands.process
 
         def again() -> None:
             if self.hands.process == process:
                 self.turn(event)
 
-        self._later(wait_ms, again)
+        self._later(self._random.randrange(within_ms), again)
 
     def _hear(self, event: s.Event) -> None:
         """Hear a late word, unless what it says has become untrue meanwhile (a file that was collected)."""
@@ -295,6 +303,8 @@ class Device:
             self._schedule(poured.start)
         life = self.life
         for event in poured.events:
+            if self._random.random() < faults.answer_late and isinstance(event, s.Measured):
+                self._again_in_this_worker(event, faults.answer_late_ms)
             self.turn(event)
         if not self.up or self.life != life:
             return

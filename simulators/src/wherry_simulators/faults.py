@@ -31,6 +31,8 @@ class Faults:
     """The answer of a child comes up to `answer_late_ms` late, possibly in the next boot or after its successor."""
     answer_late_ms: int = 900_000
     answer_repeated: float = 0.0
+    worker_silent: float = 0.0
+    """Share of commands that a worker never answers, because it hangs; it does nothing more until it is ended."""
     worker_crash_per_s: float = 0.0
     """The worker dies for reasons of its own, whatever it serves."""
     fetch_trouble: float = 0.0

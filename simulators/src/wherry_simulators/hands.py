@@ -42,6 +42,8 @@ class Work:
     """Which child of that model; a later one or `Cancel` makes it unwanted."""
     worker: int = 0
     """Which worker process does it; 0: none."""
+    loads: bool = False
+    """Whether the worker loads or runs a model in it, and may hang there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,8 @@ class Hands:
         self._free_ms = 0
         """When the worker will have done what it was told."""
         self._trust = 0
+        self._hung = -1
+        """The worker process that hangs."""
 
     # --- life -------------------------------------------------------------------------------------
 
@@ -113,10 +117,14 @@ class Hands:
         """End the worker; return the event that says so, and the start of the next one."""
         return s.WorkerDied(detail), self.start_worker()
 
+    def hang(self) -> None:
+        """Let the worker do nothing any more until it is ended."""
+        self._hung = self.process
+
     def wanted(self, work: Work) -> bool:
         """Tell whether the one who does this work still lives and was not told to stop."""
         if work.worker:
-            return work.worker == self.process
+            return work.worker == self.process != self._hung
         return not work.model or self._children.get(work.model) == work.child
 
     def has(self, manifest: str, variant: str) -> bool:
@@ -124,8 +132,8 @@ class Hands:
         return models.digest_of(f"{manifest}/{variant}") in self.store
 
     def busy(self, now: Now) -> bool:
-        """Tell whether the worker is dead, starting, or still has commands to follow."""
-        return self.worker is None or self._free_ms > now.monotonic_ms
+        """Tell whether the worker is dead, starting, hung, or still has commands to follow."""
+        return self.worker is None or self._hung == self.process or self._free_ms > now.monotonic_ms
 
     # --- effects ----------------------------------------------------------------------------------
 
@@ -142,13 +150,13 @@ class Hands:
                 return self._stop(model)
             case s.Serve(revision, wanted):
                 command = Serve(revision=revision, models=list(wanted))
-                return self._tell(now, SERVE_MS, lambda worker: _served(worker, command))
+                return self._tell(now, SERVE_MS, lambda worker: _served(worker, command), loads=bool(wanted))
             case s.RunGolden(model, digest, trial):
                 golden = RunGoldenCommand(model=model, digest=digest, trial=trial)
-                return self._tell(now, GOLDEN_MS, lambda worker: _golden(worker, golden))
+                return self._tell(now, GOLDEN_MS, lambda worker: _golden(worker, golden), loads=True)
             case s.RestartWorker(why):
-                died, start = self.kill_worker(why)
-                return [Work(1, lambda: (died,)), start]
+                start = self.start_worker()
+                return [Work(1, lambda: (s.WorkerDied(why, ordered=True),)), start]
             case s.Refresh():
                 return [self._refresh(now, trouble)]
             case s.Collect(keep):
@@ -258,7 +266,9 @@ class Hands:
             changed=True,
         )
 
-    def _tell(self, now: Now, wait_ms: int, command: Callable[[Worker], tuple[s.Event, ...]]) -> list[Work]:
+    def _tell(
+        self, now: Now, wait_ms: int, command: Callable[[Worker], tuple[s.Event, ...]], *, loads: bool
+    ) -> list[Work]:
         """Put a command behind those that the worker still has to do; a worker that does not live yet gets nothing."""
         if self.worker is None:
             return []
@@ -267,7 +277,7 @@ class Hands:
         def act() -> tuple[s.Event, ...]:
             return () if self.worker is None else command(self.worker)
 
-        return [Work(self._free_ms - now.monotonic_ms, act, worker=self.process)]
+        return [Work(self._free_ms - now.monotonic_ms, act, worker=self.process, loads=loads)]
 
     # --- traffic ----------------------------------------------------------------------------------
 
@@ -277,7 +287,7 @@ class Hands:
         Raises:
             MachineDownError: a variant took the whole machine down.
         """
-        if self.worker is None:
+        if self.worker is None or self._hung == self.process:
             return Poured()
         stats = self.worker.pour(requests)
         if stats is None:

@@ -80,6 +80,8 @@ class Record:
     """(epoch, serial) that the device last said it knows."""
     streams: dict[tuple[StreamName, str], Stream] = field(default_factory=dict)
     log: list[Report] = field(default_factory=list)
+    about: dict[tuple[str, str, int], Report] = field(default_factory=dict)
+    """Per (model, manifest, attempt), the report with the highest seq."""
     current: dict[str, Report] = field(default_factory=dict)
     """Per model, the report with the highest seq of the newest epoch."""
     hello: Hello | None = None
@@ -160,6 +162,9 @@ class Server:
             before = record.current.get(report.model)
             if before is None or before.epoch != report.epoch or before.seq < report.seq:
                 record.current[report.model] = report
+            key = (report.model, report.manifest, report.attempt)
+            if key not in record.about or record.about[key].seq < report.seq:
+                record.about[key] = report
         return ack, new
 
     def on_telemetry(self, device: str, telemetry: Telemetry) -> tuple[Ack, bool]:

@@ -86,6 +86,8 @@ class Worker:
         self._ledger = ledger
         self.told = False
         """Whether it was told what to serve yet."""
+        self.well = True
+        """Whether everything that it was told last could be loaded."""
 
     @property
     def serving(self) -> dict[str, Loadable]:
@@ -121,6 +123,7 @@ class Worker:
                     load_ms=float(self._behaviours.variant(self._device, wanted.active).load_ms),
                 )
             )
+        self.well = all(answer.ok for answer in answers)
         self._serving = after
         keep = {one.active.digest for one in after.values()}
         keep |= {one.incumbent.digest for one in after.values() if one.incumbent is not None}

@@ -70,6 +70,12 @@ TABLE = (
         ends_on=frozenset({"", "1.0.0", "1.1.0"}),
     ),
     Scenario(
+        "a worker that hangs is ended, and what serves goes on",
+        _THREE,
+        Faults(until_ms=3 * HOUR_MS, worker_silent=0.15),
+        ends_on=frozenset({"", "1.0.0", "1.1.0"}),
+    ),
+    Scenario(
         "a worker that dies again and again is told again what to serve",
         (Release("1.0.0"), Release("1.1.0", at_ms=HOUR_MS)),
         Faults(until_ms=2 * HOUR_MS, worker_crash_per_s=1 / 60),
