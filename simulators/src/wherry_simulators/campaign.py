@@ -45,6 +45,8 @@ class Campaign:
         self.moves: list[Moved] = []
         self._keys = {device: key_of(rollout, device) for device in server.records}
         self._heard_ms: dict[str, int] = {}
+        self._last: dict[str, int] = {}
+        """Device → highest number of a report of this rollout."""
 
     @property
     def model(self) -> str:
@@ -71,11 +73,15 @@ class Campaign:
                     self.moves.append(decision)
         return changes
 
-    def on_report(self, device: str, report: Report, *, stale: bool) -> None:
+    def on_report(self, device: str, report: Report) -> None:
         """Carry a report that was just stored into the assignment that it speaks of, as ingest does.
 
-        `stale`: a newer one about the same model was stored before.
+        One that was overtaken (a later one of this rollout is stored already) undoes nothing.
         """
+        if report.rollout == self.rollout and report.seq < self._last.get(device, 0):
+            return
+        if report.rollout == self.rollout:
+            self._last[device] = report.seq
         assignment = self.assigned.get(device)
         if assignment is None or report.model != self.model:
             return
@@ -85,7 +91,6 @@ class Campaign:
                 self.rollout, self.plan.attempt, assignment.from_manifest, planned.manifest, assignment.outcome
             ),
             report,
-            stale=stale,
         )
         if change is not None:
             assignment.outcome = change.outcome

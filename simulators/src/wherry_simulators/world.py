@@ -196,8 +196,7 @@ class World:
                 ack, new = self._server.on_report(device, message)
                 for campaign in self.campaigns.values():
                     if new:
-                        newest = self._server.records[device].current[message.model]
-                        campaign.on_report(device, message, stale=message.seq < newest.seq)
+                        campaign.on_report(device, message)
                 for delay_ms in self._network.arrivals():
                     self.agenda.after(delay_ms, lambda: self._acknowledge(device, ack))
 
