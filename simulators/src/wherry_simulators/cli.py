@@ -113,6 +113,11 @@ def _world(options: argparse.Namespace) -> int:
 def _mutants(options: argparse.Namespace) -> int:
     from wherry_simulators import mutants
 
+    control = mutants.fate(mutants.CONTROL, options.seeds)
+    if control.caught:
+        where = f"{control.scenario}, seed {control.seed}"
+        print(f"the machine as it is breaks a rule: {control.rule} ({where})", file=sys.stderr)
+        return EXIT_FOUND
     survivors = 0
     for fate in mutants.hunt(options.seeds):
         survivors += not fate.caught

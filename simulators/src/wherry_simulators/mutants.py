@@ -23,6 +23,8 @@ from wherry_simulators import scenarios
 from wherry_simulators.brain import REAL, Brain, Turn
 from wherry_simulators.world import World
 
+DEVICES_MAX = 12
+"""Devices per world in the hunt: rules are broken one device at a time."""
 ASSERTION = "the machine keeps its own assertions"
 _TRIAL = (s.Swapping, s.OnTrial, s.Proving)
 
@@ -33,6 +35,10 @@ class Mutant:
 
     name: str
     brain: Brain
+
+
+CONTROL = Mutant("the machine as it is", REAL)
+"""Has to survive: a rule that the real machine breaks catches nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +57,18 @@ def hunt(seeds: int, only: Callable[[Mutant], bool] = lambda _: True) -> Iterato
     """Run the scenarios on each mutant until one notices; at most `seeds` seeds of each scenario."""
     for mutant in ALL:
         if only(mutant):
-            yield _fate(mutant, seeds)
+            yield fate(mutant, seeds)
 
 
-def _fate(mutant: Mutant, seeds: int) -> Fate:
+def fate(mutant: Mutant, seeds: int) -> Fate:
+    """Run the scenarios on one mutant until one notices."""
     runs = 0
     for seed in range(seeds):
         for row in scenarios.ALL:
             runs += 1
+            devices = min(row.devices, DEVICES_MAX)
             try:
-                result = World(row, seed, brain=mutant.brain).run()
+                result = World(row, seed, brain=mutant.brain, devices=devices, until_violated=True).run()
             except AssertionError:
                 return Fate(mutant.name, True, ASSERTION, row.name, seed, runs)
             if result.violations:

@@ -67,7 +67,16 @@ class Result:
 class World:
     """One run."""
 
-    def __init__(self, scenario: Scenario, seed: int, *, brain: Brain = REAL, devices: int | None = None) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        seed: int,
+        *,
+        brain: Brain = REAL,
+        devices: int | None = None,
+        until_violated: bool = False,
+    ) -> None:
+        self._until_violated = until_violated
         self.scenario = scenario
         self.seed = seed
         self.agenda: Agenda[Callable[[], None]] = Agenda()
@@ -113,6 +122,8 @@ class World:
         agenda = self.agenda
         while (due_ms := agenda.due_ms) is not None and due_ms <= self._end_ms and self._settled_turns < QUIET_TURNS:
             agenda.take()()
+            if self._until_violated and self._checkers.count:
+                return
 
     @property
     def watcher(self) -> Checkers:

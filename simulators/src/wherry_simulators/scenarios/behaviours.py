@@ -11,7 +11,7 @@ OLD, NEW = frozenset({"1.0.0"}), frozenset({"1.1.0"})
 
 def _row(name: str, behaviour: Behaviour, ends_on: frozenset[str], requests_per_s: float = 2.0) -> Scenario:
     releases = (Release("1.0.0"), Release("1.1.0", behaviour, at_ms=HOUR_MS))
-    return Scenario(name, releases, ends_on=ends_on, devices=6, requests_per_s=requests_per_s)
+    return Scenario(name, releases, ends_on=ends_on, devices=6, requests_per_s=requests_per_s, settle_ms=HOUR_MS)
 
 
 def _one(**how: object) -> Behaviour:

@@ -13,6 +13,7 @@ from wherry_simulators.scenario import HOUR_MS, Release, Scenario
 
 _BAD = Behaviour(variants=[VariantBehaviour(error_rate=0.4)])
 _MISS = Behaviour(variants=[VariantBehaviour(canary=reasons.GOLDEN_MISS)])
+_LONG = Trial(min_requests=40, max_s=170, canary_s=60)
 _TWO = Behaviour(variants=[VariantBehaviour(id="int8"), VariantBehaviour(id="float")])
 _THREE = (Release("1.0.0"), Release("1.1.0", at_ms=HOUR_MS), Release("1.2.0", _BAD, at_ms=2 * HOUR_MS))
 
@@ -59,9 +60,11 @@ TABLE = (
     Scenario(
         "verdicts that come late or twice count for nothing else",
         tuple(
-            Release(f"1.{number}.0", _TWO if number % 2 else _MISS, at_ms=number * 3 * 60_000) for number in range(12)
+            Release(f"1.{number}.0", _TWO if number % 4 else _MISS, at_ms=number * 3 * 60_000, trial=_LONG)
+            for number in range(16)
         ),
         Faults(until_ms=HOUR_MS, answer_late=0.5, answer_late_ms=240_000, answer_repeated=0.6),
+        requests_per_s=0.5,
     ),
     Scenario(
         "a server that is silent most of the time gets every report in the end",
