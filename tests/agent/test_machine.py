@@ -626,6 +626,25 @@ def test_what_this_release_does_not_do_is_refused_once_with_a_reason(event: s.Of
     assert "Resolve" not in kinds(effects)
 
 
+def test_an_offer_of_too_many_models_is_refused_as_a_whole() -> None:
+    models = {f"m{number}": offered(model=f"m{number}") for number in range(turn.MODELS_MAX + 1)}
+    state, effects = run(fresh(), offer(1, models), s.Tick())
+    assert set(told(state)) == {("refused", reasons.UNSUPPORTED)}
+    assert len(state.models) == turn.MODELS_MAX
+    assert "Resolve" not in kinds(effects)
+
+
+def test_a_full_device_begins_nothing_new_but_serves_what_it_has() -> None:
+    state = confirmed("1.0.0")
+    first = {f"a{number}": offered(model=f"a{number}") for number in range(turn.MODELS_MAX)}
+    second = {f"b{number}": offered(model=f"b{number}") for number in range(turn.MODELS_MAX)}
+    state, _ = run(state, offer(2, first))
+    state, effects = run(state, offer(3, second))
+    assert kinds(effects).count("Resolve") == 0
+    assert len(state.models) <= 2 * turn.MODELS_MAX + 1
+    assert [model.name for model in machine.serving(state)] == [MODEL]
+
+
 def test_only_one_model_is_tried_at_a_time() -> None:
     models = {MODEL: offered(), "pitch": offered(model="pitch")}
     state, _ = run(fresh(), offer(1, models))

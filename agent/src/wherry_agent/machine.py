@@ -305,6 +305,9 @@ def _accept(turn: Turn, event: Offered) -> None:
     elif offer.flags:
         unsupported = f"sets flags {', '.join(sorted(offer.flags))[:200]}, unknown to this agent"
     models = dict(offer.models)
+    if len(models) > MODELS_MAX:
+        unsupported = f"names {len(models)} models, at most {MODELS_MAX} fit a device"
+        models = {name: models[name] for name in sorted(models)[:MODELS_MAX]}
     for members in offer.groups.values():
         for name in members:
             if name in models and not models[name].group:

@@ -80,6 +80,7 @@ KNOWN_BAD_MAX = 256
 ENDS_MAX = 16
 TRIED_MAX = 16
 MODELS_MAX = 64
+"""Models that an offer may name, and slots beyond which it begins no new one: never more than twice as many."""
 
 REFUSALS = frozenset(
     {
