@@ -29,9 +29,8 @@ def test_through_trouble(scenario):
 
 @pytest.mark.parametrize("scenario", rollouts.TABLE, ids=lambda row: row.name)
 def test_in_stages_by_the_real_rollout_engine(scenario):
-    for seed in range(1):
-        result = World(scenario, seed).run()
-        assert not result.violations, explain(result)
+    result = World(scenario, 0).run()
+    assert not result.violations, explain(result)
 
 
 def test_three_releases_on_fifty_devices_over_forty_seeds():
