@@ -25,7 +25,7 @@ TABLE = (
     _row("a candidate that takes the canary down never serves", _one(canary=reasons.CRASH), OLD),
     _row("a candidate that needs too much memory never serves", _one(canary=reasons.OVER_MEMORY), OLD),
     _row("a candidate that the worker cannot load leaves the old one", _one(load=reasons.LOAD_FAILED), OLD),
-    _row("a candidate that fails two requests in five goes back", _one(error_rate=0.4), OLD),
+    _row("a candidate that fails four requests in five goes back", _one(error_rate=0.8), OLD),
     _row("a candidate that is five times slower goes back or is stopped by its canary", _one(latency_us=10_000.0), OLD),
     _row("a candidate that is twice and a half slower goes back", _one(latency_us=5_400.0), OLD, 20.0),
     _row(

@@ -10,8 +10,8 @@ from wherry_simulators.scenario import HOUR_MS, Release, Scenario
 
 STAGES = (Stage(share=0.1), Stage(share=0.5), Stage(share=1.0))
 DONE, HALTED = frozenset({"done"}), frozenset({"halted"})
-_FAILING = Behaviour(variants=[VariantBehaviour(error_rate=0.4)])
-_PARTLY = Behaviour(affected=0.5, variants=[VariantBehaviour(error_rate=0.4)])
+_FAILING = Behaviour(variants=[VariantBehaviour(error_rate=0.8)])
+_PARTLY = Behaviour(affected=0.5, variants=[VariantBehaviour(error_rate=0.8)])
 
 TABLE = (
     Scenario(

@@ -11,7 +11,7 @@ from wherry_simulators.models import Behaviour, VariantBehaviour
 from wherry_simulators.network import STORM
 from wherry_simulators.scenario import HOUR_MS, Release, Scenario
 
-_BAD = Behaviour(variants=[VariantBehaviour(error_rate=0.4)])
+_BAD = Behaviour(variants=[VariantBehaviour(error_rate=0.8)])
 _MISS = Behaviour(variants=[VariantBehaviour(canary=reasons.GOLDEN_MISS)])
 _LONG = Trial(min_requests=40, max_s=170, canary_s=60)
 _TWO = Behaviour(variants=[VariantBehaviour(id="int8"), VariantBehaviour(id="float")])
