@@ -1,11 +1,14 @@
 # Wherry: everything a checkout needs. `make help` lists the targets.
 SHELL := /bin/bash
-PYTHON ?= python3.11
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(if $(shell $(name) -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2>/dev/null),$(name))))
 VENV ?= .venv
 BIN := $(VENV)/bin
 MEMBERS := shared optimizer server agent simulators
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' shared/pyproject.toml)
 TAG := $(shell $(PYTHON) -c 'import sys; print("3.11" if sys.version_info[:2] == (3, 11) else "3.12")' 2>/dev/null)
+ifeq ($(TAG),)
+$(error $(PYTHON) was not found, so nothing can be installed; install Python 3.11, or say make PYTHON=/path/to/python3.12)
+endif
 STAMP := $(VENV)/.installed-$(TAG)
 
 .PHONY: help setup demo test soak lint format types imports bench dist clean mutants
@@ -17,7 +20,6 @@ setup: $(STAMP)  ## create .venv and install everything (pinned, hashed)
 
 $(STAMP): requirements/python-$(TAG).txt $(MEMBERS:%=%/pyproject.toml)
 	@echo "== Wherry: creating $(VENV) and installing about 900 MB of pinned packages (one to five minutes)"
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; say make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/python-$(TAG).txt
 	@echo "== installing the five members of the workspace"
@@ -25,7 +27,7 @@ $(STAMP): requirements/python-$(TAG).txt $(MEMBERS:%=%/pyproject.toml)
 	@touch $(STAMP)
 
 demo: setup  ## one real model from the optimizer to a fleet and back (KEEP=1 leaves it running)
-	$(BIN)/wherry-sim demo $(if $(KEEP),--keep)
+	$(BIN)/wherry-sim demo $(if $(filter-out 0 no false,$(KEEP)),--keep)
 
 test: setup  ## unit, scenario, property, simulator and end-to-end tests
 	$(BIN)/python -m pytest -m "not soak" $(ARGS)

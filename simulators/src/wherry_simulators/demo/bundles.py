@@ -93,7 +93,13 @@ class Releases:
         raise RuntimeError("golden vectors cover every class that the demo knows")
 
     def change(
-        self, base: Release, version: str, edit: Callable[[onnx.ModelProto, int], onnx.ModelProto], value: int
+        self,
+        base: Release,
+        version: str,
+        edit: Callable[[onnx.ModelProto, int], onnx.ModelProto],
+        value: int,
+        *,
+        folder: str = "",
     ) -> Release:
         """Make `version`: every variant of `base` through `edit`, its golden vectors kept and passed."""
         files: dict[str, Path] = {}
@@ -104,7 +110,7 @@ class Releases:
             model = onnx.load_model_from_string(layout.path(variant.digest).read_bytes())
             files[variant.id] = work / f"{variant.id}.onnx"
             files[variant.id].write_bytes(edit(model, value).SerializeToString())
-        packed = pack.repack(base.path, self.folder, version=version, files=files)
+        packed = pack.repack(base.path, self.folder / folder, version=version, files=files)
         return self.read(packed.path)
 
     def stamp(self, base: Release, version: str) -> Release:

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from wherry_simulators.demo.bundles import Release
 
-BACK = ("returned", "failed", "reverted", "withdrawn", "revert_pending")
-"""Outcomes of devices that did not keep a release: by themselves, or because it was withdrawn."""
+BACK = ("returned", "reverted")
+"""Outcomes of devices that ran a release and went back: by themselves, or taken back by the rollout."""
 
 
 @dataclass
