@@ -2,12 +2,14 @@
 SHELL := /bin/bash
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(if $(shell $(name) -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2>/dev/null),$(name))))
 VENV ?= .venv
+# tests at a time
+JOBS ?= 2
 BIN := $(VENV)/bin
 MEMBERS := shared optimizer server agent simulators
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' shared/pyproject.toml)
 TAG := $(shell $(PYTHON) -c 'import sys; print("3.11" if sys.version_info[:2] == (3, 11) else "3.12")' 2>/dev/null)
 ifeq ($(TAG),)
-$(error $(PYTHON) was not found, so nothing can be installed; install Python 3.11, or say make PYTHON=/path/to/python3.12)
+$(error no Python found ($(or $(PYTHON),python3.11)), so nothing can be installed; install Python 3.11, or say make PYTHON=/path/to/python3.12)
 endif
 STAMP := $(VENV)/.installed-$(TAG)
 
@@ -30,7 +32,7 @@ demo: setup  ## one real model from the optimizer to a fleet and back (KEEP=1 le
 	$(BIN)/wherry-sim demo $(if $(filter-out 0 no false,$(KEEP)),--keep)
 
 test: setup  ## unit, scenario, property, simulator and end-to-end tests
-	$(BIN)/python -m pytest -m "not soak" $(ARGS)
+	$(BIN)/python -m pytest -m "not soak" -n $(JOBS) $(ARGS)
 
 soak: setup  ## the long forms of the suites
 	$(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)

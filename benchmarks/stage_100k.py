@@ -27,7 +27,7 @@ from wherry_server.services import Services, open_services, prepare
 from wherry_server.settings import Settings
 from wherry_shared import ids
 
-OUT = Path("build/bench/stage_100k.json")
+OUT = Path(__file__).parents[1] / "build" / "bench" / "stage_100k.json"
 MANIFEST = "sha256:" + "a" * 64
 FACTS = json.dumps(
     {"arch": "x86_64", "cores": 4, "engines": [{"name": "onnxruntime", "version": "1.32.0", "formats": ["onnx"]}]}

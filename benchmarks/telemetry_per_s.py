@@ -33,7 +33,7 @@ from wherry_shared import frames, ids, topics, wire
 from wherry_shared.limits import STREAM_IN_FLIGHT_MAX
 
 STALLED_S = 3.0
-OUT = Path("build/bench/telemetry_per_s.json")
+OUT = Path(__file__).parents[1] / "build" / "bench" / "telemetry_per_s.json"
 
 
 def text_field(value: str) -> bytes:
