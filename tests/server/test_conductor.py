@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -326,6 +327,76 @@ def test_a_decision_made_on_what_is_no_longer_so_is_thrown_away(tmp_path: Path):
             assert await found.rows("SELECT 1 FROM assignment") == []
             assert await found.rows("SELECT 1 FROM offer") == []
             assert (await found.until(number, "aborted"))["state"] == "aborted"
+
+    run(work())
+
+
+class Racing(Composer):
+    """Signs offers, and after the first one somebody else has given the device another."""
+
+    def __init__(self, file: Path, inner: Composer) -> None:
+        self.file, self.inner, self.done = file, inner, False
+
+    def compose(self, device, *arguments):
+        made = self.inner.compose(device, *arguments)
+        if not self.done:
+            self.done = True
+            with closing(sqlite3.connect(self.file)) as other, other:
+                other.execute("UPDATE offer SET serial = serial + 1 WHERE device_id = ?", (device,))
+        return made
+
+
+def test_an_offer_that_changed_meanwhile_takes_the_assignment_back_and_both_come_again(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            devices = await found.enrol(5)
+            await found.until(await found.roll_out("1.0.0"), "done")
+            number = await found.roll_out("1.1.0")
+            found.conductor.composer = Racing(tmp_path / "wherry.sqlite", found.conductor.composer)
+            await found.conductor.turn()
+            assigned = "SELECT 1 FROM assignment a JOIN rollout r ON r.id = a.rollout_id WHERE r.number = :n"
+            assert await found.rows(assigned, n=number) == []
+            await found.until(number, "done")
+            assert len(await found.rows(assigned, n=number)) == 5
+            assert {device.running for device in devices} == {manifest_of("1.1.0")}
+
+    run(work())
+
+
+def test_offers_signed_anew_are_composed_again_if_they_changed_meanwhile(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0")
+            await found.enrol(3)
+            await found.until(await found.roll_out("1.0.0"), "done")
+            async with found.database.write() as connection:
+                await connection.execute(text("UPDATE offer SET issued_at = 1"))
+            found.conductor.composer = Racing(tmp_path / "wherry.sqlite", found.conductor.composer)
+            assert await found.conductor.resign() == 3
+            rows = await found.rows("SELECT serial FROM offer ORDER BY serial")
+            assert [row.serial for row in rows] == [2, 2, 3]
+
+    run(work())
+
+
+def test_running_takes_turns_and_signs_anew_one_after_the_other(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0")
+            await found.enrol(2)
+            await found.until(await found.roll_out("1.0.0"), "done")
+            async with found.database.write() as connection:
+                await connection.execute(text("UPDATE offer SET issued_at = 1"))
+            running = asyncio.create_task(found.conductor.run())
+            serials: set[int] = set()
+            for _ in range(1_000):
+                serials = {row.serial for row in await found.rows("SELECT serial FROM offer")}
+                if serials == {2}:
+                    break
+                await asyncio.sleep(0.01)
+            running.cancel()
+            assert serials == {2}
 
     run(work())
 

@@ -15,7 +15,7 @@ from tests.server.fleet_kit import MODEL, fleet, manifest_of, run
 from wherry_server import offers
 from wherry_server.offers import Composer, Current, Number, next_number
 from wherry_shared import dsse, wire
-from wherry_shared.errors import RefusedError
+from wherry_shared.errors import RefusedError, UnreachableError
 
 numbers = st.builds(Number, st.integers(0, 5), st.integers(0, 50))
 
@@ -76,19 +76,22 @@ def test_an_offer_that_no_message_can_carry_is_refused():
     assert caught.value.code == "offer_too_large"
 
 
-def test_a_row_that_is_already_higher_stays(tmp_path: Path):
+def test_an_offer_composed_from_what_is_no_longer_so_writes_nothing_at_all(tmp_path: Path):
     async def work() -> None:
         async with fleet(tmp_path) as found:
-            (device,) = await found.enrol(1)
-            composer = found.conductor.composer
-            none = Current(Number(1, 8), Number(0, 0), {})
-            newer = composer.compose(device.id, none, {}, 2)
-            older = composer.compose(device.id, none._replace(number=Number(1, 3)), {}, 1)
+            first, second = await found.enrol(2)
+            compose = found.conductor.composer.compose
+            none = Current(Number(0, 0), Number(0, 0), {})
             async with found.database.write() as connection:
-                await offers.write(connection, "default", [newer])
-                await offers.write(connection, "default", [older])
-            (row,) = await found.rows("SELECT serial FROM offer")
-            assert row.serial == 9
+                await offers.write(connection, "default", [compose(first.id, none, {}, 1)])
+            ahead = none._replace(known=Number(1, 7))  # a higher number does not excuse it
+            for stale in (compose(first.id, none, {}, 2), compose(first.id, ahead, {}, 2)):
+                with pytest.raises(UnreachableError) as caught:
+                    async with found.database.write() as connection:
+                        await offers.write(connection, "default", [compose(second.id, none, {}, 2), stale])
+                assert caught.value.code == "offer_changed"
+            rows = await found.rows("SELECT device_id, serial, issued_at FROM offer")
+            assert [tuple(row) for row in rows] == [(first.id, 1, 1)]
 
     run(work())
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 from sqlalchemy import insert, text, update
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import assignments, evidence, offers
@@ -33,7 +34,7 @@ from wherry_server.rollout import Decision, Evidence, Expose, Moved, Progress, W
 from wherry_server.services import Services
 from wherry_server.times import now_us
 from wherry_shared.clock import Now
-from wherry_shared.errors import RefusedError, UnreachableError
+from wherry_shared.errors import RefusedError, UnreachableError, WherryError
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,9 @@ SCAN_SHARE = 20
 """A scan of the members is repeated at the earliest after this many times what it took: at most 5 % of a core."""
 SCAN_FRESH_S = 1.0
 DONE_SCAN_MIN_S = 5.0
+RESIGN_S = 60.0
 RESIGN_PER_TURN = 2_000
+COMPOSE_TRIES = 3
 HELLOS_PER_TURN = 2_000
 
 
@@ -76,6 +79,7 @@ class Conductor:
     _known: dict[str, _Known] = field(default_factory=dict)
     _woken: asyncio.Event = field(default_factory=asyncio.Event)
     _hellos: dict[str, Behind] = field(default_factory=dict)
+    _resign_at: float = 0.0
 
     # --- what ingest tells ----------------------------------------------------------------------
 
@@ -89,11 +93,12 @@ class Conductor:
     # --- turns ----------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Take turns until cancelled."""
+        """Take turns until cancelled. Whatever writes offers is called from here, one after the other."""
         while True:
             started = time.monotonic()
             if self.lease.epoch:
                 await self.reconcile()
+                await self._resign_in_time()
                 await self.turn()
             spent = time.monotonic() - started
             with contextlib.suppress(TimeoutError):
@@ -267,6 +272,14 @@ class Conductor:
         hellos = [self._hellos.pop(device) for device in list(self._hellos)[:HELLOS_PER_TURN]]
         if not hellos:
             return
+        try:
+            await self._answer(hellos)
+        except (WherryError, DBAPIError):
+            for hello in hellos:
+                self._hellos.setdefault(hello.device, hello)  # a newer one came meanwhile, or this one waits again
+            raise
+
+    async def _answer(self, hellos: list[Behind]) -> None:
         async with self.services.database.read() as connection:
             current = await offers.current(connection, [hello.device for hello in hellos])
         behind, ahead = [], []
@@ -285,6 +298,15 @@ class Conductor:
         if behind and self.outbox is not None:
             await self.outbox.again(behind)
 
+    async def _resign_in_time(self) -> None:
+        if time.monotonic() < self._resign_at:
+            return
+        self._resign_at = time.monotonic() + RESIGN_S
+        try:
+            await self.resign()
+        except WherryError as error:
+            log.warning("offers are signed anew in %s s: %s", RESIGN_S, error)
+
     async def resign(self) -> int:
         """Sign offers anew that are past half of their life; return how many."""
         async with self.services.database.read() as connection:
@@ -302,17 +324,35 @@ class Conductor:
         return len(devices)
 
     async def _compose_again(self, devices: list[str]) -> None:
+        for tried in range(1, COMPOSE_TRIES + 1):
+            try:
+                await self._compose_once(devices)
+                break
+            except UnreachableError as error:
+                if error.code != "offer_changed" or tried == COMPOSE_TRIES:
+                    raise
+                log.info("composing again: %s", error.message)
+        if self.outbox is not None:
+            self.outbox.wake()
+
+    async def _compose_once(self, devices: list[str]) -> None:
         moment = now_us()
         async with self.services.database.read() as connection:
             current = await offers.current(connection, devices)
-        composed = await asyncio.to_thread(
-            lambda: [self.composer.compose(name, found, found.models, moment) for name, found in current.items()]
-        )
+        composed = await asyncio.to_thread(self._compose_all, current, moment)
         async with self.services.database.write() as connection:
             await self.lease.check(connection)
             await offers.write(connection, self.services.project, composed)
-        if self.outbox is not None:
-            self.outbox.wake()
+
+    def _compose_all(self, current: dict[str, offers.Current], moment: int) -> list[offers.Composed]:
+        """Compose what is offered already under new numbers; who cannot get an offer stops nobody else."""
+        composed = []
+        for device, found in current.items():
+            try:
+                composed.append(self.composer.compose(device, found, found.models, moment))
+            except RefusedError as error:
+                log.error("%s", error)
+        return composed
 
 
 def _clock(boot: str) -> Callable[[], Now]:
@@ -333,5 +373,6 @@ _UNDER_WAY = text(
     " 'done') OR wanted <> '') ORDER BY priority DESC, number DESC"
 )
 _OLD = text(
-    "SELECT device_id FROM offer WHERE project_id = :project AND issued_at < :before ORDER BY issued_at LIMIT :limit"
+    "SELECT o.device_id FROM offer o JOIN device d ON d.id = o.device_id AND d.state = 'active'"
+    " WHERE o.project_id = :project AND o.issued_at < :before ORDER BY o.issued_at LIMIT :limit"
 )

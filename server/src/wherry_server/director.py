@@ -34,7 +34,6 @@ from wherry_shared.errors import WherryError
 log = logging.getLogger(__name__)
 
 TRUST_S = 600.0
-RESIGN_S = 60.0
 LOGS_S = 2.0
 LOGS_FOR_US = 600 * 1_000_000
 """An open request for logs is repeated every LOGS_S for this long."""
@@ -74,10 +73,6 @@ class Process:
             came_back.clear()
             await outbox.again()
 
-        async def resign() -> None:
-            if lease.epoch:
-                await conductor.resign()
-
         async def renew_trust() -> None:
             await asyncio.to_thread(trust.refresh_online)
 
@@ -94,7 +89,6 @@ class Process:
                 ("rollouts", _for_ever(conductor.run)),
                 ("lease", _every(RENEW_S, hold)),
                 ("again", _every(0, publish_again)),
-                ("resign", _every(RESIGN_S, resign)),
                 ("trust", _every(TRUST_S, renew_trust)),
                 ("logs", _every(LOGS_S, ask_logs)),
             )

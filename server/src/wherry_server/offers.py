@@ -7,7 +7,7 @@ forgotten. The epoch is the device's, else the row's, else 1; it is raised by no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -18,7 +18,7 @@ from wherry_server.db import bulk
 from wherry_server.db.tables import Offer, table
 from wherry_server.plan import Plan
 from wherry_shared import dsse, wire
-from wherry_shared.errors import RefusedError
+from wherry_shared.errors import RefusedError, UnreachableError
 from wherry_shared.limits import MQTT_PAYLOAD_BYTES_MAX
 
 LIFE_US = 14 * 86_400 * 1_000_000
@@ -49,6 +49,8 @@ class Composed(NamedTuple):
 
     device: str
     number: Number
+    over: Number
+    """The stored number that it was composed from: it replaces this one or nothing."""
     envelope: bytes
     models: str
     issued_at: int
@@ -121,7 +123,9 @@ class Composer:
                 consequence="this device gets no new offer",
                 next_step="give it fewer models",
             )
-        return Composed(device, number, envelope, _encoder.encode(offer.models).decode(), now, now + LIFE_US)
+        return Composed(
+            device, number, current.number, envelope, _encoder.encode(offer.models).decode(), now, now + LIFE_US
+        )
 
 
 async def current(connection: AsyncConnection, devices: Sequence[str]) -> dict[str, Current]:
@@ -134,8 +138,16 @@ async def current(connection: AsyncConnection, devices: Sequence[str]) -> dict[s
     return found
 
 
-async def write(connection: AsyncConnection, project: str, composed: Iterable[Composed]) -> None:
-    """Store offers as the current ones, to be published. A row that is already higher stays."""
+async def write(connection: AsyncConnection, project: str, composed: Sequence[Composed]) -> None:
+    """Store offers as the current ones, to be published: all, or none if one was composed from what is no longer so.
+
+    A read inside the write transaction decides: SQLite has one writer, PostgreSQL refuses the upsert of a row that changed
+    since the transaction's snapshot.
+
+    Raises:
+        UnreachableError: `offer_changed`: compose again.
+    """
+    await _check_unchanged(connection, composed)
     rows = [
         (one.device, project, *one.number, one.envelope, one.models, one.issued_at, one.expires_at, False)
         for one in composed
@@ -148,6 +160,22 @@ async def write(connection: AsyncConnection, project: str, composed: Iterable[Co
         update=_COLUMNS[2:],
         guard="excluded.epoch > offer.epoch OR (excluded.epoch = offer.epoch AND excluded.serial > offer.serial)",
     )
+
+
+async def _check_unchanged(connection: AsyncConnection, composed: Sequence[Composed]) -> None:
+    stored: dict[str, Number] = {}
+    devices = [one.device for one in composed]
+    for at in range(0, len(devices), DEVICES_PER_READ):
+        for row in await bulk.select_in(connection, _NUMBERS, devices[at : at + DEVICES_PER_READ]):
+            stored[row.device_id] = Number(row.epoch, row.serial)
+    changed = [one.device for one in composed if stored.get(one.device, Number(0, 0)) != one.over]
+    if changed:
+        raise UnreachableError(
+            "offer_changed",
+            f"{len(changed)} offers changed while they were composed anew, such as of {changed[0]}",
+            consequence="nothing was written",
+            next_step="compose again from what is stored",
+        )
 
 
 async def stored(connection: AsyncConnection, device: str) -> Any:
@@ -170,6 +198,7 @@ _COLUMNS = (
     "expires_at",
     "published",
 )
+_NUMBERS = "SELECT device_id, epoch, serial FROM offer WHERE device_id IN :keys"
 _CURRENT = (
     "SELECT d.id, d.offer_epoch AS known_epoch, d.offer_serial AS known_serial, COALESCE(o.epoch, 0) AS epoch,"
     " COALESCE(o.serial, 0) AS serial, CAST(o.models AS TEXT) AS models"
