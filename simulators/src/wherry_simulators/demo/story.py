@@ -180,7 +180,7 @@ class Demo:
                 self.traffic.append(Traffic(name, port, MODEL, requests(self.special[0]), REQUESTS_PER_S).start())
             done = self._follow(shown)
             heard = self._follow(pitch)
-        wait_for("the last cameras to confirm 1.0.0", lambda: self._all_run("1.0.0"), STEP_S)
+            wait_for("the last cameras to confirm 1.0.0", lambda: self._all_run("1.0.0"), STEP_S)
         self.outcome.check("1.0.0 reached every camera", done["state"] == "done")
         self.outcome.check(
             "the TFLite device serves pitch", heard["state"] == "done" and _ready(self.agents["mic-1"].http_port, PITCH)
@@ -195,7 +195,7 @@ class Demo:
         )
         with self._rollout(MODEL, "1.1.0", CAMERAS, [0.05, 0.25, 1.0]) as shown:
             wide = self._follow(shown)
-        wait_for("the last cameras to confirm 1.1.0", lambda: self._all_run("1.1.0"), STEP_S)
+            wait_for("the last cameras to confirm 1.1.0", lambda: self._all_run("1.1.0"), STEP_S)
         self.outcome.check("1.1.0 reached every camera in stages", wide["state"] == "done")
 
     def _faulty(self) -> None:
