@@ -34,7 +34,7 @@ from wherry_shared.clock import Now
 
 PROJECT = "default"
 MODEL = "file-type"
-Behaviour = Literal["good", "idle", "bad", "mute", "stuck", "disk"]
+Behaviour = Literal["good", "idle", "bad", "mute", "stuck", "disk", "floor"]
 
 
 def manifest_of(version: str) -> str:
@@ -148,6 +148,8 @@ class FakeDevice:
                 self.report("fetching", offered, incumbent=before)
             case "disk":
                 self.report("refused", offered, reason="disk_full", incumbent=before)
+            case "floor":
+                self.report("refused", offered, reason="below_floor", incumbent=before)
             case "bad":
                 self.running = offered.manifest
                 self.report("trial", offered, incumbent=before)

@@ -12,6 +12,7 @@ from sqlalchemy import text
 
 from tests.server.fleet_kit import MODEL, PROJECT, Fleet, fleet, manifest_of, run
 from wherry_server import conductor as conducting
+from wherry_server import fleet as devices_of
 from wherry_server import rollouts
 from wherry_server.lease import Lease
 from wherry_server.offers import Composer
@@ -169,6 +170,65 @@ def test_trouble_around_a_device_is_no_failure_of_the_bundle(tmp_path: Path):
             assert (shown["state"], shown["stages"][0]["counts"]["pending"]) == ("running", 1)
             assert ("exposed", "disk_full") in {(one["outcome"], one["reason"]) for one in shown["outcomes"]}
             assert shown["why_not_yet"][0]["code"] == "in_flight"
+
+    run(work())
+
+
+def test_a_device_that_ended_its_attempt_without_a_verdict_holds_up_nobody(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            devices = await found.enrol(6, version="1.0.0")
+            devices[0].behaviours["1.1.0"] = "floor"
+            number = await found.roll_out("1.1.0", failure={"count": 0})
+            shown = await found.until(number, "done", turns=5)
+            counts = shown["stages"][0]["counts"]
+            assert (counts["excused"], counts["confirmed"], counts["failed"]) == (1, 5, 0)
+            assert shown["counts"]["real"]["excused"] == 1
+            assert ("excused", "below_floor") in {(one["outcome"], one["reason"]) for one in shown["outcomes"]}
+            await found.command(number, "revert")
+            await found.until(number, "reverted", turns=5)
+            (row,) = await found.rows("SELECT models FROM offer WHERE device_id = :d", d=devices[0].id)
+            assert manifest_of("1.0.0") in row.models  # it is no longer offered what it refused
+
+    run(work())
+
+
+def test_a_release_that_most_devices_cannot_judge_is_not_proved_by_the_rest(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.1.0")
+            for device in (await found.enrol(6))[:4]:
+                device.behaviours["1.1.0"] = "floor"
+            shown = await found.until(await found.roll_out("1.1.0"), "halted", "done")
+            assert (shown["state"], shown["reason"]) == ("halted", "excused_bound")
+
+    run(work())
+
+
+@pytest.mark.parametrize("ending", ["revoked", "decommissioned"])
+def test_nobody_waits_for_a_device_that_was_shut_out(tmp_path: Path, ending: devices_of.Ending):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            quiet, proved, *_ = await found.enrol(6, version="1.0.0")
+            quiet.behaviours["1.1.0"] = "mute"
+            number = await found.roll_out("1.1.0", settled_share=1.0)
+            await found.turn()
+            await found.turn()
+            assert (await found.show(number))["state"] == "running"
+            for device in (quiet, proved):
+                device.online = False
+                async with found.database.write() as connection:
+                    await devices_of.end_device(connection, PROJECT, device.id, ending)
+            shown = await found.until(number, "done", turns=5)
+            counts = shown["stages"][0]["counts"]
+            assert (counts["withdrawn"], counts["confirmed"], counts["pending"]) == (1, 5, 0)
+            assert ("withdrawn", f"device_{ending}") in {(one["outcome"], one["reason"]) for one in shown["outcomes"]}
+            await found.command(number, "revert")
+            shown = await found.until(number, "reverted", turns=5)  # not after revert_s
+            counts = shown["stages"][0]["counts"]
+            assert (counts["reverted"], counts["revert_pending"], counts["confirmed"]) == (4, 0, 1)
 
     run(work())
 

@@ -170,8 +170,9 @@ _WITHDRAWING = text(
     " JOIN rollout r ON r.id = n.rollout_id WHERE n.device_id = a.device_id AND n.model = a.model"
     " AND n.rollout_id <> a.rollout_id AND n.exposed_at > a.exposed_at"
     " AND n.outcome NOT IN ('withdrawn', 'revert_pending', 'reverted', 'superseded')"
-    " AND NOT (n.outcome IN ('returned', 'failed', 'refused') AND r.state IN ('halted', 'aborted', 'reverted'))) AS owned"
-    " FROM assignment a WHERE a.rollout_id = :rollout AND a.outcome IN :outcomes"
+    " AND NOT (n.outcome IN ('returned', 'failed', 'refused', 'excused') AND r.state IN ('halted', 'aborted', 'reverted'))) AS owned"
+    " FROM assignment a JOIN device d ON d.id = a.device_id AND d.state = 'active'"  # who was shut out hears nothing
+    " WHERE a.rollout_id = :rollout AND a.outcome IN :outcomes"
     " AND (a.outcome NOT IN ('confirmed', 'confirmed_idle') OR :all OR (:in_stage AND a.stage = :stage))"
 ).bindparams(bindparam("outcomes", expanding=True))
 _LOST = text(
@@ -187,6 +188,7 @@ _WITHDRAW = text(
     " WHERE m.device_id = assignment.device_id AND m.model = assignment.model), '') = from_manifest"
     " THEN 'withdrawn' ELSE 'revert_pending' END, settled_at = :now"
     " WHERE rollout_id = :rollout AND device_id IN :devices AND outcome IN :outcomes"
+    " AND EXISTS (SELECT 1 FROM device d WHERE d.id = assignment.device_id AND d.state = 'active')"
 ).bindparams(bindparam("devices", expanding=True), bindparam("outcomes", expanding=True))
 _SUPERSEDE = text(
     "UPDATE assignment SET outcome = 'superseded', settled_at = :now WHERE model = :model AND rollout_id <> :rollout"
@@ -205,7 +207,8 @@ _ASSIGN = text(
     " CASE WHEN m.running = :to THEN COALESCE(NULLIF(p.from_target, ''), :target)"
     " ELSE COALESCE(b.model || '/' || b.version, '') END,"
     " :to, :target, :attempt, :now, 0, 'exposed', '', '', 0, 0, 0, 0"
-    " FROM exposing e LEFT JOIN device_model m ON m.device_id = e.device_id AND m.model = :model"
+    " FROM exposing e JOIN device d ON d.id = e.device_id AND d.state = 'active'"
+    " LEFT JOIN device_model m ON m.device_id = e.device_id AND m.model = :model"
     " LEFT JOIN bundle b ON b.project_id = :project AND b.manifest = m.running"
     " LEFT JOIN assignment p ON m.running = :to AND p.device_id = e.device_id AND p.model = :model"
     " AND p.to_manifest = :to AND p.exposed_at = (SELECT max(q.exposed_at) FROM assignment q"

@@ -9,7 +9,7 @@ import msgspec
 from sqlalchemy import ColumnElement, and_, case, exists, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server.db.tables import Bundle, Device, DeviceModel, LogRequest, Offer, TelemetryWindow, table
+from wherry_server.db.tables import Assignment, Bundle, Device, DeviceModel, LogRequest, Offer, TelemetryWindow, table
 from wherry_server.times import now_us
 from wherry_shared.errors import RefusedError
 from wherry_shared.sketch import Sketch
@@ -27,6 +27,9 @@ _bundles = table(Bundle)
 _offers = table(Offer)
 _logs = table(LogRequest)
 _windows = table(TelemetryWindow)
+_assignments = table(Assignment)
+AWAITED = ("exposed", "revert_pending")
+"""Outcomes of assignments that a rollout still waits for."""
 
 
 class Filter(msgspec.Struct, frozen=True, kw_only=True):
@@ -220,7 +223,8 @@ async def end_device(connection: AsyncConnection, project: str, name: str, state
     """Shut a device out, and return its row as it was.
 
     `revoked` keeps the name, so that nobody enrols under it by mistake; `decommissioned` gives it free for a new
-    enrolment, and the old entry is kept under the name with the device's id behind it.
+    enrolment, and the old entry is kept under the name with the device's id behind it. Rollouts wait for it no more: what
+    it had not settled, or not given back, is withdrawn; what it had said of a bundle stays said.
 
     Raises:
         RefusedError: `device_unknown`.
@@ -230,6 +234,11 @@ async def end_device(connection: AsyncConnection, project: str, name: str, state
     if state == "decommissioned" and row.state != "decommissioned":
         values["name"] = f"{row.name}~{row.id}"
     await connection.execute(update(_devices).where(_devices.c.id == row.id).values(values))
+    await connection.execute(
+        update(_assignments)
+        .where(_assignments.c.device_id == row.id, _assignments.c.outcome.in_(AWAITED))
+        .values(outcome="withdrawn", reason=f"device_{state}", settled_at=now_us())
+    )
     return row
 
 

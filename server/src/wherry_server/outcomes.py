@@ -18,14 +18,17 @@ Outcome: TypeAlias = Literal[
     "returned",
     "failed",
     "refused",
+    "excused",
     "withdrawn",
     "revert_pending",
     "reverted",
     "superseded",
 ]
 FAILURES = ("returned", "failed", "refused")
+ENDED = (*FAILURES, "excused")
+"""The device has ended the attempt and runs what it ran before."""
 BACKWARDS = frozenset({"withdrawn", "revert_pending", "reverted"})
-LIVE = ("exposed", "confirmed", "confirmed_idle", *FAILURES)
+LIVE = ("exposed", "confirmed", "confirmed_idle", *ENDED)
 """Outcomes of devices that a halt or a revert still has to bring back."""
 
 NEUTRAL = frozenset(
@@ -52,8 +55,10 @@ NEUTRAL = frozenset(
         reasons.RESTARTS,
     }
 )
-"""Reasons that say nothing against the bundle: the device stays exposed until it settles or is late. Any other reason,
-also one that this release does not know, counts as a failure."""
+"""Reasons that say nothing against the bundle: the device stays exposed until it settles or is late, or is excused. Any
+other reason, also one that this release does not know, counts as a failure."""
+EXCUSES = frozenset({reasons.BELOW_FLOOR, reasons.REVOKED, reasons.CHILD_FAILED, reasons.RESTARTS})
+"""Neutral reasons with which a device ends an attempt for good: it will not try this one again, so nobody waits for it."""
 
 
 class Assigned(NamedTuple):
@@ -88,6 +93,8 @@ def judge(assigned: Assigned, report: Report) -> Change | None:
             return Change(report.state, report.reason, settled=True)
         case "returned" | "failed" | "refused" if report.reason not in NEUTRAL:
             return Change(report.state, report.reason, settled=True)
+        case "returned" | "failed" | "refused" if report.reason in EXCUSES:
+            return Change("excused", report.reason, settled=True)
         case "safe":
             return Change("failed", report.reason or "safe", settled=True)
         case (

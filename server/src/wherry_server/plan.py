@@ -81,6 +81,9 @@ class Plan(_Strict, frozen=True, kw_only=True):
     late_s: int = 3_600
     """A device that spoke of its exposure this long ago, and has not settled, is late."""
     late: Bound = Bound(share=0.3, sample_min=5)
+    excused: Bound = Bound(share=0.5, sample_min=5)
+    """Devices that ended their attempt without a verdict (restarts, a policy of the publisher): neutral one by one, but a
+    release that most devices cannot even judge is not proved by the rest."""
     stage_max_s: int = 7 * 86_400
     """A stage that has not proved itself by then halts the rollout, keeping what is confirmed."""
     revert_s: int = 86_400
@@ -166,7 +169,7 @@ def _check(plan: Plan) -> None:
         family, dot, rest = field.partition(".")
         if field not in FIELDS and not (dot and rest and family in FAMILIES):
             raise RefusedError("plan_range", f"strata name an unknown field {field[:40]!r}")
-    for name in ("failure", "silent", "late"):
+    for name in ("failure", "silent", "late", "excused"):
         check_bound(getattr(plan, name), name)
     _within(plan.sample_min, 1, 1_000_000, "sample_min")
     _within(plan.settled_share, 0.01, 1, "settled_share")

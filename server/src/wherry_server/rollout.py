@@ -77,6 +77,8 @@ class Counts(_Value, frozen=True, kw_only=True):
     confirmed_idle: int = 0
     failed: int = 0
     """Returned, failed or refused, for a reason that speaks against the bundle."""
+    excused: int = 0
+    """Ended their attempt for a reason that speaks neither for nor against the bundle."""
     withdrawn: int = 0
     reverted: int = 0
     revert_pending: int = 0
@@ -172,6 +174,13 @@ def verdicts(plan: Plan, evidence: Evidence) -> list[Verdict]:
         threshold("failure", plan.failure, bad=total.failed, judged=total.settled, population=population),
         threshold("silent", plan.silent, bad=total.silent, judged=total.heard, population=population),
         threshold("late", plan.late, bad=total.late, judged=total.heard, population=population),
+        threshold(
+            "excused",
+            plan.excused,
+            bad=total.excused,
+            judged=total.heard + total.excused,
+            population=population + total.excused,
+        ),
     ]
 
 

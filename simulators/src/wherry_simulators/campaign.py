@@ -114,7 +114,7 @@ class Campaign:
             if not in_scope or one.outcome not in outcomes.LIVE:
                 continue
             changes.append((device, offers.backwards(self.plan, self.rollout, one.from_target, one.from_manifest)))
-            if one.outcome not in outcomes.FAILURES:
+            if one.outcome not in outcomes.ENDED:
                 back = one.outcome == "exposed" and self._runs(device)[0] == one.from_manifest
                 one.outcome = "withdrawn" if back else "revert_pending"
         return changes

@@ -284,8 +284,8 @@ class Assignment(SQLModel, table=True):
     noticed_at: int = _time(default=0)
     """When the device first spoke of it; 0 while it has not."""
     outcome: str = "exposed"
-    """`exposed`, `confirmed`, `confirmed_idle`, `returned`, `failed`, `refused`, `withdrawn`, `revert_pending`,
-    `reverted`, `silent`, `superseded`"""
+    """`exposed`, `confirmed`, `confirmed_idle`, `returned`, `failed`, `refused`, `excused`, `withdrawn`,
+    `revert_pending`, `reverted`, `superseded`"""
     reason: str = ""
     detail: str = ""
     settled_at: int = _time(default=0)
