@@ -626,11 +626,12 @@ def test_the_process_exits_cleanly_from_what_is_no_task(data: bytes):
     assert (code, lines[-1]["kind"], lines[-1]["reason"]) == (0, "failed", reasons.CHILD_FAILED)
 
 
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("room", [0, 300, 1500])
-def test_without_room_for_trust_the_process_says_so_and_keeps_what_was(device: Device, room: int):
+def test_without_room_for_trust_the_process_says_so_and_keeps_what_was(device: Device, room: int, known: bool):
     device.refresh()
     before = sorted(path.name for path in (device.home / "trust").iterdir())
-    task = Refresh(**{**device.common(), "current": 0})
+    task = Refresh(**(device.common() if known else {**device.common(), "current": 0}))
     code, lines = courier(msgspec.json.encode(task), file_bytes_max=room)
     assert (code, lines[-1].get("reason")) == (0, reasons.DISK_FULL)
     assert sorted(path.name for path in (device.home / "trust").iterdir()) == before

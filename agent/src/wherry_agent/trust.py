@@ -337,7 +337,7 @@ class Keeper:
             source = self._folder / str(self._known.current)
             try:
                 if self._known.current and source.is_dir():
-                    shutil.copytree(source, scratch, symlinks=True)
+                    _copy(source, scratch)
                 else:
                     self._disk.mkdir(scratch)
                     if not online:
@@ -418,6 +418,17 @@ def _own(target: TargetFile) -> dict[str, Any]:
 
 def _us(moment: datetime) -> int:
     return int(moment.timestamp()) * SECOND_US
+
+
+def _copy(source: Path, scratch: Path) -> None:
+    """Copy a set; `shutil.copytree` gathers errors into one without the number by which a full disk is told."""
+    scratch.mkdir(mode=0o700)
+    for path in sorted(source.rglob("*")):
+        copy = scratch / path.relative_to(source)
+        if path.is_dir():
+            copy.mkdir(mode=0o700)
+        else:
+            shutil.copyfile(path, copy, follow_symlinks=False)
 
 
 def _same(scratch: Path, source: Path) -> bool:
