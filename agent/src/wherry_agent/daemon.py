@@ -660,7 +660,13 @@ class Daemon:
             log.warning("an offer is ignored: %s", error)
             return
         if known is not None and (offer.epoch, offer.serial) <= (known.epoch, known.serial):
-            return  # old or repeated; a forged number costs nothing, since a newer one is verified
+            # old or repeated; a forged number costs nothing, since a newer one is verified
+            if (offer.epoch, offer.serial) < (known.epoch, known.serial):
+                log.info("offer %d.%d is older than the one that stands: ignored", offer.epoch, offer.serial)
+            return
+        under_way = self._trust_busy == "!verify" or any(key == "!verify" for key, _ in self._trusting)
+        if under_way and self._envelope is not None and self._envelope[0] == data:
+            return  # the retained copy and the answer to the hello come together
         self._envelope = (data, 0)
         self._trust_task("!verify", self._verify)
 
