@@ -35,6 +35,8 @@ ALLOWED: dict[Command, frozenset[State]] = {
 }
 """In which states a command may be given."""
 TALLIED = ("exposed", "pending", *LIVE[1:], "withdrawn", "revert_pending", "reverted", "superseded")
+BACK_TRIAL_S = 10
+"""A device without traffic goes back within this time: what ran there before has proved itself once."""
 LISTED_MAX = 200
 DECISIONS_MAX = 200
 
@@ -208,6 +210,7 @@ async def roll_back(database: Database, project: str, actor: str, model: str, de
                 "models": [{"model": model, "version": row.from_target.split("/", 1)[1]}],
                 "device": found.id,
                 "stages": [{"share": 1.0, "confirmed_min": 0}],
+                "trial": {"max_s": BACK_TRIAL_S},
                 "supersede": True,
                 "priority": priority,
                 "start": True,
