@@ -162,10 +162,10 @@ class Workstation:
             metadata.sign(signer, append=True)
         return metadata.to_bytes()
 
-    def publish(self, trust: Trust, target: str, digest: str) -> None:
+    def publish(self, trust: Trust, target: str, digest: str, *, length: int = 1000) -> None:
         role, version, data = trust.bin_for(target)
         targets = dict(Metadata[Targets].from_bytes(data).signed.targets) if data else {}
-        targets[target] = release(target, digest)
+        targets[target] = release(target, digest, length)
         content = Targets(version + 1, None, expires(90), targets)
         assert trust.accept_bin(role, self.sign(content), version) == "accepted"
 
