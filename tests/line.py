@@ -21,8 +21,6 @@ class Line:
         self._flowing = threading.Event()
         self._flowing.set()
         self._limit = 0
-        self.stalled = threading.Event()
-        """Set once an answer reached the limit of `stall_after`."""
         self.answered_bytes = 0
         self._listener = self._listen(0)
         self.port: int = self._listener.getsockname()[1]
@@ -33,7 +31,6 @@ class Line:
 
     def stall_after(self, count: int) -> None:
         """Let connections made from now on answer so many bytes and then no more, until `flow` or `cut`."""
-        self.stalled.clear()
         self._limit = count
         self._flowing.clear()
 
@@ -87,7 +84,6 @@ class Line:
                 if answering:
                     self.answered_bytes += len(chunk)
                 if limit and passed >= limit:
-                    self.stalled.set()
                     self._flowing.wait()
                     limit = 0
         with self._lock:

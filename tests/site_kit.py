@@ -53,10 +53,11 @@ FINAL = ("done", "halted", "aborted", "reverted")
 
 def constant_model(path: Path, value: float, *, ballast_bytes: int = 0) -> Path:
     """Write a model that answers `value` for every element of x: float32, (batch, 4); ballast does not compress."""
-    stock = np.random.default_rng(int(value)).standard_normal(max(1, ballast_bytes // 4)).astype(np.float32)
+    stock = np.random.default_rng(int(value)).integers(0, 256, max(1, ballast_bytes), np.uint8)
     constants = {"zero": np.float32(0), "value": np.float32(value), "first": np.int64(0)}
     nodes = [
-        helper.make_node("Gather", ["stock", "first"], ["grain"]),
+        helper.make_node("Gather", ["stock", "first"], ["byte"]),
+        helper.make_node("Cast", ["byte"], ["grain"], to=TensorProto.FLOAT),
         helper.make_node("Add", ["x", "grain"], ["moved"]),
         helper.make_node("Mul", ["moved", "zero"], ["nothing"]),
         helper.make_node("Add", ["nothing", "value"], ["y"]),
@@ -161,13 +162,13 @@ class Site:
         self.install()
         return self
 
-    def install(self) -> str:
-        """Bring a first (or next) version to everybody, without an application that asks; return it."""
+    def install(self, *names: str) -> str:
+        """Bring a new version to the named agents or to all, without an application that asks; return it."""
         version = self.release()
         stages = [{"share": 1.0, "confirmed_min": 0}]
-        found = self.end(self.begin(version, trial={"max_s": 1}, stages=stages))
+        found = self.end(self.begin(version, *names, trial={"max_s": 1}, stages=stages))
         assert found["state"] == "done", found
-        self.wait_settled(version)
+        self.wait_settled(version, *names)
         return version
 
     def add(self, name: str, server: str | None = None, **settings: Any) -> Agent:
@@ -179,6 +180,14 @@ class Site:
         agent = Agent(name, home, logs, server or self.server.address, token, {}, ["onnxruntime"])
         self.agents[name] = agent.start()
         return agent
+
+    def remove(self, name: str) -> None:
+        """Stop an agent, and take the device out of the fleet."""
+        agent = self.agents.pop(name)
+        assert agent.child is not None
+        agent.child.stop()
+        with self.server.client() as client:
+            client.post(f"/api/v1/devices/{name}/decommission")
 
     def stop(self) -> None:
         for agent in self.agents.values():
@@ -295,6 +304,10 @@ class Site:
         target = str(self.slot(name).get("serves", {}).get("target", ""))
         return target.rpartition("/")[2]
 
+    def versions(self) -> set[str]:
+        """Return the versions that agents trust."""
+        return {self.serves(name) for name in self.agents}
+
     def settled(self, version: str, *names: str) -> bool:
         """Tell whether agents trust a version, do nothing else and owe no report."""
         for name in names or self.agents:
@@ -316,6 +329,11 @@ class Site:
         """Return a function that returns what was logged since now."""
         start = len(self.log(name))
         return lambda: self.log(name)[start:]
+
+    def downloaded(self, name: str) -> int:
+        """Return how much of what an agent is downloading would survive a kill."""
+        records = (self.agents[name].home / "store/blobs/sha256").glob("*.part.json")
+        return sum(int(json.loads(record.read_bytes())["synced"]) for record in records)
 
     # --- what is stored ---
 
@@ -355,14 +373,13 @@ class Site:
 
 
 def is_well(site: Site) -> bool:
-    """Tell whether a site may serve another test: everything lives, and all agents are at rest on the newest version."""
+    """Tell whether a site may serve another test: everything lives, and every agent is at rest."""
     try:
         if site.server.child is None or not site.server.child.alive():
             return False
         with site.server.client() as client:
             client.get("/api/v1/health")
-        versions = {site.serves(name) for name in site.agents}
-        return len(versions) == 1 and site.settled(versions.pop())
+        return all(site.settled(site.serves(name), name) for name in site.agents)
     except Exception:
         return False
 
