@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import socket
 import subprocess
 import time
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.services import needs
 from wherry_shared.bundle import (
     ANNOTATION_VARIANT,
     ARTIFACT_TYPE,
@@ -174,11 +173,7 @@ def test_a_config_that_names_blobs_the_manifest_lacks_is_refused(tmp_path: Path)
 
 
 def test_skopeo_inspects_a_bundle_and_copies_it_through_a_registry(tmp_path: Path) -> None:
-    missing = [tool for tool in ("skopeo", "docker-registry") if shutil.which(tool) is None]
-    if missing:
-        if os.environ.get("WHERRY_REQUIRE_SERVICES") == "1":
-            pytest.fail(f"{', '.join(missing)} not installed")
-        pytest.skip(f"{', '.join(missing)} not installed")
+    needs("skopeo", "docker-registry")
     root = tmp_path / "b"
     write(root)
     raw = subprocess.run(["skopeo", "inspect", "--raw", f"oci:{root}:1.0.0"], check=True, capture_output=True).stdout
