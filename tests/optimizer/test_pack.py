@@ -36,6 +36,7 @@ def test_a_model_without_samples_gets_synthetic_vectors_within_its_ranges(tmp_pa
         name="mine",
         version="1.0.0",
         licence="MIT",
+        attribution="the tests",
         output=tmp_path,
         hints=Hints(inputs={"x": InputHint(low=2.0, high=3.0)}, outputs={"p": OutputHint(labels=list("abcdef"))}),
     )
@@ -58,6 +59,7 @@ def test_samples_become_golden_vectors(tmp_path: Path) -> None:
         name="mine",
         version="1.0.0",
         licence="MIT",
+        attribution="the tests",
         output=tmp_path,
         inputs=tmp_path / "samples.npz",
     )
@@ -84,6 +86,7 @@ def test_samples_that_do_not_fit_are_refused(tmp_path: Path, arrays: dict[str, n
             name="mine",
             version="1.0.0",
             licence="MIT",
+            attribution="the tests",
             output=tmp_path,
             inputs=tmp_path / "samples.npz",
         )
@@ -93,10 +96,19 @@ def test_samples_that_do_not_fit_are_refused(tmp_path: Path, arrays: dict[str, n
 
 @pytest.mark.parametrize(
     ("change", "code"),
-    [({"licence": " "}, "licence_missing"), ({"name": "My Model"}, "bad_name"), ({"version": "1.0"}, "bad_version")],
+    [
+        ({"licence": " "}, "licence_missing"),
+        ({"licence": "Nonsense License"}, "licence_invalid"),
+        ({"licence": "Nonsense-1.0"}, "licence_unknown"),
+        ({"attribution": " "}, "licence_missing"),
+        ({"name": "My Model"}, "bad_name"),
+        ({"version": "1.0"}, "bad_version"),
+    ],
 )
-def test_a_bundle_needs_a_name_a_version_and_a_licence(tmp_path: Path, change: dict[str, str], code: str) -> None:
-    given = {"name": "mine", "version": "1.0.0", "licence": "MIT", **change}
+def test_a_bundle_needs_a_name_a_version_a_licence_and_an_attribution(
+    tmp_path: Path, change: dict[str, str], code: str
+) -> None:
+    given = {"name": "mine", "version": "1.0.0", "licence": "MIT", "attribution": "the tests", **change}
     with pytest.raises(RefusedError) as caught:
         pack_model(classifier(tmp_path / "m.onnx"), output=tmp_path, **given)
     assert caught.value.code == code
@@ -137,7 +149,7 @@ def test_a_file_with_a_fixed_batch_meets_a_free_one(tmp_path: Path) -> None:
 
 
 def test_packing_again_replaces_the_bundle_but_never_another_folder(tmp_path: Path) -> None:
-    given = {"name": "mine", "version": "1.0.0", "licence": "MIT"}
+    given = {"name": "mine", "version": "1.0.0", "licence": "MIT", "attribution": "the tests"}
     model = classifier(tmp_path / "m.onnx")
     pack_model(model, output=tmp_path / "mine-1.0.0", **given)
     pack_model(model, output=tmp_path, **given)
@@ -176,6 +188,9 @@ def test_a_bundle_is_repacked_with_a_file_that_passes_its_golden_vectors(tmp_pat
     assert caught.value.code == "variant_missing"
 
 
+TERMS = ("--licence", "MIT", "--attribution", "the tests")
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "wherry_optimizer.cli", *arguments], capture_output=True, text=True, timeout=120
@@ -188,7 +203,10 @@ def test_the_command_line_packs_and_inspects(tmp_path: Path) -> None:
     without = run(*command)
     assert without.returncode == 2
     assert "--licence" in without.stderr
-    done = run(*command, "--licence", "MIT", "--json")
+    unnamed = run(*command, "--licence", "MIT")
+    assert unnamed.returncode == 1
+    assert "give --attribution, e.g." in unnamed.stderr
+    done = run(*command, *TERMS, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["variants"][0]["golden"]["synthetic"] is True
     shown = run("inspect", str(tmp_path / "mine-1.0.0"))
@@ -198,7 +216,7 @@ def test_the_command_line_packs_and_inspects(tmp_path: Path) -> None:
 
 def test_the_command_line_tells_cause_consequence_and_next_step(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_text("no model")
-    done = run("pack", str(tmp_path / "m.onnx"), "--name", "mine", "--version", "1.0.0", "--licence", "MIT")
+    done = run("pack", str(tmp_path / "m.onnx"), "--name", "mine", "--version", "1.0.0", *TERMS)
     assert done.returncode == 1
     assert "neither an ONNX nor a TFLite model [model_foreign]" in done.stderr
     assert "next:" in done.stderr

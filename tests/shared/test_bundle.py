@@ -80,6 +80,8 @@ def changed(path: str, value: Any) -> bytes:
         ("interface.inputs", [], "config_invalid"),
         ("interface.state", [{"output": "y", "input": "nowhere"}], "config_invalid"),
         ("licence.expression", " ", "licence_missing"),
+        ("licence.expression", "Nonsense License", "licence_invalid"),
+        ("licence.attribution", " ", "licence_missing"),
         (
             "assets",
             {"digest": DIGEST, "bytes": 1, "files": [{"path": "../x", "digest": DIGEST, "bytes": 1}]},

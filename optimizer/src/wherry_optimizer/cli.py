@@ -62,11 +62,11 @@ def pack(
     *,
     name: Annotated[str, typer.Option(help="Name of the model, e.g. defect-detector.")],
     version: Annotated[str, typer.Option(help="SemVer, e.g. 1.0.0.")],
-    licence: Annotated[str, typer.Option(help="SPDX expression or LicenseRef-….")],
+    licence: Annotated[str, typer.Option(help="SPDX expression, e.g. Apache-2.0, or LicenseRef-NAME.")],
     inputs: Annotated[
         Path | None, typer.Option(help="Samples: .npz, an array per input, samples along axis 0.")
     ] = None,
-    attribution: Annotated[str, typer.Option(help="Whose work it is.")] = "",
+    attribution: Annotated[str, typer.Option(help='Whose work it is, e.g. "Example Ltd" (required).')] = "",
     source: Annotated[str, typer.Option(help="Where it comes from, e.g. an address.")] = "",
     output: Output = Path(),
     as_json: AsJson = False,

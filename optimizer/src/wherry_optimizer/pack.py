@@ -24,6 +24,7 @@ from wherry_optimizer.golden import Chosen, Runnable, budget, select
 from wherry_optimizer.model import Model, load, read_onnx
 from wherry_optimizer.recipe import Hints
 from wherry_shared import bundle, golden, limits
+from wherry_shared import licence as licences
 from wherry_shared.bundle import (
     Accuracy,
     Config,
@@ -153,8 +154,8 @@ def pack_model(
     name: str,
     version: str,
     licence: str,
+    attribution: str,
     output: Path,
-    attribution: str = "",
     source: str = "",
     inputs: Path | None = None,
     tensors: Mapping[str, str] | None = None,
@@ -169,8 +170,8 @@ def pack_model(
         name: of the model.
         version: SemVer.
         licence: SPDX expression or `LicenseRef-…`.
+        attribution: whose work it is, as their licence wants them named.
         output: folder in which `NAME-VERSION` is made.
-        attribution: whose work it is; by default the file's author is named by the file.
         source: where it comes from; by default the file's name.
         inputs: `.npz` with an array per input, samples along axis 0; without it golden vectors are drawn from the
             interface's ranges and marked synthetic.
@@ -180,12 +181,18 @@ def pack_model(
         seed: of synthetic vectors.
 
     Raises:
-        RefusedError: `model_*`, `interface_*`, `data_*`, `licence_missing`, `bad_name`, `bad_version`, `golden_*`.
+        RefusedError: `model_*`, `interface_*`, `data_*`, `licence_*`, `bad_name`, `bad_version`, `golden_*`.
     """
     check_name(name, "name")
     parse_version(version)
-    if not licence.strip():
-        raise RefusedError("licence_missing", "a bundle carries a licence", next_step="give --licence, e.g. Apache-2.0")
+    licences.check_known(licence)
+    if not attribution.strip():
+        raise RefusedError(
+            "licence_missing",
+            "a bundle names whose work the model is; most licences ask for it, and no file says it reliably",
+            consequence="nothing was packed",
+            next_step='give --attribution, e.g. --attribution "Example Ltd" or "Ada Lovelace and contributors"',
+        )
     model = load(path)
     fitted = interfaces.derive(path, model.format, tensors or {}, hints or Hints())
     candidates: list[dict[str, interfaces.Array]]
@@ -233,9 +240,7 @@ def pack_model(
             version=version,
             interface=fitted.interface,
             pieces=[piece],
-            licence=Licence(
-                expression=licence, source=source or path.name, attribution=attribution or f"the authors of {path.name}"
-            ),
+            licence=Licence(expression=licence, source=source or path.name, attribution=attribution),
             licence_text=None,
             provenance=provenance({"source": model}, data={} if inputs is None else {"inputs": of_file(inputs)}),
             engines=engines,

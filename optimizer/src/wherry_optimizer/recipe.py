@@ -17,6 +17,7 @@ from wherry_shared import digest, limits
 from wherry_shared.bundle import Bounds, EngineName
 from wherry_shared.errors import RefusedError
 from wherry_shared.ids import check_name, parse_version
+from wherry_shared.licence import check_known
 
 FORMAT = 1
 RECIPE_BYTES_MAX = limits.MIB
@@ -190,7 +191,7 @@ def load_recipe(path: Path) -> LoadedRecipe:
     """Read and check a recipe.
 
     Raises:
-        RefusedError: `recipe_missing`, `recipe_invalid` (naming the field by its path), `licence_missing`, `bad_name`,
+        RefusedError: `recipe_missing`, `recipe_invalid` (naming the field by its path), `licence_*`, `bad_name`,
             `bad_version`.
     """
     try:
@@ -247,10 +248,11 @@ def _check(recipe: Recipe) -> None:
         raise _invalid(f"format: is {recipe.format}, this release reads {FORMAT}")
     check_name(recipe.name, "name")
     parse_version(recipe.version)
-    if not recipe.licence.expression.strip() or not recipe.licence.attribution.strip():
+    check_known(recipe.licence.expression)
+    if not recipe.licence.attribution.strip():
         raise RefusedError(
             "licence_missing",
-            "licence.expression and licence.attribution may not be empty",
+            "licence.attribution may not be empty",
             consequence="nobody may be sent a model without knowing its terms",
             next_step="fill in [licence] of the recipe",
         )

@@ -17,6 +17,7 @@ from wherry_shared import limits
 from wherry_shared.digest import check_digest
 from wherry_shared.errors import RefusedError
 from wherry_shared.ids import check_name, parse_version
+from wherry_shared.licence import check_grammar
 
 FORMAT = 1
 KNOWN_REQUIRES: frozenset[str] = frozenset()
@@ -364,11 +365,12 @@ def _check_config(config: Config) -> None:
         stray = sorted(set(variant.tensors) - names)
         if stray:
             raise RefusedError("config_invalid", f"variant {variant.id!r} maps unknown tensors {', '.join(stray)}")
-    if not config.licence.expression.strip() or not config.licence.attribution.strip():
+    check_grammar(config.licence.expression)
+    if not config.licence.attribution.strip():
         raise RefusedError(
             "licence_missing",
-            "a bundle carries a licence expression and an attribution",
-            next_step="add them to the recipe",
+            "a bundle carries an attribution beside its licence",
+            next_step="add it to the recipe",
         )
     if config.assets is not None:
         check_digest(config.assets.digest)
