@@ -59,6 +59,7 @@ class FakeDevice:
     offered: dict[str, int] = field(default_factory=dict)
     """Manifest → how many different offers named it."""
     online: bool = True
+    clock: int = 0
 
     def frame(self, kind: str, message: msgspec.Struct) -> bytes:
         return frames.seal(self.key, kind, self.id, wire.encode(message))
@@ -70,7 +71,7 @@ class FakeDevice:
             wire.Hello(
                 format=1,
                 device=self.id,
-                at=1,
+                at=self.tick(),
                 boot="b",
                 agent="0.1.0",
                 offer_epoch=self.known[0],
@@ -79,6 +80,11 @@ class FakeDevice:
                 streams={"report": (self.epoch, self.first, self.seq + 1)},
             ),
         )
+
+    def tick(self) -> int:
+        """Its clock, which no two hellos read alike."""
+        self.clock += 1
+        return self.clock
 
     @property
     def first(self) -> int:

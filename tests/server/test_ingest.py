@@ -10,8 +10,11 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy import text
 
 from tests.server.fleet_kit import FakeDevice, Fleet, fleet, manifest_of, run
+from wherry_server import fleet as devices_of
+from wherry_server import hellos, ingest
 from wherry_server.streams import AHEAD_MAX, SEQ_MAX, Position
 from wherry_shared import frames, ids, wire
 from wherry_shared.errors import RefusedError
@@ -241,8 +244,10 @@ def test_a_hello_brings_facts_and_what_runs_but_no_older_word_than_a_report(tmp_
                     {
                         "format": 1,
                         "device": device.id,
-                        "at": 1,
+                        "at": device.tick(),
                         "boot": "b2",
+                        "trust_version": 3,
+                        "trust_state": "trust_stale",
                         "agent": "0.1.0",
                         "offer_epoch": 1,
                         "offer_serial": 7,
@@ -269,6 +274,9 @@ def test_a_hello_brings_facts_and_what_runs_but_no_older_word_than_a_report(tmp_
             (row,) = await found.rows("SELECT boot, offer_serial, facts, last_seen_at FROM device")
             assert (row.boot, row.offer_serial) == ("b2", 7)
             assert "aarch64" in str(row.facts)
+            async with found.database.read() as connection:
+                shown = await devices_of.show_device(connection, "default", device.id)
+            assert (shown["trust_version"], shown["trust_state"]) == (3, "trust_stale")
             assert row.last_seen_at > 0
 
     run(work())
@@ -284,6 +292,65 @@ def test_an_acknowledgement_carries_the_request_for_logs(tmp_path: Path):
                 at = await devices.request_logs(connection, "default", device.id)
             ((_, frame),) = await found.ingest.store("report", [(device.id, report(device, 1))])
             assert wire.parse(wire.Ack, frame[44:]).logs == at
+
+    run(work())
+
+
+def test_a_request_for_logs_is_not_repeated_for_ever(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            (device,) = await found.enrol(1)
+            async with found.database.write() as connection:
+                await devices_of.request_logs(connection, "default", device.id)
+                age = {"age": ingest.LOGS_FOR_US}
+                await connection.execute(text("UPDATE device_log SET requested_at = requested_at - :age"), age)
+            ((_, frame),) = await found.ingest.store("report", [(device.id, report(device, 1))])
+            assert wire.parse(wire.Ack, frame[44:]).logs == 0
+
+    run(work())
+
+
+BEFORE = hellos.Standing(100, "b1", {"report": ("e1", 5), "telemetry": ("t1", 9)})
+HELLOS = [
+    # at, boot, nexts → news
+    (101, "b1", {"report": ("e1", 5), "telemetry": ("t1", 9)}, True),
+    (101, "b1", {"report": ("e2", 1)}, True),  # a new journal
+    (100, "b1", {"report": ("e1", 5), "telemetry": ("t1", 9)}, False),  # the very same
+    (90, "b1", {"report": ("e1", 5), "telemetry": ("t1", 9)}, False),
+    (90, "b1", {"report": ("e1", 5), "telemetry": ("t1", 10)}, True),  # the clock was set back
+    (90, "b1", {"report": ("e1", 4), "telemetry": ("t1", 10)}, False),
+    (1, "b2", {"report": ("e1", 5), "telemetry": ("t1", 9)}, True),  # a clock that begins anew
+    (1, "b0", {"report": ("e1", 4), "telemetry": ("t1", 9)}, False),  # of an earlier boot
+    (1, "b0", {"report": ("e0", 7), "telemetry": ("t1", 9)}, False),  # of an earlier journal
+    (1, "b0", {"report": ("e1", 5)}, False),
+]
+
+
+@pytest.mark.parametrize(("at", "boot", "nexts", "news"), HELLOS)
+def test_a_hello_is_news_only_if_it_was_said_later(at: int, boot: str, nexts: dict, news: bool):
+    streams = {name: (epoch, 1, following) for name, (epoch, following) in nexts.items()}
+    said = wire.Hello(format=1, device="d", at=at, boot=boot, agent="0.1.0", streams=streams)
+    assert hellos.is_news(said, BEFORE) is news
+
+
+def test_what_is_played_back_brings_nothing_back(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            (device,) = await found.enrol(1)
+            old = device.hello()
+            device.known = (1, 7)
+            spoken = report(device, 1)
+            await found.ingest.store("hello", [(device.id, device.hello())])
+            await found.ingest.store("report", [(device.id, spoken)])
+            async with found.database.write() as connection:
+                await connection.execute(text("UPDATE device SET last_seen_at = 5"))
+            found.ingest._seen.clear()
+            result = await found.ingest.store_batch({"hello": [(device.id, old)], "report": [(device.id, spoken)]})
+            assert result.hellos == []
+            assert len(result.acks) == 1  # the device may not have heard it
+            (row,) = await found.rows("SELECT offer_serial, last_seen_at FROM device")
+            assert tuple(row) == (7, 5)
+            assert found.ingest.refused["hello_old"] == 1
 
     run(work())
 

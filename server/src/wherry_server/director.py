@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError
 
 from wherry_server.collector import Collector
 from wherry_server.conductor import Conductor
-from wherry_server.ingest import Ingest
+from wherry_server.ingest import LOGS_FOR_US, Ingest
 from wherry_server.lease import RENEW_S, Lease
 from wherry_server.mqtt import Link
 from wherry_server.offers import Composer
@@ -35,8 +35,7 @@ log = logging.getLogger(__name__)
 
 TRUST_S = 600.0
 LOGS_S = 2.0
-LOGS_FOR_US = 600 * 1_000_000
-"""An open request for logs is repeated every LOGS_S for this long."""
+"""An open request for logs is repeated this often to devices that have nothing to say."""
 FAULT_MIN_S = 0.5
 FAULT_MAX_S = 10.0
 

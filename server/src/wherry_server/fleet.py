@@ -121,6 +121,8 @@ async def show_device(connection: AsyncConnection, project: str, name: str) -> d
         **_device(row),
         "facts": row.facts,
         "certificate_expires_at": row.certificate_expires_at,
+        "trust_version": row.trust_version,
+        "trust_state": row.trust_state,
         "offer": None
         if offer is None
         else {

@@ -20,6 +20,7 @@ import msgspec
 from sqlalchemy import bindparam, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from wherry_server import hellos as hello_rules
 from wherry_server import outcomes
 from wherry_server.db import bulk
 from wherry_server.db.database import Database
@@ -46,7 +47,10 @@ Frame: TypeAlias = tuple[str, bytes]
 """(device by topic or by authentication, frame)."""
 KEYS_CACHED_MAX = 200_000
 SEEN_EVERY_US = 10_000_000
-"""Reports and telemetry refresh `last_seen_at` at most this often; hellos always do."""
+"""New reports and telemetry refresh `last_seen_at` at most this often; new hellos always do. What was stored before says
+nothing about now: anybody may send it again."""
+LOGS_FOR_US = 600 * 1_000_000
+"""An open request for logs is repeated for this long; then the operator has to ask again."""
 LOG_EVERY_US = 10_000_000
 """One log line per code of refusal in this time; all are counted."""
 _DEVICE = table(Device)
@@ -122,9 +126,11 @@ class Ingest:
             await self._store_reports(connection, fresh_reports, late, positions, now)
             await self._store_telemetry(connection, fresh_telemetry, now)
             await self._save_streams(connection, positions, now)
+            hellos = await self._news(connection, hellos, now)
             await self._store_hellos(connection, hellos, now)
-            await self._touch(connection, known - {hello.device for hello in hellos}, now)
-            wanted = await self._log_requests(connection)
+            fresh = {parsed.device for parsed in (*fresh_reports, *fresh_telemetry)}
+            await self._touch(connection, fresh - {hello.device for hello in hellos}, now)
+            wanted = await self._log_requests(connection, {device for device, _, _ in positions}, now)
         result.new = len(fresh_reports) + len(fresh_telemetry)
         result.moved = bool(fresh_reports or hellos)
         result.hellos = [Behind(p.device, p.message.offer_epoch, p.message.offer_serial) for p in hellos]
@@ -446,6 +452,24 @@ class Ingest:
 
     # --- hello ----------------------------------------------------------------------------------
 
+    async def _news(self, connection: AsyncConnection, hellos: list[_Parsed], now: int) -> list[_Parsed]:
+        """Return the newest hello of each device that has one which was not said before the last accepted one."""
+        if not hellos:
+            return []
+        rows = await connection.execute(_SAID, {"devices": sorted({parsed.device for parsed in hellos})})
+        standing = {
+            row.id: hello_rules.Standing(row.hello_at, row.boot, _nexts.decode(row.hello_streams or "{}"))
+            for row in rows
+        }
+        news: dict[str, _Parsed] = {}
+        for parsed in hellos:
+            if hello_rules.is_news(parsed.message, standing[parsed.device]):
+                standing[parsed.device] = hello_rules.standing(parsed.message)
+                news[parsed.device] = parsed
+            else:
+                self.refuse("hello_old", now, f"{parsed.device} said a later one already")
+        return list(news.values())
+
     async def _store_hellos(self, connection: AsyncConnection, hellos: list[_Parsed], now: int) -> None:
         if not hellos:
             return
@@ -457,7 +481,11 @@ class Ingest:
                     "last_seen_at": now,
                     "offer_epoch": hello.offer_epoch,
                     "offer_serial": hello.offer_serial,
-                    "boot": hello.boot[:64],
+                    "boot": hello.boot[: hello_rules.BOOT_CHARS_MAX],
+                    "hello_at": hello.at,
+                    "hello_streams": hello_rules.nexts(hello),
+                    "trust_version": hello.trust_version,
+                    "trust_state": hello.trust_state,
                     **({"facts": msgspec.to_builtins(hello.facts)} if with_facts else {}),
                 }
                 for device, hello in newest.items()
@@ -495,8 +523,11 @@ class Ingest:
         for device in due:
             self._seen[device] = now
 
-    async def _log_requests(self, connection: AsyncConnection) -> dict[str, int]:
-        rows = await connection.execute(_LOGS_WANTED, {"project": self._project})
+    async def _log_requests(self, connection: AsyncConnection, devices: set[str], now: int) -> dict[str, int]:
+        if not devices:
+            return {}
+        wanted = {"devices": sorted(devices), "project": self._project, "since": now - LOGS_FOR_US}
+        rows = await connection.execute(_LOGS_WANTED, wanted)
         return {row.device_id: row.requested_at for row in rows}
 
     def _ack(self, device: str, stream: wire.StreamName, epoch: str, seq: int, logs: int) -> bytes:
@@ -511,8 +542,11 @@ def _check_numbers(message: wire.Hello | wire.Report | wire.Telemetry) -> None:
         RefusedError: `message_invalid`.
     """
     if isinstance(message, wire.Hello):
-        numbers: tuple[int, ...] = (message.offer_epoch, message.offer_serial)
-        texts: tuple[str, ...] = (*message.running, *message.running.values())
+        numbers: tuple[int, ...] = (message.at, message.offer_epoch, message.offer_serial, message.trust_version)
+        texts: tuple[str, ...] = (*message.running, *message.running.values(), message.trust_state)
+        for epoch, first, following in message.streams.values():
+            numbers += (first, following)
+            texts += (epoch,)
         if len(message.running) > WINDOWS_MAX:
             raise RefusedError("message_invalid", f"hello names {len(message.running)} models")
     elif isinstance(message, wire.Report):
@@ -624,6 +658,10 @@ def _in_devices(sql: str, *more: str) -> Any:
 
 
 _ACTIVE = _in_devices("SELECT id FROM device WHERE id IN :devices AND project_id = :project AND state = 'active'")
+_SAID = _in_devices(
+    "SELECT id, boot, hello_at, CAST(hello_streams AS TEXT) AS hello_streams FROM device WHERE id IN :devices"
+)
+_nexts = msgspec.json.Decoder(hello_rules.Nexts)
 _STREAMS = _in_devices(
     "SELECT device_id, epoch, contiguous, highest, lost, opened_at FROM stream"
     " WHERE device_id IN :devices AND stream = :stream"
@@ -674,6 +712,7 @@ _BACK = _in_devices(
     " AND m.model = assignment.model), '') = assignment.from_manifest"
 )
 _TOUCH = _in_devices("UPDATE device SET last_seen_at = :now WHERE id IN :devices")
-_LOGS_WANTED = text(
-    "SELECT device_id, requested_at FROM device_log WHERE project_id = :project AND requested_at > received_at"
+_LOGS_WANTED = _in_devices(
+    "SELECT device_id, requested_at FROM device_log WHERE device_id IN :devices AND project_id = :project"
+    " AND requested_at > received_at AND requested_at > :since"
 )

@@ -153,6 +153,10 @@ class DeviceDetail(BaseModel):
     enrolled_at: int
     last_seen_at: int
     certificate_expires_at: int
+    trust_version: int
+    """The trust set that the device uses; 0 before it has one."""
+    trust_state: str
+    """Empty, or `trust_stale` / `clock_unset`: why it changes nothing now."""
     facts: dict[str, Any]
     offer: OfferState | None
     models: list[ModelOnDevice]

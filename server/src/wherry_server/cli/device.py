@@ -85,6 +85,7 @@ def _render(console: Console, device: dict[str, Any]) -> None:
         f"  machine  {device['arch'] or 'unknown'}, {facts.get('cores', '?')} cores, "
         f"{size(facts.get('memory_bytes', 0))} memory, agent {device['agent'] or 'unknown'}"
     )
+    console.print(f"  trust    set {device['trust_version'] or 'none'}, {device['trust_state'] or 'in order'}")
     console.print(f"  engines  {', '.join(device['engines']) or 'none reported'}")
     if device["labels"]:
         console.print("  labels   " + " ".join(f"{key}={value}" for key, value in sorted(device["labels"].items())))

@@ -99,6 +99,14 @@ class Device(SQLModel, table=True):
     """What the device last said it knows (hello)."""
     offer_serial: int = _time(default=0)
     boot: str = ""
+    hello_at: int = _time(default=0)
+    """When the last accepted hello was said, by the device's clock."""
+    hello_streams: dict[str, Any] = _json(nullable=True)
+    """Stream → [epoch, next number] of that hello."""
+    trust_version: int = _time(default=0)
+    """The number of the trust set that the device uses."""
+    trust_state: str = ""
+    """Empty, or `trust_stale` / `clock_unset`."""
     simulated: bool = False
     """Label `simulated=true` at enrolment: counted apart everywhere."""
 
