@@ -233,6 +233,59 @@ def test_nobody_waits_for_a_device_that_was_shut_out(tmp_path: Path, ending: dev
     run(work())
 
 
+@pytest.mark.parametrize(("broken", "known"), [(1, 0), (2, 1)])
+def test_one_broken_board_never_keeps_a_bundle_from_its_whole_class(tmp_path: Path, broken: int, known: int):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.1.0")
+            for device in (await found.enrol(6))[:broken]:
+                device.behaviours["1.1.0"] = "bad"
+            await found.until(await found.roll_out("1.1.0", failure={"count": 0}), "halted")
+            assert len(await found.rows("SELECT 1 FROM known_bad")) == known
+
+    run(work())
+
+
+def test_a_few_broken_boards_of_many_do_not_either(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.1.0")
+            for device in (await found.enrol(30))[:2]:
+                device.behaviours["1.1.0"] = "bad"
+            await found.until(await found.roll_out("1.1.0", failure={"count": 1}), "halted")
+            assert await found.rows("SELECT 1 FROM known_bad") == []
+
+    run(work())
+
+
+def test_watching_a_rollout_does_not_read_the_whole_cohort_at_every_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.1.0")
+            await found.enrol(4)
+            number = await found.roll_out("1.1.0", stages=[{"share": 1.0, "soak_s": 1000}])
+            await found.turn()
+            scans = 0
+            scan = conducting.evidence.scan
+
+            async def counting(*arguments):
+                nonlocal scans
+                scans += 1
+                return await scan(*arguments)
+
+            monkeypatch.setattr(conducting.evidence, "scan", counting)
+            shown = [await found.show(number) for _ in range(20)]
+            assert {(one["members"], one["unexposed"], one["held"]) for one in shown} == {(4, 0, 0)}
+            assert scans == 1
+            assert shown[-1]["stages"][0]["counts"]["confirmed"] == 4  # counts are of now
+            await found.command(number, "pause")  # another revision
+            assert scans == 2
+
+    run(work())
+
+
 def test_quiet_devices_are_counted_apart_after_their_deadline(tmp_path: Path):
     async def work() -> None:
         async with fleet(tmp_path) as found:

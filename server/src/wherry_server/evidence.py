@@ -22,11 +22,15 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from wherry_server import cohorts
 from wherry_server.plan import Plan
 from wherry_server.rollout import ACTIVE, Command, Counts, Evidence, Progress
-from wherry_server.targeting import cut_offs, exposed, key_of, parse_selector
+from wherry_server.targeting import cut_offs, exact, exposed, key_of, parse_selector
 from wherry_shared.errors import RefusedError
 from wherry_shared.facts import DeviceFacts, hardware_class
 
 SECOND_US = 1_000_000
+CLASS_BAD_DEVICES_MIN = 2
+"""A hardware class is known bad by no fewer devices than this: one may just be broken."""
+CLASS_BAD_SHARE_MIN = 0.1
+"""And by no smaller share of its judged devices, also where the plan bounds a count over all classes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +159,14 @@ async def bad_classes(connection: AsyncConnection, rollout: str, plan: Plan) -> 
     return {
         name: (reason[name], bad)
         for name, bad in failed.items()
-        if (bound.count is not None and bad > bound.count)
-        or (bound.share is not None and judged[name] >= bound.sample_min and bad > bound.share * judged[name])
+        if bad >= CLASS_BAD_DEVICES_MIN
+        and bad >= exact(CLASS_BAD_SHARE_MIN) * judged[name]
+        and (
+            (bound.count is not None and bad > bound.count)
+            or (
+                bound.share is not None and judged[name] >= bound.sample_min and bad > exact(bound.share) * judged[name]
+            )
+        )
     }
 
 

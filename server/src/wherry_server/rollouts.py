@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import Any, cast
+from collections import OrderedDict
+from typing import Any, NamedTuple, cast
 
 import msgspec
 from sqlalchemy import func, insert, select, text, update
@@ -18,8 +19,8 @@ from wherry_server.db.database import Database
 from wherry_server.db.tables import Bundle, Decision, Rollout, table
 from wherry_server.lease import boot_id
 from wherry_server.outcomes import LIVE
-from wherry_server.plan import parse_plan
-from wherry_server.rollout import Command, Progress, State, why_not_yet
+from wherry_server.plan import Plan, parse_plan
+from wherry_server.rollout import Command, Evidence, Progress, State, why_not_yet
 from wherry_server.times import now_us
 from wherry_shared.clock import MICROSECONDS, Now
 from wherry_shared.errors import RefusedError
@@ -38,6 +39,12 @@ TALLIED = ("exposed", "pending", *LIVE[1:], "withdrawn", "revert_pending", "reve
 BACK_TRIAL_S = 10
 """A device without traffic goes back within this time: what ran there before has proved itself once."""
 LISTED_MAX = 200
+SIZES_FRESH_S = 3.0
+SIZES_SHARE = 20
+"""What a scan of the members found is shown for SIZES_FRESH_S, or this many times what the scan took if that is longer, as
+long as the rollout's revision stands: people who watch do not cost the server a scan at every look."""
+SIZES_MAX = 256
+"""Rollouts whose sizes are remembered."""
 DECISIONS_MAX = 200
 
 
@@ -257,8 +264,7 @@ async def show(connection: AsyncConnection, project: str, number: int) -> dict[s
     row = await find(connection, project, number)
     plan, progress = parse_plan(row.plan), evidence.load_progress(row.progress)
     now = now_us()
-    scan = await evidence.scan(connection, row, plan) if row.state in ("created", "running", "paused") else None
-    found = await evidence.read(connection, row, plan, progress, scan, now)
+    found = await _evidence(connection, row, plan, progress, now)
     details = await evidence.breakdown(connection, row.id)
     tallies = {kind: _tally(details, simulated=kind == "simulated") for kind in ("real", "simulated")}
     waits = why_not_yet(plan, progress, found, _here(now))
@@ -282,6 +288,40 @@ async def show(connection: AsyncConnection, project: str, number: int) -> dict[s
         "outcomes": details,
         "why_not_yet": msgspec.to_builtins(waits),
     }
+
+
+class _Sizes(NamedTuple):
+    """What a scan found."""
+
+    revision: int
+    until: float
+    members: int
+    unexposed: int
+    held: int
+
+
+_sizes: OrderedDict[str, _Sizes] = OrderedDict()
+"""By the id of the rollout, which no two projects share."""
+
+
+async def _evidence(connection: AsyncConnection, row: Any, plan: Plan, progress: Progress, now: int) -> Evidence:
+    """Read what is so now; the members of the cohort may be some seconds old."""
+    if row.state not in ("created", "running", "paused"):
+        return await evidence.read(connection, row, plan, progress, None, now)
+    known = _sizes.get(row.id)
+    if known is not None and known.revision == row.revision and time.monotonic() < known.until:
+        found = await evidence.read(connection, row, plan, progress, None, now)
+        return msgspec.structs.replace(found, members=known.members, unexposed=known.unexposed, held=known.held)
+    started = time.monotonic()
+    scan = await evidence.scan(connection, row, plan)
+    found = await evidence.read(connection, row, plan, progress, scan, now)
+    ended = time.monotonic()
+    until = ended + max(SIZES_FRESH_S, SIZES_SHARE * (ended - started))
+    _sizes[row.id] = _Sizes(row.revision, until, found.members, found.unexposed, found.held)
+    _sizes.move_to_end(row.id)
+    while len(_sizes) > SIZES_MAX:
+        _sizes.popitem(last=False)
+    return found
 
 
 async def decisions(connection: AsyncConnection, project: str, number: int, after: int) -> list[dict[str, Any]]:
