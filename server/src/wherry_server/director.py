@@ -18,6 +18,7 @@ import uvloop
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
+from wherry_server import retention
 from wherry_server.collector import Collector
 from wherry_server.conductor import Conductor
 from wherry_server.ingest import LOGS_FOR_US, Ingest
@@ -34,6 +35,8 @@ from wherry_shared.errors import WherryError
 log = logging.getLogger(__name__)
 
 TRUST_S = 600.0
+FORGET_S = 600.0
+"""Old telemetry and reports are looked for this often."""
 LOGS_S = 2.0
 """An open request for logs is repeated this often to devices that have nothing to say."""
 FAULT_MIN_S = 0.5
@@ -78,6 +81,10 @@ class Process:
         async def ask_logs() -> None:
             await _ask_logs(services, ingest, link)
 
+        async def forget() -> None:
+            if lease.epoch:
+                await retention.forget(services.database, services.project, services.settings)
+
         await _every(0, hold, once=True)
         tasks = [
             asyncio.create_task(work, name=name)
@@ -89,6 +96,7 @@ class Process:
                 ("lease", _every(RENEW_S, hold)),
                 ("again", _every(0, publish_again)),
                 ("trust", _every(TRUST_S, renew_trust)),
+                ("forget", _every(FORGET_S, forget)),
                 ("logs", _every(LOGS_S, ask_logs)),
             )
         ]

@@ -7,7 +7,7 @@ name here.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -35,6 +35,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """SQLAlchemy URL; empty: SQLite in the data folder."""
     certificate_days: int = 30
     """Life of a device certificate."""
+    telemetry_days: Annotated[int, msgspec.Meta(ge=1)] = 90
+    """Days that measurements are kept."""
+    reports_days: Annotated[int, msgspec.Meta(ge=1)] = 365
+    """Days that reports are kept; what each device runs and what became of each rollout is kept for ever."""
     encode_blobs: bool = True
     """Whether accepted weights are also stored as zstd."""
 

@@ -176,6 +176,7 @@ class TelemetryLog(SQLModel, table=True):
     """Every telemetry message once; its windows are in `telemetry_window`."""
 
     __tablename__ = "telemetry_log"
+    __table_args__ = (Index("ix_telemetry_log_time", "project_id", "received_at"),)
     device_id: str = Field(primary_key=True)
     epoch: str = Field(primary_key=True)
     seq: int = Field(primary_key=True, sa_type=BigInteger)

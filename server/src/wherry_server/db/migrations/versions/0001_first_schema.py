@@ -300,6 +300,7 @@ def upgrade() -> None:
         sa.Column("received_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("device_id", "epoch", "seq"),
     )
+    op.create_index("ix_telemetry_log_time", "telemetry_log", ["project_id", "received_at"], unique=False)
     op.create_table(
         "telemetry_window",
         sa.Column("device_id", sa.String(), nullable=False),
@@ -328,6 +329,7 @@ def downgrade() -> None:
     """Go one step back."""
     op.drop_index("ix_window_model", table_name="telemetry_window")
     op.drop_table("telemetry_window")
+    op.drop_index("ix_telemetry_log_time", table_name="telemetry_log")
     op.drop_table("telemetry_log")
     op.drop_table("stream")
     op.drop_index(op.f("ix_rollout_state"), table_name="rollout")
