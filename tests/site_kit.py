@@ -35,7 +35,7 @@ WAIT_S = 60.0
 REQUEST_S = 15.0
 PAUSE_S = 0.04
 TRIAL: dict[str, Any] = {
-    "min_requests": 40,
+    "min_requests": 30,
     "max_s": 6,
     "latency_ratio_max": 100.0,
     "latency_tail_ratio_max": 100.0,

@@ -36,7 +36,7 @@ ALLOWED: dict[Command, frozenset[State]] = {
 }
 """In which states a command may be given."""
 TALLIED = ("exposed", "pending", *LIVE[1:], "withdrawn", "revert_pending", "reverted", "superseded")
-BACK_TRIAL_S = 10
+BACK_TRIAL_S = 5
 """A device without traffic goes back within this time: what ran there before has proved itself once."""
 LISTED_MAX = 200
 SIZES_FRESH_S = 3.0
