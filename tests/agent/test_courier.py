@@ -21,6 +21,7 @@ import zstandard
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tuf.api.metadata import Metadata, Targets
 
+from tests.offering import give
 from tests.trust_kit import (
     FACTS,
     MODEL,
@@ -100,8 +101,10 @@ def publish(server: RunningServer, key: PublisherKey, folder: Path) -> Path:
 class Device:
     """A device's home, and the words that its supervisor would keep."""
 
-    def __init__(self, home: Path, server: str, token: str, name: str) -> None:
+    def __init__(self, home: Path, running: RunningServer, name: str) -> None:
         self.home = home
+        self.running = running
+        server, token = running.url, running.enrolment_token
         self.server = server
         self.trust = Trust(current=0, floors={}, time_floor_us=0, expires_at=0)
         self.said: list[CourierAnswer] = []
@@ -134,6 +137,7 @@ class Device:
         return self.run(task, **arguments)
 
     def resolve(self, target: str, manifest: str, *, facts=FACTS, **arguments) -> CourierAnswer:
+        give(self.running.settings, self.id, manifest)
         fields = {"mode": arguments.pop("mode", "replace")}
         task = Resolve(
             **self.common(),
@@ -161,7 +165,7 @@ _names = iter(range(1000))
 
 @pytest.fixture
 def device(server: RunningServer, tmp_path: Path) -> Device:
-    return Device(tmp_path / "device", server.url, server.enrolment_token, f"press-{next(_names)}")
+    return Device(tmp_path / "device", server, f"press-{next(_names)}")
 
 
 def reason(answer: CourierAnswer) -> str:
@@ -305,7 +309,7 @@ def test_an_unknown_key_causes_one_refresh_and_is_refused(device: Device, server
 
 def test_a_new_director_key_is_learnt_from_the_targets_role(tmp_path: Path):
     with running_server(tmp_path / "server") as own:
-        device = Device(tmp_path / "device", own.url, own.enrolment_token, "rotates")
+        device = Device(tmp_path / "device", own, "rotates")
         old = offer(own, device)
         assert isinstance(device.verify(old), Verified)
         folder = own.settings.trust_folder
@@ -362,6 +366,7 @@ def test_a_release_is_resolved_and_fetched(device: Device, server: RunningServer
 
 def test_weights_come_in_the_smaller_encoding(device: Device, server: RunningServer, bundle: Path):
     manifest, variant = manifest_of(bundle), variant_of(bundle)
+    give(server.settings, device.id, manifest)
     known = identity.load(device.home)
     assert known is not None
     http = Http(server=server.url, authorization=known.authorization)

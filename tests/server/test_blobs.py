@@ -13,11 +13,15 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from sqlalchemy import insert
 
-from tests.server.harness import Running, release, running, until
+from tests.offering import give
+from tests.server.harness import Running, in_database, release, running, until
 from wherry_server.blobs import INCOMING, Blobs
+from wherry_server.db.tables import Assignment
 from wherry_server.encodings import StoppedError, compress
 from wherry_shared import wire
+from wherry_shared.bundle import Manifest
 from wherry_shared.digest import of_bytes
 from wherry_shared.errors import RefusedError, WherryError
 from wherry_shared.limits import ZSTD_WINDOW_BYTES_MAX
@@ -152,8 +156,9 @@ def test_compressing_is_given_up_when_the_server_ends(tmp_path: Path) -> None:
 
 def test_what_a_stopped_server_left_uncompressed_is_taken_up_at_the_next_start(tmp_path: Path) -> None:
     with running(tmp_path / "data", encode_blobs=False) as server:
-        manifest, _ = release(server, tmp_path, "late")
+        manifest, digest = release(server, tmp_path, "late")
         device = server.device("patient")
+        give(server.settings, device.device, digest)
         url = f"/device/v1/blobs/{manifest.layers[0].digest}/info"
         with server.as_device(device) as http:
             assert wire.parse(wire.BlobInfo, http.get(url).content).encodings == []
@@ -203,10 +208,12 @@ def test_who_may_not_publish_uploads_nothing(server: Running) -> None:
 
 def test_a_device_fetches_blobs_of_its_project_by_ranges_and_conditions(server: Running, tmp_path: Path) -> None:
     weights = hashlib.shake_256(b"random").digest(700_000)
-    manifest, _ = release(server, tmp_path, "ranged", weights=weights)
+    manifest, released = release(server, tmp_path, "ranged", weights=weights)
     digest = manifest.layers[0].digest
     etag = f'"{digest}"'
-    with server.as_device(server.device("ranger")) as http:
+    device = server.device("ranger")
+    give(server.settings, device.device, released)
+    with server.as_device(device) as http:
         url = f"/device/v1/blobs/{digest}"
         whole = http.get(url)
         assert (whole.status_code, whole.content) == (200, weights)
@@ -234,11 +241,79 @@ def test_a_blob_that_no_bundle_names_is_not_served(server: Running) -> None:
             assert (answer.status_code, answer.json()["code"]) == (404, "blob_unknown")
 
 
+def assign(server: Running, device: str, rollout: str, came_from: str, to: str, outcome: str) -> None:
+    """Insert an assignment as a rollout leaves it."""
+    row = {
+        "rollout_id": rollout,
+        "device_id": device,
+        "model": "had",
+        "project_id": server.settings.project,
+        "stage": 0,
+        "share_key": 0,
+        "from_manifest": came_from,
+        "to_manifest": to,
+        "to_target": "had/1.0.0",
+        "exposed_at": 1,
+        "outcome": outcome,
+    }
+    in_database(server.settings, lambda connection: connection.execute(insert(Assignment).values(**row)))
+
+
+def opened(server: Running, device: wire.EnrolAnswer, manifest: Manifest, digest: str) -> set[int]:
+    """Return the statuses with which all blobs of a bundle answer a device, and their information."""
+    blobs = [digest, manifest.config.digest, *(layer.digest for layer in manifest.layers)]
+    with server.as_device(device) as http:
+        answers = [http.get(f"/device/v1/blobs/{blob}{part}") for blob in blobs for part in ("", "/info")]
+    assert all(answer.is_success or answer.json()["code"] == "blob_unknown" for answer in answers)
+    return {answer.status_code for answer in answers}
+
+
+def test_a_device_reads_what_it_is_offered_and_nothing_that_only_another_one_is(
+    server: Running, tmp_path: Path
+) -> None:
+    mine, my_digest = release(server, tmp_path, "mine", weights=b"mine" * 9000)
+    other, other_digest = release(server, tmp_path, "other", weights=b"other" * 9000)
+    thief, owner = server.device("thief"), server.device("owner")
+    assert opened(server, thief, mine, my_digest) == {404}
+    give(server.settings, thief.device, my_digest)
+    give(server.settings, owner.device, other_digest)
+    assert opened(server, thief, mine, my_digest) == {200}
+    assert opened(server, thief, other, other_digest) == {404}
+    assert opened(server, owner, other, other_digest) == {200}
+
+    def encoded() -> str:
+        with server.as_device(owner) as http:
+            answer = http.get(f"/device/v1/blobs/{other.layers[0].digest}/info").content
+        return "".join(encoding.digest for encoding in wire.parse(wire.BlobInfo, answer).encodings)
+
+    url = f"/device/v1/blobs/{until(encoded)}"
+    with server.as_device(owner) as own, server.as_device(thief) as foreign:
+        assert own.get(url, headers={"Range": "bytes=0-9"}).status_code == 206
+        assert foreign.get(url, headers={"Range": "bytes=0-9"}).status_code == 404
+
+
+def test_a_device_reads_its_incumbent_and_no_bundle_that_it_only_claims_to_run(server: Running, tmp_path: Path) -> None:
+    old, old_digest = release(server, tmp_path, "had", "1.0.0", weights=b"old" * 9000)
+    new, new_digest = release(server, tmp_path, "had", "2.0.0", weights=b"new" * 9000)
+    claimed, claimed_digest = release(server, tmp_path, "coveted", weights=b"coveted" * 9000)
+    keeper = server.device("keeper")
+    device = keeper.device
+    assign(server, device, "first", "", old_digest, "superseded")
+    assert opened(server, keeper, old, old_digest) == {404}
+    assign(server, device, "second", old_digest, new_digest, "exposed")
+    assert opened(server, keeper, old, old_digest) == {200}
+    assert opened(server, keeper, new, new_digest) == {200}
+    assign(server, device, "third", claimed_digest, new_digest, "exposed")  # `from` is what the device reported
+    assert opened(server, keeper, claimed, claimed_digest) == {404}
+
+
 def test_weights_that_get_smaller_are_also_served_as_zstd(server: Running, tmp_path: Path) -> None:
     weights = b"\0" * 200_000 + hashlib.shake_256(b"x").digest(50_000)
-    manifest, _ = release(server, tmp_path, "sparse", weights=weights)
+    manifest, released = release(server, tmp_path, "sparse", weights=weights)
     raw = manifest.layers[0].digest
-    with server.as_device(server.device("saver")) as http:
+    device = server.device("saver")
+    give(server.settings, device.device, released)
+    with server.as_device(device) as http:
 
         def info() -> wire.BlobInfo:
             return wire.parse(wire.BlobInfo, http.get(f"/device/v1/blobs/{raw}/info").content)
@@ -257,9 +332,11 @@ def test_weights_that_get_smaller_are_also_served_as_zstd(server: Running, tmp_p
 
 
 def test_weights_that_do_not_get_smaller_keep_one_form(server: Running, tmp_path: Path) -> None:
-    manifest, _ = release(server, tmp_path, "noise", weights=hashlib.shake_256(b"noise").digest(100_000))
-    marker, _ = release(server, tmp_path, "marker", weights=b"m" * 100_000)  # encoded after it, one at a time
-    with server.as_device(server.device("listener")) as http:
+    manifest, first = release(server, tmp_path, "noise", weights=hashlib.shake_256(b"noise").digest(100_000))
+    marker, second = release(server, tmp_path, "marker", weights=b"m" * 100_000)  # encoded after it, one at a time
+    device = server.device("listener")
+    give(server.settings, device.device, first, second)
+    with server.as_device(device) as http:
 
         def encodings(digest: str) -> list[wire.Encoding]:
             return wire.parse(wire.BlobInfo, http.get(f"/device/v1/blobs/{digest}/info").content).encodings

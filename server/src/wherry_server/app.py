@@ -25,6 +25,7 @@ from wherry_server.api import (
     tuf,
 )
 from wherry_server.encodings import Encoder
+from wherry_server.reading import Readers
 from wherry_server.services import Services
 from wherry_shared.errors import RefusedError
 from wherry_shared.limits import BLOB_BYTES_MAX, MIB
@@ -103,6 +104,7 @@ def create_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     app.state.encoder = None
+    app.state.readers = Readers(services.blobs)
     problems.install(app)
     app.add_middleware(BodyLimit)
     for module in ROUTERS:

@@ -1,7 +1,7 @@
 """Which bundles there are: accepted once, after everything that can be checked was checked, and never changed.
 
 A bundle is accepted when its manifest and config parse and agree, every blob is here with its declared size, and a bin
-at threshold names this very manifest. Blobs become readable to the project's devices in the same transaction.
+at threshold names this very manifest. From then on the devices that are meant to have it may read its blobs (`reading`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from sqlalchemy import func, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import audit
-from wherry_server.blobs import unknown as unknown_blob
 from wherry_server.db.tables import BlobEncoding, BlobOwner, Bundle, DeviceModel, table
 from wherry_server.services import Services
 from wherry_server.times import now_us
@@ -235,35 +234,6 @@ async def list_models(connection: AsyncConnection, project: str) -> list[dict[st
         }
         for name in sorted(versions)
     ]
-
-
-async def blob_info(connection: AsyncConnection, project: str, digest: str) -> tuple[int, list[tuple[str, str, int]]]:
-    """Return length and encodings (encoding, digest, bytes) of a blob that the project may read.
-
-    Raises:
-        RefusedError: `blob_unknown`.
-    """
-    size = await readable(connection, project, digest)
-    rows = await connection.execute(
-        select(_encodings.c.encoding, _encodings.c.encoded_digest, _encodings.c.bytes).where(
-            _encodings.c.project_id == project, _encodings.c.digest == digest, _encodings.c.encoded_digest != digest
-        )
-    )
-    return size, [(row.encoding, row.encoded_digest, row.bytes) for row in rows]
-
-
-async def readable(connection: AsyncConnection, project: str, digest: str) -> int:
-    """Return the length of a blob (raw or encoded) that belongs to the project.
-
-    Raises:
-        RefusedError: `blob_unknown`.
-    """
-    size = await connection.scalar(
-        select(_owners.c.bytes).where(_owners.c.project_id == project, _owners.c.digest == digest)
-    )
-    if size is None:
-        raise unknown_blob(digest)
-    return int(size)
 
 
 async def _downloads(connection: AsyncConnection, project: str) -> dict[str, int]:

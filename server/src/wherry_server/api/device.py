@@ -8,8 +8,9 @@ import msgspec
 from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import StreamingResponse
 
-from wherry_server import catalogue, enrolment, fleet, ranges
+from wherry_server import enrolment, fleet, ranges
 from wherry_server.auth import CurrentDevice, ServicesDep
+from wherry_server.reading import Readers
 from wherry_shared import wire
 from wherry_shared.digest import check_digest
 from wherry_shared.errors import RefusedError
@@ -21,6 +22,11 @@ JSON = "application/json"
 LOG_LINE_CHARS_MAX = 2000
 IMMUTABLE = "private, max-age=31536000, immutable"
 DigestPath = Annotated[str, Path(pattern="^sha256:[0-9a-f]{64}$")]
+
+
+def _readers(request: Request) -> Readers:
+    found: Readers = request.app.state.readers
+    return found
 
 
 def _json_body(description: str) -> dict[str, Any]:
@@ -36,9 +42,9 @@ async def enrol(request: Request, services: ServicesDep) -> Response:
 
 @router.api_route("/blobs/{digest}", methods=["GET"], responses={206: {}, 304: {}, 416: {}})
 async def get_blob(digest: DigestPath, request: Request, services: ServicesDep, device: CurrentDevice) -> Response:
-    """Send a blob of the device's project, whole or one range of it."""
+    """Send a blob of a bundle that the device was given, whole or one range of it."""
     async with services.database.read() as connection:
-        size = await catalogue.readable(connection, device.project, check_digest(digest))
+        size = await _readers(request).size(connection, device, check_digest(digest))
     etag = f'"{digest}"'
     answer = ranges.answer(size, etag, request.headers)
     headers = {"ETag": etag, "Accept-Ranges": "bytes", "Cache-Control": IMMUTABLE}
@@ -59,10 +65,10 @@ async def get_blob(digest: DigestPath, request: Request, services: ServicesDep, 
 
 
 @router.get("/blobs/{digest}/info")
-async def blob_info(digest: DigestPath, services: ServicesDep, device: CurrentDevice) -> Response:
+async def blob_info(digest: DigestPath, request: Request, services: ServicesDep, device: CurrentDevice) -> Response:
     """Tell length and encodings of a blob."""
     async with services.database.read() as connection:
-        size, encodings = await catalogue.blob_info(connection, device.project, digest)
+        size, encodings = await _readers(request).info(connection, device, digest)
     info = wire.BlobInfo(
         digest=digest,
         bytes=size,

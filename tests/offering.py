@@ -1,0 +1,28 @@
+"""Gives devices of a test's server what the director would: offers, by the real composer."""
+
+from __future__ import annotations
+
+import asyncio
+
+from wherry_server import offers
+from wherry_server.db.database import Database
+from wherry_server.settings import Settings
+from wherry_shared import wire
+
+
+def give(settings: Settings, device: str, *manifests: str) -> None:
+    """Offer a device bundles besides what it was offered before; each stands under a model name of its own."""
+
+    async def run() -> None:
+        database = Database.open(settings.database_url)
+        composer = offers.Composer(settings.project, "a-key", lambda data: data[:64])
+        added = {name: wire.OfferedModel(target=f"{name}/1.0.0", manifest=name) for name in manifests}
+        try:
+            async with database.write() as connection:
+                known = (await offers.current(connection, [device]))[device]
+                made = composer.compose(device, known, {**known.models, **added}, 1)
+                await offers.write(connection, settings.project, [made])
+        finally:
+            await database.close()
+
+    asyncio.run(run())
