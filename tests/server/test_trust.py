@@ -239,12 +239,13 @@ def test_a_publisher_role_delegates_to_its_own_bins_only(trust: Trust):
 
 
 def test_a_policy_stands_in_the_publisher_role_and_is_checked(trust: Trust, acme: Workstation):
-    good = {MODEL: {"floor": "1.2.0", "revoked": [{"digest": ONE, "effect": "stop"}]}}
+    good = {MODEL: {"floor": "1.2.0", "revoked": [{"digest": ONE, "effect": "replace"}]}}
     assert trust.accept_bin("acme", acme.role(2, policy=good), 1) == "accepted"
     for bad in (
         {MODEL: {"floor": 7}},
         {MODEL: {"floor": "newest"}},
-        {MODEL: {"revoked": [{"digest": "x", "effect": "stop"}]}},
+        {MODEL: {"revoked": [{"digest": "x", "effect": "replace"}]}},
+        {MODEL: {"revoked": [{"digest": ONE, "effect": "stop"}]}},
         {MODEL: {"revoked": [{"digest": ONE, "effect": "explode"}]}},
         {"other": {"floor": "1.0.0"}},
     ):
@@ -253,6 +254,7 @@ def test_a_policy_stands_in_the_publisher_role_and_is_checked(trust: Trust, acme
             "policy_invalid",
             "bad_version",
             "target_foreign",
+            "unsupported",
         }
     assert trust.role_bytes("acme")[1] == 2
 

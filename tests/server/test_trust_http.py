@@ -90,14 +90,14 @@ def test_publishers_set_policies_and_renew_by_command(server: Running, tmp_path:
         "--floor",
         "0.9.0",
         "--revoke",
-        f"{signed.manifest}=stop",
+        signed.manifest,
         "--key",
         str(place),
     )
     assert told == {
         "model": "commanded",
         "floor": "0.9.0",
-        "revoked": {signed.manifest: "stop"},
+        "revoked": {signed.manifest: "replace"},
         "version": 2,
     }
     assert said(server, "trust", "renew", "--key", str(place)) == {"roles": [signed.publisher, signed.role]}

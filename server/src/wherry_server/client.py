@@ -13,6 +13,7 @@ import msgspec
 
 from wherry_server.settings import DEFAULT_DATA
 from wherry_shared.errors import DeviceError, RefusedError, UnreachableError, WherryError
+from wherry_shared.publishing_remote import LOOPBACK
 
 TIMEOUT_S = 30.0
 CLIENT_FILE = "client.json"
@@ -62,7 +63,7 @@ class Client:
 
     def __init__(self, access: Access, *, http: httpx.Client | None = None) -> None:
         self.server = access.server
-        here = httpx.URL(access.server).host in ("127.0.0.1", "::1", "localhost")
+        here = httpx.URL(access.server).host in LOOPBACK
         self.http = http or httpx.Client(base_url=access.server, timeout=TIMEOUT_S, trust_env=not here)  # no proxy
         self.http.headers["Authorization"] = f"Bearer {access.token}"
 

@@ -119,7 +119,7 @@ def set_policy(
         key: the publisher's.
         model: whose policy.
         floor: lowest version that devices may run; empty for none.
-        revoked: manifest digest → `replace` or `stop`.
+        revoked: manifest digest → `replace`; `stop` is refused by servers of this release.
 
     Returns:
         The version of the publisher role that says so.

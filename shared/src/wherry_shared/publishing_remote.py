@@ -19,6 +19,8 @@ from wherry_shared.errors import DeviceError, RefusedError, UnreachableError, Wh
 
 TIMEOUT_S = 60.0
 ANSWER_BYTES_MAX = 16 * 1024 * 1024
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+"""Hosts before which no proxy stands, whatever the environment says."""
 CLIENT_FILE = "client.json"
 DEFAULT_DATA = "~/.local/share/wherry/dev"
 
@@ -63,7 +65,8 @@ class Remote:
 
     def __init__(self, server: str, token: str, *, http: httpx.Client | None = None) -> None:
         self.server = server.rstrip("/")
-        self._http = http or httpx.Client(base_url=self.server, timeout=TIMEOUT_S)
+        here = httpx.URL(self.server).host in LOOPBACK
+        self._http = http or httpx.Client(base_url=self.server, timeout=TIMEOUT_S, trust_env=not here)  # no proxy
         self._headers = {"Authorization": f"Bearer {token}"}
 
     @classmethod

@@ -56,9 +56,10 @@ def preview(selector: Selector, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def delete(name: Name) -> None:
-    """Forget a cohort."""
+def delete(name: Name, as_json: AsJson = False) -> None:
+    """Forget a cohort; rollouts that are there keep its selector."""
     client().delete(f"/api/v1/cohorts/{name}")
+    show({"name": name, "deleted": True}, as_json, lambda console: console.print(f"cohort {name} is forgotten"))
 
 
 def _whom(console: Console, found: dict[str, Any]) -> None:

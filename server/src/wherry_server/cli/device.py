@@ -15,6 +15,8 @@ from wherry_shared.errors import UnreachableError
 app = typer.Typer(name="device", help="Enrolled devices.", no_args_is_help=True)
 
 LOGS_POLL_S = 0.5
+LOGS_WAIT_S = 30.0
+"""How long a device may take to send its log lines."""
 
 Device = Annotated[str, typer.Argument(help="Name or id of a device.")]
 
@@ -70,11 +72,24 @@ def _running(model: dict[str, Any]) -> str:
 
 
 @app.command("show")
-def show_device(device: Device, as_json: AsJson = False) -> None:
+def show_device(
+    device: Device,
+    logs: Annotated[bool, typer.Option("--logs", help="Ask the device for its last log lines as well.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show a device: which variant runs and why, latency, memory, the last reason, what it should have."""
     with client() as server:
+        if logs:
+            _fetch_logs(server, device, LOGS_WAIT_S)
         found = server.get(f"/api/v1/devices/{device}")
-    show(found, as_json, lambda console: _render(console, found))
+
+    def render(console: Console) -> None:
+        _render(console, found)
+        if logs:
+            for line in found["logs"]["lines"]:
+                console.print(line, markup=False, soft_wrap=True)
+
+    show(found, as_json, render)
 
 
 def _render(console: Console, device: dict[str, Any]) -> None:
@@ -149,7 +164,7 @@ def _end(device: str, ending: str, as_json: bool) -> None:
 @app.command("logs")
 def device_logs(
     device: Device,
-    wait: Annotated[float, typer.Option(help="Seconds to wait for the device to send them.", min=0)] = 30.0,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for the device to send them.", min=0)] = LOGS_WAIT_S,
     as_json: AsJson = False,
 ) -> None:
     """Ask a device for its last log lines and print them."""

@@ -115,7 +115,13 @@ def run(api: Client, wish: dict[str, Any], *, watch: bool, as_json: bool) -> Non
     if watch:
         follow(api, made["number"], as_json=as_json)
     else:
-        show(made, as_json, lambda out: _details(out, made))
+
+        def render(out: Console) -> None:
+            _details(out, made)
+            if not wish.get("start"):
+                out.print(f"next: wherry rollout start {made['number']}")
+
+        show(made, as_json, render)
 
 
 @app.command("list")

@@ -73,7 +73,12 @@ def list_tokens(as_json: AsJson = False) -> None:
 
 
 @app.command("revoke")
-def revoke_token(token_id: Annotated[str, typer.Argument(help="Id as in wherry token list.")]) -> None:
+def revoke_token(
+    token_id: Annotated[str, typer.Argument(help="Id as in wherry token list.")], as_json: AsJson = False
+) -> None:
     """Revoke a token; from then on it opens nothing."""
     with client() as server:
         server.delete(f"/api/v1/tokens/{token_id}")
+    show(
+        {"id": token_id, "revoked": True}, as_json, lambda console: console.print(f"{token_id} opens nothing any more")
+    )

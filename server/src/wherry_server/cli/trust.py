@@ -41,7 +41,7 @@ def set_model_policy(
     model: Annotated[str, typer.Argument(help="Model whose policy this is.")],
     floor: Annotated[str, typer.Option(help="Lowest version that devices may run; empty: none.")] = "",
     revoke: Annotated[
-        list[str] | None, typer.Option(help="Manifest digest that may not run; add =stop to end what serves now.")
+        list[str] | None, typer.Option(help="Manifest digest that no device may install any more.")
     ] = None,
     key: KeyFile = None,
     as_json: AsJson = False,

@@ -1,0 +1,38 @@
+"""Every command speaks to machines too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import click
+import pytest
+import typer
+
+from wherry_server.cli import app
+
+WITHOUT = {
+    "dev": "a screen that stays",
+    "serve": "a process that stays",
+}
+
+
+def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield " ".join((*path, name)), command
+
+
+ALL = dict(commands(typer.main.get_command(app)))
+
+
+def test_the_tree_was_walked() -> None:
+    assert {"rollout create", "token revoke", "cohort delete", "device show", "deploy"} <= set(ALL)
+
+
+@pytest.mark.parametrize("name", sorted(set(ALL) - set(WITHOUT)))
+def test_a_command_takes_json_and_says_what_it_is_for(name: str) -> None:
+    options = {option for parameter in ALL[name].params for option in parameter.opts}
+    assert "--json" in options
+    assert ALL[name].help
