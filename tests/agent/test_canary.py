@@ -10,11 +10,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from tests.agent.serving_kit import loadable
+from tests.agent.serving_kit import instead, loadable
 from tests.shared.engines import models
 from wherry_agent.canary_exit import ENGINE_BYTES, child_environment, classify_exit
 from wherry_agent.children import Judge, Judged, Loadable, encode_line
 from wherry_shared import reasons
+from wherry_shared.digest import hex_of, of_bytes
 from wherry_shared.engines import tiny
 
 MB = 1024 * 1024
@@ -45,7 +46,7 @@ def tiny_tflite(path: Path, like: Loadable, data: bytes) -> Loadable:
 
     spec = {"datatype": "FP32", "shape": [2]}
     interface = Interface(inputs=[TensorSpec(name="x", **spec)], outputs=[TensorSpec(name="y", **spec)])
-    return msgspec.structs.replace(like, path=str(path), format="tflite", engine="ai-edge-litert", interface=interface)
+    return msgspec.structs.replace(instead(like, path), format="tflite", engine="ai-edge-litert", interface=interface)
 
 
 def test_a_good_candidate_passes_with_figures(tmp_path: Path):
@@ -104,14 +105,14 @@ def test_a_golden_miss_is_a_verdict(tmp_path: Path):
 def test_another_file_behind_the_golden_vectors_is_a_miss(tmp_path: Path):
     rows = np.random.default_rng(0).uniform(0, 1, (2, 1, 4)).astype(np.float32)
     right = loadable(models.scale(tmp_path / "a.onnx", 2.0), rows=rows)
-    wrong = msgspec.structs.replace(right, path=str(models.scale(tmp_path / "b.onnx", 2.001)))
+    wrong = instead(right, models.scale(tmp_path / "b.onnx", 2.001))
     assert judged(Judge(candidate=wrong)).reason == reasons.GOLDEN_MISS
 
 
 def test_a_model_that_fails_on_a_golden_vector_misses_it(tmp_path: Path):
     rows = np.zeros((1, 1, 4), np.float32)
     candidate = loadable(models.choosy(tmp_path / "a.onnx"), rows=rows)
-    broken = msgspec.structs.replace(candidate, path=str(models.save_gather_out_of_range(tmp_path / "b.onnx")))
+    broken = instead(candidate, models.save_gather_out_of_range(tmp_path / "b.onnx"))
     verdict = judged(Judge(candidate=broken))
     assert verdict.reason == reasons.GOLDEN_MISS
     assert "run_failed" in verdict.detail
@@ -128,18 +129,17 @@ def test_a_candidate_over_its_memory_budget_is_refused(tmp_path: Path):
 
 def test_a_candidate_that_never_ends_is_ended(tmp_path: Path):
     quick = loadable(models.slow(tmp_path / "a.onnx", turns=1), rows=np.ones((1, 1, 4), np.float32))
-    endless = msgspec.structs.replace(quick, path=str(models.slow(tmp_path / "b.onnx", turns=100_000_000)))
+    endless = instead(quick, models.slow(tmp_path / "b.onnx", turns=100_000_000))
     verdict = judged(Judge(candidate=endless, seconds_max=2))
     assert (verdict.passed, verdict.reason) == (False, reasons.TIMEOUT)
 
 
 def test_a_file_that_does_not_load_and_golden_vectors_that_do_not_decode(tmp_path: Path):
     good = loadable(models.scale(tmp_path / "a.onnx", 2.0))
-    (tmp_path / "junk").write_bytes(b"junk" * 100)
-    assert judged(Judge(candidate=msgspec.structs.replace(good, path=str(tmp_path / "junk")))).reason == (
-        reasons.LOAD_FAILED
-    )
-    assert judged(Judge(candidate=msgspec.structs.replace(good, golden_path=str(tmp_path / "junk")))).reason == (
+    junk = tmp_path / hex_of(of_bytes(b"junk" * 100))
+    junk.write_bytes(b"junk" * 100)
+    assert judged(Judge(candidate=instead(good, junk))).reason == reasons.LOAD_FAILED
+    assert judged(Judge(candidate=msgspec.structs.replace(good, golden_path=str(junk)))).reason == (
         reasons.BUNDLE_INVALID
     )
     (tmp_path / "large").write_bytes(b"x" * 300_000)
@@ -147,6 +147,20 @@ def test_a_file_that_does_not_load_and_golden_vectors_that_do_not_decode(tmp_pat
     assert verdict.reason == reasons.BUNDLE_INVALID
     verdict = judged(Judge(candidate=msgspec.structs.replace(good, golden_path=str(tmp_path / "gone"))))
     assert verdict.reason not in reasons.VERDICTS, "a lost file says nothing about the model"
+
+
+def test_a_file_that_was_altered_after_it_was_verified_is_no_verdict(tmp_path: Path):
+    weights = models.scale(tmp_path / "a.onnx", 2.0)
+    good = loadable(weights)
+    untouched = weights.read_bytes()
+    weights.write_bytes(untouched[:-1] + bytes([untouched[-1] ^ 1]))
+    verdict = judged(Judge(candidate=good))
+    assert (verdict.passed, verdict.reason) == (False, reasons.DIGEST_MISMATCH), verdict
+    weights.write_bytes(untouched)
+    golden_path = Path(good.golden_path)
+    golden_path.write_bytes(golden_path.read_bytes() + b"x")
+    verdict = judged(Judge(candidate=good))
+    assert (verdict.passed, verdict.reason) == (False, reasons.DIGEST_MISMATCH), verdict
 
 
 def test_an_engine_that_is_not_here_is_no_verdict(tmp_path: Path):

@@ -18,6 +18,7 @@ from tests.agent.serving_kit import until
 from tests.shared.engines import models
 from wherry_agent import identity
 from wherry_shared import topics
+from wherry_shared.digest import hex_of, of_file
 
 pytestmark = pytest.mark.services
 
@@ -165,6 +166,26 @@ def test_a_server_that_was_away_and_whose_broker_forgot_everything_is_caught_up_
     server.deploy("1.0.0", "bench-1", trial_s=2, attempt=2)
     device.until_serves("1.0.0")
     device.until("nothing is owed", lambda shown: shown["reports_owed"] == 0)
+
+
+def test_a_file_altered_on_the_device_serves_nobody_is_reported_and_fetched_again(device: Agent, server: Site) -> None:
+    device.until_serves("1.0.0")
+    weights = server.folder / "one.onnx"
+    blob = device.home / "store" / "blobs" / "sha256" / hex_of(of_file(weights))
+    assert blob.read_bytes() == weights.read_bytes()
+    models.scale(blob, 9.0)  # a model that works, and is not the one that was signed
+    device.ask(1)
+    os.kill(device.status()["worker_pid"], signal.SIGKILL)
+
+    def story() -> str:
+        return device.log.read_text()
+
+    until(lambda: "returned · scale/1.0.0 · digest_mismatch" in story(), "it is reported")
+    device.until_serves("1.0.0")
+    code, body = device.infer()
+    assert (code, body["outputs"][0]["data"]) == (200, [2.0, 2.0, 4.0, 6.0])
+    assert blob.read_bytes() == weights.read_bytes()
+    assert story().count("returned · scale/1.0.0 · digest_mismatch") == 1, "once, not in a loop"
 
 
 def test_sigterm_ends_it_in_order_and_the_journal_answers_then(device: Agent) -> None:

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from tests.agent.serving_kit import loadable, until, worker
+from tests.agent.serving_kit import instead, loadable, until, worker
 from tests.shared.engines import models
 from wherry_agent import handle_messages as messages
 from wherry_agent.children import ServeModel
@@ -292,7 +292,7 @@ def test_without_its_supervisor_a_handle_serves_the_last_verified_version(tmp_pa
 def test_a_version_that_does_not_load_leaves_what_serves(tmp_path: Path, supervisor: Supervisor):
     good = loadable(models.scale(tmp_path / "good.onnx", 2.0))
     (tmp_path / "junk.onnx").write_bytes(b"junk")
-    broken = msgspec.structs.replace(good, path=str(tmp_path / "junk.onnx"), manifest="sha256:" + "1" * 64)
+    broken = msgspec.structs.replace(instead(good, tmp_path / "junk.onnx"), manifest="sha256:" + "1" * 64)
     supervisor.publish(good)
     with supervisor.model() as model:
         supervisor.publish_and_settle(broken)

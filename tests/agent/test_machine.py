@@ -702,6 +702,48 @@ def test_a_confirmed_version_that_does_not_load_any_more_gives_way_after_a_few_w
     assert told(state)[-1] == ("returned", reasons.LOAD_FAILED)
 
 
+def test_a_confirmed_version_whose_file_was_altered_gives_way_at_once_and_is_brought_again() -> None:
+    state = confirmed("1.1.0", state=confirmed("1.0.0"), serial=2)
+    before = state.seq
+    state, effects = run(state, served(state, "1.1.0", ok=False, reason=reasons.DIGEST_MISMATCH))
+    assert "RestartWorker" not in kinds(effects), "a new worker would read the same bytes"
+    assert [model.active.target for model in machine.serving(state)] == [f"{MODEL}/1.0.0"]
+    assert told(state, before) == [("returned", reasons.DIGEST_MISMATCH), ("fetching", "")]
+    assert state.known_bad == (), "the disk says nothing about the variant"
+    assert isinstance(phase(state), s.Resolving)
+
+
+def test_an_only_version_whose_file_was_altered_is_reported_and_brought_again() -> None:
+    state = confirmed("1.0.0")
+    before = state.seq
+    state, _ = run(state, served(state, ok=False, reason=reasons.DIGEST_MISMATCH))
+    assert machine.serving(state) == ()
+    assert told(state, before) == [("safe", reasons.DIGEST_MISMATCH), ("fetching", "")]
+
+
+def test_a_candidate_whose_file_the_canary_finds_altered_is_fetched_again_later() -> None:
+    state, _ = run(fresh(), offer(1, {MODEL: offered()}), resolved(), fetched())
+    state, _ = run(state, judged(passed=False, reason=reasons.DIGEST_MISMATCH))
+    waiting = phase(state)
+    assert isinstance(waiting, s.Waiting)
+    assert (waiting.then, waiting.wait_ms) == ("fetch", turn.ALTERED_RETRY_S * 1000)
+    assert state.known_bad == ()
+
+
+def test_golden_vectors_that_cannot_be_used_in_a_trial_are_no_verdict() -> None:
+    state = on_trial()
+    state, _ = run(state, s.Tick(), ms=61_000)
+    trial = phase(state)
+    assert isinstance(trial, s.Proving)
+    state, _ = run(
+        state,
+        s.GoldenChecked(MODEL, trial.job.loadable.digest, trial.trial, False, "altered", reasons.DIGEST_MISMATCH),
+        ms=61_000,
+    )
+    assert told(state)[-1] == ("returned", reasons.DIGEST_MISMATCH)
+    assert state.known_bad == ()
+
+
 def test_an_incumbent_that_loads_again_is_forgiven() -> None:
     state = confirmed("1.0.0")
     for _ in range(10):

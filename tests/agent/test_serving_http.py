@@ -28,6 +28,7 @@ from wherry_agent.serving.http import HEAD_BYTES_MAX, BadRequest, body_length, p
 from wherry_agent.serving.listener import HttpServer
 from wherry_agent.serving.protocol import Protocol
 from wherry_shared.bundle import Bounds, Interface, TensorSpec
+from wherry_shared.digest import of_file
 from wherry_shared.engines import BadInput
 from wherry_shared.limits import REQUEST_BYTES_MAX
 
@@ -410,7 +411,9 @@ def test_all_datatypes_pass_through_json_and_onnx(tmp_path: Path, endpoint: Endp
         dims={"n": Bounds()},
     )
     plain = loadable(models.scale(tmp_path / "x.onnx", 1.0))
-    typed = msgspec.structs.replace(plain, model="types", path=str(path), golden_path="", interface=interface)
+    typed = msgspec.structs.replace(
+        plain, model="types", path=str(path), digest=of_file(path), golden_path="", interface=interface
+    )
     endpoint.publish("types", typed)
     body = {
         "inputs": [

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from tests.agent.serving_kit import WorkerProcess, infer_body, loadable, until, worker
+from tests.agent.serving_kit import WorkerProcess, infer_body, instead, loadable, until, worker
 from tests.shared.engines import models
 from wherry_agent.children import GoldenDone, Ready, RunGolden, Serve, ServeModel, Serving, Stats
 from wherry_shared import reasons
@@ -223,7 +223,7 @@ def test_a_version_that_does_not_load_leaves_what_serves(tmp_path: Path):
     good = loadable(models.scale(tmp_path / "good.onnx", 2.0))
     broken_path = tmp_path / "broken.onnx"
     broken_path.write_bytes(b"\x08\x08garbage")
-    broken = msgspec.structs.replace(good, path=str(broken_path), manifest="sha256:" + "0" * 64, target="scale/9.0.0")
+    broken = msgspec.structs.replace(instead(good, broken_path), manifest="sha256:" + "0" * 64, target="scale/9.0.0")
     with worker(tmp_path) as process:
         process.serve(ServeModel(name="scale", active=good))
         (serving,) = process.serve(ServeModel(name="scale", active=broken, incumbent=good, trial="t"))
@@ -256,6 +256,30 @@ def test_golden_vectors_are_run_in_place(tmp_path: Path):
         assert "off by" in done.detail
         process.send(RunGolden(model="scale", digest="sha256:" + "0" * 64, trial="t"))
         assert not process.event(GoldenDone).passed
+
+
+def test_a_file_that_was_altered_is_not_loaded_by_the_next_worker(tmp_path: Path):
+    weights = models.scale(tmp_path / "a.onnx", 2.0)
+    good = loadable(weights)
+    with worker(tmp_path) as process:
+        assert process.serve(ServeModel(name="scale", active=good))[0].ok
+    models.scale(weights, 3.0)
+    with worker(tmp_path) as process:
+        (serving,) = process.serve(ServeModel(name="scale", active=good))
+        assert (serving.ok, serving.reason) == (False, reasons.DIGEST_MISMATCH)
+        assert process.infer(ONES)[0] == 404
+        models.scale(weights, 2.0)
+        assert process.serve(ServeModel(name="scale", active=good))[0].ok, "the same bytes again are the same variant"
+
+
+def test_altered_golden_vectors_take_no_version_out_of_service_and_are_no_verdict(tmp_path: Path):
+    good = loadable(models.scale(tmp_path / "a.onnx", 2.0))
+    Path(good.golden_path).write_bytes(b"altered")
+    with worker(tmp_path) as process:
+        assert process.serve(ServeModel(name="scale", active=good))[0].ok
+        process.send(RunGolden(model="scale", digest=good.digest, trial="t"))
+        done = process.event(GoldenDone)
+        assert (done.passed, done.reason) == (False, reasons.DIGEST_MISMATCH)
 
 
 @pytest.mark.parametrize("engine", ["ai-edge-litert", "tflite-runtime"])

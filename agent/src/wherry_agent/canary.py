@@ -23,7 +23,8 @@ from pathlib import Path
 import msgspec
 
 from wherry_agent.answering import memory
-from wherry_agent.answering.arms import RUNS_LEFT_OUT, read_golden
+from wherry_agent.answering.arms import RUNS_LEFT_OUT, read_golden, reason_of
+from wherry_agent.answering.intact import check_weights
 from wherry_agent.canary_exit import peak_of
 from wherry_agent.children import Judge, Judged, Loadable, encode_line
 from wherry_shared import golden, reasons
@@ -81,6 +82,7 @@ def judge(task: Judge) -> Judged:
         return Judged(passed=False, reason=reasons.CHILD_FAILED, detail=f"{task.candidate.engine}: {error}"[:500])
     base = _reset_peak()
     try:
+        check_weights(task.candidate)
         vectors = read_golden(task.candidate)  # before the limit: they are not what the candidate needs
         base = _reset_peak()
         with _limited(task.memory_bytes_max):
@@ -137,7 +139,7 @@ def _verdict(error: BaseException) -> tuple[str, str]:
         return (reasons.GOLDEN_MISS if error.code == "golden_miss" else reasons.LOAD_FAILED), str(error)
     if isinstance(error, RefusedError):  # golden vectors or options that cannot be read: the bundle, not the model
         return reasons.BUNDLE_INVALID, str(error)
-    return reasons.CHILD_FAILED, str(error)
+    return reason_of(error), str(error)
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -216,6 +218,7 @@ def _incumbent(task: Judge, inputs: list[dict[str, Array]]) -> Bound | None:
         log.info("no memory to measure beside the incumbent")
         return None
     try:
+        check_weights(loadable)
         bound = open_bound(loadable, EngineLimits(slots=1))
         for given in inputs:
             bound.run(given)

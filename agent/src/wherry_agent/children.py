@@ -295,6 +295,8 @@ class GoldenDone(_Message, tag="golden_done", frozen=True, kw_only=True):
     digest: str
     trial: str
     passed: bool
+    reason: str = ""
+    """Why not; a verdict only if the variant itself missed them."""
     detail: str = ""
 
 

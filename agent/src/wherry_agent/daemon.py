@@ -729,7 +729,9 @@ class Daemon:
                     log.warning("worker cannot serve %s: %s %s", event.model, event.reason, event.detail)
                 self._turn(s.Served(event.model, event.digest, event.revision, event.ok, event.reason, event.detail))
             case children.GoldenDone():
-                self._turn(s.GoldenChecked(event.model, event.digest, event.trial, event.passed, event.detail))
+                self._turn(
+                    s.GoldenChecked(event.model, event.digest, event.trial, event.passed, event.detail, event.reason)
+                )
             case children.Stats():
                 self._look(event.arms)
             case _:

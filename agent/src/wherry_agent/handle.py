@@ -28,17 +28,16 @@ from types import TracebackType
 from typing import Any, Self
 
 from wherry_agent import handle_messages as messages
-from wherry_agent.answering.arms import RUNS_LEFT_OUT, ArmName, Counter, Loaded, key_of, load_variant
+from wherry_agent.answering.arms import RUNS_LEFT_OUT, ArmName, Counter, Loaded, key_of, load_variant, reason_of
 from wherry_agent.answering.gate import RunGate
 from wherry_agent.answering.helpers import Helpers
 from wherry_agent.answering.published import Published
 from wherry_agent.children import Loadable, ServeModel
 from wherry_agent.handle_remote import NotJson, RemoteAnswer, WorkerClient
 from wherry_agent.lines import LineWriter, read_lines
-from wherry_shared import reasons
 from wherry_shared.bundle import Interface
 from wherry_shared.engines.canonical import Bound
-from wherry_shared.engines.errors import BadInput, EngineFault, OutOfMemory
+from wherry_shared.engines.errors import BadInput, EngineFault
 from wherry_shared.engines.session import Array
 from wherry_shared.errors import RefusedError, UnreachableError, WherryError
 
@@ -363,8 +362,7 @@ class Model:
             self._engaged = self._made(assign)
         except (WherryError, MemoryError) as error:
             log.warning("model %s: %s", self.name, error)
-            reason = reasons.OVER_MEMORY if isinstance(error, OutOfMemory | MemoryError) else reasons.LOAD_FAILED
-            self._say(self._state(assign.revision, ok=False, reason=reason, detail=str(error)[:500]))
+            self._say(self._state(assign.revision, ok=False, reason=reason_of(error), detail=str(error)[:500]))
             return
         if self._engaged is None:
             self._trouble = self._no_model()

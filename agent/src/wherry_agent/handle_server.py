@@ -248,6 +248,9 @@ class HandleServer:
                 peer.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
                 self._assign(peer)
             case messages.Engaged():
+                if not message.ok:
+                    words = (peer.pid, peer.model, message.reason, message.detail[:500])
+                    log.warning("process %d cannot use %s: %s (%s)", *words)
                 with self._lock:
                     peer.holds = set(message.holds)
                     peer.acknowledged = max(peer.acknowledged, message.revision)

@@ -78,6 +78,7 @@ from wherry_agent.state import (
     WorkerReady,
 )
 from wherry_agent.turn import (
+    ALTERED_RETRY_S,
     CRASH_WINDOW_MS,
     CRASHES_MAX,
     FAULTS_MAX,
@@ -571,7 +572,7 @@ def _proving(turn: Turn, name: str, slot: Slot, phase: Proving, event: SlotEvent
             if event.passed:
                 turn.confirm(name, slot, job, phase.counts, idle=not phase.enough)
             else:
-                turn.go_back(name, slot, job, reasons.HEALTH_GOLDEN, event.detail, phase.counts)
+                turn.go_back(name, slot, job, event.reason or reasons.HEALTH_GOLDEN, event.detail, phase.counts)
         case Measured() if event.trial == phase.trial and event.candidate.digest == job.loadable.digest:
             counts = _counted(phase.counts, event, 0.0)
             verdict = health.judge(
@@ -699,8 +700,11 @@ def _judged(turn: Turn, name: str, slot: Slot, job: Job, event: CanaryDone) -> N
         turn.variant_failed(name, slot, job, result.reason, result.detail, result.peak_memory_bytes)
     else:
         reason = result.reason or reasons.CHILD_FAILED
-        late = TaskFailed(name, job.offered.manifest, job.offered.attempt, "judge", reason, result.detail, 0.0)
-        turn.trouble(name, slot, job, "judge", late)
+        # a file that the disk altered is fetched again: the courier finds that it is not what it was
+        task: Task = "fetch" if reason in reasons.ALTERED else "judge"
+        wait_s = ALTERED_RETRY_S if reason in reasons.ALTERED else 0.0
+        late = TaskFailed(name, job.offered.manifest, job.offered.attempt, task, reason, result.detail, wait_s)
+        turn.trouble(name, slot, job, task, late)
 
 
 def _measured(turn: Turn, name: str, slot: Slot, phase: OnTrial, event: Measured) -> None:
@@ -755,7 +759,8 @@ def _began(phase: Swapping | OnTrial | Proving) -> Since | None:
 
 def _return_again(turn: Turn, name: str, slot: Slot, phase: Returning, event: Served | Tick) -> None:
     """The incumbent did not come back: a new worker is tried a few times, then the version before it."""
-    if phase.tries + 1 < RETURN_TRIES_MAX:
+    altered = isinstance(event, Served) and event.reason in reasons.ALTERED  # which no new worker mends
+    if phase.tries + 1 < RETURN_TRIES_MAX and not altered:
         turn.put(name, replace(slot, phase=replace(phase, tries=phase.tries + 1, since=Since.at(turn.now))))
         turn.effects.append(RestartWorker(f"it did not serve {name} again"))
         return
@@ -794,14 +799,17 @@ def _worker_died(turn: Turn, event: WorkerDied) -> None:
 
 
 def _incumbent_served(turn: Turn, name: str, slot: Slot, event: Served) -> None:
-    """Outside trials: a version that was confirmed here fails to load, which is tried again in a new worker, counted."""
+    """Outside trials: a version that was confirmed here fails to load, which is tried again in a new worker, counted.
+
+    A file that was altered on the disk stays so in a new worker: that version gives way at once.
+    """
     incumbent = slot.incumbent
     if incumbent is None or not turn.is_current(event) or event.digest != incumbent.loadable.digest:
         return
     if event.ok:
         if slot.faults:
             turn.put(name, replace(slot, faults=0))
-    elif slot.faults + 1 < FAULTS_MAX:
+    elif slot.faults + 1 < FAULTS_MAX and event.reason not in reasons.ALTERED:
         turn.put(name, replace(slot, faults=slot.faults + 1))
         turn.effects.append(RestartWorker(f"{name} could not be served: {event.reason}"))
     else:

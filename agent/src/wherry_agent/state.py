@@ -438,6 +438,8 @@ class GoldenChecked:
     trial: str
     passed: bool
     detail: str = ""
+    reason: str = ""
+    """Why not; empty: the variant missed them."""
 
 
 @dataclass(frozen=True, slots=True)

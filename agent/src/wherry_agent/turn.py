@@ -69,6 +69,8 @@ CRASHES_MAX = 3
 """Worker deaths outside trials within CRASH_WINDOW_MS; one more is a crash loop."""
 CRASH_WINDOW_MS = 10 * 60_000
 RETRY_MIN_MS = 5_000
+ALTERED_RETRY_S = 600.0
+"""A candidate whose file the disk altered is fetched again no sooner: a bad disk must not cost a download in a loop."""
 RETRY_MAX_MS = 3600_000
 REFRESH_MS = 5 * 60_000
 REFRESH_MIN_MS = 60_000
@@ -465,14 +467,19 @@ class Turn:
         self.effects.append(Collect(kept(self.state)))
 
     def give_up(self, name: str, slot: Slot, reason: str, detail: str) -> None:
-        """The confirmed version does not work any more: the last known good one, or the safe state."""
+        """The confirmed version does not work any more: the last known good one, or the safe state.
+
+        If only its file was altered on this disk, its attempt is not over: an offer that names it brings it again.
+        """
         incumbent = slot.incumbent
         assert incumbent is not None
         self.remember(incumbent.loadable, reason, incumbent.offered.attempt)
         if not isinstance(slot.phase, Idle | Safe):
             self.effects.append(Cancel(name))
         job = Job(incumbent.offered, self.state.offer.serial if self.state.offer is not None else 0)
-        ends = (*slot.ends, end_of(incumbent.offered))[-ENDS_MAX:]
+        ends = slot.ends
+        if reason not in reasons.ALTERED:
+            ends = (*ends, end_of(incumbent.offered))[-ENDS_MAX:]
         detail = detail[:REPORT_DETAIL_CHARS_MAX]
         back = slot.last_good
         slot = replace(slot, incumbent=back, last_good=None, ends=ends, settled=None, faults=0)

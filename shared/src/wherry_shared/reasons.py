@@ -34,6 +34,8 @@ DISK_FULL = "disk_full"
 DISK = "disk"
 NETWORK = "network"
 DIGEST_MISMATCH = "digest_mismatch"
+ALTERED = frozenset({DISK, DIGEST_MISMATCH})
+"""A file on the device is not what was verified: another try loads the same bytes, fetching it again mends it."""
 TRUST_UNSIGNED = "trust_unsigned"
 TRUST_EXPIRED = "trust_expired"
 TRUST_ROLLBACK = "trust_rollback"

@@ -6,6 +6,7 @@ that the same variant can be counted as candidate first and as incumbent later, 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -16,13 +17,17 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from wherry_agent.answering.intact import check_weights, read_golden_bytes
 from wherry_agent.children import ArmStats, Loadable
-from wherry_shared import golden
+from wherry_shared import golden, reasons
 from wherry_shared.engines.canonical import Bound, open_bound
+from wherry_shared.engines.errors import EngineFault, OutOfMemory
 from wherry_shared.engines.session import Array, EngineLimits
 from wherry_shared.errors import DeviceError, RefusedError
 from wherry_shared.limits import GOLDEN_BYTES_MIN_BUDGET, GOLDEN_DECODED_BYTES_MAX, GOLDEN_SHARE_OF_VARIANT
 from wherry_shared.sketch import Sketch
+
+log = logging.getLogger(__name__)
 
 ArmName: TypeAlias = Literal["candidate", "incumbent", "shadow"]
 
@@ -58,39 +63,57 @@ def load_variant(loadable: Loadable, limits: EngineLimits | None = None) -> Load
     """Load and warm a variant: its first runs allocate and are slow, and must not be a caller's.
 
     Raises:
+        DeviceError: `digest_mismatch` or `disk`: its file is not what was verified.
         EngineFault: it does not load, or fails on the smallest input that its interface allows.
         WherryError: see `engines.load`.
     """
     started = time.perf_counter()
+    check_weights(loadable)
     bound = open_bound(loadable, limits)
     inputs = _warm_inputs(loadable, bound)
     for _ in range(WARM_RUNS):
-        bound.run(inputs)
+        if inputs is not None:
+            bound.run(inputs)
     return Loaded(loadable, bound, (time.perf_counter() - started) * 1000)
 
 
-def _warm_inputs(loadable: Loadable, bound: Bound) -> dict[str, Array]:
+def _warm_inputs(loadable: Loadable, bound: Bound) -> dict[str, Array] | None:
+    """Return inputs to warm up with; None without any that can be trusted, which is no reason not to serve."""
     if not loadable.golden_path:
         return bound.warm_inputs()
-    return dict(read_golden(loadable).vectors[0].inputs)
+    try:
+        return dict(read_golden(loadable).vectors[0].inputs)
+    except DeviceError as error:
+        log.warning("model %s is not warmed: %s", loadable.model, error)
+        return None
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the reason code for a variant that could not be loaded; only a fault of the variant is a verdict."""
+    if isinstance(error, OutOfMemory | MemoryError):
+        return reasons.OVER_MEMORY
+    if isinstance(error, EngineFault):
+        return reasons.LOAD_FAILED
+    if isinstance(error, RefusedError):
+        return reasons.BUNDLE_INVALID
+    if isinstance(error, DeviceError) and error.code in reasons.ALTERED:
+        return error.code
+    return reasons.CHILD_FAILED
 
 
 def read_golden(loadable: Loadable) -> golden.Golden:
     """Read the golden vectors of a variant from disk, bounded by what a bundle may hold.
 
     Raises:
-        DeviceError: `golden_unreadable`, the file is gone; says nothing about the variant.
+        DeviceError: `digest_mismatch` or `disk`; says nothing about the variant.
         RefusedError: `golden_invalid` or `golden_too_large`.
     """
-    path = Path(loadable.golden_path)
     try:
-        bytes_max = max(GOLDEN_BYTES_MIN_BUDGET, int(Path(loadable.path).stat().st_size * GOLDEN_SHARE_OF_VARIANT))
-        with path.open("rb") as file:
-            data = file.read(bytes_max + 1)
+        weights_bytes = Path(loadable.path).stat().st_size
     except OSError as error:
-        raise DeviceError("golden_unreadable", f"cannot read golden vectors: {error}") from error
-    if len(data) > bytes_max:
-        raise RefusedError("golden_too_large", f"golden vectors have more than {bytes_max} bytes")
+        raise DeviceError(reasons.DISK, f"the weights {loadable.digest} are gone: {error.strerror}") from error
+    bytes_max = max(GOLDEN_BYTES_MIN_BUDGET, int(weights_bytes * GOLDEN_SHARE_OF_VARIANT))
+    data = read_golden_bytes(loadable, bytes_max)
     return golden.decode(data, decoded_bytes_max=GOLDEN_DECODED_BYTES_MAX)
 
 

@@ -14,13 +14,11 @@ import weakref
 from collections.abc import Callable
 
 from wherry_agent.answering import memory
-from wherry_agent.answering.arms import ArmName, Counter, Loaded, key_of, load_variant
+from wherry_agent.answering.arms import ArmName, Counter, Loaded, key_of, load_variant, reason_of
 from wherry_agent.answering.published import Published
 from wherry_agent.answering.registry import Registry
 from wherry_agent.children import Loadable, Serve, ServeModel, Serving
-from wherry_shared import reasons
-from wherry_shared.engines.errors import EngineFault, OutOfMemory
-from wherry_shared.errors import RefusedError, WherryError
+from wherry_shared.errors import WherryError
 
 log = logging.getLogger(__name__)
 
@@ -229,14 +227,3 @@ def _refused(revision: int, model: ServeModel, error: BaseException) -> Serving:
         reason=reason_of(error),
         detail=str(error)[:500],
     )
-
-
-def reason_of(error: BaseException) -> str:
-    """Return the reason code for a variant that could not be loaded; only a fault of the variant is a verdict."""
-    if isinstance(error, OutOfMemory | MemoryError):
-        return reasons.OVER_MEMORY
-    if isinstance(error, EngineFault):
-        return reasons.LOAD_FAILED
-    if isinstance(error, RefusedError):
-        return reasons.BUNDLE_INVALID
-    return reasons.CHILD_FAILED

@@ -16,7 +16,7 @@ import time
 import msgspec
 
 from wherry_agent.answering import memory
-from wherry_agent.answering.arms import Loaded, read_golden
+from wherry_agent.answering.arms import Loaded, read_golden, reason_of
 from wherry_agent.answering.gate import RunGate
 from wherry_agent.answering.helpers import Helpers
 from wherry_agent.answering.registry import Registry
@@ -34,7 +34,8 @@ from wherry_agent.lines import LineWriter, read_lines
 from wherry_agent.serving.listener import HttpServer
 from wherry_agent.serving.protocol import Protocol
 from wherry_agent.workers.loader import Loader
-from wherry_shared import golden
+from wherry_shared import golden, reasons
+from wherry_shared.engines.errors import EngineFault
 from wherry_shared.errors import WherryError
 
 log = logging.getLogger(__name__)
@@ -112,15 +113,20 @@ class Worker:
         loaded = next(
             (one for one in (published.loaded() if published else []) if one.loadable.digest == command.digest), None
         )
-        passed, detail = (False, "this variant is not loaded") if loaded is None else self._prove(loaded)
+        reason, detail = (reasons.CHILD_FAILED, "this variant is not loaded") if loaded is None else self._prove(loaded)
         self.say(
             GoldenDone(
-                model=command.model, digest=command.digest, trial=command.trial, passed=passed, detail=detail[:500]
+                model=command.model,
+                digest=command.digest,
+                trial=command.trial,
+                passed=not reason,
+                reason=reason,
+                detail=detail[:500],
             )
         )
 
-    def _prove(self, loaded: Loaded) -> tuple[bool, str]:
-        """Run the golden vectors of a loaded variant, each through the run gate like any request."""
+    def _prove(self, loaded: Loaded) -> tuple[str, str]:
+        """Run the golden vectors of a loaded variant, each through the run gate; return (reason, detail) if it fails."""
 
         def run(inputs: dict[str, golden.Array]) -> dict[str, golden.Array]:
             with self._gate:
@@ -128,9 +134,11 @@ class Worker:
 
         try:
             misses = golden.check(read_golden(loaded.loadable), run)
-        except WherryError as error:
-            return False, str(error)
-        return not misses, "; ".join(str(miss) for miss in misses[:5])
+        except EngineFault as error:
+            return reasons.HEALTH_GOLDEN, str(error)
+        except WherryError as error:  # the vectors could not be used: no word about the variant
+            return reason_of(error), str(error)
+        return reasons.HEALTH_GOLDEN if misses else "", "; ".join(str(miss) for miss in misses[:5])
 
     def _hurry(self) -> None:
         with self._tick:
