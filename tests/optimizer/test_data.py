@@ -104,3 +104,23 @@ def test_notes_are_named_by_the_highest_row_in_the_middle_of_their_time() -> Non
         frames[0, 43 * position : 43 * (position + 1), key - pitch.LOWEST_KEY] = 0.9
     assert pitch.named({"note": frames}, keys) == 1.0
     assert pitch.named({"note": frames}, [60, 64, 67, 71]) == 0.75
+
+
+@given(st.lists(st.sampled_from("abcdefghij"), min_size=1, max_size=60), st.text(max_size=5))
+def test_a_split_keeps_packages_whole_and_most_files_of_a_label_for_the_test(packages: list[str], salt: str) -> None:
+    parts = file_type.split(packages, salt)
+    assert set(parts) == set(packages)
+    sizes = {part: sum(parts[package] == part for package in packages) for part in ("calibration", "selection")}
+    assert sizes["calibration"] <= file_type.CALIBRATION_SHARE * len(packages) + 0.5
+    assert sizes["selection"] <= file_type.SELECTION_SHARE * len(packages) + 0.5
+    assert file_type.split(packages[::-1], salt) == parts
+
+
+def test_every_label_is_tested_and_no_part_shares_a_file(files) -> None:
+    assert len(files.selection) == files.notes["selection_files"] > 0
+    assert len({sample.label for sample in files.evaluation}) == len(files.notes["files_per_label"])
+    keys = [
+        {sample.inputs["bytes"].tobytes() for sample in part}
+        for part in (files.calibration, files.selection, files.evaluation)
+    ]
+    assert sum(map(len, keys)) == len(set().union(*keys))

@@ -37,7 +37,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Calibration and held-back samples; the two share nothing."""
+    """Calibration and held-back samples; the parts share nothing."""
 
     metric: str
     description: str
@@ -49,6 +49,8 @@ class Dataset:
     """Class names of outputs, where the data know them."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Counts for the report."""
+    selection: tuple[Sample, ...] = ()
+    """For choosing parameters by hand or by program; a build never looks at them, and nothing is chosen by `evaluation`."""
 
     @property
     def digest(self) -> str:

@@ -6,8 +6,12 @@ white space stripped at the outer sides, 1024 from the beginning and 1024 from t
 The label of a file is what `LABELS` says about its extension. Extensions that do not name one type are left out: `.h` (C or
 C++), `.dat`, `.txt` (in this environment mostly INI, CSV and lists), and `.wav`, since all of those here are a parser's tests
 of malformed files. Nothing else is curated, so accuracy is below that of a cleaned set. At most 40 files per label, none
-twice (by features), labels with fewer than 8 files dropped. Calibration and evaluation files come from different packages,
-so that near-copies within a package do not sit on both sides.
+twice (by features), labels with fewer than 8 files dropped.
+
+Files are split per label: packages come in the order of a hash, and each goes whole to calibration or selection as long as
+its files fit into that part's share of the label, else to the test files that the gate judges by. So near-copies within a
+package do not sit on both sides, every label is tested, and no split was picked by hand: the salt is `SALT` with the recipe's
+seed, which packaged recipes leave at 0. Parameters are chosen on selection files, never on test files.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +40,10 @@ FILES_PER_LABEL_MAX = 40
 FILES_PER_LABEL_MIN = 8
 FILE_BYTES_MIN = 16
 """Shorter files say nothing about their type."""
-CALIBRATION_SHARE = 0.15
-"""Packages whose hash falls below this share give calibration data."""
+CALIBRATION_SHARE = 0.25
+SELECTION_SHARE = 0.15
+"""Shares of each label's files that calibration and selection get at most; the rest is for the test."""
+SALT = "wherry/file-type"
 LABELS: dict[str, str] = {
     ".bat": "batch",
     ".bz2": "bzip",
@@ -124,6 +131,7 @@ def load(spec: Specification, interface: Interface, folder: Path) -> Dataset:
     index = {name: position for position, name in enumerate(names)}
     input_name, output_name = interface.inputs[0].name, interface.outputs[0].name
     calibration: list[Sample] = []
+    selection: list[Sample] = []
     evaluation: list[Sample] = []
     counts: dict[str, int] = {}
     seen: set[bytes] = set()
@@ -143,29 +151,48 @@ def load(spec: Specification, interface: Interface, folder: Path) -> Dataset:
         if len(rows) < FILES_PER_LABEL_MIN:
             continue
         counts[label] = len(rows)
+        parts = split([package for package, _ in rows], f"{SALT}/{spec.seed}/{label}")
         for package, values in rows:
             sample = Sample({input_name: values}, index[label])
-            (calibration if _share(package, spec.seed) < CALIBRATION_SHARE else evaluation).append(sample)
+            {"calibration": calibration, "selection": selection, "test": evaluation}[parts[package]].append(sample)
     rng = np.random.default_rng(spec.seed)
     calibration = [calibration[position] for position in rng.permutation(len(calibration))][: spec.calibration]
     evaluation = [evaluation[position] for position in rng.permutation(len(evaluation))][: spec.evaluation]
     return Dataset(
         metric="accuracy",
-        description="files of the Python environment, labelled by extension, split by package",
+        description="files of the Python environment, labelled by extension, split by package within each label",
         calibration=tuple(calibration),
         evaluation=tuple(evaluation),
         score=lambda outputs, label: _right(outputs, output_name, label),
         labels={output_name: names},
-        notes={"files_per_label": counts},
+        notes={"files_per_label": counts, "selection_files": len(selection)},
+        selection=tuple(selection),
     )
+
+
+def split(packages: Sequence[str], salt: str) -> dict[str, str]:
+    """Return package → `calibration`, `selection` or `test` for one label.
+
+    Args:
+        packages: of every file of the label, so with repetitions.
+        salt: decides the order; nothing else does.
+    """
+    sizes = Counter(packages)
+    room = {
+        "calibration": round(CALIBRATION_SHARE * len(packages)),
+        "selection": round(SELECTION_SHARE * len(packages)),
+    }
+    found: dict[str, str] = {}
+    for package in sorted(sizes, key=lambda name: hashlib.sha256(f"{salt}/{name}".encode()).digest()):
+        part = next((name for name, left in room.items() if sizes[package] <= left), "test")
+        if part in room:
+            room[part] -= sizes[package]
+        found[package] = part
+    return found
 
 
 def _right(outputs: Tensors, name: str, label: int) -> float:
     return float(int(outputs[name].reshape(-1).argmax()) == label)
-
-
-def _share(package: str, seed: int) -> float:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{package}".encode()).digest()[:8], "big") / 2**64
 
 
 def _by_label(root: Path) -> dict[str, list[tuple[str, Path]]]:
