@@ -222,7 +222,7 @@ class Daemon:
                     "enrol_refused",
                     f"the server did not take this device: {detail}",
                     consequence="it gets no models",
-                    next_step="make a new token with wherry device token",
+                    next_step="make a new token with wherry token create",
                 )
             log.warning("enrolment: %s; trying again in %.0f s", detail, wait_s)
             if self._signalled(wait_s):

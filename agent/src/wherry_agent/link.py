@@ -173,7 +173,7 @@ class Link:
             protocol=mqtt.MQTTv311,
             reconnect_on_failure=False,
         )
-        client.username_pw_set(identity.device, identity.bearer)
+        client.username_pw_set(identity.device)
         client.connect_timeout = CONNECT_S
         client.max_queued_messages_set(64)
         if identity.broker_tls:

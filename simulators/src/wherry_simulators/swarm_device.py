@@ -255,7 +255,7 @@ class SwarmDevice:
             return Connection(
                 device,
                 username=device,
-                password=self.identity.bearer,
+                password="",
                 filters={topics.down(device, "offer"): 1, topics.down(device, "ack"): 0},
                 on_ready=self._ready,
                 on_message=self._on_message,
