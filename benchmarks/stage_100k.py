@@ -45,6 +45,9 @@ COLUMNS = {
     "offer_serial": 0,
     "boot": "",
     "simulated": False,
+    "hello_at": 0,
+    "trust_version": 0,
+    "trust_state": "",
 }
 
 
