@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from tests.agent.daemon_kit import MODEL, Agent, Site, agent, alive, children_of
 from tests.agent.serving_kit import until
 from tests.shared.engines import models
 from wherry_agent import identity
-from wherry_shared import topics
+from wherry_agent.courier_http import Http
+from wherry_agent.envelopes import MINUTE_S, STARTS_PER_MINUTE_MAX
+from wherry_shared import dsse, topics, wire
 from wherry_shared.digest import hex_of, of_file
 
 pytestmark = pytest.mark.services
@@ -113,6 +116,43 @@ def test_messages_that_are_no_offers_change_nothing(device: Agent) -> None:
     after = device.status()
     assert (after["offer"], after["models"]) == (before["offer"], before["models"])
     assert after["pid"] == before["pid"]
+
+
+def forged(real: bytes, more: int) -> bytes:
+    """Return an offer of a higher serial under the director's key id, signed by nobody."""
+    envelope, payload, _ = dsse.open_envelope(real)
+    offer = wire.parse(wire.Offer, payload)
+    claimed = msgspec.structs.replace(offer, serial=offer.serial + 1000 + more)
+    return dsse.sign(dsse.OFFER_TYPE, wire.encode(claimed), envelope.keyid, lambda _message: bytes(64))
+
+
+def test_a_stream_of_forged_offers_keeps_no_real_one_away(device: Agent, server: Site) -> None:
+    known = identity.load(device.home)
+    assert known is not None
+    topic = topics.down(known.device, "offer")
+    with Http(server=server.url, authorization=known.authorization).request(
+        "GET", f"{server.url}/device/v1/offer"
+    ) as answer:
+        real = answer.read(1 << 20)
+    client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2)
+    client.connect(known.broker_host, known.broker_port)
+    client.loop_start()
+    began = time.monotonic()
+    looked = device.log.read_text().count("an offer is not acted on")
+    for serial in range(200):
+        client.publish(topic, forged(real, serial), qos=1, retain=serial % 2 == 0).wait_for_publish(5)
+    server.deploy("1.1.0", "bench-1", trial_s=2)
+    for serial in range(200, 400):
+        client.publish(topic, forged(real, serial), qos=1, retain=serial % 2 == 0).wait_for_publish(5)
+    device.until_serves("1.1.0", deadline_s=120)
+    looked = device.log.read_text().count("an offer is not acted on") - looked
+    minutes = (time.monotonic() - began) / MINUTE_S
+    assert looked <= STARTS_PER_MINUTE_MAX * (int(minutes) + 1)
+    client.publish(topic, b"", qos=1, retain=True).wait_for_publish(5)
+    client.disconnect()
+    client.loop_stop()
+    server.deploy("1.0.0", "bench-1", trial_s=2, attempt=2)
+    device.until_serves("1.0.0", deadline_s=120)
 
 
 def test_a_bundle_that_misses_its_golden_vectors_never_serves(device: Agent, server: Site) -> None:

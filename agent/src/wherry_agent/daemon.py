@@ -32,6 +32,7 @@ from wherry_agent import __version__, children, identity, machine, readings, sta
 from wherry_agent import state as s
 from wherry_agent.children import ArmStats
 from wherry_agent.disk import Disk
+from wherry_agent.envelopes import Envelopes
 from wherry_agent.handle_server import HandleCrash, HandleServer, HandleVerdict
 from wherry_agent.identity import Identity
 from wherry_agent.journal import Journal
@@ -60,8 +61,6 @@ HANDLES_EVERY_S = 1.0
 ENROL_WAIT_MAX_S = 60.0
 JOURNAL_AGAIN_S = 5.0
 EVENTS_KEPT_MAX = 1000
-VERIFY_WAIT_MIN_S = 5.0
-VERIFY_WAIT_MAX_S = 3600.0
 HEARTBEAT_S = 300.0
 """Telemetry without windows is sent this often: memory, disk and temperature."""
 BALLAST_BYTES = 512 * 1024
@@ -90,7 +89,7 @@ class Daemon:
         self._trusting: deque[tuple[str, Callable[[], None]]] = deque()
         self._trust_busy = ""
         self._collect = False
-        self._envelope: tuple[bytes, int] | None = None
+        self._envelopes = Envelopes()
         self._facts: DeviceFacts | None = None
         self._served: set[str] = set()
         self._etag = ""
@@ -650,7 +649,7 @@ class Daemon:
 
         self._courier("!refresh", task, done)
 
-    def _offer(self, data: bytes) -> None:
+    def _offer(self, data: bytes, *, from_server: bool) -> None:
         """Bytes that claim to be an offer: let the courier verify them, unless they are the ones accepted already."""
         known = self._state.offer
         try:
@@ -664,17 +663,27 @@ class Daemon:
             if (offer.epoch, offer.serial) < (known.epoch, known.serial):
                 log.info("offer %d.%d is older than the one that stands: ignored", offer.epoch, offer.serial)
             return
-        under_way = self._trust_busy == "!verify" or any(key == "!verify" for key, _ in self._trusting)
-        if under_way and self._envelope is not None and self._envelope[0] == data:
-            return  # the retained copy and the answer to the hello come together
-        self._envelope = (data, 0)
-        self._trust_task("!verify", self._verify)
+        number = (offer.epoch, offer.serial)
+        self._envelopes.add(data, number, random.random(), from_server=from_server)  # noqa: S311 - spreads what is lost
+        self._verify_next()
+
+    def _verify_next(self) -> None:
+        """Queue the courier if an envelope is due; else come back when one is."""
+        if self._envelopes.crowded():
+            log.warning("more claims to be an offer than can be looked at: the server is asked for the real one")
+            self._link.ask_offer()
+        wait_s = self._envelopes.next_s(time.monotonic())
+        if wait_s == 0.0:
+            self._trust_task("!verify", self._verify)
+        elif wait_s is not None:
+            self._later("verify", wait_s * (1 + self._jitter), self._verify_next)
 
     def _verify(self) -> None:
-        if self._envelope is None:
+        data = self._envelopes.take(time.monotonic())
+        if data is None:
             self._trust_done("!verify")
+            self._verify_next()
             return
-        data, tries = self._envelope
         current, floors, time_floor_us = self._known()
         task = children.Verify(
             home=self._settings.home,
@@ -688,23 +697,20 @@ class Daemon:
         )
 
         def done(answer: children.CourierAnswer) -> None:
-            newest = self._envelope is not None and self._envelope[0] is data
             if isinstance(answer, children.Verified):
-                if newest:
-                    self._envelope = None
+                self._envelopes.settle(data)
+                self._envelopes.accepted((answer.offer.epoch, answer.offer.serial))
                 log.info("offer %d.%d is the director's", answer.offer.epoch, answer.offer.serial)
                 self._turn(s.Offered(answer.offer, answer.digest, answer.trust))
             else:
                 failed = _failure(answer)
                 log.warning("an offer is not acted on: %s (%s)", failed.detail, failed.reason)
-                if newest and failed.retry_after_s is not None:
-                    self._envelope = (data, tries + 1)
-                    wait_s = min(VERIFY_WAIT_MAX_S, max(failed.retry_after_s, VERIFY_WAIT_MIN_S * 2 ** min(tries, 16)))
-                    again = wait_s * (1 + self._jitter)
-                    self._later("verify", again, lambda: self._trust_task("!verify", self._verify))
-                elif newest:
-                    self._envelope = None
+                if failed.retry_after_s is None:
+                    self._envelopes.settle(data)
+                else:
+                    self._envelopes.again(data, time.monotonic(), failed.retry_after_s)
             self._trust_done("!verify")
+            self._verify_next()
 
         self._courier("!verify", task, done)
 
@@ -777,7 +783,7 @@ class Daemon:
         return Callbacks(
             up=lambda: self._queue.put(self._is_up),
             down=lambda: self._queue.put(lambda: log.info("the broker is gone")),
-            offer=lambda data: self._queue.put(lambda: self._offer(data)),
+            offer=lambda data, from_server: self._queue.put(lambda: self._offer(data, from_server=from_server)),
             ack=lambda frame: self._queue.put(lambda: self._acked(frame)),
             reached=lambda: self._queue.put(s.Connected()),
             outgoing=self._outgoing,

@@ -43,6 +43,8 @@ HTTP_AFTER_S = 10.0
 HTTP_EVERY_S = 30.0
 HTTP_NUDGED_S = 2.0
 """With something new to say, HTTP waits no longer than this."""
+OFFER_EVERY_S = 60.0
+"""Beside MQTT, the offer is asked for over HTTP about this often at most."""
 ANSWER_BYTES_MAX = 20 * MQTT_PAYLOAD_BYTES_MAX
 
 
@@ -53,8 +55,8 @@ class Callbacks:
     up: Callable[[], None]
     """The server can be reached over MQTT: say hello, and send what is owed."""
     down: Callable[[], None]
-    offer: Callable[[bytes], None]
-    """Bytes that claim to be an envelope."""
+    offer: Callable[[bytes, bool], None]
+    """Bytes that claim to be an envelope; true if the server gave them over HTTP."""
     ack: Callable[[bytes], None]
     """Bytes that claim to be an acknowledgement's frame."""
     reached: Callable[[], None]
@@ -76,6 +78,8 @@ class Link:
         self._client: mqtt.Client | None = None
         self._connected = threading.Event()
         self._nudged = threading.Event()
+        self._offer_wanted = threading.Event()
+        self._offer_again_s = 0.0
         self._down_since = time.monotonic()
         self._answered_s = float("-inf")
         self._etag = ""
@@ -124,6 +128,10 @@ class Link:
     def nudge(self) -> None:
         """There is something new to send; over HTTP, if that is the way, do it soon."""
         self._nudged.set()
+
+    def ask_offer(self) -> None:
+        """What the broker passes on cannot be relied on: ask the server itself for the offer, soon."""
+        self._offer_wanted.set()
 
     def seal(self, kind: str, payload: bytes) -> bytes:
         """Frame a message as this device's."""
@@ -230,7 +238,7 @@ class Link:
             log.warning("a message of %d bytes on %s is ignored", len(message.payload), message.topic)
         elif message.topic == topics.down(self._identity.device, "offer"):
             if message.payload:  # an empty retained message only clears the topic
-                self._callbacks.offer(bytes(message.payload))
+                self._callbacks.offer(bytes(message.payload), False)
         elif message.topic == topics.down(self._identity.device, "ack"):
             self._callbacks.ack(bytes(message.payload))
         else:
@@ -241,6 +249,7 @@ class Link:
     def _keep_http(self) -> None:
         while not self._stop.is_set():
             if self._connected.is_set():
+                self._answer_wish()
                 self._stop.wait(1.0)
                 continue
             down_s = time.monotonic() - self._down_since
@@ -253,6 +262,17 @@ class Link:
             except WherryError as error:
                 log.info("server %s: %s", self._server, error)
             self._wait_down(HTTP_EVERY_S * (0.5 + random.random()))  # noqa: S311 - jitter
+
+    def _answer_wish(self) -> None:
+        """Ask over HTTP for the offer although there is MQTT, at a bounded rate."""
+        if not self._offer_wanted.is_set() or time.monotonic() < self._offer_again_s:
+            return
+        self._offer_wanted.clear()
+        self._offer_again_s = time.monotonic() + OFFER_EVERY_S * (0.5 + random.random())  # noqa: S311 - jitter
+        try:
+            self._get_offer(self._http(), "")
+        except WherryError as error:
+            log.info("server %s: %s", self._server, error)
 
     def _wait_down(self, seconds: float) -> None:
         began = time.monotonic()
@@ -270,14 +290,7 @@ class Link:
         if hello:
             with http.request("POST", f"{base}/hello", body=self.seal("hello", hello[0])) as answer:
                 answer.read(ANSWER_BYTES_MAX)
-        headers = {"If-None-Match": self._etag} if self._etag else {}
-        with http.request("GET", f"{base}/offer", headers=headers) as answer:
-            body = answer.read(ANSWER_BYTES_MAX)
-            if answer.status == 200 and body:
-                self._etag = answer.header("ETag")
-                self._callbacks.offer(body)
-            elif answer.status >= 400:
-                log.warning("the server gave no offer: HTTP %d", answer.status)
+        self._get_offer(http, self._etag)
         self._answered_s = time.monotonic()
         self._callbacks.reached()
         for kind, path in (("report", "reports"), ("telemetry", "telemetry")):
@@ -293,6 +306,16 @@ class Link:
             for line in body.splitlines():
                 if line:
                     self._callbacks.ack(line)
+
+    def _get_offer(self, http: Http, etag: str) -> None:
+        headers = {"If-None-Match": etag} if etag else {}
+        with http.request("GET", f"{self._server}/device/v1/offer", headers=headers) as answer:
+            body = answer.read(ANSWER_BYTES_MAX)
+            if answer.status == 200 and body:
+                self._etag = answer.header("ETag")
+                self._callbacks.offer(body, True)
+            elif answer.status >= 400:
+                log.warning("the server gave no offer: HTTP %d", answer.status)
 
     def _http(self) -> Http:
         from wherry_agent.courier_http import Http
