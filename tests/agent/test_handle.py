@@ -302,9 +302,23 @@ def test_a_version_that_does_not_load_leaves_what_serves(tmp_path: Path, supervi
 def test_an_application_can_give_its_own_verdict(tmp_path: Path, supervisor: Supervisor):
     supervisor.publish(loadable(models.scale(tmp_path / "good.onnx", 2.0)))
     with supervisor.model() as model:
-        model.report_bad("boxes are upside down", model.run(ONES))
+        model.report_bad("boxes are upside down", model.run(ONES), severe=True)
         (verdict,) = until(lambda: supervisor.verdicts, "the verdict arrives")
         assert (verdict.reason, verdict.digest) == ("boxes are upside down", model.served.digest)
+
+
+@pytest.mark.parametrize("trial", ["", "r1.1.3"])
+def test_answers_that_the_application_calls_wrong_are_counted(tmp_path: Path, supervisor: Supervisor, trial: str):
+    supervisor.publish(loadable(models.scale(tmp_path / "good.onnx", 2.0)), trial=trial)
+    with supervisor.model(isolation="inline") as model:
+        for _ in range(3):
+            model.report_bad("boxes are upside down", model.run(ONES))
+
+        def rejected() -> int:
+            return sum(stats.rejected for stats in supervisor.server.drain_stats() if stats.trial == trial)
+
+        until(lambda: rejected() == 3, "the supervisor has all of them")
+        assert supervisor.verdicts == [], "none of them condemns alone"
 
 
 def test_nothing_to_serve_and_nobody_there_are_told_apart(tmp_path: Path, supervisor: Supervisor):

@@ -233,15 +233,36 @@ class Model:
                 return engaged.candidate
         raise self._no_model()
 
-    def report_bad(self, reason: str, answer: Answer | None = None) -> None:
+    def report_bad(self, reason: str, answer: Answer | None = None, *, severe: bool = False) -> None:
         """Say that what a version answers is wrong: the version that gave `answer`, or the one that serves now.
+
+        Each call counts as one bad answer. A version on trial is taken back when there are as many as the trial's terms
+        say of failed requests (`errors_min`, `error_rate_max`); outside a trial they are only counted.
+
+        Args:
+            reason: what is wrong, for the people who made it.
+            answer: the answer in question.
+            severe: one answer like this is enough: a version on trial is taken back at once.
 
         Raises:
             UnreachableError: `supervisor_unreachable`, nobody heard it.
+            RefusedError: `version_gone`, the version of that answer left long ago.
         """
         by = answer.by if answer is not None else self.served
-        if not self._say(messages.BadReport(digest=by.digest, trial=by.trial, reason=reason[:500])):
-            raise UnreachableError("supervisor_unreachable", "the supervisor is gone: nobody heard the report")
+        if self._writer is None:
+            raise _unheard()
+        with self._counters_lock:
+            counters = [
+                counter
+                for counter in self._counters.values()
+                if (counter.loadable.digest, counter.trial) == (by.digest, by.trial)
+            ]
+        if not counters:
+            raise RefusedError("version_gone", f"{by.model} {by.version} is not counted here any more")
+        counters[-1].rejected(reason)
+        self._hurry.set()
+        if severe and not self._say(messages.BadReport(digest=by.digest, trial=by.trial, reason=reason[:500])):
+            raise _unheard()
 
     def close(self) -> None:
         """Say goodbye and let go of the model."""
@@ -488,6 +509,10 @@ class Model:
             log.debug("handle of %s: the supervisor did not hear: %s", self.name, error)
             return False
         return True
+
+
+def _unheard() -> UnreachableError:
+    return UnreachableError("supervisor_unreachable", "the supervisor is gone: nobody heard the report")
 
 
 def _served(loadable: Loadable, trial: str) -> Served:

@@ -63,7 +63,10 @@ class Counts(_Message, tag="counts", frozen=True, kw_only=True):
 
 
 class BadReport(_Message, tag="bad", frozen=True, kw_only=True):
-    """The application's own verdict: what this version answers is wrong."""
+    """The application's own verdict: one answer of this version is so wrong that it has to go.
+
+    Lesser ones are counted in `ArmStats.rejected`.
+    """
 
     digest: str
     trial: str = ""

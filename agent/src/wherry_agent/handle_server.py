@@ -348,6 +348,7 @@ def merged(one: ArmStats, other: ArmStats) -> ArmStats:
         requests=one.requests + other.requests,
         errors=one.errors + other.errors,
         fallbacks=one.fallbacks + other.fallbacks,
+        rejected=one.rejected + other.rejected,
         latency_us=latency,
         wait_us=_added(one.wait_us, other.wait_us),
         classes=classes,

@@ -54,7 +54,7 @@ def judge(terms: Trial, candidate: ArmStats, baseline: ArmStats | None, *, has_i
         (candidate.rejected, APPLICATION, "answers were called wrong by the application"),
     ):
         if count >= terms.errors_min and count > terms.error_rate_max * candidate.requests:
-            last = f"; last: {candidate.last_error}" if candidate.last_error and reason == HEALTH_ERRORS else ""
+            last = f"; last: {candidate.last_error}" if candidate.last_error else ""
             detail = f"{count} of {candidate.requests} {what}, at most {terms.error_rate_max:.1%}{last}"
             return Verdict("fail", reason, detail, latency.ratio)
     if latency.outcome == "fail":

@@ -131,6 +131,7 @@ class Counter:
     _requests: int = 0
     _errors: int = 0
     _fallbacks: int = 0
+    _rejected: int = 0
     _latency: dict[int, Sketch] = field(default_factory=dict)
     _wait: Sketch = field(default_factory=Sketch)
     _classes: dict[str, int] = field(default_factory=dict)
@@ -165,6 +166,13 @@ class Counter:
             self._last_error = error[:ERROR_CHARS_MAX]
             self._changes += 1
 
+    def rejected(self, reason: str) -> None:
+        """Count an answer that the application calls wrong."""
+        with self._lock:
+            self._rejected += 1
+            self._last_error = reason[:ERROR_CHARS_MAX]
+            self._changes += 1
+
     def leave_out(self, runs: int) -> None:
         """Leave so many runs of `fold` out of the latency from now on: the variant was just loaded."""
         with self._lock:
@@ -195,6 +203,7 @@ class Counter:
                 requests=self._requests,
                 errors=self._errors,
                 fallbacks=self._fallbacks,
+                rejected=self._rejected,
                 latency_us={str(bucket): sketch.to_wire() for bucket, sketch in self._latency.items()},
                 wait_us=self._wait.to_wire(),
                 classes=dict(self._classes),
