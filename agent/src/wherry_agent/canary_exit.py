@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 
 from wherry_shared import reasons
+from wherry_shared.limits import ALLOCATOR
 
 NEAR_LIMIT = 0.9
 """A canary killed with its peak at or above this share of its limit ran out of memory (contracts.md §6)."""
@@ -18,9 +19,6 @@ GRACE_S = 10.0
 
 ENGINE_BYTES = 40 * 1024 * 1024
 """What a canary takes before it loads anything (measured: 38 to 65 MB); the low end, so that no death by memory is missed."""
-
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
-"""Workers and canaries give memory back to the system only with these (contracts.md §6)."""
 
 
 def child_environment() -> dict[str, str]:

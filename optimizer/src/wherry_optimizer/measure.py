@@ -25,13 +25,13 @@ from wherry_shared import limits
 from wherry_shared.bundle import Figures, Format
 from wherry_shared.errors import RefusedError
 from wherry_shared.facts import FEATURES, DeviceFacts, EngineFacts, hardware_class
+from wherry_shared.limits import ALLOCATOR
 
 ZSTD_LEVEL = 19
 CALLS_PER_ROUND = 3
 """The best of so many calls counts in a round: what disturbs a call only makes it slower."""
 PEAK_SECONDS_MAX = 120.0
 PEAK_RUNS = 5
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,9 @@ TUF_METADATA_BYTES_MAX = 2 * MIB
 STREAM_IN_FLIGHT_MAX = 20
 """Unacknowledged messages that a device keeps on the way, per stream (contracts.md §3)."""
 
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
+"""Environment (bytes, arenas) of processes that run engines: only with it do they give memory back (contracts.md §6)."""
+
 REQUEST_BYTES_MAX = 64 * MIB
 """One local inference request."""
 REPORT_DETAIL_CHARS_MAX = 500
