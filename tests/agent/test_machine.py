@@ -744,6 +744,12 @@ def test_golden_vectors_that_cannot_be_used_in_a_trial_are_no_verdict() -> None:
     assert state.known_bad == ()
 
 
+def test_a_share_of_the_requests_is_refused_and_not_taken_for_all_of_them() -> None:
+    state, effects = run(fresh(), offer(1, {MODEL: offered(share=0.5)}))
+    assert told(state) == [("refused", reasons.UNSUPPORTED)]
+    assert kinds(effects) == ["SendReports"]
+
+
 def test_an_incumbent_that_loads_again_is_forgiven() -> None:
     state = confirmed("1.0.0")
     for _ in range(10):

@@ -325,6 +325,8 @@ def _unsupported(offer: Accepted, offered: OfferedModel) -> str:
         return offer.unsupported
     if offered.mode not in ("replace", "none"):
         return f"mode {offered.mode} is not supported by this agent"
+    if offered.mode == "replace" and offered.share < 1.0:
+        return f"a share of {offered.share:g} of the requests is not supported by this agent"
     if offered.group:
         return "groups are not supported by this agent"
     return ""
