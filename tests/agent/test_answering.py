@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from tests.agent.serving_kit import loadable, until
+from tests.agent.serving_kit import instead, loadable, until
 from tests.shared.engines import models
 from wherry_agent.answering import memory
 from wherry_agent.answering.arms import CLASSES_MAX, Counter, load_variant
@@ -71,7 +71,7 @@ def test_an_endless_candidate_is_asked_to_stop_when_nobody_waits_for_it(tmp_path
     """A call left behind would burn a core for ever, and slow down the incumbent that answers instead."""
     good = loadable(models.scale(tmp_path / "good.onnx", 2.0))
     quick = loadable(models.slow(tmp_path / "quick.onnx", 3.0, turns=1), "1.1.0")
-    endless = msgspec.structs.replace(quick, path=str(models.slow(tmp_path / "endless.onnx", 3.0, turns=10**12)))
+    endless = instead(quick, models.slow(tmp_path / "endless.onnx", 3.0, turns=10**12))
     helpers = Helpers()
     published = Published(
         active=load_variant(endless),
@@ -135,7 +135,7 @@ def test_news_are_told_once(tmp_path: Path):
 
 def test_a_variant_that_fails_its_warm_up_is_not_loaded(tmp_path: Path):
     good = loadable(models.scale(tmp_path / "a.onnx", 1.0))
-    broken = msgspec.structs.replace(good, path=str(models.save_gather_out_of_range(tmp_path / "b.onnx")))
+    broken = instead(good, models.save_gather_out_of_range(tmp_path / "b.onnx"))
     with pytest.raises(EngineFault, match="run_failed"):
         load_variant(broken)
 
@@ -166,7 +166,7 @@ def test_a_cold_swap_that_fails_brings_the_old_version_back(tmp_path: Path):
     old = loadable(models.scale(tmp_path / "old.onnx", 2.0))
     (tmp_path / "junk").write_bytes(b"junk")
     broken = msgspec.structs.replace(
-        old, path=str(tmp_path / "junk"), manifest="sha256:" + "2" * 64, peak_memory_bytes=1 << 50
+        instead(old, tmp_path / "junk"), manifest="sha256:" + "2" * 64, peak_memory_bytes=1 << 50
     )
     said: list[Serving] = []
     registry = Registry()
