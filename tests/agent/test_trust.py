@@ -168,7 +168,9 @@ def test_the_policy_of_a_model_is_read_from_the_publisher_role(device: Device, r
     keeper = device.keeper()
     with keeper.online() as session:
         assert session.policy(MODEL) == Policy()
-    role = repository.acme.role(2, policy={MODEL: {"floor": "1.2.0", "revoked": [{"digest": ONE, "effect": "replace"}]}})
+    role = repository.acme.role(
+        2, policy={MODEL: {"floor": "1.2.0", "revoked": [{"digest": ONE, "effect": "replace"}]}}
+    )
     repository.trust.accept_bin("acme", role, 1)
     with device.keeper().online() as session:
         assert session.policy(MODEL) == Policy("1.2.0", frozenset({ONE}))
