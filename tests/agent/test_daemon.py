@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import signal
 import subprocess
@@ -249,6 +250,51 @@ def test_without_a_broker_offers_and_reports_go_over_http(server: Site) -> None:
         lonely.until_serves("1.0.0")
         shown = lonely.until("nothing is owed", lambda shown: shown["reports_owed"] == 0)
         assert shown["connected"] == "http"
+
+
+GROUP_APPLICATION = """
+import os, sys
+home, group = sys.argv[1], int(sys.argv[2])
+import numpy as np
+from pathlib import Path
+from wherry_agent.handle import Model
+from wherry_shared.engines.tiny import run_tiny
+run_tiny("onnxruntime")  # the interpreter itself may belong to root alone: all imports come first
+os.setgroups([]); os.setgid(group); os.setuid(54321)
+with Model("scale", socket=Path(home) / "run" / "handle.sock", timeout_s=float(sys.argv[3])) as model:
+    print(model.run({"x": np.ones((1, 4), np.float32)})["y"].ravel().tolist())
+for name in ("identity/device.json", "journal.json", "telemetry.db"):
+    try:
+        (Path(home) / name).read_bytes()
+        print("could read", name)
+    except PermissionError:
+        pass
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_an_application_of_the_handle_group_uses_models_and_reads_nothing_else(server: Site) -> None:
+    group = grp.getgrnam("games").gr_gid
+    home = server.folder / "bench-3"
+    home.mkdir(mode=0o700)
+    (home / "agent.toml").write_text('handle_group = "games"\n')
+    for folder in (server.folder, *server.folder.parents):
+        if "pytest" in str(folder):
+            folder.chmod(0o711)
+    with agent(server, "bench-3") as shared:
+        shared.until("it is connected", lambda shown: shown["connected"] == "mqtt" and shown["engines"])
+        server.deploy("1.0.0", "bench-3", trial_s=2)
+        shared.until_serves("1.0.0")
+
+        def use(gid: int, timeout_s: str = "20") -> subprocess.CompletedProcess[str]:
+            argv = [sys.executable, "-c", GROUP_APPLICATION, str(home), str(gid), timeout_s]
+            return subprocess.run(argv, capture_output=True, text=True, timeout=60)
+
+        done = use(group)
+        assert (done.returncode, done.stdout.strip()) == (0, "[2.0, 2.0, 2.0, 2.0]"), done.stderr
+        stranger = use(group + 54321, "1")
+        assert stranger.returncode != 0
+        assert "supervisor_unreachable" in stranger.stderr
 
 
 def test_a_device_without_identity_or_token_says_what_to_do(tmp_path: Path) -> None:

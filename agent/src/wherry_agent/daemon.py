@@ -33,7 +33,7 @@ from wherry_agent import state as s
 from wherry_agent.children import ArmStats
 from wherry_agent.disk import Disk
 from wherry_agent.envelopes import Envelopes
-from wherry_agent.handle_server import HandleCrash, HandleServer, HandleVerdict
+from wherry_agent.handle_server import HandleCrash, HandleServer, HandleVerdict, group_id
 from wherry_agent.identity import Identity
 from wherry_agent.journal import Journal
 from wherry_agent.link import Callbacks, Link
@@ -41,6 +41,7 @@ from wherry_agent.log_ring import LogRing
 from wherry_agent.outbox import Outbox
 from wherry_agent.processes import Short, WorkerProcess, canary, courier
 from wherry_agent.settings import MIB, Settings
+from wherry_agent.sharing import Sharing
 from wherry_agent.telemetry import Buffer, Context, Windows
 from wherry_shared import dsse, reasons, topics, wire
 from wherry_shared.clock import MICROSECONDS, Now
@@ -274,12 +275,15 @@ class Daemon:
                 next_step="choose another with --http-port",
             ) from error
         self.http_port: int = tcp.getsockname()[1]
+        sharing = Sharing(self._home, group_id(self._settings.handle_group), self._disk)
+        sharing.open_folders()
         path = self._home / "run" / "worker.sock"
         local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             path.unlink(missing_ok=True)
             local.bind(str(path))
             path.chmod(0o660)
+            sharing.open_socket(path)
         except OSError as error:
             raise DeviceError(
                 "socket_path",
@@ -287,6 +291,7 @@ class Daemon:
                 consequence="applications could not reach their models",
                 next_step="choose a --home with a shorter path that this user may write",
             ) from error
+        self._sharing = sharing
         self._listeners = [tcp, local]
         for listener in self._listeners:
             listener.listen(BACKLOG)
@@ -721,9 +726,19 @@ class Daemon:
         self._cut_windows()
         self._worker.send(children.Serve(revision=effect.revision, models=list(effect.models)))
         wanted = {model.name: model for model in effect.models}
+        for model in effect.models:
+            for loadable in (model.active, model.incumbent):
+                self._share(loadable)
         for name in self._served | set(wanted):
             self._handles.publish(name, wanted.get(name))
         self._served = set(wanted)
+
+    def _share(self, loadable: children.Loadable | None) -> None:
+        try:
+            if loadable is not None:
+                self._sharing.open_files(loadable)
+        except DeviceError as error:  # the worker serves it all the same; a handle that cannot load it says so
+            log.error("%s", error)
 
     def _worker_event(self, event: children.WorkerEvent) -> None:
         match event:

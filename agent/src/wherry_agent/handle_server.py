@@ -94,7 +94,7 @@ class HandleServer:
         self._worker_socket = worker_socket
         self._on_crash = on_crash
         self._on_verdict = on_verdict
-        self._group = _group_id(group)
+        self._group = group_id(group)
         self._lock = threading.Lock()
         self._revision = 0
         self._serves: dict[str, ServeModel] = {}
@@ -174,7 +174,7 @@ class HandleServer:
             self._path.unlink(missing_ok=True)
             listener.bind(str(self._path))
             self._path.chmod(0o660)
-            if self._group is not None and os.geteuid() == 0:
+            if self._group is not None:
                 os.chown(self._path, -1, self._group)
             listener.listen(CONNECTIONS_MAX)
         except OSError as error:
@@ -392,7 +392,12 @@ def allowed(uid: int, gid: int, group: int | None) -> bool:
         return False
 
 
-def _group_id(group: str) -> int | None:
+def group_id(group: str) -> int | None:
+    """Return the id of a group, None for no name.
+
+    Raises:
+        DeviceError: `no_group`.
+    """
     if not group:
         return None
     try:

@@ -36,7 +36,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     http_port: Port = HTTP_PORT_DEFAULT
     """Loopback port on which models are served; 0 for any free one (see `wherry-agent status`)."""
     handle_group: str = ""
-    """System group whose members may use models in their own process."""
+    """System group whose members may use models in their own process, by the sockets and the served files in `home`."""
     memory_reserve_mb: Size = 64
     """Memory that a hot swap leaves free."""
     canary_memory_mb: Size = 0
