@@ -7,12 +7,14 @@ import logging
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from wherry_agent import __version__, settings
+from wherry_shared.clock import MICROSECONDS
 from wherry_shared.errors import RefusedError, WherryError
 
 
@@ -161,12 +163,49 @@ def _doctor(arguments: argparse.Namespace) -> int:
     checks.append(("identity", known is not None, known.device if known is not None else "not enrolled yet"))
     if known is not None:
         checks.append(("broker", *_reachable(known.broker_host, known.broker_port)))
+        server = (chosen.server or known.server).rstrip("/")
+        checks.append(("server", *_answers(home, server, known.tuf_path)))
+    checks.append(("clock", *_clock(home)))
     if arguments.json:
         print(msgspec.json.encode([{"check": c, "ok": ok, "detail": d} for c, ok, d in checks]).decode())
     else:
         for check, ok, detail in checks:
             print(f"{'ok ' if ok else 'BAD'} {check:<9} {detail}")
     return 0 if all(ok for check, ok, _ in checks if check != "identity") else 1
+
+
+def _answers(home: Path, server: str, tuf_path: str) -> tuple[bool, str]:
+    """Ask the server over HTTP for what every device needs of it: the newest trust metadata."""
+    from wherry_agent import identity
+    from wherry_agent.courier_http import Http
+    from wherry_shared.limits import TUF_METADATA_BYTES_MAX
+
+    ca = identity.folder(home) / identity.CA_FILE
+    try:
+        with Http(ca=ca if ca.exists() else None).request("GET", f"{server}{tuf_path}/timestamp.json") as answer:
+            answer.read(TUF_METADATA_BYTES_MAX)
+            return answer.status == 200, f"{server} answers {answer.status} for trust metadata"
+    except WherryError as error:
+        return False, f"{server}: {error.message}"
+
+
+def _clock(home: Path) -> tuple[bool, str]:
+    """Compare the clock with what was verified here: a signed time that is past, and metadata that expire."""
+    from wherry_agent.disk import Disk
+    from wherry_agent.journal import Journal
+
+    journal = home / "journal.json"
+    state = Journal(Disk(), journal).read(lambda: "")[0] if journal.exists() else None
+    now_us = int(time.time() * MICROSECONDS)
+    said = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    if state is None or state.trust is None:
+        return True, f"{said}; nothing was verified here yet to compare it with"
+    floor = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(state.trust.time_floor_us // MICROSECONDS))
+    if now_us < state.trust.time_floor_us:
+        return False, f"{said} is before {floor}, a time that was verified: set the clock"
+    if now_us >= state.trust.expires_at:
+        return False, f"{said}; trust metadata expired: the clock runs ahead, or the server was long away"
+    return True, f"{said}, after {floor}, which was verified"
 
 
 def _reachable(host: str, port: int) -> tuple[bool, str]:
