@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -20,7 +21,9 @@ from tests.agent.serving_kit import until
 from tests.shared.engines import models
 from wherry_agent import identity
 from wherry_agent.courier_http import Http
+from wherry_agent.disk import Disk
 from wherry_agent.envelopes import MINUTE_S, STARTS_PER_MINUTE_MAX
+from wherry_agent.journal import Journal
 from wherry_shared import dsse, topics, wire
 from wherry_shared.digest import hex_of, of_file
 
@@ -91,6 +94,42 @@ def test_a_second_agent_on_the_same_home_refuses_to_start(device: Agent) -> None
     assert said.returncode == 1
     assert "already_running" in said.stderr
     assert "next:" in said.stderr
+
+
+def test_the_log_tells_the_way_of_a_version_one_line_a_step(device: Agent) -> None:
+    device.until_serves("1.0.0")
+    story = device.log.read_text()
+    steps = ["idle → choosing a variant", "downloading → in the canary", "being swapped in → on trial"]
+    assert [step for step in steps if f"{MODEL}: {step} · {MODEL}/1.0.0" in story] == steps
+    assert " requests, 0 failed, 0 answered by the incumbent, latency ratio " in story
+    assert f"worker serves {MODEL}: sha256:" in story
+
+
+def doctor(home: Path, *flags: str) -> dict[str, tuple[bool, str]]:
+    argv = [sys.executable, "-m", "wherry_agent.cli", "doctor", "--json", "--home", str(home), *flags]
+    said = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    return {item["check"]: (item["ok"], item["detail"]) for item in msgspec.json.decode(said.stdout)}
+
+
+def test_the_doctor_looks_at_clock_and_server(device: Agent, tmp_path: Path) -> None:
+    device.until_serves("1.0.0")
+    found = doctor(device.home)
+    assert found["server"] == (True, f"{device.site.url} answers 200 for trust metadata")
+    assert found["clock"][0]
+    assert "which was verified" in found["clock"][1]
+    (tmp_path / "dead.toml").write_text('server = "http://127.0.0.1:1"\n')
+    dead = doctor(device.home, "--config", str(tmp_path / "dead.toml"))
+    assert not dead["server"][0]
+    journal = Journal(Disk(), device.home / "journal.json")
+    state = journal.read(lambda: "")[0]
+    assert state is not None
+    assert state.trust is not None
+    (tmp_path / "run").mkdir()
+    ahead = msgspec.structs.replace(state.trust, time_floor_us=state.trust.time_floor_us + 10**15)
+    Journal(Disk(), tmp_path / "journal.json").write(replace(state, trust=ahead))
+    clock = doctor(tmp_path)["clock"]
+    assert not clock[0]
+    assert "set the clock" in clock[1]
 
 
 def test_a_killed_worker_refuses_nobody_and_is_followed_by_the_next(device: Agent) -> None:

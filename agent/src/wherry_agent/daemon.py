@@ -346,10 +346,7 @@ class Daemon:
                 self._kept.append(event)
             self._later("journal", JOURNAL_AGAIN_S, self._take_kept)
             return
-        for report in state.owed:
-            if report.seq >= before.seq:
-                words = (report.model, report.state, report.target, report.reason, report.detail)
-                log.info("%s", " · ".join(word for word in words if word))
+        _tell_story(before, state)
         for effect in effects:
             self._run(effect)
 
@@ -746,6 +743,8 @@ class Daemon:
                 log.info("worker %d is ready", event.pid)
                 self._turn(s.WorkerReady())
             case children.Serving():
+                if event.ok and event.load_ms:
+                    log.info("worker serves %s: %s, loaded in %.0f ms", event.model, event.digest, event.load_ms)
                 if not event.ok:
                     log.warning("worker cannot serve %s: %s %s", event.model, event.reason, event.detail)
                 self._turn(s.Served(event.model, event.digest, event.revision, event.ok, event.reason, event.detail))
@@ -992,6 +991,28 @@ class Daemon:
             "engines": [f"{e.name} {e.version}" for e in self._facts.engines] if self._facts is not None else [],
             **status.describe(self._state, self._now(), name=self._identity.name),
         }
+
+
+def _tell_story(before: s.State, after: s.State) -> None:
+    """Log what a turn changed for each model, and what is reported of it: one line each."""
+    for name in sorted({*before.models, *after.models}):
+        old, new = before.models.get(name, s.Slot()).phase, after.models.get(name, s.Slot()).phase
+        if type(old) is not type(new):
+            job = getattr(new, "job", None) or getattr(old, "job", None)
+            target = job.offered.target if job is not None else ""
+            reason, detail = getattr(new, "reason", ""), getattr(new, "detail", "")
+            step = (f"{status.phase_words(old)} → {status.phase_words(new)}", target, reason, detail)
+            log.info("%s: %s", name, " · ".join(word for word in step if word))
+    for report in after.owed:
+        if report.seq >= before.seq:
+            figures = (
+                f"{report.requests} requests, {report.errors} failed, {report.fallbacks} answered by the incumbent,"
+                f" latency ratio {report.latency_ratio:.2f}"
+                if report.trial_end
+                else ""
+            )
+            words = (report.model, report.state, report.target, report.reason, report.detail, figures)
+            log.info("%s", " · ".join(word for word in words if word))
 
 
 def _digests(loadable: children.Loadable) -> set[str]:

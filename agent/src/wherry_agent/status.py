@@ -44,6 +44,11 @@ _PHASES: dict[type[Any], str] = {
 }
 
 
+def phase_words(phase: s.Phase) -> str:
+    """Say what a model's phase is, in words."""
+    return _PHASES[type(phase)]
+
+
 def describe(state: s.State, now: Now, *, name: str = "") -> dict[str, object]:
     """Return the state of a device for a person or a program."""
     return {
