@@ -25,6 +25,7 @@ from tests.line import Between, Line
 from wherry_agent import identity, journal
 from wherry_optimizer.pack import pack_model
 from wherry_shared import publishing
+from wherry_shared.errors import UnreachableError
 from wherry_shared.publishing import PublisherKey, Remote
 from wherry_simulators.fleet import Agent, Server
 from wherry_simulators.processes import wait_for
@@ -179,6 +180,19 @@ class Site:
         logs, token = self.folder / "logs", self.server.token(1)
         agent = Agent(name, home, logs, server or self.server.address, token, {}, ["onnxruntime"])
         self.agents[name] = agent.start()
+
+        def enrolled() -> bool:
+            assert agent.child is not None
+            if not agent.child.alive():
+                raise AssertionError(f"{name} ended by itself:\n{agent.child.tail(40)}")
+            with self.server.client() as client:
+                return any(one["name"] == name for one in client.get("/api/v1/devices", name=name)["devices"])
+
+        try:
+            wait_for(f"{name} to enrol", enrolled, WAIT_S)
+        except UnreachableError as error:
+            assert agent.child is not None
+            raise AssertionError(f"{error}\n{agent.child.tail(40)}") from error
         return agent
 
     def remove(self, name: str) -> None:
