@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.server.harness import Running, enrol, release, write_bundle
-from wherry_server.client import Access, Client, find_access
+from wherry_server.client import Client
+from wherry_shared.access import Access, find_access
 from wherry_shared.errors import RefusedError, UnreachableError
 from wherry_shared.publishing import PublisherKey, sign
 

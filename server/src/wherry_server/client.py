@@ -2,60 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
-import msgspec
 
-from wherry_server.settings import DEFAULT_DATA
-from wherry_shared.errors import DeviceError, RefusedError, UnreachableError, WherryError
-from wherry_shared.publishing_remote import LOOPBACK
+from wherry_shared.access import LOOPBACK, Access, problem, unreachable
 
 TIMEOUT_S = 30.0
-CLIENT_FILE = "client.json"
-
-
-class Access(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the server is and how to be let in: the content of `client.json`."""
-
-    server: str
-    token: str
-
-
-def find_access(server: str | None = None, token: str | None = None, data: Path | None = None) -> Access:
-    """Put together address and token: arguments, then WHERRY_SERVER and WHERRY_TOKEN, then `client.json`.
-
-    The file is read from `data`, from WHERRY_DATA or from the default data folder, whichever is named first.
-
-    Raises:
-        RefusedError: `access_missing` or `client_file_invalid`.
-    """
-    server = server or os.environ.get("WHERRY_SERVER")
-    token = token or os.environ.get("WHERRY_TOKEN")
-    if server is None or token is None:
-        folder = data or Path(os.environ.get("WHERRY_DATA") or DEFAULT_DATA)
-        file = folder.expanduser() / CLIENT_FILE
-        if file.exists():
-            try:
-                saved = msgspec.json.decode(file.read_bytes(), type=Access)
-            except msgspec.DecodeError as error:
-                raise RefusedError(
-                    "client_file_invalid", f"{file}: {error}", next_step="start wherry dev again, it writes the file"
-                ) from error
-            if server is None or server.rstrip("/") == saved.server.rstrip("/"):  # its token is for its server only
-                server, token = saved.server, token or saved.token
-    if server is None or token is None:
-        raise RefusedError(
-            "access_missing",
-            f"no {'server' if server is None else 'token'} given",
-            consequence="nothing was asked",
-            next_step="start wherry dev on this machine, or give --server and --token (WHERRY_SERVER, WHERRY_TOKEN)",
-        )
-    return Access(server=server.rstrip("/"), token=token)
 
 
 class Client:
@@ -120,12 +75,7 @@ class Client:
         try:
             return self.http.request(method, path, **arguments)
         except httpx.HTTPError as error:
-            raise UnreachableError(
-                "server_unreachable",
-                f"{self.server} does not answer: {error or type(error).__name__}",
-                consequence="nothing is known about this request",
-                next_step="start the server (wherry dev), or check --server",
-            ) from error
+            raise unreachable(self.server, error) from error
 
 
 def check(answer: httpx.Response) -> httpx.Response:
@@ -137,21 +87,4 @@ def check(answer: httpx.Response) -> httpx.Response:
     if answer.is_success or answer.status_code == 304:
         return answer
     answer.read()
-    try:
-        problem = answer.json()
-    except ValueError:
-        problem = {}
-    if not isinstance(problem, dict):
-        problem = {}
-    status = answer.status_code
-    kind: type[WherryError] = RefusedError
-    if status in (429, 500, 502, 503, 504):
-        kind = UnreachableError
-    elif status == 507:
-        kind = DeviceError
-    raise kind(
-        str(problem.get("code") or f"http_{status}"),
-        str(problem.get("detail") or f"the server answered {status} {answer.reason_phrase}"),
-        consequence=str(problem.get("consequence") or ""),
-        next_step=str(problem.get("next_step") or ""),
-    )
+    raise problem(answer.status_code, answer.reason_phrase, answer.content)

@@ -25,13 +25,13 @@ import msgspec
 from sqlalchemy import select
 
 from wherry_server import auth, broker, enrolment
-from wherry_server.client import Access
 from wherry_server.db.tables import ApiToken, EnrolmentToken, table
 from wherry_server.secret_files import write_secret
 from wherry_server.services import Services, open_services, prepare
-from wherry_server.settings import DEFAULT_DATA, Settings
+from wherry_server.settings import Settings
 from wherry_server.supervision import Child, Supervisor
 from wherry_server.times import now_us
+from wherry_shared.access import DEFAULT_DATA, Access
 from wherry_shared.errors import RefusedError, UnreachableError
 
 READY_S = 60.0

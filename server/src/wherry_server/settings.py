@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import msgspec
 
+from wherry_shared.access import CLIENT_FILE, DEFAULT_DATA
 from wherry_shared.errors import RefusedError
 from wherry_shared.ids import check_name
 
-DEFAULT_DATA = Path("~/.local/share/wherry/dev")
 DEFAULT_PORT = 8400
 DEFAULT_BROKER_PORT = 8401
 FILE = "settings.json"
@@ -76,7 +76,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def client_file(self) -> Path:
         """Address and token for the `wherry` command on this machine. Mode 0600."""
-        return self.data / "client.json"
+        return self.data / CLIENT_FILE
 
     @classmethod
     def load(cls, data: Path | None = None, **overrides: Any) -> Settings:
@@ -119,7 +119,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 def _decode(kind: type, value: Any) -> Any:
     if kind is Path and isinstance(value, str):
         return Path(value)
-    raise NotImplementedError(kind)
+    raise NotImplementedError(kind)  # how msgspec is told that a type has no converter here
 
 
 def _invalid(file: Path, error: Exception) -> RefusedError:

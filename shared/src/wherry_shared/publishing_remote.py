@@ -5,7 +5,6 @@ The server is not trusted here: what it says about bins is checked by `publishin
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -15,21 +14,11 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
-from wherry_shared.errors import DeviceError, RefusedError, UnreachableError, WherryError
+from wherry_shared.access import LOOPBACK, find_access, problem, unreachable
+from wherry_shared.errors import RefusedError
 
 TIMEOUT_S = 60.0
 ANSWER_BYTES_MAX = 16 * 1024 * 1024
-LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
-"""Hosts before which no proxy stands, whatever the environment says."""
-CLIENT_FILE = "client.json"
-DEFAULT_DATA = "~/.local/share/wherry/dev"
-
-
-class _Access(msgspec.Struct, frozen=True):
-    """The content of `client.json`, which `wherry dev` writes."""
-
-    server: str
-    token: str
 
 
 class _PublisherState(msgspec.Struct, frozen=True):
@@ -76,30 +65,8 @@ class Remote:
         Raises:
             RefusedError: `access_missing` or `client_file_invalid`.
         """
-        server = server or os.environ.get("WHERRY_SERVER")
-        token = token or os.environ.get("WHERRY_TOKEN")
-        if not server or not token:
-            folder = data or Path(os.environ.get("WHERRY_DATA") or DEFAULT_DATA)
-            file = folder.expanduser() / CLIENT_FILE
-            if file.exists():
-                try:
-                    saved = msgspec.json.decode(file.read_bytes(), type=_Access)
-                except msgspec.DecodeError as error:
-                    raise RefusedError(
-                        "client_file_invalid",
-                        f"{file}: {error}",
-                        next_step="start wherry dev again, it writes the file",
-                    ) from error
-                if not server or server.rstrip("/") == saved.server.rstrip("/"):  # a token is for its server only
-                    server, token = saved.server, token or saved.token
-        if not server or not token:
-            raise RefusedError(
-                "access_missing",
-                f"no {'token' if server else 'server'} given",
-                consequence="nothing was asked or signed",
-                next_step="start wherry dev on this machine, or give --server and --token (WHERRY_SERVER, WHERRY_TOKEN)",
-            )
-        return cls(server, token)
+        access = find_access(server, token, data)
+        return cls(access.server, access.token)
 
     def __enter__(self) -> Self:
         return self
@@ -200,32 +167,10 @@ class Remote:
                         )
                 return _Answer(answer.status_code, answer.reason_phrase, answer.headers, bytes(body))
         except httpx.HTTPError as error:
-            raise UnreachableError(
-                "server_unreachable",
-                f"{self.server} does not answer: {error or type(error).__name__}",
-                consequence="nothing is known about this request",
-                next_step="start the server (wherry dev), or check --server",
-            ) from error
+            raise unreachable(self.server, error) from error
 
     @staticmethod
     def _check(answer: _Answer) -> _Answer:
         if answer.status < 300:
             return answer
-        try:
-            problem = msgspec.json.decode(answer.body)
-        except msgspec.DecodeError:  # a proxy's page, perhaps: the status says enough
-            problem = None
-        if not isinstance(problem, dict):
-            problem = {}
-        status = answer.status
-        kind: type[WherryError] = RefusedError
-        if status in (429, 500, 502, 503, 504):
-            kind = UnreachableError
-        elif status == 507:
-            kind = DeviceError
-        raise kind(
-            str(problem.get("code") or f"http_{status}"),
-            str(problem.get("detail") or f"the server answered {status} {answer.reason}"),
-            consequence=str(problem.get("consequence") or ""),
-            next_step=str(problem.get("next_step") or ""),
-        )
+        raise problem(answer.status, answer.reason, answer.body)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wherry_server.client import Client, find_access
+from wherry_server.client import Client
+from wherry_shared.access import find_access
 from wherry_simulators.processes import Child, free_port, wait_for
 
 START_S = 60.0

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from wherry_server.cli.common import GLOBALS, AsJson, client, show, size, table, when
-from wherry_server.client import find_access
+from wherry_shared.access import find_access
 from wherry_shared.errors import RefusedError
 
 app = typer.Typer(name="bundle", help="Signed releases of models.", no_args_is_help=True)

@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from wherry_server.client import Client, find_access
+from wherry_server.client import Client
+from wherry_shared.access import find_access
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of text.")]
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from wherry_server.settings import DEFAULT_DATA, Settings
+from wherry_server.settings import Settings
+from wherry_shared.access import DEFAULT_DATA
 from wherry_shared.errors import RefusedError
 
 commands = typer.Typer()

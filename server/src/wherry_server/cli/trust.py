@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from wherry_server.cli.common import GLOBALS, AsJson, client, date, show, table
-from wherry_server.client import find_access
+from wherry_shared.access import find_access
 from wherry_shared.errors import RefusedError
 
 if TYPE_CHECKING:  # tuf and cryptography cost a quarter of a second
