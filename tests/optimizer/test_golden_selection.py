@@ -11,12 +11,11 @@ from onnx import numpy_helper
 
 from tests.optimizer.models import blobs, classifier
 from wherry_optimizer import interface
-from wherry_optimizer.golden import Runnable, Runs, _cover, _steady, budget, configurations, select
+from wherry_optimizer.golden import Runnable, Runs, _cover, _steadiest_first, _telling, budget, configurations, select
 from wherry_optimizer.recipe import Hints
 from wherry_shared import golden
 from wherry_shared.errors import RefusedError
 from wherry_shared.facts import EngineFacts
-from wherry_shared.golden import Tolerance
 
 ORT = [EngineFacts(name="onnxruntime", version="1.32.0", formats=["onnx"])]
 
@@ -91,22 +90,43 @@ def test_large_outputs_are_kept_as_samples(tmp_path: Path) -> None:
     assert golden.check(made, item.open().run) == []
 
 
-def test_candidates_that_move_between_configurations_are_avoided() -> None:
+def told(*, moved: list[float], differ: set[int], path: Path) -> tuple[list[Runnable], dict[str, Runs]]:
+    """Two variants that differ by one at the candidates of `differ`, and move between configurations as said."""
+    item = runnable("a", classifier(path))
+    variants = [item, Runnable("b", item.path, "onnx", item.interface, {}, 0, {}, ("onnxruntime",))]
+    same = [{"p": np.zeros((1, 6), np.float32)} for _ in moved]
+    other = [{"p": np.full((1, 6), float(index in differ), np.float32)} for index in range(len(moved))]
+    return variants, {
+        "a": Runs(same, {"p": np.array(moved)}, ("onnxruntime",), {}),
+        "b": Runs(other, {"p": np.array(moved)}, ("onnxruntime",), {}),
+    }
+
+
+def test_candidates_that_move_between_configurations_come_last() -> None:
     outputs = [{"y": np.array([float(index)])} for index in range(4)]
     runs = {"a": Runs(outputs, {"y": np.array([0.0, 0.5, 0.0, 0.9])}, ("onnxruntime",), {})}
-    assert _steady(runs, 4) == [0, 2]
+    assert _steadiest_first(runs, 4) == [0, 2, 1, 3]
 
 
-def test_the_vector_that_tells_most_pairs_apart_comes_first(tmp_path: Path) -> None:
-    item = runnable("a", classifier(tmp_path / "m.onnx"))
-    variants = [item, Runnable("b", item.path, "onnx", item.interface, {}, 0, {}, ("onnxruntime",))]
-    same, other = {"p": np.zeros((1, 6), np.float32)}, {"p": np.ones((1, 6), np.float32)}
-    runs = {
-        "a": Runs([same, same], {"p": np.zeros(2)}, ("onnxruntime",), {}),
-        "b": Runs([same, other], {"p": np.zeros(2)}, ("onnxruntime",), {}),
-    }
-    bounds = {key: {"p": Tolerance(0.1, 0.0)} for key in runs}
-    assert _cover(variants, runs, bounds, [0, 1]) == [1, 0]
+def test_the_steadier_half_is_enough_where_it_tells_all_variants_apart(tmp_path: Path) -> None:
+    variants, runs = told(moved=[0.0, 0.0, 1e-3, 1e-3], differ={1, 3}, path=tmp_path / "m.onnx")
+    assert set(_telling(variants, runs, [0, 1, 2, 3])) == {0, 1}
+
+
+def test_candidates_that_move_are_let_in_where_the_steady_ones_tell_nothing_apart(tmp_path: Path) -> None:
+    variants, runs = told(moved=[0.0, 0.0, 1e-3, 1e-2], differ={2, 3}, path=tmp_path / "m.onnx")
+    tells = _telling(variants, runs, [0, 1, 2, 3])
+    assert set(tells) == {0, 1, 2}
+    assert tells[2] == {("a", "b"), ("b", "a")}
+
+
+def test_candidates_are_not_let_in_where_their_tolerance_would_hide_what_they_tell(tmp_path: Path) -> None:
+    variants, runs = told(moved=[0.0, 0.0, 0.0, 0.5], differ={3}, path=tmp_path / "m.onnx")
+    assert set(_telling(variants, runs, [0, 1, 2, 3])) == {0, 1}
+
+
+def test_the_vector_that_tells_most_pairs_apart_comes_first() -> None:
+    assert _cover({0: set(), 1: {("a", "b")}, 2: {("a", "b"), ("b", "a")}}) == [2, 0, 1]
 
 
 def test_a_variant_that_no_engine_here_runs_is_refused(tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 For every candidate input each variant runs under every engine configuration at hand (optimization levels, threads, QDQ
 on and off, both TFLite runtimes). What moves between configurations is the price of honesty: the tolerance is ten times
-the largest such difference (`TOLERANCE_FACTOR`), at least 1e-4 of the output's range. Vectors are chosen among the
-steadier half so that every other variant of the bundle fails at least one; variants of the same format that nothing
-separates are reported (`Selection.unseparated`), since a mix-up of those would pass.
+the largest such difference (`TOLERANCE_FACTOR`), at least 1e-4 of the output's range. Vectors are chosen so that every other
+variant of the bundle fails at least one, among the steadier half if those tell all variants apart, else among as many
+more as that takes: a saturated answer is steady because nothing moves it, a wrong variant included. Variants of the same
+format that nothing separates are reported (`Selection.unseparated`), since a mix-up of those would pass.
 
 An engine that cannot load a variant, or answers so differently that a tolerance for both would let anything pass (seen:
 dynamic-range int8 in tflite-runtime 2.14 and LiteRT 2.3 are 0.15 of the range apart), is not one that it was shown on:
@@ -34,11 +35,14 @@ from wherry_shared.golden import Expected, Golden, Tolerance, Vector
 
 Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
+_Pair = tuple[str, str]
+"""(variant, other)"""
 
 TOLERANCE_FACTOR = 10.0
 FLOOR_OF_RANGE = 1e-4
-STEADY_SHARE = 0.5
-"""Vectors are taken from this share of the candidates: those that move least between configurations."""
+STEADY_SHARES = (0.5, 0.625, 0.75, 0.875, 1.0)
+"""Vectors are taken from the first of these shares of the candidates (those that move least between configurations)
+that tells as many variants apart as any of them does."""
 ENGINE_MOVED_MAX = 0.02
 """Another engine that moves an output by more than this share of its range is left out."""
 WORKERS = min(2, os.cpu_count() or 1)
@@ -142,9 +146,7 @@ def select(
     with ThreadPoolExecutor(WORKERS) as pool:
         jobs = {item.id: pool.submit(run_all, item, candidates, available) for item in variants}
         runs = {key: job.result() for key, job in jobs.items()}
-    steady = _steady(runs, len(candidates))
-    bounds = {item.id: _tolerances(item, runs[item.id], steady) for item in variants}
-    order = _cover(variants, runs, bounds, steady)
+    order = _cover(_telling(variants, runs, _steadiest_first(runs, len(candidates))))
     order = _within_budget(
         order[:vectors], variants, candidates=candidates, runs=runs, sampled_above=sampled_above, budgets=budgets
     )
@@ -241,15 +243,46 @@ def _moved(name: str, first: Sequence[Tensors], other: Sequence[Tensors]) -> npt
     )
 
 
-def _steady(runs: Mapping[str, Runs], count: int) -> list[int]:
-    """Return candidates that move least, over all variants and outputs, in their first order."""
+def _steadiest_first(runs: Mapping[str, Runs], count: int) -> list[int]:
+    """Return all candidates, those first that move least over all variants and outputs."""
     worst = np.zeros(count)
     for own in runs.values():
         for name, moved in own.moved.items():
             span = _span([outputs[name] for outputs in own.outputs])
             worst = np.maximum(worst, moved / span)
-    kept = np.argsort(worst, kind="stable")[: max(1, round(count * STEADY_SHARE))]
-    return sorted(int(index) for index in kept)
+    return [int(index) for index in np.argsort(worst, kind="stable")]
+
+
+def _telling(variants: Sequence[Runnable], runs: Mapping[str, Runs], ranked: Sequence[int]) -> dict[int, set[_Pair]]:
+    """Return candidate → pairs (variant, other) that it tells apart, for the candidates to choose from, steadiest first.
+
+    Every candidate that is let in may widen the tolerance for all of them: no more are let in than the pairs need.
+    """
+    best: dict[int, set[_Pair]] = {}
+    most = -1
+    for share in STEADY_SHARES:
+        chosen = ranked[: max(1, round(len(ranked) * share))]
+        tells = _tells(variants, runs, chosen)
+        told = len(set().union(*tells.values()))
+        if told > most:
+            best, most = tells, told
+        if most == len(variants) * (len(variants) - 1):
+            break
+    return best
+
+
+def _tells(variants: Sequence[Runnable], runs: Mapping[str, Runs], indices: Sequence[int]) -> dict[int, set[_Pair]]:
+    """Return candidate → pairs (variant, other) that it tells apart under the tolerances that all of `indices` need."""
+    tells: dict[int, set[_Pair]] = {index: set() for index in indices}
+    for item in variants:
+        bounds = _tolerances(item, runs[item.id], indices)
+        for other in variants:
+            if item.id == other.id:
+                continue
+            for index in indices:
+                if _differs(runs[item.id].outputs[index], runs[other.id].outputs[index], bounds):
+                    tells[index].add((item.id, other.id))
+    return tells
 
 
 def _span(values: Sequence[Array]) -> float:
@@ -272,28 +305,13 @@ def _tolerances(variant: Runnable, runs: Runs, indices: Sequence[int]) -> dict[s
     return found
 
 
-def _cover(
-    variants: Sequence[Runnable],
-    runs: Mapping[str, Runs],
-    bounds: Mapping[str, dict[str, Tolerance]],
-    steady: Sequence[int],
-) -> list[int]:
+def _cover(tells: Mapping[int, set[_Pair]]) -> list[int]:
     """Order candidates: first a greedy cover of all pairs (variant, other) by vectors that tell them apart."""
-    tells: dict[int, set[tuple[str, str]]] = {index: set() for index in steady}
-    for item in variants:
-        for other in variants:
-            if item.id == other.id:
-                continue
-            for index in steady:
-                if _differs(runs[item.id].outputs[index], runs[other.id].outputs[index], bounds[item.id]):
-                    tells[index].add((item.id, other.id))
-    open_pairs = set().union(*tells.values()) if tells else set()
+    open_pairs = set().union(*tells.values())
     order: list[int] = []
-    rest = list(steady)
-    while open_pairs and rest:
+    rest = list(tells)
+    while open_pairs:
         best = max(rest, key=lambda index: len(tells[index] & open_pairs))
-        if not tells[best] & open_pairs:
-            break
         order.append(best)
         rest.remove(best)
         open_pairs -= tells[best]
