@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from wherry_shared.bundle import Interface, Processing
-from wherry_shared.wire import Offer, OfferedModel, VariantTried
+from wherry_shared.wire import Mode, Offer, OfferedModel, VariantTried
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
@@ -243,6 +243,17 @@ class ServeModel(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     trial: str = ""
     """Trial id; empty when `active` is trusted."""
     deadline_ms: int = 10_000
+    mode: Mode = "replace"
+    """How a trial goes: `replace` and `blue_green` let `active` answer (with share 0: stand by, loaded and warm, while the
+    incumbent answers), `split` lets it answer a stable `share` of requests, `shadow` runs it beside the incumbent, which
+    answers, on a `share` of requests."""
+    share: float = 1.0
+    salt: str = ""
+    """Of the stable hash that picks requests for a share."""
+    shadow_cpu_share_max: float = 0.25
+    """Share of one core that shadow runs may use; runs beyond it are skipped and counted."""
+    group: str = ""
+    """Models of one group are published together, as one generation; empty: alone."""
 
 
 class Serve(_Message, tag="serve", frozen=True, kw_only=True):
@@ -250,6 +261,8 @@ class Serve(_Message, tag="serve", frozen=True, kw_only=True):
 
     revision: int
     models: list[ServeModel]
+    flags: dict[str, Any] = {}
+    """Feature flags of this device, by key: bool, int, float, str, or an object."""
 
 
 class RunGolden(_Message, tag="run_golden", frozen=True, kw_only=True):
@@ -321,6 +334,16 @@ class ArmStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     latency_us: dict[str, dict[str, int]] = {}
     wait_us: dict[str, int] = {}
     classes: dict[str, int] = {}
+    confidence: dict[str, int] = {}
+    """Sketch of the top class's value, where the interface has labels."""
+    compared: int = 0
+    """Shadow runs that were compared with the incumbent's answer to the same request."""
+    agreed: int = 0
+    """Those that gave the same answer: the same top class, or every output within the comparison's tolerance."""
+    skipped: int = 0
+    """Requests of the share that were not run because the CPU budget was used up."""
+    distance: dict[str, int] = {}
+    """Sketch of the distance between the two answers: largest difference over the range of the incumbent's output."""
     last_error: str = ""
 
 

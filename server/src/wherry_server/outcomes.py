@@ -106,6 +106,8 @@ def judge(assigned: Assigned, report: Report) -> Change | None:
             | "fetching"
             | "judging"
             | "trial"
+            | "standby"
+            | "compared"
             | "waiting"
             | "empty"
             | "removed"

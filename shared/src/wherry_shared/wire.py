@@ -55,6 +55,10 @@ class Trial(_Wire, frozen=True, kw_only=True):
     canary_memory_bytes_max: int = 0
     """0: the device's own budget."""
     variant_tries: int = 2
+    shadow_cpu_share_max: float = 0.25
+    """Share of one core that runs of a shadow may use on the device."""
+    agreement_min: float = 0.0
+    """Share of shadow runs that have to agree with the incumbent; 0: it is only reported."""
 
 
 class OfferedModel(_Wire, frozen=True, kw_only=True):
@@ -124,6 +128,8 @@ ModelState = Literal[
     "fetching",
     "judging",
     "trial",
+    "standby",
+    "compared",
     "returned",
     "failed",
     "refused",
@@ -137,7 +143,8 @@ class Report(_Wire, frozen=True, kw_only=True):
     """The device's durable word about one model.
 
     `state` says where it stands: `fetching`, `judging` (canary), `trial` and `waiting` (trouble around the model, will
-    try again) are under way; `confirmed`, `confirmed_idle`, `returned` (went back from a trial), `failed` (never served:
+    try again) are under way, and so is `standby` (blue-green: loaded and proved, the incumbent answers); `compared` (the time
+    of a shadow or split is over, the incumbent answers alone), `confirmed`, `confirmed_idle`, `returned` (went back from a trial), `failed` (never served:
     no variant left), `refused` (will not try: contract, unsupported, known bad, trust), `removed` and `safe` are ends.
     """
 
@@ -170,6 +177,14 @@ class Report(_Wire, frozen=True, kw_only=True):
     trial_end: str = ""
     """`requests`, `idle`, `returned:REASON`, `withdrawn`: by which rule the trial ended."""
     latency_ratio: float = 0.0
+    mode: Mode = "replace"
+    """How the candidate was tried."""
+    share: float = 1.0
+    group: str = ""
+    compared: Count = 0
+    agreed: Count = 0
+    skipped: Count = 0
+    """Shadow runs compared with the incumbent's answers, those that agreed, and those the CPU budget did not allow."""
 
 
 class Window(_Wire, frozen=True, kw_only=True):
@@ -192,6 +207,14 @@ class Window(_Wire, frozen=True, kw_only=True):
     """Time spent waiting for the run gate, a `sketch.Sketch`; never evidence."""
     classes: dict[str, int] = {}
     """Histogram of the top class, where the interface has labels."""
+    confidence: dict[str, int] = {}
+    """Sketch of the top class's value, where the interface has labels: its drift is visible without a label."""
+    compared: Count = 0
+    agreed: Count = 0
+    skipped: Count = 0
+    """Of a shadow: runs compared with the incumbent's answers, those that agreed, those the CPU budget did not allow."""
+    distance: dict[str, int] = {}
+    """Of a shadow: sketch of the largest difference over the range of the incumbent's output."""
 
 
 class Telemetry(_Wire, frozen=True, kw_only=True):
