@@ -15,6 +15,7 @@ _SEMVER = re.compile(
     r"(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})"
     r"(?:-((?:0|[1-9]\d*|\d*[A-Za-z-][0-9A-Za-z-]*)(?:\.(?:0|[1-9]\d*|\d*[A-Za-z-][0-9A-Za-z-]*))*))?"
 )
+_KEYS = 1 << 64
 RESERVED_VERSIONS = frozenset({"policy"})
 
 
@@ -108,6 +109,11 @@ def share_key(salt: str, unit: str) -> int:
     """
     digest = hashlib.blake2b(unit.encode(), digest_size=8, key=hashlib.sha256(salt.encode()).digest()).digest()
     return int.from_bytes(digest, "big")
+
+
+def in_share(salt: str, unit: str, share: float) -> bool:
+    """Tell whether `unit` is among the share (0 to 1) of all units that `salt` picks first: the same units each time."""
+    return share_key(salt, unit) < share * _KEYS
 
 
 def shard(device: str) -> str:

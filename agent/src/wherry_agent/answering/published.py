@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from wherry_agent.answering.arms import Counter, Loaded
+from wherry_agent.answering.ask import PLAIN, Ask
 from wherry_agent.answering.gate import RunGate
 from wherry_agent.answering.helpers import Helpers, Overrun
+from wherry_agent.answering.route import WHOLE, Route
 from wherry_shared.engines.errors import BadInput, EngineFault
 from wherry_shared.engines.session import Array, Interrupt
 
@@ -42,6 +44,7 @@ class Published:
     trial: str = ""
     deadline_s: float = 10.0
     on_candidate_error: Callable[[], None] = field(default=_nothing)
+    route: Route = WHOLE
 
     def loaded(self) -> list[Loaded]:
         """Return what can answer, the active one first."""
@@ -53,6 +56,8 @@ class Published:
         helpers: Helpers,
         inputs: Mapping[str, Array],
         outputs: Sequence[str] | None = None,
+        *,
+        ask: Ask = PLAIN,
     ) -> Answer:
         """Answer one request as the trial routes it.
 
@@ -62,10 +67,17 @@ class Published:
         """
         if not self.trial:
             return Answer(_counted(self.active, self.counter, gate, inputs, outputs), self.active)
+        route, incumbent, counter = self.route, self.incumbent, self.incumbent_counter
+        if incumbent is not None and counter is not None and (route.mode == "shadow" or not route.picks(ask)):
+            return Answer(_counted(incumbent, counter, gate, inputs, outputs), incumbent)
         return self._on_trial(gate, helpers, inputs, outputs)
 
     def answer_by(
-        self, loaded: Loaded, gate: RunGate, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None
+        self,
+        loaded: Loaded,
+        gate: RunGate,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None = None,
     ) -> Answer:
         """Answer by an explicitly named version: no evidence for a trial, so on a trial it is not counted.
 

@@ -17,6 +17,7 @@ from wherry_agent.answering import memory
 from wherry_agent.answering.arms import ArmName, Counter, Loaded, key_of, load_variant, reason_of
 from wherry_agent.answering.published import Published
 from wherry_agent.answering.registry import Registry
+from wherry_agent.answering.route import Route
 from wherry_agent.children import Loadable, Serve, ServeModel, Serving
 from wherry_shared.errors import WherryError
 
@@ -176,6 +177,7 @@ class Loader:
                 trial=model.trial,
                 deadline_s=model.deadline_ms / 1000,
                 on_candidate_error=self._on_candidate_error,
+                route=Route(model.mode, model.share, model.salt),
             ),
         )
 
