@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from wherry_agent.disk import Disk, Step
+from wherry_agent.disk import STEPS, Disk, Step, disk_of
 from wherry_shared.errors import DeviceError
 
 
@@ -36,18 +40,18 @@ def full(step: Step, path: Path) -> None:
 def test_a_file_is_replaced_by_write_sync_rename_and_sync_of_the_folder(tmp_path: Path) -> None:
     cutter = Cutter()
     Disk(cutter).write_atomic(tmp_path / "a", b"new")
-    assert [step for step, _ in cutter.steps] == ["write", "fsync", "rename", "fsync_folder"]
+    assert [step for step, _ in cutter.steps] == ["create", "write", "fsync", "rename", "fsync_folder"]
     assert (tmp_path / "a").read_bytes() == b"new"
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("at", range(5))
 def test_a_cut_at_any_step_leaves_the_old_bytes_or_all_of_the_new(tmp_path: Path, at: int) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"old")
     with pytest.raises(PowerCut):
         Disk(Cutter(at)).write_atomic(path, b"new")
-    assert path.read_bytes() == (b"new" if at == 3 else b"old")
+    assert path.read_bytes() == (b"new" if at == 4 else b"old")
     Disk().sweep(tmp_path)
     assert [item.name for item in tmp_path.iterdir()] == ["a"]
 
@@ -115,3 +119,59 @@ def test_a_move_between_folders_syncs_both(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x")
     disk.rename(tmp_path / "a", tmp_path / "to" / "b")
     assert cutter.steps == [("rename", "b"), ("fsync_folder", "to"), ("fsync_folder", tmp_path.name)]
+
+
+def test_a_disk_that_takes_no_writes_has_its_own_code(tmp_path: Path) -> None:
+    def read_only(step: Step, path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    disk = Disk(read_only)
+    for write in (
+        lambda: disk.write_atomic(tmp_path / "a", b"new"),
+        lambda: disk.open_part(tmp_path / "p"),
+        lambda: disk.mkdir(tmp_path / "folder"),
+    ):
+        with pytest.raises(DeviceError) as caught:
+            write()
+        assert caught.value.code == "read_only"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tree_is_removed_entry_by_entry(tmp_path: Path) -> None:
+    cutter = Cutter()
+    root = tmp_path / "tree"
+    (root / "sub").mkdir(parents=True)
+    for name in ("b", "sub/a"):
+        (root / name).write_bytes(b"x")
+    (root / "z").symlink_to("sub/a")
+    Disk(cutter).remove_tree(root)
+    steps = [("unlink", "b"), ("unlink", "a"), ("rmdir", "sub"), ("unlink", "z"), ("rmdir", "tree")]
+    assert cutter.steps == steps
+    assert not root.exists()
+
+
+def test_steps_are_recorded_only_when_a_test_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = tmp_path / "steps"
+    disk_of("courier").write_atomic(tmp_path / "a", b"x")
+    assert not record.exists()
+    monkeypatch.setenv(STEPS, f"record:{record}")
+    disk_of("courier").unlink(tmp_path / "a")
+    assert record.read_text() == f"courier unlink {tmp_path / 'a'}\n"
+
+
+@pytest.mark.parametrize(("role", "code"), [("courier", -signal.SIGKILL), ("supervisor", 0)])
+def test_a_process_of_the_named_role_ends_before_the_named_step(tmp_path: Path, role: str, code: int) -> None:
+    script = "import sys, pathlib; from wherry_agent.disk import disk_of\n"
+    script += f"disk_of({role!r}).write_atomic(pathlib.Path(sys.argv[1]), b'new')"
+    path = tmp_path / "a"
+    environment = {**os.environ, STEPS: "kill:courier:3"}
+    done = subprocess.run([sys.executable, "-c", script, str(path)], env=environment, timeout=60)
+    assert done.returncode == code
+    assert path.exists() == (code == 0)
+
+
+@pytest.mark.parametrize("wish", ["record:", "kill:courier", "kill::3", "nonsense"])
+def test_a_wish_that_means_nothing_is_not_taken_for_none(monkeypatch: pytest.MonkeyPatch, wish: str) -> None:
+    monkeypatch.setenv(STEPS, wish)
+    with pytest.raises(RuntimeError, match=STEPS):
+        disk_of("courier")

@@ -283,3 +283,22 @@ def test_the_record_has_only_what_resuming_needs(store: Store):
         part.sync()
     record = msgspec.json.decode(store.path_of(DIGEST).with_name(DIGEST[7:] + ".part.json").read_bytes())
     assert record == {"length": len(DATA), "synced": 10, "sources": ["http://mirror"]}
+
+
+def test_an_assets_folder_stops_being_complete_before_anything_else_of_it_goes(tmp_path: Path):
+    assets, tar = assets_of({"a": b"a" * 100, "b": b"b" * 100})
+    steps: list[tuple[str, str]] = []
+    store = Store(tmp_path, Disk(lambda step, path: steps.append((step, path.name))))
+    store.add(assets.digest, tar)
+    folder = store.unpack(assets.digest, assets.files)
+    steps.clear()
+    store.collect(set())
+    assert not folder.exists()
+    of_folder = steps[steps.index(("unlink", ".complete")) :]
+    assert of_folder == [
+        ("unlink", ".complete"),
+        ("fsync_folder", folder.name),
+        ("unlink", "a"),
+        ("unlink", "b"),
+        ("rmdir", folder.name),
+    ]

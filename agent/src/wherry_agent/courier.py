@@ -42,7 +42,7 @@ from wherry_agent.children import (
 from wherry_agent.courier_blobs import INFO_BYTES_MAX, PATH, Blobs
 from wherry_agent.courier_enrol import enrol
 from wherry_agent.courier_http import Http
-from wherry_agent.disk import Disk
+from wherry_agent.disk import Disk, disk_of
 from wherry_agent.identity import Identity
 from wherry_agent.store import Store
 from wherry_agent.trust import SECOND_US, Keeper, Known, Session
@@ -69,6 +69,7 @@ RETRY_AFTER_S = {
     reasons.DIGEST_MISMATCH: 300.0,
     reasons.DISK: 60.0,
     reasons.DISK_FULL: 300.0,
+    reasons.READ_ONLY: 300.0,
     reasons.CHILD_FAILED: 60.0,
 }
 """When to try again, by reason; what is not listed does not change by itself."""
@@ -98,7 +99,7 @@ def run(task: CourierTask, emit: Emit, *, disk: Disk | None = None, wall_s: floa
         disk: the seam for durable writes.
         wall_s: wall time, seconds since 1970; the system's by default.
     """
-    disk = disk or Disk()
+    disk = disk or disk_of("courier")
     wall_us = int((time.time() if wall_s is None else wall_s) * SECOND_US)
     try:
         match task:

@@ -205,10 +205,10 @@ class Blobs:
             if error.code not in (reasons.DIGEST_MISMATCH, "bad_url"):
                 raise
             source.trouble = error.message
-            if set(part.sources) <= {source.base}:
+            if set(part.sources) <= {source.base} and not part.resumed:
                 source.lied = True
             else:
-                source.alone = True  # several sent these bytes and nobody is convicted: the next ones are all of one
+                source.alone = True  # several sent these bytes, or a power cut tore them: the next ones are all of one
             part.reset()
         part.sync()
         if part.size - before < PROGRESS_BYTES_MIN:

@@ -31,7 +31,7 @@ import msgspec
 from wherry_agent import __version__, children, identity, machine, readings, status
 from wherry_agent import state as s
 from wherry_agent.children import ArmStats
-from wherry_agent.disk import Disk
+from wherry_agent.disk import Disk, disk_of
 from wherry_agent.envelopes import Envelopes
 from wherry_agent.handle_server import HandleCrash, HandleServer, HandleVerdict, group_id
 from wherry_agent.identity import Identity
@@ -77,7 +77,7 @@ class Daemon:
     def __init__(self, settings: Settings, *, disk: Disk | None = None) -> None:
         self._settings = settings
         self._home = Path(settings.home)
-        self._disk = disk or Disk()
+        self._disk = disk or disk_of("supervisor")
         self._queue: queue.SimpleQueue[s.Event | Callable[[], None]] = queue.SimpleQueue()
         self._timers: dict[str, tuple[float, Callable[[], None]]] = {}
         self._jitter = random.random() * JITTER  # noqa: S311 - spreads a fleet, guards nothing

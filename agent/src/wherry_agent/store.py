@@ -61,6 +61,8 @@ class Partial:
         """Everybody whose bytes are in it."""
         self._sha = hashlib.sha256()
         self.size = self._hash_existing(record.synced)
+        self.resumed = self.size
+        """Bytes that were here before: if they are wrong, it may have been this disk and not who sent them."""
         self._synced = self.size
         self._file: Part = disk.open_part(self._path, keep_bytes=self.size)
 
@@ -109,9 +111,11 @@ class Partial:
             DeviceError: `disk`.
         """
         self._file.__exit__(None, None, None)
-        self._disk.unlink(self._record_path)
+        if self._disk.read(self._record_path) is not None:
+            self._disk.unlink(self._record_path)
+            self._disk.sync_folder(self._record_path.parent)  # else it may come back and speak of other bytes
         self._sha = hashlib.sha256()
-        self.size = self._synced = 0
+        self.size = self._synced = self.resumed = 0
         self.sources = []
         self._file = self._disk.open_part(self._path, keep_bytes=0)
 
@@ -263,8 +267,15 @@ class Store:
         for path in sorted(self._assets.iterdir()):
             if path.name.split(".")[0] not in names:
                 freed += sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-                self._disk.remove_tree(path)
+                self._remove_assets(path)
         return freed
+
+    def _remove_assets(self, folder: Path) -> None:
+        """Remove an assets folder; what says that it is complete goes first, for a power cut may keep any of the rest."""
+        if (folder / _COMPLETE).exists():
+            self._disk.unlink(folder / _COMPLETE)
+            self._disk.sync_folder(folder)
+        self._disk.remove_tree(folder)
 
     def unpack(self, digest: str, files: Iterable[Asset]) -> Path:
         """Unpack a verified assets layer, exactly the declared files, each verified; return its folder.

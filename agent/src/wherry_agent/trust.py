@@ -12,7 +12,6 @@ no mode for that, but a fetcher that answers from the folder is one). Only the c
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
@@ -30,11 +29,11 @@ from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
 from wherry_agent.children import Trust
 from wherry_agent.courier_http import Http
-from wherry_agent.disk import Disk
+from wherry_agent.disk import Disk, device_error
 from wherry_shared import limits, reasons
 from wherry_shared.bundle import FORMAT
 from wherry_shared.digest import is_digest
-from wherry_shared.errors import DeviceError, RefusedError, UnreachableError
+from wherry_shared.errors import RefusedError, UnreachableError
 
 ROOT_FILE = "root.json"
 SIGNED_AT = "x-wherry-signed-at"
@@ -317,7 +316,7 @@ class Keeper:
         number = max([self._known.current, *self._numbers()]) + 1 if changed else self._known.current
         trust = session.trust(number, changed=changed, signed_us=signed_us)
         if changed:
-            (scratch / ROOT_FILE).unlink(missing_ok=True)  # python-tuf's symlink; the anchor is ours, above
+            self._disk.unlink(scratch / ROOT_FILE)  # python-tuf's symlink; the anchor is ours, above
             for path in sorted(scratch.rglob("*")):
                 if path.is_file():
                     self._disk.sync_file(path)
@@ -334,6 +333,7 @@ class Keeper:
         scratch = self._folder / SCRATCH
         with self._locked():
             self._disk.remove_tree(scratch)
+            self._disk.sweep(self._folder)
             source = self._folder / str(self._known.current)
             try:
                 if self._known.current and source.is_dir():
@@ -345,9 +345,7 @@ class Keeper:
                 fetcher = _Online(self._http, scratch) if online else _Offline(scratch)
                 yield self._open(scratch, fetcher)
             except OSError as error:
-                full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-                reason = reasons.DISK_FULL if full else reasons.DISK
-                raise DeviceError(reason, f"trust: {error.strerror or error}") from error
+                raise device_error(error, "trust") from error
             finally:
                 self._disk.remove_tree(scratch)
 
@@ -421,7 +419,10 @@ def _us(moment: datetime) -> int:
 
 
 def _copy(source: Path, scratch: Path) -> None:
-    """Copy a set; `shutil.copytree` gathers errors into one without the number by which a full disk is told."""
+    """Copy a set; `shutil.copytree` gathers errors into one without the number by which a full disk is told.
+
+    Not through the seam: the scratch folder is removed before it is used, and synced through the seam before it counts.
+    """
     scratch.mkdir(mode=0o700)
     for path in sorted(source.rglob("*")):
         copy = scratch / path.relative_to(source)
