@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 from wherry_server import offers
 from wherry_server.db.database import Database
 from wherry_server.settings import Settings
-from wherry_shared import wire
+from wherry_shared import dsse, key_files, wire
 
 
 def give(settings: Settings, device: str, *manifests: str) -> None:
@@ -26,3 +27,13 @@ def give(settings: Settings, device: str, *manifests: str) -> None:
             await database.close()
 
     asyncio.run(run())
+
+
+def sign(data: Path, offer: wire.Offer) -> bytes:
+    """Return an offer as the director of a development server would send it; `data` is the server's folder."""
+    signer = key_files.load(data / "keys" / "director.pem")
+
+    def signature(message: bytes) -> bytes:
+        return bytes.fromhex(signer.sign(message).signature)
+
+    return dsse.sign(dsse.OFFER_TYPE, wire.encode(offer), signer.public_key.keyid, signature)

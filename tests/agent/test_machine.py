@@ -616,7 +616,7 @@ def test_a_device_with_a_slow_clock_knows_that_an_offer_expired() -> None:
         offer(1, {MODEL: offered(group="pair")}),
         offer(1, {MODEL: offered()}, groups={"pair": [MODEL, "other"]}),
         offer(1, {MODEL: offered()}, critical=["teleport"]),
-        offer(1, {MODEL: offered()}, flags={"fast": True}),
+        offer(1, {MODEL: offered()}, flags={"fast": None}),
     ],
     ids=["shadow", "split", "blue_green", "group", "groups", "critical", "flags"],
 )

@@ -43,6 +43,7 @@ from wherry_agent.processes import Short, WorkerProcess, canary, courier
 from wherry_agent.settings import MIB, Settings
 from wherry_agent.sharing import Sharing
 from wherry_agent.telemetry import Buffer, Context, Windows
+from wherry_agent.turn import flags_of
 from wherry_shared import dsse, reasons, topics, wire
 from wherry_shared.clock import MICROSECONDS, Now
 from wherry_shared.digest import of_bytes
@@ -128,6 +129,7 @@ class Daemon:
         self._commit(self._state)
         self._buffer = Buffer(self._home / "telemetry.db", self._settings.telemetry_mb * MIB)
         self._listen()
+        self._handles.publish_flags(dict(flags_of(self._state)))
         self._link = Link(self._home, self._identity, self._server, self._callbacks())
         self._worker.start()
         for effect in effects:
@@ -721,7 +723,9 @@ class Daemon:
     def _serve(self, effect: s.Serve) -> None:
         self._look()
         self._cut_windows()
-        self._worker.send(children.Serve(revision=effect.revision, models=list(effect.models)))
+        flags = dict(effect.flags)
+        self._worker.send(children.Serve(revision=effect.revision, models=list(effect.models), flags=flags))
+        self._handles.publish_flags(flags)
         wanted = {model.name: model for model in effect.models}
         for model in effect.models:
             for loadable in (model.active, model.incumbent):

@@ -43,8 +43,6 @@ from wherry_shared.errors import RefusedError, UnreachableError, WherryError
 
 log = logging.getLogger(__name__)
 
-SOCKET_VARIABLE = "WHERRY_HANDLE_SOCKET"
-SOCKET_DEFAULT = "/var/lib/wherry/run/handle.sock"
 COUNT_SECONDS = 1.0
 DRAIN_SECONDS = 0.2
 """How often timings of calls are folded into sketches, outside the calls."""
@@ -162,7 +160,7 @@ class Model:
             RefusedError: the supervisor does not talk to this process.
         """
         self.name = name
-        self._path = str(socket or os.environ.get(SOCKET_VARIABLE) or SOCKET_DEFAULT)
+        self._path = messages.socket_path(socket)
         self._isolation: messages.Isolation = isolation
         self._engaged: _Engaged | None = None
         self._helpers = Helpers()
@@ -365,7 +363,8 @@ class Model:
                         self._trouble = RefusedError(message.code, message.message)
                         self._first.set()
                         return
-                    self._act(message)
+                    if isinstance(message, messages.Assign):
+                        self._act(message)
             except (OSError, RefusedError) as error:
                 log.debug("handle of %s: %s", self.name, error)
             finally:

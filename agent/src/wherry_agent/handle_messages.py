@@ -6,7 +6,9 @@ is right after the eleventh.
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
 
@@ -17,7 +19,15 @@ FORMAT = 1
 LINE_BYTES_MAX = 1 << 20
 """One message; interfaces with label lists are the bulk of it."""
 
+SOCKET_VARIABLE = "WHERRY_HANDLE_SOCKET"
+SOCKET_DEFAULT = "/var/lib/wherry/run/handle.sock"
+
 Isolation = Literal["worker", "inline"]
+
+
+def socket_path(given: str | Path | None) -> str:
+    """Return the supervisor's socket: the one given, else `$WHERRY_HANDLE_SOCKET`, else that of the default home."""
+    return str(given or os.environ.get(SOCKET_VARIABLE) or SOCKET_DEFAULT)
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
@@ -31,6 +41,20 @@ class Hi(_Message, tag="hi", frozen=True, kw_only=True):
     model: str
     pid: int
     isolation: Isolation = "worker"
+
+
+class WatchFlags(_Message, tag="watch_flags", frozen=True, kw_only=True):
+    """The first line of a process that wants the device's feature flags, now and whenever they change."""
+
+    format: int
+    pid: int
+
+
+class Flags(_Message, tag="flags", frozen=True, kw_only=True):
+    """All feature flags of this device."""
+
+    revision: int
+    flags: dict[str, Any] = {}
 
 
 class Assign(_Message, tag="assign", frozen=True, kw_only=True):
@@ -84,8 +108,8 @@ class Refusal(_Message, tag="refusal", frozen=True, kw_only=True):
     message: str
 
 
-FromHandle = Hi | Engaged | Counts | BadReport | Bye
-ToHandle = Assign | Refusal
+FromHandle = Hi | WatchFlags | Engaged | Counts | BadReport | Bye
+ToHandle = Assign | Flags | Refusal
 
 _encoder = msgspec.json.Encoder()
 _from_handle: msgspec.json.Decoder[FromHandle] = msgspec.json.Decoder(FromHandle)

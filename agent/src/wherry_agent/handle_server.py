@@ -15,10 +15,11 @@ import pwd
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import msgspec
 
@@ -26,6 +27,7 @@ from wherry_agent import handle_messages as messages
 from wherry_agent.children import ArmStats, Loadable, ServeModel
 from wherry_agent.lines import LineWriter, read_lines
 from wherry_shared.errors import DeviceError, RefusedError
+from wherry_shared.flags import same
 from wherry_shared.sketch import Sketch
 
 log = logging.getLogger(__name__)
@@ -75,6 +77,7 @@ class _Peer:
     candidate: tuple[str, str] | None = None
     """(digest, trial) of the candidate that may run inside its process."""
     counts: dict[tuple[str, str, str], ArmStats] = field(default_factory=dict)
+    watches_flags: bool = False
     said_goodbye: bool = False
 
 
@@ -99,6 +102,7 @@ class HandleServer:
         self._revision = 0
         self._serves: dict[str, ServeModel] = {}
         self._revisions: dict[str, int] = {}
+        self._flags: messages.Flags | None = None
         self._peers: set[_Peer] = set()
         self._crashed: dict[tuple[str, str, str], None] = {}
         self._gone: dict[tuple[str, str, str, str], ArmStats] = {}
@@ -124,6 +128,17 @@ class HandleServer:
                 self._serves[name] = assignment
             for peer in self._peers:
                 if peer.model == name:
+                    self._outgoing.put(peer)
+
+    def publish_flags(self, flags: Mapping[str, Any]) -> None:
+        """Say what the feature flags of this device are from now on. Repeating it changes nothing."""
+        with self._lock:
+            if self._flags is not None and same(self._flags.flags, flags):
+                return
+            revision = self._flags.revision + 1 if self._flags is not None else 1
+            self._flags = messages.Flags(revision=revision, flags=dict(flags))
+            for peer in self._peers:
+                if peer.watches_flags:
                     self._outgoing.put(peer)
 
     def leases(self) -> set[str]:
@@ -235,18 +250,16 @@ class HandleServer:
     def _take(self, peer: _Peer, message: messages.FromHandle) -> None:
         match message:
             case messages.Hi():
-                if message.format != messages.FORMAT:
-                    raise RefusedError(
-                        "message_format", f"handle speaks format {message.format}, not {messages.FORMAT}"
-                    )
+                self._welcome(peer, message.format)
                 with self._lock:
                     peer.model = message.model
                     peer.isolation = message.isolation
-                # Hi in time; from now on the handle may be silent for ever, only our writes are bounded
-                peer.connection.settimeout(None)
-                timeout = struct.pack("ll", int(SEND_SECONDS_MAX), 0)
-                peer.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
                 self._assign(peer)
+            case messages.WatchFlags():
+                self._welcome(peer, message.format)
+                with self._lock:
+                    peer.watches_flags = True
+                self._tell_flags(peer)
             case messages.Engaged():
                 if not message.ok:
                     words = (peer.pid, peer.model, message.reason, message.detail[:500])
@@ -274,10 +287,27 @@ class HandleServer:
             case messages.Bye():
                 peer.said_goodbye = True
 
+    def _welcome(self, peer: _Peer, format_: int) -> None:
+        """The first line came in time: the handle may be silent for ever now, only our writes are bounded."""
+        if format_ != messages.FORMAT:
+            raise RefusedError("message_format", f"handle speaks format {format_}, not {messages.FORMAT}")
+        peer.connection.settimeout(None)
+        timeout = struct.pack("ll", int(SEND_SECONDS_MAX), 0)
+        peer.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+
     def _send(self) -> None:
         """Tell handles what is new: a thread of its own, since an application that does not read must block nobody."""
         while (peer := self._outgoing.get()) is not None:
-            self._assign(peer)
+            if peer.watches_flags:
+                self._tell_flags(peer)
+            else:
+                self._assign(peer)
+
+    def _tell_flags(self, peer: _Peer) -> None:
+        with self._lock:
+            flags = self._flags
+        if flags is not None:  # None: the agent is only starting, and tells in a moment
+            self._write(peer, flags)
 
     def _assign(self, peer: _Peer) -> None:
         with self._lock:
@@ -286,9 +316,12 @@ class HandleServer:
             peer.sent[revision] = set(_digests(serve))
             if peer.isolation == "inline" and serve is not None and serve.trial:
                 peer.candidate = (serve.active.digest, serve.trial)  # from here on it may be inside
-        assign = messages.Assign(revision=revision, serve=serve, worker_socket=self._worker_socket)
+        self._write(peer, messages.Assign(revision=revision, serve=serve, worker_socket=self._worker_socket))
+
+    @staticmethod
+    def _write(peer: _Peer, message: messages.ToHandle) -> None:
         try:
-            peer.writer.write(messages.encode(assign))
+            peer.writer.write(messages.encode(message))
         except OSError as error:
             log.warning("handle of process %d does not listen: %s", peer.pid, error)
             with contextlib.suppress(OSError):  # the reading thread sees the end and clears up

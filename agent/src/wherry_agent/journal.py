@@ -96,6 +96,7 @@ NAMES: dict[type[Any], dict[str, str]] = {
         "expires_at": "expires_at",
         "models": "models",
         "unsupported": "unsupported",
+        "flags": "flags",
     },
     s.TrustWatch: {
         "since": "since",

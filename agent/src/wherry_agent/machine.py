@@ -96,11 +96,12 @@ from wherry_agent.turn import (
     TRIED_MAX,
     Turn,
     end_of,
+    flags_of,
     kept,
     plain,
     serving,
 )
-from wherry_shared import reasons
+from wherry_shared import flags, reasons
 from wherry_shared.clock import Now, Since
 from wherry_shared.wire import ModelState, OfferedModel, Report, VariantTried
 
@@ -303,8 +304,8 @@ def _accept(turn: Turn, event: Offered) -> None:
     unsupported = ""
     if offer.critical:
         unsupported = f"needs {', '.join(sorted(offer.critical))[:200]}, unknown to this agent"
-    elif offer.flags:
-        unsupported = f"sets flags {', '.join(sorted(offer.flags))[:200]}, unknown to this agent"
+    else:
+        unsupported = flags.trouble(offer.flags)
     models = dict(offer.models)
     if len(models) > MODELS_MAX:
         unsupported = f"names {len(models)} models, at most {MODELS_MAX} fit a device"
@@ -315,7 +316,15 @@ def _accept(turn: Turn, event: Offered) -> None:
                 models[name] = msgspec.structs.replace(models[name], group="*")
     turn.state = replace(
         turn.state,
-        offer=Accepted(offer.epoch, offer.serial, event.digest, offer.expires_at, models, unsupported),
+        offer=Accepted(
+            offer.epoch,
+            offer.serial,
+            event.digest,
+            offer.expires_at,
+            models,
+            unsupported,
+            flags=flags_of(turn.state) if unsupported else offer.flags,
+        ),
     )
 
 
@@ -826,7 +835,7 @@ def _settle(turn: Turn) -> tuple[State, tuple[Effect, ...]]:
             _reconsider(turn, name, offer, offered)
     _admit(turn)
     _forget(turn)
-    if serving(turn.state) != serving(turn.before):
+    if serving(turn.state) != serving(turn.before) or not flags.same(flags_of(turn.state), flags_of(turn.before)):
         turn.state = replace(turn.state, revision=turn.state.revision + 1)
         _tell(turn)
     if turn.state.seq != turn.before.seq and SendReports() not in turn.effects:
@@ -859,7 +868,7 @@ def _tell(turn: Turn) -> None:
     models = serving(turn.state)
     waiting = tuple(model.name for model in models)
     turn.state = replace(turn.state, told=Told(Since.at(turn.now), waiting) if waiting else None)
-    turn.effects.append(Serve(turn.state.revision, models))
+    turn.effects.append(Serve(turn.state.revision, models, flags_of(turn.state)))
 
 
 def _answered(turn: Turn, event: Served) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from wherry_agent.children import ArmStats, Candidate, Judged, Loadable, ServeModel, Trust
 from wherry_shared.bundle import Interface
@@ -245,6 +245,8 @@ class Accepted:
     models: Mapping[str, OfferedModel] = field(default_factory=dict)
     unsupported: str = ""
     """Why nothing of it is acted on; empty if it is."""
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    """Feature flags of this device: those of the newest offer that is acted on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -516,6 +518,7 @@ class Serve:
 
     revision: int
     models: tuple[ServeModel, ...]
+    flags: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from wherry_agent import machine
 from wherry_agent import state as s
 from wherry_agent.disk import Disk
 from wherry_agent.journal import decode
+from wherry_agent.turn import flags_of
 from wherry_shared.clock import Now
 from wherry_shared.errors import RefusedError, WherryError
 from wherry_shared.wire import VariantTried
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 SOCKET = "agent.sock"
 SECONDS_MAX = 15.0
 BYTES_MAX = 4 * 1024 * 1024
+FLAG_CHARS_MAX = 80
+"""Of a flag's value, for a person; `--json` shows it whole."""
 _PHASES: dict[type[Any], str] = {
     s.Idle: "idle",
     s.Resolving: "choosing a variant",
@@ -58,6 +61,8 @@ def describe(state: s.State, now: Now, *, name: str = "") -> dict[str, object]:
         "offer": [state.offer.epoch, state.offer.serial] if state.offer is not None else None,
         "trust": machine.trust_state(state, now) or ("ok" if state.trust is not None else "none yet"),
         "reports_owed": len(state.owed),
+        "flags": dict(flags_of(state)),
+        "offer_refused": state.offer.unsupported if state.offer is not None else "",
         "models": {model: _model(slot) for model, slot in sorted(state.models.items())},
         "known_bad": [
             {"digest": bad.digest, "engine": f"{bad.engine} {bad.engine_version}", "reason": bad.reason}
@@ -176,6 +181,10 @@ def render(shown: dict[str, Any]) -> str:
     else:
         lines.append("agent    is not running; this is what its journal says")
     lines.append(f"trust    {shown['trust']}")
+    if shown.get("offer_refused"):
+        lines.append(f"offer    not acted on: {shown['offer_refused']}")
+    for key, value in shown.get("flags", {}).items():
+        lines.append(f"flag     {key} = {msgspec.json.encode(value).decode()[:FLAG_CHARS_MAX]}")
     for name, model in shown["models"].items():
         lines.append(f"\n{name}: {model['doing']}")
         for key in ("serves", "candidate"):

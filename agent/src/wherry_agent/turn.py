@@ -6,8 +6,9 @@ its next phase, owes the report that belongs to it and asks for the effects; whi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal, assert_never
+from typing import Any, Literal, assert_never
 
 import msgspec
 
@@ -126,6 +127,11 @@ def serving(state: State) -> tuple[ServeModel, ...]:
             case _:
                 assert_never(phase)
     return tuple(models)
+
+
+def flags_of(state: State) -> Mapping[str, Any]:
+    """Return the feature flags of this device."""
+    return state.offer.flags if state.offer is not None else {}
 
 
 def kept(state: State) -> tuple[Loadable, ...]:

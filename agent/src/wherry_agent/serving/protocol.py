@@ -20,6 +20,7 @@ from wherry_agent.answering.helpers import Helpers
 from wherry_agent.answering.published import Answer, Published
 from wherry_agent.answering.registry import Registry
 from wherry_agent.serving import tensors
+from wherry_agent.serving.flags import Flags
 from wherry_agent.serving.http import Request, Response
 from wherry_shared.bundle import PLATFORMS, Interface, TensorSpec
 from wherry_shared.engines.errors import BadInput, EngineFault
@@ -78,10 +79,11 @@ _LATER = {
 class Protocol:
     """Answers requests from what is published."""
 
-    def __init__(self, registry: Registry, gate: RunGate, helpers: Helpers) -> None:
+    def __init__(self, registry: Registry, gate: RunGate, helpers: Helpers, flags: Flags | None = None) -> None:
         self._registry = registry
         self._gate = gate
         self._helpers = helpers
+        self._flags = flags or Flags()
 
     def respond(self, request: Request) -> Response:
         """Answer a request; every refusal is a response with an `error`."""
@@ -117,6 +119,8 @@ class Protocol:
                 return _post(request) or self._infer(name, "", request)
             case ("v2", "models", name, "versions", version, "infer"):
                 return _post(request) or self._infer(name, version, request)
+            case ("ofrep", *rest):
+                return self._flags.respond(tuple(rest), request)
         return failure(404, "no such path; see /v2, /v2/health/ready, /v2/models/NAME/infer")
 
     def _server_ready(self) -> Response:

@@ -31,6 +31,7 @@ from wherry_agent.children import (
     encode_line,
 )
 from wherry_agent.lines import LineWriter, read_lines
+from wherry_agent.serving.flags import Flags
 from wherry_agent.serving.listener import HttpServer
 from wherry_agent.serving.protocol import Protocol
 from wherry_agent.workers.loader import Loader
@@ -67,7 +68,8 @@ class Worker:
         self.registry = Registry()
         self._gate = RunGate()
         self._helpers = Helpers()
-        self._http = HttpServer(listeners, Protocol(self.registry, self._gate, self._helpers))
+        self._flags = Flags()
+        self._http = HttpServer(listeners, Protocol(self.registry, self._gate, self._helpers, self._flags))
         self._loader = Loader(
             self.registry,
             self.say,
@@ -104,6 +106,7 @@ class Worker:
     def _do(self, command: Serve | RunGolden) -> None:
         match command:
             case Serve():
+                self._flags.set(command.flags)
                 self._loader.want(command)
             case RunGolden():
                 threading.Thread(target=self._run_golden, args=(command,), name="golden", daemon=True).start()
