@@ -45,6 +45,8 @@ class Published:
     deadline_s: float = 10.0
     on_candidate_error: Callable[[], None] = field(default=_nothing)
     route: Route = WHOLE
+    generation: int = 0
+    """The same for models that were published together, and for no others of any process of this device."""
 
     def loaded(self) -> list[Loaded]:
         """Return what can answer, the active one first."""

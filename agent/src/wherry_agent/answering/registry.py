@@ -1,8 +1,12 @@
-"""Which models are in service. Readers take one reference and never a lock; only the loader writes."""
+"""Which models are in service. Readers take one reference and never a lock; only the loader writes.
+
+What is published together is seen together: who asks several models takes one `snapshot` and asks that.
+"""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 
 from wherry_agent.answering.published import Published
 
@@ -39,12 +43,21 @@ class Registry:
         """Return everything in service."""
         return list(self._models.values())
 
+    def snapshot(self) -> Mapping[str, Published]:
+        """Return everything in service in this instant; it never changes, and keeps its versions in memory."""
+        return self._models
+
     def publish(self, name: str, published: Published) -> None:
         """Swap the reference: every request that begins from now on sees the new value."""
-        self._models = {**self._models, name: published}
-        cold = self._cold.pop(name, None)
-        if cold is not None:
-            cold.set()
+        self.publish_together({name: published})
+
+    def publish_together(self, models: Mapping[str, Published]) -> None:
+        """Swap several references by one write: nobody sees some of them new and some of them old."""
+        self._models = {**self._models, **models}
+        for name in models:
+            cold = self._cold.pop(name, None)
+            if cold is not None:
+                cold.set()
 
     def withdraw(self, name: str) -> None:
         """Take a model out of service."""
