@@ -148,11 +148,13 @@ class Running:
         path.write_text(WORKER)
         self.events: list[children.WorkerEvent] = []
         self.deaths: list[tuple[str, bool]] = []
+        self.gone: list[int] = []
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.worker = processes.WorkerProcess(
             [self.listener],
-            on_event=self.events.append,
+            on_event=lambda event, _: self.events.append(event),
             on_death=lambda detail, ordered: self.deaths.append((detail, ordered)),
+            on_gone=self.gone.append,
             memory_reserve_bytes=0,
             argv=[sys.executable, str(path)],
         )

@@ -28,12 +28,17 @@ def child_environment() -> dict[str, str]:
 
 def peak_of(pid: int) -> int:
     """Return the peak resident bytes (VmHWM) of a living process, 0 if it is gone. Sample it while a canary runs."""
+    return status_bytes(pid, "VmHWM")
+
+
+def status_bytes(pid: int, field: str) -> int:
+    """Return a field of /proc/PID/status in bytes, 0 if the process is gone."""
     try:
         text = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
     except OSError:
         return 0
     for line in text.splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     return 0
 

@@ -276,6 +276,9 @@ class RunGolden(_Message, tag="run_golden", frozen=True, kw_only=True):
 class Stop(_Message, tag="stop", frozen=True, kw_only=True):
     """Answer what is in flight and exit."""
 
+    hand_over: bool = False
+    """Another worker follows: open connections are passed on to it instead of being closed."""
+
 
 class Ready(_Message, tag="ready", frozen=True, kw_only=True):
     """The worker listens."""

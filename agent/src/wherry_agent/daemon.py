@@ -299,8 +299,9 @@ class Daemon:
             listener.listen(BACKLOG)
         self._worker = WorkerProcess(
             self._listeners,
-            on_event=lambda event: self._queue.put(lambda: self._worker_event(event)),
+            on_event=lambda event, pid: self._queue.put(lambda: self._worker_event(event, pid)),
             on_death=lambda detail, ordered: self._queue.put(lambda: self._worker_died(detail, ordered=ordered)),
+            on_gone=lambda pid: self._queue.put(lambda: self._worker_gone(pid)),
             memory_reserve_bytes=self._settings.memory_reserve_mb * MIB,
         )
         self._handles = HandleServer(
@@ -741,7 +742,7 @@ class Daemon:
         except DeviceError as error:  # the worker serves it all the same; a handle that cannot load it says so
             log.error("%s", error)
 
-    def _worker_event(self, event: children.WorkerEvent) -> None:
+    def _worker_event(self, event: children.WorkerEvent, pid: int) -> None:
         match event:
             case children.Ready():
                 log.info("worker %d is ready", event.pid)
@@ -757,20 +758,22 @@ class Daemon:
                     s.GoldenChecked(event.model, event.digest, event.trial, event.passed, event.detail, event.reason)
                 )
             case children.Stats():
-                self._look(event.arms)
+                self._look(event.arms, pid)
             case _:
                 assert_never(event)
 
-    def _worker_died(self, detail: str, *, ordered: bool) -> None:
+    def _worker_gone(self, pid: int) -> None:
         self._cut_windows()
-        self._windows.restart("worker")
+        self._windows.restart(f"worker {pid}")
+
+    def _worker_died(self, detail: str, *, ordered: bool) -> None:
         self._turn(s.WorkerDied(f"the worker ended with {detail}", ordered))
 
-    def _look(self, arms: list[ArmStats] | None = None) -> None:
+    def _look(self, arms: list[ArmStats] | None = None, pid: int = 0) -> None:
         """Take the newest counts of worker and handles, and let the machine weigh those of candidates."""
         at_us = self._now().wall_us
         handles = self._handles.drain_stats()
-        self._windows.look("worker", arms or [], at_us)
+        self._windows.look(f"worker {pid}", arms or [], at_us)
         self._windows.look("handle", handles, at_us)
         news = {(stats.model, stats.digest, stats.trial) for stats in (*(arms or []), *handles)}
         for name, slot in self._state.models.items():

@@ -1,7 +1,9 @@
 """The supervisor's children: started, fed, read and awaited, each by a thread of its own. Nothing here decides.
 
 `Short` is a courier or a canary: one task in, one answer out. `WorkerProcess` is the worker: it lives, and when it dies
-another is started at once, slower only if it keeps dying young. What children write on standard error goes to the log.
+another is started at once, slower only if it keeps dying young. When it is to be replaced while it lives, the next one
+loads beside it, and then the old one answers what it holds and passes its open connections on. What children write on
+standard error goes to the log.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import IO, TypeVar
 
 import msgspec
 
-from wherry_agent import leash
-from wherry_agent.canary_exit import GRACE_S, child_environment, classify_exit, peak_of
+from wherry_agent import leash, readings
+from wherry_agent.canary_exit import GRACE_S, child_environment, classify_exit, peak_of, status_bytes
 from wherry_agent.children import (
     CourierAnswer,
     CourierTask,
@@ -29,11 +32,17 @@ from wherry_agent.children import (
     Judge,
     Judged,
     Progress,
+    Ready,
+    Serve,
+    Serving,
+    Stats,
+    Stop,
     WorkerCommand,
     WorkerEvent,
     encode_line,
 )
 from wherry_agent.lines import LineWriter, read_lines
+from wherry_agent.serving.passing import channel as passing_channel
 from wherry_shared import reasons
 from wherry_shared.errors import RefusedError
 
@@ -47,6 +56,10 @@ YOUNG_S = 5.0
 RESTART_WAIT_MIN_S = 0.1
 RESTART_WAIT_MAX_S = 5.0
 STOP_S = 12.0
+"""A worker that was told to end answers what is in flight within this time, or is killed."""
+HAND_OVER_SECONDS_MAX = 180.0
+"""From the start of a worker that takes over until it answers for every model."""
+HEADROOM = 1.2
 LOG_LINE_CHARS_MAX = 1000
 
 A = TypeVar("A")
@@ -227,76 +240,171 @@ def drain(stream: IO[bytes], name: str) -> None:
     threading.Thread(target=run, name=f"{name}-log", daemon=True).start()
 
 
+class _Seat:
+    """A thread, and the worker that it started and waits for: the kernel ends a child with its starter's thread."""
+
+    def __init__(self, main: Callable[[_Seat], None]) -> None:
+        self.child: subprocess.Popen[bytes] | None = None
+        self.writer: LineWriter | None = None
+        self.ordered = False
+        self.ready = False
+        self.answered = False
+        """Its worker is, or was, the one that answers."""
+        self.owes: set[str] = set()
+        """Models that a worker about to take over has not answered for."""
+        self.thread = threading.Thread(target=main, args=(self,), name="worker", daemon=True)
+
+    @property
+    def pid(self) -> int:
+        """Process id, 0 between two."""
+        return self.child.pid if self.child is not None else 0
+
+    def kill(self) -> None:
+        """End the process, if there is one."""
+        if self.child is not None and self.child.poll() is None:
+            self.child.kill()
+
+
+@dataclass(slots=True)
+class _Peer:
+    """The end at which the open connections of a worker that makes way come out; the next workers inherit it."""
+
+    end: socket.socket
+    over: bool = False
+    """Its worker has ended: nothing more is put in."""
+
+
 class WorkerProcess:
-    """The worker, always one: a dead one is followed by the next."""
+    """The worker: one that answers, followed by another when it dies, and for moments a second that takes over."""
 
     def __init__(
         self,
         listeners: Sequence[socket.socket],
         *,
-        on_event: Callable[[WorkerEvent], None],
+        on_event: Callable[[WorkerEvent, int], None],
         on_death: Callable[[str, bool], None],
+        on_gone: Callable[[int], None],
         memory_reserve_bytes: int,
         argv: Sequence[str] | None = None,
+        available_bytes: Callable[[], int] = lambda: readings.memory_bytes("MemAvailable"),
     ) -> None:
+        """Prepare; nothing is started yet.
+
+        Args:
+            listeners: inherited by every worker.
+            on_event: gets what a worker says, and its process id.
+            on_death: gets how the worker ended that was to go on, and whether `restart` ended it.
+            on_gone: gets the process id of every worker that answered and has ended, after its last event.
+            memory_reserve_bytes: what a second worker leaves free.
+            argv: another command line.
+            available_bytes: memory of this machine for new processes.
+        """
         self._listeners = list(listeners)
         self._on_event = on_event
         self._on_death = on_death
+        self._on_gone = on_gone
         self._argv = list(argv or command("wherry_agent.workers"))
         self._reserve = memory_reserve_bytes
-        self._lock = threading.Lock()
-        self._writer: LineWriter | None = None
-        self._child: subprocess.Popen[bytes] | None = None
-        self._ordered = False
+        self._available_bytes = available_bytes
+        self._lock = threading.RLock()
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._main, name="worker", daemon=True)
+        self._told: Serve | None = None
+        self._peers: list[_Peer] = []
+        self._seat = _Seat(self._life)
+        self._seat.answered = True
+        self._next: _Seat | None = None
+        self._leaving: list[_Seat] = []
+        self._done: Callable[[str], None] | None = None
+        """Called with the trouble (empty: none) when a hand-over has ended."""
 
     def start(self) -> None:
         """Start the first worker."""
-        self._thread.start()
+        self._seat.thread.start()
 
     @property
     def pid(self) -> int:
         """Process id of the worker, 0 between two."""
         with self._lock:
-            return self._child.pid if self._child is not None else 0
+            return self._seat.pid
 
     def send(self, message: WorkerCommand) -> None:
         """Tell the worker something. One that is gone or does not listen hears it again when the next is ready."""
         with self._lock:
-            writer = self._writer
-        if writer is None:
-            return
-        try:
-            writer.write(encode_line(message))
-        except OSError as error:
-            log.warning("worker does not listen: %s", error)
-            self.restart()
+            seat, follower = self._seat, self._next
+            if isinstance(message, Serve):
+                self._told = message
+        self._write(seat, message)
+        if isinstance(message, Serve) and follower is not None and follower.ready:
+            self._tell(follower, message)
 
     def restart(self) -> None:
         """End this worker; another follows."""
         with self._lock:
-            if self._child is not None and self._child.poll() is None:
-                self._ordered = True
-                self._child.kill()
+            self._seat.ordered = True
+            self._seat.kill()
+
+    def hand_over(self, done: Callable[[str], None]) -> None:
+        """Let another worker take over without a failed request, beside this one if there is memory for both.
+
+        Args:
+            done: gets an empty text when the other answers, else why this one goes on.
+        """
+        with self._lock:
+            if self._done is not None or self._stopping.is_set():
+                done("a hand-over is under way, or the agent stops")
+                return
+            self._done = done
+            needed = int(self._needed() * HEADROOM) + self._reserve
+            available = self._available_bytes()
+            if available >= needed:
+                self._next = _Seat(self._life)
+                self._next.thread.start()
+                self._after(HAND_OVER_SECONDS_MAX, self._next, "it did not serve within its time")
+                return
+            log.info("hand-over: %d bytes are available, %d would be needed for two workers", available, needed)
+            seat = self._seat
+            seat.ordered = True
+            self._after(STOP_S, seat)
+        self._write(seat, Stop(hand_over=True))
 
     def stop(self, message: WorkerCommand) -> None:
         """Let the worker answer what is in flight and exit; no other follows."""
         self._stopping.set()
+        with self._lock:
+            seats = [self._seat, *self._leaving, *([self._next] if self._next is not None else [])]
+        if self._next is not None:
+            self._next.kill()
         self.send(message)
-        self._thread.join(STOP_S)
-        self.restart()
-        self._thread.join(STOP_S)
+        for seat in seats:
+            if seat.thread.is_alive():
+                seat.thread.join(STOP_S)
+                seat.kill()
+                seat.thread.join(STOP_S)
+        with self._lock:
+            for peer in self._peers:
+                peer.end.close()
+            self._peers.clear()
 
-    def _main(self) -> None:
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _life(self, seat: _Seat) -> None:
+        """Start a worker and wait for its end, again and again as long as this seat is the one that answers."""
         wait_s = 0.0
         while not self._stopping.is_set():
             began = time.monotonic()
-            detail = self._one()
+            detail = self._one(seat)
             with self._lock:
-                ordered, self._ordered = self._ordered, False
-                self._child = self._writer = None
-            if self._stopping.is_set():
+                pid = seat.pid
+                ordered, seat.ordered = seat.ordered, False
+                seat.child = seat.writer = None
+                current = seat is self._seat
+                if seat in self._leaving:
+                    self._leaving.remove(seat)
+            if not seat.answered:
+                self._give_up(seat, f"the new worker ended with {detail}")
+                return
+            self._on_gone(pid)
+            if not current or self._stopping.is_set():
                 return
             log.warning("worker is gone: %s", detail)
             self._on_death(detail, ordered)
@@ -304,36 +412,30 @@ class WorkerProcess:
             self._stopping.wait(wait_s)
             wait_s = min(max(wait_s * 2, RESTART_WAIT_MIN_S), RESTART_WAIT_MAX_S) if young else 0.0
 
-    def _one(self) -> str:
+    def _one(self, seat: _Seat) -> str:
         """Run one worker to its end; say how it ended."""
         ours, theirs = socket.socketpair()
-        with ours:
+        giving, taking = passing_channel()
+        with ours, giving:
             with theirs:
-                descriptors = [listener.fileno() for listener in self._listeners]
-                extra = {
-                    "WHERRY_CONTROL_FD": str(theirs.fileno()),
-                    "WHERRY_LISTEN_FDS": ",".join(map(str, descriptors)),
-                    "WHERRY_MEMORY_RESERVE_BYTES": str(self._reserve),
-                }
                 try:
-                    child = subprocess.Popen(
-                        self._argv,
-                        stdin=subprocess.DEVNULL,
-                        stderr=subprocess.PIPE,
-                        env=environment(extra),
-                        pass_fds=[theirs.fileno(), *descriptors],
-                    )
+                    child, peer = self._start(theirs, giving, taking)
                 except OSError as error:
+                    taking.close()
                     return f"it could not be started: {error}"
+            giving.close()
             assert child.stderr is not None
             drain(child.stderr, "worker")
             # only our writes are bounded; it may be silent for ever
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(SEND_SECONDS_MAX), 0))
             with self._lock:
-                self._child, self._writer = child, LineWriter(ours)
+                seat.child, seat.writer = child, LineWriter(ours)
+                seat.ready = False
+                if self._stopping.is_set() or seat not in (self._seat, self._next):
+                    child.kill()  # it is not wanted any more
             try:
                 for line in read_lines(ours, line_bytes_max=LINE_BYTES_MAX):
-                    self._on_event(_events.decode(line))
+                    self._heard(seat, _events.decode(line))
             except (OSError, RefusedError, msgspec.DecodeError) as error:
                 log.error("worker speaks nonsense: %s", error)
                 child.kill()
@@ -342,4 +444,152 @@ class WorkerProcess:
             except subprocess.TimeoutExpired:
                 child.kill()
                 code = child.wait()
+            with self._lock:
+                peer.over = True
+                if seat is not self._seat:  # who follows has its end already, or there is nothing in it
+                    self._forget_peers()
         return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+    def _start(
+        self, control: socket.socket, giving: socket.socket, taking: socket.socket
+    ) -> tuple[subprocess.Popen[bytes], _Peer]:
+        with self._lock:
+            descriptors = [listener.fileno() for listener in self._listeners]
+            inherited = [peer.end.fileno() for peer in self._peers]
+            extra = {
+                "WHERRY_CONTROL_FD": str(control.fileno()),
+                "WHERRY_LISTEN_FDS": ",".join(map(str, descriptors)),
+                "WHERRY_MEMORY_RESERVE_BYTES": str(self._reserve),
+                "WHERRY_PASS_FD": str(giving.fileno()),
+                "WHERRY_TAKE_FDS": ",".join(map(str, inherited)),
+            }
+            child = subprocess.Popen(
+                self._argv,
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env=environment(extra),
+                pass_fds=[control.fileno(), giving.fileno(), *descriptors, *inherited],
+            )
+            self._forget_peers()
+            peer = _Peer(taking)
+            self._peers.append(peer)
+        return child, peer
+
+    def _forget_peers(self) -> None:
+        for peer in [peer for peer in self._peers if peer.over]:
+            peer.end.close()
+            self._peers.remove(peer)
+
+    def _write(self, seat: _Seat, message: WorkerCommand) -> None:
+        writer = seat.writer
+        if writer is None:
+            return
+        try:
+            writer.write(encode_line(message))
+        except OSError as error:
+            log.warning("worker does not listen: %s", error)
+            with self._lock:
+                seat.ordered = True
+                seat.kill()
+
+    # -- hand-over -------------------------------------------------------------------------------
+
+    def _needed(self) -> int:
+        """Return what a second worker is expected to take: what this one has, or what the canary measured if more."""
+        told = self._told.models if self._told is not None else []
+        loadables = [one for model in told for one in (model.active, model.incumbent) if one is not None]
+        return max(resident_bytes(self._seat.pid), sum(one.peak_memory_bytes for one in loadables))
+
+    def _heard(self, seat: _Seat, event: WorkerEvent) -> None:
+        with self._lock:
+            follows = seat is self._next
+            answers = seat is self._seat
+            if isinstance(event, Ready):
+                seat.ready = True
+                told = self._told
+                # after a cold hand-over: there was no moment with two
+                finished = self._finish() if answers and self._next is None else None
+        if follows:
+            self._weigh(seat, event)
+        elif answers or isinstance(event, Stats):  # one that leaves has only its last counts to say
+            self._on_event(event, seat.pid)
+        if isinstance(event, Ready):
+            if follows and told is not None:
+                self._tell(seat, told)
+            elif follows:
+                self._give_up(seat, "nothing was served yet")
+            elif finished is not None:
+                finished("")
+
+    def _tell(self, seat: _Seat, serve: Serve) -> None:
+        with self._lock:
+            if serve is not self._told:
+                return  # it hears the newer one
+            seat.owes = {model.name for model in serve.models}
+            nothing = not serve.models
+        self._write(seat, serve)
+        if nothing:
+            self._promote(seat)
+
+    def _weigh(self, seat: _Seat, event: WorkerEvent) -> None:
+        """Take over when the new worker answered for every model of the newest serving set."""
+        if not isinstance(event, Serving):
+            return
+        with self._lock:
+            if self._told is None or event.revision != self._told.revision:
+                return
+            seat.owes.discard(event.model)
+            complete = not seat.owes
+        if not event.ok:
+            self._give_up(seat, f"the new worker cannot serve {event.model}: {event.reason} {event.detail}")
+        elif complete:
+            self._promote(seat)
+
+    def _promote(self, seat: _Seat) -> None:
+        with self._lock:
+            if seat is not self._next:
+                return
+            old, self._seat, self._next = self._seat, seat, None
+            seat.answered = True
+            self._leaving.append(old)
+            finished = self._finish()
+            self._after(STOP_S, old)
+        log.info("worker %d takes over from %d", seat.pid, old.pid)
+        self._write(old, Stop(hand_over=True))
+        if finished is not None:
+            finished("")
+
+    def _give_up(self, seat: _Seat, trouble: str) -> None:
+        with self._lock:
+            if seat is not self._next:
+                return
+            self._next = None
+            seat.kill()
+            finished = self._finish()
+        log.warning("hand-over: %s", trouble)
+        if finished is not None:
+            finished(trouble)
+
+    def _finish(self) -> Callable[[str], None] | None:
+        done, self._done = self._done, None
+        return done
+
+    def _after(self, seconds: float, seat: _Seat, trouble: str = "") -> None:
+        """End a process that is not done with what it was told by then."""
+        child = seat.child
+
+        def end() -> None:
+            if trouble:
+                self._give_up(seat, trouble)
+            elif child is not None and child.poll() is None and child is seat.child:
+                log.warning("worker %d did not make way in %.0f s", child.pid, seconds)
+                child.kill()
+
+        timer = threading.Timer(seconds, end)
+        timer.daemon = True
+        timer.start()
+
+
+def resident_bytes(pid: int) -> int:
+    """Return what a living process holds in memory (VmRSS), 0 if it is gone."""
+    return status_bytes(pid, "VmRSS")

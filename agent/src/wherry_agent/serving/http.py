@@ -7,6 +7,7 @@ hop to another thread would cost more than a small model.
 
 from __future__ import annotations
 
+import select
 import socket
 import time
 from dataclasses import dataclass, field
@@ -75,11 +76,25 @@ class Connection:
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._buffer = bytearray()
+        self._poll: select.poll | None = None
+        self._stop = -1
 
     @property
     def idle(self) -> bool:
         """Whether nothing of a next request has been read."""
         return not self._buffer
+
+    def wait(self, stop: int, seconds: float = IDLE_SECONDS_MAX) -> bool:
+        """Wait for the next request to begin; False if none does in `seconds`, or `stop` becomes readable first."""
+        if self._buffer:
+            return True
+        if self._poll is None or self._stop != stop:
+            self._poll, self._stop = select.poll(), stop
+            self._poll.register(self._socket, select.POLLIN)
+            if stop >= 0:
+                self._poll.register(stop, select.POLLIN)
+        ready = self._poll.poll(seconds * 1000)
+        return bool(ready) and all(descriptor != stop for descriptor, _ in ready)
 
     def read(self) -> Request | None:
         """Read the next request; None if the client closed, or stayed idle too long, between requests.

@@ -1,7 +1,8 @@
 """Accepting connections on inherited sockets: one thread accepts for all of them, one per connection answers.
 
 The listening sockets belong to the supervisor and outlive this process, so they are never shut down here: a connection
-that this process does not accept any more waits in the queue for the next one.
+that this process does not accept any more waits in the queue for the next one. What this process still holds when it
+makes way is answered, and then passed on to that one as well.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Sequence
 
+from wherry_agent.serving import passing
 from wherry_agent.serving.http import BadRequest, Connection
 from wherry_agent.serving.protocol import Protocol, failure
 
@@ -27,6 +30,8 @@ LINGER_SECONDS = 1.0
 LINGER_BYTES_MAX = 1 << 22
 ACCEPT_PAUSE_SECONDS = 0.1
 FULL_POLL_MS = 250
+STAY_SECONDS = 2.0
+"""A connection that could not be passed on is served for one more request, if that begins within this time."""
 
 
 class _Client:
@@ -36,6 +41,8 @@ class _Client:
         self.socket = sock
         self.connection = Connection(sock)
         self.waiting = True
+        self.leaving = False
+        """It is answered once more, if it asks at once, and then closed."""
         self.since = time.monotonic()
         """When it began to wait."""
 
@@ -48,30 +55,50 @@ class _Client:
 class HttpServer:
     """Serves a protocol on listening sockets."""
 
-    def __init__(self, listeners: list[socket.socket], protocol: Protocol) -> None:
+    def __init__(
+        self,
+        listeners: list[socket.socket],
+        protocol: Protocol,
+        *,
+        pass_on: socket.socket | None = None,
+        take_over: Sequence[socket.socket] = (),
+    ) -> None:
         self._listeners = listeners
         self._protocol = protocol
+        self._pass_on = pass_on
+        """Where connections go that are open when this process makes way."""
+        self._take_over = list(take_over)
+        """Where those of the process before come from."""
         self._lock = threading.Condition()
         self._clients: set[_Client] = set()
         self._draining = False
+        self._passing = False
+        self._stop_read, self._stop_write = os.pipe()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
         self._acceptor = threading.Thread(target=self._accept, name="accept", daemon=True)
 
     def start(self) -> None:
-        """Begin to accept, unless it is being drained already."""
+        """Begin to accept and to take over, unless it is being drained already."""
         with self._lock:
-            if not self._draining:
-                self._acceptor.start()
+            if self._draining:
+                return
+            self._acceptor.start()
+        for end in self._take_over:
+            threading.Thread(target=self._take_from, args=(end,), name="take-over", daemon=True).start()
 
-    def drain(self, deadline: float) -> None:
-        """Stop accepting, close idle connections, and wait until `deadline` (monotonic) for those with a request."""
+    def drain(self, deadline: float, *, pass_on: bool = False) -> None:
+        """Stop accepting, let go of idle connections, and wait until `deadline` (monotonic) for those with a request.
+
+        Args:
+            deadline: when to stop waiting.
+            pass_on: open connections go to the process that follows, instead of being closed.
+        """
         with self._lock:
+            self._passing = pass_on and self._pass_on is not None
             self._draining = True
-            for client in self._clients:
-                if client.waiting and client.connection.idle:
-                    client.hang_up()
             started = self._acceptor.is_alive()
+        os.write(self._stop_write, b"x")  # never read: every thread that waits for a request sees it
         self._wake()
         if started:
             self._acceptor.join()
@@ -131,6 +158,14 @@ class HttpServer:
             return
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._begin(sock)
+
+    def _take_from(self, end: socket.socket) -> None:
+        with end:
+            for sock in passing.taken(end):
+                self._begin(sock)
+
+    def _begin(self, sock: socket.socket) -> None:
         client = _Client(sock)
         with self._lock:
             self._clients.add(client)
@@ -138,15 +173,13 @@ class HttpServer:
 
     def _serve(self, client: _Client) -> None:
         try:
-            while not self._draining or not client.connection.idle:
-                client.since = time.monotonic()
-                client.waiting = True
+            while self._next(client):
                 request = client.connection.read()
                 client.waiting = False
                 if request is None:
                     break
                 response = self._protocol.respond(request)
-                keep_alive = request.keep_alive and not self._draining
+                keep_alive = request.keep_alive and not self._closes(client)
                 client.connection.write(response, keep_alive=keep_alive)
                 if not keep_alive:
                     break
@@ -160,6 +193,27 @@ class HttpServer:
                 self._clients.discard(client)
                 self._lock.notify_all()
             self._wake()
+
+    def _next(self, client: _Client) -> bool:
+        """Wait for the next request of a client; False if there is none, or somebody else answers it."""
+        client.since = time.monotonic()
+        client.waiting = True
+        if not client.connection.idle:
+            return True
+        if not client.leaving:
+            if client.connection.wait(self._stop_read):
+                return True
+            if not self._draining:
+                return False  # idle for too long
+            if self._passing and self._pass_on is not None and passing.give(self._pass_on, client.socket):
+                return False
+            client.leaving = True
+        # what the client sent in this moment is still answered
+        return client.connection.wait(-1, STAY_SECONDS if self._passing else 0.0)
+
+    def _closes(self, client: _Client) -> bool:
+        """Tell whether the answer being made is the last on its connection."""
+        return client.leaving or (self._draining and not self._passing and client.connection.idle)
 
     def _refuse(self, client: _Client, error: BadRequest) -> None:
         """Answer and close, but read on for a moment: closing with unread bytes would reset the answer away."""

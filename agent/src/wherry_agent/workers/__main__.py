@@ -1,7 +1,8 @@
 """`python -m wherry_agent.workers`: a worker on the descriptors that the supervisor left open for it.
 
 `WHERRY_CONTROL_FD` is the control channel, `WHERRY_LISTEN_FDS` the listening sockets (comma separated; TCP and unix),
-`WHERRY_MEMORY_RESERVE_BYTES` what a swap leaves free on this machine.
+`WHERRY_MEMORY_RESERVE_BYTES` what a swap leaves free on this machine. `WHERRY_PASS_FD` is where open connections go when
+this worker makes way for another, `WHERRY_TAKE_FDS` where those of the workers before it come from.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import socket
 import sys
 
 from wherry_agent.answering.memory import RESERVE_BYTES_DEFAULT
+from wherry_agent.serving.passing import PASS_SECONDS_MAX
 from wherry_agent.workers.worker import Worker
 
 
@@ -20,14 +22,20 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="worker: %(levelname)s %(message)s", stream=sys.stderr)
     try:
         control = socket.socket(fileno=int(os.environ["WHERRY_CONTROL_FD"]))
-        listeners = [
-            socket.socket(fileno=int(text)) for text in os.environ.get("WHERRY_LISTEN_FDS", "").split(",") if text
-        ]
+        listeners, pass_on, take_over = (
+            [socket.socket(fileno=int(text)) for text in os.environ.get(name, "").split(",") if text]
+            for name in ("WHERRY_LISTEN_FDS", "WHERRY_PASS_FD", "WHERRY_TAKE_FDS")
+        )
+        for end in pass_on:
+            end.settimeout(PASS_SECONDS_MAX)
         reserve = int(os.environ.get("WHERRY_MEMORY_RESERVE_BYTES", RESERVE_BYTES_DEFAULT))
     except (KeyError, ValueError, OSError) as error:
         print(f"error: a worker is started by the supervisor ({type(error).__name__}: {error})", file=sys.stderr)  # noqa: T201
         return 2
-    Worker(control, listeners, reserve_bytes=reserve).run()
+    worker = Worker(
+        control, listeners, reserve_bytes=reserve, pass_on=pass_on[0] if pass_on else None, take_over=take_over
+    )
+    worker.run()
     return 0
 
 

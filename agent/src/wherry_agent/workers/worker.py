@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Sequence
 
 import msgspec
 
@@ -59,6 +60,8 @@ class Worker:
         listeners: list[socket.socket],
         *,
         reserve_bytes: int = memory.RESERVE_BYTES_DEFAULT,
+        pass_on: socket.socket | None = None,
+        take_over: Sequence[socket.socket] = (),
     ) -> None:
         self._control = control
         self._writer = LineWriter(control)
@@ -69,7 +72,8 @@ class Worker:
         self._gate = RunGate()
         self._helpers = Helpers()
         self._flags = Flags()
-        self._http = HttpServer(listeners, Protocol(self.registry, self._gate, self._helpers, self._flags))
+        protocol = Protocol(self.registry, self._gate, self._helpers, self._flags)
+        self._http = HttpServer(listeners, protocol, pass_on=pass_on, take_over=take_over)
         self._loader = Loader(
             self.registry,
             self.say,
@@ -83,16 +87,18 @@ class Worker:
         """Serve until `Stop`, or until the supervisor is gone."""
         self._ticker.start()
         self.say(Ready(pid=os.getpid()))
+        hand_over = False
         try:
             for line in read_lines(self._control, line_bytes_max=COMMAND_BYTES_MAX):
                 command = _parsed(line)
                 if isinstance(command, Stop):
+                    hand_over = command.hand_over
                     break
                 if command is not None:
                     self._do(command)
         except OSError as error:
             log.warning("the supervisor is gone: %s", error)
-        self._stop()
+        self._stop(hand_over=hand_over)
 
     def say(self, message: msgspec.Struct) -> None:
         """Send an event; a supervisor that is gone is noticed by the reading side."""
@@ -166,10 +172,10 @@ class Worker:
             self.say(Stats(arms=arms))
         self._loader.settle()
 
-    def _stop(self) -> None:
+    def _stop(self, *, hand_over: bool) -> None:
         self._stopping = True
         self._loader.stop()
-        self._http.drain(time.monotonic() + DRAIN_SECONDS_MAX)
+        self._http.drain(time.monotonic() + DRAIN_SECONDS_MAX, pass_on=hand_over)
         self._hurry()
         self._ticker.join(STATS_SECONDS)
         self._send_stats()

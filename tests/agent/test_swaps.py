@@ -1,0 +1,184 @@
+"""Swaps, hand-overs to another process, and crashes, under callers who never try twice: who may notice what."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.agent.serving_kit import alive, until
+from tests.agent.swap_kit import CALLERS, CLIENTS, Crowd, crowd, supervised, versions
+from wherry_agent import processes
+from wherry_agent.children import ServeModel
+
+SWAPS = 200
+HAND_OVERS = 3
+KILLS = 1
+
+
+def model(active, **more) -> ServeModel:
+    return ServeModel(name="scale", active=active, **more)
+
+
+def check(people: Crowd) -> None:
+    assert people.failures == []
+    assert people.wrong == []
+    assert people.answers > 0
+
+
+@pytest.mark.parametrize("kind", CALLERS)
+def test_no_request_fails_while_versions_are_swapped(tmp_path: Path, kind: str) -> None:
+    every = versions(tmp_path, SWAPS + 1)
+    with supervised(tmp_path) as site:
+        site.serve(model(every[0]))
+        with crowd(site, kind) as people:
+            people.wait_for_more(CLIENTS)
+            for version in every[1:]:
+                site.serve(model(version))
+                people.wait_for_more()
+        check(people)
+        assert len(people.seen) > SWAPS // 2
+        assert site.deaths == []
+
+
+@pytest.mark.parametrize("kind", CALLERS)
+def test_no_request_fails_while_workers_take_over_from_each_other(tmp_path: Path, kind: str) -> None:
+    first, second = versions(tmp_path, 2)
+    with supervised(tmp_path) as site:
+        site.serve(model(first))
+        pids = [site.worker.pid]
+        with crowd(site, kind) as people:
+            people.wait_for_more(CLIENTS)
+            for _ in range(HAND_OVERS):
+                assert site.hand_over() == ""
+                pids.append(site.worker.pid)
+                people.wait_for_more(CLIENTS)
+            until(lambda: site.gone == pids[:-1], "those before have ended")
+            site.serve(model(second))
+            until(lambda: "1.2.0" in people.seen, "the last worker does what it is told")
+        check(people)
+        assert len(set(pids)) == HAND_OVERS + 1
+        assert site.deaths == [], "nobody died who was to go on"
+        assert not any(alive(pid) for pid in pids[:-1])
+        if kind != "new connection":
+            assert [caller.connects for caller in people.callers] == [1] * CLIENTS, "connections live on"
+
+
+@pytest.mark.parametrize("kind", ["keep-alive", "new connection"])
+def test_without_memory_for_two_workers_callers_wait_and_no_request_fails(tmp_path: Path, kind: str) -> None:
+    (first,) = versions(tmp_path, 1)
+    with supervised(tmp_path, available_bytes=lambda: 0) as site:
+        site.serve(model(first))
+        before = site.worker.pid
+        with crowd(site, kind) as people:
+            people.wait_for_more(CLIENTS)
+            assert site.hand_over() == ""
+            people.wait_for_more(CLIENTS)
+        check(people)
+        assert site.worker.pid != before
+        assert site.deaths == [("exit code 0", True)]
+        if kind == "keep-alive":
+            assert [caller.connects for caller in people.callers] == [1] * CLIENTS
+
+
+def test_connections_that_nobody_uses_are_handed_over_too(tmp_path: Path) -> None:
+    """Also one with half a request: it is answered first."""
+    (first,) = versions(tmp_path, 1)
+    with supervised(tmp_path) as site:
+        site.serve(model(first))
+        callers = [CALLERS[kind](site) for kind in ("keep-alive", "unix socket") for _ in range(20)]
+        for caller in callers:
+            caller.ask()
+        for _ in range(2):
+            assert site.hand_over() == ""
+        assert [caller.ask()[0] for caller in callers] == ["1.1.0"] * len(callers)
+        assert [caller.connects for caller in callers] == [1] * len(callers)
+        for caller in callers:
+            caller.close()
+
+
+@pytest.mark.parametrize(
+    ("program", "says"),
+    [
+        ("raise SystemExit(3)", "ended with exit code 3"),
+        ("import os; os.kill(os.getpid(), 11)", "ended with signal 11"),
+        (None, "cannot serve scale"),
+    ],
+)
+def test_a_worker_that_cannot_take_over_leaves_the_old_one_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str | None, says: str
+) -> None:
+    (first,) = versions(tmp_path, 1)
+    with supervised(tmp_path) as site:
+        site.serve(model(first))
+        pid = site.worker.pid
+        with crowd(site, "keep-alive") as people:
+            people.wait_for_more(CLIENTS)
+            if program is not None:
+                site.worker._argv = [sys.executable, "-c", program]
+            else:
+                Path(first.path).write_bytes(b"altered")
+            assert says in site.hand_over()
+            people.wait_for_more(CLIENTS)
+        check(people)
+        assert site.worker.pid == pid
+        assert site.deaths == site.gone == []
+
+
+def test_a_worker_that_does_not_take_over_in_time_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "HAND_OVER_SECONDS_MAX", 0.5)
+    (first,) = versions(tmp_path, 1)
+    with supervised(tmp_path) as site:
+        site.serve(model(first))
+        pid = site.worker.pid
+        mark = tmp_path / "pid"
+        text = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+        site.worker._argv = [sys.executable, "-c", text]
+        assert "within its time" in site.hand_over()
+        assert site.worker.pid == pid
+        if mark.exists():
+            until(lambda: not Path(f"/proc/{mark.read_text()}").exists(), "it is ended")
+
+
+def test_what_is_wanted_meanwhile_is_served_by_the_one_that_takes_over(tmp_path: Path) -> None:
+    first, second = versions(tmp_path, 2)
+    with supervised(tmp_path) as site:
+        site.serve(model(first))
+        with crowd(site, "keep-alive", 2) as people:
+            done: list[str] = []
+            site.worker.hand_over(done.append)
+            site.tell(model(second))
+            until(lambda: done, "it has taken over", 60)
+            assert done == [""]
+            people.seen.clear()
+            people.wait_for_more(4)
+        check(people)
+        assert "1.2.0" in people.seen
+        refused: list[str] = []
+        site.worker.hand_over(done.append)
+        site.worker.hand_over(refused.append)
+        assert refused, "one at a time"
+        until(lambda: len(done) == 2, "the first of them has ended", 60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+@pytest.mark.parametrize("kind", CALLERS)
+def test_a_killed_worker_fails_only_what_it_held(tmp_path: Path, kind: str, number: signal.Signals) -> None:
+    (first,) = versions(tmp_path, 1)
+    with supervised(tmp_path) as site:
+        site.serve(model(first))
+        with crowd(site, kind) as people:
+            for kill in range(1, KILLS + 1):
+                people.wait_for_more(CLIENTS)
+                os.kill(site.worker.pid, number)
+                until(lambda kill=kill: len(site.deaths) == kill, "its death is noticed")
+                people.wait_for_more(CLIENTS)
+                until(lambda: site.worker.pid, "another follows")
+            people.wait_for_more(CLIENTS)
+        assert people.wrong == []
+        assert len(people.failures) <= CLIENTS * KILLS
+        assert not any("Refused" in failure for failure in people.failures)
+        assert site.deaths == [(f"signal {number.value}", False)] * KILLS
