@@ -56,7 +56,7 @@ class Flags:
         return _json(404, {"errorDetails": "no such path; see /ofrep/v1/evaluate/flags and /ofrep/v1/configuration"})
 
     def _one(self, key: str, request: Request) -> Response:
-        trouble = _trouble(request.body)
+        trouble = _trouble(bytes(request.body))
         if trouble is not None:
             return _json(400, {"key": key, **trouble})
         flags = self._all
@@ -66,7 +66,7 @@ class Flags:
         return _json(200, _evaluated(key, flags[key]))
 
     def _bulk(self, request: Request) -> Response:
-        trouble = _trouble(request.body)
+        trouble = _trouble(bytes(request.body))
         if trouble is not None:
             return _json(400, trouble)
         flags, tag = self._all, self._tag
@@ -77,7 +77,7 @@ def _evaluated(key: str, value: Any) -> dict[str, Any]:
     return {"key": key, "value": value, "reason": "STATIC", "variant": VARIANT, "metadata": {}}
 
 
-def _trouble(body: bytes | bytearray) -> dict[str, str] | None:
+def _trouble(body: bytes) -> dict[str, str] | None:
     """Say what is wrong with an evaluation request; an empty body asks without a context."""
     if not body.strip():
         return None

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import select
 import socket
+import struct
 import time
 from dataclasses import dataclass, field
 from urllib.parse import unquote
 
+from wherry_agent.serving.buffers import ALIGNMENT, Buffer, Buffers, aligned_start
+from wherry_agent.serving.peers import user_of
 from wherry_shared.limits import REQUEST_BYTES_MAX
 
 HEAD_BYTES_MAX = 16 * 1024
@@ -21,16 +24,21 @@ IDLE_SECONDS_MAX = 75.0
 REQUEST_SECONDS_MAX = 30.0
 """From the first byte of a request to its last."""
 RECEIVE_BYTES = 1 << 16
+JOINED_BYTES_MAX = 1 << 16
+"""Smaller responses are joined and sent at once; the pieces of larger ones are gathered by the kernel."""
 _TOKEN = frozenset(b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
+
+buffers = Buffers()
+"""Receive buffers of all connections."""
 
 REASONS = {
     200: "OK",
     304: "Not Modified",
     400: "Bad Request",
+    403: "Forbidden",
     404: "Not Found",
     405: "Method Not Allowed",
     408: "Request Timeout",
-    411: "Length Required",
     413: "Content Too Large",
     415: "Unsupported Media Type",
     431: "Request Header Fields Too Large",
@@ -50,43 +58,76 @@ class BadRequest(Exception):  # noqa: N818 - named after the response it becomes
         self.message = message
 
 
-@dataclass(frozen=True, slots=True)
+Part = bytes | memoryview
+"""A piece of a response that is sent as it is."""
+
+
+@dataclass(slots=True)
+class Head:
+    """Request line and headers, parsed once for as long as a client sends the same bytes again."""
+
+    method: str
+    path: tuple[str, ...]
+    headers: dict[str, str]
+    keep_alive: bool
+    length: int
+    """Bytes of the body."""
+    binary_start: int
+    """Where in the body the raw tensors begin, so that they can be received aligned; 0 if nothing says so."""
+
+
+@dataclass(slots=True)
 class Request:
     """One request; `path` is decoded and without its query, header names are lower case."""
 
     method: str
     path: tuple[str, ...]
     headers: dict[str, str]
-    body: bytes | bytearray
+    body: bytes | memoryview
     keep_alive: bool
+    connection: Connection | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Response:
-    """One response; the body is JSON."""
+    """One response: a body, JSON unless `headers` say otherwise, and raw parts that follow it."""
 
     status: int
     body: bytes
     headers: dict[str, str] = field(default_factory=dict)
+    parts: list[Part] = field(default_factory=list)
 
 
 class Connection:
-    """Requests from a socket, one after another; bytes beyond one request wait for the next."""
+    """Requests from a socket, one after another; bytes beyond one request wait for the next.
+
+    The socket blocks and the kernel holds the deadlines: a timeout of Python's own would double the system calls.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
-        self._buffer = bytearray()
+        self._rest = b""
+        self._begun = False
+        self._head_bytes = b""
+        self._head: Head | None = None
+        self._buffer: Buffer | None = None
         self._poll: select.poll | None = None
         self._stop = -1
+        self._user: int | None = None
+        self._user_known = False
+        sock.settimeout(None)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(REQUEST_SECONDS_MAX))
+        self._receive_limit = 0.0
+        self._limit(IDLE_SECONDS_MAX)
 
     @property
     def idle(self) -> bool:
         """Whether nothing of a next request has been read."""
-        return not self._buffer
+        return not self._begun
 
     def wait(self, stop: int, seconds: float = IDLE_SECONDS_MAX) -> bool:
         """Wait for the next request to begin; False if none does in `seconds`, or `stop` becomes readable first."""
-        if self._buffer:
+        if self._begun:
             return True
         if self._poll is None or self._stop != stop:
             self._poll, self._stop = select.poll(), stop
@@ -96,6 +137,13 @@ class Connection:
         ready = self._poll.poll(seconds * 1000)
         return bool(ready) and all(descriptor != stop for descriptor, _ in ready)
 
+    def user(self) -> int | None:
+        """Return the user id of the client; None if the system does not say."""
+        if not self._user_known:
+            self._user = user_of(self._socket)
+            self._user_known = True
+        return self._user
+
     def read(self) -> Request | None:
         """Read the next request; None if the client closed, or stayed idle too long, between requests.
 
@@ -103,31 +151,37 @@ class Connection:
             BadRequest: what came is not a request.
             OSError: the connection broke.
         """
-        if not self._buffer:
-            self._socket.settimeout(IDLE_SECONDS_MAX)
+        data = self._rest
+        if not data:
+            if self._receive_limit != IDLE_SECONDS_MAX:
+                self._limit(IDLE_SECONDS_MAX)
             try:
-                chunk = self._socket.recv(RECEIVE_BYTES)
-            except TimeoutError:
+                data = self._socket.recv(RECEIVE_BYTES)
+            except BlockingIOError:
                 return None
-            if not chunk:
+            if not data:
                 return None
-            self._buffer += chunk
-        deadline = time.monotonic() + REQUEST_SECONDS_MAX
-        searched = 0
-        while (end := self._buffer.find(b"\r\n\r\n", max(0, searched - 3))) < 0:
-            searched = len(self._buffer)
-            if searched > HEAD_BYTES_MAX:
-                raise BadRequest(431, f"the request's head has more than {HEAD_BYTES_MAX} bytes")
-            self._buffer += self._receive(deadline)
+            self._begun = True
+        end = data.find(b"\r\n\r\n")
+        deadline = 0.0
+        if end < 0:
+            deadline = time.monotonic() + REQUEST_SECONDS_MAX
+            data, end = self._rest_of_head(data, deadline)
         if end > HEAD_BYTES_MAX:
             raise BadRequest(431, f"the request's head has more than {HEAD_BYTES_MAX} bytes")
-        head = bytes(self._buffer[:end])
-        del self._buffer[: end + 4]
-        method, path, headers, keep_alive = parse_head(head)
-        length = body_length(method, headers)
-        if length > len(self._buffer) and headers.get("expect", "").lower() == "100-continue":
-            self._socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return Request(method, path, headers, self._body(length, deadline), keep_alive)
+        head = self._parsed(data[:end])
+        start = end + 4
+        stop = start + head.length
+        if stop <= len(data):
+            body: bytes | memoryview = data[start:stop]
+            self._rest = data[stop:] if stop < len(data) else b""
+        else:
+            if head.headers.get("expect", "").lower() == "100-continue":
+                self._socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._rest = b""
+            body = self._rest_of_body(head, data[start:], deadline or time.monotonic() + REQUEST_SECONDS_MAX)
+        self._begun = bool(self._rest)
+        return Request(head.method, head.path, head.headers, body, head.keep_alive, self)
 
     def write(self, response: Response, *, keep_alive: bool) -> None:
         """Write a response.
@@ -135,58 +189,108 @@ class Connection:
         Raises:
             OSError: the connection broke, or the client does not read.
         """
-        lines = [
-            f"HTTP/1.1 {response.status} {REASONS[response.status]}",
-            "Content-Type: application/json",
-            f"Content-Length: {len(response.body)}",
-        ]
-        lines += [f"{name}: {value}" for name, value in response.headers.items()]
-        if not keep_alive:
-            lines.append("Connection: close")
-        head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
-        self._socket.settimeout(REQUEST_SECONDS_MAX)
-        if len(response.body) < RECEIVE_BYTES:
-            self._socket.sendall(head + response.body)
+        body, parts = response.body, response.parts
+        length = len(body)
+        for part in parts:
+            length += len(part)
+        head = f"HTTP/1.1 {response.status} {REASONS[response.status]}\r\nContent-Length: {length}\r\n"
+        if "Content-Type" not in response.headers:
+            head += "Content-Type: application/json\r\n"
+        for name, value in response.headers.items():
+            head += f"{name}: {value}\r\n"
+        head += "\r\n" if keep_alive else "Connection: close\r\n\r\n"
+        if length <= JOINED_BYTES_MAX:
+            self._socket.sendall(b"".join([head.encode("latin-1"), body, *parts]))
         else:
-            self._socket.sendall(head)
-            self._socket.sendall(response.body)
+            self._send([head.encode("latin-1"), body, *parts])
 
-    def _body(self, length: int, deadline: float) -> bytes | bytearray:
-        if length <= len(self._buffer):
-            body = bytes(self._buffer[:length])
-            del self._buffer[:length]
-            return body
-        whole = bytearray(length)
-        filled = len(self._buffer)
-        whole[:filled] = self._buffer
-        self._buffer.clear()
-        view = memoryview(whole)
+    def release(self) -> None:
+        """Say that the request read last is over: its buffer may serve another one."""
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            buffers.give(buffer)
+
+    def _send(self, parts: list[Part]) -> None:
+        deadline = time.monotonic() + REQUEST_SECONDS_MAX
+        views = [memoryview(part) for part in parts if len(part)]
+        while views:
+            sent = self._socket.sendmsg(views)
+            while views and sent >= len(views[0]):
+                sent -= len(views.pop(0))
+            if sent:
+                views[0] = views[0][sent:]
+            if views and time.monotonic() > deadline:
+                raise TimeoutError("the client does not read its answer")
+
+    def _parsed(self, data: bytes) -> Head:
+        if data == self._head_bytes and self._head is not None:
+            return self._head
+        method, path, headers, keep_alive = parse_head(data)
+        length = body_length(headers)
+        binary_start = headers.get("inference-header-content-length", "")
+        head = Head(
+            method,
+            path,
+            headers,
+            keep_alive,
+            length,
+            int(binary_start) if binary_start.isascii() and binary_start.isdigit() and len(binary_start) < 12 else 0,
+        )
+        self._head_bytes, self._head = data, head
+        return head
+
+    def _rest_of_head(self, data: bytes, deadline: float) -> tuple[bytes, int]:
+        whole = bytearray(data)
+        while (end := whole.find(b"\r\n\r\n", max(0, len(whole) - RECEIVE_BYTES - 3))) < 0:
+            if len(whole) > HEAD_BYTES_MAX:
+                raise BadRequest(431, f"the request's head has more than {HEAD_BYTES_MAX} bytes")
+            whole += self._receive(deadline)
+        return bytes(whole), end
+
+    def _rest_of_body(self, head: Head, first: bytes, deadline: float) -> memoryview:
+        length = head.length
+        buffer = buffers.take(length + ALIGNMENT)
+        start = aligned_start(buffer, head.binary_start)
+        view = buffer.data[start : start + length]
+        filled = len(first)
+        view[:filled] = first
+        self._buffer = buffer
         while filled < length:
-            self._limit(deadline)
+            self._limit_until(deadline)
             try:
                 count = self._socket.recv_into(view[filled:])
-            except TimeoutError as error:
+            except BlockingIOError as error:
                 raise BadRequest(408, "the request's body did not arrive in time") from error
             if not count:
                 raise BadRequest(400, f"the request's body ended after {filled} of {length} bytes")
             filled += count
-        return whole
+        return view
 
     def _receive(self, deadline: float) -> bytes:
-        self._limit(deadline)
+        self._limit_until(deadline)
         try:
             chunk = self._socket.recv(RECEIVE_BYTES)
-        except TimeoutError as error:
+        except BlockingIOError as error:
             raise BadRequest(408, "the request did not arrive in time") from error
         if not chunk:
             raise BadRequest(400, "the request ended within its head")
         return chunk
 
-    def _limit(self, deadline: float) -> None:
+    def _limit_until(self, deadline: float) -> None:
         left = deadline - time.monotonic()
         if left <= 0:
             raise BadRequest(408, "the request did not arrive in time")
-        self._socket.settimeout(left)
+        if left < self._receive_limit - 1 or self._receive_limit > REQUEST_SECONDS_MAX:
+            self._limit(left)
+
+    def _limit(self, seconds: float) -> None:
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
+        self._receive_limit = seconds
+
+
+def _timeval(seconds: float) -> bytes:
+    """Return a `struct timeval`; the older option number takes the machine's own longs."""
+    return struct.pack("ll" if socket.SO_RCVTIMEO == 20 else "qq", int(seconds), int(seconds % 1 * 1e6) or 1)
 
 
 def parse_head(head: bytes) -> tuple[str, tuple[str, ...], dict[str, str], bool]:
@@ -235,18 +339,16 @@ def parse_path(target: bytes) -> tuple[str, ...]:
     return tuple(unquote(segment, errors="replace") for segment in path.strip("/").split("/"))
 
 
-def body_length(method: str, headers: dict[str, str]) -> int:
-    """Return the length of the body that follows.
+def body_length(headers: dict[str, str]) -> int:
+    """Return the length of the body that follows; without a length there is none (RFC 9112 §6.3).
 
     Raises:
-        BadRequest: 400, 411, 413 or 501.
+        BadRequest: 400, 413 or 501.
     """
     if "transfer-encoding" in headers:
         raise BadRequest(501, "chunked requests are not supported: send Content-Length")
     text = headers.get("content-length")
     if text is None:
-        if method in ("POST", "PUT", "PATCH"):
-            raise BadRequest(411, "send Content-Length")
         return 0
     if not text.isascii() or not text.isdigit() or len(text) > 18:
         raise BadRequest(400, "Content-Length is not a number")

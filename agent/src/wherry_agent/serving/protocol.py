@@ -1,31 +1,76 @@
-"""The Open Inference Protocol, version 2, JSON over REST: from a request to a response, without a socket.
+"""The Open Inference Protocol, version 2, over REST: from a request to a response, without a socket.
 
 Names and datatypes are the interface's canonical ones, dynamic axes are −1. Every answer says which version really gave
 it (`model_version`) and which variant (`parameters.wherry_variant`); `parameters.wherry_fallback` is true where the
-incumbent answered what a candidate on trial failed. What a later release brings (binary tensors, shared memory,
-sequences) is refused by name.
+incumbent answered what a candidate on trial failed. Tensors are JSON, or raw bytes behind it (the binary tensor
+extension). docs/formats/inference.md says what is spoken, and what is refused.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
-from wherry_agent import __version__
-from wherry_agent.answering.arms import Loaded
+from wherry_agent.answering.ask import Ask
 from wherry_agent.answering.gate import RunGate
 from wherry_agent.answering.helpers import Helpers
-from wherry_agent.answering.published import Answer, Published
+from wherry_agent.answering.published import Answer
 from wherry_agent.answering.registry import Registry
 from wherry_agent.serving import tensors
+from wherry_agent.serving.compression import asked_coding, compress, decompress
 from wherry_agent.serving.flags import Flags
-from wherry_agent.serving.http import Request, Response
-from wherry_shared.bundle import PLATFORMS, Interface, TensorSpec
+from wherry_agent.serving.http import BadRequest, Part, Request, Response
+from wherry_agent.serving.inference import (
+    CUDA_REFUSED,
+    LOAD_REFUSED,
+    LOG_REFUSED,
+    TRACE_REFUSED,
+    Inference,
+    Refusal,
+    View,
+    as_declared,
+    check_id,
+    parameters_of,
+)
+from wherry_shared.bundle import TensorSpec
 from wherry_shared.engines.errors import BadInput, EngineFault
+from wherry_shared.engines.session import Array
+from wherry_shared.limits import REQUEST_BYTES_MAX, TENSORS_MAX
 
 log = logging.getLogger(__name__)
+
+HEADER_LENGTH = "inference-header-content-length"
+_JSON_TYPES = ("application/json", "text/json", "application/octet-stream", "application/x-www-form-urlencoded", "")
+"""curl -d sends the form type when it is not told otherwise: what counts is whether the body parses."""
+
+
+class _InputParameters(msgspec.Struct, frozen=True, gc=False):
+    """What is known of a tensor's parameters; others are ignored, as the protocol allows."""
+
+    binary_data_size: int | None = None
+    shared_memory_region: str | None = None
+    shared_memory_offset: int = 0
+    shared_memory_byte_size: int | None = None
+
+
+class _OutputParameters(msgspec.Struct, frozen=True, gc=False):
+    binary_data: bool | None = None
+    classification: int = 0
+    shared_memory_region: str | None = None
+    shared_memory_offset: int = 0
+    shared_memory_byte_size: int | None = None
+
+
+class _RequestParameters(msgspec.Struct, frozen=True, gc=False):
+    binary_data_output: bool = False
+    sequence_id: int | str = ""
+    sequence_start: bool = False
+    sequence_end: bool = False
+    priority: int = 0
+    timeout: int | None = None
 
 
 class _RequestTensor(msgspec.Struct, frozen=True):
@@ -33,26 +78,27 @@ class _RequestTensor(msgspec.Struct, frozen=True):
     shape: list[int]
     datatype: str
     data: msgspec.Raw = msgspec.Raw()
-    parameters: dict[str, Any] = {}
+    parameters: _InputParameters | None = None
 
 
 class _RequestedOutput(msgspec.Struct, frozen=True):
     name: str
-    parameters: dict[str, Any] = {}
+    parameters: _OutputParameters | None = None
 
 
 class _InferRequest(msgspec.Struct, frozen=True):
     inputs: list[_RequestTensor]
     id: str = ""
     outputs: list[_RequestedOutput] | None = None
-    parameters: dict[str, Any] = {}
+    parameters: _RequestParameters | None = None
 
 
-class _ResponseTensor(msgspec.Struct, frozen=True):
+class _ResponseTensor(msgspec.Struct, frozen=True, omit_defaults=True):
     name: str
     datatype: str
-    shape: list[int]
-    data: list[Any]
+    shape: tuple[int, ...]
+    data: list[Any] | msgspec.UnsetType = msgspec.UNSET
+    parameters: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
 
 
 class _InferResponse(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -65,32 +111,29 @@ class _InferResponse(msgspec.Struct, frozen=True, omit_defaults=True):
 
 _infer: msgspec.json.Decoder[_InferRequest] = msgspec.json.Decoder(_InferRequest)
 _encoder = msgspec.json.Encoder()
-
-_LATER = {
-    "binary_data": "binary tensors are not supported yet: send binary_data=false and JSON data",
-    "binary_data_size": "binary tensors are not supported yet: send JSON data",
-    "binary_data_output": "binary tensors are not supported yet: ask for binary_data_output=false",
-    "shared_memory_region": "shared memory is not supported yet: send JSON data",
-    "classification": "the classification extension is not supported: read the labels from the bundle's assets",
-    "sequence_id": "sequences are not supported yet",
-}
+_NO_PARAMETERS = _RequestParameters()
+_NO_OUTPUT_PARAMETERS = _OutputParameters()
+_RAW = _InferRequest(inputs=[], parameters=_RequestParameters(binary_data_output=True))
+"""What a raw binary request says beside its tensor."""
 
 
 class Protocol:
     """Answers requests from what is published."""
 
     def __init__(self, registry: Registry, gate: RunGate, helpers: Helpers, flags: Flags | None = None) -> None:
-        self._registry = registry
-        self._gate = gate
-        self._helpers = helpers
+        self.inference = Inference(registry, gate, helpers)
         self._flags = flags or Flags()
 
     def respond(self, request: Request) -> Response:
         """Answer a request; every refusal is a response with an `error`."""
         try:
+            if request.path[-1] == "infer":
+                return self._infer_path(request)
             return self._route(request)
         except BadInput as error:
             return failure(400, error.message)
+        except (Refusal, BadRequest) as error:
+            return failure(error.status, error.message)
         except EngineFault as error:
             return failure(500, str(error))
         except Exception as error:  # the border of the process: a caller gets an answer, the log gets the trace
@@ -99,157 +142,195 @@ class Protocol:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _route(self, request: Request) -> Response:
+    def _infer_path(self, request: Request) -> Response:
         match request.path:
-            case ("v2",):
-                return _get(request) or _json({"name": "wherry", "version": __version__, "extensions": []})
-            case ("v2", "health", "live"):
-                return _get(request) or _json({"live": True})
-            case ("v2", "health", "ready"):
-                return _get(request) or self._server_ready()
-            case ("v2", "models", name):
-                return _get(request) or self._metadata(name, "")
-            case ("v2", "models", name, "versions", version):
-                return _get(request) or self._metadata(name, version)
-            case ("v2", "models", name, "ready"):
-                return _get(request) or self._model_ready(name, "")
-            case ("v2", "models", name, "versions", version, "ready"):
-                return _get(request) or self._model_ready(name, version)
             case ("v2", "models", name, "infer"):
                 return _post(request) or self._infer(name, "", request)
             case ("v2", "models", name, "versions", version, "infer"):
                 return _post(request) or self._infer(name, version, request)
+        return _unknown()
+
+    def _route(self, request: Request) -> Response:
+        asked = self.inference
+        match request.path:
+            case ("v2",):
+                return _get(request, asked.server_metadata)
+            case ("v2", "health", "live"):
+                return _get(request, lambda: {"live": True})
+            case ("v2", "health", "ready"):
+                return _get(request, lambda: {"ready": True}, 200 if asked.server_ready() else 503)
+            case ("v2", "models", "stats"):
+                return _get(request, lambda: asked.statistics("", ""))
+            case ("v2", "models", name, *rest) if rest[:1] != ["versions"]:
+                return self._model(request, name, "", rest)
+            case ("v2", "models", name, "versions", version, *rest):
+                return self._model(request, name, version, rest)
+            case ("v2", "repository", "index"):
+                return _post(request) or _json(asked.index())
+            case ("v2", "repository", "models", _, "load" | "unload"):
+                return _post(request) or failure(403, LOAD_REFUSED)
+            case ("v2", "cudasharedmemory", *rest) if rest:
+                return failure(400, CUDA_REFUSED)
+            case ("v2", "trace", "setting"):
+                return failure(400, TRACE_REFUSED)
+            case ("v2", "logging"):
+                return failure(400, LOG_REFUSED)
             case ("ofrep", *rest):
                 return self._flags.respond(tuple(rest), request)
-        return failure(404, "no such path; see /v2, /v2/health/ready, /v2/models/NAME/infer")
+        return _unknown()
 
-    def _server_ready(self) -> Response:
-        """Ready once every model of the last desired state answers or is being swapped."""
-        ready = bool(self._registry.names())
-        return _json({"ready": ready}, 200 if ready else 503)
-
-    def _find(self, name: str, version: str) -> tuple[Published, Loaded] | Response:
-        published = self._registry.get(name)
-        if published is None:
-            known = ", ".join(self._registry.names()) or "none"
-            return failure(404, f"model {name[:80]!r} is not served here; served: {known}")
-        if not version:
-            return published, published.active
-        for loaded in published.loaded():
-            if loaded.version == version:
-                return published, loaded
-        versions = ", ".join(_versions(published))
-        return failure(404, f"version {version[:80]!r} of {name!r} is not loaded; loaded: {versions}")
-
-    def _metadata(self, name: str, version: str) -> Response:
-        found = self._find(name, version)
-        if isinstance(found, Response):
-            return found
-        published, loaded = found
-        interface = loaded.loadable.interface
-        return _json(
-            {
-                "name": name,
-                "versions": _versions(published),
-                "platform": PLATFORMS["tflite" if loaded.loadable.format == "tflite" else "onnx"],
-                "inputs": [_described(spec) for spec in interface.inputs],
-                "outputs": [_described(spec) for spec in interface.outputs],
-            }
-        )
-
-    def _model_ready(self, name: str, version: str) -> Response:
-        if not version and name in self._registry.names():
-            return _json({"name": name, "ready": True})  # also while it is swapped
-        found = self._find(name, version)
-        return found if isinstance(found, Response) else _json({"name": name, "ready": True})
+    def _model(self, request: Request, name: str, version: str, rest: list[str]) -> Response:
+        asked = self.inference
+        match rest:
+            case []:
+                return _get(request, lambda: asked.metadata(name, version))
+            case ["ready"]:
+                return _get(request, lambda: {"name": name, "ready": asked.model_ready(name, version)})
+            case ["config"]:
+                return _get(request, lambda: asked.config(name, version))
+            case ["stats"]:
+                return _get(request, lambda: asked.statistics(name, version))
+            case ["trace", "setting"]:
+                return failure(400, TRACE_REFUSED)
+        return _unknown()
 
     def _infer(self, name: str, version: str, request: Request) -> Response:
-        refusal = _unsupported(request)
-        if refusal is not None:
-            return refusal
-        found = self._find(name, version)
-        if isinstance(found, Response):
-            return found
-        published, loaded = found
-        asked = _parse(request.body)
-        inputs = {}
-        for tensor in asked.inputs:
-            _refuse_later(tensor.parameters)
-            if tensor.name in inputs:
-                raise BadInput(f"input {tensor.name!r} is given twice")
-            inputs[tensor.name] = tensors.decode(tensor.name, tensor.datatype, tensor.shape, tensor.data)
-        outputs = None if asked.outputs is None else [output.name for output in asked.outputs]
-        if version:
-            answer = published.answer_by(loaded, self._gate, inputs, outputs)
+        headers = request.headers
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind not in _JSON_TYPES:
+            return failure(415, f"content type {kind[:80]!r} is not supported: send application/json")
+        body = request.body
+        encoding = headers.get("content-encoding")
+        if encoding is not None and encoding.lower() != "identity":
+            body = decompress(encoding.strip().lower(), body, REQUEST_BYTES_MAX)
+        published, loaded = self.inference.find(name, version)
+        view = self.inference.view(loaded)
+        header_length = headers.get(HEADER_LENGTH)
+        if header_length == "0":
+            asked = _RAW
+            inputs = _raw_input(loaded.loadable.interface.inputs, body)
         else:
-            answer = published.answer(self._gate, self._helpers, inputs, outputs)
-        return Response(200, _encoder.encode(_answered(name, asked.id, answer)))
+            asked, blob = _parse(body, header_length)
+            inputs = _inputs(asked.inputs, blob, view)
+        said = asked.parameters or _NO_PARAMETERS
+        ask = Ask(
+            request_id=check_id(asked.id),
+            sequence_id=_sequence(said.sequence_id),
+            sequence_start=said.sequence_start,
+            sequence_end=said.sequence_end,
+            unshared=True,
+        )
+        names = None if asked.outputs is None else [output.name for output in asked.outputs]
+        answer = self.inference.run(published, loaded if version else None, inputs, names, ask)
+        response = self._answered(name, asked, said, answer)
+        coding = asked_coding(headers.get("accept-encoding", ""))
+        if coding:
+            response.body = compress(coding, [response.body, *response.parts])
+            response.parts = []
+            response.headers["Content-Encoding"] = coding
+        return response
+
+    def _answered(self, name: str, asked: _InferRequest, said: _RequestParameters, answer: Answer) -> Response:
+        view = self.inference.view(answer.loaded)
+        rows: list[_ResponseTensor] = []
+        parts: list[Part] = []
+        wanted = {} if asked.outputs is None else {output.name: output.parameters for output in asked.outputs}
+        for output, array in answer.outputs.items():
+            how = wanted.get(output) or _NO_OUTPUT_PARAMETERS
+            datatype = view.outputs[output]
+            binary = said.binary_data_output if how.binary_data is None else how.binary_data
+            if how.classification:
+                array, datatype = _classified(output, array, datatype, how.classification, view), "BYTES"  # noqa: PLW2901
+            if binary:
+                part = tensors.to_bytes(array)
+                parts.append(part)
+                rows.append(_ResponseTensor(output, datatype, array.shape, parameters={"binary_data_size": len(part)}))
+            else:
+                rows.append(_ResponseTensor(output, datatype, array.shape, data=tensors.encode(array, datatype)))
+        body = _encoder.encode(_InferResponse(name, view.version, parameters_of(view, answer), rows, asked.id))
+        if not parts:
+            return Response(200, body)
+        headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(body))}
+        return Response(200, body, headers, parts)
 
 
-def _answered(name: str, request_id: str, answer: Answer) -> _InferResponse:
-    loadable = answer.loaded.loadable
-    parameters: dict[str, Any] = {"wherry_variant": loadable.variant}
-    if answer.fallback:
-        parameters["wherry_fallback"] = True
-    datatypes = _datatypes(loadable.interface)
-    return _InferResponse(
-        model_name=name,
-        model_version=answer.loaded.version,
-        id=request_id,
-        parameters=parameters,
-        outputs=[
-            _ResponseTensor(
-                name=output, datatype=datatypes[output], shape=list(array.shape), data=tensors.encode(array)
-            )
-            for output, array in answer.outputs.items()
-        ],
-    )
-
-
-def _datatypes(interface: Interface) -> dict[str, str]:
-    return {spec.name: spec.datatype for spec in interface.outputs}
-
-
-def _parse(body: bytes | bytearray) -> _InferRequest:
+def _parse(body: bytes | memoryview, header_length: str | None) -> tuple[_InferRequest, memoryview]:
+    """Return the JSON part of a request, and the raw bytes behind it."""
+    view = memoryview(body)
+    length = len(view)
+    if header_length is not None:
+        if not header_length.isascii() or not header_length.isdigit() or len(header_length) > 12:
+            raise BadInput("Inference-Header-Content-Length is not a number")
+        length = int(header_length)
+        if length > len(view):
+            raise BadInput(f"Inference-Header-Content-Length is {length}, the body has {len(view)} bytes")
     try:
-        asked = _infer.decode(body)
+        return _infer.decode(view[:length]), view[length:]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(f"not an inference request: {error}") from error
-    _refuse_later(asked.parameters)
-    for output in asked.outputs or ():
-        _refuse_later(output.parameters)
-    return asked
 
 
-def _refuse_later(parameters: dict[str, Any]) -> None:
-    for name, message in _LATER.items():
-        if parameters.get(name):
-            raise BadInput(message)
+def _inputs(given: list[_RequestTensor], blob: memoryview, view: View) -> dict[str, Array]:
+    if len(given) > TENSORS_MAX:
+        raise BadInput(f"{len(given)} inputs, at most {TENSORS_MAX}")
+    inputs: dict[str, Array] = {}
+    offset = 0
+    for tensor in given:
+        name = tensor.name
+        if name in inputs:
+            raise BadInput(f"input {name[:80]!r} is given twice")
+        said = tensor.parameters
+        if said is not None and said.binary_data_size is not None:
+            size = said.binary_data_size
+            if memoryview(tensor.data):
+                raise BadInput(f"input {name[:80]!r} has both data and binary_data_size")
+            if not 0 <= size <= len(blob) - offset:
+                raise BadInput(f"input {name[:80]!r}: binary_data_size is {size}, {len(blob) - offset} bytes are left")
+            array = tensors.from_bytes(name, tensor.datatype, tensor.shape, blob[offset : offset + size])
+            offset += size
+        else:
+            array = tensors.decode(name, tensor.datatype, tensor.shape, tensor.data)
+        inputs[name] = as_declared(name, array, tensor.datatype, view)
+    if offset != len(blob):
+        raise BadInput(f"{len(blob) - offset} bytes follow the last input")
+    return inputs
 
 
-def _unsupported(request: Request) -> Response | None:
-    if "inference-header-content-length" in request.headers:
-        return failure(400, _LATER["binary_data_size"])
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind not in ("application/json", "text/json", "application/x-www-form-urlencoded", ""):
-        # curl -d sends the form type when it is not told otherwise: what counts is whether the body parses
-        return failure(415, f"content type {kind[:80]!r} is not supported: send application/json")
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        return failure(415, "compressed requests are not supported")
-    return None
+def _raw_input(specs: list[TensorSpec], body: bytes | memoryview) -> dict[str, Array]:
+    """Return the input of a raw binary request: all of the body is the only tensor, one free axis gives way."""
+    required = [spec for spec in specs if not spec.optional]
+    if len(required) != 1:
+        raise BadInput(f"a raw binary request is for a model with one input, this one has {len(required)}")
+    (spec,) = required
+    free = [place for place, axis in enumerate(spec.shape) if isinstance(axis, str)]
+    if spec.datatype == "BYTES":
+        body = len(body).to_bytes(4, "little") + bytes(body)
+        return {spec.name: tensors.from_bytes(spec.name, spec.datatype, [1] * len(spec.shape), body)}
+    shape = [axis if isinstance(axis, int) else 1 for axis in spec.shape]
+    if len(free) > 1:
+        raise BadInput(f"input {spec.name!r} has {len(free)} free axes: say its shape in a JSON header")
+    dtype, count = tensors.check_shape(spec.name, spec.datatype, shape)
+    if free:
+        shape[free[0]] = len(body) // max(1, count * dtype.itemsize)
+    return {spec.name: tensors.from_bytes(spec.name, spec.datatype, shape, body)}
 
 
-def _versions(published: Published) -> list[str]:
-    return list(dict.fromkeys(loaded.version for loaded in published.loaded()))
+def _classified(output: str, array: Array, datatype: str, count: int, view: View) -> Array:
+    if count < 0:
+        raise BadInput(f"output {output!r}: classification is {count}, expected a number of classes")
+    return tensors.classify(tensors.widen(array) if datatype == "BF16" else array, count, view.labels[output])
 
 
-def _described(spec: TensorSpec) -> dict[str, Any]:
-    shape = [axis if isinstance(axis, int) else -1 for axis in spec.shape]
-    return {"name": spec.name, "datatype": spec.datatype, "shape": shape}
+def _sequence(said: int | str) -> str:
+    return check_id(str(said)) if said != 0 else ""
 
 
-def _get(request: Request) -> Response | None:
-    return None if request.method == "GET" else _wrong_method("GET")
+def _unknown() -> Response:
+    return failure(404, "no such path; see /v2, /v2/health/ready, /v2/models/NAME/infer")
+
+
+def _get(request: Request, make: Callable[[], Any], status: int = 200) -> Response:
+    return _json(make(), status) if request.method == "GET" else _wrong_method("GET")
 
 
 def _post(request: Request) -> Response | None:

@@ -1,24 +1,31 @@
-"""Tensors as the Open Inference Protocol writes them in JSON: flat or nested lists, by datatype.
+"""Tensors as the Open Inference Protocol writes them: JSON lists, or raw bytes (little endian, C order).
 
-What does not parse is the caller's fault and says which tensor and why. Numbers are checked against the range of their
-datatype, since numpy would wrap or saturate them without a word.
+What does not parse is the caller's fault and says which tensor and why. Numbers in JSON are checked against the range of
+their datatype, since numpy would wrap or saturate them without a word. BYTES elements are text, length-prefixed in raw
+form. BF16, which numpy lacks, is carried as the upper half of a float32 in uint16.
 """
 
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from typing import Any, cast
 
 import msgspec
 import numpy as np
 
-from wherry_shared.bundle import Datatype
 from wherry_shared.engines.errors import BadInput
 from wherry_shared.engines.session import DTYPES, Array
 from wherry_shared.limits import TENSOR_RANK_MAX
 
 ELEMENTS_MAX = 64 * 1024 * 1024
+COPIED_BYTES_MAX = 1 << 15
+"""Up to here an output is copied into its response; beyond, it is sent from where it lies."""
+
+_U16 = np.dtype(np.uint16)
+_F32 = np.dtype(np.float32)
+_TYPES: dict[str, np.dtype[Any]] = {**dict(DTYPES.items()), "BF16": _U16}
 
 _flat: dict[str, msgspec.json.Decoder[Any]] = {
     "b": msgspec.json.Decoder(list[bool]),
@@ -30,24 +37,141 @@ _flat: dict[str, msgspec.json.Decoder[Any]] = {
 _nested: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 
 
+def check_shape(name: str, datatype: str, shape: Sequence[int]) -> tuple[np.dtype[Any], int]:
+    """Return the numpy dtype and the number of elements of a tensor as its request describes it.
+
+    Raises:
+        BadInput: unknown datatype, or a shape that cannot be.
+    """
+    dtype = _TYPES.get(datatype)
+    if dtype is None:
+        raise BadInput(
+            f"tensor {name[:80]!r}: datatype {datatype[:40]!r} is not supported; there are {', '.join(_TYPES)}"
+        )
+    if len(shape) > TENSOR_RANK_MAX or any(axis < 0 for axis in shape):
+        raise BadInput(f"tensor {name[:80]!r}: shape {list(shape)[:TENSOR_RANK_MAX]} cannot be")
+    count = math.prod(shape)
+    if count > ELEMENTS_MAX:
+        raise BadInput(f"tensor {name[:80]!r}: {count} elements, at most {ELEMENTS_MAX}")
+    return dtype, count
+
+
 def decode(name: str, datatype: str, shape: Sequence[int], data: msgspec.Raw) -> Array:
-    """Return the array that a request's `data` holds.
+    """Return the array that a request's JSON `data` holds.
 
     Raises:
         BadInput: unknown datatype, wrong type of a value, value out of range, or another number of values than `shape`.
     """
-    dtype = DTYPES.get(cast("Datatype", datatype))
-    if dtype is None:
-        raise BadInput(f"input {name!r}: datatype {datatype[:40]!r} is not supported in JSON")
-    if len(shape) > TENSOR_RANK_MAX or any(axis < 0 for axis in shape):
-        raise BadInput(f"input {name!r}: shape {list(shape)[:TENSOR_RANK_MAX]} cannot be")
-    count = math.prod(shape)
-    if count > ELEMENTS_MAX:
-        raise BadInput(f"input {name!r}: {count} elements, at most {ELEMENTS_MAX}")
+    dtype, count = check_shape(name, datatype, shape)
+    if datatype == "BF16":
+        narrowed = narrow(decode(name, "FP32", shape, data))
+        if ((narrowed & 0x7F80) == 0x7F80).any():  # rounded up to Inf
+            raise BadInput(f"input {name[:80]!r}: a value is out of the range of BF16")
+        return narrowed
+    if not memoryview(data):
+        raise BadInput(f"input {name[:80]!r} has neither data nor binary_data_size nor a shared memory region")
     values = _values(name, datatype, dtype, data)
     if len(values) != count:
-        raise BadInput(f"input {name!r} has {len(values)} values, its shape {list(shape)} asks for {count}")
+        raise BadInput(f"input {name[:80]!r} has {len(values)} values, its shape {list(shape)} asks for {count}")
     return _array(name, datatype, dtype, values).reshape(shape)
+
+
+def from_bytes(name: str, datatype: str, shape: Sequence[int], data: bytes | memoryview) -> Array:
+    """Return the array that raw bytes hold; it lies in `data` where it can, and is read only.
+
+    Raises:
+        BadInput: unknown datatype, or another number of bytes than `shape` asks for.
+    """
+    dtype, count = check_shape(name, datatype, shape)
+    if dtype.kind == "O":
+        return _texts(name, shape, count, data)
+    if len(data) != count * dtype.itemsize:
+        raise BadInput(
+            f"input {name[:80]!r} has {len(data)} bytes of raw data, "
+            f"{datatype} of shape {list(shape)} asks for {count * dtype.itemsize}"
+        )
+    if not count:
+        return np.empty(shape, dtype)
+    array = np.frombuffer(data, dtype)
+    if not array.flags.aligned:
+        array = array.copy()
+    if dtype.kind == "b" and array.view(np.uint8).max() > 1:
+        raise BadInput(f"input {name[:80]!r}: a BOOL is one byte, 0 or 1")
+    return array.reshape(shape)
+
+
+def encode(array: Array, datatype: str = "") -> list[Any]:
+    """Return the flat values of an output. NaN and Inf, where an interface allows them, become null: JSON has neither."""
+    if datatype == "BF16":
+        array = widen(array)
+    return cast("list[Any]", array.ravel().tolist())
+
+
+def to_bytes(array: Array) -> bytes | memoryview:
+    """Return an output as raw bytes; a large one is not copied."""
+    if array.dtype.kind == "O":
+        parts = []
+        for element in array.ravel().tolist():
+            text = element.encode() if isinstance(element, str) else bytes(element)
+            parts += [len(text).to_bytes(4, "little"), text]
+        return b"".join(parts)
+    if array.nbytes <= COPIED_BYTES_MAX:
+        return array.tobytes()
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def widen(array: Array) -> Array:
+    """Return BF16 as float32, exactly."""
+    return (array.astype(np.uint32) << 16).view(_F32)
+
+
+def narrow(array: Array) -> Array:
+    """Return finite float32 as BF16, rounded to the nearest, ties to even."""
+    bits = np.ascontiguousarray(array, _F32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(_U16)
+
+
+def classify(array: Array, count: int, labels: Sequence[str] | None) -> Array:
+    """Return the largest `count` entries of each row of the last axis as `value:index[:label]`, largest first.
+
+    Raises:
+        BadInput: an output that has no order.
+    """
+    if array.dtype.kind not in "uif" or not array.ndim:
+        raise BadInput("classification needs an output of numbers with at least one axis")
+    count = min(count, array.shape[-1])
+    rows = array.reshape(-1, array.shape[-1])
+    best = np.argsort(-rows.astype(np.float64), axis=-1, kind="stable")[:, :count]
+    made = np.empty(best.shape, np.object_)
+    for row, indices in enumerate(best.tolist()):
+        for place, index in enumerate(indices):
+            label = f":{labels[index]}" if labels and index < len(labels) else ""
+            value = rows[row, index]
+            made[row, place] = f"{value:f}:{index}{label}" if array.dtype.kind == "f" else f"{value}:{index}{label}"
+    return made.reshape(*array.shape[:-1], count)
+
+
+def _texts(name: str, shape: Sequence[int], count: int, data: bytes | memoryview) -> Array:
+    view = memoryview(data)
+    if len(view) < 4 * count:  # before anything of that size is made
+        raise BadInput(f"input {name[:80]!r} has {len(view)} bytes of raw data, too few for {count} elements")
+    made = np.empty(count, np.object_)
+    offset = 0
+    for index in range(count):
+        if offset + 4 > len(view):
+            raise BadInput(f"input {name[:80]!r}: its raw data end within element {index} of {count}")
+        (length,) = struct.unpack_from("<I", view, offset)
+        offset += 4
+        if length > len(view) - offset:
+            raise BadInput(f"input {name[:80]!r}: element {index} has {length} bytes, {len(view) - offset} follow")
+        try:
+            made[index] = str(view[offset : offset + length], "utf-8")
+        except UnicodeDecodeError as error:
+            raise BadInput(f"input {name[:80]!r}: element {index} is not UTF-8, which BYTES has to be here") from error
+        offset += length
+    if offset != len(view):
+        raise BadInput(f"input {name[:80]!r}: {len(view) - offset} bytes follow its last element")
+    return made.reshape(shape)
 
 
 def _values(name: str, datatype: str, dtype: np.dtype[Any], data: msgspec.Raw) -> list[Any]:
@@ -57,13 +181,13 @@ def _values(name: str, datatype: str, dtype: np.dtype[Any], data: msgspec.Raw) -
     except msgspec.ValidationError:
         pass  # perhaps it is nested
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadInput(f"input {name!r}: {error}") from error
+        raise BadInput(f"input {name[:80]!r}: {error}") from error
     try:
         flat: list[Any] = []
         _flatten(_nested.decode(data), flat, 0)
         return cast("list[Any]", msgspec.convert(flat, decoder.type))
     except (msgspec.DecodeError, RecursionError, TypeError) as error:
-        raise BadInput(f"input {name!r}: its data are not {datatype} values: {error}") from error
+        raise BadInput(f"input {name[:80]!r}: its data are not {datatype} values: {error}") from error
 
 
 def _flatten(value: Any, into: list[Any], depth: int) -> None:
@@ -84,14 +208,9 @@ def _array(name: str, datatype: str, dtype: np.dtype[Any], values: list[Any]) ->
     if dtype.kind in "ui" and values:
         info = np.iinfo(dtype)
         if min(values) < info.min or max(values) > info.max:
-            raise BadInput(f"input {name!r}: a value is out of the range of {datatype}")
+            raise BadInput(f"input {name[:80]!r}: a value is out of the range of {datatype}")
     with np.errstate(over="ignore"):
         array = np.array(values, dtype)
     if dtype.kind == "f" and not np.isfinite(array).all():
-        raise BadInput(f"input {name!r}: a value is out of the range of {datatype}")
+        raise BadInput(f"input {name[:80]!r}: a value is out of the range of {datatype}")
     return array
-
-
-def encode(array: Array) -> list[Any]:
-    """Return the flat values of an output. NaN and Inf, where an interface allows them, become null: JSON has neither."""
-    return cast("list[Any]", array.ravel().tolist())

@@ -1,0 +1,292 @@
+"""What local serving says, whatever protocol asks: finding, describing and running what is published.
+
+REST and gRPC are two ways of writing the same words; each turns a `Refusal` into its own kind of error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from wherry_agent import __version__
+from wherry_agent.answering.arms import Counter, Loaded
+from wherry_agent.answering.ask import PLAIN, Ask
+from wherry_agent.answering.gate import RunGate
+from wherry_agent.answering.helpers import Helpers
+from wherry_agent.answering.published import Answer, Published
+from wherry_agent.answering.registry import Registry
+from wherry_agent.serving import tensors
+from wherry_shared.bundle import PLATFORMS, TensorSpec
+from wherry_shared.engines.errors import BadInput
+from wherry_shared.engines.session import Array
+from wherry_shared.sketch import Sketch
+
+NAME = "wherry"
+EXTENSIONS = [
+    "binary_tensor_data",
+    "classification",
+    "model_configuration",
+    "parameters",
+    "sequence",
+    "statistics",
+]
+REQUEST_ID_CHARS_MAX = 1024
+
+LOAD_REFUSED = "what a device serves is decided by its offer: use `wherry deploy` or `wherry rollback`"
+CUDA_REFUSED = "CUDA shared memory is not supported: use system shared memory, or send the tensor"
+TRACE_REFUSED = "there are no trace settings here; see `wherry-agent status` and the model's statistics"
+LOG_REFUSED = "log settings belong to the device's operator: see log_level in the agent's settings"
+
+
+class Refusal(Exception):  # noqa: N818 - named after what the caller gets
+    """What was asked for is not done; `status` is HTTP's."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+class View:
+    """What is looked up about a loaded variant in every request."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        loadable = loaded.loadable
+        interface = loadable.interface
+        self.version = loaded.version
+        self.variant = loadable.variant
+        self.inputs = {spec.name: spec.datatype for spec in interface.inputs}
+        self.outputs = {spec.name: spec.datatype for spec in interface.outputs}
+        self.labels = {spec.name: spec.labels for spec in interface.outputs}
+
+
+class Inference:
+    """Answers from a registry."""
+
+    def __init__(self, registry: Registry, gate: RunGate, helpers: Helpers) -> None:
+        self._registry = registry
+        self._gate = gate
+        self._helpers = helpers
+        self._views: WeakKeyDictionary[Loaded, View] = WeakKeyDictionary()
+
+    def find(self, name: str, version: str) -> tuple[Published, Loaded]:
+        """Return a model in service, and the version that is asked for (empty: as the trial routes).
+
+        Raises:
+            Refusal: 404, with what there is.
+        """
+        published = self._registry.get(name)
+        if published is None:
+            known = ", ".join(self._registry.names()) or "none"
+            raise Refusal(404, f"model {name[:80]!r} is not served here; served: {known}")
+        if not version:
+            return published, published.active
+        for loaded in published.loaded():
+            if loaded.version == version:
+                return published, loaded
+        versions = ", ".join(_versions(published))
+        raise Refusal(404, f"version {version[:80]!r} of {name!r} is not loaded; loaded: {versions}")
+
+    def view(self, loaded: Loaded) -> View:
+        """Return what is looked up about a loaded variant."""
+        view = self._views.get(loaded)
+        if view is None:
+            view = self._views[loaded] = View(loaded)
+        return view
+
+    def run(
+        self,
+        published: Published,
+        loaded: Loaded | None,
+        inputs: dict[str, Array],
+        outputs: Sequence[str] | None,
+        ask: Ask = PLAIN,
+    ) -> Answer:
+        """Run a request, by `loaded` if a version was named.
+
+        Raises:
+            BadInput: the caller's fault.
+            EngineFault: the model failed and nobody else could answer.
+        """
+        if loaded is not None:
+            return published.answer_by(loaded, self._gate, inputs, outputs)
+        return published.answer(self._gate, self._helpers, inputs, outputs, ask=ask)
+
+    # -- descriptions ----------------------------------------------------------------------------
+
+    def server_metadata(self) -> dict[str, Any]:
+        """Return name, version and extensions."""
+        return {"name": NAME, "version": __version__, "extensions": EXTENSIONS}
+
+    def server_ready(self) -> bool:
+        """Tell whether a model answers, or is being swapped."""
+        return bool(self._registry.names())
+
+    def model_ready(self, name: str, version: str) -> bool:
+        """Return True; also while the model is swapped.
+
+        Raises:
+            Refusal: 404.
+        """
+        if version or name not in self._registry.names():
+            self.find(name, version)
+        return True
+
+    def metadata(self, name: str, version: str) -> dict[str, Any]:
+        """Return a model's metadata.
+
+        Raises:
+            Refusal: 404.
+        """
+        published, loaded = self.find(name, version)
+        interface = loaded.loadable.interface
+        return {
+            "name": name,
+            "versions": _versions(published),
+            "platform": _platform(loaded),
+            "inputs": [_described(spec) for spec in interface.inputs],
+            "outputs": [_described(spec) for spec in interface.outputs],
+        }
+
+    def config(self, name: str, version: str) -> dict[str, Any]:
+        """Return a model's configuration in the words of the model configuration extension.
+
+        There is no batching by the server: `max_batch_size` is 0 and shapes are whole.
+
+        Raises:
+            Refusal: 404.
+        """
+        _, loaded = self.find(name, version)
+        interface = loaded.loadable.interface
+        return {
+            "name": name,
+            "platform": _platform(loaded),
+            "backend": loaded.loadable.engine,
+            "version_policy": {"latest": {"num_versions": 1}},
+            "max_batch_size": 0,
+            "input": [
+                {**_configured(spec), **({"optional": True} if spec.optional else {})} for spec in interface.inputs
+            ],
+            "output": [_configured(spec) for spec in interface.outputs],
+            "parameters": {
+                "wherry_variant": {"string_value": loaded.loadable.variant},
+                "wherry_version": {"string_value": loaded.version},
+            },
+        }
+
+    def statistics(self, name: str, version: str) -> dict[str, Any]:
+        """Return counts of this worker process: of one model, or of all if `name` is empty.
+
+        Raises:
+            Refusal: 404.
+        """
+        if name:
+            published, _ = self.find(name, version)
+            chosen = [published]
+        else:
+            chosen = self._registry.all()
+        rows = []
+        for one in chosen:
+            arms = [(one.active, one.counter)]
+            if one.incumbent is not None and one.incumbent_counter is not None:
+                arms.append((one.incumbent, one.incumbent_counter))
+            rows += [_counted(loaded, counter) for loaded, counter in arms if version in ("", loaded.version)]
+        return {"model_stats": rows}
+
+    def index(self) -> list[dict[str, Any]]:
+        """Return every model with its loaded versions."""
+        found: list[dict[str, Any]] = []
+        for name in self._registry.names():
+            published = self._registry.peek(name)
+            if published is None:
+                found.append({"name": name, "state": "UNAVAILABLE", "reason": "it is being swapped"})
+            else:
+                found += [{"name": name, "version": version, "state": "READY"} for version in _versions(published)]
+        return found
+
+
+def as_declared(name: str, array: Array, datatype: str, view: View) -> Array:
+    """Return an input as the interface has it: BF16 is widened, exactly, for a model that takes FP32.
+
+    Raises:
+        BadInput: BF16 bits would be taken for integers, or integers for BF16 bits.
+    """
+    wanted = view.inputs.get(name)
+    if datatype == wanted or wanted is None or "BF16" not in (datatype, wanted):
+        return array  # the interface is checked where the model runs
+    if wanted == "FP32":
+        return tensors.widen(array)
+    raise BadInput(f"input {name[:80]!r} is {datatype}, the model takes {wanted}")
+
+
+def check_id(request_id: str) -> str:
+    """Return a request's id.
+
+    Raises:
+        BadInput: it is too long.
+    """
+    if len(request_id) > REQUEST_ID_CHARS_MAX:
+        raise BadInput(f"the request's id has {len(request_id)} characters, at most {REQUEST_ID_CHARS_MAX}")
+    return request_id
+
+
+def parameters_of(view: View, answer: Answer) -> dict[str, str | bool]:
+    """Return the parameters that every answer carries."""
+    parameters: dict[str, str | bool] = {"wherry_variant": view.variant}
+    if answer.fallback:
+        parameters["wherry_fallback"] = True
+    return parameters
+
+
+def _versions(published: Published) -> list[str]:
+    return list(dict.fromkeys(loaded.version for loaded in published.loaded()))
+
+
+def _platform(loaded: Loaded) -> str:
+    return PLATFORMS["tflite" if loaded.loadable.format == "tflite" else "onnx"]
+
+
+def _shape(spec: TensorSpec) -> list[int]:
+    return [axis if isinstance(axis, int) else -1 for axis in spec.shape]
+
+
+def _described(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": spec.datatype, "shape": _shape(spec)}
+
+
+def _configured(spec: TensorSpec) -> dict[str, Any]:
+    kind = "STRING" if spec.datatype == "BYTES" else spec.datatype
+    return {"name": spec.name, "data_type": f"TYPE_{kind}", "dims": _shape(spec)}
+
+
+def _counted(loaded: Loaded, counter: Counter) -> dict[str, Any]:
+    stats = counter.stats()
+    runs, run_ns = _sum(stats.latency_us.values())
+    waits, wait_ns = _sum([stats.wait_us])
+    good = stats.requests - stats.errors
+    return {
+        "name": stats.model,
+        "version": loaded.version,
+        "inference_count": good,
+        "execution_count": good,
+        "inference_stats": {
+            "success": {"count": good, "ns": run_ns + wait_ns},
+            "fail": {"count": stats.errors, "ns": 0},
+            "queue": {"count": waits, "ns": wait_ns},
+            "compute_input": {"count": 0, "ns": 0},
+            "compute_infer": {"count": runs, "ns": run_ns},
+            "compute_output": {"count": 0, "ns": 0},
+            "cache_hit": {"count": 0, "ns": 0},
+            "cache_miss": {"count": 0, "ns": 0},
+        },
+        "batch_stats": [],
+    }
+
+
+def _sum(wires: Iterable[Mapping[str, int]]) -> tuple[int, int]:
+    """Return how many runs some sketches counted, and their nanoseconds, to about the sketch's relative error."""
+    whole = Sketch()
+    for wire in wires:
+        whole.merge(Sketch.from_wire(wire))
+    return whole.count, int(whole.total * 1000)

@@ -1,0 +1,202 @@
+"""tritonclient over HTTP, both of its clients, against a real worker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.http as triton
+import tritonclient.http.aio as triton_aio
+from tritonclient.utils import InferenceServerException
+
+from tests.agent.serving_kit import WorkerProcess
+from tests.conformance import oip_kit
+from tests.conformance.oip_kit import KINDS
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
+    folder: Path = tmp_path_factory.mktemp("oip")
+    with oip_kit.serving(folder) as process:
+        yield process
+
+
+@pytest.fixture
+def client(served: WorkerProcess) -> Iterator[triton.InferenceServerClient]:
+    with triton.InferenceServerClient(f"127.0.0.1:{served.port}") as made:
+        yield made
+
+
+ONES = np.ones((1, 4), np.float32)
+
+
+def given(values: np.ndarray, name: str = "x", datatype: str = "FP32", **how) -> triton.InferInput:
+    made = triton.InferInput(name, list(values.shape), datatype)
+    made.set_data_from_numpy(values, **how)
+    return made
+
+
+def test_health_metadata_config_index_and_statistics(client: triton.InferenceServerClient):
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("scale")
+    assert client.is_model_ready("scale", "1.0.0")
+    assert not client.is_model_ready("other")
+    assert client.get_server_metadata()["name"] == "wherry"
+    assert client.get_model_metadata("scale")["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}]
+    config = client.get_model_config("scale", "1.0.0")
+    assert (config["max_batch_size"], config["input"][0]["data_type"]) == (0, "TYPE_FP32")
+    index = client.get_model_repository_index()
+    assert {"name": "scale", "version": "1.0.0", "state": "READY"} in index
+    before = client.get_inference_statistics("scale")["model_stats"][0]["inference_stats"]["success"]["count"]
+    client.infer("scale", [given(ONES)])
+    after = client.get_inference_statistics("scale")["model_stats"][0]["inference_stats"]["success"]["count"]
+    assert after == before + 1
+    assert {row["name"] for row in client.get_inference_statistics()["model_stats"]} >= {"scale", "types"}
+
+
+def test_what_a_device_does_not_do_is_refused_with_a_reason(client: triton.InferenceServerClient):
+    for call in (
+        lambda: client.load_model("scale"),
+        lambda: client.unload_model("scale"),
+        client.get_trace_settings,
+        lambda: client.update_trace_settings("scale", {"trace_level": "OFF"}),
+        client.get_log_settings,
+        lambda: client.update_log_settings({"log_info": True}),
+        client.get_cuda_shared_memory_status,
+        lambda: client.get_model_metadata("other"),
+        lambda: client.get_model_config("scale", "9.9.9"),
+    ):
+        with pytest.raises(InferenceServerException) as refused:
+            call()
+        assert len(refused.value.message()) > 10
+        assert int(refused.value.status()) < 500
+
+
+@pytest.mark.parametrize("binary_in", [True, False])
+@pytest.mark.parametrize("binary_out", [True, False])
+def test_every_datatype_passes_as_bytes_and_as_json(
+    client: triton.InferenceServerClient, binary_in: bool, binary_out: bool
+):
+    # tritonclient sends FP16 as raw bytes only
+    inputs = [
+        given(values, f"in_{name}", name, binary_data=binary_in or name == "FP16")
+        for name, (_, values) in KINDS.items()
+    ]
+    outputs = [triton.InferRequestedOutput(f"out_{name}", binary_data=binary_out) for name in KINDS]
+    answer = client.infer("types", inputs, outputs=outputs, request_id="7")
+    assert answer.get_response()["id"] == "7"
+    assert answer.get_response()["model_version"] == "1.0.0"
+    for name, (_, values) in KINDS.items():
+        found = answer.as_numpy(f"out_{name}")
+        if name == "BYTES":
+            found = np.array([text.decode() if isinstance(text, bytes) else text for text in found], np.object_)
+        assert found.dtype == values.dtype, name
+        assert np.array_equal(found, values), name
+
+
+def test_inputs_as_bytes_and_as_json_in_one_request(client: triton.InferenceServerClient):
+    inputs = [
+        given(values, f"in_{name}", name, binary_data=name == "FP16" or index % 2 == 0)
+        for index, (name, (_, values)) in enumerate(KINDS.items())
+    ]
+    outputs = [
+        triton.InferRequestedOutput("out_INT64", binary_data=True),
+        triton.InferRequestedOutput("out_FP32", binary_data=False),
+    ]
+    answer = client.infer("types", inputs, outputs=outputs)
+    assert [row["name"] for row in answer.get_response()["outputs"]] == ["out_INT64", "out_FP32"]
+    for name in ("INT64", "FP32"):
+        assert np.array_equal(answer.as_numpy(f"out_{name}"), KINDS[name][1])
+
+
+@pytest.mark.parametrize("request_coding", [None, "gzip", "deflate"])
+@pytest.mark.parametrize("response_coding", [None, "gzip", "deflate"])
+def test_compressed_requests_and_answers(client: triton.InferenceServerClient, request_coding, response_coding):
+    values = np.arange(150_000, dtype=np.float32)[None]
+    answer = client.infer(
+        "image",
+        [given(values)],
+        request_compression_algorithm=request_coding,
+        response_compression_algorithm=response_coding,
+    )
+    assert np.array_equal(answer.as_numpy("y"), 2 * values)
+
+
+def test_parameters_query_headers_priority_and_timeout_change_nothing(client: triton.InferenceServerClient):
+    answer = client.infer(
+        "scale",
+        [given(ONES)],
+        query_params={"a": "1", "b": ["x", "y"]},
+        headers={"X-Trace": "1"},
+        priority=2,
+        timeout=5_000_000,
+        sequence_id=5,
+        sequence_start=True,
+        sequence_end=True,
+        parameters={"mine": "1", "number": 4, "yes": True},
+        model_version="1.0.0",
+    )
+    assert answer.as_numpy("y").tolist() == [[2.0] * 4]
+
+
+def test_classification_names_the_largest_entries(client: triton.InferenceServerClient):
+    values = np.array([[0.1, 0.4, 0.2, 0.3], [0.9, 0.0, 0.0, 0.5]], np.float32)
+    outputs = [triton.InferRequestedOutput("y", class_count=2)]
+    found = client.infer("label", [given(values)], outputs=outputs).as_numpy("y")
+    assert found.shape == (2, 2)
+    assert [text.decode() for text in found.ravel()] == [
+        "0.800000:1:dog",
+        "0.600000:3:fish",
+        "1.800000:0:cat",
+        "1.000000:3:fish",
+    ]
+
+
+def test_many_requests_at_once(served: WorkerProcess):
+    with triton.InferenceServerClient(f"127.0.0.1:{served.port}", concurrency=4) as client:
+        started = [client.async_infer("scale", [given(ONES * n)]) for n in range(40)]
+        for n, one in enumerate(started):
+            assert one.get_result().as_numpy("y").tolist() == [[2.0 * n] * 4]
+
+
+def test_bad_requests_carry_their_reason(client: triton.InferenceServerClient):
+    for inputs, word in (
+        ([given(np.ones((1, 5), np.float32))], "shape"),
+        ([given(np.ones((1, 4), np.float64), "x", "FP64")], "dtype"),
+        ([given(ONES, "z")], "no such input"),
+        ([given(ONES), given(ONES)], "twice"),
+    ):
+        with pytest.raises(InferenceServerException) as refused:
+            client.infer("scale", inputs)
+        assert (refused.value.status(), word in refused.value.message()) == ("400", True), refused.value
+
+
+def test_the_asyncio_client(served: WorkerProcess):
+    async def talk() -> None:
+        async with triton_aio.InferenceServerClient(f"127.0.0.1:{served.port}") as client:
+            assert await client.is_server_live()
+            assert await client.is_server_ready()
+            assert await client.is_model_ready("scale")
+            assert (await client.get_server_metadata())["name"] == "wherry"
+            assert (await client.get_model_metadata("scale"))["versions"] == ["1.0.0"]
+            assert (await client.get_model_config("scale"))["name"] == "scale"
+            assert len(await client.get_model_repository_index()) == 4
+            assert (await client.get_inference_statistics("scale"))["model_stats"]
+            answers = await asyncio.gather(*[client.infer("scale", [given(ONES * n)]) for n in range(20)])
+            assert [answer.as_numpy("y")[0, 0] for answer in answers] == [2.0 * n for n in range(20)]
+            values = np.arange(150_000, dtype=np.float32)[None]
+            answer = await client.infer(
+                "image",
+                [given(values)],
+                request_compression_algorithm="deflate",
+                response_compression_algorithm="gzip",
+            )
+            assert np.array_equal(answer.as_numpy("y"), 2 * values)
+            with pytest.raises(InferenceServerException, match="offer"):
+                await client.load_model("scale")
+
+    asyncio.run(talk())
