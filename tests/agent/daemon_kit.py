@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from tests.agent.serving_kit import infer_body, loadable, until
 from tests.shared.engines import models
 from wherry_agent import status
@@ -52,9 +54,14 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def write_bundle(root: Path, version: str, weights: Path, *, spoil: bool = False) -> str:
-    """Write a bundle of one ONNX file with golden vectors that fit it (unless `spoil`); return its manifest digest."""
-    item = loadable(weights, version, model=MODEL, spoil=spoil)
+def write_bundle(
+    root: Path, version: str, weights: Path, *, spoil: bool = False, model: str = MODEL, **changes: Any
+) -> str:
+    """Write a bundle of one ONNX file with golden vectors that fit it (unless `spoil`); return its manifest digest.
+
+    `changes` are fields of its config, whether they fit the file or not.
+    """
+    item = loadable(weights, version, model=model, spoil=spoil)
     writer = LayoutWriter(root)
     layer = writer.add_bytes(weights.read_bytes(), WEIGHT_TYPE, {ANNOTATION_VARIANT: "float"})
     golden = writer.add_bytes(Path(item.golden_path).read_bytes(), GOLDEN_TYPE, {ANNOTATION_VARIANT: "float"})
@@ -69,13 +76,14 @@ def write_bundle(root: Path, version: str, weights: Path, *, spoil: bool = False
     )
     config = Config(
         format=1,
-        model=MODEL,
+        model=model,
         version=version,
         interface=models.interface(),
         variants=[variant],
         licence=Licence(expression="Apache-2.0", source="made by a test", attribution="Wherry"),
         provenance=Provenance(source_digests={}),
     )
+    config = msgspec.structs.replace(config, **changes)
     manifest = Manifest(
         schema_version=2,
         media_type=MANIFEST_TYPE,
@@ -126,10 +134,10 @@ class Site:
         connection.close()
         return answer.status, json.loads(text) if text else None
 
-    def release(self, version: str, weights: Path, *, spoil: bool = False) -> str:
+    def release(self, version: str, weights: Path, *, spoil: bool = False, model: str = MODEL, **changes: Any) -> str:
         """Write, sign and push a bundle."""
-        root = self.folder / f"{MODEL}-{version}"
-        digest = write_bundle(root, version, weights, spoil=spoil)
+        root = self.folder / f"{model}-{version}"
+        digest = write_bundle(root, version, weights, spoil=spoil, model=model, **changes)
         with Remote(self.url, self.token) as remote:
             sign(root, remote, self.key)
             push(root, remote, self.key)

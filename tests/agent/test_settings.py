@@ -17,6 +17,23 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
     assert loaded.telemetry_mb == 8
 
 
+CONTRACT = """
+[[contracts.m.inputs]]
+name = "x"
+datatype = "FP32"
+shape = [1, 4]
+[[contracts.m.outputs]]
+name = "y"
+datatype = "FP32"
+shape = [1, 4]"""
+
+
+def test_what_applications_rely_on_can_be_declared(tmp_path: Path) -> None:
+    (tmp_path / settings.FILE).write_text('[contracts.m]\npreprocess = "rgb"\n' + CONTRACT)
+    (contract,) = settings.load(None, {"home": str(tmp_path)}).contracts.values()
+    assert (contract.preprocess, contract.inputs[0].name, contract.outputs[0].shape) == ("rgb", "x", [1, 4])
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
@@ -26,6 +43,11 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
         ("colour = 1", "colour"),
         ("this is = = no toml", ""),
         ("[labels]\nsite = 4", "labels"),
+        ("[contracts.m]\noutputs = []", "contracts"),
+        (CONTRACT.replace("FP32", "FLOAT"), "datatype"),
+        (CONTRACT.replace("shape", "shap"), "contracts"),
+        (CONTRACT + "\nlables = []", "contracts.m: there is no field outputs.lables"),
+        (CONTRACT.replace("[1, 4]", "['n', 4]"), "contracts.m: input 'x' has an axis 'n'"),
     ],
 )
 def test_a_bad_setting_is_refused_by_its_name(tmp_path: Path, text: str, named: str) -> None:

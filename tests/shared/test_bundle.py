@@ -162,6 +162,33 @@ def test_another_preprocess_id_breaks_the_contract() -> None:
     assert found == ["preprocess.id: was 'rgb-v1', now 'bgr-v1'"]
 
 
+def declared(**changes: Any) -> bundle.Contract:
+    """What an application says that it relies on: the same tensors, without layouts and labels."""
+    plain = [
+        msgspec.structs.replace(spec, labels=None, layout=None) for spec in (*INTERFACE.inputs, *INTERFACE.outputs)
+    ]
+    count = len(INTERFACE.inputs)
+    return bundle.Contract(inputs=plain[:count], outputs=plain[count:], dims=INTERFACE.dims, **changes)
+
+
+def test_what_a_declared_contract_does_not_name_may_be_anything() -> None:
+    labelled = msgspec.structs.replace(
+        INTERFACE, outputs=[msgspec.structs.replace(spec, labels=["a"], layout="NC") for spec in INTERFACE.outputs]
+    )
+    contract = declared()
+    assert bundle.incompatibilities(contract, labelled, contract_preprocess=contract.preprocess, declared=True) == []
+    assert bundle.incompatibilities(contract, labelled, contract_preprocess="", declared=False)
+    stated = msgspec.structs.replace(
+        contract, outputs=[msgspec.structs.replace(spec, labels=["b"]) for spec in contract.outputs]
+    )
+    found = bundle.incompatibilities(stated, labelled, contract_preprocess=None, declared=True)
+    assert [sentence for sentence in found if ".labels: changed" in sentence]
+    found = bundle.incompatibilities(
+        contract, labelled, contract_preprocess="rgb", offered_preprocess="", declared=True
+    )
+    assert found == ["preprocess.id: was 'rgb', now ''"]
+
+
 ORT = facts.EngineFacts(name="onnxruntime", version="1.32.0", formats=["onnx"])
 LITERT = facts.EngineFacts(name="ai-edge-litert", version="2.3.0", formats=["tflite"])
 DEVICE = facts.DeviceFacts(arch="x86_64", cpu_features=["avx2", "avx512_vnni"], memory_bytes=1000, engines=[ORT])

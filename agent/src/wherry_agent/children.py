@@ -104,7 +104,9 @@ class Resolve(_Message, tag="resolve", frozen=True, kw_only=True):
     floors: dict[str, int] = {}
     current: int = 0
     contract: Interface | None = None
-    contract_preprocess: str = ""
+    contract_preprocess: str | None = ""
+    contract_declared: bool = False
+    """The contract is somebody's word, not the interface of a version that was confirmed here."""
     facts: dict[str, Any] = {}
     """`DeviceFacts` as builtins."""
 

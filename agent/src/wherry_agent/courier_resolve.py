@@ -121,6 +121,7 @@ def candidates(
             config.interface,
             contract_preprocess=task.contract_preprocess,
             offered_preprocess=config.preprocess.id,
+            declared=task.contract_declared,
         )
         if broken:
             raise RefusedError(reasons.CONTRACT_BROKEN, "; ".join(broken))

@@ -31,6 +31,7 @@ import msgspec
 from wherry_agent import __version__, children, identity, machine, readings, status
 from wherry_agent import state as s
 from wherry_agent.children import ArmStats
+from wherry_agent.contracts import contract_of
 from wherry_agent.disk import Disk, disk_of
 from wherry_agent.envelopes import Envelopes
 from wherry_agent.handle_server import HandleCrash, HandleServer, HandleVerdict, group_id
@@ -45,6 +46,7 @@ from wherry_agent.sharing import Sharing
 from wherry_agent.telemetry import Buffer, Context, Windows
 from wherry_agent.turn import flags_of
 from wherry_shared import dsse, reasons, topics, wire
+from wherry_shared.bundle import Contract
 from wherry_shared.clock import MICROSECONDS, Now
 from wherry_shared.digest import of_bytes
 from wherry_shared.errors import DeviceError, RefusedError, UnreachableError, WherryError
@@ -137,6 +139,7 @@ class Daemon:
         threading.Thread(target=self._look_at_device, name="facts", daemon=True).start()
         self._status = status.Server(self._home / "run" / status.SOCKET, lambda: self._ask(self.snapshot))
         self._link.start()
+        self._declare_settings()
         self._later("window", self._settings.window_s, self._cut_windows)
         log.info("agent %s of device %s serves on port %d", __version__, self._identity.device, self.http_port)
         try:
@@ -310,7 +313,14 @@ class Daemon:
             worker_socket=str(path),
             on_crash=self._handle_crashed,
             on_verdict=self._handle_judged,
+            on_contract=lambda model, contract: self._queue.put(s.Declares(model, contract, "application")),
         )
+
+    def _declare_settings(self) -> None:
+        """Let the machine know what the settings say that applications rely on, or say no more."""
+        gone = {name for name, said in self._state.contracts.items() if said.by == "settings"}
+        for name in sorted(gone | set(self._settings.contracts)):
+            self._queue.put(s.Declares(name, self._settings.contracts.get(name), "settings"))
 
     def _look_at_device(self) -> None:
         """Find out the facts in a thread: engines take seconds to probe, and what is installed serves meanwhile."""
@@ -497,6 +507,7 @@ class Daemon:
             current=current,
             contract=effect.contract,
             contract_preprocess=effect.contract_preprocess,
+            contract_declared=isinstance(effect.contract, Contract),
             facts=msgspec.to_builtins(self._facts),
         )
 
@@ -846,9 +857,9 @@ class Daemon:
         if self._facts is None:
             return None
         contracts = {
-            name: of_bytes(msgspec.json.encode(slot.contract, order="deterministic"))
-            for name, slot in self._state.models.items()
-            if slot.contract is not None
+            name: of_bytes(msgspec.json.encode(contract, order="deterministic"))
+            for name in sorted({*self._state.models, *self._state.contracts})
+            if (contract := contract_of(self._state, name)) is not None
         }
         return msgspec.structs.replace(self._facts, contracts=contracts)
 

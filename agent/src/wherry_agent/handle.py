@@ -35,7 +35,8 @@ from wherry_agent.answering.published import Published
 from wherry_agent.children import Loadable, ServeModel
 from wherry_agent.handle_remote import NotJson, RemoteAnswer, WorkerClient
 from wherry_agent.lines import LineWriter, read_lines
-from wherry_shared.bundle import Interface
+from wherry_shared import reasons
+from wherry_shared.bundle import Contract, Interface, incompatibilities
 from wherry_shared.engines.canonical import Bound
 from wherry_shared.engines.errors import BadInput, EngineFault
 from wherry_shared.engines.session import Array
@@ -145,6 +146,7 @@ class Model:
         *,
         socket: str | Path | None = None,
         isolation: messages.Isolation = "worker",
+        contract: Interface | None = None,
         timeout_s: float = 30.0,
     ) -> None:
         """Connect to the supervisor and wait until a version is ready.
@@ -153,15 +155,19 @@ class Model:
             name: the model's name.
             socket: the supervisor's unix socket; default `$WHERRY_HANDLE_SOCKET`, then `/var/lib/wherry/run/handle.sock`.
             isolation: where a candidate on trial runs, `worker` or `inline`.
+            contract: what the application relies on: a `Contract`, or a whole interface. It becomes the device's: a bundle
+                that breaks it is refused before its weights are downloaded, and never runs here.
             timeout_s: how long to wait.
 
         Raises:
             UnreachableError: `supervisor_unreachable`, or `no_model`: nothing to serve within `timeout_s`.
-            RefusedError: the supervisor does not talk to this process.
+            RefusedError: the supervisor does not talk to this process, or `contract_broken`: what serves now is not what
+                the application relies on.
         """
         self.name = name
         self._path = messages.socket_path(socket)
         self._isolation: messages.Isolation = isolation
+        self._contract = _declared(contract)
         self._engaged: _Engaged | None = None
         self._helpers = Helpers()
         self._gate = RunGate(INLINE_PERMITS)
@@ -354,7 +360,13 @@ class Model:
                 self._connection, self._writer = connection, LineWriter(connection)
                 self._revision = -1
                 self._say(
-                    messages.Hi(format=messages.FORMAT, model=self.name, pid=os.getpid(), isolation=self._isolation)
+                    messages.Hi(
+                        format=messages.FORMAT,
+                        model=self.name,
+                        pid=os.getpid(),
+                        isolation=self._isolation,
+                        contract=self._contract,
+                    )
                 )
                 for line in read_lines(connection, line_bytes_max=messages.LINE_BYTES_MAX):
                     wait_s = RECONNECT_SECONDS_MIN
@@ -382,7 +394,13 @@ class Model:
             self._engaged = self._made(assign)
         except (WherryError, MemoryError) as error:
             log.warning("model %s: %s", self.name, error)
-            self._say(self._state(assign.revision, ok=False, reason=reason_of(error), detail=str(error)[:500]))
+            reason = reason_of(error)
+            if isinstance(error, RefusedError) and error.code == reasons.CONTRACT_BROKEN:
+                reason = error.code
+                if self._engaged is None:  # nothing to wait for: what serves is known, and is not it
+                    self._trouble = error
+                    self._first.set()
+            self._say(self._state(assign.revision, ok=False, reason=reason, detail=str(error)[:500]))
             return
         if self._engaged is None:
             self._trouble = self._no_model()
@@ -395,6 +413,7 @@ class Model:
         serve = assign.serve
         if serve is None:
             return None
+        self._check_contract(serve.active)
         have = {key_of(loaded.loadable): loaded for loaded in self._loaded()}
         if not serve.trial:
             return self._in_process(serve.active, have)
@@ -404,6 +423,25 @@ class Model:
         client = WorkerClient(assign.worker_socket, serve.name, serve.deadline_ms / 1000)
         counter = self._counter(serve.active, "candidate", serve.trial)
         return _Remote(client, _served(serve.active, serve.trial), counter, incumbent)
+
+    def _check_contract(self, loadable: Loadable) -> None:
+        contract = self._contract
+        if contract is None:
+            return
+        broken = incompatibilities(
+            contract,
+            loadable.interface,
+            contract_preprocess=contract.preprocess,
+            offered_preprocess=loadable.preprocess.id,
+            declared=True,
+        )
+        if broken:
+            raise RefusedError(
+                reasons.CONTRACT_BROKEN,
+                f"{loadable.target} is not what this application relies on: {'; '.join(broken)}",
+                consequence="it does not run in this application",
+                next_step="release a version that keeps the contract, or change the contract",
+            )
 
     def _in_process(self, loadable: Loadable, have: dict[tuple[str, str, str], Loaded]) -> _InProcess:
         counter = self._counter(loadable, "incumbent", "")
@@ -508,6 +546,13 @@ class Model:
             log.debug("handle of %s: the supervisor did not hear: %s", self.name, error)
             return False
         return True
+
+
+def _declared(contract: Interface | None) -> Contract | None:
+    if contract is None or isinstance(contract, Contract):
+        return contract
+    fields = {name: getattr(contract, name) for name in Interface.__struct_fields__}
+    return Contract(**fields)
 
 
 def _unheard() -> UnreachableError:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from wherry_agent.children import ArmStats, ServeModel
+from wherry_shared.bundle import Contract
 from wherry_shared.errors import RefusedError
 
 FORMAT = 1
@@ -41,6 +42,8 @@ class Hi(_Message, tag="hi", frozen=True, kw_only=True):
     model: str
     pid: int
     isolation: Isolation = "worker"
+    contract: Contract | None = None
+    """What the application relies on of the model."""
 
 
 class WatchFlags(_Message, tag="watch_flags", frozen=True, kw_only=True):

@@ -26,8 +26,10 @@ import msgspec
 from wherry_agent import handle_messages as messages
 from wherry_agent.children import ArmStats, Loadable, ServeModel
 from wherry_agent.lines import LineWriter, read_lines
+from wherry_shared.bundle import Contract, check_interface
 from wherry_shared.errors import DeviceError, RefusedError
 from wherry_shared.flags import same
+from wherry_shared.ids import check_name
 from wherry_shared.sketch import Sketch
 
 log = logging.getLogger(__name__)
@@ -92,11 +94,13 @@ class HandleServer:
         worker_socket: str = "",
         on_crash: Callable[[HandleCrash], None] | None = None,
         on_verdict: Callable[[HandleVerdict], None] | None = None,
+        on_contract: Callable[[str, Contract], None] | None = None,
     ) -> None:
         self._path = path
         self._worker_socket = worker_socket
         self._on_crash = on_crash
         self._on_verdict = on_verdict
+        self._on_contract = on_contract
         self._group = group_id(group)
         self._lock = threading.Lock()
         self._revision = 0
@@ -251,6 +255,7 @@ class HandleServer:
         match message:
             case messages.Hi():
                 self._welcome(peer, message.format)
+                self._take_contract(message)
                 with self._lock:
                     peer.model = message.model
                     peer.isolation = message.isolation
@@ -286,6 +291,16 @@ class HandleServer:
                     )
             case messages.Bye():
                 peer.said_goodbye = True
+
+    def _take_contract(self, hi: messages.Hi) -> None:
+        if hi.contract is None or self._on_contract is None:
+            return
+        try:
+            check_name(hi.model, "model")
+            check_interface(hi.contract)
+        except RefusedError as error:
+            raise RefusedError("contract_invalid", f"the contract of {hi.model[:80]!r}: {error.message}") from error
+        self._on_contract(hi.model, hi.contract)
 
     def _welcome(self, peer: _Peer, format_: int) -> None:
         """The first line came in time: the handle may be silent for ever now, only our writes are bounded."""

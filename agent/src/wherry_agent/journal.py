@@ -48,6 +48,7 @@ NAMES: dict[type[Any], dict[str, str]] = {
         "confirmations": "confirmations",
         "crashes": "worker_crashes",
         "told": "worker_told",
+        "contracts": "contracts",
     },
     s.Slot: {
         "incumbent": "incumbent",
@@ -98,6 +99,7 @@ NAMES: dict[type[Any], dict[str, str]] = {
         "unsupported": "unsupported",
         "flags": "flags",
     },
+    s.Declared: {"contract": "contract", "by": "by"},
     s.TrustWatch: {
         "since": "since",
         "wait_ms": "wait_ms",

@@ -29,6 +29,7 @@ from typing import assert_never
 import msgspec
 
 from wherry_agent import health
+from wherry_agent.contracts import broken_by
 from wherry_agent.state import (
     Accepted,
     Acked,
@@ -39,6 +40,8 @@ from wherry_agent.state import (
     Connected,
     Counts,
     Crashes,
+    Declared,
+    Declares,
     Effect,
     Event,
     Fetched,
@@ -144,6 +147,8 @@ def step(state: State, event: Event, now: Now) -> tuple[State, tuple[Effect, ...
             _tell(turn)
         case Acked():
             turn.acked(event)
+        case Declares():
+            _declare(turn, event)
         case WorkerDied():
             _worker_died(turn, event)
         case Tick() | Connected():
@@ -326,6 +331,41 @@ def _accept(turn: Turn, event: Offered) -> None:
             flags=flags_of(turn.state) if unsupported else offer.flags,
         ),
     )
+
+
+def _declare(turn: Turn, event: Declares) -> None:
+    """Take somebody's word for what applications rely on, and let go of a bundle on its way that breaks it."""
+    known = turn.state.contracts.get(event.model)
+    if known is not None and known.by == "settings" and event.by != "settings":
+        return  # the operator's word stands
+    others = {name: declared for name, declared in turn.state.contracts.items() if name != event.model}
+    if event.contract is None:
+        if known is None or known.by != event.by:
+            return
+        turn.state = replace(turn.state, contracts=others)
+        return
+    declared = Declared(event.contract, event.by)
+    if known == declared:
+        return
+    while len(others) >= MODELS_MAX:
+        del others[next(iter(others))]
+    turn.state = replace(turn.state, contracts={**others, event.model: declared})
+    slot = turn.state.models.get(event.model)
+    if slot is None:
+        return
+    phase = slot.phase
+    if isinstance(phase, Resolving):
+        turn.effects.append(Cancel(event.model))
+        turn.resolve(event.model, slot, phase.job)
+    elif isinstance(phase, Fetching | Judging | Queued | Waiting) and phase.job.candidates:
+        why = broken_by(event.contract, phase.job)
+        if why:
+            turn.effects.append(Cancel(event.model))
+            turn.refuse(event.model, slot, phase.job, reasons.CONTRACT_BROKEN, why)
+    elif isinstance(phase, Swapping | OnTrial | Proving):
+        why = broken_by(event.contract, phase.job)
+        if why:
+            turn.go_back(event.model, slot, phase.job, reasons.CONTRACT_BROKEN, why, phase.counts)
 
 
 def _unsupported(offer: Accepted, offered: OfferedModel) -> str:

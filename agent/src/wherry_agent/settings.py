@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from wherry_shared.bundle import Contract, StatePair, TensorSpec, check_interface
 from wherry_shared.errors import RefusedError
 
 FILE = "agent.toml"
@@ -49,6 +50,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Telemetry kept while the server cannot be reached."""
     set_clock: bool = False
     """Set a clock that is behind a verified time forward at start (needs the right to); else it is only reported."""
+    contracts: dict[str, Contract] = {}
+    """By model: what applications rely on; wins over what they declare themselves and over the first version's interface."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
@@ -76,4 +79,22 @@ def load(path: Path | None, flags: dict[str, Any]) -> Settings:
         settings = msgspec.convert({**values, **flags}, Settings)
     except msgspec.ValidationError as error:
         raise RefusedError("settings_invalid", f"{file}: {error}", next_step="correct the file or the flags") from error
+    for name, contract in settings.contracts.items():
+        stray = _stray(values.get("contracts", {}).get(name, {}))
+        try:
+            check_interface(contract)
+        except RefusedError as error:
+            stray = stray or error.message
+        if stray:
+            raise RefusedError("settings_invalid", f"{file}: contracts.{name}: {stray}", next_step="correct the file")
     return msgspec.structs.replace(settings, home=str(Path(settings.home).absolute()))
+
+
+def _stray(table: dict[str, Any]) -> str:
+    """Name a field of a contract that is none: bundles may carry unknown fields, a file that a person wrote may not."""
+    parts: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [("", table, Contract.__struct_fields__)]
+    for key, kind in (("inputs", TensorSpec), ("outputs", TensorSpec), ("state", StatePair)):
+        parts += [(f"{key}.", row, kind.__struct_fields__) for row in table.get(key, [])]
+    return next(
+        (f"there is no field {where}{key}" for where, row, known in parts for key in row if key not in known), ""
+    )

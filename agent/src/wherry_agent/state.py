@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from wherry_agent.children import ArmStats, Candidate, Judged, Loadable, ServeModel, Trust
-from wherry_shared.bundle import Interface
+from wherry_shared.bundle import Contract, Interface
 from wherry_shared.clock import Since
 from wherry_shared.wire import Offer, OfferedModel, Report, VariantTried
 
@@ -250,6 +250,14 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True)
+class Declared:
+    """What applications rely on, in somebody's own words; wins over the interface of the first confirmed version."""
+
+    contract: Contract
+    by: Literal["settings", "application"]
+
+
+@dataclass(frozen=True, slots=True)
 class TrustWatch:
     """When trust is refreshed next: after `wait_ms` since `since`, or it is under way since then."""
 
@@ -299,6 +307,8 @@ class State:
     confirmations: int = 0
     crashes: Crashes | None = None
     told: Told | None = None
+    contracts: Mapping[str, Declared] = field(default_factory=dict)
+    """Declared contracts by model, also of models that are not here yet."""
 
 
 # --- events --------------------------------------------------------------------------------------
@@ -445,6 +455,15 @@ class GoldenChecked:
 
 
 @dataclass(frozen=True, slots=True)
+class Declares:
+    """Settings or an application say what is relied on of a model; None: the settings say nothing any more."""
+
+    model: str
+    contract: Contract | None
+    by: Literal["settings", "application"]
+
+
+@dataclass(frozen=True, slots=True)
 class Acked:
     """The server stored every report of the stream up to and including `seq`."""
 
@@ -452,7 +471,7 @@ class Acked:
     seq: int
 
 
-DeviceEvent = Offered | Refreshed | RefreshFailed | WorkerReady | Acked
+DeviceEvent = Offered | Refreshed | RefreshFailed | WorkerReady | Acked | Declares
 SlotEvent = (
     Resolved
     | Fetched
@@ -479,7 +498,8 @@ class Resolve:
     model: str
     offered: OfferedModel
     contract: Interface | None
-    contract_preprocess: str
+    """A `Contract` if somebody declared it."""
+    contract_preprocess: str | None
 
 
 @dataclass(frozen=True, slots=True)

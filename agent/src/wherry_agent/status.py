@@ -16,11 +16,12 @@ from typing import Any
 
 import msgspec
 
-from wherry_agent import machine
+from wherry_agent import contracts, machine
 from wherry_agent import state as s
 from wherry_agent.disk import Disk
 from wherry_agent.journal import decode
 from wherry_agent.turn import flags_of
+from wherry_shared.bundle import Interface
 from wherry_shared.clock import Now
 from wherry_shared.errors import RefusedError, WherryError
 from wherry_shared.wire import VariantTried
@@ -64,11 +65,25 @@ def describe(state: s.State, now: Now, *, name: str = "") -> dict[str, object]:
         "flags": dict(flags_of(state)),
         "offer_refused": state.offer.unsupported if state.offer is not None else "",
         "models": {model: _model(slot) for model, slot in sorted(state.models.items())},
+        "contracts": {
+            name: _contract(contract, contracts.said_by(state, name), contracts.preprocess_of(state, name))
+            for name in sorted({*state.models, *state.contracts})
+            if (contract := contracts.contract_of(state, name)) is not None
+        },
         "known_bad": [
             {"digest": bad.digest, "engine": f"{bad.engine} {bad.engine_version}", "reason": bad.reason}
             for bad in state.known_bad
         ],
     }
+
+
+def _contract(contract: Interface, by: str, preprocess: str | None) -> dict[str, object]:
+    shown: dict[str, object] = {"by": by}
+    for kind, specs in (("inputs", contract.inputs), ("outputs", contract.outputs)):
+        shown[kind] = {spec.name: f"{spec.datatype} [{', '.join(map(str, spec.shape))}]" for spec in specs}
+    if preprocess:
+        shown["preprocess"] = preprocess
+    return shown
 
 
 def _model(slot: s.Slot) -> dict[str, object]:
@@ -200,6 +215,11 @@ def render(shown: dict[str, Any]) -> str:
         for key in ("trouble", "last_report"):
             if key in model:
                 lines.append(f"  {key.replace('_', ' '):<12}" + " · ".join(str(v) for v in model[key].values()))
+    for name, contract in shown.get("contracts", {}).items():
+        lines.append(f"\ncontract of {name} (by {contract['by']})")
+        for kind in ("inputs", "outputs"):
+            lines.append(f"  {kind:<10}" + ", ".join(f"{tensor} {what}" for tensor, what in contract[kind].items()))
+        lines += [f"  preprocess {contract['preprocess']}"] if "preprocess" in contract else []
     if not shown["models"]:
         lines.append("\nno models yet")
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from typing import Any, Literal, assert_never
 import msgspec
 
 from wherry_agent.children import Loadable, ServeModel, Trust
+from wherry_agent.contracts import contract_of, preprocess_of
 from wherry_agent.state import (
     Acked,
     Cancel,
@@ -305,7 +306,8 @@ class Turn:
         self.put(name, replace(slot, phase=Resolving(job, Since.at(self.now))))
         if report:
             self.report(name, "fetching", job=job)
-        self.effects.append(Resolve(name, job.offered, slot.contract, slot.contract_preprocess))
+        contract, preprocess = contract_of(self.state, name), preprocess_of(self.state, name)
+        self.effects.append(Resolve(name, job.offered, contract, preprocess))
 
     def fetch(self, name: str, slot: Slot, job: Job) -> None:
         """Download the variant in hand."""

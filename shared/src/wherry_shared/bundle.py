@@ -103,6 +103,13 @@ class Interface(_Frozen, frozen=True, kw_only=True):
     state_id: str | None = None
 
 
+class Contract(Interface, frozen=True, kw_only=True):
+    """What somebody declares that applications rely on: layouts, labels and a preprocess id only where they are named."""
+
+    preprocess: str | None = None
+    """Id of the pre-processing; None: the application does not rely on it."""
+
+
 class EngineRange(_Frozen, frozen=True, kw_only=True):
     """An engine that can run a variant, with the versions for which that was shown."""
 
@@ -341,7 +348,7 @@ def parse_config(data: bytes) -> Config:
 def _check_config(config: Config) -> None:
     check_name(config.model, "model")
     parse_version(config.version)
-    _check_interface(config.interface)
+    check_interface(config.interface)
     if not 1 <= len(config.variants) <= limits.VARIANTS_MAX:
         raise RefusedError("config_invalid", f"{len(config.variants)} variants, expected 1 to {limits.VARIANTS_MAX}")
     seen: set[str] = set()
@@ -380,7 +387,12 @@ def _check_config(config: Config) -> None:
                 raise RefusedError("config_invalid", f"asset path {asset.path[:120]!r} leaves its folder")
 
 
-def _check_interface(interface: Interface) -> None:
+def check_interface(interface: Interface) -> None:
+    """Check of an interface what types cannot say.
+
+    Raises:
+        RefusedError: `config_invalid`.
+    """
     for kind, specs in (("input", interface.inputs), ("output", interface.outputs)):
         if not 1 <= len(specs) <= limits.TENSORS_MAX:
             raise RefusedError("config_invalid", f"{len(specs)} {kind}s, expected 1 to {limits.TENSORS_MAX}")
@@ -405,12 +417,25 @@ def _check_interface(interface: Interface) -> None:
 
 
 def incompatibilities(
-    contract: Interface, offered: Interface, *, contract_preprocess: str = "", offered_preprocess: str = ""
+    contract: Interface,
+    offered: Interface,
+    *,
+    contract_preprocess: str | None = "",
+    offered_preprocess: str = "",
+    declared: bool = False,
 ) -> list[str]:
     """Say where `offered` breaks what an application that was written against `contract` relies on.
 
     Inputs may widen (a fixed axis may become dynamic, bounds may grow) and gain optional members; outputs may gain
     members. Datatype, rank, layout, label list, finiteness and preprocess id must stay.
+
+    Args:
+        contract: what applications rely on.
+        offered: what a bundle offers.
+        contract_preprocess: None: nobody relies on the pre-processing.
+        offered_preprocess: that of the bundle.
+        declared: the contract is somebody's word and not another bundle's interface: layouts and labels that it does not
+            name may be anything.
 
     Returns:
         One sentence per difference, naming the field; empty if compatible.
@@ -422,7 +447,7 @@ def incompatibilities(
         if other is None:
             found.append(f"inputs.{spec.name}: gone")
             continue
-        found += _tensor_differences(f"inputs.{spec.name}", spec, contract, other, offered, widening=True)
+        found += _tensor_differences(f"inputs.{spec.name}", spec, contract, other, offered, True, declared)
         if spec.optional and not other.optional:
             found.append(f"inputs.{spec.name}.optional: became required")
     found += [f"inputs.{name}: new and required" for name, spec in new_inputs.items() if not spec.optional]
@@ -432,25 +457,31 @@ def incompatibilities(
         if other is None:
             found.append(f"outputs.{spec.name}: gone")
             continue
-        found += _tensor_differences(f"outputs.{spec.name}", spec, contract, other, offered, widening=False)
-        if spec.labels != other.labels:
+        found += _tensor_differences(f"outputs.{spec.name}", spec, contract, other, offered, False, declared)
+        if spec.labels != other.labels and not (declared and spec.labels is None):
             found.append(f"outputs.{spec.name}.labels: changed")
         if spec.finite and not other.finite:
             found.append(f"outputs.{spec.name}.finite: NaN and Inf became possible")
     if contract.state != offered.state:
         found.append("state: pairs changed")
-    if contract_preprocess != offered_preprocess:
+    if contract_preprocess is not None and contract_preprocess != offered_preprocess:
         found.append(f"preprocess.id: was {contract_preprocess!r}, now {offered_preprocess!r}")
     return found
 
 
 def _tensor_differences(
-    where: str, old: TensorSpec, old_home: Interface, new: TensorSpec, new_home: Interface, *, widening: bool
+    where: str,
+    old: TensorSpec,
+    old_home: Interface,
+    new: TensorSpec,
+    new_home: Interface,
+    widening: bool,
+    declared: bool,
 ) -> list[str]:
     found: list[str] = []
     if old.datatype != new.datatype:
         found.append(f"{where}.datatype: was {old.datatype}, now {new.datatype}")
-    if old.layout != new.layout:
+    if old.layout != new.layout and not (declared and old.layout is None):
         found.append(f"{where}.layout: was {old.layout}, now {new.layout}")
     if len(old.shape) != len(new.shape):
         found.append(f"{where}.shape: had {len(old.shape)} axes, now {len(new.shape)}")

@@ -1,0 +1,205 @@
+"""What a real agent does for its applications: contracts are kept before anything is downloaded, flags outlive the server."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from openfeature import api
+from openfeature.flag_evaluation import Reason
+
+from tests.agent.daemon_kit import MODEL, Agent, Site, agent, site
+from tests.agent.serving_kit import until
+from tests.offering import offer
+from tests.shared.engines import models
+from wherry_agent import identity
+from wherry_agent.handle import Model
+from wherry_agent.openfeature import WherryProvider
+from wherry_server.settings import Settings
+from wherry_shared import wire
+from wherry_shared.bundle import Contract, Interface, Processing
+from wherry_shared.digest import hex_of, of_file
+from wherry_shared.errors import RefusedError
+
+pytestmark = pytest.mark.services
+
+SAME = models.interface()
+
+
+def changed(kind: str, **fields: Any) -> Interface:
+    specs = [msgspec.structs.replace(getattr(SAME, kind)[0], **fields)]
+    return msgspec.structs.replace(SAME, **{kind: specs})
+
+
+BREAKING: dict[str, tuple[dict[str, Any], str]] = {
+    "input-name": ({"interface": changed("inputs", name="image")}, "inputs.x: gone"),
+    "output-name": ({"interface": changed("outputs", name="scores")}, "outputs.y: gone"),
+    "datatype": ({"interface": changed("inputs", datatype="FP64")}, "inputs.x.datatype: was FP32, now FP64"),
+    "shape": ({"interface": changed("outputs", shape=["n", 5])}, "outputs.y.shape[1]: was 4, now 5"),
+    "labels": ({"interface": changed("outputs", labels=["d", "c", "b", "a"])}, "outputs.y.labels: changed"),
+    "preprocess": ({"preprocess": Processing(id="bgr")}, "preprocess.id: was 'rgb', now 'bgr'"),
+}
+"""Model → how its bundle breaks what the settings of the device say, and what is to be said about it."""
+
+
+FLAGS: dict[str, Any] = {"night-mode": True, "threshold": 0.25}
+
+
+def settings_toml() -> str:
+    labelled = changed("outputs", labels=["a", "b", "c", "d"])
+    lines = []
+    for name in BREAKING:
+        contract = labelled if name == "labels" else SAME
+        lines += [f"[contracts.{name}]", 'preprocess = "rgb"'] if name == "preprocess" else [f"[contracts.{name}]"]
+        for kind in ("inputs", "outputs"):
+            (spec,) = getattr(contract, kind)
+            lines += [f"[[contracts.{name}.{kind}]]"]
+            lines += [f"{key} = {json.dumps(value)}" for key, value in msgspec.to_builtins(spec).items()]
+        for dim, bounds in contract.dims.items():
+            lines += [f"[contracts.{name}.dims.{dim}]", f"minimum = {bounds.minimum}", f"maximum = {bounds.maximum}"]
+    return "\n".join(lines)
+
+
+class Director:
+    """Makes offers for one device of a running server."""
+
+    def __init__(self, server: Site, device: Agent) -> None:
+        known = identity.load(device.home)
+        assert known is not None
+        self._device = known.device
+        self._settings = Settings(data=server.data)
+
+    def offer(self, models: dict[str, wire.OfferedModel] | None = None, **flags: Any) -> None:
+        offer(self._settings, self._device, models or {}, flags)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Site]:
+    with site(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def device(server: Site) -> Iterator[Agent]:
+    home = server.folder / "camera-1"
+    home.mkdir()
+    (home / "agent.toml").write_text(settings_toml())
+    with agent(server, "camera-1") as made:
+        made.until("it is connected", lambda shown: shown["connected"] == "mqtt" and shown["engines"])
+        yield made
+
+
+def test_contracts_are_kept_before_anything_is_downloaded_and_flags_outlive_the_server(
+    server: Site, device: Agent
+) -> None:
+    director = Director(server, device)
+    check_that_breaking_bundles_are_refused_before_their_weights_by_the_fields_name(server, device, director)
+    check_that_what_an_application_declares_becomes_the_devices_contract(server, device, director)
+    check_that_flags_are_served_offline_after_a_restart(server, device, director)
+
+
+def check_that_breaking_bundles_are_refused_before_their_weights_by_the_fields_name(
+    server: Site, device: Agent, director: Director
+) -> None:
+    offered, weights = {}, {}
+    for number, (name, (changes, _)) in enumerate(BREAKING.items()):
+        file = models.scale(server.folder / f"{name}.onnx", 2.0 + number)
+        manifest = server.release("1.0.0", file, model=name, **changes)
+        offered[name] = wire.OfferedModel(target=f"{name}/1.0.0", manifest=manifest, rollout="r")
+        weights[name] = of_file(file)
+    director.offer(offered)
+
+    def told(shown: dict[str, Any]) -> bool:
+        return all(shown["models"].get(name, {}).get("last_report", {}).get("state") == "refused" for name in BREAKING)
+
+    shown = device.until("all are refused", told)
+    store = device.home / "store" / "blobs" / "sha256"
+    for name, (_, sentence) in BREAKING.items():
+        report = shown["models"][name]["last_report"]
+        assert (report["reason"], sentence in report["detail"]) == ("contract_broken", True), report
+        assert shown["contracts"][name]["by"] == "settings"
+        assert (store / hex_of(offered[name].manifest)).exists(), "manifest and config were read"
+        assert not list(store.glob(f"{hex_of(weights[name])}*")), "the weights were not asked for"
+
+
+def check_that_what_an_application_declares_becomes_the_devices_contract(
+    server: Site, device: Agent, director: Director
+) -> None:
+    file = models.scale(server.folder / "declared.onnx", 2.0)
+    manifest = server.release("1.0.0", file)
+    path = device.home / "run" / "handle.sock"
+    wanted = Contract(
+        inputs=SAME.inputs, outputs=[*SAME.outputs, *changed("outputs", name="boxes").outputs], dims=SAME.dims
+    )
+    with pytest.raises(Exception, match="no version of 'scale'"):  # it is not here yet
+        Model(MODEL, socket=path, contract=wanted, timeout_s=1)
+    device.until("it is declared", lambda shown: shown["contracts"].get(MODEL, {}).get("by") == "application")
+    terms = wire.Trial(max_s=1)
+    model = wire.OfferedModel(target=f"{MODEL}/1.0.0", manifest=manifest, rollout="r", trial=terms)
+    director.offer({MODEL: model})
+    shown = device.until(
+        "it is refused", lambda shown: shown["models"].get(MODEL, {}).get("last_report", {}).get("state") == "refused"
+    )
+    assert "outputs.boxes: gone" in shown["models"][MODEL]["last_report"]["detail"]
+    with pytest.raises(Exception, match="no version of 'scale'"):
+        Model(MODEL, socket=path, contract=SAME, timeout_s=1)  # a newer release of the application relies on less
+    device.until("it is declared", lambda shown: "boxes" not in shown["contracts"][MODEL]["outputs"])
+    director.offer({MODEL: msgspec.structs.replace(model, attempt=2)})
+    device.until_serves("1.0.0")
+    with Model(MODEL, socket=path, contract=SAME, timeout_s=20) as handle:
+        assert handle.served.version == "1.0.0"
+    with pytest.raises(RefusedError, match="contract_broken"):
+        Model(MODEL, socket=path, contract=wanted, timeout_s=20)
+
+
+def evaluate(device: Agent, key: str) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", device.port, timeout=20)
+    try:
+        connection.request("POST", f"/ofrep/v1/evaluate/flags/{key}", b"{}")
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+def check_that_flags_are_served_offline_after_a_restart(server: Site, device: Agent, director: Director) -> None:
+    director.offer(**FLAGS)
+    device.until("the flags are there", lambda shown: shown["flags"].get("threshold") == 0.25)
+    until(lambda: evaluate(device, "night-mode")[0] == 200, "the worker has them too")
+    api.set_provider_and_wait(WherryProvider(device.home / "run" / "handle.sock", timeout_s=20), "device")
+    client = api.get_client("device")
+    assert client.get_boolean_value("night-mode", False)
+    director.offer(**{**FLAGS, "threshold": 0.75})
+    until(lambda: client.get_float_value("threshold", 0.0) == 0.75, "a change is pushed")
+    until(lambda: evaluate(device, "threshold")[1].get("value") == 0.75, "and served")
+    director.offer(threshold=None)
+    device.until("a bad offer is not acted on", lambda shown: "null" in shown["offer_refused"])
+    server.stop()
+    device.kill()
+    until(lambda: client.get_float_details("threshold", 0.0).reason == Reason.CACHED, "the agent is gone")
+    assert client.get_float_value("threshold", 0.0) == 0.75
+    device.start()
+    device.until("it runs again", lambda shown: shown["flags"] == {"night-mode": True, "threshold": 0.75})
+    until(lambda: client.get_float_details("threshold", 0.0).reason == Reason.STATIC, "the provider found it")
+    until(lambda: served_again(device), "the endpoint answers")
+    assert evaluate(device, "threshold")[1]["value"] == 0.75
+    assert evaluate(device, "absent")[0] == 404
+    argv = [sys.executable, "-m", "wherry_agent.cli", "status", "--home", str(device.home)]
+    said = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=True).stdout
+    assert "flag     night-mode = true" in said
+    assert "contract of scale (by application)" in said
+    api.clear_providers()
+
+
+def served_again(device: Agent) -> bool:
+    try:
+        return evaluate(device, "night-mode")[0] == 200
+    except OSError:
+        return False
