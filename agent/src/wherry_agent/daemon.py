@@ -117,18 +117,9 @@ class Daemon:
         readings.use_one_arena()
         logging.getLogger().addHandler(self._ring)
         os.umask(0o077)
-        self._disk.mkdir(self._home / "run")
-        self._lock()
-        self._disk.sweep(self._home)
-        self._add_ballast()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._queue.put(self._stop))
-        self._identity = self._enrolled()
-        self._server = (self._settings.server or self._identity.server).rstrip("/")
-        known = self._read_journal()
-        self._set_clock(known)
-        self._state, effects = machine.resume(known, self._now())
-        self._commit(self._state)
+        effects = self._take_up()
         self._buffer = Buffer(self._home / "telemetry.db", self._settings.telemetry_mb * MIB)
         self._listen()
         self._handles.publish_flags(dict(flags_of(self._state)))
@@ -147,6 +138,20 @@ class Daemon:
         finally:
             self._end()
         return 0
+
+    def _take_up(self) -> tuple[s.Effect, ...]:
+        """Take the home, find out who this device is and where it was; return the effects to repeat."""
+        self._disk.mkdir(self._home / "run")
+        self._lock()
+        self._disk.sweep(self._home)
+        self._add_ballast()
+        self._identity = self._enrolled()
+        self._server = (self._settings.server or self._identity.server).rstrip("/")
+        known = self._read_journal()
+        self._set_clock(known)
+        self._state, effects = machine.resume(known, self._now())
+        self._commit(self._state)
+        return effects
 
     def _loop(self) -> None:
         while not self._stopping:
@@ -602,19 +607,21 @@ class Daemon:
         """Delete blobs that nothing needs; not while a courier brings some in that no state names yet."""
         if not self._collect or any(not key.startswith("!") for key in self._shorts) or self._trust_busy:
             return
-        # what is needed now: more may be than when this was asked for
-        keep = {digest for loadable in machine.kept(self._state) for digest in _digests(loadable)}
-        keep |= self._handles.leases()
         self._collect = False
         from wherry_agent.store import Store
 
         try:
-            freed = Store(self._home, self._disk).collect(keep)
+            freed = Store(self._home, self._disk).collect(self._needed())
         except DeviceError as error:
             log.warning("the store could not be tidied: %s", error)
             return
         if freed:
             log.info("%d bytes of blobs that nothing needs are gone", freed)
+
+    def _needed(self) -> set[str]:
+        """Return the digests that something needs now: more may be than when tidying was asked for."""
+        keep = {digest for loadable in machine.kept(self._state) for digest in _digests(loadable)}
+        return keep | self._handles.leases()
 
     # --- trust and offers ---
 

@@ -255,13 +255,17 @@ class Store:
     def collect(self, keep: set[str]) -> int:
         """Remove every blob, partial file and assets folder whose digest is not in `keep`; return the bytes freed.
 
+        What is on the way to a blob that is here goes too: a power cut left it.
+
         Raises:
             DeviceError: `disk`.
         """
         names = {hex_of(digest) for digest in keep}
         freed = 0
+        here = {path.name for path in self._blobs.iterdir()}
         for path in sorted(self._blobs.iterdir()):
-            if path.name.split(".")[0] not in names:
+            name, _, on_the_way = path.name.partition(".")
+            if name not in names or (on_the_way and name in here):
                 freed += path.stat().st_size
                 self._disk.unlink(path)
         for path in sorted(self._assets.iterdir()):
