@@ -135,6 +135,10 @@ class Counter:
     _latency: dict[int, Sketch] = field(default_factory=dict)
     _wait: Sketch = field(default_factory=Sketch)
     _classes: dict[str, int] = field(default_factory=dict)
+    _compared: int = 0
+    _agreed: int = 0
+    _skipped: int = 0
+    _distance: Sketch = field(default_factory=Sketch)
     _last_error: str = ""
     _changes: int = 0
     _told: int = 0
@@ -164,6 +168,21 @@ class Counter:
             self._errors += 1
             self._fallbacks += fallback
             self._last_error = error[:ERROR_CHARS_MAX]
+            self._changes += 1
+
+    def compared(self, *, agreed: bool, distance: float | None) -> None:
+        """Count a comparison with the incumbent's answer to the same request."""
+        with self._lock:
+            self._compared += 1
+            self._agreed += agreed
+            if distance is not None:
+                self._distance.add(distance)
+            self._changes += 1
+
+    def skipped(self) -> None:
+        """Count a request on which a shadow should have run and did not."""
+        with self._lock:
+            self._skipped += 1
             self._changes += 1
 
     def rejected(self, reason: str) -> None:
@@ -207,6 +226,10 @@ class Counter:
                 latency_us={str(bucket): sketch.to_wire() for bucket, sketch in self._latency.items()},
                 wait_us=self._wait.to_wire(),
                 classes=dict(self._classes),
+                compared=self._compared,
+                agreed=self._agreed,
+                skipped=self._skipped,
+                distance=self._distance.to_wire(),
                 last_error=self._last_error,
             )
 

@@ -23,13 +23,24 @@ class RunGate:
     def __init__(self, permits: int | None = None) -> None:
         self.permits = permits or cores()
         self._semaphore = threading.Semaphore(self.permits)
+        self._lock = threading.Lock()
+        self._waiting = 0
+
+    @property
+    def waiting(self) -> int:
+        """How many callers wait for a permit now."""
+        return self._waiting
 
     def enter(self) -> int:
         """Wait for a permit; return the nanoseconds waited."""
         if self._semaphore.acquire(blocking=False):
             return 0
         started = time.perf_counter_ns()
+        with self._lock:
+            self._waiting += 1
         self._semaphore.acquire()
+        with self._lock:
+            self._waiting -= 1
         return time.perf_counter_ns() - started
 
     def leave(self) -> None:

@@ -7,10 +7,14 @@ threads, which counts as its failure.
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Generic, TypeVar
+
+log = logging.getLogger(__name__)
 
 STUCK_MAX = 8
 
@@ -36,8 +40,10 @@ class _Call(Generic[T]):
 class Helpers:
     """Reusable threads; one is made only when none is idle."""
 
-    def __init__(self, stuck_max: int = STUCK_MAX) -> None:
+    def __init__(self, stuck_max: int = STUCK_MAX, *, nice: int = 0) -> None:
+        """Make no thread yet; `nice` is taken off the priority of those that come, for good."""
         self._stuck_max = stuck_max
+        self._nice = nice
         self._lock = threading.Lock()
         self._idle: list[SimpleQueue[_Call[object] | None]] = []
         self._stuck = 0
@@ -87,6 +93,8 @@ class Helpers:
             self._idle.clear()
 
     def _work(self, queue: SimpleQueue[_Call[object] | None]) -> None:
+        if self._nice:
+            _step_back(self._nice)
         while (call := queue.get()) is not None:
             result: object = None
             error: BaseException | None = None
@@ -105,3 +113,11 @@ class Helpers:
                 self._idle.append(queue)
             # hold nothing of the last call while idle: it may be the last reference to a model
             del call, result, error
+
+
+def _step_back(nice: int) -> None:
+    """Lower the priority of this thread: where the system counts niceness by thread, as Linux does, of it alone."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+    except OSError as error:
+        log.warning("a helper keeps its priority: %s", error)

@@ -2,7 +2,8 @@
 
 A request is answered by the active variant. While that is a candidate on trial and the incumbent is in memory, the
 caller is safe: where the candidate raises, overruns its deadline, or gives NaN or Inf that the interface forbids, the
-incumbent answers (contracts.md §4). `BadInput` is the caller's fault and counted nowhere.
+incumbent answers (contracts.md §4). `BadInput` is the caller's fault and counted nowhere. How a trial divides requests
+is the `route`'s business; what belongs to a sequence stays with the version that began it (`sequences`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from wherry_agent.answering.ask import PLAIN, Ask
 from wherry_agent.answering.gate import RunGate
 from wherry_agent.answering.helpers import Helpers, Overrun
 from wherry_agent.answering.route import WHOLE, Route
+from wherry_agent.answering.sequences import Ongoing, Sequences, with_state
+from wherry_agent.answering.shadow import Case, Shadow
 from wherry_shared.engines.errors import BadInput, EngineFault
 from wherry_shared.engines.session import Array, Interrupt
 
@@ -47,6 +50,10 @@ class Published:
     route: Route = WHOLE
     generation: int = 0
     """The same for models that were published together, and for no others of any process of this device."""
+    shadow: Shadow | None = None
+    """Runs `active` beside the incumbent, where the route says so."""
+    sequences: Sequences | None = None
+    """Of a model with state; shared by all that is published of it."""
 
     def loaded(self) -> list[Loaded]:
         """Return what can answer, the active one first."""
@@ -67,12 +74,19 @@ class Published:
             BadInput: the caller's fault.
             EngineFault: the model failed and nobody else could answer.
         """
+        if self.sequences is not None and ask.sequence_id:
+            return self._in_sequence(self.sequences, gate, helpers, inputs, outputs, ask)
         if not self.trial:
             return Answer(_counted(self.active, self.counter, gate, inputs, outputs), self.active)
-        route, incumbent, counter = self.route, self.incumbent, self.incumbent_counter
-        if incumbent is not None and counter is not None and (route.mode == "shadow" or not route.picks(ask)):
-            return Answer(_counted(incumbent, counter, gate, inputs, outputs), incumbent)
-        return self._on_trial(gate, helpers, inputs, outputs)
+        picked = self.route.picks(ask)
+        loaded = self._target(picked=picked)
+        if loaded is self.active:
+            return self._on_trial(gate, helpers, inputs, outputs, inputs)
+        answer = Answer(_counted(loaded, self._counter(loaded), gate, inputs, outputs), loaded)
+        if picked and self.shadow is not None:
+            case = Case(loaded.loadable, inputs, outputs, answer.outputs)
+            self.shadow.beside(case, gate, unshared=ask.unshared)
+        return answer
 
     def answer_by(
         self,
@@ -80,6 +94,8 @@ class Published:
         gate: RunGate,
         inputs: Mapping[str, Array],
         outputs: Sequence[str] | None = None,
+        *,
+        ask: Ask = PLAIN,
     ) -> Answer:
         """Answer by an explicitly named version: no evidence for a trial, so on a trial it is not counted.
 
@@ -87,10 +103,60 @@ class Published:
             BadInput: the caller's fault.
             EngineFault: the model failed.
         """
-        if not self.trial:
-            return Answer(_counted(loaded, self.counter, gate, inputs, outputs), loaded)
-        with gate:
-            return Answer(loaded.bound.run(inputs, outputs), loaded)
+        counter = None if self.trial else self.counter
+        if self.sequences is None or not ask.sequence_id:
+            return Answer(_counted(loaded, counter, gate, inputs, outputs), loaded)
+        with self.sequences.step(ask, loaded.version) as ongoing:
+            wanted = with_state(loaded.loadable, outputs)
+            results = _counted(loaded, counter, gate, ongoing.feed(loaded, inputs), wanted)
+            return Answer(ongoing.keep(loaded, counter, results, outputs), loaded)
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _target(self, *, picked: bool) -> Loaded:
+        """Return who is asked first; `picked`: the request is of the candidate's share."""
+        if self.incumbent is None or not self.trial or (picked and self.route.mode != "shadow"):
+            return self.active
+        return self.incumbent
+
+    def _counter(self, loaded: Loaded) -> Counter | None:
+        if loaded is self.active:
+            return self.counter
+        return self.incumbent_counter if loaded is self.incumbent else None
+
+    def _in_sequence(
+        self,
+        sequences: Sequences,
+        gate: RunGate,
+        helpers: Helpers,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None,
+        ask: Ask,
+    ) -> Answer:
+        picked = self.route.picks(ask)
+        with sequences.step(ask) as ongoing:
+            loaded = ongoing.choose(self._target(picked=picked), self.loaded())
+            fed = ongoing.feed(loaded, inputs)
+            wanted = with_state(loaded.loadable, outputs)
+            if self.trial and loaded is self.active:
+                answer = self._on_trial(gate, helpers, fed, wanted, self._instead(ongoing, inputs))
+            else:
+                counter = self._counter(loaded) or ongoing.counter
+                answer = Answer(_counted(loaded, counter, gate, fed, wanted), loaded)
+            counter = self._counter(answer.loaded) or ongoing.counter
+            kept = Answer(ongoing.keep(answer.loaded, counter, answer.outputs, outputs), answer.loaded, answer.fallback)
+            if picked and self.shadow is not None and loaded is self.incumbent:
+                case = Case(
+                    loaded.loadable, fed, outputs, kept.outputs, ask.sequence_id, ongoing.steps, ask.sequence_end
+                )
+                self.shadow.beside(case, gate, unshared=ask.unshared)
+            return kept
+
+    def _instead(self, ongoing: Ongoing, inputs: Mapping[str, Array]) -> Mapping[str, Array] | None:
+        """Return what the incumbent would go on with; None if it does not understand the sequence's state."""
+        if self.incumbent is None or not ongoing.fits(self.incumbent):
+            return None
+        return ongoing.feed(self.incumbent, inputs)
 
     def _on_trial(
         self,
@@ -98,7 +164,9 @@ class Published:
         helpers: Helpers,
         inputs: Mapping[str, Array],
         outputs: Sequence[str] | None,
+        instead: Mapping[str, Array] | None,
     ) -> Answer:
+        """Ask the candidate; `instead`: what the incumbent is asked with if it fails, None if it cannot be asked."""
         active = self.active
         bucket = active.bound.check(inputs)
         wait_ns = gate.enter()
@@ -110,19 +178,19 @@ class Published:
                     lambda: _timed(active, inputs, outputs, interrupt), self.deadline_s, interrupt.interrupt
                 )
             except (EngineFault, Overrun) as fault:
-                return self._fall_back(fault, inputs, outputs)
+                return self._fall_back(fault, instead, outputs)
         finally:
             gate.leave()
         self.counter.answered(active, bucket, engine_ns, wait_ns, results)
         return Answer(results, active)
 
     def _fall_back(
-        self, fault: EngineFault | Overrun, inputs: Mapping[str, Array], outputs: Sequence[str] | None
+        self, fault: EngineFault | Overrun, inputs: Mapping[str, Array] | None, outputs: Sequence[str] | None
     ) -> Answer:
         incumbent, counter = self.incumbent, self.incumbent_counter
         what = str(fault) if isinstance(fault, EngineFault) else f"{fault} [deadline]"
         try:
-            if incumbent is None or counter is None:
+            if incumbent is None or counter is None or inputs is None:
                 self.counter.failed(what, fallback=False)
                 raise _as_fault(fault) from fault
             try:
@@ -159,14 +227,16 @@ def _timed(
 
 
 def _counted(
-    loaded: Loaded, counter: Counter, gate: RunGate, inputs: Mapping[str, Array], outputs: Sequence[str] | None
+    loaded: Loaded, counter: Counter | None, gate: RunGate, inputs: Mapping[str, Array], outputs: Sequence[str] | None
 ) -> dict[str, Array]:
     bucket = loaded.bound.check(inputs)
     try:
         with gate as wait_ns:
             results, engine_ns = _timed(loaded, inputs, outputs)
     except EngineFault as fault:
-        counter.failed(str(fault), fallback=False)
+        if counter is not None:
+            counter.failed(str(fault), fallback=False)
         raise
-    counter.answered(loaded, bucket, engine_ns, wait_ns, results)
+    if counter is not None:
+        counter.answered(loaded, bucket, engine_ns, wait_ns, results)
     return results

@@ -22,6 +22,8 @@ from wherry_agent.answering.arms import ArmName, Counter, Loaded, key_of, load_v
 from wherry_agent.answering.published import Published
 from wherry_agent.answering.registry import Registry
 from wherry_agent.answering.route import WHOLE, Route
+from wherry_agent.answering.sequences import Sequences
+from wherry_agent.answering.shadow import Shadow, ShadowRunner
 from wherry_agent.children import Loadable, Serve, ServeModel, Serving
 from wherry_shared import reasons
 from wherry_shared.errors import WherryError
@@ -30,7 +32,7 @@ log = logging.getLogger(__name__)
 
 FREE_SECONDS_MAX = 10.0
 """How long a cold swap waits for callers of the old version to leave before it loads the new one anyway."""
-
+FREE_POLL_SECONDS = 0.005
 GENERATIONS_MAX = 1 << 20
 """Generations that one process numbers before its numbers could meet those of another."""
 
@@ -106,6 +108,10 @@ class Loader:
         self._stopped = False
         self._published: dict[str, ServeModel] = {}
         """What each model in service was published from."""
+        self._sequences: dict[str, Sequences] = {}
+        """Of models with state, as long as they are served."""
+        self._shadows: dict[str, Shadow] = {}
+        self._runner = ShadowRunner()
         self._generations = itertools.count(secrets.randbits(32) * GENERATIONS_MAX)
         self._counters: dict[tuple[Key, ArmName, str], Counter] = {}
         self._counters_lock = threading.Lock()
@@ -126,6 +132,7 @@ class Loader:
         with self._changed:
             self._stopped = True
             self._changed.notify()
+        self._runner.close()
 
     def counters(self) -> list[Counter]:
         """Return the counters of every arm, those of arms that left the stage included until `settle` drops them."""
@@ -133,12 +140,14 @@ class Loader:
             return list(self._counters.values())
 
     def settle(self) -> None:
-        """Drop the counters of arms that are not in service and have told everything."""
-        live = {
-            id(counter)
-            for published in self._registry.all()
-            for counter in (published.counter, published.incumbent_counter)
-        }
+        """Let go of what nobody needs any more: idle sequences, counters of arms that left and have told everything."""
+        models = self._registry.snapshot()
+        live = {id(counter) for one in models.values() for counter in (one.counter, one.incumbent_counter)}
+        for name, sequences in list(self._sequences.items()):
+            published = models.get(name)
+            if published is not None:
+                sequences.settle(published.loaded())
+            live |= {id(counter) for counter in sequences.counters()}
         with self._counters_lock:
             self._counters = {
                 key: counter
@@ -284,8 +293,14 @@ class Loader:
         if all(self._stands(one) for one in ready):
             return
         generation = next(self._generations)
-        self._registry.publish_together({one.model.name: self._made(one, generation) for one in ready})
+        made = {one.model.name: self._made(one, generation) for one in ready}
+        self._registry.publish_together(made)
         self._published.update({one.model.name: one.model for one in ready})
+        for name, published in made.items():
+            if published.shadow is None:
+                self._end_shadow(name)
+            if published.sequences is not None:
+                published.sequences.settle(published.loaded())
 
     def _stands(self, one: _Ready) -> bool:
         current = self._registry.peek(one.model.name)
@@ -309,7 +324,40 @@ class Loader:
             on_candidate_error=self._on_candidate_error,
             route=_route(model),
             generation=generation,
+            shadow=self._shadow(model, active) if arm == "shadow" else None,
+            sequences=self._sequences_of(one),
         )
+
+    def _shadow(self, model: ServeModel, active: Loaded) -> Shadow:
+        """Return the shadow of a trial: the one there is, if only its terms changed."""
+        counter = self._counter(active.loadable, "shadow", model.trial)
+        shadow = self._shadows.get(model.name)
+        if shadow is not None and shadow.loaded is active and shadow.counter is counter:
+            shadow.retune(model.shadow_cpu_share_max, model.deadline_ms / 1000)
+            return shadow
+        self._end_shadow(model.name)
+        shadow = self._shadows[model.name] = Shadow(
+            active,
+            counter,
+            self._runner,
+            model.shadow_cpu_share_max,
+            model.deadline_ms / 1000,
+            self._on_candidate_error,
+        )
+        return shadow
+
+    def _end_shadow(self, name: str) -> None:
+        shadow = self._shadows.pop(name, None)
+        if shadow is not None:
+            shadow.end()
+
+    def _sequences_of(self, one: _Ready) -> Sequences | None:
+        """Return the model's sequences, if a version of it has state or had it a moment ago."""
+        name = one.model.name
+        versions = [one.active] if one.incumbent is None else [one.active, one.incumbent]
+        if name not in self._sequences and any(loaded.loadable.interface.state for loaded in versions):
+            self._sequences[name] = Sequences()
+        return self._sequences.get(name)
 
     def _counter(self, loadable: Loadable, arm: ArmName, trial: str) -> Counter:
         with self._counters_lock:
@@ -330,6 +378,8 @@ class Loader:
     def _withdraw(self, name: str) -> None:
         self._registry.withdraw(name)
         self._published.pop(name, None)
+        self._sequences.pop(name, None)
+        self._end_shadow(name)
 
     def _let_go(self, unit: _Unit) -> None:
         """Take a unit out of service, callers wait; free what is not wanted, once its last caller has left."""
@@ -347,9 +397,15 @@ class Loader:
             del published
             self._registry.go_cold(model.name)
             self._published.pop(model.name, None)
+            self._end_shadow(model.name)
         deadline = time.monotonic() + FREE_SECONDS_MAX
-        while any(reference() is not None for reference in left) and time.monotonic() < deadline:
-            time.sleep(0.005)
+        while True:
+            for model in unit.models:
+                if model.name in self._sequences:
+                    self._sequences[model.name].release([model.active])
+            if all(reference() is None for reference in left) or time.monotonic() > deadline:
+                break
+            time.sleep(FREE_POLL_SECONDS)
         memory.trim()
 
     def _go_on_without(self, unit: _Unit) -> None:

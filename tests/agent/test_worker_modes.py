@@ -1,0 +1,84 @@
+"""A real worker process: shadows, standing by and taking over, groups, sequences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from tests.agent.serving_kit import loadable, worker
+from tests.shared.engines import models
+from wherry_agent.children import ServeModel
+from wherry_shared import reasons
+
+ONES = [[1.0, 1.0, 1.0, 1.0]]
+
+
+def value(answer) -> float:
+    return answer["outputs"][0]["data"][0]
+
+
+def test_a_shadow_is_compared_and_answers_nobody(tmp_path: Path):
+    old = loadable(models.scale(tmp_path / "old.onnx", 2.0))
+    new = loadable(models.scale(tmp_path / "new.onnx", 2.001), "1.1.0")
+    with worker(tmp_path) as process:
+        process.serve(ServeModel(name="scale", active=old))
+        wanted = ServeModel(name="scale", active=new, incumbent=old, trial="t", mode="shadow", shadow_cpu_share_max=1.0)
+        (serving,) = process.serve(wanted)
+        assert (serving.ok, serving.incumbent_loaded) == (True, True)
+        for _ in range(12):
+            status, answer = process.infer(ONES)
+            assert (status, value(answer), answer["model_version"]) == (200, 2.0, "1.0.0")
+            assert "wherry_fallback" not in answer["parameters"]
+        arm = process.arm("shadow", lambda one: one.requests + one.skipped == 12)
+        assert (arm.trial, arm.digest, arm.errors) == ("t", new.digest, 0)
+        assert arm.agreed == arm.compared == arm.requests >= 1
+        # the time of the shadow is over: it takes over, is confirmed, and nothing is loaded again
+        for last in (
+            ServeModel(name="scale", active=new, incumbent=old, trial="u"),
+            ServeModel(name="scale", active=new),
+        ):
+            (serving,) = process.serve(last)
+            assert (serving.ok, serving.load_ms) == (True, 0.0)
+            assert process.infer(ONES)[1]["model_version"] == "1.1.0"
+
+
+def test_a_shadow_that_crashes_nothing_but_itself_is_told(tmp_path: Path):
+    old = loadable(models.scale(tmp_path / "old.onnx", 2.0))
+    new = loadable(models.choosy(tmp_path / "new.onnx", 2.0), "1.1.0")
+    with worker(tmp_path) as process:
+        process.serve(ServeModel(name="scale", active=new, incumbent=old, trial="t", mode="shadow"))
+        status, answer = process.infer([[7.0, 1.0, 1.0, 1.0]])
+        assert (status, value(answer)) == (200, 14.0)
+        arm = process.arm("shadow", lambda one: one.errors == 1)
+        assert "run_failed" in arm.last_error
+
+
+def test_groups_are_swapped_and_taken_back_as_one(tmp_path: Path):
+    def version(model: str, number: int):
+        return loadable(models.scale(tmp_path / f"{model}{number}.onnx", float(number)), f"1.{number}.0", model=model)
+
+    old = {name: version(name, 1) for name in ("left", "right")}
+    new = {name: version(name, 2) for name in ("left", "right")}
+    with worker(tmp_path) as process:
+
+        def versions() -> list[str]:
+            return [process.infer(ONES, name)[1]["model_version"] for name in old]
+
+        process.serve(*(ServeModel(name=name, active=old[name], group="pair") for name in old))
+        trial = [ServeModel(name=name, active=new[name], incumbent=old[name], trial="t", group="pair") for name in old]
+        assert all(one.ok for one in process.serve(*trial))
+        assert versions() == ["1.2.0", "1.2.0"]
+        answers = process.serve(*(ServeModel(name=name, active=old[name], group="pair") for name in old))
+        assert [(one.ok, one.load_ms) for one in answers] == [(True, 0.0)] * 2
+        assert versions() == ["1.1.0", "1.1.0"]
+        (tmp_path / "junk").write_bytes(b"junk")
+        bad = msgspec.structs.replace(
+            trial[1], active=msgspec.structs.replace(new["right"], path=str(tmp_path / "junk"))
+        )
+        answers = process.serve(trial[0], bad)
+        assert [(one.ok, one.reason) for one in answers] == [
+            (False, reasons.GROUP),
+            (False, reasons.DIGEST_MISMATCH),
+        ]
+        assert versions() == ["1.1.0", "1.1.0"]
