@@ -91,11 +91,9 @@ def _log(level: str) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    chosen = _settings(arguments)
-    _log(chosen.log_level)
-    from wherry_agent import daemon
+    from wherry_agent import supervisor
 
-    return daemon.main(chosen)
+    supervisor.become(msgspec.json.encode(_settings(arguments)))
 
 
 def _enrol(arguments: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ from typing import assert_never
 
 import msgspec
 
-from wherry_agent import __version__, children, identity, machine, readings, status
+from wherry_agent import __version__, children, identity, machine, readings, status, timestamp
 from wherry_agent import state as s
 from wherry_agent.children import ArmStats
 from wherry_agent.contracts import contract_of
@@ -630,19 +630,11 @@ class Daemon:
         trust, until_us, etag = self._state.trust, self._courier_until_us, self._etag
 
         def ask() -> None:
-            from wherry_agent.courier_http import Http
-
-            try:
-                ca = identity.folder(self._home) / identity.CA_FILE
-                http = Http(ca=ca if ca.exists() else None, server=self._server)
-                headers = {"If-None-Match": etag} if etag else {}
-                url = f"{self._server}{self._identity.tuf_path}/timestamp.json"
-                with http.request("GET", url, headers=headers) as answer:
-                    unchanged, new = answer.status == 304, answer.header("ETag")
-            except WherryError as error:
-                failed = s.RefreshFailed(reasons.NETWORK, error.message)
-                self._queue.put(failed)
+            said = timestamp.ask_by_child(self._home, self._server, self._identity.tuf_path, etag)
+            if said.trouble:
+                self._queue.put(s.RefreshFailed(reasons.NETWORK, said.trouble))
                 return
+            unchanged, new = said.unchanged, said.etag
             if unchanged and trust is not None and time.time() * 1e6 < until_us:
                 self._queue.put(s.Refreshed(trust))
                 return
@@ -1014,6 +1006,7 @@ class Daemon:
             "http": f"http://127.0.0.1:{self.http_port}",
             "worker_pid": self._worker.pid,
             "engines": [f"{e.name} {e.version}" for e in self._facts.engines] if self._facts is not None else [],
+            "process": readings.process(),
             **status.describe(self._state, self._now(), name=self._identity.name),
         }
 

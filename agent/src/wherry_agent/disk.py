@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -308,7 +307,8 @@ class Disk:
             DeviceError: `disk`.
         """
         with _border(path):
-            return shutil.disk_usage(path).free
+            found = os.statvfs(path)  # shutil.disk_usage says the same and brings three compressors with it
+            return found.f_bavail * found.f_frsize
 
 
 def disk_of(role: str) -> Disk:

@@ -26,6 +26,8 @@ Number = tuple[int, int]
 
 @dataclass(slots=True)
 class _Waiting:
+    """An envelope that was not looked at yet."""
+
     data: bytes
     number: Number
     from_server: bool

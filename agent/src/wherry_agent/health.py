@@ -34,6 +34,8 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class _Latency:
+    """What the latency evidence says."""
+
     outcome: Literal["pass", "fail", "open", "unknown"]
     detail: str = ""
     ratio: float = 0.0

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import msgspec
 
+from wherry_agent import lean
 from wherry_shared.errors import DeviceError
 from wherry_shared.facts import DeviceFacts
 
@@ -60,6 +62,21 @@ def memory_bytes(field: str) -> int:
     except (OSError, ValueError, IndexError):
         return 0  # not Linux, or not a number: then memory is not a fact
     return 0
+
+
+def process() -> dict[str, object]:
+    """Return what this process takes: resident bytes, threads, descriptors, and the modules that it holds."""
+    resident = 0
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmRSS:"):
+            resident = int(line.split()[1]) * 1024
+    unused = {*lean.deferred(), *lean.BLOCKED}
+    return {
+        "resident_bytes": resident,
+        "threads": threading.active_count(),
+        "descriptors": len(list(Path("/proc/self/fd").iterdir())),
+        "modules": sorted(name for name in sys.modules if name not in unused),
+    }
 
 
 def temperature_c() -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -69,6 +68,8 @@ def load(path: Path | None, flags: dict[str, Any]) -> Settings:
     file = path or home / FILE
     values: dict[str, Any] = {}
     if file.exists():
+        import tomllib
+
         try:
             values = tomllib.loads(file.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
