@@ -177,7 +177,7 @@ def change(**what: Any) -> dict[str, Any]:
         (change(data=[[[[[[[[[[[[[[[[[[[[1, 2, 3, 4]]]]]]]]]]]]]]]]]]]]), "deep"),
         ({**ONES, "outputs": [{"name": "nope"}]}, "no such output"),
         ({**ONES, "outputs": []}, "outputs"),
-        (change(parameters={"binary_data_size": 16}), "both data and binary_data_size"),
+        (change(parameters={"binary_data_size": 16}), "has data in JSON and says"),
         ({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4]}]}, "neither data nor"),
         ({**ONES, "id": "x" * 2000}, "characters"),
         ({**ONES, "parameters": {"sequence_start": "yes"}}, "sequence_start"),

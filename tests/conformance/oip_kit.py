@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 from onnx import TensorProto, helper
+from tritonclient.utils import shared_memory as shm
 
 from tests.agent.serving_kit import WorkerProcess, loadable, worker
 from tests.shared.engines import models
@@ -97,3 +99,13 @@ def serving(folder: Path, **environment: str) -> Iterator[WorkerProcess]:
         served = process.serve(*[ServeModel(name=one.model, active=one) for one in wanted])
         assert all(one.ok for one in served), served
         yield process
+
+
+@contextmanager
+def region(name: str, byte_size: int) -> Iterator[Any]:
+    """Make a shared memory object as a client does, and remove it."""
+    made = shm.create_shared_memory_region(name, f"/{name}", byte_size)
+    try:
+        yield made
+    finally:
+        shm.destroy_shared_memory_region(made)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
 from tritonclient.utils import InferenceServerException
+from tritonclient.utils import shared_memory as shm
 
 from tests.agent.serving_kit import WorkerProcess
 from tests.conformance import oip_kit
@@ -200,3 +202,41 @@ def test_the_asyncio_client(served: WorkerProcess):
                 await client.load_model("scale")
 
     asyncio.run(talk())
+
+
+def test_shared_memory_in_and_out(client: triton.InferenceServerClient):
+    values = np.arange(150_000, dtype=np.float32)[None]
+    with oip_kit.region("wherry_in", values.nbytes) as source, oip_kit.region("wherry_out", values.nbytes) as target:
+        shm.set_shared_memory_region(source, [values])
+        client.register_system_shared_memory("in", "/wherry_in", values.nbytes)
+        client.register_system_shared_memory("out", "/wherry_out", values.nbytes)
+        assert [row["name"] for row in client.get_system_shared_memory_status()] == ["in", "out"]
+        assert client.get_system_shared_memory_status("in")[0]["key"] == "/wherry_in"
+        tensor = triton.InferInput("x", list(values.shape), "FP32")
+        tensor.set_shared_memory("in", values.nbytes)
+        output = triton.InferRequestedOutput("y")
+        output.set_shared_memory("out", values.nbytes)
+        answer = client.infer("image", [tensor], outputs=[output])
+        row = answer.get_output("y")
+        assert row["parameters"]["shared_memory_byte_size"] == values.nbytes
+        found = shm.get_contents_as_numpy(target, np.float32, row["shape"])
+        assert np.array_equal(found, 2 * values)
+        del found
+        plain = client.infer("image", [tensor])
+        assert np.array_equal(plain.as_numpy("y"), 2 * values)
+        output.set_shared_memory("out", 100)
+        with pytest.raises(InferenceServerException, match="does not fit"):
+            client.infer("image", [tensor], outputs=[output])
+        os.truncate("/dev/shm/wherry_in", 1000)  # a client that does this to itself harms nobody else
+        with pytest.raises(InferenceServerException, match="shorter"):
+            client.infer("image", [tensor])
+        client.unregister_system_shared_memory("in")
+        with pytest.raises(InferenceServerException, match="not registered"):
+            client.infer("image", [tensor])
+        client.unregister_system_shared_memory()
+        assert client.get_system_shared_memory_status() == []
+    for key in ("/../etc/passwd", "/none"):
+        with pytest.raises(InferenceServerException):
+            client.register_system_shared_memory("r", key, 1)
+    with pytest.raises(InferenceServerException, match="CUDA"):
+        client.register_cuda_shared_memory("c", b"handle", 0, 64)

@@ -17,10 +17,15 @@ KEPT_BYTES_MAX = 16 * 1024 * 1024
 """All buffers that wait for their next use, together."""
 SLACK = 4
 """A buffer serves requests down to this fraction of its size, so that small ones do not hold large ones."""
-_SOLE = 3
-"""References to a buffer that only `give`'s caller holds: its variable, the argument, and the count's own."""
+_SOLE = 2
+"""References to a buffer that nobody else holds: the argument of `give`, and the count's own."""
 
 Buffer = npt.NDArray[np.uint8]
+
+
+def fresh(length: int) -> Buffer:
+    """Return a buffer that is used once."""
+    return np.empty(length, np.uint8)
 
 
 class Buffers:
@@ -40,10 +45,10 @@ class Buffers:
                     buffer = self._stock.pop(index)
                     self.kept_bytes -= buffer.size
                     return buffer
-        return np.empty(length, np.uint8)
+        return fresh(length)
 
     def give(self, buffer: Buffer) -> None:
-        """Take a buffer back, unless something else still reads it; the caller lets go of it."""
+        """Take a buffer back, unless something else still holds it, a variable of the caller included."""
         if sys.getrefcount(buffer) > _SOLE:
             return
         with self._lock:

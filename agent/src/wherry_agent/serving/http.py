@@ -110,7 +110,7 @@ class Connection:
         self._begun = False
         self._head_bytes = b""
         self._head: Head | None = None
-        self._buffer: Buffer | None = None
+        self._buffers: list[Buffer] = []
         self._poll: select.poll | None = None
         self._stop = -1
         self._user: int | None = None
@@ -204,11 +204,16 @@ class Connection:
         else:
             self._send([head.encode("latin-1"), body, *parts])
 
+    def take(self, length: int) -> Buffer:
+        """Return a buffer that belongs to the request read last."""
+        buffer = buffers.take(length)
+        self._buffers.append(buffer)
+        return buffer
+
     def release(self) -> None:
-        """Say that the request read last is over: its buffer may serve another one."""
-        buffer, self._buffer = self._buffer, None
-        if buffer is not None:
-            buffers.give(buffer)
+        """Say that the request read last is over: its buffers may serve another one."""
+        while self._buffers:
+            buffers.give(self._buffers.pop())
 
     def _send(self, parts: list[Part]) -> None:
         deadline = time.monotonic() + REQUEST_SECONDS_MAX
@@ -249,12 +254,11 @@ class Connection:
 
     def _rest_of_body(self, head: Head, first: bytes, deadline: float) -> memoryview:
         length = head.length
-        buffer = buffers.take(length + ALIGNMENT)
+        buffer = self.take(length + ALIGNMENT)
         start = aligned_start(buffer, head.binary_start)
         view = buffer.data[start : start + length]
         filled = len(first)
         view[:filled] = first
-        self._buffer = buffer
         while filled < length:
             self._limit_until(deadline)
             try:

@@ -17,6 +17,7 @@ from wherry_agent.answering.helpers import Helpers
 from wherry_agent.answering.published import Answer, Published
 from wherry_agent.answering.registry import Registry
 from wherry_agent.serving import tensors
+from wherry_agent.serving.regions import Regions
 from wherry_shared.bundle import PLATFORMS, TensorSpec
 from wherry_shared.engines.errors import BadInput
 from wherry_shared.engines.session import Array
@@ -30,6 +31,7 @@ EXTENSIONS = [
     "parameters",
     "sequence",
     "statistics",
+    "system_shared_memory",
 ]
 REQUEST_ID_CHARS_MAX = 1024
 
@@ -68,6 +70,7 @@ class Inference:
         self._registry = registry
         self._gate = gate
         self._helpers = helpers
+        self.regions = Regions()
         self._views: WeakKeyDictionary[Loaded, View] = WeakKeyDictionary()
 
     def find(self, name: str, version: str) -> tuple[Published, Loaded]:

@@ -11,7 +11,7 @@ import socket
 import struct
 from pathlib import Path
 
-_TABLES = {socket.AF_INET: "/proc/net/tcp", socket.AF_INET6: "/proc/net/tcp6"}
+_TABLE = Path("/proc/net/tcp")
 
 
 def user_of(sock: socket.socket) -> int | None:
@@ -19,20 +19,17 @@ def user_of(sock: socket.socket) -> int | None:
     if sock.family == socket.AF_UNIX:
         _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
         return int(uid)
-    table = _TABLES.get(socket.AddressFamily(sock.family))
-    if table is None:
+    if sock.family != socket.AF_INET:
         return None
-    peer, own = sock.getpeername(), sock.getsockname()
-    return user_of_tcp((peer[0], peer[1]), (own[0], own[1]))
+    return user_of_tcp(sock.getpeername(), sock.getsockname())
 
 
 def user_of_tcp(peer: tuple[str, int], own: tuple[str, int] | None = None) -> int | None:
-    """Return the owner of the socket that is bound to `peer` and connected to `own` (None: to anything)."""
-    family = socket.AF_INET6 if ":" in peer[0] else socket.AF_INET
-    local = _entry(family, peer)
-    remote = None if own is None else _entry(family, own)
+    """Return the owner of the IPv4 socket that is bound to `peer` and connected to `own` (None: to anything)."""
+    local = _entry(peer)
+    remote = None if own is None else _entry(own)
     try:
-        lines = Path(_TABLES[family]).read_text(encoding="ascii").splitlines()[1:]
+        lines = _TABLE.read_text(encoding="ascii").splitlines()[1:]
     except OSError:  # not mounted, or hidden from this process
         return None
     for line in lines:
@@ -42,11 +39,10 @@ def user_of_tcp(peer: tuple[str, int], own: tuple[str, int] | None = None) -> in
     return None
 
 
-def _entry(family: socket.AddressFamily, address: tuple[str, int]) -> str:
-    """Write an address as the kernel's table does: 32-bit words in the machine's order, hexadecimal."""
-    packed = socket.inet_pton(family, address[0].partition("%")[0])
-    words = struct.unpack(f"={len(packed) // 4}I", packed)
-    return "".join(f"{word:08X}" for word in words) + f":{address[1]:04X}"
+def _entry(address: tuple[str, int]) -> str:
+    """Write an address as the kernel's table does: a 32-bit word in the machine's order, hexadecimal."""
+    (word,) = struct.unpack("=I", socket.inet_aton(address[0]))
+    return f"{word:08X}:{address[1]:04X}"
 
 
 def may_use(uid: int | None, owner: int) -> bool:

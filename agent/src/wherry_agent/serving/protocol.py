@@ -20,6 +20,7 @@ from wherry_agent.answering.helpers import Helpers
 from wherry_agent.answering.published import Answer
 from wherry_agent.answering.registry import Registry
 from wherry_agent.serving import tensors
+from wherry_agent.serving.buffers import fresh
 from wherry_agent.serving.compression import asked_coding, compress, decompress
 from wherry_agent.serving.flags import Flags
 from wherry_agent.serving.http import BadRequest, Part, Request, Response
@@ -93,6 +94,12 @@ class _InferRequest(msgspec.Struct, frozen=True):
     parameters: _RequestParameters | None = None
 
 
+class _Registration(msgspec.Struct, frozen=True):
+    key: str
+    byte_size: int
+    offset: int = 0
+
+
 class _ResponseTensor(msgspec.Struct, frozen=True, omit_defaults=True):
     name: str
     datatype: str
@@ -110,6 +117,7 @@ class _InferResponse(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 _infer: msgspec.json.Decoder[_InferRequest] = msgspec.json.Decoder(_InferRequest)
+_registration: msgspec.json.Decoder[_Registration] = msgspec.json.Decoder(_Registration)
 _encoder = msgspec.json.Encoder()
 _NO_PARAMETERS = _RequestParameters()
 _NO_OUTPUT_PARAMETERS = _OutputParameters()
@@ -169,6 +177,8 @@ class Protocol:
                 return _post(request) or _json(asked.index())
             case ("v2", "repository", "models", _, "load" | "unload"):
                 return _post(request) or failure(403, LOAD_REFUSED)
+            case ("v2", "systemsharedmemory", *rest):
+                return self._shared_memory(request, rest)
             case ("v2", "cudasharedmemory", *rest) if rest:
                 return failure(400, CUDA_REFUSED)
             case ("v2", "trace", "setting"):
@@ -194,6 +204,29 @@ class Protocol:
                 return failure(400, TRACE_REFUSED)
         return _unknown()
 
+    def _shared_memory(self, request: Request, rest: list[str]) -> Response:
+        regions, user = self.inference.regions, _user(request)
+        match rest:
+            case ["status"]:
+                return _get(request, lambda: regions.status("", user))
+            case ["region", name, "status"]:
+                return _get(request, lambda: regions.status(name, user))
+            case ["region", name, "register"]:
+                if request.method != "POST":
+                    return _wrong_method("POST")
+                try:
+                    said = _registration.decode(request.body)
+                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                    raise BadInput(f"not a registration: {error}") from error
+                regions.register(name, said.key, said.offset, said.byte_size, user)
+                return _json({})
+            case ["unregister"] | ["region", _, "unregister"]:
+                if request.method != "POST":
+                    return _wrong_method("POST")
+                regions.unregister(rest[1] if len(rest) == 3 else "", user)
+                return _json({})
+        return _unknown()
+
     def _infer(self, name: str, version: str, request: Request) -> Response:
         headers = request.headers
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -206,23 +239,24 @@ class Protocol:
         published, loaded = self.inference.find(name, version)
         view = self.inference.view(loaded)
         header_length = headers.get(HEADER_LENGTH)
+        shared = False
         if header_length == "0":
             asked = _RAW
             inputs = _raw_input(loaded.loadable.interface.inputs, body)
         else:
             asked, blob = _parse(body, header_length)
-            inputs = _inputs(asked.inputs, blob, view)
+            inputs, shared = self._inputs(asked.inputs, blob, view, request)
         said = asked.parameters or _NO_PARAMETERS
         ask = Ask(
             request_id=check_id(asked.id),
             sequence_id=_sequence(said.sequence_id),
             sequence_start=said.sequence_start,
             sequence_end=said.sequence_end,
-            unshared=True,
+            unshared=not shared,
         )
         names = None if asked.outputs is None else [output.name for output in asked.outputs]
         answer = self.inference.run(published, loaded if version else None, inputs, names, ask)
-        response = self._answered(name, asked, said, answer)
+        response = self._answered(name, asked, said, answer, request)
         coding = asked_coding(headers.get("accept-encoding", ""))
         if coding:
             response.body = compress(coding, [response.body, *response.parts])
@@ -230,7 +264,45 @@ class Protocol:
             response.headers["Content-Encoding"] = coding
         return response
 
-    def _answered(self, name: str, asked: _InferRequest, said: _RequestParameters, answer: Answer) -> Response:
+    def _inputs(
+        self, given: list[_RequestTensor], blob: memoryview, view: View, request: Request
+    ) -> tuple[dict[str, Array], bool]:
+        """Return the inputs, and whether the client can still change one of them."""
+        if len(given) > TENSORS_MAX:
+            raise BadInput(f"{len(given)} inputs, at most {TENSORS_MAX}")
+        inputs: dict[str, Array] = {}
+        any_shared = False
+        offset = 0
+        for tensor in given:
+            name = tensor.name
+            if name in inputs:
+                raise BadInput(f"input {name[:80]!r} is given twice")
+            said = tensor.parameters
+            if said is None or (said.binary_data_size is None and said.shared_memory_region is None):
+                array = tensors.decode(name, tensor.datatype, tensor.shape, tensor.data)
+            elif memoryview(tensor.data):
+                raise BadInput(f"input {name[:80]!r} has data in JSON and says that they are elsewhere")
+            elif said.shared_memory_region is not None:
+                region = self.inference.regions.get(said.shared_memory_region, _user(request))
+                size = _region_size(name, said.shared_memory_byte_size)
+                take = fresh if request.connection is None else request.connection.take
+                data, shared = region.read(said.shared_memory_offset, size, take)
+                array = tensors.from_bytes(name, tensor.datatype, tensor.shape, data)
+                any_shared |= shared
+            else:
+                size = said.binary_data_size or 0
+                if not 0 <= size <= len(blob) - offset:
+                    raise BadInput(f"input {name[:80]!r} has {len(blob) - offset} of {size} bytes of raw data")
+                array = tensors.from_bytes(name, tensor.datatype, tensor.shape, blob[offset : offset + size])
+                offset += size
+            inputs[name] = as_declared(name, array, tensor.datatype, view)
+        if offset != len(blob):
+            raise BadInput(f"{len(blob) - offset} bytes follow the last input")
+        return inputs, any_shared
+
+    def _answered(
+        self, name: str, asked: _InferRequest, said: _RequestParameters, answer: Answer, request: Request
+    ) -> Response:
         view = self.inference.view(answer.loaded)
         rows: list[_ResponseTensor] = []
         parts: list[Part] = []
@@ -241,7 +313,17 @@ class Protocol:
             binary = said.binary_data_output if how.binary_data is None else how.binary_data
             if how.classification:
                 array, datatype = _classified(output, array, datatype, how.classification, view), "BYTES"  # noqa: PLW2901
-            if binary:
+            if how.shared_memory_region is not None:
+                region = self.inference.regions.get(how.shared_memory_region, _user(request))
+                part = tensors.to_bytes(array)
+                region.write(how.shared_memory_offset, _region_size(output, how.shared_memory_byte_size), part)
+                where = {
+                    "shared_memory_region": region.name,
+                    "shared_memory_offset": how.shared_memory_offset,
+                    "shared_memory_byte_size": len(part),
+                }
+                rows.append(_ResponseTensor(output, datatype, array.shape, parameters=where))
+            elif binary:
                 part = tensors.to_bytes(array)
                 parts.append(part)
                 rows.append(_ResponseTensor(output, datatype, array.shape, parameters={"binary_data_size": len(part)}))
@@ -270,32 +352,6 @@ def _parse(body: bytes | memoryview, header_length: str | None) -> tuple[_InferR
         raise BadInput(f"not an inference request: {error}") from error
 
 
-def _inputs(given: list[_RequestTensor], blob: memoryview, view: View) -> dict[str, Array]:
-    if len(given) > TENSORS_MAX:
-        raise BadInput(f"{len(given)} inputs, at most {TENSORS_MAX}")
-    inputs: dict[str, Array] = {}
-    offset = 0
-    for tensor in given:
-        name = tensor.name
-        if name in inputs:
-            raise BadInput(f"input {name[:80]!r} is given twice")
-        said = tensor.parameters
-        if said is not None and said.binary_data_size is not None:
-            size = said.binary_data_size
-            if memoryview(tensor.data):
-                raise BadInput(f"input {name[:80]!r} has both data and binary_data_size")
-            if not 0 <= size <= len(blob) - offset:
-                raise BadInput(f"input {name[:80]!r}: binary_data_size is {size}, {len(blob) - offset} bytes are left")
-            array = tensors.from_bytes(name, tensor.datatype, tensor.shape, blob[offset : offset + size])
-            offset += size
-        else:
-            array = tensors.decode(name, tensor.datatype, tensor.shape, tensor.data)
-        inputs[name] = as_declared(name, array, tensor.datatype, view)
-    if offset != len(blob):
-        raise BadInput(f"{len(blob) - offset} bytes follow the last input")
-    return inputs
-
-
 def _raw_input(specs: list[TensorSpec], body: bytes | memoryview) -> dict[str, Array]:
     """Return the input of a raw binary request: all of the body is the only tensor, one free axis gives way."""
     required = [spec for spec in specs if not spec.optional]
@@ -319,6 +375,16 @@ def _classified(output: str, array: Array, datatype: str, count: int, view: View
     if count < 0:
         raise BadInput(f"output {output!r}: classification is {count}, expected a number of classes")
     return tensors.classify(tensors.widen(array) if datatype == "BF16" else array, count, view.labels[output])
+
+
+def _user(request: Request) -> int | None:
+    return None if request.connection is None else request.connection.user()
+
+
+def _region_size(name: str, said: int | None) -> int:
+    if said is None:
+        raise BadInput(f"tensor {name[:80]!r} is in shared memory: say its shared_memory_byte_size")
+    return said
 
 
 def _sequence(said: int | str) -> str:
