@@ -6,10 +6,11 @@ from pathlib import Path
 
 import msgspec
 
-from tests.agent.serving_kit import loadable, worker
+from tests.agent.serving_kit import infer_body, loadable, worker
 from tests.shared.engines import models
 from wherry_agent.children import ServeModel
 from wherry_shared import reasons
+from wherry_shared.ids import in_share
 
 ONES = [[1.0, 1.0, 1.0, 1.0]]
 
@@ -82,3 +83,50 @@ def test_groups_are_swapped_and_taken_back_as_one(tmp_path: Path):
             (False, reasons.DIGEST_MISMATCH),
         ]
         assert versions() == ["1.1.0", "1.1.0"]
+
+
+def test_a_sequence_over_http_stays_with_its_version_while_others_are_swapped(tmp_path: Path):
+    def version(factor: int):
+        path = models.tally(tmp_path / f"{factor}.onnx", float(factor))
+        return loadable(path, f"1.{factor}.0", model="tally", interface=models.tally_interface())
+
+    old, new = version(1), version(10)
+    with worker(tmp_path) as process:
+
+        def add(sequence: int, **parameters: bool) -> tuple[str, float]:
+            tensor = {"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1.0] * 4}
+            body = {"inputs": [tensor], "parameters": {"sequence_id": sequence, **parameters}}
+            status, answer = process.call("POST", "/v2/models/tally/infer", body)
+            assert status == 200, answer
+            assert [output["name"] for output in answer["outputs"]] == ["y"]
+            return answer["model_version"], value(answer)
+
+        process.serve(ServeModel(name="tally", active=old))
+        assert add(1, sequence_start=True) == ("1.1.0", 1.0)
+        process.serve(ServeModel(name="tally", active=new, incumbent=old, trial="t"))
+        assert add(1) == ("1.1.0", 2.0)
+        assert add(2, sequence_start=True) == ("1.10.0", 10.0)
+        process.serve(ServeModel(name="tally", active=new))
+        assert add(1) == ("1.1.0", 3.0)
+        assert add(1, sequence_end=True) == ("1.1.0", 4.0)
+        assert add(1, sequence_start=True) == ("1.10.0", 10.0)
+        assert add(2) == ("1.10.0", 20.0)
+
+
+def test_a_split_over_http_is_stable_by_request_id(tmp_path: Path):
+    old = loadable(models.scale(tmp_path / "old.onnx", 2.0))
+    new = loadable(models.scale(tmp_path / "new.onnx", 3.0), "1.1.0")
+    with worker(tmp_path) as process:
+        process.serve(ServeModel(name="scale", active=old))
+        split = ServeModel(name="scale", active=new, incumbent=old, trial="t", mode="split", share=0.3, salt="salt")
+        process.serve(split)
+
+        def who(number: int) -> str:
+            status, answer = process.call("POST", "/v2/models/scale/infer", {**infer_body(ONES), "id": str(number)})
+            assert status == 200
+            return answer["model_version"]
+
+        expected = ["1.1.0" if in_share("salt", str(number), 0.3) else "1.0.0" for number in range(40)]
+        assert [who(number) for number in range(40)] == expected
+        assert [who(number) for number in range(40)] == expected
+        assert len(set(expected)) == 2

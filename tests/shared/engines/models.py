@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from wherry_shared.bundle import Bounds, Interface, TensorSpec
+from wherry_shared.bundle import Bounds, Interface, StatePair, TensorSpec
 
 SITE = Path(onnx.__file__).parents[1]
 PITCH_TFLITE = SITE / "basic_pitch/saved_models/icassp_2022/nmp.tflite"
@@ -133,3 +133,39 @@ PITCH = Interface(
     dims={"n": Bounds(minimum=1, maximum=8)},
 )
 PITCH_TENSORS = {"audio": "input_2"}
+
+
+def tally(path: Path, factor: float = 1.0, *, picky: bool = False) -> Path:
+    """total = total_in + x and y = factor · total, over (n, 4); `picky`: a first element of 7 raises."""
+    constants = [numpy_helper.from_array(np.array(factor, np.float32), "factor")]
+    nodes = [
+        helper.make_node("Add", ["total_in", "x"], ["total"]),
+        helper.make_node("Mul", ["total", "factor"], ["y" if not picky else "scaled"]),
+    ]
+    if picky:
+        constants += [
+            numpy_helper.from_array(np.zeros(7, np.float32), "table"),
+            numpy_helper.from_array(np.array([0], np.int64), "zero"),
+            numpy_helper.from_array(np.array([1], np.int64), "one"),
+        ]
+        nodes += [
+            helper.make_node("Slice", ["x", "zero", "one", "one"], ["first"]),
+            helper.make_node("Cast", ["first"], ["index"], to=TensorProto.INT64),
+            helper.make_node("Gather", ["table", "index"], ["nothing"], axis=0),
+            helper.make_node("Add", ["scaled", "nothing"], ["y"]),
+        ]
+    tensors = [floats(name, ["n", 4]) for name in ("x", "total_in", "y", "total")]
+    return save(path, nodes, tensors[:2], tensors[2:], constants)
+
+
+def tally_interface(state_id: str | None = None) -> Interface:
+    def spec(name: str) -> TensorSpec:
+        return TensorSpec(name=name, datatype="FP32", shape=["n", 4])
+
+    return Interface(
+        inputs=[spec("x"), spec("total_in")],
+        outputs=[spec("y"), spec("total")],
+        dims={"n": Bounds(minimum=1, maximum=64)},
+        state=[StatePair(output="total", input="total_in")],
+        state_id=state_id,
+    )

@@ -113,7 +113,7 @@ class Inference:
             EngineFault: the model failed and nobody else could answer.
         """
         if loaded is not None:
-            return published.answer_by(loaded, self._gate, inputs, outputs)
+            return published.answer_by(loaded, self._gate, inputs, outputs, ask=ask)
         return published.answer(self._gate, self._helpers, inputs, outputs, ask=ask)
 
     # -- descriptions ----------------------------------------------------------------------------
