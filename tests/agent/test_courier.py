@@ -400,8 +400,13 @@ def test_what_nobody_signed_and_what_is_signed_otherwise_are_refused(device: Dev
     assert reason(device.resolve(f"{MODEL}/1.0.0", digest("x"))) == reasons.TRUST_UNSIGNED
 
 
-def test_a_mode_of_a_later_release_is_refused_by_name(device: Device, bundle: Path):
-    assert reason(device.resolve(f"{MODEL}/1.0.0", manifest_of(bundle), mode="shadow")) == reasons.UNSUPPORTED
+def test_a_mode_that_brings_nothing_is_refused_by_name(device: Device, bundle: Path):
+    assert reason(device.resolve(f"{MODEL}/1.0.0", manifest_of(bundle), mode="none")) == reasons.UNSUPPORTED
+
+
+@pytest.mark.parametrize("mode", ["shadow", "split", "blue_green"])
+def test_a_bundle_is_resolved_in_every_mode_that_brings_one(device: Device, bundle: Path, mode: str):
+    assert isinstance(device.resolve(f"{MODEL}/1.0.0", manifest_of(bundle), mode=mode), Resolved)
 
 
 @pytest.mark.parametrize("target", ["other/1.0.0", "thing", "thing/newest", "../thing/1.0.0"])

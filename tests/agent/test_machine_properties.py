@@ -32,6 +32,15 @@ VERSIONS = ("1.0.0", "1.1.0", "1.2.0")
 VARIANTS = ("float", "int8")
 TRIAL = Trial(min_requests=3, max_s=30, crashes_max=1)
 
+WAYS: list[dict[str, Any]] = [
+    *[{"mode": "replace"}] * 4,
+    {"mode": "shadow", "share": 0.5},
+    {"mode": "split", "share": 0.1},
+    {"mode": "split", "share": 0.5},
+    {"mode": "blue_green", "share": 0.0},
+    {"mode": "blue_green", "share": 1.0},
+]
+
 model = st.sampled_from(MODELS)
 version = st.sampled_from(VERSIONS)
 variant = st.sampled_from(VARIANTS)
@@ -52,7 +61,7 @@ def offers(draw: Any) -> s.Offered:
                 attempt=draw(attempt),
                 trial=TRIAL,
                 rollout=draw(st.sampled_from(["r1", "r2"])),
-                mode=draw(st.sampled_from(["replace", "replace", "replace", "shadow"])),
+                **draw(st.sampled_from(WAYS)),
             )
     return offer(draw(st.integers(1, 40)), models)
 
@@ -96,7 +105,8 @@ def events(draw: Any, state: s.State) -> s.Event:
             if slot is not None and slot.incumbent is not None and draw(st.booleans()):
                 item = slot.incumbent.loadable
             revision = draw(st.sampled_from([state.revision, state.revision, max(0, state.revision - 1)]))
-            return s.Served(name, item.digest, revision, draw(st.booleans()), "load_failed")
+            ok = draw(st.booleans())
+            return s.Served(name, item.digest, revision, ok, "" if ok else "load_failed", "", draw(st.booleans()))
         case 9:
             stats = arm(of_version, which, model=name, requests=draw(st.integers(0, 9)), errors=draw(st.integers(0, 9)))
             return s.Measured(name, trial, stats)
@@ -131,6 +141,17 @@ class Watch:
             assert shown.active.digest in self.passed, "serves what no canary passed"
             if shown.trial:
                 assert shown.incumbent is None or shown.active.digest != shown.incumbent.digest
+                assert shown.mode == "replace" or shown.incumbent is not None, "nobody is there to answer"
+        for name, slot in after.models.items():
+            was = before.models.get(name, s.Slot()).phase
+            if (
+                slot.incumbent is not None
+                and isinstance(was, s.OnTrial)
+                and was.job.loadable == slot.incumbent.loadable
+            ):
+                way = was.job.offered
+                assert way.mode in ("replace", "blue_green"), "a shadow or a split was confirmed"
+                assert way.share == 1.0, "what stood by was confirmed"
         told = [effect for effect in effects if isinstance(effect, s.Serve)]
         if serving != machine.serving(before):
             assert after.revision == before.revision + 1
@@ -151,7 +172,11 @@ class Watch:
         assert len(after.models) <= turn.MODELS_MAX
         for slot in after.models.values():
             assert len(slot.ends) <= turn.ENDS_MAX
-            assert slot.phase == s.Idle() or isinstance(slot.phase, s.Safe | s.Queued) or machine.limit_ms(slot.phase)
+            at_rest = isinstance(slot.phase, s.Idle | s.Compared | s.Safe | s.Queued)
+            assert at_rest or machine.limit_ms(slot.phase)
+            if isinstance(slot.phase, s.Compared):
+                assert slot.incumbent is not None, "compared with nothing"
+                assert slot.phase.job.loadable in machine.kept(after)
         assert journal.decode(journal.encode(after)) == after
 
 
@@ -189,7 +214,7 @@ def test_from_every_state_time_alone_leads_to_rest(data: st.DataObject) -> None:
     expiry_ms = 8 * DAY_US // (MICROSECONDS // 1000)
     for _ in range(2000):
         now = Now("boot-1", ms, T0_S + ms / 1000)
-        resting = all(isinstance(slot.phase, s.Idle | s.Safe) for slot in state.models.values())
+        resting = all(isinstance(slot.phase, s.Idle | s.Compared | s.Safe) for slot in state.models.values())
         if resting and ms > expiry_ms:
             break
         state, _ = machine.step(state, s.Tick(), now)

@@ -41,6 +41,27 @@ def test_a_window_is_what_was_counted_since_the_last_cut() -> None:
     assert windows.cut(10 * SECOND, context) == []
 
 
+def test_a_window_of_a_shadow_says_how_it_compared() -> None:
+    def shadow(runs: int, **more: Any) -> ArmStats:
+        sketches = {"confidence": latencies(0, 0.9, runs)["0"], "distance": latencies(0, 0.1, runs)["0"]}
+        return arm(arm="shadow", requests=runs, compared=runs, agreed=runs - 1, skipped=runs * 3, **sketches, **more)
+
+    windows = Windows()
+    windows.look("worker", [shadow(10)], 0)
+    windows.cut(SECOND, context)
+    windows.look("worker", [shadow(25)], 2 * SECOND)
+    (window,) = windows.cut(3 * SECOND, context)
+    assert (window.arm, window.requests, window.compared, window.agreed, window.skipped) == ("shadow", 15, 15, 15, 45)
+    assert Sketch.from_wire(window.confidence).count == Sketch.from_wire(window.distance).count == 15
+
+
+def test_a_shadow_that_its_budget_never_lets_run_is_seen_too() -> None:
+    windows = Windows()
+    windows.look("worker", [arm(arm="shadow", skipped=9)], 0)
+    (window,) = windows.cut(SECOND, context)
+    assert (window.requests, window.skipped) == (0, 9)
+
+
 def test_counts_of_a_new_process_begin_at_nothing() -> None:
     windows = Windows()
     windows.look("worker", [counted(100)], 0)

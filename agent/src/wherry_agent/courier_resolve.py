@@ -20,8 +20,8 @@ from wherry_shared.errors import RefusedError, UnreachableError
 from wherry_shared.image_layout import check_layers
 from wherry_shared.wire import VariantTried
 
-MODES = frozenset({"replace"})
-"""What this release does; everything else is refused by name."""
+MODES = frozenset({"replace", "shadow", "split", "blue_green"})
+"""Modes that bring a bundle to a device."""
 
 
 def check_offered(task: Resolve) -> tuple[str, str]:

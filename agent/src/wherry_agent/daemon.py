@@ -23,12 +23,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
 
 import msgspec
 
-from wherry_agent import __version__, children, identity, machine, readings, status, timestamp
+from wherry_agent import __version__, children, identity, machine, readings, status, timestamp, turn
 from wherry_agent import state as s
 from wherry_agent.children import ArmStats
 from wherry_agent.contracts import contract_of
@@ -72,6 +73,8 @@ BALLAST_BYTES = 512 * 1024
 HELLO_EVERY_S = 600.0
 """A hello that nobody heard (the server was away, the broker was not) is made good by the next."""
 BACKLOG = 128
+_TRIED = (s.Swapping, s.OnTrial, s.Proving, s.Compared, s.Returning)
+"""Phases in which counts of a candidate may still come in, for the rollout that brought it."""
 
 
 class Daemon:
@@ -737,7 +740,7 @@ class Daemon:
         flags = dict(effect.flags)
         self._worker.send(children.Serve(revision=effect.revision, models=list(effect.models), flags=flags))
         self._handles.publish_flags(flags)
-        wanted = {model.name: model for model in effect.models}
+        wanted = {model.name: turn.for_handles(model) for model in effect.models}
         for model in effect.models:
             for loadable in (model.active, model.incumbent):
                 self._share(loadable)
@@ -762,7 +765,8 @@ class Daemon:
                     log.info("worker serves %s: %s, loaded in %.0f ms", event.model, event.digest, event.load_ms)
                 if not event.ok:
                     log.warning("worker cannot serve %s: %s %s", event.model, event.reason, event.detail)
-                self._turn(s.Served(event.model, event.digest, event.revision, event.ok, event.reason, event.detail))
+                served = s.Served(event.model, event.digest, event.revision, event.ok, event.reason, event.detail)
+                self._turn(replace(served, incumbent_loaded=event.incumbent_loaded))
             case children.GoldenDone():
                 self._turn(
                     s.GoldenChecked(event.model, event.digest, event.trial, event.passed, event.detail, event.reason)
@@ -791,7 +795,8 @@ class Daemon:
             if not isinstance(phase, s.OnTrial | s.Proving):
                 continue
             digest = phase.job.loadable.digest
-            candidate = self._windows.total(name, digest, "candidate", phase.trial)
+            arm = "shadow" if phase.job.offered.mode == "shadow" else "candidate"
+            candidate = self._windows.total(name, digest, arm, phase.trial)
             if candidate is None or (name, digest, phase.trial) not in news:
                 continue
             incumbent = slot.incumbent.loadable.digest if slot.incumbent is not None else ""
@@ -951,7 +956,7 @@ class Daemon:
         slot = self._state.models.get(stats.model)
         if slot is not None:
             phase = slot.phase
-            if isinstance(phase, s.Swapping | s.OnTrial | s.Proving) and phase.job.loadable.digest == stats.digest:
+            if isinstance(phase, _TRIED) and phase.job.loadable.digest == stats.digest:
                 return Context(phase.job.offered.rollout, phase.job.offered.attempt)
             for version in (slot.incumbent, slot.last_good):
                 if version is not None and version.loadable.digest == stats.digest:

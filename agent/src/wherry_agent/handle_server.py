@@ -343,11 +343,14 @@ class HandleServer:
                 peer.connection.shutdown(socket.SHUT_RDWR)
 
     def _for_peer(self, peer: _Peer) -> ServeModel | None:
-        """After an application died on a candidate inside it, inline handles get the incumbent (contracts.md §9)."""
+        """Inline handles get the incumbent after an application died on a candidate inside it (contracts.md §9).
+
+        So they do in a split: only the worker sees all callers, and sends each to the same side every time.
+        """
         serve = self._serves.get(peer.model)
         if serve is None or peer.isolation != "inline" or not serve.trial:
             return serve
-        if (serve.name, serve.active.digest, serve.trial) not in self._crashed:
+        if serve.mode != "split" and (serve.name, serve.active.digest, serve.trial) not in self._crashed:
             return serve
         if serve.incumbent is None:
             return None
@@ -400,6 +403,11 @@ def merged(one: ArmStats, other: ArmStats) -> ArmStats:
         latency_us=latency,
         wait_us=_added(one.wait_us, other.wait_us),
         classes=classes,
+        confidence=_added(one.confidence, other.confidence),
+        compared=one.compared + other.compared,
+        agreed=one.agreed + other.agreed,
+        skipped=one.skipped + other.skipped,
+        distance=_added(one.distance, other.distance),
         last_error=other.last_error or one.last_error,
     )
 
@@ -407,7 +415,7 @@ def merged(one: ArmStats, other: ArmStats) -> ArmStats:
 def _check_sketches(arms: list[ArmStats]) -> None:
     try:
         for stats in arms:
-            for wire in (stats.wait_us, *stats.latency_us.values()):
+            for wire in (stats.wait_us, stats.confidence, stats.distance, *stats.latency_us.values()):
                 Sketch.from_wire(wire)
     except ValueError as error:
         raise RefusedError("message_invalid", f"counts hold a sketch that is none: {error}") from error

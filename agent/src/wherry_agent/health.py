@@ -1,8 +1,9 @@
 """The verdict on a candidate in its trial, from counts alone: pass, fail, or not yet.
 
-Three kinds of evidence, each with a floor below which it says nothing: failed requests (`errors_min`), answers that the
-application itself called wrong (the same floor and rate), and engine time against the incumbent, per shape bucket and
-only in buckets with enough requests on both sides (contracts.md §4). Without a common bucket latency is *unknown*,
+Four kinds of evidence, each with a floor below which it says nothing: failed requests (`errors_min`), answers that the
+application itself called wrong (the same floor and rate), a shadow's agreement with the incumbent (`min_requests`
+comparisons), and engine time against the incumbent, per shape bucket and only in buckets with enough requests on both
+sides (contracts.md §4). Without a common bucket latency is *unknown*,
 never a failure: a device cannot condemn what it could not compare.
 """
 
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wherry_agent.children import ArmStats
-from wherry_shared.reasons import APPLICATION, HEALTH_ERRORS, HEALTH_LATENCY
+from wherry_shared.reasons import APPLICATION, HEALTH_AGREEMENT, HEALTH_ERRORS, HEALTH_LATENCY
 from wherry_shared.sketch import Sketch
 from wherry_shared.wire import Trial
 
@@ -59,6 +60,10 @@ def judge(terms: Trial, candidate: ArmStats, baseline: ArmStats | None, *, has_i
             last = f"; last: {candidate.last_error}" if candidate.last_error else ""
             detail = f"{count} of {candidate.requests} {what}, at most {terms.error_rate_max:.1%}{last}"
             return Verdict("fail", reason, detail, latency.ratio)
+    compared, agreed = candidate.compared, candidate.agreed
+    if compared >= terms.min_requests and agreed < terms.agreement_min * compared:
+        detail = f"{agreed} of {compared} answers agreed with the incumbent's, at least {terms.agreement_min:.1%} must"
+        return Verdict("fail", HEALTH_AGREEMENT, detail, latency.ratio)
     if latency.outcome == "fail":
         return Verdict("fail", HEALTH_LATENCY, latency.detail, latency.ratio)
     answered = candidate.requests - candidate.errors

@@ -62,7 +62,7 @@ NAMES: dict[type[Any], dict[str, str]] = {
         "told": "last_report",
     },
     s.Installed: {"offered": "terms", "loadable": "file", "order": "order", "idle": "idle", "tried": "tried"},
-    s.End: {"manifest": "manifest", "rollout": "rollout", "attempt": "attempt"},
+    s.End: {"manifest": "manifest", "rollout": "rollout", "attempt": "attempt", "mode": "mode"},
     s.Job: {
         "offered": "terms",
         "serial": "serial",
@@ -73,6 +73,7 @@ NAMES: dict[type[Any], dict[str, str]] = {
         "restarts": "restarts",
         "preprocess_id": "preprocess",
         "reported": "reported_trouble",
+        "proved": "proved",
     },
     s.Counts: {
         "requests": "requests",
@@ -82,6 +83,12 @@ NAMES: dict[type[Any], dict[str, str]] = {
         "earlier_requests": "requests_before",
         "earlier_errors": "errors_before",
         "earlier_fallbacks": "fallbacks_before",
+        "compared": "compared",
+        "agreed": "agreed",
+        "skipped": "skipped",
+        "earlier_compared": "compared_before",
+        "earlier_agreed": "agreed_before",
+        "earlier_skipped": "skipped_before",
     },
     s.KnownBad: {
         "digest": "digest",
@@ -132,6 +139,7 @@ NAMES: dict[type[Any], dict[str, str]] = {
         "counts": "counts",
         "enough": "enough",
     },
+    s.Compared: {"job": "job", "counts": "counts"},
     s.Returning: {
         "job": "job",
         "since": "since",
@@ -191,6 +199,7 @@ PHASES: dict[type[Any], str] = {
     s.Swapping: "swapping",
     s.OnTrial: "trial",
     s.Proving: "proving",
+    s.Compared: "compared",
     s.Returning: "returning",
     s.Waiting: "waiting",
     s.Safe: "safe",

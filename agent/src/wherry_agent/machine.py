@@ -8,6 +8,9 @@
                                                              │     ╲
                                                      Idle (returned) Safe
 
+A candidate that only runs beside the incumbent (shadow), answers a share (split) or stands by (blue-green with share 0)
+is OnTrial too, but never confirmed: its time ends in Compared, where a newer offer may promote it.
+
 Rules for whoever edits this module:
 
 1. `step` and `resume` take everything as arguments: no clock, disk, network, log or randomness, also not through a
@@ -15,7 +18,7 @@ Rules for whoever edits this module:
 2. One `match` over phases, inside each phase one over events. An event that a phase ignores is *named* there, so that a
    new event does not type-check until each phase has answered it.
 3. Every phase has an exit that needs no outside event: a deadline (`limit_ms`), a counted limit, or another slot's
-   deadline (`Queued`). `Idle` and `Safe` are ends; an offer leaves them.
+   deadline (`Queued`). `Idle`, `Compared` and `Safe` are ends; an offer leaves them.
 4. The serving set, offers and the queue are level-triggered: after every event `_settle` compares what is with what
    should be. A phase only changes its slot.
 5. Only reasons in `reasons.VERDICTS` are held against a variant. Everything else is trouble: `Waiting`, then again.
@@ -29,6 +32,7 @@ from typing import assert_never
 import msgspec
 
 from wherry_agent import health
+from wherry_agent.children import Candidate
 from wherry_agent.contracts import broken_by
 from wherry_agent.state import (
     Accepted,
@@ -36,6 +40,7 @@ from wherry_agent.state import (
     CanaryDone,
     Cancel,
     Collect,
+    Compared,
     Condemned,
     Connected,
     Counts,
@@ -84,6 +89,7 @@ from wherry_agent.turn import (
     ALTERED_RETRY_S,
     CRASH_WINDOW_MS,
     CRASHES_MAX,
+    DECIDING,
     FAULTS_MAX,
     FETCH_MS,
     JUDGE_GRACE_MS,
@@ -98,10 +104,13 @@ from wherry_agent.turn import (
     SWAP_MS,
     TRIED_MAX,
     Turn,
+    answering,
     end_of,
     flags_of,
     kept,
+    kind_of,
     plain,
+    same_attempt,
     serving,
 )
 from wherry_shared import flags, reasons
@@ -182,7 +191,7 @@ def resume(state: State, now: Now) -> tuple[State, tuple[Effect, ...]]:
     for name, slot in tuple(turn.state.models.items()):
         phase = slot.phase
         match phase:
-            case Idle() | Safe():
+            case Idle() | Compared() | Safe():
                 pass  # nothing is under way
             case Resolving(job):
                 turn.resolve(name, slot, job)  # nothing was served yet, and asking again is free
@@ -232,8 +241,8 @@ def outgoing(state: State) -> tuple[Report, ...]:
 
 
 def running(state: State) -> dict[str, str]:
-    """Return model → manifest digest of what the device serves (or has told its worker to serve)."""
-    return {model.name: model.active.manifest for model in serving(state)}
+    """Return model → manifest digest of what answers requests here (or is to, once the worker has done it)."""
+    return {model.name: answering(model).manifest for model in serving(state)}
 
 
 def trust_state(state: State, now: Now) -> str:
@@ -264,7 +273,7 @@ def limit_ms(phase: Phase) -> int | None:
             return RETURN_MS
         case Waiting():
             return phase.wait_ms
-        case Idle() | Queued() | Safe():
+        case Idle() | Queued() | Compared() | Safe():
             return None
         case _:
             assert_never(phase)
@@ -275,7 +284,7 @@ def next_deadline_ms(state: State, now: Now) -> int:
     left: list[int] = []
     for slot in state.models.values():
         limit = limit_ms(slot.phase)
-        if limit is not None and not isinstance(slot.phase, Idle | Queued | Safe):
+        if limit is not None and not isinstance(slot.phase, Idle | Compared | Safe):
             left.append(limit - slot.phase.since.elapsed_ms(now))
     if state.told is not None:
         left.append(SERVE_MS - state.told.since.elapsed_ms(now))
@@ -368,17 +377,20 @@ def _declare(turn: Turn, event: Declares) -> None:
             turn.go_back(event.model, slot, phase.job, reasons.CONTRACT_BROKEN, why, phase.counts)
 
 
-def _unsupported(offer: Accepted, offered: OfferedModel) -> str:
-    """Say what of an offered model this release does not do; empty if it can."""
+def _unsupported(offer: Accepted, offered: OfferedModel, slot: Slot) -> str:
+    """Say what of an offered model this device does not do; empty if it can."""
     if offer.unsupported:
         return offer.unsupported
-    if offered.mode not in ("replace", "none"):
-        return f"mode {offered.mode} is not supported by this agent"
-    if offered.mode == "replace" and offered.share < 1.0:
-        return f"a share of {offered.share:g} of the requests is not supported by this agent"
     if offered.group:
         return "groups are not supported by this agent"
-    return ""
+    share = f"a share of {offered.share:g}"
+    if offered.mode in ("replace", "none"):
+        return f"{share} of the requests needs mode split" if offered.share < 1.0 else ""
+    if slot.incumbent is None:
+        return f"mode {offered.mode} needs a version that is confirmed here, and there is none"
+    if offered.mode == "blue_green":
+        return "" if offered.share in (0.0, 1.0) else f"{share}: a blue-green stands by (0) or takes over (1)"
+    return "" if 0.0 <= offered.share <= 1.0 else f"{share} is none"
 
 
 def _reconsider(turn: Turn, name: str, offer: Accepted, offered: OfferedModel) -> None:
@@ -395,7 +407,7 @@ def _reconsider(turn: Turn, name: str, offer: Accepted, offered: OfferedModel) -
         case Idle() | Safe():
             _begin(turn, name, slot, offer, offered)
         case Resolving(job) | Fetching(job) | Judging(job) | Queued(job) | Waiting(job):
-            if not removal and end_of(job.offered) == end_of(offered) and not _unsupported(offer, offered):
+            if not removal and same_attempt(job.offered, offered) and not _unsupported(offer, offered, slot):
                 if job.offered != offered or job.serial != offer.serial:
                     turn.put(name, replace(slot, phase=replace(phase, job=_renewed(job, offered, offer.serial))))
                 return
@@ -404,19 +416,63 @@ def _reconsider(turn: Turn, name: str, offer: Accepted, offered: OfferedModel) -
             turn.put(name, slot)
             _begin(turn, name, slot, offer, offered, reason=reasons.WITHDRAWN if names_incumbent else "")
         case Swapping(job) | OnTrial(job) | Proving(job):
-            if names_incumbent and not _unsupported(offer, offered):
+            if _unsupported(offer, offered, slot):
+                pass  # refused when the trial is over
+            elif names_incumbent:
                 detail = "the offer names the incumbent"
                 turn.go_back(name, slot, job, reasons.WITHDRAWN, detail, phase.counts)
+            elif removal or offered.manifest != job.offered.manifest:
+                _displace(turn, name, slot, phase)
+            else:
+                _adjust(turn, name, slot, phase, _renewed(job, offered, offer.serial))
+        case Compared(job):
+            _after_compared(turn, name, slot, job, offer, offered)
         case Returning():
             pass  # compared again when it is over
         case _:
             assert_never(phase)
 
 
+def _displace(turn: Turn, name: str, slot: Slot, phase: Swapping | OnTrial | Proving) -> None:
+    """An offer of something else waits for a verdict; where none will come, it ends the trial."""
+    if kind_of(phase.job.offered) not in DECIDING:
+        detail = "the offer names something else"
+        turn.go_back(name, slot, phase.job, reasons.SUPERSEDED, detail, phase.counts)
+
+
+def _adjust(turn: Turn, name: str, slot: Slot, phase: Swapping | OnTrial | Proving, job: Job) -> None:
+    """Newer terms for the candidate on trial: another way to try it is a fresh trial, another share is taken over."""
+    before, now = kind_of(phase.job.offered), kind_of(job.offered)
+    if before == now and now in DECIDING:
+        pass  # a trial that decides ends under the terms under which it began
+    elif before != now or not same_attempt(phase.job.offered, job.offered):
+        turn.begin_trial(name, slot, replace(job, restarts=0))  # it is here and proved: no download, no canary
+    elif job != phase.job:
+        turn.put(name, replace(slot, phase=replace(phase, job=job)))
+        if job.offered.share != phase.job.offered.share and isinstance(phase, OnTrial):
+            turn.began(name, job, phase.counts)
+
+
+def _after_compared(turn: Turn, name: str, slot: Slot, job: Job, offer: Accepted, offered: OfferedModel) -> None:
+    """Compare what was compared with a newer offer: the same again is done, another way to try it starts from here."""
+    same = offered.mode != "none" and offered.manifest == job.offered.manifest
+    if same and end_of(offered) == end_of(job.offered) and kind_of(offered) == kind_of(job.offered):
+        return
+    slot = replace(slot, phase=Idle(), settled=None)
+    turn.put(name, slot)
+    if same and end_of(offered) not in slot.ends and not _unsupported(offer, offered, slot):
+        # resolved again, since it may have been revoked meanwhile; what is proved is neither fetched nor judged again
+        again = Job(offered, offer.serial, tried=job.tried, proved=job.candidates[0])
+        turn.resolve(name, slot, again, report=True)
+    else:
+        _begin(turn, name, slot, offer, offered)
+        turn.effects.append(Collect(kept(turn.state)))
+
+
 def _begin(turn: Turn, name: str, slot: Slot, offer: Accepted, offered: OfferedModel, reason: str = "") -> None:
     """From rest: remove, acknowledge, refuse or start."""
     end = end_of(offered)
-    why = _unsupported(offer, offered)
+    why = _unsupported(offer, offered, slot)
     if end in slot.ends or (slot.settled == end and not isinstance(slot.phase, Safe)):
         return
     if why:
@@ -466,6 +522,8 @@ def _slot_step(turn: Turn, name: str, event: SlotEvent) -> None:
             _on_trial(turn, name, slot, phase, event)
         case Proving():
             _proving(turn, name, slot, phase, event)
+        case Compared():
+            _compared(turn, name, slot, event)
         case Returning():
             _returning(turn, name, slot, phase, event)
         case Waiting():
@@ -569,14 +627,13 @@ def _swapping(turn: Turn, name: str, slot: Slot, phase: Swapping, event: SlotEve
     job = phase.job
     match event:
         case Served() if turn.is_current(event) and event.digest == job.loadable.digest:
-            if event.ok:
+            if _misses(event, job):
+                _not_served(turn, name, slot, phase, event)
+            else:
                 since = phase.began if phase.began is not None else Since.at(turn.now)
                 turn.put(name, replace(slot, phase=OnTrial(job, since, phase.trial, phase.crashes, phase.counts)))
                 if phase.began is None:
-                    turn.report(name, "trial", job=job)
-            else:
-                reason = event.reason or reasons.LOAD_FAILED
-                turn.go_back(name, slot, job, reason, event.detail, phase.counts)
+                    turn.began(name, job)
         case Served():
             pass  # of an earlier serving set, in which the candidate was not
         case WorkerDied():
@@ -603,11 +660,14 @@ def _on_trial(turn: Turn, name: str, slot: Slot, phase: OnTrial, event: SlotEven
             turn.go_back(name, slot, job, event.reason, event.detail, phase.counts)
         case WorkerDied():
             _crashed(turn, name, slot, phase, event)
-        case Served() if turn.is_current(event) and event.digest == job.loadable.digest and not event.ok:
-            turn.go_back(name, slot, job, event.reason or reasons.LOAD_FAILED, event.detail, phase.counts)
+        case Served() if turn.is_current(event) and event.digest == job.loadable.digest and _misses(event, job):
+            _not_served(turn, name, slot, phase, event)
         case Tick() if _overdue(phase, turn.now):
-            # its time is over: what was not compared (latency) is left to the golden vectors
-            _prove(turn, name, slot, phase, enough=_enough(phase))
+            if kind_of(job.offered) in DECIDING:
+                # its time is over: what was not compared (latency) is left to the golden vectors
+                _prove(turn, name, slot, phase, enough=_enough(phase))
+            else:
+                turn.compare(name, slot, job, phase.counts)
         case Served() | Measured() | Condemned() | GoldenChecked():
             pass  # of an earlier serving set or trial, or nothing new
         case Tick() | Connected() | Resolved() | Fetched() | TaskFailed() | CanaryDone():
@@ -639,11 +699,23 @@ def _proving(turn: Turn, name: str, slot: Slot, phase: Proving, event: SlotEvent
             turn.effects.append(RestartWorker("it did not answer for the golden vectors"))
             detail = f"golden vectors were not run again within {PROVE_MS // 1000} s"
             turn.go_back(name, slot, job, reasons.CHILD_FAILED, detail, phase.counts)
-        case Served() if turn.is_current(event) and event.digest == job.loadable.digest and not event.ok:
-            turn.go_back(name, slot, job, event.reason or reasons.LOAD_FAILED, event.detail, phase.counts)
+        case Served() if turn.is_current(event) and event.digest == job.loadable.digest and _misses(event, job):
+            _not_served(turn, name, slot, phase, event)
         case Served() | Measured() | Condemned() | GoldenChecked():
             pass  # of an earlier serving set or trial, or nothing new
         case Tick() | Connected() | Resolved() | Fetched() | TaskFailed() | CanaryDone():
+            pass
+        case _:
+            assert_never(event)
+
+
+def _compared(turn: Turn, name: str, slot: Slot, event: SlotEvent) -> None:
+    match event:
+        case Served():
+            _incumbent_served(turn, name, slot, event)
+        case Resolved() | Fetched() | TaskFailed() | CanaryDone() | Measured() | Condemned() | GoldenChecked():
+            pass  # late: its trial is over
+        case Tick() | Connected() | WorkerDied():
             pass
         case _:
             assert_never(event)
@@ -720,7 +792,16 @@ def _resolved(turn: Turn, name: str, slot: Slot, job: Job, event: Resolved) -> N
             )
         else:
             fresh.append(candidate)
-    job = replace(job, troubles=0, tried=tuple(tried[:TRIED_MAX]), preprocess_id=event.preprocess_id)
+    proved = next((candidate for candidate in fresh if _same_file(candidate, job.proved)), None)
+    if proved is not None and job.proved is not None:
+        # its files are here and its canary passed under this very engine: it waits for its turn
+        figures = tuple(one for one in job.tried if one.id == proved.loadable.variant)
+        passed = msgspec.structs.replace(proved, loadable=job.proved.loadable)
+        job = replace(job, troubles=0, candidates=(passed,), tried=(*tried, *figures)[-TRIED_MAX:])
+        job = replace(job, preprocess_id=event.preprocess_id, offered=plain(job.offered))
+        turn.put(name, replace(slot, phase=Queued(job, Since.at(turn.now))))
+        return
+    job = replace(job, troubles=0, tried=tuple(tried[:TRIED_MAX]), preprocess_id=event.preprocess_id, proved=None)
     if not fresh:
         reason = reasons.KNOWN_BAD if event.candidates else reasons.NO_VARIANT
         detail = "every variant that fits failed here before" if event.candidates else "no variant fits this device"
@@ -764,9 +845,12 @@ def _measured(turn: Turn, name: str, slot: Slot, phase: OnTrial, event: Measured
     )
     counts = _counted(phase.counts, event, verdict.latency_ratio)
     phase = replace(phase, counts=counts)
+    decides = kind_of(phase.job.offered) in DECIDING
     match verdict.outcome:
         case "fail":
             turn.go_back(name, slot, phase.job, verdict.reason, verdict.detail, counts)
+        case "pass" | "unknown" | "open" if not decides:
+            turn.put(name, replace(slot, phase=phase))
         case "pass":
             turn.confirm(name, slot, phase.job, counts, idle=False)
         case "unknown":
@@ -775,6 +859,24 @@ def _measured(turn: Turn, name: str, slot: Slot, phase: OnTrial, event: Measured
             turn.put(name, replace(slot, phase=phase))
         case _:
             assert_never(verdict.outcome)
+
+
+def _misses(event: Served, job: Job) -> bool:
+    """Tell whether the worker does not do what the mode needs: every one but replace needs both versions in memory."""
+    return not event.ok or (job.offered.mode != "replace" and not event.incumbent_loaded)
+
+
+def _not_served(turn: Turn, name: str, slot: Slot, phase: Swapping | OnTrial | Proving, event: Served) -> None:
+    reason = event.reason or (reasons.MEMORY_SHORT if event.ok else reasons.LOAD_FAILED)
+    turn.go_back(name, slot, phase.job, reason, event.detail, phase.counts)
+
+
+def _same_file(candidate: Candidate, proved: Candidate | None) -> bool:
+    """Tell whether a resolved variant is the one that was proved here, for the same engine."""
+    if proved is None:
+        return False
+    one, other = candidate.loadable, proved.loadable
+    return (one.digest, one.engine, one.engine_version) == (other.digest, other.engine, other.engine_version)
 
 
 def _enough(phase: OnTrial) -> bool:
@@ -894,8 +996,7 @@ def _admit(turn: Turn) -> None:
             if turn.expired():
                 turn.expire(name, slot, job)
                 continue
-            trial = f"{job.offered.rollout or '-'}.{job.offered.attempt}.{turn.state.revision + 1}"
-            turn.put(name, replace(slot, phase=Swapping(job, Since.at(turn.now), trial)))
+            turn.begin_trial(name, slot, job)
             return
 
 
@@ -956,7 +1057,7 @@ def _speaks_of(event: Resolved | Fetched | TaskFailed | CanaryDone, job: Job) ->
 def _overdue(phase: Phase, now: Now) -> bool:
     limit = limit_ms(phase)
     assert limit is not None
-    assert not isinstance(phase, Idle | Queued | Safe)
+    assert not isinstance(phase, Idle | Compared | Safe)
     return phase.since.elapsed_ms(now) >= limit
 
 
@@ -980,6 +1081,9 @@ def _counted(counts: Counts, event: Measured, latency_ratio: float) -> Counts:
         errors=arm.errors,
         fallbacks=arm.fallbacks,
         latency_ratio=latency_ratio or counts.latency_ratio,
+        compared=arm.compared,
+        agreed=arm.agreed,
+        skipped=arm.skipped,
     )
 
 
@@ -990,6 +1094,9 @@ def _carried(counts: Counts) -> Counts:
         earlier_requests=counts.earlier_requests + counts.requests,
         earlier_errors=counts.earlier_errors + counts.errors,
         earlier_fallbacks=counts.earlier_fallbacks + counts.fallbacks,
+        earlier_compared=counts.earlier_compared + counts.compared,
+        earlier_agreed=counts.earlier_agreed + counts.agreed,
+        earlier_skipped=counts.earlier_skipped + counts.skipped,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from wherry_agent.children import ArmStats, Candidate, Judged, Loadable, ServeModel, Trust
 from wherry_shared.bundle import Contract, Interface
 from wherry_shared.clock import Since
-from wherry_shared.wire import Offer, OfferedModel, Report, VariantTried
+from wherry_shared.wire import Mode, Offer, OfferedModel, Report, VariantTried
 
 Task = Literal["resolve", "fetch", "judge"]
 """What a courier or a canary does for a slot."""
@@ -50,9 +50,16 @@ class Counts:
     errors: int = 0
     fallbacks: int = 0
     latency_ratio: float = 0.0
+    compared: int = 0
+    agreed: int = 0
+    skipped: int = 0
+    """Of a shadow: its answers that were compared, those that agreed, requests that its CPU budget did not allow."""
     earlier_requests: int = 0
     earlier_errors: int = 0
     earlier_fallbacks: int = 0
+    earlier_compared: int = 0
+    earlier_agreed: int = 0
+    earlier_skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +79,8 @@ class Job:
     preprocess_id: str = ""
     reported: str = ""
     """Reason of the last trouble that was reported: the same one is not reported again."""
+    proved: Candidate | None = None
+    """The variant that passed its canary here under an earlier offer of this bundle; its files are still here."""
 
     @property
     def loadable(self) -> Loadable:
@@ -131,7 +140,7 @@ class Swapping:
 
 @dataclass(frozen=True, slots=True)
 class OnTrial:
-    """The candidate answers requests; the incumbent stays ready."""
+    """The candidate does what its mode says: answers, answers a share, runs beside the incumbent, or stands by."""
 
     job: Job
     since: Since
@@ -153,6 +162,17 @@ class Proving:
     counts: Counts = Counts()
     enough: bool = False
     """There were enough requests and nothing spoke against it; only latency could not be compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """The time of a shadow, a split or a standby is over: the incumbent serves alone, the candidate's files stay.
+
+    Left by a newer offer; one that names the same bundle needs no download and no canary.
+    """
+
+    job: Job
+    counts: Counts = Counts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +207,20 @@ class Safe:
     detail: str
 
 
-Phase = Idle | Resolving | Fetching | Judging | Queued | Swapping | OnTrial | Proving | Returning | Waiting | Safe
+Phase = (
+    Idle
+    | Resolving
+    | Fetching
+    | Judging
+    | Queued
+    | Swapping
+    | OnTrial
+    | Proving
+    | Compared
+    | Returning
+    | Waiting
+    | Safe
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +230,7 @@ class End:
     manifest: str
     rollout: str
     attempt: int
+    mode: Mode = "replace"
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,6 +452,8 @@ class Served:
     ok: bool
     reason: str = ""
     detail: str = ""
+    incumbent_loaded: bool = True
+    """Whether the incumbent of a trial is in memory beside the candidate."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from wherry_agent import contracts, machine
 from wherry_agent import state as s
 from wherry_agent.disk import Disk
 from wherry_agent.journal import decode
-from wherry_agent.turn import flags_of
+from wherry_agent.turn import flags_of, kind_of
 from wherry_shared.bundle import Interface
 from wherry_shared.clock import Now
 from wherry_shared.errors import RefusedError, WherryError
@@ -42,14 +42,26 @@ _PHASES: dict[type[Any], str] = {
     s.Swapping: "being swapped in",
     s.OnTrial: "on trial",
     s.Proving: "proving itself by golden vectors",
+    s.Compared: "compared; the incumbent serves alone",
     s.Returning: "going back",
     s.Waiting: "waiting to try again",
     s.Safe: "safe: serves nothing",
 }
 
 
+_ON_TRIAL: dict[str, str] = {
+    "replace": "on trial",
+    "blue_green": "on trial",
+    "standby": "standing by",
+    "split": "answering a share",
+    "shadow": "running as a shadow",
+}
+
+
 def phase_words(phase: s.Phase) -> str:
     """Say what a model's phase is, in words."""
+    if isinstance(phase, s.OnTrial):
+        return _ON_TRIAL[kind_of(phase.job.offered)]
     return _PHASES[type(phase)]
 
 
@@ -88,16 +100,11 @@ def _contract(contract: Interface, by: str, preprocess: str | None) -> dict[str,
 
 def _model(slot: s.Slot) -> dict[str, object]:
     phase = slot.phase
-    shown: dict[str, object] = {"doing": _PHASES[type(phase)]}
-    if isinstance(phase, s.Swapping | s.OnTrial | s.Proving):
+    shown: dict[str, object] = {"doing": phase_words(phase)}
+    if isinstance(phase, s.Swapping | s.OnTrial | s.Proving | s.Compared):
         loadable = phase.job.loadable
         shown["candidate"] = _version(loadable.target, loadable.variant, phase.job.tried)
-        shown["trial"] = {
-            "requests": phase.counts.requests,
-            "errors": phase.counts.errors,
-            "fallbacks": phase.counts.fallbacks,
-            "restarts": phase.job.restarts,
-        }
+        shown["trial"] = _trial(phase.job, phase.counts)
     elif not isinstance(phase, s.Idle | s.Safe):
         shown["candidate"] = {"target": phase.job.offered.target}
     if isinstance(phase, s.Waiting):
@@ -112,6 +119,26 @@ def _model(slot: s.Slot) -> dict[str, object]:
         told = slot.told
         last = {"state": told.state, "target": told.target, "reason": told.reason, "detail": told.detail}
         shown["last_report"] = {key: value for key, value in last.items() if value}
+    return shown
+
+
+def _trial(job: s.Job, counts: s.Counts) -> dict[str, object]:
+    offered = job.offered
+    shown: dict[str, object] = {"mode": offered.mode, "share": offered.share}
+    if offered.group:
+        shown["group"] = offered.group
+    shown |= {
+        "requests": counts.requests + counts.earlier_requests,
+        "errors": counts.errors + counts.earlier_errors,
+        "fallbacks": counts.fallbacks + counts.earlier_fallbacks,
+        "restarts": job.restarts,
+    }
+    if offered.mode == "shadow":
+        shown |= {
+            "compared": counts.compared + counts.earlier_compared,
+            "agreed": counts.agreed + counts.earlier_agreed,
+            "skipped": counts.skipped + counts.earlier_skipped,
+        }
     return shown
 
 
@@ -211,7 +238,10 @@ def render(shown: dict[str, Any]) -> str:
                 lines += [f"    not {other}" for other in version.get("others", [])]
         if "trial" in model:
             trial = model["trial"]
-            lines.append(f"  trial     {trial['requests']} requests, {trial['errors']} errors")
+            lines.append(f"  trial     {_how(trial)}{trial['requests']} requests, {trial['errors']} errors")
+            if "compared" in trial:
+                agreed = f"{trial['agreed']} of {trial['compared']} answers agree with the incumbent's"
+                lines.append(f"    {agreed}, {trial['skipped']} runs left out for the CPU budget")
         for key in ("trouble", "last_report"):
             if key in model:
                 lines.append(f"  {key.replace('_', ' '):<12}" + " · ".join(str(v) for v in model[key].values()))
@@ -223,3 +253,11 @@ def render(shown: dict[str, Any]) -> str:
     if not shown["models"]:
         lines.append("\nno models yet")
     return "\n".join(lines)
+
+
+def _how(trial: dict[str, Any]) -> str:
+    """Say in words how a candidate is tried; nothing where it simply takes over."""
+    group = f"in group {trial['group']}, " if trial.get("group") else ""
+    if trial["mode"] == "replace":
+        return group
+    return f"{trial['mode'].replace('_', '-')} of {trial['share']:.0%}, {group}"

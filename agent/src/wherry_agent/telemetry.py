@@ -85,7 +85,8 @@ class Windows:
             before = self._cut.get(key)
             requests = stats.requests - (before.requests if before is not None else 0)
             fallbacks = stats.fallbacks - (before.fallbacks if before is not None else 0)
-            if requests > 0 or fallbacks > 0:
+            skipped = stats.skipped - (before.skipped if before is not None else 0)
+            if requests > 0 or fallbacks > 0 or skipped > 0:
                 windows.append(_window(stats, before, self._since_us[key], at_us, context(stats)))
             self._cut[key] = stats
             self._since_us[key] = at_us
@@ -110,7 +111,18 @@ class Windows:
 def _window(stats: ArmStats, before: ArmStats | None, start_us: int, at_us: int, context: Context) -> Window:
     arm: Arm = "candidate" if stats.arm == "candidate" else "shadow" if stats.arm == "shadow" else "incumbent"
     old = before or msgspec.structs.replace(
-        stats, requests=0, errors=0, fallbacks=0, latency_us={}, wait_us={}, classes={}
+        stats,
+        requests=0,
+        errors=0,
+        fallbacks=0,
+        latency_us={},
+        wait_us={},
+        classes={},
+        confidence={},
+        compared=0,
+        agreed=0,
+        skipped=0,
+        distance={},
     )
     latency = {
         bucket: bins for bucket, now in stats.latency_us.items() if (bins := _less(now, old.latency_us.get(bucket, {})))
@@ -130,6 +142,11 @@ def _window(stats: ArmStats, before: ArmStats | None, start_us: int, at_us: int,
         latency_us=latency,
         wait_us=_less(stats.wait_us, old.wait_us),
         classes=_less(stats.classes, old.classes),
+        confidence=_less(stats.confidence, old.confidence),
+        compared=max(0, stats.compared - old.compared),
+        agreed=max(0, stats.agreed - old.agreed),
+        skipped=max(0, stats.skipped - old.skipped),
+        distance=_less(stats.distance, old.distance),
     )
 
 
@@ -263,7 +280,7 @@ def _split(windows: list[Window]) -> list[list[Window]]:
     for whole in windows:
         window, length = whole, len(wire.encode(whole))
         if length > MESSAGE_BYTES_MAX:
-            window = msgspec.structs.replace(whole, latency_us={}, wait_us={}, classes={})
+            window = msgspec.structs.replace(whole, latency_us={}, wait_us={}, classes={}, confidence={}, distance={})
             length = len(wire.encode(window))
         if found[-1] and (size + length > MESSAGE_BYTES_MAX or len(found[-1]) >= WINDOWS_MAX):
             found.append([])

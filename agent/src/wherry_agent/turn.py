@@ -18,6 +18,7 @@ from wherry_agent.state import (
     Acked,
     Cancel,
     Collect,
+    Compared,
     Counts,
     Effect,
     End,
@@ -99,6 +100,41 @@ REFUSALS = frozenset(
 )
 """What the courier may find that trying again cannot change: the bundle is refused under this attempt."""
 
+Kind = Literal["replace", "blue_green", "standby", "split", "shadow"]
+"""How a candidate is tried: its mode, with a blue-green that does not answer yet told apart as `standby`."""
+DECIDING: frozenset[Kind] = frozenset({"replace", "blue_green"})
+"""Trials whose good end confirms the candidate; the others end as `Compared`, and the incumbent goes on alone."""
+
+
+def kind_of(offered: OfferedModel) -> Kind:
+    """Return how an offered candidate is to be tried."""
+    match offered.mode:
+        case "replace" | "none":
+            return "replace"
+        case "blue_green":
+            return "standby" if offered.share < 1.0 else "blue_green"
+        case "split" | "shadow":
+            return offered.mode
+        case _:
+            assert_never(offered.mode)
+
+
+def answering(model: ServeModel) -> Loadable:
+    """Return what answers the requests to a model: the candidate only where it takes over from the incumbent."""
+    if model.incumbent is None or not model.trial or model.mode == "replace":
+        return model.active
+    return model.active if model.mode == "blue_green" and model.share >= 1.0 else model.incumbent
+
+
+def for_handles(model: ServeModel) -> ServeModel:
+    """Return what applications' own processes are told: of a candidate that does not answer they know nothing.
+
+    A split is left to the worker, which keeps a caller on one side: a handle asks it as in any trial.
+    """
+    if model.incumbent is None or not model.trial or model.mode == "split" or answering(model) == model.active:
+        return model
+    return ServeModel(name=model.name, active=model.incumbent, deadline_ms=model.deadline_ms)
+
 
 def serving(state: State) -> tuple[ServeModel, ...]:
     """Return what the worker should serve, in order of names: a function of the state alone."""
@@ -109,17 +145,8 @@ def serving(state: State) -> tuple[ServeModel, ...]:
         phase = slot.phase
         match phase:
             case Swapping(job) | OnTrial(job) | Proving(job):
-                deadline_ms = job.offered.trial.deadline_ms
-                models.append(
-                    ServeModel(
-                        name=name,
-                        active=job.loadable,
-                        incumbent=incumbent,
-                        trial=phase.trial,
-                        deadline_ms=deadline_ms,
-                    )
-                )
-            case Idle() | Resolving() | Fetching() | Judging() | Queued() | Waiting() | Returning():
+                models.append(_on_trial(name, job, incumbent, phase.trial))
+            case Idle() | Resolving() | Fetching() | Judging() | Queued() | Waiting() | Compared() | Returning():
                 if slot.incumbent is not None and incumbent is not None:
                     deadline_ms = slot.incumbent.offered.trial.deadline_ms
                     models.append(ServeModel(name=name, active=incumbent, deadline_ms=deadline_ms))
@@ -135,19 +162,42 @@ def flags_of(state: State) -> Mapping[str, Any]:
     return state.offer.flags if state.offer is not None else {}
 
 
+def _on_trial(name: str, job: Job, incumbent: Loadable | None, trial: str) -> ServeModel:
+    offered = job.offered
+    plainly = offered.mode == "replace"
+    return ServeModel(
+        name=name,
+        active=job.loadable,
+        incumbent=incumbent,
+        trial=trial,
+        deadline_ms=offered.trial.deadline_ms,
+        mode=offered.mode,
+        share=offered.share,
+        salt="" if plainly else offered.rollout or trial,
+        shadow_cpu_share_max=offered.trial.shadow_cpu_share_max,
+    )
+
+
 def kept(state: State) -> tuple[Loadable, ...]:
     """Return all whose files may be needed: what serves, what it may go back to, what is under way."""
     kept: list[Loadable] = []
     for slot in state.models.values():
         kept += [version.loadable for version in (slot.incumbent, slot.last_good) if version is not None]
         if not isinstance(slot.phase, Idle | Safe):
-            kept += [candidate.loadable for candidate in slot.phase.job.candidates]
+            job = slot.phase.job
+            kept += [candidate.loadable for candidate in job.candidates]
+            kept += [job.proved.loadable] if job.proved is not None else []
     return tuple(kept)
 
 
 def end_of(offered: OfferedModel) -> End:
     """Return what names the attempt that an offer asks for."""
-    return End(offered.manifest, offered.rollout, offered.attempt)
+    return End(offered.manifest, offered.rollout, offered.attempt, offered.mode)
+
+
+def same_attempt(one: OfferedModel, other: OfferedModel) -> bool:
+    """Tell whether two offers bring the same bundle under the same attempt, in whatever mode."""
+    return replace(end_of(one), mode="replace") == replace(end_of(other), mode="replace")
 
 
 def plain(offered: OfferedModel) -> OfferedModel:
@@ -262,7 +312,7 @@ class Turn:
         slot = self.state.models.get(name, Slot())
         offered = job.offered if job is not None else offered
         counts = counts or Counts()
-        serves = next((model.active for model in serving(self.state) if model.name == name), None)
+        serves = next((answering(model) for model in serving(self.state) if model.name == name), None)
         report = Report(
             format=wire.FORMAT,
             device=self.state.device,
@@ -288,6 +338,12 @@ class Turn:
             fallbacks=counts.fallbacks + counts.earlier_fallbacks,
             trial_end=trial_end,
             latency_ratio=counts.latency_ratio,
+            mode=offered.mode if offered is not None else "replace",
+            share=offered.share if offered is not None else 1.0,
+            group=offered.group if offered is not None else "",
+            compared=counts.compared + counts.earlier_compared,
+            agreed=counts.agreed + counts.earlier_agreed,
+            skipped=counts.skipped + counts.earlier_skipped,
         )
         owed = (*self.state.owed, report)[-OWED_MAX:]
         self.state = replace(self.state, owed=owed, seq=self.state.seq + 1)
@@ -422,6 +478,23 @@ class Turn:
         else:
             self.fail(name, slot, job, reason, detail)
 
+    def begin_trial(self, name: str, slot: Slot, job: Job) -> None:
+        """Tell the worker to do what the candidate's mode says; counts and deadline begin when it does."""
+        offered = job.offered
+        trial = f"{offered.rollout or '-'}.{offered.attempt}.{self.state.revision + 1}"
+        self.put(name, replace(slot, phase=Swapping(replace(job, proved=None), Since.at(self.now), trial)))
+
+    def began(self, name: str, job: Job, counts: Counts | None = None) -> None:
+        """Say that the candidate does what its mode says."""
+        state: ModelState = "standby" if kind_of(job.offered) == "standby" else "trial"
+        self.report(name, state, job=job, counts=counts)
+
+    def compare(self, name: str, slot: Slot, job: Job, counts: Counts) -> None:
+        """The time of a trial that never confirms is over: the incumbent goes on alone."""
+        job = replace(job, candidates=job.candidates[:1])
+        self.put(name, replace(slot, phase=Compared(job, counts), settled=None))
+        self.report(name, "compared", job=job, counts=counts, trial_end="time")
+
     def confirm(self, name: str, slot: Slot, job: Job, counts: Counts, *, idle: bool) -> None:
         """The trial ended well: the candidate is what is trusted from now on."""
         order = self.state.confirmations + 1
@@ -449,7 +522,7 @@ class Turn:
     def go_back(self, name: str, slot: Slot, job: Job, reason: str, detail: str, counts: Counts) -> None:
         """End a trial badly: serve the incumbent again and, if it was a verdict, hold it against the variant."""
         self.remember(job.loadable, reason, job.offered.attempt)
-        if reason == reasons.WITHDRAWN:
+        if reason in (reasons.WITHDRAWN, reasons.SUPERSEDED):
             job = replace(job, tried=_outcome(job.tried, "not_tried", reason))
         else:
             job = replace(job, tried=_outcome(job.tried, "failed", reason))
@@ -482,7 +555,7 @@ class Turn:
         incumbent = slot.incumbent
         assert incumbent is not None
         self.remember(incumbent.loadable, reason, incumbent.offered.attempt)
-        if not isinstance(slot.phase, Idle | Safe):
+        if not isinstance(slot.phase, Idle | Safe | Compared):
             self.effects.append(Cancel(name))
         job = Job(incumbent.offered, self.state.offer.serial if self.state.offer is not None else 0)
         ends = slot.ends

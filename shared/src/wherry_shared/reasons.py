@@ -14,11 +14,24 @@ TIMEOUT = "timeout"
 HEALTH_ERRORS = "health_errors"
 HEALTH_LATENCY = "health_latency"
 HEALTH_GOLDEN = "health_golden"
+HEALTH_AGREEMENT = "health_agreement"
+"""A shadow's answers differ from the incumbent's more often than its terms allow."""
 APPLICATION = "application"
 LOAD_FAILED = "load_failed"
 
 VERDICTS = frozenset(
-    {GOLDEN_MISS, CRASH, OVER_MEMORY, TIMEOUT, HEALTH_ERRORS, HEALTH_LATENCY, HEALTH_GOLDEN, APPLICATION, LOAD_FAILED}
+    {
+        GOLDEN_MISS,
+        CRASH,
+        OVER_MEMORY,
+        TIMEOUT,
+        HEALTH_ERRORS,
+        HEALTH_LATENCY,
+        HEALTH_GOLDEN,
+        HEALTH_AGREEMENT,
+        APPLICATION,
+        LOAD_FAILED,
+    }
 )
 """Reasons that make a variant known-bad (architecture.md §3.8: golden, crash, memory, health)."""
 

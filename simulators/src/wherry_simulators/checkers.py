@@ -23,7 +23,7 @@ VIOLATIONS_MAX = 50
 """Beyond this a run only counts."""
 CONFIRMED = frozenset({"confirmed", "confirmed_idle"})
 NEGATIVE_ENDS = frozenset({"returned", "failed", "refused", "safe"})
-ENDS = CONFIRMED | NEGATIVE_ENDS | {"removed"}
+ENDS = CONFIRMED | NEGATIVE_ENDS | {"removed", "compared"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,8 @@ class Checkers:
         """(device, trial) → when the candidate first served in it."""
         self._confirmed: set[tuple[str, str]] = set()
         """(device, model) that ever had a confirmed version."""
+        self._proved: dict[tuple[str, str], str] = {}
+        """(device, model) → manifest that ran or was compared there: a newer offer of it needs no download."""
 
     def object(self, rule: str, device: Device, detail: str) -> None:
         """Note a violation."""
@@ -78,6 +80,9 @@ class Checkers:
                 self.object("an older offer changes nothing", device, f"{known}→{taken}")
         if event is not None and after.offer is not None:
             self._expired_starts_nothing(device, before, after, after.offer)
+        self._proved_stays(device, after)
+        if isinstance(event, s.Measured):
+            self._answers_as_offered(device, event)
         if after.seq != before.seq:
             made = [report for report in after.owed if report.seq >= before.seq]
             if [report.seq for report in made] != list(range(before.seq, after.seq)):
@@ -90,13 +95,34 @@ class Checkers:
             name
             for name, slot in after.models.items()
             if isinstance(slot.phase, s.Resolving | s.Fetching)
-            and isinstance(before.models.get(name, s.Slot()).phase, s.Idle | s.Waiting)
+            and isinstance(before.models.get(name, s.Slot()).phase, s.Idle | s.Waiting | s.Compared)
         ]
         if began:
             offers = self._server.records[device.name].expires
             wall_us = device.now().wall_us
             if wall_us >= offers.get(offer.serial, wall_us + 1):
                 self.object("an expired offer starts nothing", device, f"serial {offer.serial} began {began[0]}")
+
+    def _proved_stays(self, device: Device, after: s.State) -> None:
+        """A bundle that ran on trial or was compared is neither fetched nor judged again when its mode changes."""
+        for name, slot in after.models.items():
+            phase, key = slot.phase, (device.name, name)
+            if isinstance(phase, s.Swapping | s.OnTrial | s.Proving | s.Compared):
+                self._proved[key] = phase.job.offered.manifest
+            elif isinstance(phase, s.Idle | s.Safe | s.Returning):
+                self._proved.pop(key, None)
+            elif isinstance(phase, s.Fetching | s.Judging) and self._proved.get(key) == phase.job.offered.manifest:
+                self.object("what is proved here is not brought again", device, f"{name}: {type(phase).__name__}")
+
+    def _answers_as_offered(self, device: Device, event: s.Measured) -> None:
+        """A shadow never answers, nor does a candidate that stands by."""
+        manifest = event.candidate.manifest
+        if not device.hands.ledger.answered_by.get((event.model, manifest)):
+            return
+        offers = [offered.get(event.model) for offered in self._server.records[device.name].offers.values()]
+        ways = {(one.mode, one.share) for one in offers if one is not None and one.manifest == manifest}
+        if all(mode == "shadow" or share == 0.0 for mode, share in ways):
+            self.object("only what was offered to answer answers", device, f"{event.model}: {sorted(ways)}")
 
     def _trace(self, device: Device, event: s.Event | None, after: s.State) -> None:
         phases = ",".join(f"{name}:{type(slot.phase).__name__}" for name, slot in after.models.items())
@@ -120,6 +146,8 @@ class Checkers:
                 self._confirmed_by_rule(device, phase, report)
             elif slot is None or slot.incumbent is None or slot.incumbent.manifest != report.manifest:
                 self.object("confirmed only after a trial", device, f"{report.target} from {type(phase).__name__}")
+        if report.state == "compared":
+            self._compared_by_rule(device, phase, report)
         if report.state in {"returned", "failed"} and report.reason in reasons.VERDICTS:
             self._remember_bad(device, phase)
         self._runs_what_it_says(device, report)
@@ -131,6 +159,9 @@ class Checkers:
 
     def _confirmed_by_rule(self, device: Device, phase: s.OnTrial | s.Proving, report: Report) -> None:
         terms, ledger, trial = phase.job.offered.trial, device.hands.ledger, phase.trial
+        offered = self._server.records[device.name].offers[report.serial][report.model]
+        if offered.mode in ("shadow", "split") or offered.share < 1.0:
+            self.object("only what answered everybody is confirmed", device, f"{offered.mode} of {offered.share}")
         seen = ledger.requests.get(trial, 0)
         if report.requests > seen or report.errors > ledger.errors.get(trial, 0):
             self.object("a report counts what happened", device, f"{report.requests} requests reported, {seen} made")
@@ -147,6 +178,14 @@ class Checkers:
                 "a candidate that fails is not confirmed", device, f"{report.errors} of {report.requests} failed"
             )
 
+    def _compared_by_rule(self, device: Device, phase: s.Phase | None, report: Report) -> None:
+        if not isinstance(phase, s.OnTrial) or report.mode == "replace":
+            self.object("compared only after a shadow, split or standby", device, f"{report.mode} {report.target}")
+            return
+        lasted_ms = device.world.agenda.now_ms - self._began_ms.get((device.name, phase.trial), 0)
+        if lasted_ms < phase.job.offered.trial.max_s * 1000:
+            self.object("compared only when its time is over", device, f"{report.target} after {lasted_ms} ms")
+
     def _remember_bad(self, device: Device, phase: s.Phase | None) -> None:
         job = getattr(phase, "job", None)
         if isinstance(job, s.Job) and job.candidates:
@@ -160,8 +199,13 @@ class Checkers:
             return
         serving = worker.serving.get(report.model)
         really = serving.manifest if serving is not None else ""
-        if report.state in CONFIRMED | {"trial"} and report.running != really:
+        under_way = {"trial", "standby", "compared"}
+        if report.state in CONFIRMED | under_way and report.running != really:
             self.object("a report says what runs", device, f"{report.state}: {report.running[:15]}, not {really[:15]}")
+        told = worker.commands.get(report.model)
+        beside = told is not None and told.trial and told.mode != "replace" and not worker.both_loaded(told)
+        if report.state in under_way and beside:
+            self.object("both versions are in memory where the mode needs it", device, report.mode)
 
     # --- before and after effects -----------------------------------------------------------------
 
@@ -179,6 +223,11 @@ class Checkers:
                         phase = device.memory.models[model.name].phase
                         job = getattr(phase, "job", None)
                         self._not_bad(device, digest, job.offered.attempt if isinstance(job, s.Job) else 0)
+                        if isinstance(job, s.Job) and (model.mode, model.share) != (
+                            job.offered.mode,
+                            job.offered.share,
+                        ):
+                            self.object("the worker is told the offered mode", device, f"{model.mode} {model.share}")
             case s.RestartWorker(why=why):
                 worker = device.hands.worker
                 if worker is not None and worker.well and worker.told and not device.hands.busy(device.now()):
@@ -195,7 +244,7 @@ class Checkers:
         for slot in device.memory.models.values():
             if slot.incumbent is not None:
                 yield slot.incumbent.loadable.digest
-            if isinstance(slot.phase, s.Judging | s.Queued | s.Swapping | s.OnTrial | s.Proving):
+            if isinstance(slot.phase, s.Judging | s.Queued | s.Swapping | s.OnTrial | s.Proving | s.Compared):
                 yield slot.phase.job.loadable.digest
 
     def _not_bad(self, device: Device, digest: str, attempt: int) -> None:
@@ -298,5 +347,8 @@ def _model_not_settled(desired: OfferedModel, running: str, report: Report | Non
     if running == desired.manifest and report.state in CONFIRMED and report.manifest == desired.manifest:
         return ""
     if about is not None and about.state in NEGATIVE_ENDS and about.reason and report.state in ENDS:
+        return ""
+    beside = desired.mode in ("shadow", "split") or desired.share < 1.0
+    if beside and about is not None and about.state == "compared" and running != desired.manifest:
         return ""
     return f"desired {desired.target}, last word {report.state} of {report.target} ({report.reason})"

@@ -297,7 +297,7 @@ class Hands:
         measured = tuple(
             s.Measured(model=arm.model, trial=arm.trial, candidate=arm, baseline=baselines.get(arm.model))
             for arm in stats.arms
-            if arm.arm == "candidate"
+            if arm.arm in ("candidate", "shadow")
         )
         return Poured(measured, None, tuple(stats.arms))
 
@@ -331,6 +331,7 @@ def _served(worker: Worker, command: Serve) -> tuple[s.Event, ...]:
             ok=answer.ok,
             reason=answer.reason,
             detail=answer.detail,
+            incumbent_loaded=answer.incumbent_loaded,
         )
         for answer in worker.serve(command)
     )

@@ -40,6 +40,8 @@ class VariantBehaviour(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     golden: bool = True
     """Whether the golden vectors pass again in place, inside the worker."""
     error_rate: float = 0.0
+    agreement: float = 1.0
+    """Share of a shadow's runs that agree with the incumbent's answers."""
     latency_us: float = 2_000.0
     tail_share: float = 0.0
     """Share of requests that take `tail_us` instead."""
@@ -48,6 +50,8 @@ class VariantBehaviour(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     down_per_request: float = 0.0
     """Share of requests that take the whole machine down."""
     peak_memory_bytes: int = 50_000_000
+    alone: bool = False
+    """It fits into memory only without another version beside it."""
     canary_ms: int = 800
     load_ms: int = 150
     engine: str = "onnxruntime"
@@ -136,7 +140,13 @@ def _check(key: str, behaviour: Behaviour) -> None:
     codes = [behaviour.resolve, behaviour.fetch]
     for variant in behaviour.variants:
         codes += [variant.canary, variant.load]
-        shares = (variant.error_rate, variant.tail_share, variant.crash_per_request, variant.down_per_request)
+        shares = (
+            variant.agreement,
+            variant.error_rate,
+            variant.tail_share,
+            variant.crash_per_request,
+            variant.down_per_request,
+        )
         if not all(0.0 <= share <= 1.0 for share in shares):
             raise RefusedError("behaviours_invalid", f"{key}: {variant.id} has a share outside 0 to 1")
     for code in codes:
@@ -202,7 +212,7 @@ def traffic(source: random.Random, behaviour: VariantBehaviour, requests: int) -
     if behaviour.down_per_request:
         drawn.down = source.random() < 1 - (1 - behaviour.down_per_request) ** requests
     if behaviour.error_rate:
-        drawn.errors = _binomial(source, drawn.requests, behaviour.error_rate)
+        drawn.errors = binomial(source, drawn.requests, behaviour.error_rate)
     answered = drawn.requests - drawn.errors
     draws = min(DRAWS_MAX, answered)
     for index in range(draws):
@@ -214,8 +224,10 @@ def traffic(source: random.Random, behaviour: VariantBehaviour, requests: int) -
     return drawn
 
 
-def _binomial(source: random.Random, trials: int, share: float) -> int:
+def binomial(source: random.Random, trials: int, share: float) -> int:
     """Return how many of `trials` came out: exact up to 60 trials, by the normal law above."""
+    if share <= 0.0 or share >= 1.0:
+        return trials if share >= 1.0 else 0
     if trials <= 60:
         return sum(source.random() < share for _ in range(trials))
     spread = math.sqrt(trials * share * (1 - share))

@@ -16,11 +16,13 @@ import msgspec
 
 from wherry_agent import machine
 from wherry_agent import state as s
-from wherry_agent.children import Judged
+from wherry_agent.children import Judged, ServeModel
 from wherry_shared.clock import Now, Since
 from wherry_shared.wire import Report
 from wherry_simulators import scenarios
 from wherry_simulators.brain import REAL, Brain, Turn
+from wherry_simulators.scenario import Scenario
+from wherry_simulators.scenarios import modes
 from wherry_simulators.world import World
 
 DEVICES_MAX = 12
@@ -35,6 +37,8 @@ class Mutant:
 
     name: str
     brain: Brain
+    first: tuple[Scenario, ...] = ()
+    """Where it is likely to show: tried before the others."""
 
 
 CONTROL = Mutant("the machine as it is", REAL)
@@ -64,7 +68,7 @@ def fate(mutant: Mutant, seeds: int) -> Fate:
     """Run the scenarios on one mutant until one notices."""
     runs = 0
     for seed in range(seeds):
-        for row in scenarios.ALL:
+        for row in (*mutant.first, *(row for row in scenarios.ALL if row not in mutant.first)):
             runs += 1
             devices = min(row.devices, DEVICES_MAX)
             try:
@@ -245,6 +249,90 @@ def _on_trial(state: s.State) -> bool:
     return any(isinstance(slot.phase, _TRIAL) for slot in state.models.values())
 
 
+# --- modes ---------------------------------------------------------------------------------------
+
+
+def _beside(phase: s.Phase) -> bool:
+    return isinstance(phase, s.OnTrial) and (
+        phase.job.offered.mode in ("shadow", "split") or not phase.job.offered.share
+    )
+
+
+def _eager(state: s.State, event: s.Event, now: Now) -> Turn:
+    """Confirm what only runs beside the incumbent as soon as it did well."""
+    after, effects = machine.step(state, event, now)
+    slot = after.models.get(event.model) if isinstance(event, s.Measured) else None
+    if isinstance(event, s.Measured) and slot is not None and _beside(slot.phase):
+        phase = slot.phase
+        assert isinstance(phase, s.OnTrial)
+        if event.candidate.requests >= phase.job.offered.trial.min_requests:
+            confirmed = s.Installed(phase.job.offered, phase.job.loadable, after.confirmations + 1)
+            trusted = replace(slot, incumbent=confirmed, last_good=slot.incumbent, phase=s.Idle(), settled=None)
+            after, more = machine.step(
+                replace(after, models={**after.models, event.model: trusted}), s.Connected(), now
+            )
+            effects = (*effects, *more)
+    return after, effects
+
+
+def _told(change: Callable[[ServeModel], ServeModel]) -> Brain:
+    """Tell the worker something else than what was decided."""
+
+    def changed(_: s.Event | None, effect: s.Effect) -> s.Effect:
+        if isinstance(effect, s.Serve):
+            return replace(effect, models=tuple(change(model) if model.trial else model for model in effect.models))
+        return effect
+
+    return _effects(changed)
+
+
+def _bringing_again(state: s.State, event: s.Event, now: Now) -> Turn:
+    """Begin from nothing when an offer promotes what is here."""
+    if isinstance(event, s.Offered):
+        models = dict(state.models)
+        for name, slot in state.models.items():
+            offered = event.offer.models.get(name)
+            job = getattr(slot.phase, "job", None)
+            if not isinstance(slot.phase, s.OnTrial | s.Compared) or not isinstance(job, s.Job) or offered is None:
+                continue
+            if offered.manifest == job.offered.manifest and offered.mode != job.offered.mode:
+                models[name] = replace(slot, phase=s.Resolving(s.Job(offered, event.offer.serial), Since.at(now)))
+        state = replace(state, models=models)
+    return machine.step(state, event, now)
+
+
+def _without_compared(state: s.State, effect: s.Effect) -> s.Effect:
+    if not isinstance(effect, s.Collect):
+        return effect
+    dropped = {slot.phase.job.loadable.digest for slot in state.models.values() if isinstance(slot.phase, s.Compared)}
+    return s.Collect(tuple(loadable for loadable in effect.keep if loadable.digest not in dropped))
+
+
+def _dropping(turn: Turn) -> Turn:
+    return turn[0], tuple(_without_compared(turn[0], effect) for effect in turn[1])
+
+
+def _hasty(state: s.State, event: s.Event, now: Now) -> Turn:
+    """End what runs beside the incumbent at its first deadline of any kind: long before its time."""
+    if isinstance(event, s.Tick):
+        for slot in state.models.values():
+            if _beside(slot.phase):
+                assert isinstance(slot.phase, s.OnTrial)
+                later_ms = now.monotonic_ms + slot.phase.job.offered.trial.max_s * 1000
+                return machine.step(state, event, Now(now.boot, later_ms, now.wall_s))
+    return machine.step(state, event, now)
+
+
+def _agreeable(state: s.State, event: s.Event) -> s.Event:  # noqa: ARG001  # the form of `_events`
+    if isinstance(event, s.Measured):
+        return replace(event, candidate=msgspec.structs.replace(event.candidate, agreed=event.candidate.compared))
+    return event
+
+
+def _roomy(state: s.State, event: s.Event) -> s.Event:  # noqa: ARG001  # the form of `_events`
+    return replace(event, incumbent_loaded=True) if isinstance(event, s.Served) else event
+
+
 ALL: tuple[Mutant, ...] = (
     Mutant("effects run before the journal is written", replace(REAL, journal_first=False)),
     Mutant("a verdict of the canary counts for whatever is being judged", _events(_stale_verdict)),
@@ -311,6 +399,22 @@ ALL: tuple[Mutant, ...] = (
         "a report says that what was offered runs",
         _at_reports(lambda report: msgspec.structs.replace(report, running=report.manifest)),
     ),
+    Mutant("a shadow that does well is confirmed", _step(_eager), modes.TABLE),
+    Mutant("a shadow answers", _told(lambda model: msgspec.structs.replace(model, mode="replace")), modes.TABLE),
+    Mutant("a standby answers", _told(lambda model: msgspec.structs.replace(model, share=1.0)), modes.TABLE),
+    Mutant("a promotion brings the bundle again", _step(_bringing_again), modes.TABLE),
+    Mutant(
+        "what was compared loses its files",
+        replace(
+            REAL,
+            step=lambda state, event, now: _dropping(machine.step(state, event, now)),
+            resume=lambda state, now: _dropping(machine.resume(state, now)),
+        ),
+        modes.TABLE,
+    ),
+    Mutant("a shadow ends before its time", _step(_hasty), modes.TABLE),
+    Mutant("a shadow that disagrees is believed", _events(_agreeable), modes.TABLE),
+    Mutant("a standby that does not fit is believed to be there", _events(_roomy), modes.TABLE),
     Mutant(
         "a report that says no gives no reason",
         _at_reports(lambda report: msgspec.structs.replace(report, reason="")),

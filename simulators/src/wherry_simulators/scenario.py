@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from wherry_server.gates import Bound
 from wherry_server.plan import Stage
-from wherry_shared.wire import Trial
+from wherry_shared.wire import Mode, Trial
 from wherry_simulators import models
 from wherry_simulators.faults import NONE, Faults
 from wherry_simulators.models import Behaviour
@@ -31,6 +31,10 @@ class Release:
     at_ms: int = 0
     model: str = MODEL
     attempt: int = 1
+    mode: Mode = "replace"
+    share: float = 1.0
+    rollout: str = ""
+    """Empty: one of its own, by version. The same for releases that promote or withdraw each other."""
     stages: tuple[Stage, ...] = ()
     """Empty: offered to every device at once, without a rollout."""
     failure: Bound = FAILURE
@@ -58,6 +62,8 @@ class Scenario:
     faults: Faults = NONE
     ends_on: frozenset[str] = frozenset()
     """Versions of `MODEL` that a device may run at the end; empty: any that was released."""
+    said: frozenset[str] = frozenset()
+    """What devices must have reported: `STATE`, `STATE REASON` or `STATE MODE`, each by at least one of them."""
     devices: int = 20
     requests_per_s: float = 2.0
     offer_life_s: int = 7 * 86_400

@@ -11,6 +11,7 @@ import random
 from dataclasses import dataclass, field
 
 from wherry_agent.children import ArmStats, GoldenDone, Loadable, RunGolden, Serve, ServeModel, Serving, Stats
+from wherry_agent.turn import answering
 from wherry_shared.sketch import Sketch
 from wherry_simulators import models
 from wherry_simulators.models import Behaviours
@@ -28,6 +29,8 @@ class _Arm:
     requests: int = 0
     errors: int = 0
     fallbacks: int = 0
+    compared: int = 0
+    agreed: int = 0
     runs: int = 0
     latency_us: dict[str, Sketch] = field(default_factory=dict)
 
@@ -42,6 +45,8 @@ class _Arm:
             requests=self.requests,
             errors=self.errors,
             fallbacks=self.fallbacks,
+            compared=self.compared,
+            agreed=self.agreed,
             latency_us={bucket: sketch.to_wire() for bucket, sketch in self.latency_us.items()},
             last_error="simulated engine fault" if self.errors else "",
         )
@@ -59,7 +64,9 @@ class Ledger:
     """What really happened on a device, whatever the machine came to know of it."""
 
     requests: dict[str, int] = field(default_factory=dict)
-    """Requests that candidates got, by trial."""
+    """Requests that candidates got, by trial; runs of a shadow are among them."""
+    answered_by: dict[tuple[str, str], int] = field(default_factory=dict)
+    """Requests that callers had answered by a bundle, by model and manifest."""
     errors: dict[str, int] = field(default_factory=dict)
     golden: set[str] = field(default_factory=set)
     """Trials in which the golden vectors passed in place."""
@@ -91,8 +98,13 @@ class Worker:
 
     @property
     def serving(self) -> dict[str, Loadable]:
-        """What answers requests now, by model."""
-        return {name: one.active for name, one in self._serving.items()}
+        """What answers requests now, by model: most of them, in a split."""
+        return {name: answering(one) for name, one in self._serving.items()}
+
+    @property
+    def commands(self) -> dict[str, ServeModel]:
+        """What it does now, by model."""
+        return dict(self._serving)
 
     def trial(self, model: str) -> str:
         """Return the trial that the model's active variant is in; empty if it is trusted."""
@@ -119,7 +131,7 @@ class Worker:
                     ok=not reason,
                     reason=reason,
                     detail="by the table" if reason else "",
-                    incumbent_loaded=wanted.incumbent is not None and wanted.incumbent.digest in self._arms,
+                    incumbent_loaded=self.both_loaded(wanted),
                     load_ms=float(self._behaviours.variant(self._device, wanted.active).load_ms),
                 )
             )
@@ -129,6 +141,10 @@ class Worker:
         keep |= {one.incumbent.digest for one in after.values() if one.incumbent is not None}
         self._arms = {digest: arm for digest, arm in self._arms.items() if digest in keep}
         return answers
+
+    def both_loaded(self, wanted: ServeModel) -> bool:
+        """Tell whether the incumbent is in memory beside the candidate."""
+        return wanted.incumbent is not None and wanted.incumbent.digest in self._arms
 
     def _load(self, wanted: ServeModel) -> str:
         """Load what `wanted` needs; return the reason for which the active variant cannot be loaded."""
@@ -141,7 +157,9 @@ class Worker:
         if arm.trial != wanted.trial and wanted.trial:
             arm = self._arms[wanted.active.digest] = _Arm(wanted.active, runs=arm.runs)
         arm.trial = wanted.trial
-        if wanted.incumbent is not None and wanted.incumbent.digest not in self._arms:
+        if self._behaviours.variant(self._device, wanted.active).alone and wanted.incumbent is not None:
+            self._arms.pop(wanted.incumbent.digest, None)
+        elif wanted.incumbent is not None and wanted.incumbent.digest not in self._arms:
             self._arms[wanted.incumbent.digest] = _Arm(wanted.incumbent)
         return ""
 
@@ -170,8 +188,9 @@ class Worker:
         arms: list[ArmStats] = []
         for serving in self._serving.values():
             active = self._arms[serving.active.digest]
+            shadow = bool(serving.trial) and serving.mode == "shadow"
             behaviour = self._behaviours.variant(self._device, serving.active)
-            drawn = models.traffic(self._random, behaviour, requests)
+            drawn = models.traffic(self._random, behaviour, self._share(serving, requests))
             active.requests += drawn.requests
             active.errors += drawn.errors
             active.count(drawn.latencies)
@@ -179,23 +198,42 @@ class Worker:
             if serving.trial:
                 ledger.requests[serving.trial] = ledger.requests.get(serving.trial, 0) + drawn.requests
                 ledger.errors[serving.trial] = ledger.errors.get(serving.trial, 0) + drawn.errors
+            if shadow:
+                compared = drawn.requests - drawn.errors
+                active.compared += compared
+                active.agreed += models.binomial(self._random, compared, behaviour.agreement)
+            else:
+                self._answered(serving.active, drawn.requests)
             incumbent = None if serving.incumbent is None else self._arms.get(serving.incumbent.digest)
             if incumbent is None:
                 ledger.failed += drawn.errors
                 ledger.answered += drawn.requests - drawn.errors
             else:
-                again = models.traffic(
-                    self._random, self._behaviours.variant(self._device, incumbent.loadable), drawn.errors
-                )
+                mine = requests if shadow else requests - drawn.requests + drawn.errors
+                if drawn.crashed:
+                    mine = 0  # the worker is gone before it got to them
+                again = models.traffic(self._random, self._behaviours.variant(self._device, incumbent.loadable), mine)
                 incumbent.count(again.latencies)
-                incumbent.requests += drawn.errors
-                active.fallbacks += drawn.errors
-                ledger.answered += drawn.requests
+                incumbent.requests += mine
+                active.fallbacks += 0 if shadow else drawn.errors
+                ledger.answered += mine if shadow else drawn.requests - drawn.errors + mine
+                self._answered(incumbent.loadable, mine)
             if drawn.down:
                 raise MachineDownError
             if drawn.crashed:
                 return None
-            arms.append(active.stats("candidate" if serving.trial else "incumbent"))
+            arms.append(active.stats("shadow" if shadow else "candidate" if serving.trial else "incumbent"))
             if incumbent is not None:
                 arms.append(incumbent.stats("incumbent"))
         return Stats(arms=arms)
+
+    def _share(self, serving: ServeModel, requests: int) -> int:
+        """Return how many of the requests the active variant gets."""
+        if not serving.trial or serving.mode == "replace" or serving.incumbent is None:
+            return requests
+        return models.binomial(self._random, requests, serving.share)
+
+    def _answered(self, loadable: Loadable, requests: int) -> None:
+        if requests:
+            key = (loadable.model, loadable.manifest)
+            self._ledger.answered_by[key] = self._ledger.answered_by.get(key, 0) + requests

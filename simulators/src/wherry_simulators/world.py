@@ -173,8 +173,10 @@ class World:
                 offered = OfferedModel(
                     target=release.target,
                     manifest=release.manifest,
+                    mode=release.mode,
+                    share=release.share,
                     attempt=release.attempt,
-                    rollout=f"to-all-{release.model}-{release.version}",
+                    rollout=release.rollout or f"to-all-{release.model}-{release.version}",
                     trial=release.trial,
                 )
                 for device in self.devices:
@@ -241,6 +243,15 @@ class World:
                 state = campaign.progress.state
                 if state not in (release.ends or FINAL):
                     self._checkers.object("every rollout ends as it should", first, f"{release.version} is {state}")
+        records = self._server.records.values()
+        said = {
+            word
+            for one in records
+            for r in one.log
+            for word in (r.state, f"{r.state} {r.reason}", f"{r.state} {r.mode}")
+        }
+        for word in sorted(self.scenario.said - said):
+            self._checkers.object("devices say what they should", first, f"none said {word}")
         if self.scenario.ends_on:
             for version, count in self._running().items():
                 if version not in self.scenario.ends_on:
