@@ -45,6 +45,7 @@ from wherry_shared.digest import of_bytes
 from wherry_shared.errors import DeviceError, WherryError
 from wherry_shared.facts import DeviceFacts, EngineFacts
 from wherry_shared.wire import Offer, OfferedModel, Report, Trial
+from wherry_simulators.disk import Loss, Recorder, tries
 
 MODEL = "thing"
 DEVICE = "d" * 22
@@ -52,6 +53,9 @@ FACTS = DeviceFacts(arch="x86_64", engines=[EngineFacts(name="onnxruntime", vers
 POINT_S = 60.0
 """A child that takes longer on a busy machine hangs."""
 HANGS = -1
+LOSS_CUTS = 1
+"""Cuts of a scenario in the short form of `losses`."""
+LOSS_TORN = 2
 DRIVE_S = 45.0
 
 
@@ -123,7 +127,7 @@ class Grid:
     def offer(self, serial: int, version: int) -> bytes:
         """Return an envelope that offers a release; version 0 removes the model."""
         now = int(time.time() * 1e6)
-        terms = Trial(min_requests=5, max_s=600)
+        terms = Trial(min_requests=5, max_s=600, restarts_max=9)  # recoveries are cut too
         model = OfferedModel(target="", manifest="", mode="none", rollout=f"r{serial}")
         if version:
             model = OfferedModel(
@@ -318,11 +322,12 @@ class NoHandles:
 class Cut(Daemon):
     """The real supervisor without sockets, threads and waiting."""
 
-    def __init__(self, world: World, version: int, disk_of: Callable[[str], Disk]) -> None:
+    def __init__(self, world: World, version: int, disk_of: Callable[[str], Disk], *, inline: bool = False) -> None:
         url = f"{world.url}/{version}"
         super().__init__(Settings(home=str(world.home), server=url), disk=disk_of("supervisor"))
         self.world = world
         self._disk_of = disk_of
+        self._inline = inline
         self._facts = FACTS
         self.link = Link(world.heard, lambda epoch, seq: self._queue.put(s.Acked(epoch, seq)))
         self.worker = Worker(self._queue.put)
@@ -343,10 +348,11 @@ class Cut(Daemon):
         self, key: str, task: children.CourierTask, done: Callable[[children.CourierAnswer], None], *_: Any
     ) -> None:
         def run() -> children.CourierAnswer:
-            os.close(self._lock_file or -1)  # a real courier inherits no descriptors
+            if not self._inline:
+                os.close(self._lock_file or -1)  # a real courier inherits no descriptors
             return courier.run(task, lambda _: None, disk=self._disk_of("courier"))
 
-        answer = forked(run)
+        answer = run() if self._inline else forked(run)
         self._queue.put(lambda: done(answer))
 
     def _serve(self, effect: s.Serve) -> None:
@@ -741,8 +747,9 @@ def at_the_end(agent: Cut, before: s.State, scenario: Scenario) -> None:
     told = agent.slot.told
     if told is not None:
         assert told.running == agent.running
-    agent._refresh()
-    agent.drive(lambda: not agent._trust_busy)
+    for _ in range(2):  # the first may be the one that is cut
+        agent._refresh()
+        agent.drive(lambda: not agent._trust_busy)
     agent._collect = True
     agent._collect_now()
     left = sorted(str(path.relative_to(world.home)) for path in world.home.rglob("*"))
@@ -832,6 +839,48 @@ def sample(steps: list[str], mode: str, source: random.Random) -> list[int]:
     return sorted(source.choice(numbers) for numbers in kinds.values())
 
 
+def losses(world: World, scenario: Scenario, extent: str) -> Iterator[Outcome]:
+    """Let a disk keep what it may at every cut of a run (or at some, if `extent` is a seed), and take it up."""
+    world.restore(scenario.start)
+    before = world.bench / "before"
+    shutil.rmtree(before, ignore_errors=True)
+    shutil.copytree(world.home, before, symlinks=True)
+    recorder = Recorder(world.home, lambda: world.heard.stat().st_size if world.heard.exists() else 0)
+    agent = Cut(world, scenario.version, lambda _role: recorder, inline=True)
+    agent.boot()
+    scenario.run(agent)
+    os.close(agent._lock_file or -1)
+    heard = world.heard.read_bytes() if world.heard.exists() else b""
+    seen: set[str] = set()
+    source = random.Random(f"{extent}/{scenario.name}")
+    whole_run = extent == "whole"
+    some = range(len(recorder.steps)) if whole_run else sorted(source.sample(range(len(recorder.steps)), LOSS_CUTS))
+    for cut in some:
+        taken = recorder.steps[cut]
+        loss = Loss(before, world.home, recorder.steps, cut)
+        for variant, chance in tries(recorder.steps, cut, torn=LOSS_TORN if whole_run else 1, seed=scenario.name):
+            loss.materialise(world.home, variant, chance)
+            known = heard[: recorder.marks[cut]]
+            look = fingerprint(world.home) + hashlib.sha256(known).hexdigest()
+            if look in seen:
+                continue
+            seen.add(look)
+            world.heard.write_bytes(known)
+            notes = world.bench / "notes"
+            status = in_child(lambda: after(world, scenario, lambda _role: Disk()), notes)
+            error = "" if status == 0 else f"status {status}\n{notes.read_text(errors='replace')}"
+            yield Outcome(scenario.name, variant.name, cut, f"agent {taken.step} {name_of(taken.path)}", error)
+
+
+def fingerprint(home: Path) -> str:
+    """Return what tells two homes apart."""
+    sha = hashlib.sha256()
+    for path in sorted(home.rglob("*")):
+        data = path.read_bytes() if path.is_file() else b"folder"
+        sha.update(f"{path.relative_to(home)} {hashlib.sha256(data).hexdigest()}\n".encode())
+    return sha.hexdigest()
+
+
 def name_of(path: Path) -> str:
     """Return the kind of a file, for counting: digests and numbers differ from run to run."""
     name = path.name
@@ -847,30 +896,35 @@ def name_of(path: Path) -> str:
 
 
 def main() -> None:
-    """Fork server: BENCH (with `world.json`) and `whole` or the seed of a sample; one JSON line per point on stdout."""
-    bench, extent = Path(sys.argv[1]), sys.argv[2]
+    """Fork server: BENCH (with `world.json`), `whole` or a sample's seed, `kills` or `losses`; a JSON line per point."""
+    bench, extent, kind = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     store.SYNC_BYTES = 32 * 1024  # so that a small download is synced on its way as a large one is
     world = World(bench=bench, **json.loads((bench / "world.json").read_bytes()))
     prepare(world)
-    source = random.Random(extent)
     for scenario in SCENARIOS:
-        steps = steps_of(world, scenario)
-        for mode in MODES:
-            ours = [step for step in steps if mode == "power" or step.startswith("courier")]
-            numbers = list(range(len(ours))) if extent == "whole" else sample(ours, mode, source)
-            for number in numbers:
-                again = source.randrange(len(steps)) if extent == "whole" and mode == "power" else -1
-                line = json.dumps(asdict(point(world, scenario, number, mode, again)))
-                sys.stdout.write(line + "\n")
-                sys.stdout.flush()
+        for outcome in (losses if kind == "losses" else kills)(world, scenario, extent):
+            sys.stdout.write(json.dumps(asdict(outcome)) + "\n")
+            sys.stdout.flush()
 
 
-def run_points(bench: Path, extent: str) -> Iterator[Outcome]:
+def kills(world: World, scenario: Scenario, extent: str) -> Iterator[Outcome]:
+    """Kill a run before every step, or before one of each kind if `extent` is a seed."""
+    source = random.Random(f"{extent}/{scenario.name}")
+    steps = steps_of(world, scenario)
+    for mode in MODES:
+        ours = [step for step in steps if mode == "power" or step.startswith("courier")]
+        numbers = list(range(len(ours))) if extent == "whole" else sample(ours, mode, source)
+        for number in numbers:
+            again = source.randrange(len(steps)) if extent == "whole" and mode == "power" else -1
+            yield point(world, scenario, number, mode, again)
+
+
+def run_points(bench: Path, extent: str, *, losses: bool = False) -> Iterator[Outcome]:
     """Try points in a fork server of its own; `extent` is `whole` or the seed of a sample."""
     grid = Grid(bench / "grid")
     try:
         (bench / "world.json").write_text(json.dumps(grid.describe()), encoding="utf-8")
-        argv = [sys.executable, "-m", "tests.agent.cuts", str(bench), extent]
+        argv = [sys.executable, "-m", "tests.agent.cuts", str(bench), extent, "losses" if losses else "kills"]
         with subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as server:
             assert server.stdout is not None
             for line in server.stdout:
