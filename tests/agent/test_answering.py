@@ -13,7 +13,7 @@ import pytest
 from tests.agent.serving_kit import instead, loadable, until
 from tests.shared.engines import models
 from wherry_agent.answering import memory
-from wherry_agent.answering.arms import CLASSES_MAX, Counter, load_variant
+from wherry_agent.answering.arms import CLASSES_MAX, CONFIDENCE_ROWS_MAX, Counter, load_variant
 from wherry_agent.answering.gate import RunGate
 from wherry_agent.answering.helpers import Helpers, Overrun
 from wherry_agent.answering.published import Published
@@ -22,6 +22,7 @@ from wherry_agent.children import Serve, ServeModel, Serving
 from wherry_agent.workers.loader import Loader
 from wherry_shared import reasons
 from wherry_shared.engines.errors import EngineFault
+from wherry_shared.sketch import Sketch
 
 
 def test_a_helper_returns_results_and_raises_what_was_raised():
@@ -120,6 +121,32 @@ def test_classes_are_counted_by_label_and_bounded(tmp_path: Path):
     assert classes["other"] == 10
     assert len(classes) == CLASSES_MAX + 1
     assert sum(classes.values()) == len(labels) + 2
+
+
+def test_the_top_class_is_counted_with_its_value(tmp_path: Path):
+    interface = models.interface()
+    labels = ["a", "b", "c", "d"]
+    interface = msgspec.structs.replace(
+        interface, outputs=[msgspec.structs.replace(interface.outputs[0], labels=labels, finite=False)]
+    )
+    one = loadable(models.scale(tmp_path / "a.onnx", 1.0), interface=interface)
+    loaded = load_variant(one)
+    counter = Counter(one, "incumbent")
+    counter.answered(loaded, 2, 1000, 0, {"y": np.array([[0.1, 0.8, 0.1, 0.0]], np.float32)})
+    counter.answered(loaded, 2, 1000, 0, {"y": np.array([[-1, -3, -2, -9], [np.inf, 0, 0, 0]], np.float32)})
+    counter.answered(loaded, 2, 1000, 0, {"z": np.zeros((1, 4), np.float32)})
+    stats = counter.stats()
+    assert stats.classes == {"a": 2, "b": 1}
+    sketch = Sketch.from_wire(stats.confidence)
+    assert (sketch.count, sketch.zeros) == (2, 1)
+    assert sketch.quantile(1) == pytest.approx(0.8, rel=0.01)
+    # a map of classes: all of its points are counted, a few of their values looked at
+    points = np.zeros((100, 100, 4), np.float32)
+    points[..., 3] = 0.5
+    counter.answered(loaded, 15, 1000, 0, {"y": points})
+    stats = counter.stats()
+    assert stats.classes["d"] == 10_000
+    assert Sketch.from_wire(stats.confidence).count <= 2 + CONFIDENCE_ROWS_MAX
 
 
 def test_news_are_told_once(tmp_path: Path):

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -36,6 +37,8 @@ RUNS_LEFT_OUT = 10
 WARM_RUNS = 3
 CLASSES_MAX = 64
 """Classes that one arm's histogram tells apart; the rest is counted under `other`."""
+CONFIDENCE_ROWS_MAX = 16
+"""Rows of one answer, spread evenly, whose top value is looked at; classes are counted over all of them."""
 ERROR_CHARS_MAX = 500
 
 
@@ -135,6 +138,7 @@ class Counter:
     _latency: dict[int, Sketch] = field(default_factory=dict)
     _wait: Sketch = field(default_factory=Sketch)
     _classes: dict[str, int] = field(default_factory=dict)
+    _confidence: Sketch = field(default_factory=Sketch)
     _compared: int = 0
     _agreed: int = 0
     _skipped: int = 0
@@ -150,15 +154,17 @@ class Counter:
 
     def answered(self, loaded: Loaded, bucket: int, engine_ns: int, wait_ns: int, outputs: Mapping[str, Array]) -> None:
         """Count a run that gave an answer."""
-        found = self._top_classes(outputs)
+        classes, confidences = self._top_classes(outputs)
         with self._lock:
             self._requests += 1
             self._wait.add(wait_ns / 1000)
             self._add_latency(loaded, bucket, engine_ns)
-            for name in found:
+            for name, times in classes:
                 if name not in self._classes and len(self._classes) >= CLASSES_MAX:
                     name = "other"  # noqa: PLW2901 - the histogram is bounded
-                self._classes[name] = self._classes.get(name, 0) + 1
+                self._classes[name] = self._classes.get(name, 0) + times
+            for value in confidences:
+                self._confidence.add(value)
             self._changes += 1
 
     def failed(self, error: str, *, fallback: bool) -> None:
@@ -226,6 +232,7 @@ class Counter:
                 latency_us={str(bucket): sketch.to_wire() for bucket, sketch in self._latency.items()},
                 wait_us=self._wait.to_wire(),
                 classes=dict(self._classes),
+                confidence=self._confidence.to_wire(),
                 compared=self._compared,
                 agreed=self._agreed,
                 skipped=self._skipped,
@@ -258,11 +265,22 @@ class Counter:
             sketch = self._latency[bucket] = Sketch()
         return sketch
 
-    def _top_classes(self, outputs: Mapping[str, Array]) -> list[str]:
+    def _top_classes(self, outputs: Mapping[str, Array]) -> tuple[list[tuple[str, int]], list[float]]:
+        """Return how often each class is on top, and the values of some of those tops; below 0 they count as 0."""
         if self._labelled is None:
-            return []
+            return [], []
         name, labels = self._labelled
         values = outputs.get(name)
-        if values is None or not values.ndim or values.shape[-1] != len(labels):
-            return []
-        return [labels[int(index)] for index in np.atleast_1d(values.argmax(axis=-1)).ravel()]
+        if values is None or not values.size or values.shape[-1] != len(labels):
+            return [], []
+        if values.size == len(labels):  # one row, as most requests have
+            top = int(values.argmax())
+            value = float(values.item(top))
+            return [(labels[top], 1)], [max(value, 0.0)] if isfinite(value) else []
+        rows = values.reshape(-1, len(labels))
+        tops = rows.argmax(axis=1)
+        times = np.bincount(tops)
+        classes = [(labels[index], int(times[index])) for index in times.nonzero()[0].tolist()]
+        step = -(-len(rows) // CONFIDENCE_ROWS_MAX)
+        found = (float(rows[row, tops[row]]) for row in range(0, len(rows), step))
+        return classes, [max(value, 0.0) for value in found if isfinite(value)]
