@@ -792,6 +792,30 @@ def test_an_encoding_that_is_not_the_blob_falls_back_to_the_blob(tmp_path: Path,
     assert [path.name for path in bring.store.path_of(DIGEST).parent.iterdir()] == [DIGEST[7:]]
 
 
+def test_an_encoding_of_a_later_release_is_passed_over(tmp_path: Path):
+    data = bytes(range(256)) * 1000
+    small, alien = zstandard.compress(data), b"a delta, smaller still"
+    info = wire.BlobInfo(
+        digest=of_bytes(data),
+        bytes=len(data),
+        encodings=[
+            wire.Encoding(encoding="wdelta", digest=of_bytes(alien), bytes=len(alien)),
+            wire.Encoding(encoding="zstd", digest=of_bytes(small), bytes=len(small)),
+        ],
+    )
+
+    def answer(path: str, headers: dict[str, str]) -> Answer:
+        if path.endswith("/info"):
+            return Answer(200, wire.encode(info))
+        return blob_answer(small, f'"{of_bytes(small)}"', headers) if path.endswith(of_bytes(small)) else Answer(404)
+
+    with little_server(answer) as server:
+        bring = blobs(tmp_path, server)
+        bring.bring(of_bytes(data), len(data))
+        assert not [path for path, _ in server.asked if path.endswith(of_bytes(alien))]
+    assert bring.store.read(of_bytes(data), len(data)) == data
+
+
 def test_secrets_stay_with_the_server_along_redirects(tmp_path: Path):
     with little_server(honest([])) as elsewhere:
 

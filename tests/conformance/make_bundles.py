@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from wherry_shared.bundle import (
+    ANNOTATION_PLAIN_DIGEST,
     ANNOTATION_VARIANT,
     ARTIFACT_TYPE,
     CONFIG_TYPE,
@@ -189,6 +190,10 @@ def _oversize_config(draft: Draft) -> None:
     draft.manifest["config"] = {"size": CONFIG_BYTES_MAX + 1}
 
 
+def _encrypted(draft: Draft) -> None:
+    draft.layers[0]["annotations"][ANNOTATION_PLAIN_DIGEST] = of_bytes(b"what these bytes are when decrypted")
+
+
 def _other_size(draft: Draft) -> None:
     draft.layers[2]["size"] += 1
 
@@ -340,6 +345,13 @@ BUNDLES: dict[str, Row] = {
     "negative-layer": Row(_negative_layer, "a layer claims −1 bytes", *MANIFEST),
     "oversize-config": Row(
         _oversize_config, "the config claims more than 4 MiB", "config_too_large", "config_too_large", "bundle_invalid"
+    ),
+    "encrypted-layer": Row(
+        _encrypted,
+        "a layer is stored encrypted",
+        "layer_encrypted",
+        "layer_encrypted",
+        "unsupported",
     ),
     "layer-of-another-size": Row(
         _other_size, "a layer claims a byte more than it has", "length_mismatch", "manifest_invalid", ""

@@ -7,17 +7,25 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
 from tests.optimizer.models import INT8, blobs, classifier, conv, workshop
-from wherry_optimizer import interface, pipeline
-from wherry_optimizer.pack import pack_model, repack
+from wherry_optimizer import interface, pack, pipeline
+from wherry_optimizer.golden import Runnable, Selection, configurations
+from wherry_optimizer.model import load
+from wherry_optimizer.pack import UNSTATED, pack_model, repack
+from wherry_optimizer.passes import Work, quantize_tflite
+from wherry_optimizer.precision import Precision, precision_of
 from wherry_optimizer.recipe import Hints, InputHint, OutputHint
+from wherry_optimizer.sources import locate
 from wherry_shared import golden
 from wherry_shared.bundle import GOLDEN_TYPE, Bounds, Descriptor
+from wherry_shared.engines import load as open_session
+from wherry_shared.engines.canonical import Bound
 from wherry_shared.errors import RefusedError
 from wherry_shared.image_layout import Layout
 
@@ -100,14 +108,11 @@ def test_samples_that_do_not_fit_are_refused(tmp_path: Path, arrays: dict[str, n
         ({"licence": " "}, "licence_missing"),
         ({"licence": "Nonsense License"}, "licence_invalid"),
         ({"licence": "Nonsense-1.0"}, "licence_unknown"),
-        ({"attribution": " "}, "licence_missing"),
         ({"name": "My Model"}, "bad_name"),
         ({"version": "1.0"}, "bad_version"),
     ],
 )
-def test_a_bundle_needs_a_name_a_version_a_licence_and_an_attribution(
-    tmp_path: Path, change: dict[str, str], code: str
-) -> None:
+def test_a_bundle_needs_a_name_a_version_and_a_licence(tmp_path: Path, change: dict[str, str], code: str) -> None:
     given = {"name": "mine", "version": "1.0.0", "licence": "MIT", "attribution": "the tests", **change}
     with pytest.raises(RefusedError) as caught:
         pack_model(classifier(tmp_path / "m.onnx"), output=tmp_path, **given)
@@ -118,9 +123,93 @@ def test_dynamic_axes_get_the_least_length_that_runs_and_outputs_follow_the_batc
     found = interface.derive(conv(tmp_path / "m.onnx"), "onnx", {}, Hints()).interface
     assert found.inputs[0].shape == ["batch", 3, "H", "W"]
     assert found.outputs[0].shape == ["batch", 4]
-    assert found.dims["batch"] == Bounds(minimum=1, maximum=64)
+    assert found.dims["batch"] == Bounds(minimum=1, maximum=0)
     assert 1 <= found.dims["H"].minimum <= 8
     assert found.dims["W"].maximum == 4096
+
+
+def test_a_free_batch_takes_as_many_as_the_caller_has(tmp_path: Path) -> None:
+    packed = pack_model(classifier(tmp_path / "m.onnx"), output=tmp_path, name="mine", version="1.0.0", licence="MIT")
+    config, path = packed.config, Layout(packed.path).path(packed.config.variants[0].digest)
+    bound = Bound(open_session(path, "onnx"), config.interface)
+    assert bound.run({"x": np.zeros((1000, 48), np.float32)})["p"].shape == (1000, 6)
+
+
+def test_a_batch_that_is_free_in_name_only_is_one(tmp_path: Path) -> None:
+    graph = onnx.load(classifier(tmp_path / "m.onnx"))
+    shape = onnx.numpy_helper.from_array(np.array([1, 48]), "shape")
+    graph.graph.initializer.append(shape)
+    graph.graph.node.insert(0, onnx.helper.make_node("Reshape", ["x", "shape"], ["row"]))
+    graph.graph.node[1].input[0] = "row"
+    onnx.save(graph, tmp_path / "one.onnx")
+    assert interface.derive(tmp_path / "one.onnx", "onnx", {}, Hints()).interface.dims["batch"] == Bounds(
+        minimum=1, maximum=1
+    )
+
+
+def test_the_file_is_asked_whose_work_it_is_and_nobody_is_made_up(tmp_path: Path) -> None:
+    given = {"output": tmp_path, "name": "mine", "version": "1.0.0", "licence": "MIT"}
+    silent = classifier(tmp_path / "m.onnx")
+    assert pack_model(silent, **given).config.licence.attribution == UNSTATED
+    graph = onnx.load(silent)
+    graph.producer_name = "an exporter"
+    onnx.helper.set_model_props(graph, {"model_author": "Ada Lovelace"})
+    onnx.save(graph, tmp_path / "named.onnx")
+    assert pack_model(tmp_path / "named.onnx", **given).config.licence.attribution == "Ada Lovelace"
+    assert pack_model(tmp_path / "named.onnx", attribution="us", **given).config.licence.attribution == "us"
+
+
+def test_a_quantized_model_is_packed_as_one_and_proved_with_qdq_on_and_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways: list[dict[str, object]] = []
+    chosen = pack.select
+
+    def looked_at(variants: list[Runnable], *arguments: Any, **named: Any) -> Selection:
+        ways.extend(dict(way.options) for item in variants for way in configurations(item, arguments[1]))
+        return chosen(variants, *arguments, **named)
+
+    built = pipeline.build(workshop(tmp_path / "in", INT8), tmp_path / "out")
+    small = next(variant for variant in built.packed.config.variants if variant.id == "int8")
+    monkeypatch.setattr(pack, "select", looked_at)
+    packed = pack_model(
+        Layout(built.path).path(small.digest), output=tmp_path, name="mine", version="1.0.0", licence="MIT"
+    )
+    variant = packed.config.variants[0]
+    assert (variant.id, variant.precision, variant.digest) == ("int8", "int8", small.digest)
+    assert {"disable_quant_qdq": True} in ways
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(onnx.TensorProto.FLOAT16, "float16"), (onnx.TensorProto.DOUBLE, "float64")]
+)
+def test_the_precision_is_that_of_most_weights(tmp_path: Path, dtype: int, name: str) -> None:
+    kind = onnx.helper.tensor_dtype_to_np_dtype(dtype)
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["x", "w"], ["y"]), onnx.helper.make_node("Cast", ["y"], ["z"], to=1)],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", dtype, ["N", 4])],
+        [onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, ["N", 4])],
+        [onnx.numpy_helper.from_array(np.eye(4, dtype=kind), "w")],
+    )
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8),
+        tmp_path / "m.onnx",
+    )
+    assert precision_of(load(tmp_path / "m.onnx")) == Precision(name, quantized=False)
+
+
+def test_a_quantized_tflite_model_is_known_by_its_weights(tmp_path: Path) -> None:
+    source = locate(
+        "basic_pitch/saved_models/icassp_2022/nmp.tflite",
+        distribution="basic-pitch",
+        version="",
+        folder=Path(),
+        what="the model",
+    )
+    assert precision_of(load(source)) == Precision("float32", quantized=False)
+    small = quantize_tflite.apply(source, quantize_tflite.Parameters(mode="weights"), Work(tmp_path, [], 0))
+    assert precision_of(load(small.path)) == Precision("int8", quantized=True)
 
 
 def test_bounds_of_a_recipe_win(tmp_path: Path) -> None:
@@ -204,8 +293,9 @@ def test_the_command_line_packs_and_inspects(tmp_path: Path) -> None:
     assert without.returncode == 2
     assert "--licence" in without.stderr
     unnamed = run(*command, "--licence", "MIT")
-    assert unnamed.returncode == 1
-    assert "give --attribution, e.g." in unnamed.stderr
+    assert unnamed.returncode == 0, unnamed.stderr
+    assert "WARNING: the file does not say whose work the model is" in unnamed.stderr
+    assert "MIT, not stated (m.onnx)" in unnamed.stdout
     done = run(*command, *TERMS, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["variants"][0]["golden"]["synthetic"] is True

@@ -118,7 +118,16 @@ def interface(**changes: Any) -> bundle.Interface:
     ("offered", "fields"),
     [
         (INTERFACE, []),
-        (interface(dims={"n": bundle.Bounds(minimum=1, maximum=16)}), ["outputs.y.shape[0]"]),
+        (interface(dims={"n": bundle.Bounds(minimum=1, maximum=16)}), []),
+        (interface(dims={"n": bundle.Bounds(minimum=1)}), []),
+        (interface(dims={"n": bundle.Bounds(minimum=1, maximum=4)}), ["inputs.x.shape[0]"]),
+        (
+            interface(
+                outputs=[msgspec.structs.replace(INTERFACE.outputs[0], shape=["k", 4])],
+                dims={**INTERFACE.dims, "k": bundle.Bounds(minimum=1, maximum=16)},
+            ),
+            ["outputs.y.shape[0]"],
+        ),
         (interface(inputs=[tensor(shape=["n", "w"])], dims={**INTERFACE.dims, "w": bundle.Bounds(minimum=1)}), []),
         (interface(inputs=[tensor(shape=["n", 17])]), ["inputs.x.shape[1]"]),
         (interface(inputs=[tensor(datatype="FP16")]), ["inputs.x.datatype"]),
@@ -137,6 +146,9 @@ def interface(**changes: Any) -> bundle.Interface:
     ],
     ids=[
         "the same",
+        "larger batches than before",
+        "batches of any length",
+        "smaller batches than the application sends",
         "more rows out than the application expects",
         "an input axis became dynamic",
         "an input axis changed its length",

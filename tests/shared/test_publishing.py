@@ -114,6 +114,15 @@ def test_weights_altered_after_signing_do_not_leave_the_workstation(server, remo
     assert not remote.has_blob(f"sha256:{largest.name}")
 
 
+def test_altered_weights_are_noticed_also_where_the_server_has_the_right_ones(remote, key, bundle: Path):
+    sign(bundle, remote, key)
+    push(bundle, remote, key)
+    largest = max((bundle / "blobs" / "sha256").iterdir(), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1] + b"x")
+    assert refused(lambda: push(bundle, remote, key)) == "digest_mismatch"
+    assert refused(lambda: sign(bundle, remote, key)) == "digest_mismatch"
+
+
 def test_a_version_cannot_be_signed_for_other_bytes(remote, key, bundle: Path, version: str, tmp_path: Path):
     sign(bundle, remote, key)
     push(bundle, remote, key)

@@ -77,6 +77,7 @@ _REASONS = frozenset(value for name, value in vars(reasons).items() if name.isup
 _BY_CODE = {
     "config_format": reasons.UNSUPPORTED,
     "config_requires": reasons.UNSUPPORTED,
+    "layer_encrypted": reasons.UNSUPPORTED,
     "answer_too_large": reasons.NETWORK,
     "bad_url": reasons.NETWORK,
     "identity_invalid": reasons.TRUST_INVALID,

@@ -31,6 +31,8 @@ PROGRESS_BYTES_MIN = 64 * limits.KIB
 """A try that brought this much is not counted: a bad line gets there in the end, bounded by the blob's length."""
 ENCODED_BYTES_MIN = 16 * limits.KIB
 """Below this an encoding saves less than asking for it costs."""
+ENCODINGS = frozenset({"zstd"})
+"""Those that are decoded here; what a newer server offers besides is passed over."""
 INFO_BYTES_MAX = 64 * limits.KIB
 
 Sleep = Callable[[float], None]
@@ -155,7 +157,8 @@ class Blobs:
                 info = wire.parse(wire.BlobInfo, answer.read(INFO_BYTES_MAX), bytes_max=INFO_BYTES_MAX)
         except WherryError:  # the raw blob is as good, and its sources report their own trouble
             return None
-        smaller = [item for item in info.encodings if 0 < item.bytes < length and item.digest != digest]
+        known = [item for item in info.encodings if item.encoding in ENCODINGS]
+        smaller = [item for item in known if 0 < item.bytes < length and item.digest != digest]
         return min(smaller, key=lambda item: item.bytes, default=None)
 
     def _check_space(self, needed: int) -> None:

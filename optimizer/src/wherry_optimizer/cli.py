@@ -66,14 +66,16 @@ def pack(
     inputs: Annotated[
         Path | None, typer.Option(help="Samples: .npz, an array per input, samples along axis 0.")
     ] = None,
-    attribution: Annotated[str, typer.Option(help='Whose work it is, e.g. "Example Ltd" (required).')] = "",
+    attribution: Annotated[
+        str, typer.Option(help='Whose work it is, e.g. "Example Ltd"; else what the file says, else "not stated".')
+    ] = "",
     source: Annotated[str, typer.Option(help="Where it comes from, e.g. an address.")] = "",
     output: Output = Path(),
     as_json: AsJson = False,
 ) -> None:
     """Make a bundle of one model as it is, without labels."""
     from wherry_optimizer import report
-    from wherry_optimizer.pack import pack_model
+    from wherry_optimizer.pack import UNSTATED, pack_model
 
     packed = pack_model(
         model,
@@ -85,6 +87,16 @@ def pack(
         source=source,
         inputs=inputs,
     )
+    if packed.config.licence.attribution == UNSTATED:
+        err.print(
+            'WARNING: the file does not say whose work the model is, so the bundle says "not stated"; '
+            f"most licences, {licence} perhaps among them, ask for a name\n"
+            'next: pack it again with --attribution, e.g. --attribution "Example Ltd"',
+            style="bold yellow",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     if as_json:
         rows = [report.variant_dict(variant) for variant in packed.config.variants]
         _print_json({"path": str(packed.path), "manifest": packed.digest, "variants": rows})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,6 @@ from wherry_shared.errors import RefusedError
 Array = npt.NDArray[Any]
 
 BATCH = "batch"
-BATCH_MAX = 64
-"""Largest batch that an interface promises unless the recipe says otherwise."""
 AXIS_MAX = 4096
 """Largest length that an interface promises for any other dynamic axis, unless samples or the recipe show more."""
 AXIS_TRIED = (1, 2, 4, 8, 16, 32, 64, 128, 224, 256, 512, 1024)
@@ -152,7 +150,7 @@ def _derive(session: Session, tensors: dict[str, str], hints: Hints) -> Fitted:
     outputs = [_output(native, canonical, hints) for native in natives_out]
     interface = Interface(inputs=inputs, outputs=outputs, dims=dims)
     lengths = _runnable(session, interface, tensors)
-    outputs, extra = _resolve_outputs(session, interface, tensors, lengths, natives_out)
+    outputs, extra = _resolve_outputs(session, interface, tensors, lengths, natives_out, hints.dims)
     bounded = {
         name: bounds if name in hints.dims else msgspec.structs.replace(bounds, minimum=lengths[name])
         for name, bounds in dims.items()
@@ -168,7 +166,8 @@ def _input(native: NativeTensor, canonical: Mapping[str, str], hints: Hints, dim
             shape.append(axis)
             continue
         dim = _dim_name(axis, name, index)
-        dims.setdefault(dim, Bounds(minimum=1, maximum=BATCH_MAX if dim == BATCH else AXIS_MAX))
+        # a batch that the file leaves free has no end of its own: what is too much, memory and the device decide
+        dims.setdefault(dim, Bounds(minimum=1, maximum=0 if dim == BATCH else AXIS_MAX))
         shape.append(dim)
     hint = hints.inputs.get(name, InputHint())
     return TensorSpec(
@@ -241,8 +240,13 @@ def _resolve_outputs(
     tensors: Mapping[str, str],
     lengths: dict[str, int],
     natives: Sequence[NativeTensor],
+    stated: Container[str],
 ) -> tuple[list[TensorSpec], dict[str, Bounds]]:
-    """Find which dynamic axis of an output follows which dimension of the inputs, by changing one at a time."""
+    """Find which dynamic axis of an output follows which dimension of the inputs, by changing one at a time.
+
+    A batch of which the model takes only one length, whatever its file says, gets that as its bounds, unless it is in `stated`.
+    """
+    one_only: dict[str, Bounds] = {}
     base = _run(session, interface, tensors, lengths)
     follows: dict[tuple[str, int], str] = {}
     for dim in interface.dims:
@@ -250,13 +254,15 @@ def _resolve_outputs(
         try:
             other = _run(session, interface, tensors, changed)
         except (EngineFault, BadInput):
+            if dim == BATCH and dim not in stated:
+                one_only[dim] = Bounds(minimum=lengths[dim], maximum=lengths[dim])  # free in name only
             continue
         for name, value in base.items():
             for index, (before, after) in enumerate(zip(value.shape, other[name].shape, strict=False)):
                 if before == lengths[dim] and after == changed[dim]:
                     follows.setdefault((name, index), dim)
     outputs: list[TensorSpec] = []
-    extra: dict[str, Bounds] = {}
+    extra: dict[str, Bounds] = one_only
     for spec, native in zip(interface.outputs, natives, strict=True):
         shape: list[int | str] = []
         for index, axis in enumerate(native.shape):

@@ -22,6 +22,8 @@ OPSET_MIN = 7
 OPSET_MAX = 23
 """The newest opset that was tried with the passes here."""
 OPSET_PREPARED = 13
+AUTHOR_PROPERTY = "model_author"
+"""ONNX's own name for it (its document on metadata properties). `producer_name` is the exporter, nobody's author."""
 MODEL_BYTES_MAX = 2**31 - 1
 """A protobuf message, and a flatbuffer, end here."""
 _TFLITE_IDENTIFIER = b"TFL3"
@@ -129,9 +131,20 @@ def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
     return prepared
 
 
+def author_of(model: Model) -> str:
+    """Return whose work an ONNX file says that it is (`model_author` of the ONNX metadata), empty if it says nothing."""
+    if model.format != "onnx":
+        return ""
+    properties = onnx.load(model.path, load_external_data=False).metadata_props
+    return next((entry.value.strip() for entry in properties if entry.key == AUTHOR_PROPERTY), "")
+
+
 def is_quantized(model: onnx.ModelProto) -> bool:
     """Tell whether the graph already holds quantized operators."""
-    return any("Quant" in node.op_type or node.op_type.endswith("Integer") for node in model.graph.node)
+    return any(
+        "quant" in node.op_type.lower() or node.op_type.startswith("QLinear") or node.op_type.endswith("Integer")
+        for node in model.graph.node
+    )
 
 
 def _load_tflite(path: Path, size: int) -> Model:

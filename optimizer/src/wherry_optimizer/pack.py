@@ -1,6 +1,6 @@
 """Packing: variants, golden vectors, licence and provenance become a bundle in an OCI image layout.
 
-`write_bundle` is the one writer. `pack_model` makes a bundle of one float model without labels; `repack` makes a new
+`write_bundle` is the one writer. `pack_model` makes a bundle of one model as it is, without labels; `repack` makes a new
 version of a bundle with other model files but the same golden vectors, which those files must pass.
 """
 
@@ -21,7 +21,8 @@ from wherry_optimizer import measure
 from wherry_optimizer.data import check_samples
 from wherry_optimizer.data.npz import read_arrays, split_samples
 from wherry_optimizer.golden import Chosen, Runnable, budget, select
-from wherry_optimizer.model import Model, load, read_onnx
+from wherry_optimizer.model import Model, author_of, load, read_onnx
+from wherry_optimizer.precision import FLOAT, precision_of
 from wherry_optimizer.recipe import Hints
 from wherry_shared import bundle, golden, limits
 from wherry_shared import licence as licences
@@ -52,6 +53,8 @@ OPSET_OF_ORT_FLOOR = 21
 IR_OF_ORT_FLOOR = 10
 """onnxruntime 1.20 runs every model up to these; a newer one asks for the version it was built with."""
 TOOLS = ("wherry-optimizer", "onnx", "onnxruntime", "onnxslim", "ai-edge-quantizer", "ai-edge-litert", "numpy")
+UNSTATED = "not stated"
+"""Attribution of a model whose file names nobody, packed by somebody who named nobody either."""
 SYNTHETIC_CANDIDATES = 12
 SYNTHETIC_VECTORS = 8
 
@@ -154,8 +157,8 @@ def pack_model(
     name: str,
     version: str,
     licence: str,
-    attribution: str,
     output: Path,
+    attribution: str = "",
     source: str = "",
     inputs: Path | None = None,
     tensors: Mapping[str, str] | None = None,
@@ -170,8 +173,9 @@ def pack_model(
         name: of the model.
         version: SemVer.
         licence: SPDX expression or `LicenseRef-…`.
-        attribution: whose work it is, as their licence wants them named.
         output: folder in which `NAME-VERSION` is made.
+        attribution: whose work it is, as their licence wants them named; by default what the file itself says, else
+            `UNSTATED`: nobody's name is made up.
         source: where it comes from; by default the file's name.
         inputs: `.npz` with an array per input, samples along axis 0; without it golden vectors are drawn from the
             interface's ranges and marked synthetic.
@@ -186,14 +190,10 @@ def pack_model(
     check_name(name, "name")
     parse_version(version)
     licences.check_known(licence)
-    if not attribution.strip():
-        raise RefusedError(
-            "licence_missing",
-            "a bundle names whose work the model is; most licences ask for it, and no file says it reliably",
-            consequence="nothing was packed",
-            next_step='give --attribution, e.g. --attribution "Example Ltd" or "Ada Lovelace and contributors"',
-        )
     model = load(path)
+    attribution = attribution.strip() or author_of(model) or UNSTATED
+    precision = precision_of(model)
+    key = "float" if precision.name == FLOAT else precision.name
     fitted = interfaces.derive(path, model.format, tensors or {}, hints or Hints())
     candidates: list[dict[str, interfaces.Array]]
     if inputs is not None:
@@ -208,7 +208,7 @@ def pack_model(
         candidates = [interfaces.synthetic(fitted.interface, rng) for _ in range(SYNTHETIC_CANDIDATES)]
     with single_file(model) as whole:
         runnable = Runnable(
-            id="float",
+            id=key,
             path=whole,
             format=model.format,
             interface=fitted.interface,
@@ -216,6 +216,7 @@ def pack_model(
             batch=fitted.batch,
             options={},
             engines=engines_of(model),
+            quantized=precision.quantized,
         )
         engines = probe([engine for engine, formats in ENGINES.items() if model.format in formats])
         chosen = select(
@@ -225,12 +226,12 @@ def pack_model(
             vectors=min(len(candidates), SYNTHETIC_VECTORS if inputs is None else limits.GOLDEN_VECTORS_MAX),
             sampled_above=4096,
             synthetic=inputs is None,
-            budgets={"float": budget(whole.stat().st_size)},
+            budgets={key: budget(whole.stat().st_size)},
         )
         piece = Piece(
             runnable,
-            "float32",
-            chosen.by_variant["float"],
+            precision.name,
+            chosen.by_variant[key],
             synthetic=inputs is None,
             download_bytes=measure.download_bytes(whole),
         )

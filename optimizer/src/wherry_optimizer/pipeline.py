@@ -24,6 +24,7 @@ from wherry_optimizer.data import Dataset
 from wherry_optimizer.golden import WORKERS, Runnable, Selection, budget, select
 from wherry_optimizer.model import Model, load
 from wherry_optimizer.pack import Packed, Piece, engines_of, provenance, single_file, write_bundle
+from wherry_optimizer.precision import precision_of
 from wherry_optimizer.recipe import LoadedRecipe, Recipe, VariantOf, convert_parameters, find_recipe, load_recipe
 from wherry_optimizer.sources import locate
 from wherry_shared import golden
@@ -265,7 +266,8 @@ class _Build:
             {fitted.tensors.get(name, name): value for name, value in sample.inputs.items()}
             for sample in dataset.calibration
         ]
-        tensors, precision, quantized = fitted.tensors, "float32", False
+        source = precision_of(model)
+        tensors, precision, quantized = fitted.tensors, source.name, source.quantized
         notes: list[dict[str, Any]] = []
         for number, (info, parameter) in enumerate(steps):
             if model.format not in info.formats:

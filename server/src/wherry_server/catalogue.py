@@ -149,7 +149,7 @@ async def _check_signed(services: Services, model: str, version: str, manifest_d
             "unsigned",
             f"{model}/{version} with manifest {manifest_digest} is not signed: {detail}",
             consequence="the bundle was not accepted, and no device would run it",
-            next_step="sign it with a publisher's key: wherry-optimizer sign, or wherry bundle push",
+            next_step="sign it with a publisher's key (wherry-optimizer sign PATH), then push it again",
         )
 
 

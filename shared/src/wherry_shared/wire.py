@@ -299,7 +299,8 @@ class EnrolAnswer(_Wire, frozen=True, kw_only=True):
 class Encoding(_Wire, frozen=True, kw_only=True):
     """Another way to fetch a blob: a separate immutable object, trusted only through the raw digest."""
 
-    encoding: Literal["zstd"]
+    encoding: str
+    """`zstd`; later releases have others, which a reader that does not know them passes over."""
     digest: str
     bytes: int
 
