@@ -31,6 +31,7 @@ from tests.agent.daemon_kit import Agent, Site, agent, site  # noqa: E402 - the 
 from tests.shared.engines import models  # noqa: E402
 from tests.tls_front import TlsFront, server_certificate, use_tls  # noqa: E402
 
+from wherry_agent import status  # noqa: E402
 from wherry_shared.errors import WherryError  # noqa: E402
 
 
@@ -76,8 +77,9 @@ def measure(after_s: float) -> dict[str, object]:
                 memory = memory_mb(device.child.pid)
                 smaps = Path(f"/proc/{device.child.pid}/smaps").read_text(encoding="utf-8")
                 (COMPILED.parent / "supervisor_smaps.txt").write_text(smaps, encoding="utf-8")
-                shown = device.until("it is still connected", lambda status: status["connected"] == "mqtt")
-                names = "\n".join(shown["process"]["modules"])
+                device.until("it is still connected", lambda shown: shown["connected"] == "mqtt")
+                modules = (status.question(device.home, "modules") or {})["modules"]
+                names = "\n".join(modules)
                 (COMPILED.parent / "supervisor_modules.txt").write_text(names, encoding="ascii")
                 device.stop()
     return {
@@ -87,7 +89,7 @@ def measure(after_s: float) -> dict[str, object]:
         "supervisor_peak_mb": memory["VmHWM"],
         "after_s": after_s,
         "tls": True,
-        "modules": len(shown["process"]["modules"]),
+        "modules": len(modules),
     }
 
 

@@ -59,6 +59,8 @@ from wherry_agent.courier import run
 from wherry_agent.courier_blobs import Blobs
 from wherry_agent.courier_http import Http
 from wherry_agent.disk import Disk
+from wherry_agent.mirrors import LEFT_OUT_S, Mirrors
+from wherry_agent.rate import BURST_S, Bucket
 from wherry_agent.store import Store
 from wherry_server.trust import Trust as ServerTrust
 from wherry_shared import dsse, key_files, reasons, wire
@@ -844,3 +846,68 @@ def test_redirects_in_a_circle_end(tmp_path: Path):
         pytest.raises(UnreachableError, match="redirects"),
     ):
         blobs(tmp_path, server, tries=1).bring(DIGEST, len(DATA), encoded=False)
+
+
+def test_a_copy_by_another_name_is_sent_whole(tmp_path: Path):
+    """The server's entity tag is another now: `If-Range` makes it send all, and none of the old bytes stay."""
+    other = b"x" * 120_000
+
+    def changed(path: str, headers: dict[str, str]) -> Answer:
+        if path.endswith("/info"):
+            return Answer(404)
+        if "if-range" in headers and headers["if-range"] != '"renewed"':
+            headers = {name: value for name, value in headers.items() if name != "range"}
+        return blob_answer(DATA, '"renewed"', headers)
+
+    store = Store(tmp_path, Disk())
+    with store.part(DIGEST, len(DATA)) as part:
+        part.write(other, "another source")
+        part.sync()
+    with little_server(changed) as server:
+        bring = blobs(tmp_path, server)
+        bring.bring(DIGEST, len(DATA))
+        assert (bring.wire_bytes, server.asked[-1][1]["range"]) == (len(DATA), "bytes=120000-")
+    assert bring.store.read(DIGEST, len(DATA)) == DATA
+
+
+def test_a_bounded_rate_is_kept(tmp_path: Path):
+    clock = [0.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    with little_server(honest([])) as server:
+        bring = blobs(tmp_path, server)
+        bring.bucket, bring.clock, bring.sleep = Bucket(10_000, 0.0), lambda: clock[0], sleep
+        bring.bring(DIGEST, len(DATA))
+    assert clock[0] >= len(DATA) / 10_000 - BURST_S
+
+
+def test_a_mirror_that_lied_is_left_out_for_a_while_and_the_others_keep_their_order(tmp_path: Path):
+    bases = ["http://one/", "http://two", "http://three"]
+    mirrors = Mirrors(tmp_path, Disk(), bases, 1000.0)
+    mirrors.lied("http://two")
+    mirrors.lied("http://server")  # nobody else has the blob when everybody lies
+    assert Mirrors(tmp_path, Disk(), bases, 1000.0 + LEFT_OUT_S - 1).usable() == ["http://one", "http://three"]
+    assert Mirrors(tmp_path, Disk(), bases, 1000.0 + LEFT_OUT_S + 1).usable() == [
+        "http://one",
+        "http://two",
+        "http://three",
+    ]
+    assert not Mirrors(tmp_path, Disk(), bases, 0.0).left_out(), "a clock that was set back leaves nobody out for ever"
+    (tmp_path / "mirrors.json").write_text("{")
+    assert len(Mirrors(tmp_path, Disk(), bases, 1000.0).usable()) == 3
+
+
+def test_the_next_courier_does_not_ask_the_liar(device: Device, server: RunningServer, bundle: Path):
+    def lie(path: str, headers: dict[str, str]) -> Answer:
+        return Answer(404) if path.endswith("/info") else Answer(200, b"lies" * 2000)
+
+    manifest = manifest_of(bundle)
+    device.resolve(f"{MODEL}/1.0.0", manifest)
+    with little_server(lie) as liar:
+        assert isinstance(device.fetch(manifest, mirrors=[liar.url]), Fetched)
+        assert len(liar.asked) == 1, "one lie is enough, also for the other blobs"
+        Store(device.home, Disk()).forget(Store(device.home, Disk()).path_of(variant_of(bundle).digest))
+        assert isinstance(device.fetch(manifest, mirrors=[liar.url]), Fetched)
+        assert len(liar.asked) == 1

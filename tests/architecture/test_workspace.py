@@ -12,6 +12,7 @@ import pytest
 
 from tests.agent.daemon_kit import agent, site
 from tests.shared.engines import models
+from wherry_agent import status
 
 ROOT = Path(__file__).parents[2]
 MEMBERS = ("shared", "optimizer", "server", "agent", "simulators")
@@ -73,8 +74,8 @@ def test_a_running_supervisor_holds_nothing_heavy(tmp_path: Path) -> None:
         device.until("it is connected", lambda shown: shown["connected"] == "mqtt" and shown["engines"])
         server.deploy("1.0.0", "light", trial_s=2)
         device.until_serves("1.0.0")
-        shown = device.until("trust is in order", lambda status: status["trust"] == "ok")
-        loaded = set(shown["process"]["modules"])
+        shown = device.until("trust is in order", lambda known: known["trust"] == "ok")
+        loaded = set((status.question(device.home, "modules") or {})["modules"])
         assert device.stop() == 0
     assert {"wherry_agent.daemon", "paho.mqtt.client"} <= loaded
     assert not loaded & set(FORBIDDEN_ON_THE_SUPERVISOR)

@@ -120,6 +120,8 @@ class Fetch(_Message, tag="fetch", frozen=True, kw_only=True):
     manifest: str
     variant: str
     tries_max: int = 5
+    bytes_per_s_max: int = 0
+    """How fast to download; 0 for as fast as it goes."""
 
 
 class Progress(_Message, tag="progress", frozen=True, kw_only=True):

@@ -44,6 +44,8 @@ from wherry_agent.courier_enrol import enrol
 from wherry_agent.courier_http import Http
 from wherry_agent.disk import Disk, disk_of
 from wherry_agent.identity import Identity
+from wherry_agent.mirrors import Mirrors
+from wherry_agent.rate import Bucket
 from wherry_agent.store import Store
 from wherry_agent.trust import SECOND_US, Keeper, Known, Session
 from wherry_shared import dsse, limits, reasons, wire
@@ -256,13 +258,16 @@ def _keeper(task: Refresh | Verify | Resolve, disk: Disk, wall_us: int) -> Keepe
 def _blobs(task: Resolve | Fetch, disk: Disk, *, tries_max: int) -> Blobs:
     known = _identity(task.home)
     server = (task.server or known.server).rstrip("/")
+    mirrors = Mirrors(Path(task.home), disk, list(task.mirrors), time.time())
     return Blobs(
         store=Store(Path(task.home), disk),
         disk=disk,
         http=_http(task.home, known, server),
         server=server,
-        mirrors=list(task.mirrors),
+        mirrors=mirrors.usable(),
         tries_max=tries_max,
+        bucket=Bucket(task.bytes_per_s_max if isinstance(task, Fetch) else 0, time.monotonic()),
+        on_lie=mirrors.lied,
     )
 
 

@@ -16,6 +16,7 @@ import zstandard
 
 from wherry_agent.courier_http import Http, Response, origin
 from wherry_agent.disk import Disk
+from wherry_agent.rate import Bucket
 from wherry_agent.store import Partial, Store, is_whole
 from wherry_shared import limits, reasons, wire
 from wherry_shared.digest import CHUNK_BYTES
@@ -78,6 +79,11 @@ class Blobs:
     tries_max: int
     report: Report = field(default=lambda _count: None)
     sleep: Sleep = time.sleep
+    bucket: Bucket = field(default_factory=lambda: Bucket(0, 0.0))
+    """Bounds how fast bytes come; by default it does not."""
+    on_lie: Callable[[str], None] = field(default=lambda _base: None)
+    """Called with the address of a source whose bytes were wrong."""
+    clock: Callable[[], float] = time.monotonic
     wire_bytes: int = 0
     """Bytes that came over the wire so far."""
 
@@ -210,6 +216,8 @@ class Blobs:
             source.trouble = error.message
             if set(part.sources) <= {source.base} and not part.resumed:
                 source.lied = True
+                self.mirrors = [base for base in self.mirrors if base.rstrip("/") != source.base]
+                self.on_lie(source.base)
             else:
                 source.alone = True  # several sent these bytes, or a power cut tore them: the next ones are all of one
             part.reset()
@@ -235,10 +243,13 @@ class Blobs:
             expected = part.length - part.size
             if answer.length is not None and answer.length > expected:
                 raise RefusedError(reasons.DIGEST_MISMATCH, f"{origin(source.base)} has {answer.length} bytes for it")
-            for chunk in answer.chunks():
+            for chunk in answer.chunks(self.bucket.piece(CHUNK_BYTES)):
                 part.write(chunk, source.base)
                 self.wire_bytes += len(chunk)
                 self.report(len(chunk))
+                pause = self.bucket.take(len(chunk), self.clock())
+                if pause:
+                    self.sleep(pause)
 
     @staticmethod
     def _refused(answer: Response, source: Source) -> None:

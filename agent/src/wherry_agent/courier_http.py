@@ -48,8 +48,8 @@ class Response:
         text = self.header("Content-Length")
         return int(text) if text.isdigit() and len(text) < 16 else None
 
-    def chunks(self) -> Iterator[bytes]:
-        """Pass on the body as it arrives; it may end early without an error, so count.
+    def chunks(self, bytes_max: int = CHUNK_BYTES) -> Iterator[bytes]:
+        """Pass on the body as it arrives, at most `bytes_max` at a time; it may end early without an error, so count.
 
         Raises:
             UnreachableError: `network`.
@@ -57,7 +57,7 @@ class Response:
         window_start, window_bytes = time.monotonic(), 0
         while True:
             try:
-                chunk = self._raw.read1(CHUNK_BYTES)
+                chunk = self._raw.read1(bytes_max)
             except http.client.IncompleteRead:
                 return
             except (OSError, http.client.HTTPException, ValueError) as error:

@@ -34,6 +34,7 @@ from wherry_agent import state as s
 from wherry_agent.children import ArmStats
 from wherry_agent.contracts import contract_of
 from wherry_agent.disk import Disk, disk_of
+from wherry_agent.downloads import Downloads
 from wherry_agent.envelopes import Envelopes
 from wherry_agent.handle_server import HandleCrash, HandleServer, HandleVerdict, group_id
 from wherry_agent.identity import Identity
@@ -107,6 +108,14 @@ class Daemon:
         self._windows = Windows()
         self._ring = LogRing()
         self._lock_file: int | None = None
+        self._downloads = Downloads(
+            settings.conditions,
+            one_at_a_time=settings.download_bytes_per_s_max > 0,
+            start=self._start_download,
+            stop=self._stop_download,
+            refuse=self._refuse_download,
+            clock_set=self._clock_is_set,
+        )
 
     # --- start and end ---
 
@@ -131,10 +140,15 @@ class Daemon:
         for effect in effects:
             self._run(effect)
         threading.Thread(target=self._look_at_device, name="facts", daemon=True).start()
-        self._status = status.Server(self._home / "run" / status.SOCKET, lambda: self._ask(self.snapshot))
+        self._status = status.Server(
+            self._home / "run" / status.SOCKET,
+            {"status": lambda: self._ask(self.snapshot), "modules": lambda: {"modules": readings.modules()}},
+        )
         self._link.start()
         self._declare_settings()
         self._later("window", self._settings.window_s, self._cut_windows)
+        if self._downloads.conditional:
+            self._later("conditions", self._settings.conditions.check_s, self._watch_conditions)
         log.info("agent %s of device %s serves on port %d", __version__, self._identity.device, self.http_port)
         try:
             self._loop()
@@ -539,26 +553,58 @@ class Daemon:
         self._courier(effect.model, task, done)
 
     def _fetch(self, effect: s.Fetch) -> None:
+        trouble = self._no_room(self._bytes_to_fetch(effect))
+        if trouble is not None:
+            self._refuse_download(effect, trouble)
+        else:
+            self._downloads.wanted(effect)
+
+    def _refuse_download(self, effect: s.Fetch, why: children.Failed) -> None:
+        # through the queue: an effect that fails must not begin a turn inside the one that it belongs to
+        failed = _failed(effect.model, effect.manifest, effect.attempt, "fetch", why)
+        self._queue.put(lambda: self._turn(failed))
+
+    def _start_download(self, effect: s.Fetch) -> None:
         task = children.Fetch(
             home=self._settings.home,
             server=self._server,
             mirrors=self._settings.mirrors,
             manifest=effect.manifest,
             variant=effect.variant,
+            bytes_per_s_max=self._settings.download_bytes_per_s_max,
         )
 
         def done(answer: children.CourierAnswer) -> None:
             self._shorts.pop(effect.model, None)
+            self._downloads.ended(effect.model)
             if isinstance(answer, children.Fetched):
                 self._turn(s.Fetched(effect.model, answer.manifest, effect.attempt, answer.variant))
             else:
                 self._turn(_failed(effect.model, effect.manifest, effect.attempt, "fetch", answer))
 
-        trouble = self._no_room(self._bytes_to_fetch(effect))
-        if trouble is not None:
-            self._queue.put(lambda: done(trouble))
-            return
-        self._courier(effect.model, task, done)
+        self._shorts[effect.model] = courier(
+            task,
+            lambda answer: self._queue.put(lambda: done(answer)),
+            lambda progress: self._queue.put(lambda: self._downloads.progressed(effect.model, progress)),
+        )
+
+    def _stop_download(self, model: str) -> None:
+        short = self._shorts.pop(model, None)
+        if short is not None:
+            short.cancel()
+
+    def _watch_conditions(self) -> None:
+        """Interrupt downloads that may not go on, and wake those that waited for the conditions."""
+        wait = self._downloads.check()
+        phases = (slot.phase for slot in self._state.models.values())
+        if wait is None and any(isinstance(p, s.Waiting) and p.reason == reasons.CONDITIONS for p in phases):
+            self._turn(s.Connected())
+        check_s = self._settings.conditions.check_s
+        self._later("conditions", check_s if wait is None else min(check_s, wait.retry_after_s), self._watch_conditions)
+
+    def _clock_is_set(self) -> bool:
+        trust = self._state.trust
+        return trust is None or self._now().wall_us >= trust.time_floor_us
 
     def _no_room(self, needed: int) -> children.Failed | None:
         """Say why `needed` bytes cannot be downloaded, None if they can."""
@@ -600,9 +646,8 @@ class Daemon:
 
     def _cancel(self, key: str) -> None:
         self._trusting = deque((name, run) for name, run in self._trusting if name != key)
-        short = self._shorts.pop(key, None)
-        if short is not None:
-            short.cancel()
+        self._stop_download(key)
+        self._downloads.ended(key)
         if self._trust_busy == key:
             self._trust_done(key)
 
@@ -993,7 +1038,9 @@ class Daemon:
                 windows=windows,
                 memory_available_bytes=readings.memory_bytes("MemAvailable"),
                 disk_free_bytes=disk_free,
-                temperature_c=readings.temperature_c(),
+                temperature_c=readings.temperature_c(self._settings.conditions.sys),
+                downloaded_bytes=self._downloads.drain_bytes(),
+                load_1m=round(os.getloadavg()[0], 2),
             )
         )
         self._send_telemetry()
@@ -1012,6 +1059,7 @@ class Daemon:
             "worker_pid": self._worker.pid,
             "engines": [f"{e.name} {e.version}" for e in self._facts.engines] if self._facts is not None else [],
             "process": readings.process(),
+            "downloads": self._downloads.describe(),
             **status.describe(self._state, self._now(), name=self._identity.name),
         }
 

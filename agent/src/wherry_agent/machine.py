@@ -743,11 +743,15 @@ def _returning(turn: Turn, name: str, slot: Slot, phase: Returning, event: SlotE
             assert_never(event)
 
 
+WAY_OPEN = (reasons.NETWORK, reasons.CONDITIONS)
+"""What `Connected` ends waiting for."""
+
+
 def _waiting(turn: Turn, name: str, slot: Slot, phase: Waiting, event: SlotEvent) -> None:
     match event:
         case Tick() if _overdue(phase, turn.now):
             turn.retry(name, slot, phase)
-        case Connected() if phase.reason == reasons.NETWORK and phase.since.elapsed_ms(turn.now) >= RETRY_MIN_MS:
+        case Connected() if phase.reason in WAY_OPEN and phase.since.elapsed_ms(turn.now) >= RETRY_MIN_MS:
             turn.retry(name, slot, phase)
         case Served():
             _incumbent_served(turn, name, slot, event)

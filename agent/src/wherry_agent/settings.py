@@ -7,15 +7,19 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from wherry_agent.conditions import Conditions, parse_window
 from wherry_shared.bundle import Contract, StatePair, TensorSpec, check_interface
 from wherry_shared.errors import RefusedError
 
 FILE = "agent.toml"
 HTTP_PORT_DEFAULT = 8500
 MIB = 1024 * 1024
+RATE_MIN = 1024
+"""Bytes a second: slower, a source looks like one that trickles."""
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+Rate = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 
 
@@ -43,6 +47,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What a candidate may use in the canary; 0 for half of the memory available when it starts."""
     disk_reserve_mb: Size = 64
     """Disk space that a download leaves free."""
+    download_bytes_per_s_max: Rate = 0
+    """How fast models are downloaded, all together; 0 for as fast as it goes, else at least `RATE_MIN`."""
+    conditions: Conditions = Conditions()
+    """When models may be downloaded."""
     window_s: Seconds = 30.0
     """Length of a telemetry window."""
     telemetry_mb: Size = 8
@@ -88,7 +96,21 @@ def load(path: Path | None, flags: dict[str, Any]) -> Settings:
             stray = stray or error.message
         if stray:
             raise RefusedError("settings_invalid", f"{file}: contracts.{name}: {stray}", next_step="correct the file")
+    _check_downloads(file, settings)
     return msgspec.structs.replace(settings, home=str(Path(settings.home).absolute()))
+
+
+def _check_downloads(file: Path, settings: Settings) -> None:
+    trouble = ""
+    if 0 < settings.download_bytes_per_s_max < RATE_MIN:
+        trouble = f"download_bytes_per_s_max: at least {RATE_MIN}, or 0 for no bound"
+    for number, text in enumerate(settings.conditions.windows):
+        try:
+            parse_window(text)
+        except ValueError as error:
+            trouble = f"conditions.windows[{number}]: {error}"
+    if trouble:
+        raise RefusedError("settings_invalid", f"{file}: {trouble}", next_step="correct the file")
 
 
 def _stray(table: dict[str, Any]) -> str:

@@ -355,7 +355,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Connected:
-    """The server can be reached again."""
+    """The server can be reached again, or may be downloaded from again: the conditions of the settings hold."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 SOCKET = "agent.sock"
 SECONDS_MAX = 15.0
 BYTES_MAX = 4 * 1024 * 1024
+QUESTION_BYTES_MAX = 64
 FLAG_CHARS_MAX = 80
 """Of a flag's value, for a person; `--json` shows it whole."""
 _PHASES: dict[type[Any], str] = {
@@ -149,11 +150,11 @@ def _version(target: str, variant: str, tried: tuple[VariantTried, ...]) -> dict
 
 
 class Server:
-    """Answers on a unix socket: one JSON document per connection."""
+    """Answers on a unix socket: one question, a word and a newline, and one JSON document per connection."""
 
-    def __init__(self, path: Path, answer: Callable[[], object]) -> None:
+    def __init__(self, path: Path, answers: dict[str, Callable[[], object]]) -> None:
         self._path = path
-        self._answer = answer
+        self._answers = answers
         path.unlink(missing_ok=True)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind(str(path))
@@ -177,7 +178,9 @@ class Server:
             with connection:
                 connection.settimeout(SECONDS_MAX)
                 try:
-                    connection.sendall(msgspec.json.encode(self._answer()))
+                    question = connection.recv(QUESTION_BYTES_MAX).decode(errors="replace").strip()
+                    answer = self._answers.get(question, self._answers["status"])
+                    connection.sendall(msgspec.json.encode(answer()))
                 except (OSError, WherryError) as error:
                     log.warning("status: %s", error)
 
@@ -188,18 +191,10 @@ def ask(home: Path) -> dict[str, Any]:
     Raises:
         RefusedError: `no_agent`, there is neither; or as `journal.decode`.
     """
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(SECONDS_MAX)
-            connection.connect(str(home / "run" / SOCKET))
-            data = bytearray()
-            while chunk := connection.recv(1 << 16):
-                data += chunk
-                if len(data) > BYTES_MAX:
-                    raise RefusedError("no_agent", "the agent's answer does not end")
-        return {"running": True, **msgspec.json.decode(bytes(data), type=dict[str, Any])}
-    except (OSError, msgspec.DecodeError):
-        record = Disk().read(home / "journal.json")
+    answer = question(home, "status")
+    if answer is not None:
+        return {"running": True, **answer}
+    record = Disk().read(home / "journal.json")
     if record is None:
         raise RefusedError(
             "no_agent",
@@ -208,6 +203,27 @@ def ask(home: Path) -> dict[str, Any]:
         )
     state = decode(record)
     return {"running": False, **describe(state, Now("", 0, time.time()))}
+
+
+def question(home: Path, word: str) -> dict[str, Any] | None:
+    """Ask the agent that runs on `home`; None if there is none.
+
+    Raises:
+        RefusedError: `no_agent`, the answer does not end.
+    """
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(SECONDS_MAX)
+            connection.connect(str(home / "run" / SOCKET))
+            connection.sendall(f"{word}\n".encode())
+            data = bytearray()
+            while chunk := connection.recv(1 << 16):
+                data += chunk
+                if len(data) > BYTES_MAX:
+                    raise RefusedError("no_agent", "the agent's answer does not end")
+        return msgspec.json.decode(bytes(data), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError):
+        return None
 
 
 def render(shown: dict[str, Any]) -> str:
@@ -236,6 +252,9 @@ def render(shown: dict[str, Any]) -> str:
                 lines.append(f"  {key:<10}{version['target']}{variant}")
                 lines += [f"    because {version['why']}"] if version.get("why") else []
                 lines += [f"    not {other}" for other in version.get("others", [])]
+        done, total = shown.get("downloads", {}).get("running", {}).get(name, (0, 0))
+        if total:
+            lines.append(f"  download  {done} of {total} bytes")
         if "trial" in model:
             trial = model["trial"]
             lines.append(f"  trial     {_how(trial)}{trial['requests']} requests, {trial['errors']} errors")

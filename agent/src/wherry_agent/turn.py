@@ -394,7 +394,8 @@ class Turn:
         if event.reason in REFUSALS:
             self.refuse(name, slot, job, event.reason, event.detail)
             return
-        job = replace(job, troubles=job.troubles + 1)
+        # what the operator asked to wait for is no trouble: the wait is as long as it says
+        job = replace(job, troubles=job.troubles + (event.reason != reasons.CONDITIONS))
         report = job.reported != event.reason
         job = replace(job, reported=event.reason)
         wait_ms = _retry_ms(job.troubles, event.retry_after_s)

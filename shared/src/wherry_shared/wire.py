@@ -230,6 +230,10 @@ class Telemetry(_Wire, frozen=True, kw_only=True):
     memory_available_bytes: Count = 0
     disk_free_bytes: Count = 0
     temperature_c: float | None = None
+    load_1m: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """Processes that ran or wanted to, as the kernel averages them over a minute."""
+    downloaded_bytes: Count = 0
+    """What downloads of bundles took over the wire since the message before."""
     dropped: Count = 0
     """Windows that the bounded buffer had to drop since the last message."""
 

@@ -1,0 +1,212 @@
+"""When weights may be downloaded: every condition by itself, and hours through the nights when clocks are changed."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from zoneinfo import ZoneInfo
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wherry_agent import readings
+from wherry_agent.conditions import DAYS, Conditions, Readings, decide, parse_window
+from wherry_agent.rate import BURST_S, Bucket
+
+BERLIN = ZoneInfo("Europe/Berlin")
+
+
+def berlin(wall_s: float) -> tuple[int, int]:
+    local = datetime.fromtimestamp(wall_s, BERLIN)
+    return local.weekday(), local.hour * 60 + local.minute
+
+
+def at(text: str) -> float:
+    return datetime.fromisoformat(text).replace(tzinfo=BERLIN).timestamp()
+
+
+NOON = at("2026-06-03T12:00")  # a Wednesday
+
+
+def why(asked: Conditions, *, running: bool = False, now_s: float = NOON, **found) -> str:
+    wait = decide(asked, Readings(berlin, **found), now_s, running=running)
+    return wait.detail if wait is not None else ""
+
+
+BATTERY = {"battery": True, "mains": False}
+
+
+@pytest.mark.parametrize(
+    ("asked", "found", "part"),
+    [
+        ({}, {"metered": True, "temperature_c": 99.0, **BATTERY, "battery_percent": 1}, ""),
+        ({"allow_metered": False}, {"metered": True}, "metered"),
+        ({"allow_metered": False}, {"metered": False}, ""),
+        ({"allow_metered": False}, {"metered": None}, ""),
+        ({"mains": True}, BATTERY, "on battery"),
+        ({"mains": True}, {"battery": True, "mains": True}, ""),
+        ({"mains": True}, {}, ""),  # no battery: it is on mains, whatever says so
+        ({"battery_percent_min": 50}, {**BATTERY, "battery_percent": 49}, "49 %"),
+        ({"battery_percent_min": 50}, {**BATTERY, "battery_percent": 52}, "53"),
+        ({"battery_percent_min": 50}, {**BATTERY, "battery_percent": 53}, ""),
+        ({"battery_percent_min": 50}, {**BATTERY, "battery_percent": None}, "does not say"),
+        ({"battery_percent_min": 50}, {"battery": True, "mains": True, "battery_percent": 5}, ""),
+        ({"temperature_c_max": 70.0}, {"temperature_c": 68.0}, "68 °C, 67"),
+        ({"temperature_c_max": 70.0}, {"temperature_c": 67.0}, ""),
+        ({"temperature_c_max": 70.0}, {"temperature_c": None}, ""),
+        ({"windows": ["02:00-05:00"]}, {}, "opens thu 02:00"),
+        ({"windows": ["wed 11:00-13:00"]}, {}, ""),
+        ({"windows": ["wed 13:00-11:00"]}, {}, "opens wed 13:00"),
+        ({"windows": ["tue 13:00-12:01"]}, {}, ""),  # Tuesday's, over midnight
+        ({"windows": ["mon,fri 00:00-24:00", "sat-sun 10:00-11:00"]}, {}, "opens fri 00:00"),
+        ({"windows": ["fri-mon 12:00-13:00"]}, {}, "opens fri 12:00"),
+        ({"windows": ["00:00-24:00"]}, {"clock_set": False}, "clock is not set"),
+    ],
+)
+def test_each_condition(asked: dict, found: dict, part: str) -> None:
+    said = why(Conditions(**asked), **found)
+    assert (part in said) if part else not said, said
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ({"battery_percent_min": 50}, {**BATTERY, "battery_percent": 50}),
+        ({"temperature_c_max": 70.0}, {"temperature_c": 70.0}),
+    ],
+)
+def test_what_runs_goes_on_up_to_the_limit_itself(asked: dict, found: dict) -> None:
+    assert why(Conditions(**asked), **found)
+    assert not why(Conditions(**asked), running=True, **found)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("25:00-26:00", "time of day"),
+        ("02:00-02:60", "time of day"),
+        ("02:00-02:00", "no time"),
+        ("24:00-02:00", "no time"),
+        ("moo 02:00-03:00", "no day"),
+        ("2:00-3:00", "DAYS HH:MM"),
+        ("always", "DAYS HH:MM"),
+        ("mon - fri 02:00-03:00", "DAYS HH:MM"),
+    ],
+)
+def test_a_window_that_is_none_is_named(text: str, part: str) -> None:
+    with pytest.raises(ValueError, match=part):
+        parse_window(text)
+
+
+def test_hours_in_the_nights_when_clocks_are_changed() -> None:
+    asked = Conditions(windows=["02:15-02:45"])
+    # 29 March 2026: 02:00 to 03:00 does not happen, so the next is Monday's
+    wait = decide(asked, Readings(berlin), at("2026-03-29T01:00"), running=False)
+    assert wait is not None
+    assert at("2026-03-29T01:00") + wait.retry_after_s == at("2026-03-30T02:15")
+    # 25 October 2026: it happens twice
+    first = at("2026-10-25T02:15")
+    assert not why(asked, now_s=first)
+    assert why(asked, now_s=first + 45 * 60)
+    assert not why(asked, now_s=first + 3600)
+
+
+times = st.integers(0, 24 * 60 - 1).map(lambda minute: f"{minute // 60:02}:{minute % 60:02}")
+windows = st.builds(
+    lambda days, start, end: f"{','.join(sorted(days))} {start}-{end}",
+    st.sets(st.sampled_from(DAYS), min_size=1),
+    times,
+    times,
+).filter(lambda text: text[-11:-6] != text[-5:])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(windows, min_size=1, max_size=3), st.integers(0, 366 * 86_400))
+def test_the_wait_ends_exactly_when_a_window_opens(texts: list[str], offset_s: int) -> None:
+    asked = Conditions(windows=texts)
+    now_s = at("2026-01-01T00:00") + offset_s
+    wait = decide(asked, Readings(berlin), now_s, running=False)
+    if wait is None or "within a week" in wait.detail:
+        return
+    assert not why(asked, now_s=now_s + wait.retry_after_s)
+    for part in range(1, 20):  # nowhere in between
+        local = berlin(now_s + wait.retry_after_s * part / 20 - 0.001)
+        assert not any(parse_window(text).holds(*local) for text in texts)
+
+
+def supply(sys: Path, name: str, **files: str) -> None:
+    folder = sys / "class/power_supply" / name
+    folder.mkdir(parents=True)
+    for file, text in files.items():
+        (folder / file).write_text(text + "\n")
+
+
+@pytest.mark.parametrize(
+    ("supplies", "expected"),
+    [
+        ({}, (None, False, None)),
+        ({"AC": {"type": "Mains", "online": "1"}}, (True, False, None)),
+        (
+            {"AC": {"type": "Mains", "online": "0"}, "BAT0": {"type": "Battery", "capacity": "40"}},
+            (False, True, 40),
+        ),
+        ({"BAT0": {"type": "Battery", "status": "Discharging", "capacity": "40"}}, (False, True, 40)),
+        ({"BAT0": {"type": "Battery", "status": "Charging", "capacity": "junk"}}, (True, True, None)),
+        ({"mouse": {"type": "Battery", "scope": "Device", "capacity": "5"}}, (None, False, None)),
+        (
+            {
+                "usb": {"type": "USB", "online": "1"},
+                "b1": {"type": "Battery", "capacity": "80"},
+                "b2": {"type": "Battery", "capacity": "30"},
+            },
+            (True, True, 30),
+        ),
+    ],
+)
+def test_power_supplies_are_read_as_the_kernel_shows_them(tmp_path: Path, supplies: dict, expected: tuple) -> None:
+    for name, files in supplies.items():
+        supply(tmp_path, name, **files)
+    power = readings.power(str(tmp_path))
+    assert (power.mains, power.battery, power.percent) == expected
+
+
+def test_the_hottest_zone_counts_and_a_broken_one_does_not(tmp_path: Path) -> None:
+    assert readings.temperature_c(str(tmp_path)) is None
+    for number, text in enumerate(("41000", "67500", "broken")):
+        folder = tmp_path / f"class/thermal/thermal_zone{number}"
+        folder.mkdir(parents=True)
+        (folder / "temp").write_text(text)
+    assert readings.temperature_c(str(tmp_path)) == 67.5
+
+
+@pytest.mark.parametrize(("text", "known"), [("yes\n", True), ("No", False), ("perhaps", None), (None, None)])
+def test_a_file_may_say_whether_the_network_is_metered(tmp_path: Path, text: str | None, known: bool | None) -> None:
+    file = tmp_path / "metered"
+    if text is not None:
+        file.write_text(text)
+    assert readings.Metered(Conditions(metered_file=str(file))).known is known
+
+
+def test_what_the_operator_says_of_the_network_is_believed() -> None:
+    assert readings.Metered(Conditions(metered="yes")).known is True
+    assert readings.Metered(Conditions(metered="no")).known is False
+
+
+@given(
+    st.integers(1, 1 << 24),
+    st.lists(st.tuples(st.integers(1, 1 << 16), st.floats(0, 5)), min_size=1, max_size=50),
+)
+def test_bytes_never_come_faster_than_allowed(rate: int, steps: list[tuple[int, float]]) -> None:
+    now_s = 100.0
+    bucket = Bucket(rate, now_s)
+    taken = 0
+    for count, idle_s in steps:
+        now_s += idle_s
+        taken += count
+        now_s += bucket.take(count, now_s)  # who obeys pauses before the next
+        assert taken <= rate * (now_s - 100.0 + BURST_S) * 1.0001 + 1
+
+
+def test_without_a_rate_nobody_pauses() -> None:
+    assert Bucket(0, 0.0).take(1 << 40, 0.0) == 0.0
