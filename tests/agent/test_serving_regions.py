@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.agent.serving_kit import until
+from wherry_agent.serving import peers
 from wherry_agent.serving import regions as module
 from wherry_agent.serving.buffers import Buffers, aligned_start, fresh
-from wherry_agent.serving.peers import user_of, user_of_tcp
+from wherry_agent.serving.peers import user_of
 from wherry_agent.serving.regions import Regions
 from wherry_shared.engines import BadInput
 
@@ -133,16 +135,29 @@ def test_regions_are_bounded_in_number_and_bytes(shared: Regions, monkeypatch):
             shared.register(name, "a", 0, 1, ME)
 
 
-def test_the_system_says_who_is_on_the_other_end(tmp_path: Path):
+def test_the_system_says_who_is_on_the_other_end():
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
         accepted, _ = server.accept()
         with accepted:
             assert user_of(accepted) == ME
-            assert user_of_tcp(client.getsockname()) == ME
-            assert user_of_tcp(("127.0.0.1", 1)) is None
+            assert peers.user_of_tcp(client.getsockname(), ("127.0.0.1", 1)) is None
+            ends = client.getsockname(), client.getpeername()
+            until(lambda: peers._listed(*ends) == ME, "the table has it too")
     ours, theirs = socket.socketpair()
     with ours, theirs:
         assert user_of(ours) == ME
+
+
+def test_the_table_is_read_where_the_kernel_cannot_be_asked(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(peers, "_asked", lambda *_: None)
+    monkeypatch.setattr(peers, "_TABLE", tmp_path / "tcp")
+    assert peers.user_of_tcp(("127.0.0.1", 1), ("127.0.0.1", 2)) is None
+    (tmp_path / "tcp").write_text(
+        "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
+        f"   0: {peers._entry(('127.0.0.1', 1))} {peers._entry(('127.0.0.1', 2))} 01 00000000:00000000 00:00000000 "
+        "00000000  1000        0 4026\n"
+    )
+    assert peers.user_of_tcp(("127.0.0.1", 1), ("127.0.0.1", 2)) == 1000
 
 
 def test_a_buffer_is_used_again_only_when_nobody_holds_a_part_of_it():

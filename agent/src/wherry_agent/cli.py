@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", parents=[common, server], help="run the agent, enrolling first if needed")
     run.add_argument("--http-port", metavar="P", type=int, help="loopback port for inference (8500; 0: any free one)")
+    run.add_argument("--grpc-port", metavar="P", type=int, help="loopback port for gRPC (0: off); needs the extra")
     run.add_argument("--engines", metavar="A,B", help="use only these engines")
     run.add_argument("--mirror", metavar="URL", action="append", default=[], help="try blobs here first; repeatable")
     run.add_argument("--log-level", choices=["debug", "info", "warning", "error"])
@@ -66,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 def _settings(arguments: argparse.Namespace) -> settings.Settings:
     flags: dict[str, Any] = {
         name: value
-        for name in ("home", "server", "token", "name", "http_port", "log_level")
+        for name in ("home", "server", "token", "name", "http_port", "grpc_port", "log_level")
         if (value := getattr(arguments, name, None)) is not None
     }
     if getattr(arguments, "label", None):
@@ -157,6 +159,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
     path_fits = len(str(home / "run" / "handle.sock")) < 108
     checks.append(("sockets", path_fits, "paths fit" if path_fits else "the home's path is too long for unix sockets"))
     checks.append(("system", sys.platform == "linux", sys.platform))
+    if chosen.grpc_port:
+        checks.append(("grpc", *_grpc(chosen.grpc_port)))
     known = identity.load(home)
     checks.append(("identity", known is not None, known.device if known is not None else "not enrolled yet"))
     if known is not None:
@@ -170,6 +174,16 @@ def _doctor(arguments: argparse.Namespace) -> int:
         for check, ok, detail in checks:
             print(f"{'ok ' if ok else 'BAD'} {check:<9} {detail}")
     return 0 if all(ok for check, ok, _ in checks if check != "identity") else 1
+
+
+def _grpc(port: int) -> tuple[bool, str]:
+    """Say whether gRPC can be served, and what it cannot do: the one interface that a new worker process interrupts."""
+    if any(find_spec(name) is None for name in ("grpc", "google.protobuf")):
+        return False, "its packages are missing: install wherry-agent[grpc]"
+    return True, (
+        f"127.0.0.1:{port}; swaps fail no call, but a change of the worker process (engine change, crash) breaks its"
+        " connections: clients try again"
+    )
 
 
 def _answers(home: Path, server: str, tuf_path: str) -> tuple[bool, str]:

@@ -328,6 +328,7 @@ class Daemon:
             on_death=lambda detail, ordered: self._queue.put(lambda: self._worker_died(detail, ordered=ordered)),
             on_gone=lambda pid: self._queue.put(lambda: self._worker_gone(pid)),
             memory_reserve_bytes=self._settings.memory_reserve_mb * MIB,
+            grpc_port=self._settings.grpc_port,
         )
         self._handles = HandleServer(
             self._home / "run" / "handle.sock",
@@ -1056,6 +1057,7 @@ class Daemon:
             "server": self._server,
             "connected": self._link.way,
             "http": f"http://127.0.0.1:{self.http_port}",
+            "grpc": f"127.0.0.1:{self._settings.grpc_port}" if self._settings.grpc_port else "",
             "worker_pid": self._worker.pid,
             "engines": [f"{e.name} {e.version}" for e in self._facts.engines] if self._facts is not None else [],
             "process": readings.process(),

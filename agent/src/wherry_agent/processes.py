@@ -285,6 +285,7 @@ class WorkerProcess:
         on_death: Callable[[str, bool], None],
         on_gone: Callable[[int], None],
         memory_reserve_bytes: int,
+        grpc_port: int = 0,
         argv: Sequence[str] | None = None,
         available_bytes: Callable[[], int] = lambda: readings.memory_bytes("MemAvailable"),
     ) -> None:
@@ -296,6 +297,7 @@ class WorkerProcess:
             on_death: gets how the worker ended that was to go on, and whether `restart` ended it.
             on_gone: gets the process id of every worker that answered and has ended, after its last event.
             memory_reserve_bytes: what a second worker leaves free.
+            grpc_port: loopback port that each worker opens for gRPC when it can have it; 0: none.
             argv: another command line.
             available_bytes: memory of this machine for new processes.
         """
@@ -305,6 +307,7 @@ class WorkerProcess:
         self._on_gone = on_gone
         self._argv = list(argv or command("wherry_agent.workers"))
         self._reserve = memory_reserve_bytes
+        self._grpc_port = grpc_port
         self._available_bytes = available_bytes
         self._lock = threading.RLock()
         self._stopping = threading.Event()
@@ -462,6 +465,7 @@ class WorkerProcess:
                 "WHERRY_MEMORY_RESERVE_BYTES": str(self._reserve),
                 "WHERRY_PASS_FD": str(giving.fileno()),
                 "WHERRY_TAKE_FDS": ",".join(map(str, inherited)),
+                "WHERRY_GRPC_PORT": str(self._grpc_port),
             }
             child = subprocess.Popen(
                 self._argv,

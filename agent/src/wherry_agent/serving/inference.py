@@ -223,6 +223,18 @@ def as_declared(name: str, array: Array, datatype: str, view: View) -> Array:
     raise BadInput(f"input {name[:80]!r} is {datatype}, the model takes {wanted}")
 
 
+def classified(output: str, array: Array, count: int, view: View) -> Array:
+    """Return the `count` largest entries of an output, as the classification extension writes them.
+
+    Raises:
+        BadInput: the output has no order, or `count` is no number of classes.
+    """
+    if count < 0:
+        raise BadInput(f"output {output!r}: classification is {count}, expected a number of classes")
+    numbers = tensors.widen(array) if view.outputs[output] == "BF16" else array
+    return tensors.classify(numbers, count, view.labels[output])
+
+
 def check_id(request_id: str) -> str:
     """Return a request's id.
 

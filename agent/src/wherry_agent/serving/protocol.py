@@ -34,6 +34,7 @@ from wherry_agent.serving.inference import (
     View,
     as_declared,
     check_id,
+    classified,
     parameters_of,
 )
 from wherry_shared.bundle import TensorSpec
@@ -312,7 +313,7 @@ class Protocol:
             datatype = view.outputs[output]
             binary = said.binary_data_output if how.binary_data is None else how.binary_data
             if how.classification:
-                array, datatype = _classified(output, array, datatype, how.classification, view), "BYTES"  # noqa: PLW2901
+                array, datatype = classified(output, array, how.classification, view), "BYTES"  # noqa: PLW2901
             if how.shared_memory_region is not None:
                 region = self.inference.regions.get(how.shared_memory_region, _user(request))
                 part = tensors.to_bytes(array)
@@ -369,12 +370,6 @@ def _raw_input(specs: list[TensorSpec], body: bytes | memoryview) -> dict[str, A
     if free:
         shape[free[0]] = len(body) // max(1, count * dtype.itemsize)
     return {spec.name: tensors.from_bytes(spec.name, spec.datatype, shape, body)}
-
-
-def _classified(output: str, array: Array, datatype: str, count: int, view: View) -> Array:
-    if count < 0:
-        raise BadInput(f"output {output!r}: classification is {count}, expected a number of classes")
-    return tensors.classify(tensors.widen(array) if datatype == "BF16" else array, count, view.labels[output])
 
 
 def _user(request: Request) -> int | None:

@@ -84,7 +84,7 @@ def from_bytes(name: str, datatype: str, shape: Sequence[int], data: bytes | mem
     """
     dtype, count = check_shape(name, datatype, shape)
     if dtype.kind == "O":
-        return _texts(name, shape, count, data)
+        return from_texts(name, shape, _split(name, count, data))
     if len(data) != count * dtype.itemsize:
         raise BadInput(
             f"input {name[:80]!r} has {len(data)} bytes of raw data, "
@@ -151,11 +151,27 @@ def classify(array: Array, count: int, labels: Sequence[str] | None) -> Array:
     return made.reshape(*array.shape[:-1], count)
 
 
-def _texts(name: str, shape: Sequence[int], count: int, data: bytes | memoryview) -> Array:
+def from_texts(name: str, shape: Sequence[int], elements: Sequence[bytes | memoryview]) -> Array:
+    """Return BYTES elements as the array that engines take; there are as many as `shape` says.
+
+    Raises:
+        BadInput: one of them is not UTF-8.
+    """
+    made = np.empty(len(elements), np.object_)
+    for index, element in enumerate(elements):
+        try:
+            made[index] = str(element, "utf-8")
+        except UnicodeDecodeError as error:
+            raise BadInput(f"input {name[:80]!r}: element {index} is not UTF-8, which BYTES has to be here") from error
+    return made.reshape(shape)
+
+
+def _split(name: str, count: int, data: bytes | memoryview) -> list[memoryview]:
+    """Return length-prefixed elements."""
     view = memoryview(data)
     if len(view) < 4 * count:  # before anything of that size is made
         raise BadInput(f"input {name[:80]!r} has {len(view)} bytes of raw data, too few for {count} elements")
-    made = np.empty(count, np.object_)
+    elements = []
     offset = 0
     for index in range(count):
         if offset + 4 > len(view):
@@ -164,14 +180,11 @@ def _texts(name: str, shape: Sequence[int], count: int, data: bytes | memoryview
         offset += 4
         if length > len(view) - offset:
             raise BadInput(f"input {name[:80]!r}: element {index} has {length} bytes, {len(view) - offset} follow")
-        try:
-            made[index] = str(view[offset : offset + length], "utf-8")
-        except UnicodeDecodeError as error:
-            raise BadInput(f"input {name[:80]!r}: element {index} is not UTF-8, which BYTES has to be here") from error
+        elements.append(view[offset : offset + length])
         offset += length
     if offset != len(view):
         raise BadInput(f"input {name[:80]!r}: {len(view) - offset} bytes follow its last element")
-    return made.reshape(shape)
+    return elements
 
 
 def _values(name: str, datatype: str, dtype: np.dtype[Any], data: msgspec.Raw) -> list[Any]:

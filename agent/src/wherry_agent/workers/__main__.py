@@ -3,6 +3,7 @@
 `WHERRY_CONTROL_FD` is the control channel, `WHERRY_LISTEN_FDS` the listening sockets (comma separated; TCP and unix),
 `WHERRY_MEMORY_RESERVE_BYTES` what a swap leaves free on this machine. `WHERRY_PASS_FD` is where open connections go when
 this worker makes way for another, `WHERRY_TAKE_FDS` where those of the workers before it come from.
+`WHERRY_GRPC_PORT` is a loopback port for gRPC; 0 or nothing leaves it off.
 """
 
 from __future__ import annotations
@@ -28,12 +29,18 @@ def main() -> int:
         )
         for end in pass_on:
             end.settimeout(PASS_SECONDS_MAX)
+        grpc_port = int(os.environ.get("WHERRY_GRPC_PORT") or 0)
         reserve = int(os.environ.get("WHERRY_MEMORY_RESERVE_BYTES", RESERVE_BYTES_DEFAULT))
     except (KeyError, ValueError, OSError) as error:
         print(f"error: a worker is started by the supervisor ({type(error).__name__}: {error})", file=sys.stderr)  # noqa: T201
         return 2
     worker = Worker(
-        control, listeners, reserve_bytes=reserve, pass_on=pass_on[0] if pass_on else None, take_over=take_over
+        control,
+        listeners,
+        reserve_bytes=reserve,
+        pass_on=pass_on[0] if pass_on else None,
+        take_over=take_over,
+        grpc_port=grpc_port,
     )
     worker.run()
     return 0

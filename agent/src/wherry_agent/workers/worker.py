@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -40,6 +41,9 @@ from wherry_shared import golden, reasons
 from wherry_shared.engines.errors import EngineFault
 from wherry_shared.errors import WherryError
 
+if TYPE_CHECKING:
+    from wherry_agent.serving.grpc_server import GrpcServer
+
 log = logging.getLogger(__name__)
 
 COMMAND_BYTES_MAX = 16 * 1024 * 1024
@@ -47,6 +51,8 @@ COMMAND_BYTES_MAX = 16 * 1024 * 1024
 STATS_SECONDS = 1.0
 STATS_SECONDS_MIN = 0.02
 DRAIN_SECONDS_MAX = 10.0
+GRPC_GRACE_SECONDS = 5.0
+"""Calls over gRPC that take longer end with the worker."""
 
 _commands: msgspec.json.Decoder[WorkerCommand] = msgspec.json.Decoder(WorkerCommand)
 
@@ -62,6 +68,7 @@ class Worker:
         reserve_bytes: int = memory.RESERVE_BYTES_DEFAULT,
         pass_on: socket.socket | None = None,
         take_over: Sequence[socket.socket] = (),
+        grpc_port: int = 0,
     ) -> None:
         self._control = control
         self._writer = LineWriter(control)
@@ -74,11 +81,12 @@ class Worker:
         self._flags = Flags()
         protocol = Protocol(self.registry, self._gate, self._helpers, self._flags)
         self._http = HttpServer(listeners, protocol, pass_on=pass_on, take_over=take_over)
+        self._grpc = _grpc(grpc_port, protocol) if grpc_port else None
         self._loader = Loader(
             self.registry,
             self.say,
             on_candidate_error=self._hurry,
-            on_first=self._http.start,
+            on_first=self._start,
             reserve_bytes=reserve_bytes,
         )
         self._ticker = threading.Thread(target=self._tell, name="stats", daemon=True)
@@ -108,6 +116,11 @@ class Worker:
             log.warning("an event could not be sent: %s", error)
 
     # -- inside ----------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._http.start()
+        if self._grpc is not None:
+            self._grpc.start()
 
     def _do(self, command: Serve | RunGolden) -> None:
         match command:
@@ -175,11 +188,23 @@ class Worker:
     def _stop(self, *, hand_over: bool) -> None:
         self._stopping = True
         self._loader.stop()
+        if self._grpc is not None:
+            self._grpc.stop(GRPC_GRACE_SECONDS)  # first, since the worker that follows waits for the port
         self._http.drain(time.monotonic() + DRAIN_SECONDS_MAX, pass_on=hand_over)
         self._hurry()
         self._ticker.join(STATS_SECONDS)
         self._send_stats()
         self._helpers.close()
+
+
+def _grpc(port: int, protocol: Protocol) -> GrpcServer | None:
+    """Return a gRPC server; without its packages REST is served all the same, and `wherry-agent doctor` says why."""
+    try:
+        from wherry_agent.serving.grpc_server import GrpcServer
+    except ImportError as error:
+        log.error("gRPC is not served: %s; install wherry-agent[grpc]", error)
+        return None
+    return GrpcServer(port, protocol.inference)
 
 
 def _parsed(line: bytes) -> WorkerCommand | None:

@@ -1,0 +1,423 @@
+"""The Open Inference Protocol, version 2, over gRPC: the extra `wherry-agent[grpc]`, imported only where it is on.
+
+gRPC opens its port itself and cannot take an inherited socket or connection. So what REST promises for a change of the
+worker process does not hold here: in-process swaps fail nothing, but at a hand-over or after a crash connections break,
+and the next worker takes the port as soon as it is free. `wherry-agent doctor` says so where gRPC is on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import numpy as np
+from google.protobuf import json_format
+
+from wherry_agent.answering.ask import Ask
+from wherry_agent.serving import tensors
+from wherry_agent.serving.buffers import fresh
+from wherry_agent.serving.inference import (
+    CUDA_REFUSED,
+    LOAD_REFUSED,
+    LOG_REFUSED,
+    TRACE_REFUSED,
+    Inference,
+    Refusal,
+    View,
+    as_declared,
+    check_id,
+    classified,
+    parameters_of,
+)
+from wherry_agent.serving.messages import SERVICE, message
+from wherry_agent.serving.peers import user_of_tcp
+from wherry_shared.engines.errors import BadInput, EngineFault
+from wherry_shared.engines.session import Array
+from wherry_shared.limits import REQUEST_BYTES_MAX, TENSORS_MAX
+
+log = logging.getLogger(__name__)
+
+HOST = "127.0.0.1"
+WORKERS_MAX = 24
+"""Calls at once; more wait. The run gate bounds how many of them run a model."""
+STREAMS_MAX = 16
+"""Open streams at once: each keeps one of the calls above."""
+HEADER_BYTES_MAX = 64 * 1024
+"""What a message may have beside its tensors."""
+BIND_SECONDS = 0.05
+"""Between two looks at a port that the worker before still holds."""
+
+_OPTIONS = [
+    ("grpc.so_reuseport", 0),  # two workers on one port would share its connections
+    ("grpc.max_receive_message_length", REQUEST_BYTES_MAX + HEADER_BYTES_MAX),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.http2.max_ping_strikes", 0),  # keep-alive pings of a local client are no attack
+    ("grpc.http2.min_ping_interval_without_data_ms", 0),
+]
+_CODES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    403: grpc.StatusCode.PERMISSION_DENIED,
+    404: grpc.StatusCode.NOT_FOUND,
+    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    500: grpc.StatusCode.INTERNAL,
+}
+_CONTENTS = {
+    "BOOL": "bool_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
+}
+"""Datatype → field of the typed contents; FP16 and BF16 have none."""
+_REFUSED = {
+    "RepositoryModelLoad": (403, LOAD_REFUSED),
+    "RepositoryModelUnload": (403, LOAD_REFUSED),
+    "CudaSharedMemoryStatus": (400, CUDA_REFUSED),
+    "CudaSharedMemoryRegister": (400, CUDA_REFUSED),
+    "CudaSharedMemoryUnregister": (400, CUDA_REFUSED),
+    "TraceSetting": (400, TRACE_REFUSED),
+    "LogSettings": (400, LOG_REFUSED),
+}
+
+_Response = message("ModelInferResponse")
+_StreamResponse = message("ModelStreamInferResponse")
+
+
+class GrpcServer:
+    """Answers on a loopback port, from when it is free."""
+
+    def __init__(self, port: int, inference: Inference) -> None:
+        self.port = port
+        self._calls = _Calls(inference, port)
+        self._lock = threading.Lock()
+        self._server: Any = None
+        self._stopped = threading.Event()
+
+    def start(self) -> None:
+        """Begin to answer as soon as the port can be had; returns at once."""
+        threading.Thread(target=self._bind, name="grpc-bind", daemon=True).start()
+
+    def stop(self, grace_s: float) -> None:
+        """Give the port back; wait at most so long for calls in flight."""
+        self._stopped.set()
+        with self._lock:
+            server = self._server
+        if server is not None:
+            server.stop(grace_s).wait()
+
+    def _bind(self) -> None:
+        waiting = False
+        while not self._stopped.is_set():
+            if _free(self.port) and self._serve():
+                log.info("gRPC on port %d", self.port)
+                return
+            if not waiting:
+                log.info("gRPC waits for port %d", self.port)
+                waiting = True
+            self._stopped.wait(BIND_SECONDS)
+
+    def _serve(self) -> bool:
+        pool = ThreadPoolExecutor(WORKERS_MAX, thread_name_prefix="grpc")
+        server = grpc.server(pool, options=_OPTIONS)
+        server.add_generic_rpc_handlers([self._calls.handlers()])
+        try:
+            server.add_insecure_port(f"{HOST}:{self.port}")
+        except RuntimeError:  # somebody was faster
+            pool.shutdown(wait=False)
+            return False
+        with self._lock:
+            if self._stopped.is_set():
+                return False
+            server.start()
+            self._server = server
+        return True
+
+
+def _free(port: int) -> bool:
+    """Tell whether a port can be bound: gRPC's own try would write an error to the log each time."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):  # it is taken
+            probe.bind((HOST, port))
+            probe.listen(1)  # binding alone succeeds beside a listener with the same option
+            return True
+    return False
+
+
+class _Calls:
+    """One method per call of the service."""
+
+    def __init__(self, inference: Inference, port: int) -> None:
+        self._inference = inference
+        self._port = port
+        self._streams = threading.BoundedSemaphore(STREAMS_MAX)
+
+    def handlers(self) -> Any:
+        """Return what gRPC routes calls by."""
+        asked = self._inference
+
+        def unary(name: str, call: Callable[[Any, Any], Any]) -> Any:
+            return grpc.unary_unary_rpc_method_handler(
+                _guarded(call), message(f"{name}Request").FromString, message(f"{name}Response").SerializeToString
+            )
+
+        def filled(name: str, make: Callable[[Any, Any], dict[str, Any]]) -> Any:
+            """Return a handler of a call whose answer is a description."""
+            kind = message(f"{name}Response")
+            return unary(name, lambda request, context: json_format.ParseDict(make(request, context), kind()))
+
+        methods = {
+            "ModelInfer": unary("ModelInfer", self._infer),
+            "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(
+                self._stream, message("ModelInferRequest").FromString, _StreamResponse.SerializeToString
+            ),
+            "ServerLive": filled("ServerLive", lambda *_: {"live": True}),
+            "ServerReady": filled("ServerReady", lambda *_: {"ready": asked.server_ready()}),
+            "ModelReady": filled("ModelReady", lambda request, _: {"ready": self._ready(request)}),
+            "ServerMetadata": filled("ServerMetadata", lambda *_: asked.server_metadata()),
+            "ModelMetadata": filled("ModelMetadata", lambda request, _: asked.metadata(request.name, request.version)),
+            "ModelConfig": filled(
+                "ModelConfig", lambda request, _: {"config": asked.config(request.name, request.version)}
+            ),
+            "ModelStatistics": filled(
+                "ModelStatistics", lambda request, _: asked.statistics(request.name, request.version)
+            ),
+            "RepositoryIndex": filled(
+                "RepositoryIndex",
+                lambda request, _: {
+                    "models": [row for row in asked.index() if row["state"] == "READY" or not request.ready]
+                },
+            ),
+            "SystemSharedMemoryStatus": filled(
+                "SystemSharedMemoryStatus",
+                lambda request, context: {
+                    "regions": {row["name"]: row for row in asked.regions.status(request.name, self._user(context))}
+                },
+            ),
+            "SystemSharedMemoryRegister": filled("SystemSharedMemoryRegister", self._register),
+            "SystemSharedMemoryUnregister": filled("SystemSharedMemoryUnregister", self._unregister),
+        }
+        for name, (status, reason) in _REFUSED.items():
+            methods[name] = grpc.unary_unary_rpc_method_handler(_refusing(status, reason))
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+    def _user(self, context: Any) -> int | None:
+        """Return the user id of the client; None if the system does not say."""
+        kind, _, address = context.peer().partition(":")
+        host, _, port = address.rpartition(":")
+        if kind != "ipv4" or not port.isdigit():
+            return None
+        return user_of_tcp((host, int(port)), (HOST, self._port))
+
+    def _ready(self, request: Any) -> bool:
+        try:
+            return self._inference.model_ready(request.name, request.version)
+        except Refusal:
+            return False
+
+    def _register(self, request: Any, context: Any) -> dict[str, Any]:
+        self._inference.regions.register(
+            request.name, request.key, request.offset, request.byte_size, self._user(context)
+        )
+        return {}
+
+    def _unregister(self, request: Any, context: Any) -> dict[str, Any]:
+        self._inference.regions.unregister(request.name, self._user(context))
+        return {}
+
+    def _stream(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
+        if not self._streams.acquire(blocking=False):
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"no more than {STREAMS_MAX} streams at once")
+        try:
+            for request in requests:
+                try:
+                    yield _StreamResponse(infer_response=self._infer(request, context))
+                except Exception as error:  # the border of the process: a stream goes on after a refused request
+                    _, text = _told(error)
+                    failed = _StreamResponse(error_message=text)
+                    failed.infer_response.id = request.id
+                    failed.infer_response.model_name = request.model_name
+                    yield failed
+        finally:
+            self._streams.release()
+
+    def _infer(self, request: Any, context: Any) -> Any:
+        asked = self._inference
+        version = request.model_version
+        published, loaded = asked.find(request.model_name, version)
+        view = asked.view(loaded)
+        inputs, shared = self._inputs(request, view, context)
+        said = request.parameters
+        ask = Ask(
+            request_id=check_id(request.id),
+            sequence_id=_sequence(said),
+            sequence_start=_parameter(said, "sequence_start", bool, default=False),
+            sequence_end=_parameter(said, "sequence_end", bool, default=False),
+            unshared=not shared,
+        )
+        names = [output.name for output in request.outputs] or None
+        answer = asked.run(published, loaded if version else None, inputs, names, ask)
+        view = asked.view(answer.loaded)
+        response = _Response(model_name=request.model_name, model_version=view.version, id=request.id)
+        for name, value in parameters_of(view, answer).items():
+            _set(response.parameters, name, value)
+        if "triton_enable_empty_final_response" in said:  # one answer per request: each is the last
+            response.parameters["triton_final_response"].bool_param = True
+        self._fill(response, request, answer.outputs, view, context)
+        return response
+
+    def _inputs(self, request: Any, view: View, context: Any) -> tuple[dict[str, Array], bool]:
+        """Return the inputs, and whether the client can still change one of them."""
+        if len(request.inputs) > TENSORS_MAX:
+            raise BadInput(f"{len(request.inputs)} inputs, at most {TENSORS_MAX}")
+        inputs: dict[str, Array] = {}
+        any_shared = False
+        raw = iter(request.raw_input_contents)
+        is_raw = bool(request.raw_input_contents)
+        for tensor in request.inputs:
+            name = tensor.name
+            if name in inputs:
+                raise BadInput(f"input {name[:80]!r} is given twice")
+            if "shared_memory_region" in tensor.parameters:
+                region, offset, size = self._place(tensor.parameters, name, context)
+                data, shared = region.read(offset, size, fresh)
+                array = tensors.from_bytes(name, tensor.datatype, tensor.shape, data)
+                any_shared |= shared
+            elif not is_raw:
+                array = _typed(name, tensor)
+            elif tensor.HasField("contents") and tensor.contents.ByteSize():
+                raise BadInput(f"input {name[:80]!r} has contents beside raw_input_contents")
+            else:
+                found = next(raw, None)
+                if found is None:
+                    raise BadInput(f"raw_input_contents has no entry for input {name[:80]!r}")
+                array = tensors.from_bytes(name, tensor.datatype, tensor.shape, found)
+            inputs[name] = as_declared(name, array, tensor.datatype, view)
+        if next(raw, None) is not None:
+            raise BadInput("raw_input_contents has more entries than there are inputs")
+        return inputs, any_shared
+
+    def _fill(self, response: Any, request: Any, outputs: dict[str, Array], view: View, context: Any) -> None:
+        """Write outputs the way the inputs came: typed contents if those were, raw bytes otherwise."""
+        wanted = {output.name: output.parameters for output in request.outputs}
+        typed = not request.raw_input_contents and any(tensor.HasField("contents") for tensor in request.inputs)
+        typed = typed and all(view.outputs[name] in _CONTENTS for name in outputs)
+        for name, array in outputs.items():
+            datatype = view.outputs[name]
+            said = wanted.get(name, {})
+            count = _parameter(said, "classification", int, default=0)
+            if count:
+                array, datatype = classified(name, array, count, view), "BYTES"  # noqa: PLW2901
+            row = response.outputs.add(name=name, datatype=datatype, shape=array.shape)
+            if "shared_memory_region" in said:
+                region, offset, size = self._place(said, name, context)
+                part = tensors.to_bytes(array)
+                region.write(offset, size, part)
+                _set(row.parameters, "shared_memory_region", region.name)
+                _set(row.parameters, "shared_memory_offset", offset)
+                _set(row.parameters, "shared_memory_byte_size", len(part))
+            elif typed:
+                values = array.ravel().tolist()
+                if datatype == "BYTES":
+                    values = [value.encode() if isinstance(value, str) else value for value in values]
+                getattr(row.contents, _CONTENTS[datatype]).extend(values)
+            else:
+                response.raw_output_contents.append(bytes(tensors.to_bytes(array)))
+
+    def _place(self, said: Any, name: str, context: Any) -> tuple[Any, int, int]:
+        """Return region, offset and size of a tensor in shared memory."""
+        region = self._inference.regions.get(
+            _parameter(said, "shared_memory_region", str, default=""), self._user(context)
+        )
+        if "shared_memory_byte_size" not in said:
+            raise BadInput(f"tensor {name[:80]!r} is in shared memory: say its shared_memory_byte_size")
+        size = _parameter(said, "shared_memory_byte_size", int, default=0)
+        return region, _parameter(said, "shared_memory_offset", int, default=0), size
+
+
+def _guarded(call: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Turn what a call raises into its status."""
+
+    def run(request: Any, context: Any) -> Any:
+        try:
+            return call(request, context)
+        except Exception as error:  # the border of the process: a caller gets an answer, the log gets the trace
+            code, text = _told(error)
+        return context.abort(code, text)
+
+    return run
+
+
+def _told(error: Exception) -> tuple[Any, str]:
+    """Return the status of an error, and its message."""
+    if isinstance(error, BadInput):
+        return grpc.StatusCode.INVALID_ARGUMENT, error.message
+    if isinstance(error, Refusal):
+        return _CODES[error.status], error.message
+    if isinstance(error, EngineFault):
+        return grpc.StatusCode.INTERNAL, str(error)
+    log.error("a call over gRPC", exc_info=error)
+    return grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}"
+
+
+def _refusing(status: int, reason: str) -> Callable[[Any, Any], Any]:
+    return lambda _, context: context.abort(_CODES[status], reason)
+
+
+def _parameter(said: Any, name: str, kind: type[Any], *, default: Any) -> Any:
+    """Return a parameter of its type, or the default if it is absent.
+
+    Raises:
+        BadInput: it has another type.
+    """
+    if name not in said:
+        return default
+    choice = said[name].WhichOneof("parameter_choice")
+    value = getattr(said[name], choice) if choice else None
+    if type(value) is not kind:
+        raise BadInput(f"parameter {name} is {value!r}, expected {kind.__name__}")
+    return value
+
+
+def _sequence(said: Any) -> str:
+    if "sequence_id" not in said:
+        return ""
+    kind = str if said["sequence_id"].WhichOneof("parameter_choice") == "string_param" else int
+    value = _parameter(said, "sequence_id", kind, default="")
+    return check_id(str(value)) if value else ""
+
+
+def _set(parameters: Any, name: str, value: str | bool | int) -> None:
+    kind = {bool: "bool_param", int: "int64_param", str: "string_param"}[type(value)]
+    setattr(parameters[name], kind, value)
+
+
+def _typed(name: str, tensor: Any) -> Array:
+    """Return the array that typed contents hold."""
+    dtype, count = tensors.check_shape(name, tensor.datatype, tensor.shape)
+    field = _CONTENTS.get(tensor.datatype)
+    if field is None:
+        raise BadInput(f"input {name[:80]!r}: {tensor.datatype} travels in raw_input_contents only")
+    values = getattr(tensor.contents, field)
+    if len(values) != count:
+        raise BadInput(f"input {name[:80]!r} has {len(values)} values in {field}, its shape asks for {count}")
+    if tensor.datatype == "BYTES":
+        return tensors.from_texts(name, tensor.shape, values)
+    if dtype.kind in "ui" and count:
+        info = np.iinfo(dtype)
+        if min(values) < info.min or max(values) > info.max:
+            raise BadInput(f"input {name[:80]!r}: a value is out of the range of {tensor.datatype}")
+    return np.fromiter(values, dtype, count).reshape(tensor.shape)
