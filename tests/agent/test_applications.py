@@ -24,7 +24,7 @@ from wherry_agent.handle import Model
 from wherry_agent.openfeature import WherryProvider
 from wherry_server.settings import Settings
 from wherry_shared import wire
-from wherry_shared.bundle import Contract, Interface, Processing
+from wherry_shared.bundle import Contract, Interface, Operation, Processing
 from wherry_shared.digest import hex_of, of_file
 from wherry_shared.errors import RefusedError
 
@@ -38,6 +38,8 @@ def changed(kind: str, **fields: Any) -> Interface:
     return msgspec.structs.replace(SAME, **{kind: specs})
 
 
+BLUR = Processing(operations=[Operation(op="blur", version=1)])
+
 BREAKING: dict[str, tuple[dict[str, Any], str]] = {
     "input-name": ({"interface": changed("inputs", name="image")}, "inputs.x: gone"),
     "output-name": ({"interface": changed("outputs", name="scores")}, "outputs.y: gone"),
@@ -45,8 +47,9 @@ BREAKING: dict[str, tuple[dict[str, Any], str]] = {
     "shape": ({"interface": changed("outputs", shape=["n", 5])}, "outputs.y.shape[1]: was 4, now 5"),
     "labels": ({"interface": changed("outputs", labels=["d", "c", "b", "a"])}, "outputs.y.labels: changed"),
     "preprocess": ({"preprocess": Processing(id="bgr")}, "preprocess.id: was 'rgb', now 'bgr'"),
+    "operation": ({"preprocess": BLUR}, "preprocess.operations[0] (blur): there is no such operation here"),
 }
-"""Model → how its bundle breaks what the settings of the device say, and what is to be said about it."""
+"""Model → how its bundle breaks what the settings of the device say (or what it can do), and what is said about it."""
 
 
 FLAGS: dict[str, Any] = {"night-mode": True, "threshold": 0.25}
@@ -123,7 +126,10 @@ def check_that_breaking_bundles_are_refused_before_their_weights_by_the_fields_n
     store = device.home / "store" / "blobs" / "sha256"
     for name, (_, sentence) in BREAKING.items():
         report = shown["models"][name]["last_report"]
-        assert (report["reason"], sentence in report["detail"]) == ("contract_broken", True), report
+        assert (report["reason"], sentence in report["detail"]) == (
+            "unsupported" if name == "operation" else "contract_broken",
+            True,
+        ), report
         assert shown["contracts"][name]["by"] == "settings"
         assert (store / hex_of(offered[name].manifest)).exists(), "manifest and config were read"
         assert not list(store.glob(f"{hex_of(weights[name])}*")), "the weights were not asked for"

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -22,7 +23,7 @@ from wherry_optimizer.passes import Work, quantize_tflite
 from wherry_optimizer.precision import Precision, precision_of
 from wherry_optimizer.recipe import Hints, InputHint, OutputHint
 from wherry_optimizer.sources import locate
-from wherry_shared import golden
+from wherry_shared import golden, operations
 from wherry_shared.bundle import GOLDEN_TYPE, Bounds, Descriptor
 from wherry_shared.engines import load as open_session
 from wherry_shared.engines.canonical import Bound
@@ -302,6 +303,86 @@ def test_the_command_line_packs_and_inspects(tmp_path: Path) -> None:
     shown = run("inspect", str(tmp_path / "mine-1.0.0"))
     assert "FP32 [batch, 48]" in shown.stdout
     assert json.loads(run("inspect", "--json", str(tmp_path / "mine-1.0.0")).stdout)["config"]["model"] == "mine"
+
+
+PROCESSING = """
+[[preprocess.operations]]
+op = "normalise"
+mean = [1.0]
+std = [2.0]
+
+[postprocess]
+id = "best-v1"
+[[postprocess.operations]]
+op = "softmax"
+[[postprocess.operations]]
+op = "top_k"
+k = 2
+
+[interface.outputs.p]
+labels = ["a", "b", "c", "d", "e", "f"]
+"""
+
+
+def packed_with(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
+    (folder / "use.toml").write_text(text)
+    command = [
+        sys.executable,
+        "-m",
+        "wherry_optimizer.cli",
+        "pack",
+        str(classifier(folder / "m.onnx")),
+        "--name",
+        "mine",
+    ]
+    more = ["--version", "1.0.0", "--licence", "MIT", "--attribution", "me", "--processing", str(folder / "use.toml")]
+    return subprocess.run([*command, *more, "--output", str(folder)], capture_output=True, text=True, timeout=120)
+
+
+def test_declared_processing_goes_into_the_signed_config_and_inspect_shows_it(tmp_path: Path) -> None:
+    done = packed_with(tmp_path, PROCESSING)
+    assert done.returncode == 0, done.stderr
+    config = Layout(tmp_path / "mine-1.0.0").bundle()[2]
+    assert [operation.op for operation in config.postprocess.operations] == ["softmax", "top_k"]
+    assert config.postprocess.operations[1].parameters == {"k": 2}
+    assert config.postprocess.id == "best-v1"
+    assert (
+        config.preprocess.id == operations.named(msgspec.structs.replace(config.preprocess, id=""), "preprocess").id
+    ), "an id that is not given is made of what the chain does"
+    assert config.interface.outputs[0].labels == list("abcdef")
+    argv = [sys.executable, "-m", "wherry_optimizer.cli", "inspect", str(tmp_path / "mine-1.0.0")]
+    said = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "before  normalise 1: mean [1.0], std [2.0]" in said
+    assert "after   top_k 1: k 2" in said
+    assert "after   id best-v1" in said
+    again = repack(tmp_path / "mine-1.0.0", tmp_path, version="1.1.0", files={"float": tmp_path / "m.onnx"})
+    assert again.config.preprocess == config.preprocess
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('op = "softmax"', 'op = "blur"', "operation_unknown: postprocess.operations[0] (blur)"),
+        ("k = 2", 'k = "two"', "operation_invalid: postprocess.operations[1] (top_k)"),
+        ("k = 2", 'k = 2\ntensor = "q"', "tensor 'q' is not one of p"),
+        ("[postprocess]", "[postproces]", "processing_invalid"),
+        ('op = "softmax"', "opp = 1", "needs op"),
+        ("[[preprocess.operations]]", "[[preprocess.operations", "is not TOML"),
+    ],
+)
+def test_processing_that_cannot_be_is_refused_by_its_name(tmp_path: Path, old: str, new: str, said: str) -> None:
+    (tmp_path / "use.toml").write_text(PROCESSING.replace(old, new, 1))
+    with pytest.raises(RefusedError) as caught:
+        pack_model(
+            classifier(tmp_path / "m.onnx"),
+            name="mine",
+            version="1.0.0",
+            licence="MIT",
+            attribution="me",
+            output=tmp_path,
+            processing=tmp_path / "use.toml",
+        )
+    assert said in f"{caught.value.code}: {caught.value.message}"
 
 
 def test_the_command_line_tells_cause_consequence_and_next_step(tmp_path: Path) -> None:

@@ -52,6 +52,16 @@ def test_wrong_parameters_of_a_pass_are_refused_before_anything_is_built(
     assert said in caught.value.message
 
 
+def test_a_recipe_declares_processing_in_tables() -> None:
+    text = RECIPE + '\n[[preprocess.operations]]\nop = "normalise"\nscale = 2.0\n'
+    (operation,) = recipe.parse_recipe(text.encode()).preprocess.chain("preprocess").operations
+    assert (operation.op, operation.version, operation.parameters) == ("normalise", 1, {"scale": 2.0})
+    with pytest.raises(RefusedError) as caught:
+        recipe.parse_recipe(text.replace("scale", "skale").encode())
+    assert caught.value.code == "operation_invalid"
+    assert "skale" in caught.value.message
+
+
 @pytest.mark.parametrize("field", ["expression", "attribution"])
 def test_an_empty_licence_is_refused(field: str) -> None:
     lines = [f'{field} = " "' if line.startswith(field) else line for line in RECIPE.splitlines()]

@@ -14,7 +14,7 @@ from wherry_agent.courier_blobs import Blobs
 from wherry_agent.store import Store
 from wherry_agent.trust import Keeper, Policy, Session
 from wherry_shared import facts as device_facts
-from wherry_shared import ids, reasons
+from wherry_shared import ids, operations, reasons
 from wherry_shared.bundle import Config, Manifest, incompatibilities, parse_config, parse_manifest
 from wherry_shared.errors import RefusedError, UnreachableError
 from wherry_shared.image_layout import check_layers
@@ -108,7 +108,8 @@ def candidates(
     """Rank what fits this device; (candidates in order, what was passed over and why).
 
     Raises:
-        RefusedError: `bundle_invalid` (not what its target says), `contract_broken` or `no_variant`.
+        RefusedError: `bundle_invalid` (not what its target says), `contract_broken`, `unsupported` (an operation that is
+            not known here) or `no_variant`.
     """
     model, version = check_offered(task)
     if (config.model, config.version) != (model, version):
@@ -125,6 +126,7 @@ def candidates(
         )
         if broken:
             raise RefusedError(reasons.CONTRACT_BROKEN, "; ".join(broken))
+    _check_processing(config)
     try:
         facts = msgspec.convert(task.facts, device_facts.DeviceFacts)
     except msgspec.ValidationError as error:
@@ -147,6 +149,16 @@ def candidates(
         raise RefusedError(reasons.NO_VARIANT, f"no variant of {task.offered.target} fits this device: {why}")
     note(f"{task.offered.target}: {', '.join(item.variant.id for item in ranked)} fit")
     return [_candidate(task, manifest, config, store, item) for item in ranked], passed_over
+
+
+def _check_processing(config: Config) -> None:
+    """Refuse operations that an application's handle here could not run as the publisher means them."""
+    try:
+        operations.steps_of(config.preprocess, config.interface, "preprocess")
+        operations.steps_of(config.postprocess, config.interface, "postprocess")
+    except RefusedError as error:
+        code = reasons.UNSUPPORTED if error.code == "operation_unknown" else reasons.BUNDLE_INVALID
+        raise RefusedError(code, error.message) from error
 
 
 def _candidate(task: Resolve, manifest: Manifest, config: Config, store: Store, item: device_facts.Ranked) -> Candidate:

@@ -21,7 +21,7 @@ import socket as sockets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter_ns
 from types import TracebackType
@@ -41,6 +41,7 @@ from wherry_shared.engines.canonical import Bound
 from wherry_shared.engines.errors import BadInput, EngineFault
 from wherry_shared.engines.session import Array
 from wherry_shared.errors import RefusedError, UnreachableError, WherryError
+from wherry_shared.processing import Chain, Raw
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,8 @@ class Served:
     trial: str
     interface: Interface
     assets_path: str
+    processing: Chain = field(repr=False, compare=False)
+    """Its declared pre- and post-processing; `Model.predict` runs it."""
 
     @property
     def labels(self) -> dict[str, list[str]]:
@@ -100,6 +103,25 @@ class Answer(dict[str, Array]):
         answer.by = by
         answer.fallback = fallback
         return answer
+
+
+class Prediction(dict[str, Any]):
+    """Outputs after the bundle's post-processing: arrays, or `Choices` where an operation chooses."""
+
+    __slots__ = ("answer",)
+
+    answer: Answer
+    """The outputs as the model gave them."""
+
+    @property
+    def by(self) -> Served:
+        """The version that gave them, whose processing was applied."""
+        return self.answer.by
+
+    @property
+    def fallback(self) -> bool:
+        """Whether it stood in for another version."""
+        return self.answer.fallback
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +243,28 @@ class Model:
             return answer
         return self._run_on_trial(engaged, inputs, outputs)
 
+    def predict(self, raw: Raw) -> Prediction:
+        """Pre-process, run, and post-process as the bundle declares: all three by the version that answers.
+
+        Args:
+            raw: what the declared pre-processing begins with, such as a camera frame (H, W, C); without declared
+                pre-processing the input itself. One array where the interface has one input, else arrays by input name.
+
+        Raises:
+            BadInput: an operation, or the interface, does not allow it.
+            EngineFault: as `run`.
+            UnreachableError: as `run`.
+        """
+        engaged = self._engaged  # read once: a swap in the middle changes nothing
+        first = self._asked_first(engaged)
+        answer = self._answer(engaged, first.processing.before(raw), None)
+        if not answer.by.processing.begins_like(first.processing):
+            # another version stood in (or has this share of the requests), whose inputs are made otherwise
+            answer = self._again_by_incumbent(engaged, raw, fallback=answer.fallback)
+        prediction = Prediction(answer.by.processing.after(answer))
+        prediction.answer = answer
+        return prediction
+
     @property
     def served(self) -> Served:
         """The version that the next call asks first.
@@ -228,12 +272,15 @@ class Model:
         Raises:
             UnreachableError: `no_model`.
         """
-        match self._engaged:
-            case _InProcess() as engaged:
+        return self._asked_first(self._engaged)
+
+    def _asked_first(self, engaged: _Engaged | None) -> Served:
+        match engaged:
+            case _InProcess():
                 return engaged.served
-            case _Inline() as engaged:
+            case _Inline():
                 return engaged.served[id(engaged.published.active)]
-            case _Remote() as engaged:
+            case _Remote():
                 return engaged.candidate
         raise self._no_model()
 
@@ -306,6 +353,32 @@ class Model:
                 return Answer.of(answer.outputs, engaged.served[id(answer.loaded)], fallback=answer.fallback)
             case _Remote():
                 return self._ask_worker(engaged, inputs, outputs)
+        raise self._no_model()
+
+    def _answer(self, engaged: _Engaged | None, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> Answer:
+        """What `run` does, on a reference that was read before."""
+        if not isinstance(engaged, _InProcess):
+            return self._run_on_trial(engaged, inputs, outputs)
+        bucket = engaged.bound.check(inputs)
+        started = perf_counter_ns()
+        try:
+            results = engaged.bound.run_checked(inputs, outputs)
+        except EngineFault as fault:
+            engaged.counter.failed(str(fault), fallback=False)
+            raise
+        engaged.left_behind((bucket, perf_counter_ns() - started))
+        return Answer.of(results, engaged.served, fallback=False)
+
+    def _again_by_incumbent(self, engaged: _Engaged | None, raw: Raw, *, fallback: bool) -> Answer:
+        match engaged:
+            case _Inline(published=Published(incumbent=Loaded() as loaded)):
+                served = engaged.served[id(loaded)]
+                results = loaded.bound.run(served.processing.before(raw))
+                return Answer.of(results, served, fallback=fallback)
+            case _Remote(incumbent=_InProcess() as incumbent):
+                answer = self._by_incumbent(incumbent, incumbent.served.processing.before(raw), None)
+                answer.fallback = fallback
+                return answer
         raise self._no_model()
 
     def _ask_worker(self, engaged: _Remote, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> Answer:
@@ -568,6 +641,7 @@ def _served(loadable: Loadable, trial: str) -> Served:
         trial=trial,
         interface=loadable.interface,
         assets_path=loadable.assets_path,
+        processing=Chain(loadable.interface, loadable.preprocess, loadable.postprocess),
     )
 
 

@@ -70,6 +70,9 @@ def pack(
         str, typer.Option(help='Whose work it is, e.g. "Example Ltd"; else what the file says, else "not stated".')
     ] = "",
     source: Annotated[str, typer.Option(help="Where it comes from, e.g. an address.")] = "",
+    processing: Annotated[
+        Path | None, typer.Option(help="TOML: [preprocess], [postprocess], labels in [interface].")
+    ] = None,
     output: Output = Path(),
     as_json: AsJson = False,
 ) -> None:
@@ -86,6 +89,7 @@ def pack(
         attribution=attribution,
         source=source,
         inputs=inputs,
+        processing=processing,
     )
     if packed.config.licence.attribution == UNSTATED:
         err.print(

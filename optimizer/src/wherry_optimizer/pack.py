@@ -23,8 +23,8 @@ from wherry_optimizer.data.npz import read_arrays, split_samples
 from wherry_optimizer.golden import Chosen, Runnable, budget, select
 from wherry_optimizer.model import Model, author_of, load, read_onnx
 from wherry_optimizer.precision import FLOAT, precision_of
-from wherry_optimizer.recipe import Hints
-from wherry_shared import bundle, golden, limits
+from wherry_optimizer.recipe import Hints, ProcessingFile, read_processing
+from wherry_shared import bundle, golden, limits, operations
 from wherry_shared import licence as licences
 from wherry_shared.bundle import (
     Accuracy,
@@ -37,6 +37,7 @@ from wherry_shared.bundle import (
     Interface,
     Licence,
     Manifest,
+    Processing,
     Provenance,
     Variant,
 )
@@ -53,6 +54,7 @@ OPSET_OF_ORT_FLOOR = 21
 IR_OF_ORT_FLOOR = 10
 """onnxruntime 1.20 runs every model up to these; a newer one asks for the version it was built with."""
 TOOLS = ("wherry-optimizer", "onnx", "onnxruntime", "onnxslim", "ai-edge-quantizer", "ai-edge-litert", "numpy")
+NO_PROCESSING = Processing()
 UNSTATED = "not stated"
 """Attribution of a model whose file names nobody, packed by somebody who named nobody either."""
 SYNTHETIC_CANDIDATES = 12
@@ -100,6 +102,8 @@ def write_bundle(
     provenance: Provenance,
     engines: Sequence[EngineFacts],
     description: str = "",
+    preprocess: Processing = NO_PROCESSING,
+    postprocess: Processing = NO_PROCESSING,
     unseparated: Sequence[tuple[str, str]] = (),
 ) -> Packed:
     """Write a bundle to `output`/NAME-VERSION (or to `output`, if that is its name already).
@@ -107,11 +111,13 @@ def write_bundle(
     An older one of that name is replaced when the new one is whole; a folder that is no bundle is not touched.
 
     Raises:
-        RefusedError: `bad_name`, `bad_version`, `licence_missing`, `output_taken`, or `config_invalid` for values that
-            no reader would take.
+        RefusedError: `bad_name`, `bad_version`, `licence_missing`, `output_taken`, `operation_*`, or `config_invalid` for
+            values that no reader would take.
     """
     check_name(name, "name")
     parse_version(version)
+    operations.steps_of(preprocess, interface, "preprocess")
+    operations.steps_of(postprocess, interface, "postprocess")
     target = output if output.name == f"{name}-{version}" else output / f"{name}-{version}"
     if target.exists() and not (target / "oci-layout").is_file():
         raise RefusedError(
@@ -145,6 +151,8 @@ def write_bundle(
             licence=licence,
             provenance=provenance,
             description=description,
+            preprocess=operations.named(preprocess, "preprocess"),
+            postprocess=operations.named(postprocess, "postprocess"),
         )
         return _finish(writer, config, layers, target, unseparated)
     finally:
@@ -164,6 +172,7 @@ def pack_model(
     tensors: Mapping[str, str] | None = None,
     hints: Hints | None = None,
     description: str = "",
+    processing: Path | None = None,
     seed: int = 0,
 ) -> Packed:
     """Make a bundle of one model as it is, without labels.
@@ -182,6 +191,7 @@ def pack_model(
         tensors: canonical → native names.
         hints: ranges, labels and bounds that the file cannot say.
         description: free text.
+        processing: TOML with `[preprocess]`, `[postprocess]` and `[interface]`, as in a recipe; `hints` win over the last.
         seed: of synthetic vectors.
 
     Raises:
@@ -190,11 +200,12 @@ def pack_model(
     check_name(name, "name")
     parse_version(version)
     licences.check_known(licence)
+    said = read_processing(processing) if processing is not None else ProcessingFile()
     model = load(path)
     attribution = attribution.strip() or author_of(model) or UNSTATED
     precision = precision_of(model)
     key = "float" if precision.name == FLOAT else precision.name
-    fitted = interfaces.derive(path, model.format, tensors or {}, hints or Hints())
+    fitted = interfaces.derive(path, model.format, tensors or {}, hints or said.interface)
     candidates: list[dict[str, interfaces.Array]]
     if inputs is not None:
         candidates = split_samples(read_arrays(inputs), fitted.interface)
@@ -246,6 +257,8 @@ def pack_model(
             provenance=provenance({"source": model}, data={} if inputs is None else {"inputs": of_file(inputs)}),
             engines=engines,
             description=description,
+            preprocess=said.preprocess.chain("preprocess"),
+            postprocess=said.postprocess.chain("postprocess"),
         )
 
 
@@ -325,6 +338,8 @@ def repack(
         ),
         engines=engines,
         description=description or f"repacked from {old.version}",
+        preprocess=old.preprocess,
+        postprocess=old.postprocess,
     )
 
 

@@ -27,7 +27,7 @@ from wherry_optimizer.pack import Packed, Piece, engines_of, provenance, single_
 from wherry_optimizer.precision import precision_of
 from wherry_optimizer.recipe import LoadedRecipe, Recipe, VariantOf, convert_parameters, find_recipe, load_recipe
 from wherry_optimizer.sources import locate
-from wherry_shared import golden
+from wherry_shared import golden, operations
 from wherry_shared.bundle import Accuracy, EngineName, Format, Interface, Licence
 from wherry_shared.engines import probe
 from wherry_shared.errors import RefusedError, WherryError
@@ -140,6 +140,8 @@ class _Build:
             self.cache.engines = self.cache.engines or probe()
             engines = self.cache.engines
             interface, fits = self.fit(sources, files)
+            operations.steps_of(recipe.preprocess.chain("preprocess"), interface, "preprocess")
+            operations.steps_of(recipe.postprocess.chain("postprocess"), interface, "postprocess")
             dataset = data.load(recipe.data, interface, self.loaded.folder)
             interface = self.label(interface, dataset)
             fits = {key: replace(fitted, interface=interface) for key, fitted in fits.items()}
@@ -171,6 +173,8 @@ class _Build:
                 ),
                 engines=engines,
                 description=recipe.description,
+                preprocess=recipe.preprocess.chain("preprocess"),
+                postprocess=recipe.postprocess.chain("postprocess"),
                 unseparated=selection.unseparated,
             )
         self.say(f"packed {packed.path}")

@@ -13,11 +13,12 @@ from typing import Annotated, Any
 
 import msgspec
 
-from wherry_shared import digest, limits
-from wherry_shared.bundle import Bounds, EngineName
+from wherry_shared import digest, limits, operations
+from wherry_shared.bundle import Bounds, EngineName, Operation, Processing
 from wherry_shared.errors import RefusedError
 from wherry_shared.ids import check_name, parse_version
 from wherry_shared.licence import check_known
+from wherry_shared.operations import Stage
 
 FORMAT = 1
 RECIPE_BYTES_MAX = limits.MIB
@@ -138,6 +139,34 @@ class VariantOf(_Frozen, frozen=True, kw_only=True):
     options: dict[str, str | int | float | bool] = {}
 
 
+class ProcessingOf(_Frozen, frozen=True, kw_only=True):
+    """A chain of operations; `id` may be left out: it is then made of what they do."""
+
+    id: str = ""
+    operations: list[dict[str, Any]] = []
+    """Each has `op`, `version` (1 if it is left out), and the parameters of that operation."""
+
+    def chain(self, stage: Stage) -> Processing:
+        """Return the chain as the config holds it, checked as far as that goes without an interface.
+
+        Raises:
+            RefusedError: `operation_unknown` or `operation_invalid`.
+        """
+        rows = []
+        for index, row in enumerate(self.operations):
+            op, version = row.get("op"), row.get("version", 1)
+            if not isinstance(op, str) or isinstance(version, bool) or not isinstance(version, int):
+                raise RefusedError(
+                    "operation_invalid",
+                    f"{stage}.operations[{index}]: needs op, a name, and may have version, a number",
+                )
+            parameters = {key: value for key, value in row.items() if key not in ("op", "version")}
+            rows.append(Operation(op=op, version=version, parameters=parameters))
+        processing = Processing(id=self.id, operations=rows)
+        operations.check(processing, stage)
+        return processing
+
+
 class Recipe(_Frozen, frozen=True, kw_only=True):
     """A whole recipe."""
 
@@ -152,7 +181,18 @@ class Recipe(_Frozen, frozen=True, kw_only=True):
     gate: Gate = Gate()
     golden: GoldenOf = GoldenOf()
     measure: MeasureOf = MeasureOf()
+    preprocess: ProcessingOf = ProcessingOf()
+    postprocess: ProcessingOf = ProcessingOf()
+    """Declared operations, by which applications come from what they have to the inputs, and from outputs to choices."""
     variants: list[VariantOf]
+
+
+class ProcessingFile(_Frozen, frozen=True, kw_only=True):
+    """What `pack --processing` reads: the tables of a recipe that say how applications use a model."""
+
+    interface: Hints = Hints()
+    preprocess: ProcessingOf = ProcessingOf()
+    postprocess: ProcessingOf = ProcessingOf()
 
 
 class LoadedRecipe(msgspec.Struct, frozen=True, kw_only=True):
@@ -219,6 +259,25 @@ def parse_recipe(data: bytes) -> Recipe:
     return recipe
 
 
+def read_processing(path: Path) -> ProcessingFile:
+    """Read a file with the tables `[preprocess]`, `[postprocess]` and `[interface]` of a recipe.
+
+    Raises:
+        RefusedError: `processing_invalid` (naming the field), `operation_unknown` or `operation_invalid`.
+    """
+    try:
+        found = msgspec.toml.decode(path.read_bytes(), type=ProcessingFile)
+    except OSError as error:
+        raise RefusedError("processing_invalid", f"{path}: {error.strerror}") from error
+    except msgspec.ValidationError as error:
+        raise RefusedError("processing_invalid", f"{path}: {readable(str(error))}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
+        raise RefusedError("processing_invalid", f"{path} is not TOML: {error}") from error
+    found.preprocess.chain("preprocess")
+    found.postprocess.chain("postprocess")
+    return found
+
+
 def convert_parameters(raw: dict[str, Any], type_: type[msgspec.Struct], where: str) -> Any:
     """Make the typed parameters of a pass from a recipe's table.
 
@@ -260,6 +319,8 @@ def _check(recipe: Recipe) -> None:
         raise _invalid("sources: names no model file")
     if not 1 <= len(recipe.variants) <= limits.VARIANTS_MAX:
         raise _invalid(f"variants: has {len(recipe.variants)} entries, expected 1 to {limits.VARIANTS_MAX}")
+    recipe.preprocess.chain("preprocess")
+    recipe.postprocess.chain("postprocess")
     seen: set[str] = set()
     for index, variant in enumerate(recipe.variants):
         where = f"variants[{index}]"

@@ -10,7 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from wherry_optimizer.pipeline import BuildResult
-from wherry_shared.bundle import Config, TensorSpec, Variant
+from wherry_shared.bundle import Config, Operation, TensorSpec, Variant
+
+SHOWN_CHARS_MAX = 60
+"""Of one parameter of an operation; `--json` has it whole."""
 
 
 def table(config: Config) -> Table:
@@ -41,6 +44,9 @@ def details(config: Config) -> Group:
         lines += [f"{kind:<8}{spec.name}: {_tensor(spec)}" for spec in specs]
     for name, bounds in config.interface.dims.items():
         lines.append(f"dim     {name}: {bounds.minimum} to {bounds.maximum or 'any'}")
+    for stage, processing in (("before", config.preprocess), ("after", config.postprocess)):
+        lines += [f"{stage:<8}{_operation(operation)}" for operation in processing.operations]
+        lines += [f"{stage:<8}id {processing.id}"] if processing.id else []
     lines.append(f"licence {config.licence.expression}, {config.licence.attribution} ({config.licence.source})")
     for key, value in config.provenance.source_digests.items():
         lines.append(f"source  {key} {value}")
@@ -133,6 +139,16 @@ def _caption(config: Config) -> str:
         f"{accuracy.metric} on {accuracy.samples} held-back samples ± standard error; drop against the source, paired. "
         f"Data: {accuracy.data}. latency: median, and × the float variant of the same source, interleaved"
     )
+
+
+def _operation(operation: Operation) -> str:
+    parameters = ", ".join(f"{key} {_short(value)}" for key, value in operation.parameters.items())
+    return f"{operation.op} {operation.version}: {parameters}" if parameters else f"{operation.op} {operation.version}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= SHOWN_CHARS_MAX else f"{text[:SHOWN_CHARS_MAX]}…"
 
 
 def _tensor(spec: TensorSpec) -> str:
