@@ -19,7 +19,7 @@ REPORT = Path(__file__).parents[2] / "build" / "crash_points.json"
 SEED = "1"
 POINTS_MIN = 50
 """The sample has one step of each kind in each scenario."""
-WHOLE_POINTS_MIN = 1000
+WHOLE_POINTS_MIN = 900
 KINDS = {"create", "write", "fsync", "rename", "link", "fsync_folder", "unlink", "mkdir", "rmdir", "truncate"}
 
 

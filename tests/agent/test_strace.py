@@ -1,0 +1,142 @@
+"""No durable step exists outside the seam: what the system saw of a whole agent is what the seam recorded.
+
+A real `wherry-agent run` enrols, installs a version and goes back from a second one under strace; every call that changes
+names or syncs below its home, of any of its processes, has to be a step that `disk` recorded, but for a short list.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.agent.daemon_kit import Agent, site
+from tests.services import needs
+from tests.shared.engines import models
+from wherry_agent.disk import STEPS
+
+pytestmark = pytest.mark.services
+
+CALLS = (
+    "open,openat,creat,rename,renameat,renameat2,unlink,unlinkat,rmdir,mkdir,mkdirat,link,linkat,symlink,symlinkat,"
+    "truncate,ftruncate,fsync,fdatasync,sync_file_range,mknod,mknodat"
+)
+OUTSIDE = {
+    r"telemetry\.db(-wal|-shm|-journal)?": "SQLite; may lose whole windows",
+    r"run(/.*)?": "sockets and the lock of a running agent",
+    r"trust/\.lock": "a lock without content",
+    r"trust/\.scratch(/.*)?": "what python-tuf works on; synced and renamed through the seam",
+}
+"""Paths below the home whose changes need not go through the seam, and why a power cut may take them."""
+LINE = re.compile(r"(?P<call>\w+)\((?P<arguments>.*)\)\s+= (?P<result>-?\d+)")
+STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
+FD = re.compile(r"^\d+<([^>]*)>")
+
+
+class Traced(Agent):
+    """An agent under strace, whose steps are recorded."""
+
+    def start(self) -> subprocess.Popen[bytes]:
+        self.record = self.site.folder / f"{self.name}.steps"
+        trace = ["strace", "-ff", "-y", "--seccomp-bpf", "-f", "-e", f"trace={CALLS}", "-e", "signal=none"]
+        argv = [*trace, "-o", str(self.site.folder / f"{self.name}.trace"), "-E", f"{STEPS}=record:{self.record}"]
+        argv += [sys.executable, "-m", "wherry_agent.cli", "run", "--home", str(self.home), "--name", self.name]
+        argv += ["--http-port", str(self.port), "--server", self.site.url, "--token", self.site.enrolment]
+        with self.log.open("ab") as log:
+            self.child = subprocess.Popen(argv, stderr=log, stdout=log)
+        return self.child
+
+    def stop(self) -> int:
+        """End the agent itself: strace keeps signals to itself, and ends with what it traces."""
+        shown = self.status()
+        if shown["running"]:
+            os.kill(shown["pid"], signal.SIGTERM)
+        else:
+            self.child.kill()
+        return self.child.wait(60)
+
+    def seen(self) -> Iterator[tuple[str, Path]]:
+        """Yield (step, path) of every successful call of every process that changed something below the home."""
+        for trace in self.site.folder.glob(f"{self.name}.trace.*"):
+            for line in trace.read_text(errors="replace").splitlines():
+                match = LINE.search(line)
+                if match is not None and int(match["result"]) >= 0:
+                    yield from _steps(match["call"], match["arguments"])
+
+
+def _steps(call: str, arguments: str) -> Iterator[tuple[str, Path]]:
+    names = [Path(name) for name in STRING.findall(arguments)]
+    if call in ("open", "openat", "creat"):
+        if call == "creat" or re.search(r"O_CREAT|O_WRONLY|O_RDWR|O_TRUNC", arguments):
+            yield "open", names[0]
+    elif call.startswith("rename"):
+        yield "rename", names[-1]
+    elif call.startswith(("link", "symlink")):
+        yield call.removesuffix("at"), names[-1]
+    elif call == "rmdir" or (call == "unlinkat" and "AT_REMOVEDIR" in arguments):
+        yield "rmdir", names[0]
+    elif call.startswith("unlink"):
+        yield "unlink", names[0]
+    elif call.startswith(("mkdir", "mknod")):
+        yield call.removesuffix("at"), names[0]
+    elif call == "truncate":
+        yield "truncate", names[0]
+    else:  # of a descriptor, whose path strace adds
+        found = FD.match(arguments)
+        assert found is not None, arguments
+        yield {"ftruncate": "truncate", "fsync": "fsync"}.get(call, call), Path(found[1])
+
+
+def test_every_durable_step_of_a_whole_agent_goes_through_the_seam(tmp_path: Path, record_property) -> None:
+    needs("strace")
+    with site(tmp_path) as wherry:
+        old, new = models.scale(tmp_path / "old.onnx", 2.0), models.scale(tmp_path / "new.onnx", 3.0)
+        wherry.release("1.0.0", old)
+        wherry.release("2.0.0", new, spoil=True)
+        agent = Traced(wherry, "lamp")
+        try:
+            agent.until("it is enrolled", lambda shown: shown["engines"], deadline_s=120)
+            wherry.deploy("1.0.0", "lamp", trial_s=1)
+            agent.until_serves("1.0.0", deadline_s=120)
+            wherry.deploy("2.0.0", "lamp", trial_s=1)
+            agent.until("2.0.0 fails", lambda shown: shown["known_bad"], deadline_s=120)
+        finally:
+            agent.stop()
+    home = agent.home
+    steps = Counter(
+        (step, Path(path))
+        for role, step, path in (line.split(" ", 2) for line in agent.record.read_text().splitlines())
+        if role in ("supervisor", "courier")
+    )
+    recorded = Counter[tuple[str, Path]]()
+    for (step, path), count in steps.items():
+        recorded[{"fsync_folder": "fsync", "create": "open"}.get(step, step), path] += count
+    opened = {path for step, path in steps if step in ("create", "truncate")}
+    checked = Counter[str]()
+    strays: list[str] = []
+    for (step, path), count in Counter(agent.seen()).items():
+        if not path.is_relative_to(home):
+            continue
+        below = str(path.relative_to(home))
+        if any(re.fullmatch(pattern, below) for pattern in OUTSIDE) and not (step == "fsync" and ".scratch" in below):
+            continue
+        if (step, below) == ("fdatasync", "."):
+            continue  # SQLite, after it made its files
+        if step == "open":
+            if path not in opened:
+                strays.append(f"{step} {below} ×{count}")
+        elif recorded[step, path] != count:
+            strays.append(f"{step} {below}: seen {count}, recorded {recorded[step, path]}")
+        checked[step] += count
+    assert not strays, "\n".join(sorted(strays))
+    assert checked.keys() >= {"open", "rename", "link", "unlink", "mkdir", "rmdir", "fsync"}, checked
+    roles = {line.split(" ", 1)[0] for line in agent.record.read_text().splitlines()}
+    assert roles == {"supervisor", "courier"}
+    record_property("note", f"strace: {sum(checked.values())} calls below the home, every one a recorded step")
