@@ -77,7 +77,7 @@ def jobs(state: s.State) -> list[tuple[str, s.Job]]:
 @st.composite
 def events(draw: Any, state: s.State) -> s.Event:
     """An event that may fit the state, or be late, foreign or plainly wrong."""
-    kind = draw(st.integers(0, 15))
+    kind = draw(st.integers(0, 16))
     fitting = jobs(state)
     name, job = draw(st.sampled_from(fitting)) if fitting and draw(st.booleans()) else (draw(model), None)
     of_version = job.offered.target.split("/")[1] if job is not None and job.offered.target else draw(version)
@@ -120,6 +120,12 @@ def events(draw: Any, state: s.State) -> s.Event:
             return s.Acked("stream-1", draw(st.integers(0, 30)))
         case 14:
             return draw(st.sampled_from([s.Refreshed(trust(3)), s.RefreshFailed("network", "x"), s.Connected()]))
+        case 15:
+            engine = draw(st.sampled_from(["1.32.0", "1.33.0"]))
+            result = Judged(passed=True) if draw(st.booleans()) else Judged(passed=False, reason=draw(reason))
+            again = s.Rejudged(name, item.digest, engine, result)
+            moved = [s.HandedOver(), s.HandedOver("it died"), s.HandOverAsked("x")]
+            return draw(st.sampled_from([s.EnginesProbed({"onnxruntime": engine}), again, *moved]))
         case _:
             return s.Tick()
 
@@ -267,6 +273,11 @@ def honest(effect: s.Effect, state: s.State) -> list[s.Event]:
             return [s.CanaryDone(effect.model, item.manifest, effect.attempt, item.digest, Judged(passed=True))]
         case s.Serve():
             return [s.Served(one.name, one.active.digest, effect.revision, ok=True) for one in effect.models]
+        case s.Rejudge():
+            item = effect.candidate
+            return [s.Rejudged(effect.model, item.digest, item.engine_version, Judged(passed=True))]
+        case s.HandOver():
+            return [s.HandedOver()]
         case s.RunGolden():
             return [s.GoldenChecked(effect.model, effect.digest, effect.trial, passed=True)]
         case s.RestartWorker():

@@ -306,6 +306,8 @@ class Serving(_Message, tag="serving", frozen=True, kw_only=True):
     detail: str = ""
     incumbent_loaded: bool = False
     load_ms: float = 0.0
+    engine_version: str = ""
+    """Of the engine as this process has it in memory."""
 
 
 class GoldenDone(_Message, tag="golden_done", frozen=True, kw_only=True):

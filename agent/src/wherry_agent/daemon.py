@@ -71,6 +71,8 @@ HEARTBEAT_S = 300.0
 """Telemetry without windows is sent this often: memory, disk and temperature."""
 BALLAST_BYTES = 512 * 1024
 """A file that gives way when the disk is full, so that the journal can still be written."""
+ENGINES_EVERY_S = 3600.0
+"""How often it is looked whether an engine was replaced on disk; SIGHUP does it at once."""
 HELLO_EVERY_S = 600.0
 """A hello that nobody heard (the server was away, the broker was not) is made good by the next."""
 BACKLOG = 128
@@ -99,6 +101,8 @@ class Daemon:
         self._collect = False
         self._envelopes = Envelopes()
         self._facts: DeviceFacts | None = None
+        self._engines_seen = ""
+        """What was installed when the engines were probed last."""
         self._served: set[str] = set()
         self._etag = ""
         self._courier_until_us = 0
@@ -131,6 +135,8 @@ class Daemon:
         os.umask(0o077)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._queue.put(self._stop))
+        signal.signal(signal.SIGHUP, lambda *_: self._queue.put(self._look_again))
+        signal.signal(signal.SIGUSR1, lambda *_: self._queue.put(s.HandOverAsked("the operator asked for it")))
         effects = self._take_up()
         self._buffer = Buffer(self._home / "telemetry.db", self._settings.telemetry_mb * MIB)
         self._listen()
@@ -348,6 +354,7 @@ class Daemon:
     def _look_at_device(self) -> None:
         """Find out the facts in a thread: engines take seconds to probe, and what is installed serves meanwhile."""
         try:
+            self._engines_seen = readings.ask_installed_engines()
             found = readings.ask_facts(self._home, self._settings.engines, self._settings.labels)
         except DeviceError as error:
             log.error("%s", error.diagnostics())
@@ -358,10 +365,23 @@ class Daemon:
     def _look_again(self) -> None:
         threading.Thread(target=self._look_at_device, name="facts", daemon=True).start()
 
+    def _look_at_engines(self) -> None:
+        """Probe the engines again if what is installed is not what it was at the last probe."""
+        self._later("engines", ENGINES_EVERY_S * (1 + self._jitter), self._look_at_engines)
+
+        def ask() -> None:
+            installed = readings.ask_installed_engines()
+            if installed != self._engines_seen:
+                self._look_at_device()
+
+        threading.Thread(target=ask, name="facts", daemon=True).start()
+
     def _know(self, found: DeviceFacts) -> None:
         self._facts = found
         readings.give_back_memory()
         log.info("engines: %s", ", ".join(f"{e.name} {e.version}" for e in found.engines) or "none")
+        self._later("engines", ENGINES_EVERY_S * (1 + self._jitter), self._look_at_engines)
+        self._turn(s.EnginesProbed({engine.name: engine.version for engine in found.engines}))
         self._say_hello()
         self._next_trusting()
 
@@ -440,6 +460,11 @@ class Daemon:
             case s.RestartWorker():
                 log.warning("worker is restarted: %s", effect.why)
                 self._worker.restart()
+            case s.Rejudge():
+                self._rejudge(effect)
+            case s.HandOver():
+                log.info("another worker is to take over: %s", effect.why)
+                self._worker.hand_over(lambda trouble: self._queue.put(s.HandedOver(trouble)))
             case s.Refresh():
                 self._refresh()
             case s.SendReports():
@@ -645,6 +670,26 @@ class Daemon:
 
         self._shorts[effect.model] = canary(task, lambda result: self._queue.put(lambda: done(result)))
 
+    def _rejudge(self, effect: s.Rejudge) -> None:
+        """Let the canary run what serves, with the engine that is on disk now."""
+        task = children.Judge(
+            candidate=effect.candidate,
+            memory_bytes_max=self._settings.canary_memory_mb * MIB or readings.memory_bytes("MemAvailable") // 2,
+            seconds_max=effect.seconds_max,
+            latency_ratio_max=0,
+        )
+        loadable = effect.candidate
+        key = f"!rejudge {effect.model}"
+
+        def done(result: children.Judged) -> None:
+            self._shorts.pop(key, None)
+            log.info(
+                "%s with %s %s: %s", effect.model, loadable.engine, loadable.engine_version, result.reason or "good"
+            )
+            self._turn(s.Rejudged(effect.model, loadable.digest, loadable.engine_version, result))
+
+        self._shorts[key] = canary(task, lambda result: self._queue.put(lambda: done(result)))
+
     def _cancel(self, key: str) -> None:
         self._trusting = deque((name, run) for name, run in self._trusting if name != key)
         self._stop_download(key)
@@ -812,7 +857,10 @@ class Daemon:
                 if not event.ok:
                     log.warning("worker cannot serve %s: %s %s", event.model, event.reason, event.detail)
                 served = s.Served(event.model, event.digest, event.revision, event.ok, event.reason, event.detail)
-                self._turn(replace(served, incumbent_loaded=event.incumbent_loaded))
+                self._turn(
+                    replace(served, incumbent_loaded=event.incumbent_loaded, engine_version=event.engine_version)
+                )
+                self._compare_engine(event)
             case children.GoldenDone():
                 self._turn(
                     s.GoldenChecked(event.model, event.digest, event.trial, event.passed, event.detail, event.reason)
@@ -821,6 +869,15 @@ class Daemon:
                 self._look(event.arms, pid)
             case _:
                 assert_never(event)
+
+    def _compare_engine(self, event: children.Serving) -> None:
+        """A worker that started with another engine than the last probe found: look at once, not in an hour."""
+        active = next((one.active for one in machine.serving(self._state) if one.name == event.model), None)
+        if active is None or self._facts is None or not event.engine_version or not self._state.engines.barred:
+            return
+        found = self._facts.engine(active.engine)
+        if found is not None and found.version != event.engine_version:
+            self._look_again()
 
     def _worker_gone(self, pid: int) -> None:
         self._cut_windows()

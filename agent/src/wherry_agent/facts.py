@@ -62,8 +62,29 @@ def _os_name() -> str:
         return platform.system()
 
 
+def installed_engines() -> dict[str, str]:
+    """Return engine → version and time of installation, without importing any (which takes seconds)."""
+    from importlib import metadata
+
+    from wherry_shared.engines import ENGINES
+
+    found = {}
+    for name in ENGINES:
+        try:
+            distribution = metadata.distribution(name)
+            record = distribution.locate_file(f"{name.replace('-', '_')}-{distribution.version}.dist-info")
+            changed = Path(str(record)).stat().st_mtime_ns
+        except (metadata.PackageNotFoundError, OSError):
+            continue
+        found[name] = f"{distribution.version} {changed}"
+    return found
+
+
 def main() -> None:
-    """Print the facts of this device."""
+    """Print the facts of this device; with `--installed` only which engines lie on its disk."""
+    if sys.argv[1:] == ["--installed"]:
+        sys.stdout.buffer.write(msgspec.json.encode(installed_engines()) + b"\n")
+        return
     home = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("/")
     engines = [name for name in (sys.argv[2] if len(sys.argv) > 2 else "").split(",") if name]
     sys.stdout.buffer.write(msgspec.json.encode(gather(home, engines)) + b"\n")

@@ -49,6 +49,15 @@ NAMES: dict[type[Any], dict[str, str]] = {
         "crashes": "worker_crashes",
         "told": "worker_told",
         "contracts": "contracts",
+        "engines": "engines",
+    },
+    s.Engines: {
+        "installed": "installed",
+        "loaded": "in_worker",
+        "judging": "judging",
+        "handing_over": "handing_over",
+        "wanted": "hand_over_wanted",
+        "barred": "hand_over_barred",
     },
     s.Slot: {
         "incumbent": "incumbent",

@@ -31,7 +31,7 @@ from typing import assert_never
 
 import msgspec
 
-from wherry_agent import health
+from wherry_agent import health, upgrades
 from wherry_agent.children import Candidate
 from wherry_agent.contracts import broken_by
 from wherry_agent.state import (
@@ -48,10 +48,13 @@ from wherry_agent.state import (
     Declared,
     Declares,
     Effect,
+    EnginesProbed,
     Event,
     Fetched,
     Fetching,
     GoldenChecked,
+    HandedOver,
+    HandOverAsked,
     Idle,
     Job,
     Judging,
@@ -63,6 +66,7 @@ from wherry_agent.state import (
     Queued,
     Refreshed,
     RefreshFailed,
+    Rejudged,
     Resolved,
     Resolving,
     RestartWorker,
@@ -153,7 +157,9 @@ def step(state: State, event: Event, now: Now) -> tuple[State, tuple[Effect, ...
         case RefreshFailed():
             turn.refresh_failed(event.reason)
         case WorkerReady():
-            _tell(turn)
+            upgrades.started(turn)
+            if serving(turn.state) == serving(turn.before):
+                _tell(turn)
         case Acked():
             turn.acked(event)
         case Declares():
@@ -165,12 +171,22 @@ def step(state: State, event: Event, now: Now) -> tuple[State, tuple[Effect, ...
             for name in tuple(turn.state.models):
                 _slot_step(turn, name, event)
             _watch_worker(turn)
+            upgrades.watch(turn)
+        case EnginesProbed():
+            upgrades.probed(turn, event)
+        case Rejudged():
+            upgrades.rejudged(turn, event)
+        case HandOverAsked():
+            upgrades.asked(turn, event)
+        case HandedOver():
+            upgrades.handed_over(turn, event)
         case Resolved():
             if event.trust is not None:
                 turn.adopt_trust(event.trust)
             _slot_step(turn, event.model, event)
         case Served():
             _answered(turn, event)
+            upgrades.served(turn, event)
             _slot_step(turn, event.model, event)
         case Fetched() | TaskFailed() | CanaryDone() | Measured() | Condemned() | GoldenChecked():
             _slot_step(turn, event.model, event)
@@ -188,6 +204,7 @@ def resume(state: State, now: Now) -> tuple[State, tuple[Effect, ...]]:
     turn = Turn(state, now)
     turn.state = replace(turn.state, told=None)
     turn.resume_watch()
+    upgrades.resume(turn)
     for name, slot in tuple(turn.state.models.items()):
         phase = slot.phase
         match phase:
@@ -288,6 +305,7 @@ def next_deadline_ms(state: State, now: Now) -> int:
             left.append(limit - slot.phase.since.elapsed_ms(now))
     if state.told is not None:
         left.append(SERVE_MS - state.told.since.elapsed_ms(now))
+    left += upgrades.deadlines_ms(state.engines, now)
     left.append(_watch_ms(state.watch) - state.watch.since.elapsed_ms(now) if state.watch is not None else 0)
     return max(0, min(left))
 
@@ -974,7 +992,8 @@ def _incumbent_served(turn: Turn, name: str, slot: Slot, event: Served) -> None:
 
 
 def _settle(turn: Turn) -> tuple[State, tuple[Effect, ...]]:
-    """Compare what is with what should be: offer, queue, serving set, reports."""
+    """Compare what is with what should be: engines, offer, queue, serving set, reports."""
+    upgrades.settle(turn)
     offer = turn.state.offer
     if offer is not None and not turn.expired():
         for name, offered in offer.models.items():
@@ -991,7 +1010,7 @@ def _settle(turn: Turn) -> tuple[State, tuple[Effect, ...]]:
 
 def _admit(turn: Turn) -> None:
     """One model at a time is swapped and tried, so that a crash has one suspect."""
-    if any(_occupies(slot.phase) for slot in turn.state.models.values()):
+    if any(_occupies(slot.phase) for slot in turn.state.models.values()) or turn.state.engines.handing_over is not None:
         return
     for name in sorted(turn.state.models):
         slot = turn.state.models[name]

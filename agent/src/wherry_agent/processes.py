@@ -252,6 +252,7 @@ class _Seat:
         """Its worker is, or was, the one that answers."""
         self.owes: set[str] = set()
         """Models that a worker about to take over has not answered for."""
+        self.answers: dict[str, Serving] = {}
         self.thread = threading.Thread(target=main, args=(self,), name="worker", daemon=True)
 
     @property
@@ -543,6 +544,7 @@ class WorkerProcess:
             if self._told is None or event.revision != self._told.revision:
                 return
             seat.owes.discard(event.model)
+            seat.answers[event.model] = event
             complete = not seat.owes
         if not event.ok:
             self._give_up(seat, f"the new worker cannot serve {event.model}: {event.reason} {event.detail}")
@@ -560,6 +562,8 @@ class WorkerProcess:
             self._after(STOP_S, old)
         log.info("worker %d takes over from %d", seat.pid, old.pid)
         self._write(old, Stop(hand_over=True))
+        for answer in seat.answers.values():
+            self._on_event(answer, seat.pid)
         if finished is not None:
             finished("")
 

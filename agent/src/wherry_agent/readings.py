@@ -52,6 +52,15 @@ def ask_facts(home: Path, engines: list[str], labels: dict[str, str]) -> DeviceF
     return msgspec.structs.replace(facts, labels=labels)
 
 
+def ask_installed_engines() -> str:
+    """Return what changes when an engine is installed, replaced or removed; empty if it cannot be found out."""
+    argv = [sys.executable, "-m", "wherry_agent.facts", "--installed"]
+    try:
+        return subprocess.run(argv, stdout=subprocess.PIPE, timeout=PROBE_SECONDS_MAX, check=True, text=True).stdout
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return ""  # the probe, which imports them, is asked instead
+
+
 def use_one_arena() -> None:
     """Let all threads of this process share one malloc arena, which saves a MB; to be called before there are any."""
     libc = ctypes.CDLL(None)

@@ -320,6 +320,23 @@ class Told:
 
 
 @dataclass(frozen=True, slots=True)
+class Engines:
+    """Which engines are on disk, which ones the worker has in memory, and what is done where they differ."""
+
+    installed: Mapping[str, str] = field(default_factory=dict)
+    """Engine → version, as a probe found it last."""
+    loaded: Mapping[str, str] = field(default_factory=dict)
+    """Engine → version, as the worker that answers said."""
+    judging: Mapping[str, Since] = field(default_factory=dict)
+    """Models whose confirmed version the canary runs with an engine that it was not proved with."""
+    handing_over: Since | None = None
+    wanted: str = ""
+    """Why another worker is to take over, beside what the versions say."""
+    barred: bool = False
+    """Since the last probe a hand-over was made or came to nothing; the next probe allows another."""
+
+
+@dataclass(frozen=True, slots=True)
 class State:
     """All that a device must not forget; one journal record."""
 
@@ -343,6 +360,7 @@ class State:
     told: Told | None = None
     contracts: Mapping[str, Declared] = field(default_factory=dict)
     """Declared contracts by model, also of models that are not here yet."""
+    engines: Engines = Engines()
 
 
 # --- events --------------------------------------------------------------------------------------
@@ -430,6 +448,37 @@ class CanaryDone:
 
 
 @dataclass(frozen=True, slots=True)
+class EnginesProbed:
+    """These engines ran a model on this device just now: engine → version."""
+
+    installed: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Rejudged:
+    """The canary's verdict on a confirmed version, run with an engine that was installed after it was confirmed."""
+
+    model: str
+    digest: str
+    engine_version: str
+    result: Judged
+
+
+@dataclass(frozen=True, slots=True)
+class HandOverAsked:
+    """The operator wants another worker process."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class HandedOver:
+    """Another worker answers now; or, where `trouble` says why, the same one as before."""
+
+    trouble: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerReady:
     """A new worker process listens and serves nothing yet."""
 
@@ -454,6 +503,8 @@ class Served:
     detail: str = ""
     incumbent_loaded: bool = True
     """Whether the incumbent of a trial is in memory beside the candidate."""
+    engine_version: str = ""
+    """Of the engine that the worker runs it with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -507,7 +558,18 @@ class Acked:
     seq: int
 
 
-DeviceEvent = Offered | Refreshed | RefreshFailed | WorkerReady | Acked | Declares
+DeviceEvent = (
+    Offered
+    | Refreshed
+    | RefreshFailed
+    | WorkerReady
+    | Acked
+    | Declares
+    | EnginesProbed
+    | Rejudged
+    | HandOverAsked
+    | HandedOver
+)
 SlotEvent = (
     Resolved
     | Fetched
@@ -594,6 +656,22 @@ class RestartWorker:
 
 
 @dataclass(frozen=True, slots=True)
+class Rejudge:
+    """Start a canary for a confirmed version, with the engine that is on disk now. Answer: `Rejudged`."""
+
+    model: str
+    candidate: Loadable
+    seconds_max: int
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """Start another worker process, and let it take over when it serves everything. Answer: `HandedOver`."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Refresh:
     """Start the courier: refresh trust. Answers: `Refreshed`, `RefreshFailed`."""
 
@@ -610,4 +688,17 @@ class Collect:
     keep: tuple[Loadable, ...]
 
 
-Effect = Resolve | Fetch | Judge | Cancel | Serve | RunGolden | RestartWorker | Refresh | SendReports | Collect
+Effect = (
+    Resolve
+    | Fetch
+    | Judge
+    | Rejudge
+    | Cancel
+    | Serve
+    | RunGolden
+    | RestartWorker
+    | HandOver
+    | Refresh
+    | SendReports
+    | Collect
+)

@@ -429,12 +429,21 @@ class Turn:
         """End a job that cannot be done here, before anything was tried."""
         self._ended(name, slot, job)
         self.report(name, "refused", job=job, reason=reason, detail=detail)
+        self._safe_again(name, job, reason, detail)
 
     def fail(self, name: str, slot: Slot, job: Job, reason: str, detail: str) -> None:
         """End a job of which no variant is left."""
         self._ended(name, slot, job)
         self.report(name, "failed", job=job, reason=reason, detail=detail)
+        self._safe_again(name, job, reason, detail)
         self.effects.append(Collect(kept(self.state)))
+
+    def _safe_again(self, name: str, job: Job, reason: str, detail: str) -> None:
+        """A model that once served here and has nothing left is safe, also when the way out of that came to nothing."""
+        slot = self.state.models[name]
+        if slot.incumbent is None and slot.contract is not None and isinstance(slot.phase, Idle):
+            self.put(name, replace(slot, phase=Safe(reason, detail[:REPORT_DETAIL_CHARS_MAX])))
+            self.report(name, "safe", job=job, reason=reason, detail=detail)
 
     def _ended(self, name: str, slot: Slot, job: Job) -> None:
         ends = (*slot.ends, end_of(job.offered))[-ENDS_MAX:]
@@ -551,7 +560,8 @@ class Turn:
     def give_up(self, name: str, slot: Slot, reason: str, detail: str) -> None:
         """The confirmed version does not work any more: the last known good one, or the safe state.
 
-        If only its file was altered on this disk, its attempt is not over: an offer that names it brings it again.
+        If only its file was altered on this disk, or its engine was replaced, its attempt is not over: an offer that
+        names it brings it again, or another variant.
         """
         incumbent = slot.incumbent
         assert incumbent is not None
@@ -560,7 +570,7 @@ class Turn:
             self.effects.append(Cancel(name))
         job = Job(incumbent.offered, self.state.offer.serial if self.state.offer is not None else 0)
         ends = slot.ends
-        if reason not in reasons.ALTERED:
+        if reason not in reasons.ALTERED and reason != reasons.ENGINE_CHANGED:
             ends = (*ends, end_of(incumbent.offered))[-ENDS_MAX:]
         detail = detail[:REPORT_DETAIL_CHARS_MAX]
         back = slot.last_good

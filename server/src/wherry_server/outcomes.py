@@ -37,6 +37,7 @@ NEUTRAL = frozenset(
         reasons.DISK,
         reasons.NETWORK,
         reasons.DIGEST_MISMATCH,
+        reasons.ENGINE_CHANGED,
         reasons.TRUST_UNSIGNED,
         reasons.TRUST_EXPIRED,
         reasons.TRUST_ROLLBACK,

@@ -237,8 +237,18 @@ class Checkers:
                 for digest in self._needed(device):
                     if digest not in kept:
                         self.object("what may still serve is not collected", device, digest[:15])
+            case s.HandOver():
+                for name, slot in device.memory.models.items():
+                    incumbent = slot.incumbent
+                    if incumbent is not None:
+                        self._proved_by_engine(device, name, incumbent.loadable.digest)
             case _:
                 pass
+
+    def _proved_by_engine(self, device: Device, name: str, digest: str) -> None:
+        engine_version = device.hands.engine
+        if (digest, engine_version) not in device.hands.proved:
+            self.object("a worker takes over only with what its engines proved", device, f"{name}, {engine_version}")
 
     def _needed(self, device: Device) -> Iterable[str]:
         for slot in device.memory.models.values():
@@ -300,6 +310,10 @@ class Checkers:
             running = loadable.manifest if loadable is not None else ""
             about = record.about.get((name, desired.manifest, desired.attempt))
             why = _model_not_settled(desired, running, record.current.get(name), about)
+            if not why and loadable is not None and worker is not None:
+                engine_version = worker.engine_version
+                if device.world.engines_change and (loadable.digest, engine_version) not in device.hands.proved:
+                    why = f"serves {loadable.target} with engine {engine_version}, which never proved it"
             if why:
                 slot = device.memory.models.get(name)
                 return f"{name}: {why}, phase {type(slot.phase).__name__ if slot is not None else 'none'}"

@@ -35,6 +35,8 @@ RESEND_MS = 30_000
 POUR_MS = 5_000
 """Between two looks at the worker's counts while a candidate is on trial."""
 VERIFY_MS = 200
+PROBE_MS = 3_000
+PROBE_EVERY_MS = 3_600_000
 REPEAT_MS = 60_000
 """How much later a repeated answer may come."""
 WRONG_CLOCK_S = 10 * 365 * 86_400
@@ -60,6 +62,10 @@ class World(Protocol):
 
     agenda: Agenda[Callable[[], None]]
     requests_per_s: float
+
+    @property
+    def engines_change(self) -> bool:
+        """Whether engines are replaced in this world, so that devices look."""
 
     @property
     def watcher(self) -> Watcher:
@@ -136,6 +142,8 @@ class Device:
         if self._commit(before, None, after, effects):
             self._schedule(self.hands.start_worker())
             self._connect()
+            if self.world.engines_change:
+                self._later(PROBE_MS, self._probe_again)
 
     def crash(self, *, power: bool) -> None:
         """Lose memory, worker and children; the agent starts again after `boot_ms`."""
@@ -146,6 +154,16 @@ class Device:
         self.world.agenda.after(
             self.world.faults().boot_ms + self._random.randrange(2_000), lambda: self.boot(power=power)
         )
+
+    def probe(self) -> None:
+        """Find out which engine is there now."""
+        self.turn(s.EnginesProbed({"onnxruntime": self.hands.engine}))
+
+    def _probe_again(self) -> None:
+        life = self.life
+        self.probe()
+        if self.up and self.life == life:
+            self._later(PROBE_EVERY_MS, self._probe_again)
 
     def _unlucky(self, share: float) -> bool:
         """Draw a crash; True if the device is down now."""

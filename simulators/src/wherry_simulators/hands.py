@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from wherry_agent import state as s
-from wherry_agent.children import ArmStats, Judged, Serve, Trust
+from wherry_agent.children import ArmStats, Judged, Loadable, Serve, Trust
 from wherry_agent.children import RunGolden as RunGoldenCommand
 from wherry_shared import reasons
 from wherry_shared.clock import MICROSECONDS, Now
@@ -28,6 +28,7 @@ TRUST_LIFE_S = 86_400
 REFRESH_MS = 400
 GOLDEN_MS = 250
 SERVE_MS = 150
+HAND_OVER_MS = 1_500
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,12 @@ class Hands:
         """Digests of variants whose files are on disk, verified. Survives everything."""
         self.passed: set[str] = set()
         """Digests that a canary passed on this device, ever: the truth that checkers compare with."""
+        self.engine = models.ENGINE_VERSION
+        """What is on disk; a worker has in memory what was there when it started."""
+        self.proved: set[tuple[str, str]] = set()
+        """(digest, engine version) that a canary passed: the truth that checkers compare with."""
         self.worker: Worker | None = None
+        self._told: Serve | None = None
         self.process = 0
         """Number of the worker process."""
         self.ledger = Ledger()
@@ -108,10 +114,15 @@ class Hands:
         self._free_ms = 0
 
         def act() -> tuple[s.Event, ...]:
-            self.worker = Worker(self.device, self._behaviours, self._random, self.ledger)
+            self.worker = self._new_worker()
             return (s.WorkerReady(),)
 
         return Work(WORKER_START_MS, act, worker=self.process)
+
+    def _new_worker(self) -> Worker:
+        worker = Worker(self.device, self._behaviours, self._random, self.ledger)
+        worker.engine_version = self.engine
+        return worker
 
     def kill_worker(self, detail: str) -> tuple[s.Event, Work]:
         """End the worker; return the event that says so, and the start of the next one."""
@@ -146,10 +157,14 @@ class Hands:
                 return [self._fetch(effect, trouble)]
             case s.Judge():
                 return [self._judge(effect)]
+            case s.Rejudge():
+                return [self._rejudge(effect)]
+            case s.HandOver():
+                return [Work(self._about(HAND_OVER_MS), self._hand_over)]
             case s.Cancel(model):
                 return self._stop(model)
             case s.Serve(revision, wanted):
-                command = Serve(revision=revision, models=list(wanted))
+                command = self._told = Serve(revision=revision, models=list(wanted))
                 return self._tell(now, SERVE_MS, lambda worker: _served(worker, command), loads=bool(wanted))
             case s.RunGolden(model, digest, trial):
                 golden = RunGoldenCommand(model=model, digest=digest, trial=trial)
@@ -183,7 +198,7 @@ class Hands:
             failed = trouble or _own(behaviour.resolve, behaviour)
             if failed is not None:
                 return (_failed(model, offered.manifest, offered.attempt, "resolve", failed),)
-            found = models.candidates(behaviour, model, offered.target, offered.manifest)
+            found = models.candidates(behaviour, model, offered.target, offered.manifest, self.engine)
             over = VariantTried(
                 id="huge", digest=models.digest_of("huge"), outcome="misfit", why="needs 64 GiB of memory"
             )
@@ -224,13 +239,14 @@ class Hands:
             if loadable.digest not in self.store:
                 gone = Trouble(reasons.DISK, "the candidate's file is not there", None)
                 return (_failed(loadable.model, loadable.manifest, effect.attempt, "judge", gone),)
-            reason = behaviour.canary
+            reason = self._verdict(loadable)
             if not reason and ratio > effect.latency_ratio_max:
                 reason = reasons.HEALTH_LATENCY
             if not reason and 0 < effect.memory_bytes_max < behaviour.peak_memory_bytes:
                 reason = reasons.OVER_MEMORY
             if not reason:
                 self.passed.add(loadable.digest)
+                self.proved.add((loadable.digest, self.engine))
             result = Judged(
                 passed=not reason,
                 reason=reason,
@@ -246,6 +262,34 @@ class Hands:
 
         child = self._start(loadable.model)
         return Work(self._about(behaviour.canary_ms), act, model=loadable.model, child=child)
+
+    def _verdict(self, loadable: Loadable) -> str:
+        behaviour = self._behaviours.variant(self.device, loadable)
+        newer = self.engine != models.ENGINE_VERSION
+        return behaviour.canary or (behaviour.canary_newer if newer else "")
+
+    def _rejudge(self, effect: s.Rejudge) -> Work:
+        loadable = effect.candidate
+
+        def act() -> tuple[s.Event, ...]:
+            reason = self._verdict(loadable)
+            if not reason:
+                self.proved.add((loadable.digest, self.engine))
+            result = Judged(passed=not reason, reason=reason, detail="simulated canary" if reason else "")
+            return (s.Rejudged(effect.model, loadable.digest, loadable.engine_version, result),)
+
+        key = f"again {effect.model}"
+        behaviour = self._behaviours.variant(self.device, loadable)
+        return Work(self._about(behaviour.canary_ms), act, model=key, child=self._start(key))
+
+    def _hand_over(self) -> tuple[s.Event, ...]:
+        """Another worker process serves what this one was told last, and this one is gone."""
+        if self.worker is None or self._told is None:
+            return (s.HandedOver("there is no worker to take over from"),)
+        self.process += 1
+        self._free_ms = 0
+        self.worker = self._new_worker()
+        return (*_served(self.worker, self._told), s.HandedOver())
 
     def _refresh(self, now: Now, trouble: Trouble | None) -> Work:
         def act() -> tuple[s.Event, ...]:
@@ -332,6 +376,7 @@ def _served(worker: Worker, command: Serve) -> tuple[s.Event, ...]:
             reason=answer.reason,
             detail=answer.detail,
             incumbent_loaded=answer.incumbent_loaded,
+            engine_version=worker.engine_version,
         )
         for answer in worker.serve(command)
     )

@@ -35,6 +35,8 @@ class VariantBehaviour(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     id: str = "float"
     canary: str = ""
     """Verdict of the canary."""
+    canary_newer: str = ""
+    """Verdict of the canary with the newer engine, where a scenario replaces it."""
     load: str = ""
     """Reason for which the worker cannot load it although the canary could."""
     golden: bool = True
@@ -139,7 +141,7 @@ def _check(key: str, behaviour: Behaviour) -> None:
     known = {value for name, value in vars(reasons).items() if name.isupper() and isinstance(value, str)}
     codes = [behaviour.resolve, behaviour.fetch]
     for variant in behaviour.variants:
-        codes += [variant.canary, variant.load]
+        codes += [variant.canary, variant.canary_newer, variant.load]
         shares = (
             variant.agreement,
             variant.error_rate,
@@ -161,7 +163,13 @@ def digest_of(name: str) -> str:
     return "sha256:" + hashlib.sha256(name.encode()).hexdigest()
 
 
-def candidates(behaviour: Behaviour, model: str, target: str, manifest: str) -> list[Candidate]:
+ENGINE_VERSION = "1.32.0"
+NEWER_ENGINE_VERSION = "1.33.0"
+
+
+def candidates(
+    behaviour: Behaviour, model: str, target: str, manifest: str, engine_version: str = ENGINE_VERSION
+) -> list[Candidate]:
     """Return what a courier would answer to `Resolve`, best variant first."""
     found: list[Candidate] = []
     for variant in behaviour.variants:
@@ -173,7 +181,7 @@ def candidates(behaviour: Behaviour, model: str, target: str, manifest: str) -> 
             variant=variant.id,
             digest=blob,
             engine=variant.engine,
-            engine_version="1.32.0",
+            engine_version=engine_version,
             format="onnx",
             path=f"/simulated/{blob[7:]}",
             golden_path=f"/simulated/{blob[7:]}.golden",

@@ -392,6 +392,20 @@ ALL: tuple[Mutant, ...] = (
         _events(lambda _, event: replace(event, ok=True) if isinstance(event, s.Served) else event),
     ),
     Mutant(
+        "a version that a new engine breaks is taken for good",
+        _events(
+            lambda _, event: (
+                replace(event, result=msgspec.structs.replace(event.result, passed=True))
+                if isinstance(event, s.Rejudged)
+                else event
+            )
+        ),
+    ),
+    Mutant(
+        "a version that a new engine breaks serves with it",
+        _events(lambda _, event: None if isinstance(event, s.Rejudged) and not event.result.passed else event),
+    ),
+    Mutant(
         "files are collected while they may still serve",
         _effects(lambda _, effect: s.Collect(()) if isinstance(effect, s.Collect) else effect),
     ),

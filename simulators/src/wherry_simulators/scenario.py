@@ -69,5 +69,7 @@ class Scenario:
     offer_life_s: int = 7 * 86_400
     settle_ms: int = 12 * HOUR_MS
     """How long after the last fault and release everything may take to settle, without anybody's help."""
+    engine_at_ms: int = 0
+    """When the engine on every device is replaced by a newer one; 0: never."""
     restore_at_ms: int = 0
     """When the server is restored from a backup that is two offers old; 0: never."""

@@ -91,6 +91,7 @@ class Worker:
         self._arms: dict[str, _Arm] = {}
         """By digest of the loaded variant."""
         self._ledger = ledger
+        self.engine_version = models.ENGINE_VERSION
         self.told = False
         """Whether it was told what to serve yet."""
         self.well = True

@@ -23,7 +23,7 @@ from wherry_simulators.clock import Agenda
 from wherry_simulators.device import EPOCH_WALL_S, Device
 from wherry_simulators.faults import NONE, Faults
 from wherry_simulators.hands import Hands
-from wherry_simulators.models import Behaviours
+from wherry_simulators.models import NEWER_ENGINE_VERSION, Behaviours
 from wherry_simulators.network import Network
 from wherry_simulators.scenario import MODEL, Release, Scenario
 from wherry_simulators.server import Server
@@ -96,7 +96,7 @@ class World:
         self._waiting = sorted(scenario.releases, key=lambda release: release.at_ms)
         self._silent = False
         last_ms = self._waiting[-1].at_ms if self._waiting else 0
-        self._quiet_from_ms = max(scenario.faults.until_ms, last_ms, scenario.restore_at_ms)
+        self._quiet_from_ms = max(scenario.faults.until_ms, last_ms, scenario.restore_at_ms, scenario.engine_at_ms)
         self._end_ms = self._quiet_from_ms + scenario.settle_ms
         self._settled_turns = 0
         self._restored = scenario.restore_at_ms == 0
@@ -107,6 +107,8 @@ class World:
         for device in self.devices.values():
             self.agenda.at(self._random.randrange(START_SPREAD_MS), lambda one=device: one.boot(power=True))  # type: ignore[misc]
         self.agenda.at(0, self._turn)
+        if self.scenario.engine_at_ms:
+            self.agenda.at(self.scenario.engine_at_ms, self._replace_engines)
         collecting = gc.isenabled()
         gc.disable()  # frozen values make no cycles, and looking for some in ten thousand devices takes half of a run
         try:
@@ -117,6 +119,16 @@ class World:
         self._checkers.finish(self.devices.values())
         self._check_ends()
         return self._result(time.perf_counter() - began)
+
+    def _replace_engines(self) -> None:
+        for device in self.devices.values():
+            device.hands.engine = NEWER_ENGINE_VERSION
+            device.probe()
+
+    @property
+    def engines_change(self) -> bool:
+        """Whether engines are replaced in this world, so that devices look."""
+        return self.scenario.engine_at_ms > 0
 
     def _take_until_the_end(self) -> None:
         agenda = self.agenda

@@ -222,6 +222,7 @@ class Loader:
                 detail=one.detail,
                 incumbent_loaded=one.incumbent is not None,
                 load_ms=one.load_ms,
+                engine_version=one.active.bound.session.engine_version,
             )
             for one in unit.ready
         ]

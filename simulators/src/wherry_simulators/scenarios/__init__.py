@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from wherry_shared.errors import RefusedError
 from wherry_simulators.scenario import Scenario
-from wherry_simulators.scenarios import behaviours, modes, rollouts, trouble
+from wherry_simulators.scenarios import behaviours, engines, modes, rollouts, trouble
 
-ALL: tuple[Scenario, ...] = (*behaviours.TABLE, *modes.TABLE, *trouble.TABLE, *rollouts.TABLE)
+ALL: tuple[Scenario, ...] = (*behaviours.TABLE, *modes.TABLE, *trouble.TABLE, *rollouts.TABLE, *engines.TABLE)
 
 
 def find(name: str) -> Scenario:
