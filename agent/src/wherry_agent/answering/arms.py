@@ -154,17 +154,13 @@ class Counter:
 
     def answered(self, loaded: Loaded, bucket: int, engine_ns: int, wait_ns: int, outputs: Mapping[str, Array]) -> None:
         """Count a run that gave an answer."""
-        classes, confidences = self._top_classes(outputs)
+        found = self._top_classes(outputs) if self._labelled is not None else None
         with self._lock:
             self._requests += 1
             self._wait.add(wait_ns / 1000)
             self._add_latency(loaded, bucket, engine_ns)
-            for name, times in classes:
-                if name not in self._classes and len(self._classes) >= CLASSES_MAX:
-                    name = "other"  # noqa: PLW2901 - the histogram is bounded
-                self._classes[name] = self._classes.get(name, 0) + times
-            for value in confidences:
-                self._confidence.add(value)
+            if found is not None:
+                self._add_classes(*found)
             self._changes += 1
 
     def failed(self, error: str, *, fallback: bool) -> None:
@@ -258,6 +254,14 @@ class Counter:
             loaded.runs_to_leave_out -= 1
             return
         self._sketch(bucket).add(engine_ns / 1000)
+
+    def _add_classes(self, classes: list[tuple[str, int]], confidences: list[float]) -> None:
+        for name, times in classes:
+            if name not in self._classes and len(self._classes) >= CLASSES_MAX:
+                name = "other"  # noqa: PLW2901 - the histogram is bounded
+            self._classes[name] = self._classes.get(name, 0) + times
+        for value in confidences:
+            self._confidence.add(value)
 
     def _sketch(self, bucket: int) -> Sketch:
         sketch = self._latency.get(bucket)
