@@ -29,9 +29,11 @@ from typing import Any, Self
 
 from wherry_agent import handle_messages as messages
 from wherry_agent.answering.arms import RUNS_LEFT_OUT, ArmName, Counter, Loaded, key_of, load_variant, reason_of
+from wherry_agent.answering.ask import Ask
 from wherry_agent.answering.gate import RunGate
 from wherry_agent.answering.helpers import Helpers
 from wherry_agent.answering.published import Published
+from wherry_agent.answering.sequences import Sequences
 from wherry_agent.children import Loadable, ServeModel
 from wherry_agent.handle_remote import NotJson, RemoteAnswer, WorkerClient
 from wherry_agent.lines import LineWriter, read_lines
@@ -193,6 +195,7 @@ class Model:
         self._engaged: _Engaged | None = None
         self._helpers = Helpers()
         self._gate = RunGate(INLINE_PERMITS)
+        self._sequences = Sequences()
         self._counters: dict[tuple[tuple[str, str, str], ArmName, str], Counter] = {}
         self._counters_lock = threading.Lock()
         self._writer: LineWriter | None = None
@@ -218,8 +221,24 @@ class Model:
             self.close()
             raise self._trouble
 
-    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> Answer:
+    def run(
+        self,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None = None,
+        *,
+        sequence: str = "",
+        sequence_start: bool = False,
+        sequence_end: bool = False,
+    ) -> Answer:
         """Run the model on arrays under canonical names.
+
+        Args:
+            inputs: arrays by name; in a sequence, those that take state may be left out.
+            outputs: names of those to return; by default all, in a sequence all but state.
+            sequence: for a model with state, which sequence this call belongs to: it goes on from the last answer, by
+                the version that began it. In the worker's trials such calls are the incumbent's.
+            sequence_start: begin the sequence with this call, whatever is known of it.
+            sequence_end: forget the sequence after this call.
 
         Raises:
             BadInput: the interface does not allow this input.
@@ -227,6 +246,8 @@ class Model:
             UnreachableError: `no_model`, the device has no version any more, or `worker_gone`.
         """
         engaged = self._engaged
+        if sequence:
+            return self._run_in_sequence(engaged, inputs, outputs, Ask("", sequence, sequence_start, sequence_end))
         if engaged.__class__ is _InProcess:
             bound = engaged.bound
             bucket = bound.check(inputs)
@@ -279,7 +300,7 @@ class Model:
             case _InProcess():
                 return engaged.served
             case _Inline():
-                return engaged.served[id(engaged.published.active)]
+                return engaged.served[id(engaged.published.first)]
             case _Remote():
                 return engaged.candidate
         raise self._no_model()
@@ -380,6 +401,28 @@ class Model:
                 answer.fallback = fallback
                 return answer
         raise self._no_model()
+
+    def _run_in_sequence(
+        self, engaged: _Engaged | None, inputs: Mapping[str, Array], outputs: Sequence[str] | None, ask: Ask
+    ) -> Answer:
+        match engaged:
+            case (_InProcess() as here) | _Remote(incumbent=_InProcess() as here):
+                # a state in the worker would be lost with the trial: sequences stay in this process
+                served = {id(here.loaded): here.served}
+                published = Published(active=here.loaded, counter=here.counter, sequences=self._sequences)
+            case _Inline(published=published, served=served):
+                pass
+            case _Remote():
+                raise UnreachableError(
+                    "sequence_in_trial",
+                    f"the only version of {self.name!r} is on trial in the worker, which keeps no sequences of this process",
+                    next_step='wait until it is confirmed, or use isolation="inline"',
+                )
+            case None:
+                raise self._no_model()
+        answer = published.answer(self._gate, self._helpers, inputs, outputs, ask=ask)
+        by = served.get(id(answer.loaded)) or _served(answer.loaded.loadable, "")  # a version that left, and goes on
+        return Answer.of(answer.outputs, by, fallback=answer.fallback)
 
     def _ask_worker(self, engaged: _Remote, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> Answer:
         incumbent = engaged.incumbent
@@ -529,14 +572,13 @@ class Model:
         incumbent = None
         if serve.incumbent is not None:
             incumbent = have.get(key_of(serve.incumbent)) or load_variant(serve.incumbent)
-        published = Published(
-            active=active,
-            counter=self._counter(serve.active, "candidate", serve.trial),
-            incumbent=incumbent,
-            incumbent_counter=self._counter(incumbent.loadable, "incumbent", "") if incumbent else None,
-            trial=serve.trial,
-            deadline_s=serve.deadline_ms / 1000,
+        published = Published.of(
+            serve,
+            active,
+            incumbent,
+            self._counter,
             on_candidate_error=self._hurry.set,
+            sequences=self._sequences,
         )
         served = {id(active): _served(serve.active, serve.trial)}
         if incumbent is not None:
@@ -563,12 +605,16 @@ class Model:
 
     def _state(self, revision: int, *, ok: bool = True, reason: str = "", detail: str = "") -> messages.Engaged:
         engaged = self._engaged
-        holds = [loaded.loadable.digest for loaded in self._loaded()]
+        self._sequences.settle(self._loaded())
+        holds = [loaded.loadable.digest for loaded in {*self._loaded(), *self._sequences.loaded()}]
         if isinstance(engaged, _Remote):
             holds.append(engaged.candidate.digest)  # its assets are read here
+        digest = self.served.digest if engaged is not None else ""
+        if isinstance(engaged, _Inline):
+            digest = engaged.published.active.loadable.digest  # it runs in this process, whoever answers
         return messages.Engaged(
             revision=revision,
-            digest=self.served.digest if engaged is not None else "",
+            digest=digest,
             in_process=isinstance(engaged, _InProcess | _Inline),
             holds=holds,
             ok=ok,
@@ -595,6 +641,7 @@ class Model:
             if urgent or time.monotonic() >= due:
                 self._hurry.clear()
                 self._send_counts()
+                self._sequences.settle(self._loaded())
                 due = time.monotonic() + COUNT_SECONDS
 
     def _drain(self) -> list[Counter]:

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from wherry_agent.answering.arms import Counter, Loaded
+from wherry_agent.answering.arms import ArmName, Counter, Loaded
 from wherry_agent.answering.ask import PLAIN, Ask
 from wherry_agent.answering.gate import RunGate
 from wherry_agent.answering.helpers import Helpers, Overrun
-from wherry_agent.answering.route import WHOLE, Route
+from wherry_agent.answering.route import WHOLE, Route, route_of
 from wherry_agent.answering.sequences import Ongoing, Sequences, with_state
 from wherry_agent.answering.shadow import Case, Shadow
+from wherry_agent.children import Loadable, ServeModel
 from wherry_shared.engines.errors import BadInput, EngineFault
 from wherry_shared.engines.session import Array, Interrupt
 
@@ -54,6 +55,39 @@ class Published:
     """Runs `active` beside the incumbent, where the route says so."""
     sequences: Sequences | None = None
     """Of a model with state; shared by all that is published of it."""
+
+    @classmethod
+    def of(
+        cls,
+        model: ServeModel,
+        active: Loaded,
+        incumbent: Loaded | None,
+        counter: Callable[[Loadable, ArmName, str], Counter],
+        *,
+        on_candidate_error: Callable[[], None],
+        generation: int = 0,
+        shadow: Shadow | None = None,
+        sequences: Sequences | None = None,
+    ) -> Published:
+        """Return what a desired state makes of loaded versions; `counter` gives the counter of an arm of a trial."""
+        return cls(
+            active=active,
+            counter=counter(active.loadable, arm_of(model), model.trial),
+            incumbent=incumbent,
+            incumbent_counter=counter(incumbent.loadable, "incumbent", "") if incumbent is not None else None,
+            trial=model.trial,
+            deadline_s=model.deadline_ms / 1000,
+            on_candidate_error=on_candidate_error,
+            route=route_of(model),
+            generation=generation,
+            shadow=shadow,
+            sequences=sequences,
+        )
+
+    @property
+    def first(self) -> Loaded:
+        """Who answers requests, or most of them where they are divided."""
+        return self._target(picked=self.route.mode == "replace" or self.route.share > 1 / 2)
 
     def loaded(self) -> list[Loaded]:
         """Return what can answer, the active one first."""
@@ -208,6 +242,13 @@ class Published:
             return Answer(results, incumbent, fallback=True)
         finally:
             self.on_candidate_error()
+
+
+def arm_of(model: ServeModel) -> ArmName:
+    """Return under which name the active version of a desired state is counted."""
+    if not model.trial:
+        return "incumbent"
+    return "shadow" if model.mode == "shadow" else "candidate"
 
 
 def _as_fault(fault: EngineFault | Overrun) -> EngineFault:

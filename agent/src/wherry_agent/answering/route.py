@@ -11,6 +11,7 @@ import secrets
 from dataclasses import dataclass
 
 from wherry_agent.answering.ask import Ask
+from wherry_agent.children import ServeModel
 from wherry_shared.ids import in_share
 from wherry_shared.wire import Mode
 
@@ -43,3 +44,8 @@ class Route:
 
 WHOLE = Route()
 """The candidate answers everything."""
+
+
+def route_of(model: ServeModel) -> Route:
+    """Return how a desired state wants requests divided; outside a trial the active version answers all of them."""
+    return Route(model.mode, model.share, model.salt) if model.trial else WHOLE

@@ -127,7 +127,7 @@ class Sequences:
             with self._lock:
                 one.used_s = self._now()
                 if self._ongoing.get(key) is one:
-                    if ask.sequence_end or not one.steps:  # it ended, or never began
+                    if ask.sequence_end or not one.state:  # it ended, never began, or has nothing to remember
                         self._forget(key, one)
                     else:
                         self._bytes -= one.bytes
@@ -163,6 +163,11 @@ class Sequences:
         """Return the counters into which sequences count."""
         with self._lock:
             return [one.counter for one in self._ongoing.values() if one.counter is not None]
+
+    def loaded(self) -> list[Loaded]:
+        """Return the versions that sequences hold on to."""
+        with self._lock:
+            return list({one.loaded for one in self._ongoing.values() if one.loaded is not None})
 
     # -- inside ----------------------------------------------------------------------------------
 

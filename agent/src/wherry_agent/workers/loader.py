@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 
 from wherry_agent.answering import memory
 from wherry_agent.answering.arms import ArmName, Counter, Loaded, key_of, load_variant, reason_of
-from wherry_agent.answering.published import Published
+from wherry_agent.answering.published import Published, arm_of
 from wherry_agent.answering.registry import Registry
-from wherry_agent.answering.route import WHOLE, Route
+from wherry_agent.answering.route import route_of
 from wherry_agent.answering.sequences import Sequences
 from wherry_agent.answering.shadow import Shadow, ShadowRunner
 from wherry_agent.children import Loadable, Serve, ServeModel, Serving
@@ -313,19 +313,14 @@ class Loader:
         )
 
     def _made(self, one: _Ready, generation: int) -> Published:
-        model, active, incumbent = one.model, one.active, one.incumbent
-        arm: ArmName = "incumbent" if not model.trial else "shadow" if model.mode == "shadow" else "candidate"
-        return Published(
-            active=active,
-            counter=self._counter(active.loadable, arm, model.trial),
-            incumbent=incumbent,
-            incumbent_counter=self._counter(incumbent.loadable, "incumbent", "") if incumbent else None,
-            trial=model.trial,
-            deadline_s=model.deadline_ms / 1000,
+        return Published.of(
+            one.model,
+            one.active,
+            one.incumbent,
+            self._counter,
             on_candidate_error=self._on_candidate_error,
-            route=_route(model),
             generation=generation,
-            shadow=self._shadow(model, active) if arm == "shadow" else None,
+            shadow=self._shadow(one.model, one.active) if arm_of(one.model) == "shadow" else None,
             sequences=self._sequences_of(one),
         )
 
@@ -439,12 +434,8 @@ def _units(models: list[ServeModel]) -> list[list[ServeModel]]:
     return list(units.values())
 
 
-def _route(model: ServeModel) -> Route:
-    return Route(model.mode, model.share, model.salt) if model.trial else WHOLE
-
-
 def _leans(model: ServeModel) -> bool:
-    return _route(model).leans_on_incumbent
+    return route_of(model).leans_on_incumbent
 
 
 def _trusted_first(published: Published) -> list[Loadable]:
