@@ -88,6 +88,17 @@ def test_status_says_what_runs_and_why_in_words(device: Agent) -> None:
     assert "because " in said
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(device: Agent) -> None:
+    argv = [sys.executable, "-m", "wherry_agent.cli", "status", "--home", str(device.home)]
+    nobody_reads, written = os.pipe()
+    os.close(nobody_reads)
+    try:
+        said = subprocess.run(argv, stdout=written, stderr=subprocess.PIPE, text=True, timeout=30)
+    finally:
+        os.close(written)
+    assert said.stderr == ""
+
+
 def test_a_second_agent_on_the_same_home_refuses_to_start(device: Agent) -> None:
     argv = [sys.executable, "-m", "wherry_agent.cli", "run", "--home", str(device.home), "--http-port", "0"]
     said = subprocess.run(argv, capture_output=True, text=True, timeout=30)

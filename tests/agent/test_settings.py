@@ -78,6 +78,14 @@ def test_the_command_line_says_what_is_wrong_with_a_label(tmp_path: Path, capsys
     assert "next:" in said
 
 
+def test_an_empty_token_is_told_from_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["run", "--home", str(tmp_path), "--server", "http://127.0.0.1:1", "--token", ""]
+    assert cli.main(given) == 1
+    said = capsys.readouterr().err
+    assert "[token_empty]" in said
+    assert "wherry token create --quiet" in said
+
+
 def test_status_of_an_empty_home_says_that_no_agent_is_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

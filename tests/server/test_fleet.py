@@ -10,10 +10,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
-from sqlalchemy import insert
+from sqlalchemy import insert, update
 
 from tests.server.harness import Running, csr, enrol, in_database
-from wherry_server.db.tables import Cohort, DeviceModel, Offer, TelemetryWindow
+from wherry_agent.daemon import HEARTBEAT_S
+from wherry_server.db.tables import Cohort, Device, DeviceModel, Offer, TelemetryWindow, table
 from wherry_server.times import now_us
 from wherry_shared import wire
 from wherry_shared.facts import DeviceFacts, EngineFacts
@@ -258,6 +259,20 @@ def test_the_fleet_is_counted_with_simulated_devices_apart(server: Running) -> N
     counter = after["models"]["counter"]
     assert counter["states"] == {"confirmed": {"real": 0, "simulated": 2}, "failed": {"real": 1, "simulated": 0}}
     assert counter["versions"]["none"] == {"real": 1, "simulated": 0}
+
+
+def test_a_device_with_nothing_to_say_but_its_heartbeat_counts_as_heard(server: Running) -> None:
+    idle = server.device("idle")
+
+    def heard(seconds_ago: float) -> int:
+        moment = now_us() - int(seconds_ago * 1_000_000)
+        change = update(Device).where(table(Device).c.id == idle.device).values(last_seen_at=moment)
+        in_database(server.settings, lambda c: c.execute(change))
+        with server.http() as http:
+            return int(http.get("/api/v1/fleet").json()["devices"]["real"]["seen_recently"])
+
+    assert heard(2.5 * HEARTBEAT_S) == heard(0), "one that was lost makes nobody silent"
+    assert heard(3600) == heard(0) - 1
 
 
 def test_log_lines_come_when_an_operator_asks(server: Running) -> None:

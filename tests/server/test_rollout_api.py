@@ -5,6 +5,7 @@ Devices speak the HTTP fall-back: hello, offer with ETag, reports with acknowled
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 import time
@@ -15,11 +16,13 @@ from typing import Any
 
 import httpx
 import pytest
+from rich.console import Console
 
 from tests.server.fleet_kit import MODEL, FakeDevice
 from tests.server.harness import Running, free_port, release, running, until
 from tests.server.test_cli import said, wherry
 from tests.server.test_director_process import role
+from wherry_server.cli.rollout import _line, progress_view
 from wherry_shared import frames, wire
 
 PLAN = {"selector": "all", "stages": [{"share": 1.0}]}
@@ -125,6 +128,7 @@ def test_the_first_day_deploy_watch_deploy_again_and_roll_back(world: World):
     number = rows[0]["number"]  # type: ignore[index]
     text = wherry(world.server, "rollout", "show", str(number)).stdout
     assert "health_errors" in text
+    assert "exposed; the cohort has 2 now" in text
     assert "confirmed_min = 0" in text
     decided = wherry(world.server, "rollout", "decisions", str(number)).stdout
     assert "expose stage 1 (100 %)" in decided
@@ -159,9 +163,12 @@ def test_a_rollout_waits_for_its_start_and_obeys_pause_resume_and_abort(world: W
         "50,100",
         "--soak",
         "900",
+        "--trial",
+        "45",
     )
     number = made["number"]  # type: ignore[index,call-overload]
     assert [why["code"] for why in world.rollout(number)["why_not_yet"]] == ["not_started"]
+    assert made["plan"]["trial"]["max_s"] == 45  # type: ignore[index,call-overload]
     assert "[rollout_state]" in wherry(server, "rollout", "resume", str(number)).stderr
     assert wherry(server, "rollout", "start", str(number)).returncode == 0
     until(lambda: [why["code"] for why in world.rollout(number)["why_not_yet"]] == ["soak"], 30)
@@ -251,9 +258,13 @@ def test_telemetry_over_http_is_stored_and_acknowledged(world: World):
 
 def test_a_plan_file_fills_in_what_options_do_not_say(world: World, tmp_path: Path):
     file = tmp_path / "plan.toml"
-    file.write_text('on_halt = "hold"\n[[stages]]\nshare = 0.5\n[[stages]]\nshare = 1.0\nsoak_s = 7\n')
-    made = said(world.server, "rollout", "create", f"{MODEL}:1.1.0", "--device", "lab-1", "--plan", str(file))
+    file.write_text(
+        'on_halt = "hold"\n[trial]\nmin_requests = 5\nmax_s = 9\n[[stages]]\nshare = 0.5\n[[stages]]\nshare = 1.0\nsoak_s = 7\n'
+    )
+    given = ("rollout", "create", f"{MODEL}:1.1.0", "--device", "lab-1", "--plan", str(file))
+    made = said(world.server, *given, "--trial", "30")
     plan = made["plan"]  # type: ignore[index,call-overload]
+    assert (plan["trial"]["min_requests"], plan["trial"]["max_s"]) == (5, 30)
     assert (plan["on_halt"], [stage["soak_s"] for stage in plan["stages"]]) == ("hold", [0, 7])
     file.write_text("on_halt =")
     broken = wherry(
@@ -263,3 +274,54 @@ def test_a_plan_file_fills_in_what_options_do_not_say(world: World, tmp_path: Pa
     assert "[bad_target]" in wherry(world.server, "rollout", "create", "nonsense", "--device", "lab-1").stderr
     stages = wherry(world.server, "rollout", "create", f"{MODEL}:1.1.0", "--device", "lab-1", "--stages", "five")
     assert "[plan_stages]" in stages.stderr
+
+
+def stage(**changes: int) -> dict[str, Any]:
+    names = (
+        "pending",
+        "confirmed",
+        "confirmed_idle",
+        "failed",
+        "silent",
+        "late",
+        "withdrawn",
+        "reverted",
+        "revert_pending",
+    )
+    return {"share": 1.0, "state": "under_way", "counts": dict.fromkeys(names, 0) | changes}
+
+
+def shown(*stages: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "number": 7,
+        "model": "m",
+        "version": "1.0.0",
+        "cohort": "pilot",
+        "state": "running",
+        "reason": "",
+        "stage": 0,
+        "stages_total": len(stages),
+        "members": 12,
+        "stages": list(stages),
+        "counts": {"real": {"exposed": 4}, "simulated": {"exposed": 8}},
+        "why_not_yet": [{"code": "sample", "have": 3, "need": 5}],
+    }
+
+
+@pytest.mark.parametrize(("columns", "bar"), [(80, True), (160, True), (60, False)])
+def test_the_view_of_a_rollout_fits_the_window(columns: int, bar: bool):
+    console = Console(width=columns, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(progress_view(shown(stage(confirmed=6, pending=6), stage()), columns))
+    lines = capture.get().splitlines()
+    assert [line[0] for line in lines[:5]] == ["r", " ", "1", "2", "d"], "head, columns and stages have a line each"
+    assert ("█" in lines[2]) is bar
+    assert "BACK" not in lines[1]
+    wide = Console(width=160, file=io.StringIO())
+    with wide.capture() as capture:
+        wide.print(progress_view(shown(stage(confirmed=6, reverted=2, revert_pending=4)), 160))
+    assert "GOING BACK" in capture.get()
+
+
+def test_without_a_terminal_a_line_says_in_words_what_a_rollout_waits_for():
+    assert _line(shown(stage())).endswith("; waits: 3 of 5 devices that have settled, of the minimum sample [sample]")

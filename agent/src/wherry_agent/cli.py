@@ -23,7 +23,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; errors say cause, consequence and next step, and end with 1."""
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.run(arguments))
+        status = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever reads (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except WherryError as error:
         print(error.diagnostics(), file=sys.stderr)
         return 1
@@ -93,9 +98,17 @@ def _log(level: str) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from wherry_agent import supervisor
+    from wherry_agent import identity, supervisor
 
-    supervisor.become(msgspec.json.encode(_settings(arguments)))
+    chosen = _settings(arguments)
+    if arguments.token == "" and identity.load(Path(chosen.home)) is None:
+        raise RefusedError(
+            "token_empty",
+            "--token is empty: the command that was to make a token printed none",
+            consequence="the agent does not start",
+            next_step="when wherry dev says that it runs, see what wherry token create --quiet prints",
+        )
+    supervisor.become(msgspec.json.encode(chosen))
 
 
 def _enrol(arguments: argparse.Namespace) -> int:

@@ -16,8 +16,8 @@ from wherry_shared.sketch import Sketch
 from wherry_shared.wire import Window
 
 Ending = Literal["revoked", "decommissioned"]
-SEEN_RECENTLY_US = 5 * 60 * 1_000_000
-"""A device heard of within this time counts as reachable."""
+SEEN_RECENTLY_US = 15 * 60 * 1_000_000
+"""A device heard of within this time counts as reachable: three heartbeats of one that has nothing else to say."""
 LISTED_MAX = 1000
 WINDOWS_SHOWN = 20
 

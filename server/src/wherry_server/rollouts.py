@@ -21,6 +21,7 @@ from wherry_server.lease import boot_id
 from wherry_server.outcomes import LIVE
 from wherry_server.plan import Plan, parse_plan
 from wherry_server.rollout import Command, Evidence, Progress, State, why_not_yet
+from wherry_server.targeting import parse_selector
 from wherry_server.times import now_us
 from wherry_shared.clock import MICROSECONDS, Now
 from wherry_shared.errors import RefusedError
@@ -306,22 +307,30 @@ _sizes: OrderedDict[str, _Sizes] = OrderedDict()
 
 async def _evidence(connection: AsyncConnection, row: Any, plan: Plan, progress: Progress, now: int) -> Evidence:
     """Read what is so now; the members of the cohort may be some seconds old."""
-    if row.state not in ("created", "running", "paused"):
-        return await evidence.read(connection, row, plan, progress, None, now)
     known = _sizes.get(row.id)
     if known is not None and known.revision == row.revision and time.monotonic() < known.until:
         found = await evidence.read(connection, row, plan, progress, None, now)
         return msgspec.structs.replace(found, members=known.members, unexposed=known.unexposed, held=known.held)
     started = time.monotonic()
+    if row.state not in ("created", "running", "paused"):  # nobody is exposed any more; the cohort still has a size
+        found = await evidence.read(connection, row, plan, progress, None, now)
+        members = await cohorts.members(connection, row.project_id, parse_selector(plan.selector))
+        found = msgspec.structs.replace(found, members=len(members))
+        _remember(row, found, started)
+        return found
     scan = await evidence.scan(connection, row, plan)
     found = await evidence.read(connection, row, plan, progress, scan, now)
+    _remember(row, found, started)
+    return found
+
+
+def _remember(row: Any, found: Evidence, started: float) -> None:
     ended = time.monotonic()
     until = ended + max(SIZES_FRESH_S, SIZES_SHARE * (ended - started))
     _sizes[row.id] = _Sizes(row.revision, until, found.members, found.unexposed, found.held)
     _sizes.move_to_end(row.id)
     while len(_sizes) > SIZES_MAX:
         _sizes.popitem(last=False)
-    return found
 
 
 async def decisions(connection: AsyncConnection, project: str, number: int, after: int) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ def _render(console: Console, fleet: dict[str, Any]) -> None:
             f"{count} {state}" for state, count in counts.items() if state not in ("active", "seen_recently")
         )
         console.print(
-            f"{kind:<10} {counts['active']} active, {counts['seen_recently']} seen in the last five minutes"
+            f"{kind:<10} {counts['active']} active, {counts['seen_recently']} seen in the last 15 minutes"
             + (f", {others}" if others else "")
         )
     rows = []

@@ -12,6 +12,7 @@ import msgspec
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.measure import Measurement
 from rich.text import Text
 
 from wherry_server.cli.common import GLOBALS, AsJson, client, console, show, table, when
@@ -25,6 +26,12 @@ EXIT_NOT_DONE = 3
 """Exit status of `watch` for a rollout that ended without being done."""
 FINAL = frozenset({"done", "halted", "aborted", "reverted"})
 BAR_CHARS = 24
+BAR_CHARS_MIN = 8
+"""Where the other columns leave less, there is no bar."""
+GAP_CHARS = 2
+"""Between two columns of a table."""
+_MEASURE = Console(width=1000)
+"""Wide enough to ask a table how wide it is by itself."""
 Number = Annotated[int, typer.Argument(help="Number of the rollout.")]
 WAITS = {
     "not_started": "it has not been started: wherry rollout start",
@@ -95,6 +102,7 @@ def create(  # one option per wish
     stages: Annotated[str, typer.Option(help="Shares of the cohort in percent.")] = "5,25,100",
     soak: Annotated[int, typer.Option(help="Seconds that a stage soaks after its sample stood.")] = 0,
     confirmed_min: Annotated[int, typer.Option(help="Devices with traffic that each stage needs.")] = 1,
+    trial: Annotated[int | None, typer.Option(help="Seconds after which a trial without traffic ends.")] = None,
     plan: Annotated[Path | None, typer.Option(help="More of the plan, as TOML or JSON.")] = None,
     start: Annotated[bool, typer.Option("--start", help="Start it at once.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Start it and watch it to its end.")] = False,
@@ -105,6 +113,9 @@ def create(  # one option per wish
     wish.update(
         {key: value for key, value in (("cohort", cohort), ("selector", selector), ("device", device)) if value}
     )
+    if trial is not None:
+        stated = wish.get("trial")
+        wish["trial"] = {**(stated if isinstance(stated, dict) else {}), "max_s": trial}
     wish["start"] = start or watch
     run(client(), wish, watch=watch, as_json=as_json)
 
@@ -213,7 +224,7 @@ def follow(api: Client, number: int, *, as_json: bool) -> None:
         with Live(console=console(), refresh_per_second=4) as live:
             while found.get("state") not in FINAL or found.get("wanted"):
                 found = api.get(f"/api/v1/rollouts/{number}")
-                live.update(progress_view(found))
+                live.update(progress_view(found, live.console.width))
                 time.sleep(POLL_S)
     if found["state"] != "done":
         raise typer.Exit(EXIT_NOT_DONE)
@@ -222,25 +233,26 @@ def follow(api: Client, number: int, *, as_json: bool) -> None:
 # --- for people ---------------------------------------------------------------------------------
 
 
-def progress_view(found: dict[str, Any]) -> RenderableType:
-    """Return the live view of a rollout."""
+def progress_view(found: dict[str, Any], width: int) -> RenderableType:
+    """Return the live view of a rollout; the bar takes what the other columns leave of `width`."""
     head = Text.assemble(
         (f"rollout {found['number']}", "bold"),
         f"  {found['model']}:{found['version']} for {found['cohort'] or found['selector']}  ",
         (found["state"], "bold green" if found["state"] == "done" else "bold"),
         f" ({found['reason']})" if found["reason"] else "",
     )
-    rows = []
+    rows: list[list[Any]] = []
+    bars = []
     for index, stage in enumerate(found["stages"], 1):
         counts = stage["counts"]
         good = counts["confirmed"] + counts["confirmed_idle"]
         everyone = sum(counts.values())
+        bars.append((good, counts["failed"], everyone))
         rows.append(
-            (
+            [
                 index,
                 f"{stage['share']:.4g}".rstrip() if stage["share"] < 0.0001 else f"{stage['share'] * 100:g} %",
                 stage["state"],
-                _bar(good, counts["failed"], everyone),
                 everyone,
                 good,
                 counts["failed"],
@@ -248,19 +260,31 @@ def progress_view(found: dict[str, Any]) -> RenderableType:
                 counts["silent"] + counts["late"],
                 counts["withdrawn"] + counts["reverted"],
                 counts["revert_pending"],
-            )
+            ]
         )
-    columns = ["#", "SHARE", "STAGE", "", "#EXPOSED", "#GOOD", "#BAD", "#UNDER WAY", "#QUIET", "#BACK", "#GOING BACK"]
+    columns = ["#", "SHARE", "STAGE", "#EXPOSED", "#GOOD", "#BAD", "#UNDER WAY", "#QUIET", "#BACK", "#GOING BACK"]
+    while columns[-1] in ("#BACK", "#GOING BACK") and not any(row[-1] for row in rows):
+        columns.pop()  # nobody went back, as in most rollouts
+        rows = [row[:-1] for row in rows]
+    taken = Measurement.get(_MEASURE, _MEASURE.options, table(columns, rows)).maximum
+    chars = min(BAR_CHARS, width - taken - GAP_CHARS)
+    if chars >= BAR_CHARS_MIN:
+        columns.insert(3, "")
+        for row, counted in zip(rows, bars, strict=True):
+            row.insert(3, _bar(*counted, chars))
     real, simulated = found["counts"]["real"], found["counts"]["simulated"]
-    tail = (
-        f"devices: {real['exposed']} real, {simulated['exposed']} simulated exposed of {found['members']} in the cohort"
+    tail = f"devices: {real['exposed']} real, {simulated['exposed']} simulated exposed"
+    tail += (
+        f"; the cohort has {found['members']} now"
+        if found["state"] in FINAL
+        else f" of {found['members']} in the cohort"
     )
     lines = [Text(f"waits: {_why(why)}") for why in found["why_not_yet"]]
     return Group(head, table(columns, rows), Text(tail, style="dim"), *lines)
 
 
 def _details(out: Console, found: dict[str, Any]) -> None:
-    out.print(progress_view(found))
+    out.print(progress_view(found, out.width))
     reasons = [
         (one["stage"] + 1, one["outcome"], one["reason"], "simulated" if one["simulated"] else "real", one["devices"])
         for one in found["outcomes"]
@@ -273,12 +297,12 @@ def _details(out: Console, found: dict[str, Any]) -> None:
             out.print(f"note: stage {index} asks for no device confirmed with traffic (confirmed_min = 0)")
 
 
-def _bar(good: int, bad: int, everyone: int) -> Text:
+def _bar(good: int, bad: int, everyone: int, chars: int) -> Text:
     if not everyone:
-        return Text("·" * BAR_CHARS, style="dim")
-    first = BAR_CHARS * good // everyone
-    second = min(BAR_CHARS - first, -(-BAR_CHARS * bad // everyone))
-    return Text.assemble(("█" * first, "green"), ("█" * second, "red"), ("·" * (BAR_CHARS - first - second), "dim"))
+        return Text("·" * chars, style="dim")
+    first = chars * good // everyone
+    second = min(chars - first, -(-chars * bad // everyone))
+    return Text.assemble(("█" * first, "green"), ("█" * second, "red"), ("·" * (chars - first - second), "dim"))
 
 
 def _why(why: dict[str, Any]) -> str:
@@ -303,8 +327,9 @@ def _line(found: dict[str, Any]) -> str:
     }
     said = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
     reason = f" ({found['reason']})" if found["reason"] else ""
-    waits = "; ".join(why["code"] for why in found["why_not_yet"])
+    waits = "; ".join(_why(why) for why in found["why_not_yet"])
     return (
         f"rollout {found['number']} {found['model']}:{found['version']} {found['state']}{reason}"
-        f" stage {found['stage'] + 1}/{found['stages_total']}: {said or 'nobody exposed'}{f' [{waits}]' if waits else ''}"
+        f" stage {found['stage'] + 1}/{found['stages_total']}: {said or 'nobody exposed'}"
+        f"{f'; waits: {waits}' if waits else ''}"
     )
