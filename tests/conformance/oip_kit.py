@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import msgspec
 import numpy as np
 from onnx import TensorProto, helper
@@ -38,6 +39,9 @@ KINDS = {
 }
 """Datatype → ONNX type, and values at its ends; served one input and one output each by the model `types`."""
 
+HALF = np.array([0.5, -2.0, 3e38], ml_dtypes.bfloat16)
+"""BF16, which the model `half` takes and gives."""
+
 LABELS = ["cat", "dog", "bird", "fish"]
 
 
@@ -54,11 +58,29 @@ def types_model(folder: Path) -> Loadable:
         outputs=[TensorSpec(name=f"out_{name}", datatype=name, shape=["n"]) for name in KINDS],
         dims={"n": Bounds(minimum=1, maximum=64)},
     )
-    plain = loadable(models.scale(folder / "plain.onnx", 1.0))
+    return _plain(folder, "types", path, interface)
+
+
+def half_model(folder: Path) -> Loadable:
+    """BF16 `x` to BF16 `same`, and to FP32 `wide`."""
+    path = models.half(folder / "half.onnx")
+    interface = Interface(
+        inputs=[TensorSpec(name="x", datatype="BF16", shape=["n"])],
+        outputs=[
+            TensorSpec(name="same", datatype="BF16", shape=["n"]),
+            TensorSpec(name="wide", datatype="FP32", shape=["n"]),
+        ],
+        dims={"n": Bounds(minimum=1, maximum=64)},
+    )
+    return _plain(folder, "half", path, interface)
+
+
+def _plain(folder: Path, name: str, path: Path, interface: Interface) -> Loadable:
+    """Return a loadable without golden vectors, which cannot hold every datatype."""
     return msgspec.structs.replace(
-        plain,
-        model="types",
-        target="types/1.0.0",
+        loadable(models.scale(folder / "plain.onnx", 1.0)),
+        model=name,
+        target=f"{name}/1.0.0",
         path=str(path),
         digest=of_file(path),
         golden_path="",
@@ -88,11 +110,12 @@ def image_model(folder: Path) -> Loadable:
 
 @contextmanager
 def serving(folder: Path, **environment: str) -> Iterator[WorkerProcess]:
-    """Serve `scale` (y = 2 · x), `types`, `label` and `image`."""
+    """Serve `scale` (y = 2 · x), `types`, `half`, `label` and `image`."""
     with worker(folder, **environment) as process:
         wanted = [
             loadable(models.scale(folder / "scale.onnx", 2.0)),
             types_model(folder),
+            half_model(folder),
             labelled_model(folder),
             image_model(folder),
         ]

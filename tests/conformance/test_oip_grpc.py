@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import ml_dtypes
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
@@ -145,6 +146,16 @@ def test_every_datatype_passes_raw(client: triton.InferenceServerClient):
     outputs = [triton.InferRequestedOutput("out_INT64")]
     answer = client.infer("types", inputs, outputs=outputs)
     assert [row.name for row in answer.get_response().outputs] == ["out_INT64"]
+
+
+def test_bf16_passes(client: triton.InferenceServerClient):
+    answer = client.infer("half", [given(oip_kit.HALF, "x", "BF16")])
+    assert np.array_equal(answer.as_numpy("same"), oip_kit.HALF)
+    assert np.array_equal(answer.as_numpy("wide"), oip_kit.HALF.astype(np.float32))
+    values = np.array([[0.5, 1.0, 3.140625, -2.0]], ml_dtypes.bfloat16)
+    assert np.array_equal(
+        client.infer("scale", [given(values, "x", "BF16")]).as_numpy("y"), 2 * values.astype(np.float32)
+    )
 
 
 FIELDS = {

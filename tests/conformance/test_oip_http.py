@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tritonclient.http as triton
@@ -83,7 +84,6 @@ def test_what_a_device_does_not_do_is_refused_with_a_reason(client: triton.Infer
 def test_every_datatype_passes_as_bytes_and_as_json(
     client: triton.InferenceServerClient, binary_in: bool, binary_out: bool
 ):
-    # tritonclient sends FP16 as raw bytes only
     inputs = [
         given(values, f"in_{name}", name, binary_data=binary_in or name == "FP16")
         for name, (_, values) in KINDS.items()
@@ -98,6 +98,25 @@ def test_every_datatype_passes_as_bytes_and_as_json(
             found = np.array([text.decode() if isinstance(text, bytes) else text for text in found], np.object_)
         assert found.dtype == values.dtype, name
         assert np.array_equal(found, values), name
+
+
+@pytest.mark.parametrize("binary_out", [True, False])
+def test_bf16_passes(client: triton.InferenceServerClient, binary_out: bool):
+    outputs = [triton.InferRequestedOutput(name, binary_data=binary_out) for name in ("same", "wide")]
+    answer = client.infer("half", [given(oip_kit.HALF, "x", "BF16")], outputs=outputs)
+    assert answer.get_output("same")["datatype"] == "BF16"
+    assert np.array_equal(answer.as_numpy("same"), oip_kit.HALF)
+    assert np.array_equal(answer.as_numpy("wide"), oip_kit.HALF.astype(np.float32))
+
+
+def test_bf16_is_widened_for_a_model_that_takes_fp32(client: triton.InferenceServerClient):
+    values = np.array([[0.5, 1.0, 3.140625, -2.0]], ml_dtypes.bfloat16)
+    answer = client.infer("scale", [given(values, "x", "BF16")])
+    assert np.array_equal(answer.as_numpy("y"), 2 * values.astype(np.float32))
+    bits = np.array([1, 2, 3], ml_dtypes.bfloat16)
+    inputs = [given(v, f"in_{n}", n) for n, (_, v) in KINDS.items() if n != "INT16"]
+    with pytest.raises(InferenceServerException, match="is BF16, the model takes INT16"):
+        client.infer("types", [*inputs, given(bits, "in_INT16", "BF16")])
 
 
 def test_inputs_as_bytes_and_as_json_in_one_request(client: triton.InferenceServerClient):
@@ -186,7 +205,7 @@ def test_the_asyncio_client(served: WorkerProcess):
             assert (await client.get_server_metadata())["name"] == "wherry"
             assert (await client.get_model_metadata("scale"))["versions"] == ["1.0.0"]
             assert (await client.get_model_config("scale"))["name"] == "scale"
-            assert len(await client.get_model_repository_index()) == 4
+            assert len(await client.get_model_repository_index()) == 5
             assert (await client.get_inference_statistics("scale"))["model_stats"]
             answers = await asyncio.gather(*[client.infer("scale", [given(ONES * n)]) for n in range(20)])
             assert [answer.as_numpy("y")[0, 0] for answer in answers] == [2.0 * n for n in range(20)]

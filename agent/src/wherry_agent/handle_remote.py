@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from wherry_shared.bundle import Datatype
+from wherry_shared.engines import bf16
 from wherry_shared.engines.errors import BadInput, EngineFault
 from wherry_shared.engines.session import DATATYPES, DTYPES, Array
 from wherry_shared.errors import UnreachableError
@@ -45,9 +46,7 @@ class RemoteAnswer(msgspec.Struct, frozen=True):
 
     def tensors(self) -> dict[str, Array]:
         """Return the outputs as arrays; null (NaN or Inf, where the interface allows them) becomes NaN."""
-        return {
-            output.name: np.array(output.data, DTYPES[output.datatype]).reshape(output.shape) for output in self.outputs
-        }
+        return {output.name: _array(output) for output in self.outputs}
 
 
 class _Refused(msgspec.Struct, frozen=True):
@@ -132,6 +131,12 @@ def _readable(sock: socket.socket) -> bool:
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     return bool(poll.poll(0))
+
+
+def _array(output: _Output) -> Array:
+    if output.datatype == "BF16":  # numbers, as the protocol writes them
+        return bf16.narrow(np.array(output.data, np.float32).reshape(output.shape))
+    return np.array(output.data, DTYPES[output.datatype]).reshape(output.shape)
 
 
 def _body(inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> bytes:

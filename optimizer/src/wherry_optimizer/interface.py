@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from wherry_optimizer.recipe import Hints, InputHint, OutputHint
 from wherry_shared.bundle import Bounds, Format, Interface, TensorSpec, axis_bounds
+from wherry_shared.engines import bf16
 from wherry_shared.engines import load as open_session
 from wherry_shared.engines.canonical import Bound
 from wherry_shared.engines.errors import BadInput, EngineFault
@@ -106,7 +107,9 @@ def synthetic(
             for axis in spec.shape
         ]
         dtype = DTYPES[spec.datatype]
-        if dtype.kind == "f":
+        if spec.datatype == "BF16":
+            drawn[spec.name] = bf16.narrow(rng.uniform(*_range(spec, -1.0, 1.0), shape).astype(np.float32))
+        elif dtype.kind == "f":
             low, high = _range(spec, -1.0, 1.0)
             drawn[spec.name] = rng.uniform(low, high, shape).astype(dtype)
         elif dtype.kind in "iu":

@@ -45,7 +45,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "FP32": np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
 }
-"""Open Inference Protocol datatypes that golden vectors can hold (BF16 has no NumPy type, BYTES no tolerance)."""
+"""Open Inference Protocol datatypes that golden vectors can hold (BF16 is held as its bits, BYTES has no tolerance)."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

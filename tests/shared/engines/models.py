@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,20 @@ def scale(path: Path, factor: float, *, batch: int | str = "n", width: int = 4, 
 def root(path: Path) -> Path:
     """y = sqrt(x): NaN for a negative x."""
     return save(path, [helper.make_node("Sqrt", ["x"], ["y"])], [floats("x", ["n", 4])], [floats("y", ["n", 4])])
+
+
+def half(path: Path, more: Sequence[onnx.ValueInfoProto] = ()) -> Path:
+    """BF16 x to `same`, and to `wide` as float; `more` inputs are not used."""
+    nodes = [
+        helper.make_node("Identity", ["x"], ["same"]),
+        helper.make_node("Cast", ["x"], ["wide"], to=TensorProto.FLOAT),
+    ]
+    kind = TensorProto.BFLOAT16
+    outputs = [
+        helper.make_tensor_value_info("same", kind, ["n"]),
+        helper.make_tensor_value_info("wide", TensorProto.FLOAT, ["n"]),
+    ]
+    return save(path, nodes, [helper.make_tensor_value_info("x", kind, ["n"]), *more], outputs)
 
 
 def choosy(path: Path, factor: float = 2.0) -> Path:

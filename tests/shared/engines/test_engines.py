@@ -8,10 +8,11 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from tests.shared.engines import models
-from wherry_shared.engines import BadInput, EngineFault, load, probe
+from wherry_shared.engines import BadInput, EngineFault, bf16, load, probe
 from wherry_shared.engines.session import EngineLimits, Session
 from wherry_shared.errors import DeviceError, RefusedError
 
@@ -177,3 +178,42 @@ def test_both_tflite_runtimes_agree_on_the_same_file():
         load(models.PITCH_TFLITE, "tflite", engine=name).run({"input_2": audio})["note"] for name in TFLITE_ENGINES
     ]
     assert np.abs(notes[0] - notes[1]).max() <= 1e-3
+
+
+def test_bf16_runs_as_its_bits(tmp_path: Path):
+    session = load(models.half(tmp_path / "h.onnx"), "onnx")
+    inputs, outputs = session.describe()
+    assert [tensor.datatype for tensor in (*inputs, *outputs)] == ["BF16", "BF16", "FP32"]
+    values = np.array([0.5, -2.0, 3.1415, 3e38, np.inf, -0.0], np.float32)
+    bits = bf16.narrow(values)
+    found = session.run({"x": bits})
+    assert np.array_equal(found["same"], bits)
+    assert np.array_equal(found["wide"], bf16.widen(bits))
+    assert session.run({"x": bits[::2]}, ["wide"])["wide"].tolist() == bf16.widen(bits[::2]).tolist()
+    assert session.run({"x": bits[:0]})["same"].shape == (0,)
+    with pytest.raises(BadInput, match="dtype"):
+        session.run({"x": values})
+    session.close()
+    with pytest.raises(RuntimeError):
+        session.run({"x": bits})
+
+
+def test_bf16_beside_text_is_refused_when_it_is_loaded(tmp_path: Path):
+    text = onnx.helper.make_tensor_value_info("text", onnx.TensorProto.STRING, ["n"])
+    with pytest.raises(EngineFault, match="BF16"):
+        load(models.half(tmp_path / "h.onnx", more=[text]), "onnx")
+
+
+def test_bf16_rounds_to_nearest_even_and_keeps_what_is_special():
+    values = np.array([1.0, 1.00390625, 1.01171875, 1.004, 3.4e38, -np.inf, np.nan, 0.0], np.float32)
+    bits = bf16.narrow(values)
+    wide = bf16.widen(bits)
+    assert wide[:4].tolist() == [1.0, 1.0, 1.015625, 1.0078125]
+    assert wide[4] == np.inf
+    assert wide[5] == -np.inf
+    assert np.isnan(wide[6])
+    assert not bf16.finite(bits)
+    assert bf16.finite(bits[:4])
+    every = np.arange(1 << 16, dtype=np.uint16)
+    numbers = every[~np.isnan(bf16.widen(every))]
+    assert np.array_equal(bf16.narrow(bf16.widen(numbers)), numbers), "what BF16 can hold comes back unchanged"

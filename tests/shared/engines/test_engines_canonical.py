@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.shared.engines import models
 from wherry_shared.bundle import Bounds, Interface, TensorSpec
-from wherry_shared.engines import BadInput, EngineFault, load
+from wherry_shared.engines import BadInput, EngineFault, bf16, load
 from wherry_shared.engines.canonical import Bound, all_finite
 
 
@@ -85,6 +85,26 @@ def test_nan_and_inf_are_the_models_fault_where_forbidden(tmp_path: Path):
     assert caught.value.code == "not_finite"
     allowed = Bound(load(path, "onnx"), models.interface(finite=False))
     assert np.isnan(allowed.run(bad)["y"]).all()
+
+
+def test_nan_and_inf_in_bf16_are_found_in_its_bits(tmp_path: Path):
+    def interface(finite: bool) -> Interface:
+        return Interface(
+            inputs=[TensorSpec(name="x", datatype="BF16", shape=["n"])],
+            outputs=[
+                TensorSpec(name="same", datatype="BF16", shape=["n"], finite=finite),
+                TensorSpec(name="wide", datatype="FP32", shape=["n"], finite=False),
+            ],
+            dims={"n": Bounds()},
+        )
+
+    session = load(models.half(tmp_path / "h.onnx"), "onnx")
+    good, bad = bf16.narrow(np.array([3e38], np.float32)), bf16.narrow(np.array([np.inf], np.float32))
+    assert Bound(session, interface(finite=True)).run({"x": good})["same"].tolist() == good.tolist()
+    with pytest.raises(EngineFault) as caught:
+        Bound(session, interface(finite=True)).run({"x": bad})
+    assert caught.value.code == "not_finite"
+    assert Bound(session, interface(finite=False)).run({"x": bad})["same"].tolist() == bad.tolist()
 
 
 @pytest.mark.parametrize(

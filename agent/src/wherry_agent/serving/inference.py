@@ -19,6 +19,7 @@ from wherry_agent.answering.registry import Registry
 from wherry_agent.serving import tensors
 from wherry_agent.serving.regions import Regions
 from wherry_shared.bundle import PLATFORMS, TensorSpec
+from wherry_shared.engines import bf16
 from wherry_shared.engines.errors import BadInput
 from wherry_shared.engines.session import Array
 from wherry_shared.sketch import Sketch
@@ -212,15 +213,19 @@ class Inference:
 def as_declared(name: str, array: Array, datatype: str, view: View) -> Array:
     """Return an input as the interface has it: BF16 is widened, exactly, for a model that takes FP32.
 
+    UINT16 is taken for the bits of BF16, as numpy has it.
+
     Raises:
-        BadInput: BF16 bits would be taken for integers, or integers for BF16 bits.
+        BadInput: BF16 bits would be taken for integers.
     """
-    wanted = view.inputs.get(name)
-    if datatype == wanted or wanted is None or "BF16" not in (datatype, wanted):
+    if datatype != "BF16":
         return array  # the interface is checked where the model runs
+    wanted = view.inputs.get(name)
     if wanted == "FP32":
-        return tensors.widen(array)
-    raise BadInput(f"input {name[:80]!r} is {datatype}, the model takes {wanted}")
+        return bf16.widen(array)
+    if wanted not in (None, "BF16"):
+        raise BadInput(f"input {name[:80]!r} is BF16, the model takes {wanted}")
+    return array
 
 
 def classified(output: str, array: Array, count: int, view: View) -> Array:
@@ -231,7 +236,7 @@ def classified(output: str, array: Array, count: int, view: View) -> Array:
     """
     if count < 0:
         raise BadInput(f"output {output!r}: classification is {count}, expected a number of classes")
-    numbers = tensors.widen(array) if view.outputs[output] == "BF16" else array
+    numbers = bf16.widen(array) if view.outputs[output] == "BF16" else array
     return tensors.classify(numbers, count, view.labels[output])
 
 

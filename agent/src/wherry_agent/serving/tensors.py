@@ -2,7 +2,7 @@
 
 What does not parse is the caller's fault and says which tensor and why. Numbers in JSON are checked against the range of
 their datatype, since numpy would wrap or saturate them without a word. BYTES elements are text, length-prefixed in raw
-form. BF16, which numpy lacks, is carried as the upper half of a float32 in uint16.
+form. BF16 is a number in JSON, rounded.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, cast
 import msgspec
 import numpy as np
 
+from wherry_shared.engines import bf16
 from wherry_shared.engines.errors import BadInput
 from wherry_shared.engines.session import DTYPES, Array
 from wherry_shared.limits import TENSOR_RANK_MAX
@@ -23,9 +24,7 @@ ELEMENTS_MAX = 64 * 1024 * 1024
 COPIED_BYTES_MAX = 1 << 15
 """Up to here an output is copied into its response; beyond, it is sent from where it lies."""
 
-_U16 = np.dtype(np.uint16)
-_F32 = np.dtype(np.float32)
-_TYPES: dict[str, np.dtype[Any]] = {**dict(DTYPES.items()), "BF16": _U16}
+_TYPES: dict[str, np.dtype[Any]] = dict(DTYPES.items())
 
 _flat: dict[str, msgspec.json.Decoder[Any]] = {
     "b": msgspec.json.Decoder(list[bool]),
@@ -64,8 +63,8 @@ def decode(name: str, datatype: str, shape: Sequence[int], data: msgspec.Raw) ->
     """
     dtype, count = check_shape(name, datatype, shape)
     if datatype == "BF16":
-        narrowed = narrow(decode(name, "FP32", shape, data))
-        if ((narrowed & 0x7F80) == 0x7F80).any():  # rounded up to Inf
+        narrowed = bf16.narrow(decode(name, "FP32", shape, data))
+        if not bf16.finite(narrowed):
             raise BadInput(f"input {name[:80]!r}: a value is out of the range of BF16")
         return narrowed
     if not memoryview(data):
@@ -103,7 +102,7 @@ def from_bytes(name: str, datatype: str, shape: Sequence[int], data: bytes | mem
 def encode(array: Array, datatype: str = "") -> list[Any]:
     """Return the flat values of an output. NaN and Inf, where an interface allows them, become null: JSON has neither."""
     if datatype == "BF16":
-        array = widen(array)
+        array = bf16.widen(array)
     return cast("list[Any]", array.ravel().tolist())
 
 
@@ -118,17 +117,6 @@ def to_bytes(array: Array) -> bytes | memoryview:
     if array.nbytes <= COPIED_BYTES_MAX:
         return array.tobytes()
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def widen(array: Array) -> Array:
-    """Return BF16 as float32, exactly."""
-    return (array.astype(np.uint32) << 16).view(_F32)
-
-
-def narrow(array: Array) -> Array:
-    """Return finite float32 as BF16, rounded to the nearest, ties to even."""
-    bits = np.ascontiguousarray(array, _F32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(_U16)
 
 
 def classify(array: Array, count: int, labels: Sequence[str] | None) -> Array:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from wherry_shared.bundle import Format, Interface, TensorSpec, axis_bounds
-from wherry_shared.engines import load
+from wherry_shared.engines import bf16, load
 from wherry_shared.engines.checks import check_outputs, fits
 from wherry_shared.engines.errors import BadInput, EngineFault
 from wherry_shared.engines.session import DTYPES, Array, EngineLimits, Interrupt, NativeTensor, Session
@@ -34,7 +34,9 @@ class _Output(NamedTuple):
 
     name: str
     finite: bool
-    """NaN and Inf are forbidden."""
+    """NaN and Inf are forbidden, in a datatype of numpy's."""
+    finite_bits: bool
+    """NaN and Inf are forbidden, in BF16."""
     good: set[tuple[int, ...]]
     """Shapes that were found good."""
     spec: TensorSpec
@@ -119,7 +121,13 @@ class Bound:
             self._native_out[spec.name] for spec in interface.outputs if spec.name in self._native_out
         ]
         self._plan = [
-            _Output(spec.name, spec.finite and spec.datatype in ("FP16", "FP32", "FP64"), set(), spec)
+            _Output(
+                spec.name,
+                spec.finite and spec.datatype in ("FP16", "FP32", "FP64"),
+                spec.finite and spec.datatype == "BF16",
+                set(),
+                spec,
+            )
             for spec in interface.outputs
             if spec.name in self._native_out
         ]
@@ -206,12 +214,14 @@ class Bound:
             values = self._in_batches(inputs, [output.name for output in plan], native, interrupt)
         else:
             values = self._once(inputs, native, interrupt)
-        for (name, finite, good, spec), value in zip(plan, values, strict=True):
+        for (name, finite, finite_bits, good, spec), value in zip(plan, values, strict=True):
             if finite:
                 # the cheapest test first: a finite sum of squares has finite squares, a large one may only overflow
                 flat = value.ravel()
                 if (value.size > _DOT_ELEMENTS_MAX or not isfinite(flat.dot(flat))) and not all_finite(value):
                     raise EngineFault("not_finite", f"output {name!r} holds NaN or Inf")
+            elif finite_bits and not bf16.finite(value):
+                raise EngineFault("not_finite", f"output {name!r} holds NaN or Inf")
             if value.shape not in good:
                 _check_result(spec, value, good)
             results[name] = value

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
 
 from wherry_shared.bundle import Datatype
 from wherry_shared.engines.checks import check_native
@@ -30,7 +34,10 @@ _DATATYPES: dict[str, Datatype] = {
     "tensor(float)": "FP32",
     "tensor(double)": "FP64",
     "tensor(string)": "BYTES",
+    "tensor(bfloat16)": "BF16",
 }
+_ONNX_BF16 = 16
+"""TensorProto.BFLOAT16: numpy arrays do not say that they hold it."""
 _NO_MEMORY = ("failed to allocate", "bad_alloc", "out of memory", "bad allocation")
 """How onnxruntime says that memory ran out; it has no exception of its own for it."""
 
@@ -72,6 +79,11 @@ class OrtSession:
         self._run: Callable[[list[str], dict[str, Array], Any], list[Array]] = (
             inner.run if inner is not None else session.run
         )
+        if any(tensor.datatype == "BF16" for tensor in (*self._inputs, *self._outputs)):
+            if any(tensor.datatype == "BYTES" for tensor in self._inputs):
+                raise EngineFault("load_failed", "onnxruntime takes no text from Python in a model that has BF16 too")
+            halves = frozenset(tensor.name for tensor in self._inputs if tensor.datatype == "BF16")
+            self._run = _by_values(runtime.OrtValue, session, halves)
 
     def describe(self) -> tuple[list[NativeTensor], list[NativeTensor]]:
         """Return native inputs and outputs, in the order of the file."""
@@ -99,6 +111,34 @@ class OrtSession:
     def close(self) -> None:
         """Drop the session; it is freed when calls in flight return."""
         self._run = _closed
+
+
+def _by_values(
+    kind: Any, session: Any, halves: frozenset[str]
+) -> Callable[[list[str], dict[str, Array], Any], list[Array]]:
+    """Return a way to run a model that numpy has not all datatypes for: each tensor is wrapped with its own."""
+
+    def wrapped(name: str, value: Array) -> Any:
+        value = np.ascontiguousarray(value)
+        if name in halves:
+            return kind.ortvalue_from_numpy_with_onnx_type(value, _ONNX_BF16)
+        return kind.ortvalue_from_numpy(value)
+
+    def plain(value: Any) -> Array:
+        if value.data_type() != "tensor(bfloat16)":
+            return cast("Array", value.numpy())
+        shape = tuple(value.shape())
+        count = math.prod(shape)
+        if not count:
+            return np.empty(shape, np.uint16)
+        bits = (ctypes.c_uint16 * count).from_address(value.data_ptr())
+        return np.frombuffer(bits, np.uint16).reshape(shape).copy()
+
+    def run(names: list[str], feed: dict[str, Array], options: Any) -> list[Array]:
+        given = {name: wrapped(name, value) for name, value in feed.items()}
+        return [plain(value) for value in session.run_with_ort_values(names, given, options)]
+
+    return run
 
 
 def _closed(*_: object) -> list[Array]:

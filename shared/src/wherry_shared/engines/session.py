@@ -100,7 +100,9 @@ DTYPES: dict[Datatype, np.dtype[Any]] = {
     "FP32": np.dtype(np.float32),
     "FP64": np.dtype(np.float64),
     "BYTES": np.dtype(np.object_),
+    "BF16": np.dtype(np.uint16),
 }
-"""OIP datatype → numpy dtype. BF16 is missing on purpose: numpy has no such type and no engine here takes it."""
+"""OIP datatype → numpy dtype; BF16, which numpy lacks, is carried as its bits (`engines.bf16`)."""
 
-DATATYPES: dict[np.dtype[Any], Datatype] = {dtype: name for name, dtype in DTYPES.items()}
+DATATYPES: dict[np.dtype[Any], Datatype] = {dtype: name for name, dtype in DTYPES.items() if name != "BF16"}
+"""numpy dtype → OIP datatype, as far as the dtype tells."""
