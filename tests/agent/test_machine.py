@@ -610,12 +610,11 @@ def test_a_device_with_a_slow_clock_knows_that_an_offer_expired() -> None:
 @pytest.mark.parametrize(
     "event",
     [
-        offer(1, {MODEL: offered(group="pair")}),
         offer(1, {MODEL: offered()}, groups={"pair": [MODEL, "other"]}),
         offer(1, {MODEL: offered()}, critical=["teleport"]),
         offer(1, {MODEL: offered()}, flags={"fast": None}),
     ],
-    ids=["group", "groups", "critical", "flags"],
+    ids=["groups", "critical", "flags"],
 )
 def test_what_this_release_does_not_do_is_refused_once_with_a_reason(event: s.Offered) -> None:
     state, effects = run(fresh(), event, event, s.Tick())

@@ -41,6 +41,7 @@ WAYS: list[dict[str, Any]] = [
     {"mode": "blue_green", "share": 1.0},
 ]
 
+TRIED = (s.Swapping, s.OnTrial, s.Proving)
 model = st.sampled_from(MODELS)
 version = st.sampled_from(VERSIONS)
 variant = st.sampled_from(VARIANTS)
@@ -51,6 +52,7 @@ reason = st.sampled_from(sorted(reasons.VERDICTS | {reasons.NETWORK, reasons.DIS
 @st.composite
 def offers(draw: Any) -> s.Offered:
     models = {}
+    group = draw(st.sampled_from(["", "", "pair"]))
     for name in draw(st.sets(model)):
         if draw(st.integers(0, 9)) == 0:
             models[name] = offered(model=name, mode="none", rollout=draw(st.sampled_from(["r1", "r2"])))
@@ -61,7 +63,8 @@ def offers(draw: Any) -> s.Offered:
                 attempt=draw(attempt),
                 trial=TRIAL,
                 rollout=draw(st.sampled_from(["r1", "r2"])),
-                **draw(st.sampled_from(WAYS)),
+                group=group,
+                **draw(st.sampled_from(WAYS[:4] if group else WAYS)),
             )
     return offer(draw(st.integers(1, 40)), models)
 
@@ -167,7 +170,9 @@ class Watch:
         if told:
             assert told[-1].models == serving
             assert told[-1].revision == after.revision
-        assert sum(bool(shown.trial) for shown in serving) <= 1, "two models on trial at once"
+        tried = [shown.group for shown in serving if shown.trial]
+        assert len(tried) <= 1 or (tried[0] and len(set(tried)) == 1), "two models on trial that are no group"
+        self.whole(before, after)
         numbers = [report.seq for report in after.owed]
         assert numbers == list(range(after.seq - len(numbers), after.seq)), "reports are not gapless"
         assert len(numbers) <= turn.OWED_MAX
@@ -184,6 +189,20 @@ class Watch:
                 assert slot.incumbent is not None, "compared with nothing"
                 assert slot.phase.job.loadable in machine.kept(after)
         assert journal.decode(journal.encode(after)) == after
+
+    @staticmethod
+    def whole(before: s.State, after: s.State) -> None:
+        """Who is on trial as one group goes one way."""
+        ways: dict[str, set[str]] = {}
+        for name, slot in before.models.items():
+            was = slot.phase
+            if not isinstance(was, TRIED) or not was.job.offered.group:
+                continue
+            now = after.models.get(name, s.Slot())
+            new = now.incumbent is not None and now.incumbent.loadable == was.job.loadable
+            way = "new" if new else "trial" if isinstance(now.phase, TRIED) else "old"
+            ways.setdefault(was.job.offered.group, set()).add(way)
+        assert all(len(found) == 1 for found in ways.values()), f"a group was torn: {ways}"
 
 
 @settings(max_examples=50, deadline=None)
@@ -217,7 +236,7 @@ def test_from_every_state_time_alone_leads_to_rest(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(0, 30))):
         now = Now("boot-1", ms, T0_S + ms / 1000)
         state, _ = machine.step(state, data.draw(events(state)), now)
-    expiry_ms = 8 * DAY_US // (MICROSECONDS // 1000)
+    expiry_ms = 9 * DAY_US // (MICROSECONDS // 1000)
     for _ in range(2000):
         now = Now("boot-1", ms, T0_S + ms / 1000)
         resting = all(isinstance(slot.phase, s.Idle | s.Compared | s.Safe) for slot in state.models.values())
@@ -257,6 +276,37 @@ def test_a_device_with_honest_hands_converges_to_the_last_offer(data: st.DataObj
     assert slot.incumbent is not None
     assert slot.incumbent.loadable.target == wanted.target
     assert [report.state for report in state.owed if report.model == MODEL][-1] in ("confirmed", "confirmed_idle")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_a_group_converges_whole_on_a_device_with_honest_hands(data: st.DataObject) -> None:
+    state, ms = blank(), 0
+    for _ in range(data.draw(st.integers(0, 25))):
+        state, _ = machine.step(state, data.draw(events(state)), Now("boot-1", ms, T0_S))
+    serial = (state.offer.serial if state.offer is not None else 0) + 1
+    wanted = {name: offered("2.0.0", model=name, trial=TRIAL, rollout="final", group="all") for name in MODELS}
+    queue: list[s.Event] = [s.WorkerReady(), offer(serial, wanted, groups={"all": list(MODELS)})]
+    together: set[int] = set()
+    for _ in range(600):
+        now = Now("boot-1", ms, T0_S + ms / 1000)
+        event = queue.pop(data.draw(st.integers(0, len(queue) - 1))) if queue else s.Tick()
+        before = state
+        state, effects = machine.step(state, event, now)
+        Watch.whole(before, state)
+        for effect in effects:
+            queue += honest(effect, state)
+        done = [
+            name
+            for name, slot in state.models.items()
+            if slot.incumbent is not None and slot.incumbent.loadable.target == f"{name}/2.0.0"
+        ]
+        together.add(len(done))
+        if len(done) == len(MODELS):
+            break
+        if not queue:
+            ms += max(1, machine.next_deadline_ms(state, now))
+    assert together == {0, len(MODELS)}, "all came in one step"
 
 
 def honest(effect: s.Effect, state: s.State) -> list[s.Event]:

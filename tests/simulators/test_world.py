@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from wherry_simulators import scenarios
-from wherry_simulators.scenarios import behaviours, modes, rollouts, trouble
+from wherry_simulators.scenarios import behaviours, groups, modes, rollouts, trouble
 from wherry_simulators.world import World
 
 SEEDS = 40
@@ -13,7 +13,7 @@ def explain(result):
     return f"{result.scenario}, seed {result.seed}:\n" + "\n".join(str(violation) for violation in result.violations)
 
 
-@pytest.mark.parametrize("scenario", [*behaviours.TABLE, *modes.TABLE], ids=lambda row: row.name)
+@pytest.mark.parametrize("scenario", [*behaviours.TABLE, *modes.TABLE, *groups.TABLE], ids=lambda row: row.name)
 def test_with_nothing_going_wrong(scenario):
     for seed in range(2):
         result = World(scenario, seed).run()

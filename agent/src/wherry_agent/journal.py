@@ -113,6 +113,7 @@ NAMES: dict[type[Any], dict[str, str]] = {
         "expires_at": "expires_at",
         "models": "models",
         "unsupported": "unsupported",
+        "groups": "groups",
         "flags": "flags",
     },
     s.Declared: {"contract": "contract", "by": "by"},
@@ -138,7 +139,14 @@ NAMES: dict[type[Any], dict[str, str]] = {
         "began": "began",
         "counts": "counts",
     },
-    s.OnTrial: {"job": "job", "since": "since", "trial": "trial", "crashes": "crashes", "counts": "counts"},
+    s.OnTrial: {
+        "job": "job",
+        "since": "since",
+        "trial": "trial",
+        "crashes": "crashes",
+        "counts": "counts",
+        "passed": "passed",
+    },
     s.Proving: {
         "job": "job",
         "since": "since",

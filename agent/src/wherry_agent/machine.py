@@ -18,7 +18,7 @@ Rules for whoever edits this module:
 2. One `match` over phases, inside each phase one over events. An event that a phase ignores is *named* there, so that a
    new event does not type-check until each phase has answered it.
 3. Every phase has an exit that needs no outside event: a deadline (`limit_ms`), a counted limit, or another slot's
-   deadline (`Queued`). `Idle`, `Compared` and `Safe` are ends; an offer leaves them.
+   deadline (`Queued`, and a trial that passed and waits for its group). `Idle`, `Compared` and `Safe` are ends; an offer leaves them.
 4. The serving set, offers and the queue are level-triggered: after every event `_settle` compares what is with what
    should be. A phase only changes its slot.
 5. Only reasons in `reasons.VERDICTS` are held against a variant. Everything else is trouble: `Waiting`, then again.
@@ -96,6 +96,7 @@ from wherry_agent.turn import (
     DECIDING,
     FAULTS_MAX,
     FETCH_MS,
+    GROUP_WAIT_MS,
     JUDGE_GRACE_MS,
     MODELS_MAX,
     PROVE_MS,
@@ -113,6 +114,7 @@ from wherry_agent.turn import (
     flags_of,
     kept,
     kind_of,
+    names_incumbent,
     plain,
     same_attempt,
     serving,
@@ -205,7 +207,8 @@ def resume(state: State, now: Now) -> tuple[State, tuple[Effect, ...]]:
     turn.state = replace(turn.state, told=None)
     turn.resume_watch()
     upgrades.resume(turn)
-    for name, slot in tuple(turn.state.models.items()):
+    for name in tuple(turn.state.models):
+        slot = turn.state.models[name]  # as it is now: one of its group may have taken it back
         phase = slot.phase
         match phase:
             case Idle() | Compared() | Safe():
@@ -272,7 +275,7 @@ def trust_state(state: State, now: Now) -> str:
 
 
 def limit_ms(phase: Phase) -> int | None:
-    """Return how long a phase may last before `Tick` ends it; None for ends, and for `Queued`, which others end."""
+    """Return how long a phase may last before `Tick` ends it; None for ends, and for waits that others end."""
     match phase:
         case Resolving():
             return RESOLVE_MS
@@ -283,14 +286,16 @@ def limit_ms(phase: Phase) -> int | None:
         case Swapping():
             return SWAP_MS
         case OnTrial(job):
-            return job.offered.trial.max_s * 1000
+            return None if phase.passed else job.offered.trial.max_s * 1000
         case Proving():
             return PROVE_MS
         case Returning():
             return RETURN_MS
         case Waiting():
             return phase.wait_ms
-        case Idle() | Queued() | Compared() | Safe():
+        case Queued(job):
+            return GROUP_WAIT_MS if job.offered.group else None
+        case Idle() | Compared() | Safe():
             return None
         case _:
             assert_never(phase)
@@ -342,10 +347,14 @@ def _accept(turn: Turn, event: Offered) -> None:
     if len(models) > MODELS_MAX:
         unsupported = f"names {len(models)} models, at most {MODELS_MAX} fit a device"
         models = {name: models[name] for name in sorted(models)[:MODELS_MAX]}
-    for members in offer.groups.values():
-        for name in members:
-            if name in models and not models[name].group:
-                models[name] = msgspec.structs.replace(models[name], group="*")
+    groups = {group: set(members) for group, members in offer.groups.items()}
+    for group, members in groups.items():
+        for name in members & models.keys():
+            if not models[name].group:
+                models[name] = msgspec.structs.replace(models[name], group=group)
+    for name, offered in models.items():
+        if offered.group:
+            groups.setdefault(offered.group, set()).add(name)
     turn.state = replace(
         turn.state,
         offer=Accepted(
@@ -356,6 +365,7 @@ def _accept(turn: Turn, event: Offered) -> None:
             models,
             unsupported,
             flags=flags_of(turn.state) if unsupported else offer.flags,
+            groups={group: tuple(sorted(members)) for group, members in sorted(groups.items())},
         ),
     )
 
@@ -399,8 +409,10 @@ def _unsupported(offer: Accepted, offered: OfferedModel, slot: Slot) -> str:
     """Say what of an offered model this device does not do; empty if it can."""
     if offer.unsupported:
         return offer.unsupported
-    if offered.group:
-        return "groups are not supported by this agent"
+    if offered.group and offered.mode != "none":
+        why = _group_unsupported(offer, offered.group)
+        if why:
+            return why
     share = f"a share of {offered.share:g}"
     if offered.mode in ("replace", "none"):
         return f"{share} of the requests needs mode split" if offered.share < 1.0 else ""
@@ -411,16 +423,25 @@ def _unsupported(offer: Accepted, offered: OfferedModel, slot: Slot) -> str:
     return "" if 0.0 <= offered.share <= 1.0 else f"{share} is none"
 
 
+def _group_unsupported(offer: Accepted, group: str) -> str:
+    """Say why the models of a group cannot be had all or none; empty if they can."""
+    members = offer.groups.get(group, ())
+    for name in members:
+        offered = offer.models.get(name)
+        if offered is None:
+            return f"group {group} names {name}, which the offer does not hold"
+        if offered.mode not in ("replace", "none"):
+            return f"group {group} is swapped at once, and {name} is offered as {offered.mode}"
+        if sum(name in others for others in offer.groups.values()) > 1:
+            return f"{name} of group {group} is in another group too"
+    return ""
+
+
 def _reconsider(turn: Turn, name: str, offer: Accepted, offered: OfferedModel) -> None:
     """Compare one slot with what the accepted offer says about its model."""
     slot = turn.state.models.get(name, Slot())
     phase = slot.phase
     removal = offered.mode == "none"
-    names_incumbent = (
-        slot.incumbent is None
-        if removal
-        else slot.incumbent is not None and slot.incumbent.manifest == offered.manifest
-    )
     match phase:
         case Idle() | Safe():
             _begin(turn, name, slot, offer, offered)
@@ -432,11 +453,11 @@ def _reconsider(turn: Turn, name: str, offer: Accepted, offered: OfferedModel) -
             turn.effects.append(Cancel(name))
             slot = replace(slot, phase=Idle(), settled=None)
             turn.put(name, slot)
-            _begin(turn, name, slot, offer, offered, reason=reasons.WITHDRAWN if names_incumbent else "")
+            _begin(turn, name, slot, offer, offered, reason=reasons.WITHDRAWN if names_incumbent(slot, offered) else "")
         case Swapping(job) | OnTrial(job) | Proving(job):
             if _unsupported(offer, offered, slot):
                 pass  # refused when the trial is over
-            elif names_incumbent:
+            elif names_incumbent(slot, offered):
                 detail = "the offer names the incumbent"
                 turn.go_back(name, slot, job, reasons.WITHDRAWN, detail, phase.counts)
             elif removal or offered.manifest != job.offered.manifest:
@@ -533,7 +554,7 @@ def _slot_step(turn: Turn, name: str, event: SlotEvent) -> None:
         case Judging():
             _judging(turn, name, slot, phase, event)
         case Queued():
-            _queued(turn, name, slot, event)
+            _queued(turn, name, slot, phase, event)
         case Swapping():
             _swapping(turn, name, slot, phase, event)
         case OnTrial():
@@ -629,8 +650,15 @@ def _judging(turn: Turn, name: str, slot: Slot, phase: Judging, event: SlotEvent
             assert_never(event)
 
 
-def _queued(turn: Turn, name: str, slot: Slot, event: SlotEvent) -> None:
+def _queued(turn: Turn, name: str, slot: Slot, phase: Queued, event: SlotEvent) -> None:
+    job = phase.job
     match event:
+        case Tick() if job.offered.group and _overdue(phase, turn.now):
+            if _complete(turn, job.offered.group):  # it waits for its turn, not for another of its group
+                turn.put(name, replace(slot, phase=replace(phase, since=Since.at(turn.now))))
+            else:
+                hours = GROUP_WAIT_MS // 3600_000
+                turn.leave_group(name, slot, job, f"group {job.offered.group} was not complete within {hours} h")
         case Served():
             _incumbent_served(turn, name, slot, event)
         case Resolved() | Fetched() | TaskFailed() | CanaryDone() | Measured() | Condemned() | GoldenChecked():
@@ -645,7 +673,9 @@ def _swapping(turn: Turn, name: str, slot: Slot, phase: Swapping, event: SlotEve
     job = phase.job
     match event:
         case Served() if turn.is_current(event) and event.digest == job.loadable.digest:
-            if _misses(event, job):
+            if not event.ok and event.reason == reasons.GROUP:
+                pass  # the one of its group that could not be served says why, and takes it along
+            elif _misses(event, job):
                 _not_served(turn, name, slot, phase, event)
             else:
                 since = phase.began if phase.began is not None else Since.at(turn.now)
@@ -680,7 +710,7 @@ def _on_trial(turn: Turn, name: str, slot: Slot, phase: OnTrial, event: SlotEven
             _crashed(turn, name, slot, phase, event)
         case Served() if turn.is_current(event) and event.digest == job.loadable.digest and _misses(event, job):
             _not_served(turn, name, slot, phase, event)
-        case Tick() if _overdue(phase, turn.now):
+        case Tick() if not phase.passed and _overdue(phase, turn.now):
             if kind_of(job.offered) in DECIDING:
                 # its time is over: what was not compared (latency) is left to the golden vectors
                 _prove(turn, name, slot, phase, enough=_enough(phase))
@@ -699,7 +729,7 @@ def _proving(turn: Turn, name: str, slot: Slot, phase: Proving, event: SlotEvent
     match event:
         case GoldenChecked() if event.trial == phase.trial and event.digest == job.loadable.digest:
             if event.passed:
-                turn.confirm(name, slot, job, phase.counts, idle=not phase.enough)
+                turn.passed(name, slot, phase, "requests" if phase.enough else "idle", phase.counts)
             else:
                 turn.go_back(name, slot, job, event.reason or reasons.HEALTH_GOLDEN, event.detail, phase.counts)
         case Measured() if event.trial == phase.trial and event.candidate.digest == job.loadable.digest:
@@ -874,7 +904,9 @@ def _measured(turn: Turn, name: str, slot: Slot, phase: OnTrial, event: Measured
         case "pass" | "unknown" | "open" if not decides:
             turn.put(name, replace(slot, phase=phase))
         case "pass":
-            turn.confirm(name, slot, phase.job, counts, idle=False)
+            turn.passed(name, slot, phase, "requests", counts)
+        case "unknown" | "open" if phase.passed:
+            turn.put(name, replace(slot, phase=phase))
         case "unknown":
             _prove(turn, name, replace(slot, phase=phase), phase, enough=True)
         case "open":
@@ -921,7 +953,7 @@ def _crashed(turn: Turn, name: str, slot: Slot, phase: Swapping | OnTrial | Prov
     crashes = phase.crashes if event.ordered else phase.crashes + 1
     counts = _carried(phase.counts)
     if crashes > phase.job.offered.trial.crashes_max:
-        turn.go_back(name, slot, phase.job, reasons.CRASH, event.detail, counts)
+        turn.go_back(name, slot, phase.job, reasons.CRASH, event.detail, counts, anyones=True)
         return
     began = _began(phase)
     again = Swapping(phase.job, Since.at(turn.now), phase.trial, crashes, began, counts)
@@ -937,7 +969,8 @@ def _return_again(turn: Turn, name: str, slot: Slot, phase: Returning, event: Se
     altered = isinstance(event, Served) and event.reason in reasons.ALTERED  # which no new worker mends
     if phase.tries + 1 < RETURN_TRIES_MAX and not altered:
         turn.put(name, replace(slot, phase=replace(phase, tries=phase.tries + 1, since=Since.at(turn.now))))
-        turn.effects.append(RestartWorker(f"it did not serve {name} again"))
+        if not isinstance(event, Served) or event.reason != reasons.GROUP:  # else it is told again, now alone
+            turn.effects.append(RestartWorker(f"it did not serve {name} again"))
         return
     turn.returned(name, slot, phase)
     reason, detail = reasons.CHILD_FAILED, "the worker did not serve it again"
@@ -998,6 +1031,7 @@ def _settle(turn: Turn) -> tuple[State, tuple[Effect, ...]]:
     if offer is not None and not turn.expired():
         for name, offered in offer.models.items():
             _reconsider(turn, name, offer, offered)
+        _hold_together(turn, offer)
     _admit(turn)
     _forget(turn)
     if serving(turn.state) != serving(turn.before) or not flags.same(flags_of(turn.state), flags_of(turn.before)):
@@ -1008,18 +1042,65 @@ def _settle(turn: Turn) -> tuple[State, tuple[Effect, ...]]:
     return turn.state, tuple(turn.effects)
 
 
+def _hold_together(turn: Turn, offer: Accepted) -> None:
+    """Give up what is under way in a group of which one came to nothing here."""
+    for group, members in offer.groups.items():
+        out = next((name for name in members if _came_to_nothing(turn, offer, name)), None)
+        if out is None:
+            continue
+        said = turn.state.models[out].told
+        why = f"{out} of group {group} did not come through" + (f": {said.reason}" if said is not None else "")
+        for name in members:
+            slot = turn.state.models.get(name, Slot())
+            phase = slot.phase
+            if not isinstance(phase, Resolving | Fetching | Judging | Queued | Waiting):
+                continue
+            if phase.job.offered.group == group:
+                turn.leave_group(name, slot, phase.job, why)
+
+
+def _came_to_nothing(turn: Turn, offer: Accepted, name: str) -> bool:
+    """Tell whether a model does not run what is offered, and will not under this attempt."""
+    slot, offered = turn.state.models.get(name), offer.models.get(name)
+    if slot is None or offered is None or offered.mode == "none":
+        return False
+    return end_of(offered) in slot.ends and not names_incumbent(slot, offered)
+
+
+def _complete(turn: Turn, group: str) -> tuple[str, ...]:
+    """Return those of a group that wait for their trial, if all others run what is offered; else nothing."""
+    offer = turn.state.offer
+    waiting: list[str] = []
+    for name in offer.groups.get(group, ()) if offer is not None else ():
+        slot, offered = turn.state.models.get(name, Slot()), offer.models.get(name) if offer is not None else None
+        phase = slot.phase
+        if offered is None:
+            return ()
+        if isinstance(phase, Queued) and same_attempt(phase.job.offered, offered):
+            waiting.append(name)
+        elif offered.mode != "none" and not (isinstance(phase, Idle) and names_incumbent(slot, offered)):
+            return ()
+    return tuple(waiting)
+
+
 def _admit(turn: Turn) -> None:
-    """One model at a time is swapped and tried, so that a crash has one suspect."""
+    """One model, or one whole group, is swapped and tried at a time, so that a crash has few suspects."""
     if any(_occupies(slot.phase) for slot in turn.state.models.values()) or turn.state.engines.handing_over is not None:
         return
     for name in sorted(turn.state.models):
         slot = turn.state.models[name]
-        if isinstance(slot.phase, Queued):
-            job = slot.phase.job
-            if turn.expired():
-                turn.expire(name, slot, job)
-                continue
-            turn.begin_trial(name, slot, job)
+        if not isinstance(slot.phase, Queued):
+            continue
+        job = slot.phase.job
+        if turn.expired():
+            turn.expire(name, slot, job)
+            continue
+        chosen = _complete(turn, job.offered.group) if job.offered.group else (name,)
+        for one in chosen:
+            waiting = turn.state.models[one]
+            assert isinstance(waiting.phase, Queued)
+            turn.begin_trial(one, waiting, waiting.phase.job)
+        if chosen:
             return
 
 

@@ -19,6 +19,9 @@ from wherry_shared.wire import Mode, Offer, OfferedModel, Report, VariantTried
 Task = Literal["resolve", "fetch", "judge"]
 """What a courier or a canary does for a slot."""
 
+Passed = Literal["", "requests", "idle"]
+"""By what a candidate passed its trial: by its requests, or without enough of them by its golden vectors."""
+
 # --- what a slot is made of ----------------------------------------------------------------------
 
 
@@ -119,7 +122,7 @@ class Judging:
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """Judged good; waits until no other model of this device is being swapped or tried."""
+    """Judged good; waits until no other model of this device is being swapped or tried, and for all of its group."""
 
     job: Job
     since: Since
@@ -147,6 +150,8 @@ class OnTrial:
     trial: str
     crashes: int = 0
     counts: Counts = Counts()
+    passed: Passed = ""
+    """By what it passed, while it waits for the others of its group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +284,8 @@ class Accepted:
     models: Mapping[str, OfferedModel] = field(default_factory=dict)
     unsupported: str = ""
     """Why nothing of it is acted on; empty if it is."""
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Group → its models, which come all or none."""
     flags: Mapping[str, Any] = field(default_factory=dict)
     """Feature flags of this device: those of the newest offer that is acted on."""
 

@@ -108,6 +108,8 @@ def _model(slot: s.Slot) -> dict[str, object]:
         shown["trial"] = _trial(phase.job, phase.counts)
     elif not isinstance(phase, s.Idle | s.Safe):
         shown["candidate"] = {"target": phase.job.offered.target}
+    if not isinstance(phase, s.Idle | s.Safe) and phase.job.offered.group:
+        shown["group"] = phase.job.offered.group
     if isinstance(phase, s.Waiting):
         shown["trouble"] = {"reason": phase.reason, "detail": phase.detail, "again_in_s": phase.wait_ms // 1000}
     if isinstance(phase, s.Safe):
@@ -126,8 +128,6 @@ def _model(slot: s.Slot) -> dict[str, object]:
 def _trial(job: s.Job, counts: s.Counts) -> dict[str, object]:
     offered = job.offered
     shown: dict[str, object] = {"mode": offered.mode, "share": offered.share}
-    if offered.group:
-        shown["group"] = offered.group
     shown |= {
         "requests": counts.requests + counts.earlier_requests,
         "errors": counts.errors + counts.earlier_errors,
@@ -255,6 +255,8 @@ def render(shown: dict[str, Any]) -> str:
         done, total = shown.get("downloads", {}).get("running", {}).get(name, (0, 0))
         if total:
             lines.append(f"  download  {done} of {total} bytes")
+        if "group" in model:
+            lines.append(f"  group     {model['group']}, all or none")
         if "trial" in model:
             trial = model["trial"]
             lines.append(f"  trial     {_how(trial)}{trial['requests']} requests, {trial['errors']} errors")
@@ -276,7 +278,4 @@ def render(shown: dict[str, Any]) -> str:
 
 def _how(trial: dict[str, Any]) -> str:
     """Say in words how a candidate is tried; nothing where it simply takes over."""
-    group = f"in group {trial['group']}, " if trial.get("group") else ""
-    if trial["mode"] == "replace":
-        return group
-    return f"{trial['mode'].replace('_', '-')} of {trial['share']:.0%}, {group}"
+    return "" if trial["mode"] == "replace" else f"{trial['mode'].replace('_', '-')} of {trial['share']:.0%}, "

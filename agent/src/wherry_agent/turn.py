@@ -31,6 +31,7 @@ from wherry_agent.state import (
     Judging,
     KnownBad,
     OnTrial,
+    Passed,
     Phase,
     Proving,
     Queued,
@@ -84,6 +85,8 @@ OWED_MAX = 256
 KNOWN_BAD_MAX = 256
 ENDS_MAX = 16
 TRIED_MAX = 16
+GROUP_WAIT_MS = 24 * 3600_000
+"""A model that is ready waits no longer than this for the others of its group: longer than a slow download takes."""
 MODELS_MAX = 64
 """Models that an offer may name, and slots beyond which it begins no new one: never more than twice as many."""
 
@@ -146,6 +149,11 @@ def serving(state: State) -> tuple[ServeModel, ...]:
         match phase:
             case Swapping(job) | OnTrial(job) | Proving(job):
                 models.append(_on_trial(name, job, incumbent, phase.trial))
+            case Returning(job) if incumbent is not None and phase.tries == 0:
+                # all of a group go back together; one that does not come back must not keep the others from it
+                deadline_ms = job.offered.trial.deadline_ms
+                group = job.offered.group
+                models.append(ServeModel(name=name, active=incumbent, deadline_ms=deadline_ms, group=group))
             case Idle() | Resolving() | Fetching() | Judging() | Queued() | Waiting() | Compared() | Returning():
                 if slot.incumbent is not None and incumbent is not None:
                     deadline_ms = slot.incumbent.offered.trial.deadline_ms
@@ -175,6 +183,7 @@ def _on_trial(name: str, job: Job, incumbent: Loadable | None, trial: str) -> Se
         share=offered.share,
         salt="" if plainly else offered.rollout or trial,
         shadow_cpu_share_max=offered.trial.shadow_cpu_share_max,
+        group=offered.group,
     )
 
 
@@ -198,6 +207,13 @@ def end_of(offered: OfferedModel) -> End:
 def same_attempt(one: OfferedModel, other: OfferedModel) -> bool:
     """Tell whether two offers bring the same bundle under the same attempt, in whatever mode."""
     return replace(end_of(one), mode="replace") == replace(end_of(other), mode="replace")
+
+
+def names_incumbent(slot: Slot, offered: OfferedModel) -> bool:
+    """Tell whether an offer asks for what is trusted here already."""
+    if offered.mode == "none":
+        return slot.incumbent is None
+    return slot.incumbent is not None and slot.incumbent.manifest == offered.manifest
 
 
 def plain(offered: OfferedModel) -> OfferedModel:
@@ -529,18 +545,73 @@ class Turn:
         self.report(name, state, job=job, counts=counts, trial_end="idle" if idle else "requests")
         self.effects.append(Collect(kept(self.state)))
 
-    def go_back(self, name: str, slot: Slot, job: Job, reason: str, detail: str, counts: Counts) -> None:
-        """End a trial badly: serve the incumbent again and, if it was a verdict, hold it against the variant."""
-        self.remember(job.loadable, reason, job.offered.attempt)
-        if reason in (reasons.WITHDRAWN, reasons.SUPERSEDED):
-            job = replace(job, tried=_outcome(job.tried, "not_tried", reason))
-        else:
-            job = replace(job, tried=_outcome(job.tried, "failed", reason))
+    def passed(self, name: str, slot: Slot, phase: OnTrial | Proving, passed: Passed, counts: Counts) -> None:
+        """The candidate did well: it is confirmed, with all of its group once the last of them did."""
+        job = phase.job
+        if not job.offered.group:
+            self.confirm(name, slot, job, counts, idle=passed == "idle")
+            return
+        began = phase.since if isinstance(phase, OnTrial) else phase.began
+        self.put(name, replace(slot, phase=OnTrial(job, began, phase.trial, phase.crashes, counts, passed)))
+        members = (name, *self.mates(name, job))
+        phases = {member: self.state.models[member].phase for member in members}
+        if all(isinstance(one, OnTrial) and one.passed for one in phases.values()):
+            for member, one in phases.items():
+                assert isinstance(one, OnTrial)
+                self.confirm(member, self.state.models[member], one.job, one.counts, idle=one.passed == "idle")
+
+    def mates(self, name: str, job: Job) -> tuple[str, ...]:
+        """Return the other models that are on trial as one group with this one."""
+        return tuple(
+            other
+            for other, slot in self.state.models.items()
+            if other != name
+            and job.offered.group
+            and isinstance(slot.phase, Swapping | OnTrial | Proving)
+            and slot.phase.job.offered.group == job.offered.group
+        )
+
+    def go_back(
+        self, name: str, slot: Slot, job: Job, reason: str, detail: str, counts: Counts, *, anyones: bool = False
+    ) -> None:
+        """End a trial badly, with all of its group: serve the incumbents again, hold a verdict against the variant.
+
+        `anyones`: what happened may be the doing of any of the group; it is held against none.
+        """
+        mates = self.mates(name, job)
+        over = reason not in (reasons.WITHDRAWN, reasons.SUPERSEDED)
+        if not (anyones and mates):
+            self.remember(job.loadable, reason, job.offered.attempt)
+        self._go_back(name, slot, job, reason, detail, counts, over=over)
+        for mate in mates:
+            other = self.state.models[mate]
+            assert isinstance(other.phase, Swapping | OnTrial | Proving)
+            why, words = reasons.GROUP, f"{name} of group {job.offered.group} went back: {reason}"
+            wanted = self.state.offer.models.get(mate) if self.state.offer is not None else None
+            if anyones:
+                why, words = reason, detail
+            elif not over and wanted is not None and names_incumbent(other, wanted):
+                why, words = reason, detail  # the same offer takes it back too
+            self._go_back(mate, other, other.phase.job, why, words, other.phase.counts, over=over)
+
+    def _go_back(
+        self, name: str, slot: Slot, job: Job, reason: str, detail: str, counts: Counts, *, over: bool
+    ) -> None:
+        if over:
+            outcome: Literal["failed", "not_tried"] = "not_tried" if reason == reasons.GROUP else "failed"
+            job = replace(job, tried=_outcome(job.tried, outcome, reason))
             slot = replace(slot, ends=(*slot.ends, end_of(job.offered))[-ENDS_MAX:])
+        else:
+            job = replace(job, tried=_outcome(job.tried, "not_tried", reason))
         phase = Returning(job, Since.at(self.now), reason, detail[:REPORT_DETAIL_CHARS_MAX], 0, counts)
         self.put(name, replace(slot, phase=phase, settled=None, faults=0))
         if slot.incumbent is None:
             self.returned(name, self.state.models[name], phase)
+
+    def leave_group(self, name: str, slot: Slot, job: Job, why: str) -> None:
+        """Give up before a trial: the group cannot be had whole."""
+        self.effects.append(Cancel(name))
+        self.fail(name, slot, replace(job, tried=_outcome(job.tried, "not_tried", reasons.GROUP)), reasons.GROUP, why)
 
     def returned(self, name: str, slot: Slot, phase: Returning) -> None:
         """The incumbent answers again, or there is none."""

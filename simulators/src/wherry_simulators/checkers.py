@@ -23,6 +23,7 @@ VIOLATIONS_MAX = 50
 """Beyond this a run only counts."""
 CONFIRMED = frozenset({"confirmed", "confirmed_idle"})
 NEGATIVE_ENDS = frozenset({"returned", "failed", "refused", "safe"})
+_TRIED = (s.Swapping, s.OnTrial, s.Proving)
 ENDS = CONFIRMED | NEGATIVE_ENDS | {"removed", "compared"}
 
 
@@ -81,6 +82,7 @@ class Checkers:
         if event is not None and after.offer is not None:
             self._expired_starts_nothing(device, before, after, after.offer)
         self._proved_stays(device, after)
+        self._groups_stay_whole(device, before, after)
         if isinstance(event, s.Measured):
             self._answers_as_offered(device, event)
         if after.seq != before.seq:
@@ -113,6 +115,25 @@ class Checkers:
                 self._proved.pop(key, None)
             elif isinstance(phase, s.Fetching | s.Judging) and self._proved.get(key) == phase.job.offered.manifest:
                 self.object("what is proved here is not brought again", device, f"{name}: {type(phase).__name__}")
+
+    def _groups_stay_whole(self, device: Device, before: s.State, after: s.State) -> None:
+        """What is on trial as one group is confirmed in one turn, or goes back in one; none is blamed for another."""
+        fates: dict[str, set[str]] = {}
+        for name, slot in before.models.items():
+            phase = slot.phase
+            if not isinstance(phase, _TRIED) or not phase.job.offered.group:
+                continue
+            later = after.models.get(name, s.Slot())
+            confirmed = later.incumbent is not None and later.incumbent.loadable.digest == phase.job.loadable.digest
+            stays = isinstance(later.phase, _TRIED)
+            fates.setdefault(phase.job.offered.group, set()).add("new" if confirmed else "trial" if stays else "old")
+            blamed = {bad.digest for bad in after.known_bad} - {bad.digest for bad in before.known_bad}
+            reason = later.phase.reason if isinstance(later.phase, s.Returning) else ""
+            if reason == reasons.GROUP and phase.job.loadable.digest in blamed:
+                self.object("nobody is blamed for another of its group", device, name)
+        for group, found in fates.items():
+            if len(found) > 1:
+                self.object("a group stays whole", device, f"{group}: {sorted(found)}")
 
     def _answers_as_offered(self, device: Device, event: s.Measured) -> None:
         """A shadow never answers, nor does a candidate that stands by."""
@@ -158,7 +179,7 @@ class Checkers:
             self.object("a report names an offer", device, f"{report.state} under serial {report.serial}")
 
     def _confirmed_by_rule(self, device: Device, phase: s.OnTrial | s.Proving, report: Report) -> None:
-        terms, ledger, trial = phase.job.offered.trial, device.hands.ledger, phase.trial
+        terms, ledger, trial = phase.job.offered.trial, device.hands.ledger, (report.model, phase.trial)
         offered = self._server.records[device.name].offers[report.serial][report.model]
         if offered.mode in ("shadow", "split") or offered.share < 1.0:
             self.object("only what answered everybody is confirmed", device, f"{offered.mode} of {offered.share}")
@@ -167,10 +188,11 @@ class Checkers:
             self.object("a report counts what happened", device, f"{report.requests} requests reported, {seen} made")
         if report.state == "confirmed" and report.requests - report.errors < terms.min_requests:
             self.object("confirmed only by the trial's rule", device, f"{report.requests} requests")
-        if isinstance(phase, s.Proving) and trial not in ledger.golden:
+        passed_before = isinstance(phase, s.OnTrial) and phase.passed == "idle"
+        if (isinstance(phase, s.Proving) or passed_before) and trial not in ledger.golden:
             self.object("confirmed only by the trial's rule", device, "the golden vectors did not pass again")
         if report.state == "confirmed_idle":
-            lasted_ms = device.world.agenda.now_ms - self._began_ms.get((device.name, trial), 0)
+            lasted_ms = device.world.agenda.now_ms - self._began_ms.get((device.name, phase.trial), 0)
             if lasted_ms < terms.max_s * 1000:
                 self.object("confirmed only by the trial's rule", device, f"idle after {lasted_ms} ms")
         if report.errors >= terms.errors_min and report.errors > terms.error_rate_max * report.requests:
@@ -272,6 +294,7 @@ class Checkers:
                 continue
             if not isinstance(event, s.Served):
                 continue
+            self._together(device)
             for name, loadable in worker.serving.items():
                 if loadable.digest not in device.hands.passed:
                     self.object("only what a canary passed serves", device, f"{loadable.target} serves")
@@ -282,6 +305,22 @@ class Checkers:
                 if trial:
                     self._began_ms.setdefault((device.name, trial), device.world.agenda.now_ms)
             return
+
+    def _together(self, device: Device) -> None:
+        """All of a group are in the worker, or none."""
+        worker = device.hands.worker
+        if worker is None or device.hands.busy(device.now()):
+            return
+        for group, names in device.memory.offer.groups.items() if device.memory.offer is not None else ():
+            served = {name for name in names if name in worker.commands and worker.commands[name].group == group}
+            served = {name for name in served if worker.commands[name].trial}
+            tried = {
+                name
+                for name in names
+                if name in device.memory.models and isinstance(device.memory.models[name].phase, _TRIED)
+            }
+            if served and tried and served != tried:
+                self.object("a group is swapped at once", device, f"{sorted(served)} of {sorted(tried)}")
 
     def _old_or_new(self, device: Device, name: str, manifest: str) -> None:
         offers = self._server.records[device.name].offers.values()
@@ -334,6 +373,27 @@ class Checkers:
                 if (report.epoch, report.seq) not in stored:
                     self.object("no report is lost", device, f"{report.state} of {report.target}")
             self._truth_at_the_end(device)
+            self._no_mixed_group(device)
+
+    def _no_mixed_group(self, device: Device) -> None:
+        """Of what a group was to bring, a device runs all or none; what it ran before counts for neither."""
+        record, worker = self._server.records[device.name], device.hands.worker
+        groups: dict[str, dict[str, bool]] = {}
+        for name, desired in record.desired.items():
+            if not desired.group or desired.mode == "none" or worker is None:
+                continue
+            first = next(
+                (r for r in record.log if r.model == name and r.manifest == desired.manifest and r.state in CONFIRMED),
+                None,
+            )
+            if first is not None and first.group != desired.group:
+                continue
+            running = worker.serving.get(name)
+            brought = running is not None and running.manifest == desired.manifest
+            groups.setdefault(desired.group, {})[name] = brought
+        for group, found in groups.items():
+            if len(set(found.values())) > 1:
+                self.object("no device ends on a mixed group", device, f"{group}: {found}")
 
     def _truth_at_the_end(self, device: Device) -> None:
         worker = device.hands.worker

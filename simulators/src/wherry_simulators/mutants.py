@@ -17,12 +17,13 @@ import msgspec
 from wherry_agent import machine
 from wherry_agent import state as s
 from wherry_agent.children import Judged, ServeModel
+from wherry_shared import reasons
 from wherry_shared.clock import Now, Since
 from wherry_shared.wire import Report
 from wherry_simulators import scenarios
 from wherry_simulators.brain import REAL, Brain, Turn
 from wherry_simulators.scenario import Scenario
-from wherry_simulators.scenarios import modes
+from wherry_simulators.scenarios import groups, modes
 from wherry_simulators.world import World
 
 DEVICES_MAX = 12
@@ -333,6 +334,68 @@ def _roomy(state: s.State, event: s.Event) -> s.Event:  # noqa: ARG001  # the fo
     return replace(event, incumbent_loaded=True) if isinstance(event, s.Served) else event
 
 
+# --- groups --------------------------------------------------------------------------------------
+
+
+def _alone(state: s.State, name: str) -> s.State:
+    """Let one model on trial forget which group it is of."""
+    slot = state.models.get(name)
+    if slot is None or not isinstance(slot.phase, _TRIAL):
+        return state
+    job = slot.phase.job
+    alone = replace(job, offered=msgspec.structs.replace(job.offered, group=""))
+    return replace(state, models={**state.models, name: replace(slot, phase=replace(slot.phase, job=alone))})
+
+
+def _deciding_alone(state: s.State, event: s.Event, now: Now) -> Turn:
+    return machine.step(_alone(state, event.model) if isinstance(event, s.Measured) else state, event, now)
+
+
+def _failing_alone(state: s.State, event: s.Event, now: Now) -> Turn:
+    alone = isinstance(event, s.Served) and not event.ok
+    return machine.step(_alone(state, event.model) if isinstance(event, s.Served) and alone else state, event, now)
+
+
+def _restarting_alone(state: s.State, now: Now) -> Turn:
+    for name, slot in state.models.items():
+        if isinstance(slot.phase, _TRIAL) and slot.phase.job.offered.group:
+            given_up = {**state.models, name: _giving_up(slot, now)}
+            return machine.resume(replace(state, models=given_up), now)
+    return machine.resume(state, now)
+
+
+def _ungrouped(state: s.State, event: s.Event) -> s.Event:  # noqa: ARG001  # the form of `_events`
+    if not isinstance(event, s.Offered):
+        return event
+    models = {name: msgspec.structs.replace(one, group="") for name, one in event.offer.models.items()}
+    return replace(event, offer=msgspec.structs.replace(event.offer, models=models, groups={}))
+
+
+def _blaming(state: s.State, event: s.Event, now: Now) -> Turn:
+    after, effects = machine.step(state, event, now)
+    bad = list(after.known_bad)
+    for name, slot in after.models.items():
+        before = state.models.get(name, s.Slot()).phase
+        if isinstance(slot.phase, s.Returning) and slot.phase.reason == reasons.GROUP and isinstance(before, _TRIAL):
+            one = slot.phase.job.loadable
+            bad.append(s.KnownBad(one.digest, one.engine, one.engine_version, reasons.CRASH, 1))
+    return replace(after, known_bad=tuple(bad)), effects
+
+
+def _one_by_one(_: s.Event | None, effect: s.Effect) -> s.Effect:
+    if not isinstance(effect, s.Serve):
+        return effect
+    seen: set[str] = set()
+    models = []
+    for model in effect.models:
+        if model.trial and model.group in seen and model.incumbent is not None:
+            models.append(ServeModel(name=model.name, active=model.incumbent, deadline_ms=model.deadline_ms))
+        else:
+            models.append(model)
+        seen |= {model.group} - {""}
+    return replace(effect, models=tuple(models))
+
+
 ALL: tuple[Mutant, ...] = (
     Mutant("effects run before the journal is written", replace(REAL, journal_first=False)),
     Mutant("a verdict of the canary counts for whatever is being judged", _events(_stale_verdict)),
@@ -429,6 +492,13 @@ ALL: tuple[Mutant, ...] = (
     Mutant("a shadow ends before its time", _step(_hasty), modes.TABLE),
     Mutant("a shadow that disagrees is believed", _events(_agreeable), modes.TABLE),
     Mutant("a standby that does not fit is believed to be there", _events(_roomy), modes.TABLE),
+    Mutant("one of a group is judged alone", _step(_deciding_alone), groups.TABLE),
+    Mutant("one of a group that does not load goes back alone", _step(_failing_alone), groups.TABLE),
+    Mutant("a restart takes one of a group back alone", _resume(_restarting_alone), groups.TABLE),
+    Mutant("the groups of an offer are ignored", _events(_ungrouped), groups.TABLE),
+    Mutant("the others of a group are remembered as bad", _step(_blaming), groups.TABLE),
+    Mutant("a group is swapped one by one", _effects(_one_by_one), groups.TABLE),
+    Mutant("a model waits for its group for ever", _phases_never_overdue(s.Queued), groups.TABLE),
     Mutant(
         "a report that says no gives no reason",
         _at_reports(lambda report: msgspec.structs.replace(report, reason="")),

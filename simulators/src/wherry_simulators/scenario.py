@@ -33,6 +33,8 @@ class Release:
     attempt: int = 1
     mode: Mode = "replace"
     share: float = 1.0
+    group: str = ""
+    """Releases at the same time and of the same group are offered together, all or none."""
     rollout: str = ""
     """Empty: one of its own, by version. The same for releases that promote or withdraw each other."""
     stages: tuple[Stage, ...] = ()

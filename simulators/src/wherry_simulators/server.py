@@ -97,10 +97,15 @@ class Server:
 
     def desire(self, device: str, model: str, offered: OfferedModel, now_us: int) -> bytes:
         """Make a new offer in which `model` should be `offered`; return the envelope to publish."""
+        return self.desire_all(device, {model: offered}, now_us)
+
+    def desire_all(self, device: str, models: dict[str, OfferedModel], now_us: int) -> bytes:
+        """Make one new offer in which all of these models should be as offered."""
         record = self.records[device]
-        if record.desired.get(model) == offered and record.envelope:
+        desired = {**record.desired, **models}
+        if record.desired == desired and record.envelope:
             return record.envelope
-        record.desired = {**record.desired, model: offered}
+        record.desired = desired
         return self._reissue(device, record, now_us)
 
     def renew(self, now_us: int) -> list[tuple[str, bytes]]:
@@ -130,6 +135,7 @@ class Server:
                     issued_at=now_us,
                     expires_at=now_us + self._life_us,
                     models=record.desired,
+                    groups=_groups(record.desired),
                 )
             )
         )
@@ -175,3 +181,11 @@ class Server:
         stream = self.records[device].streams.setdefault((name, epoch), Stream())
         new = stream.take(seq, first)
         return Ack(format=wire.FORMAT, device=device, stream=name, epoch=epoch, seq=stream.contiguous), new
+
+
+def _groups(models: dict[str, OfferedModel]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, offered in models.items():
+        if offered.group:
+            found.setdefault(offered.group, []).append(name)
+    return found

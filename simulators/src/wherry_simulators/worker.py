@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from wherry_agent.children import ArmStats, GoldenDone, Loadable, RunGolden, Serve, ServeModel, Serving, Stats
 from wherry_agent.turn import answering
+from wherry_shared import reasons
 from wherry_shared.sketch import Sketch
 from wherry_simulators import models
 from wherry_simulators.models import Behaviours
@@ -63,13 +64,13 @@ class _Arm:
 class Ledger:
     """What really happened on a device, whatever the machine came to know of it."""
 
-    requests: dict[str, int] = field(default_factory=dict)
-    """Requests that candidates got, by trial; runs of a shadow are among them."""
+    requests: dict[tuple[str, str], int] = field(default_factory=dict)
+    """Requests that candidates got, by model and trial; runs of a shadow are among them."""
     answered_by: dict[tuple[str, str], int] = field(default_factory=dict)
     """Requests that callers had answered by a bundle, by model and manifest."""
-    errors: dict[str, int] = field(default_factory=dict)
-    golden: set[str] = field(default_factory=set)
-    """Trials in which the golden vectors passed in place."""
+    errors: dict[tuple[str, str], int] = field(default_factory=dict)
+    golden: set[tuple[str, str]] = field(default_factory=set)
+    """(model, trial) in which the golden vectors passed in place."""
     answered: int = 0
     """Requests that callers got an answer to."""
     failed: int = 0
@@ -112,12 +113,17 @@ class Worker:
         return self._serving[model].trial if model in self._serving else ""
 
     def serve(self, command: Serve) -> list[Serving]:
-        """Bring the serving set to what `command` says. A variant that does not load leaves what served before."""
+        """Bring the serving set to what `command` says, groups all or none.
+
+        A variant that does not load leaves what served before.
+        """
         self.told = True
         answers: list[Serving] = []
         after: dict[str, ServeModel] = {}
+        troubles = {wanted.name: self._load(wanted) for wanted in command.models}
+        broken = {wanted.group for wanted in command.models if wanted.group and troubles[wanted.name]}
         for wanted in command.models:
-            reason = self._load(wanted)
+            reason = troubles[wanted.name] or (reasons.GROUP if wanted.group in broken else "")
             if reason:
                 before = self._serving.get(wanted.name)
                 if before is not None:
@@ -171,7 +177,7 @@ class Worker:
             return None
         passed = self._behaviours.variant(self._device, arm.loadable).golden
         if passed:
-            self._ledger.golden.add(command.trial)
+            self._ledger.golden.add((command.model, command.trial))
         return GoldenDone(
             model=command.model,
             digest=command.digest,
@@ -197,8 +203,9 @@ class Worker:
             active.count(drawn.latencies)
             ledger = self._ledger
             if serving.trial:
-                ledger.requests[serving.trial] = ledger.requests.get(serving.trial, 0) + drawn.requests
-                ledger.errors[serving.trial] = ledger.errors.get(serving.trial, 0) + drawn.errors
+                key = (serving.name, serving.trial)
+                ledger.requests[key] = ledger.requests.get(key, 0) + drawn.requests
+                ledger.errors[key] = ledger.errors.get(key, 0) + drawn.errors
             if shadow:
                 compared = drawn.requests - drawn.errors
                 active.compared += compared

@@ -182,17 +182,11 @@ class World:
                 rollout = f"r{len(self.campaigns) + 1}-{self.seed}"
                 self.campaigns[release.version] = Campaign(self._server, _plan(release), rollout)
             else:
-                offered = OfferedModel(
-                    target=release.target,
-                    manifest=release.manifest,
-                    mode=release.mode,
-                    share=release.share,
-                    attempt=release.attempt,
-                    rollout=release.rollout or f"to-all-{release.model}-{release.version}",
-                    trial=release.trial,
-                )
+                together = [release, *(other for other in self._waiting if _belongs(other, release))]
+                self._waiting = [other for other in self._waiting if other not in together]
+                models = {one.model: _offered(one) for one in together}
                 for device in self.devices:
-                    self._desire(device, release.model, offered)
+                    self._downlink_offer(device, self._server.desire_all(device, models, self._now().wall_us))
 
     def _desire(self, device: str, model: str, offered: OfferedModel) -> None:
         self._downlink_offer(device, self._server.desire(device, model, offered, self._now().wall_us))
@@ -289,6 +283,23 @@ class World:
             messages_sent=self._network.sent,
             messages_lost=self._network.lost,
         )
+
+
+def _belongs(other: Release, release: Release) -> bool:
+    return bool(release.group) and (other.group, other.at_ms) == (release.group, release.at_ms)
+
+
+def _offered(release: Release) -> OfferedModel:
+    return OfferedModel(
+        target=release.target,
+        manifest=release.manifest,
+        mode=release.mode,
+        share=release.share,
+        attempt=release.attempt,
+        rollout=release.rollout or f"to-all-{release.model}-{release.version}",
+        group=release.group,
+        trial=release.trial,
+    )
 
 
 def _plan(release: Release) -> Plan:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from wherry_shared.errors import RefusedError
 from wherry_simulators.scenario import Scenario
-from wherry_simulators.scenarios import behaviours, engines, modes, rollouts, trouble
+from wherry_simulators.scenarios import behaviours, engines, groups, modes, rollouts, trouble
 
-ALL: tuple[Scenario, ...] = (*behaviours.TABLE, *modes.TABLE, *trouble.TABLE, *rollouts.TABLE, *engines.TABLE)
+ALL: tuple[Scenario, ...] = (
+    *behaviours.TABLE,
+    *modes.TABLE,
+    *groups.TABLE,
+    *trouble.TABLE,
+    *rollouts.TABLE,
+    *engines.TABLE,
+)
 
 
 def find(name: str) -> Scenario:
