@@ -1,0 +1,476 @@
+"""Local serving against bare `InferenceSession.run`, and against MLServer and KServe, interleaved in one run.
+
+Two models: `small` (a perceptron, a few µs of engine time, so that what serving costs shows) and `image` (600 KB of input
+and three numbers out, so that moving a tensor shows). Every way of asking is one blocking client with prebuilt bytes and
+takes its turn in every round, so that a busy machine slows all of them; figures are medians over rounds. Requests per
+second come from wrk with 8 connections, each server in turn. Peers run in environments of their own
+(`peers/environments.py`), with the same ONNX Runtime, one thread a run and no more than one server process.
+
+Run: `make bench NAME=serving`. Writes `build/bench/serving.json`, with the figures of `supervisor_rss`, `swap_gap`,
+`rollback` and `crash_points` in it, each measured by its own script in the same run (`--quick` leaves those out).
+Needs wrk (Debian package `wrk`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from onnx import TensorProto, helper
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import handle_overhead  # noqa: E402 - the path has to be set first
+from peers import environments  # noqa: E402
+from tests.agent import serving_kit  # noqa: E402
+
+from wherry_agent.children import ServeModel  # noqa: E402
+from wherry_agent.handle import Model  # noqa: E402
+from wherry_agent.handle_server import HandleServer  # noqa: E402
+from wherry_shared.bundle import Bounds, Interface, TensorSpec  # noqa: E402
+
+START_SECONDS_MAX = 90.0
+IMAGE = (1, 3, 224, 224)
+CONNECTIONS = 8
+OUT = ROOT / "build" / "bench" / "serving.json"
+OTHERS = ("supervisor_rss", "swap_gap", "rollback", "crash_points")
+
+
+def image_model(path: Path) -> None:
+    """Mean of each channel: reads the whole input, and little else."""
+    node = helper.make_node("ReduceMean", ["x"], ["y"], axes=[2, 3], keepdims=0)
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", *IMAGE[1:]])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3])
+    graph = helper.make_graph([node], "image", [x], [y])
+    path.write_bytes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=9).SerializeToString()
+    )
+
+
+def image_interface() -> Interface:
+    return Interface(
+        inputs=[TensorSpec(name="x", datatype="FP32", shape=["n", *IMAGE[1:]])],
+        outputs=[TensorSpec(name="y", datatype="FP32", shape=["n", 3])],
+        dims={"n": Bounds(minimum=1, maximum=8)},
+    )
+
+
+# --- requests --------------------------------------------------------------------------------------
+
+
+def head(model: str, length: int, header_length: int | None = None) -> bytes:
+    lines = [f"POST /v2/models/{model}/infer HTTP/1.1", "Host: localhost", f"Content-Length: {length}"]
+    if header_length is None:
+        lines.append("Content-Type: application/json")
+    else:
+        lines += ["Content-Type: application/octet-stream", f"Inference-Header-Content-Length: {header_length}"]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+def json_body(array: np.ndarray) -> bytes:
+    tensor = {"name": "x", "datatype": "FP32", "shape": list(array.shape), "data": array.ravel().tolist()}
+    return json.dumps({"inputs": [tensor]}).encode()
+
+
+def binary_body(array: np.ndarray) -> tuple[bytes, int]:
+    """Return a request of the binary tensor extension, answered in binary, and the length of its JSON part."""
+    parameters = {"binary_data_size": array.nbytes}
+    tensor = {"name": "x", "datatype": "FP32", "shape": list(array.shape), "parameters": parameters}
+    text = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    return text + array.tobytes(), len(text)
+
+
+def shared_body(shape: tuple[int, ...], size: int, region: str) -> tuple[bytes, int]:
+    """Return a request whose tensor is in shared memory, answered in binary."""
+    parameters = {"shared_memory_region": region, "shared_memory_byte_size": size}
+    tensor = {"name": "x", "datatype": "FP32", "shape": list(shape), "parameters": parameters}
+    text = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    return text, len(text)
+
+
+class Raw:
+    """One keep-alive connection that sends prebuilt bytes and reads one answer."""
+
+    def __init__(self, address: int | Path) -> None:
+        if isinstance(address, int):
+            self._socket = socket.create_connection(("127.0.0.1", address), timeout=30)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        else:
+            self._socket = socket.socket(socket.AF_UNIX)
+            self._socket.settimeout(30)
+            self._socket.connect(str(address))
+
+    def ask(self, request: bytes) -> bytes:
+        """Return the body of a 200 answer.
+
+        Raises:
+            RuntimeError: any other answer.
+        """
+        self._socket.sendall(request)
+        data = self._socket.recv(1 << 16)
+        while (end := data.find(b"\r\n\r\n")) < 0:
+            data += self._socket.recv(1 << 16)
+        found = re.search(rb"content-length: *(\d+)", data[:end], re.IGNORECASE)
+        length = int(found[1]) if found else 0
+        while len(data) < end + 4 + length:
+            data += self._socket.recv(1 << 16)
+        if not data.startswith(b"HTTP/1.1 200"):
+            raise RuntimeError(data[:500].decode(errors="replace"))
+        return data[end + 4 :]
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._socket.close()
+
+
+def grpc_call(stack: contextlib.ExitStack, port: int, model: str, array: np.ndarray) -> Callable[[], Any]:
+    """Return one blocking ModelInfer with a message that is built once."""
+    import grpc
+    import tritonclient.grpc as triton
+    from tritonclient.grpc import service_pb2
+
+    tensor = triton.InferInput("x", list(array.shape), "FP32")
+    tensor.set_data_from_numpy(array)
+    message = service_pb2.ModelInferRequest(model_name=model)
+    message.inputs.extend([tensor._get_tensor()])  # noqa: SLF001 - the message is to be built outside the clock
+    message.raw_input_contents.append(tensor._get_content())  # noqa: SLF001
+    data = message.SerializeToString()
+    channel = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{port}"))
+    call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+    return lambda: call(data, timeout=30)
+
+
+# --- servers ---------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def until_ready(port: int, model: str, process: subprocess.Popen[bytes], log: Path) -> float:
+    """Wait until a server says that the model is ready; return the seconds that took."""
+    import http.client
+
+    began = time.monotonic()
+    while time.monotonic() - began < START_SECONDS_MAX:
+        if process.poll() is not None:
+            raise RuntimeError(f"the server ended: {log.read_text(errors='replace')[-2000:]}")
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+            connection.request("GET", f"/v2/models/{model}/ready")
+            if connection.getresponse().status == 200:
+                return time.monotonic() - began
+        time.sleep(0.05)
+    raise RuntimeError(f"not ready within {START_SECONDS_MAX} s: {log.read_text(errors='replace')[-2000:]}")
+
+
+@contextlib.contextmanager
+def started(argv: list[str], folder: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with log.open("wb") as output:
+        process = subprocess.Popen(argv, cwd=folder, stdout=output, stderr=output, start_new_session=True)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+class Peer:
+    """A peer that serves both models."""
+
+    def __init__(self, name: str, http_port: int, grpc_port: int, process: subprocess.Popen[bytes], start_s: float):
+        self.name, self.http_port, self.grpc_port, self.process, self.start_s = (
+            name,
+            http_port,
+            grpc_port,
+            process,
+            start_s,
+        )
+
+
+@contextlib.contextmanager
+def mlserver(folder: Path, models: dict[str, Path]) -> Iterator[Peer]:
+    home = folder / "mlserver"
+    http_port, grpc_port, metrics_port = free_port(), free_port(), free_port()
+    for name, path in models.items():
+        (home / name).mkdir(parents=True)
+        settings = {
+            "name": name,
+            "implementation": "mlserver_runtime.OnnxModel",
+            "parameters": {"uri": str(path), "version": "1.0.0"},
+        }
+        (home / name / "model-settings.json").write_text(json.dumps(settings))
+    settings = {
+        "host": "127.0.0.1",
+        "http_port": http_port,
+        "grpc_port": grpc_port,
+        "metrics_port": metrics_port,
+        # its default of one worker process does not start with the uvloop that pip chooses
+        "parallel_workers": 0,
+        "debug": False,
+        "use_structured_logging": False,
+    }
+    (home / "settings.json").write_text(json.dumps(settings))
+    shutil.copy(ROOT / "benchmarks" / "peers" / "mlserver_runtime.py", home)
+    python = environments.python_of("mlserver")
+    log = folder / "mlserver.log"
+    with started([str(python.with_name("mlserver")), "start", "."], home, log) as process:
+        start_s = until_ready(http_port, "small", process, log)
+        yield Peer("mlserver", http_port, grpc_port, process, start_s)
+
+
+@contextlib.contextmanager
+def kserve(folder: Path, models: dict[str, Path]) -> Iterator[Peer]:
+    http_port, grpc_port = free_port(), free_port()
+    python = environments.python_of("kserve")
+    script = ROOT / "benchmarks" / "peers" / "kserve_server.py"
+    argv = [str(python), str(script), str(http_port), str(grpc_port)]
+    log = folder / "kserve.log"
+    with started([*argv, *(f"{name}={path}" for name, path in models.items())], folder, log) as process:
+        start_s = until_ready(http_port, "small", process, log)
+        yield Peer("kserve", http_port, grpc_port, process, start_s)
+
+
+def tree(pid: int) -> list[int]:
+    """Return a process and all below it."""
+    found = [pid]
+    for child in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError):
+            for text in child.read_text(encoding="ascii").split():
+                found += tree(int(text))
+    return found
+
+
+def pss_mb(pid: int) -> float:
+    """Return the proportional set of a process and all below it, in MiB."""
+    total = 0
+    for one in tree(pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            text = Path(f"/proc/{one}/smaps_rollup").read_text(encoding="ascii")
+            total += int(re.search(r"^Pss: *(\d+)", text, re.MULTILINE)[1])  # type: ignore[index]
+    return total / 1024
+
+
+def wrk(port: int, path: str, body: bytes, headers: dict[str, str], folder: Path, seconds: float) -> dict[str, float]:
+    """Load one server with 8 connections; return requests per second, failures and the median latency in µs."""
+    (folder / "body").write_bytes(body)
+    script = folder / "wrk.lua"
+    lines = [
+        'wrk.method = "POST"',
+        f'local file = io.open("{folder / "body"}", "rb")',
+        'wrk.body = file:read("*a")',
+        "file:close()",
+        *(f'wrk.headers["{name}"] = "{value}"' for name, value in headers.items()),
+        "done = function(summary, latency, requests)",
+        '  io.write(string.format("RESULT %d %d %d %f\\n", summary.requests, summary.duration,',
+        "    summary.errors.status + summary.errors.connect + summary.errors.read + summary.errors.timeout,",
+        "    latency:percentile(50)))",
+        "end",
+    ]
+    script.write_text("\n".join(lines) + "\n")
+    argv = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds:.0f}s", "-s", str(script), f"http://127.0.0.1:{port}{path}"]
+    answer = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    requests, duration_us, failed, median_us = re.search(r"RESULT (\d+) (\d+) (\d+) ([\d.]+)", answer).groups()  # type: ignore[union-attr]
+    return {
+        "per_s": int(requests) / (int(duration_us) / 1e6),
+        "failed": int(failed),
+        "p50_us": float(median_us),
+    }
+
+
+# --- the measurement -------------------------------------------------------------------------------
+
+
+def median_us(call: Callable[[], Any], seconds: float) -> float:
+    """Return the median of as many calls as fit into the time, in µs."""
+    times: list[int] = []
+    end = time.perf_counter_ns() + int(seconds * 1e9)
+    while (now := time.perf_counter_ns()) < end:
+        call()
+        times.append(time.perf_counter_ns() - now)
+    return statistics.median(times) / 1000
+
+
+def measure(rounds: int, seconds: float) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="wherry-serving-") as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        files = {"small": folder / "small.onnx", "image": folder / "image.onnx"}
+        handle_overhead.small_model(files["small"])
+        image_model(files["image"])
+        loadables = {
+            "small": serving_kit.loadable(files["small"], model="small", interface=handle_overhead.interface()),
+            "image": serving_kit.loadable(files["image"], model="image", interface=image_interface()),
+        }
+        grpc_port = free_port()
+        began = time.monotonic()
+        worker = stack.enter_context(serving_kit.worker(folder, WHERRY_GRPC_PORT=str(grpc_port)))
+        answers = worker.serve(*(ServeModel(name=key, active=item) for key, item in loadables.items()))
+        assert all(answer.ok for answer in answers), answers
+        start_s = time.monotonic() - began
+        peers = [stack.enter_context(peer(folder, files)) for peer in (mlserver, kserve)]
+
+        small = np.ones((1, 16), np.float32)
+        image = np.random.default_rng(0).random(IMAGE, np.float32)
+        bare = {key: handle_overhead.bare(path) for key, path in files.items()}
+        tcp, uds = Raw(worker.port), Raw(worker.unix_path)
+        stack.callback(tcp.close)
+        stack.callback(uds.close)
+        region = Path("/dev/shm") / f"wherry-bench-{os.getpid()}"
+        region.write_bytes(image.tobytes())
+        stack.callback(region.unlink)
+        key = f"/{region.name}"
+        register = json.dumps({"key": key, "offset": 0, "byte_size": image.nbytes}).encode()
+        status, said = worker.call("POST", "/v2/systemsharedmemory/region/bench/register", register)
+        assert status == 200, said
+
+        def post(client: Raw, model: str, body: tuple[bytes, int] | bytes) -> Callable[[], bytes]:
+            data, header = (body, None) if isinstance(body, bytes) else body
+            request = head(model, len(data), header) + data
+            return lambda: client.ask(request)
+
+        handles = HandleServer(folder / "handle.sock")
+        stack.callback(handles.close)
+        for key, item in loadables.items():
+            handles.publish(key, ServeModel(name=key, active=item))
+        in_process = {key: stack.enter_context(Model(key, socket=folder / "handle.sock")) for key in files}
+        shared = shared_body(IMAGE, image.nbytes, "bench")
+        cases: dict[str, Callable[[], Any]] = {
+            "bare small": lambda: bare["small"].run(["y"], {"x": small}),
+            "bare image": lambda: bare["image"].run(["y"], {"x": image}),
+            "handle small": lambda: in_process["small"].run({"x": small}),
+            "handle image": lambda: in_process["image"].run({"x": image}),
+            "rest json small": post(tcp, "small", json_body(small)),
+            "rest binary small": post(tcp, "small", binary_body(small)),
+            "uds binary small": post(uds, "small", binary_body(small)),
+            "rest json image": post(tcp, "image", json_body(image)),
+            "rest binary image": post(tcp, "image", binary_body(image)),
+            "uds binary image": post(uds, "image", binary_body(image)),
+            "shm image": post(uds, "image", shared),
+            "shm tcp image": post(tcp, "image", shared),
+            "grpc small": grpc_call(stack, grpc_port, "small", small),
+            "grpc image": grpc_call(stack, grpc_port, "image", image),
+        }
+        for peer in peers:
+            client = Raw(peer.http_port)
+            stack.callback(client.close)
+            cases[f"{peer.name} json small"] = post(client, "small", json_body(small))
+            cases[f"{peer.name} json image"] = post(client, "image", json_body(image))
+            cases[f"{peer.name} grpc small"] = grpc_call(stack, peer.grpc_port, "small", small)
+            cases[f"{peer.name} grpc image"] = grpc_call(stack, peer.grpc_port, "image", image)
+        # MLServer refuses the binary tensor extension over REST
+        kserve_client = Raw(peers[1].http_port)
+        stack.callback(kserve_client.close)
+        cases["kserve binary image"] = post(kserve_client, "image", binary_body(image))
+
+        for call in cases.values():
+            for _ in range(10):
+                call()
+        found: dict[str, list[float]] = {key: [] for key in cases}
+        for _ in range(rounds):
+            for key, call in cases.items():
+                found[key].append(median_us(call, seconds))
+        ways = {"wherry": worker.port, **{peer.name: peer.http_port for peer in peers}}
+        rates: dict[str, list[float]] = {f"{key} json": [] for key in ways} | {"wherry binary": []}
+        failed = 0
+        path, plain = "/v2/models/small/infer", {"Content-Type": "application/json"}
+        binary, header = binary_body(small)
+        framed = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(header)}
+        for _ in range(rounds):
+            for key, port in ways.items():
+                result = wrk(port, path, json_body(small), plain, folder, max(1.0, seconds * 2))
+                rates[f"{key} json"].append(result["per_s"])
+                failed += int(result["failed"])
+            result = wrk(worker.port, path, binary, framed, folder, max(1.0, seconds * 2))
+            rates["wherry binary"].append(result["per_s"])
+            failed += int(result["failed"])
+        time.sleep(2.0)  # what was freed has time to go back
+        memory = {
+            "wherry worker": pss_mb(worker.process.pid),
+            **{peer.name: pss_mb(peer.process.pid) for peer in peers},
+        }
+
+    p50 = {key: statistics.median(values) for key, values in found.items()}
+
+    def over(key: str, base: str) -> float:
+        return statistics.median([a - b for a, b in zip(found[key], found[base], strict=True)])
+
+    per_s = {key: statistics.median(values) for key, values in rates.items()}
+    best_rate = max(per_s["mlserver json"], per_s["kserve json"])
+    best_memory = min(memory["mlserver"], memory["kserve"])
+    best_small = min(p50["mlserver json small"], p50["kserve json small"])
+    return {
+        "handle_overhead_us": round(over("handle small", "bare small"), 2),
+        "rest_json_overhead_us": round(over("rest json small", "bare small"), 1),
+        "rest_binary_overhead_us": round(over("rest binary small", "bare small"), 1),
+        "uds_overhead_us": round(over("uds binary small", "bare small"), 1),
+        "grpc_overhead_us": round(over("grpc small", "bare small"), 1),
+        "shm_600k_ratio_to_bare": round(p50["shm image"] / p50["bare image"], 2),
+        "rest_binary_600k_overhead_us": round(over("rest binary image", "bare image"), 1),
+        "rps_ratio_to_best_peer": round(per_s["wherry json"] / best_rate, 2),
+        "p50_ratio_to_best_peer": round(p50["rest json small"] / best_small, 3),
+        "kserve_binary_600k_ratio": round(p50["kserve binary image"] / p50["rest binary image"], 1),
+        "grpc_ratio_to_best_peer": round(
+            p50["grpc small"] / min(p50["mlserver grpc small"], p50["kserve grpc small"]), 2
+        ),
+        "idle_pss_ratio_to_best_peer": round(memory["wherry worker"] / best_memory, 2),
+        "requests_failed": failed,
+        "start_s": {"wherry worker": round(start_s, 2), **{peer.name: round(peer.start_s, 2) for peer in peers}},
+        "p50_us": {key: round(value, 1) for key, value in p50.items()},
+        "requests_per_s": {key: round(value) for key, value in per_s.items()},
+        "idle_pss_mb": {key: round(value, 1) for key, value in memory.items()},
+        "rounds": rounds,
+        "seconds": seconds,
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def other(name: str) -> dict[str, Any]:
+    """Run another benchmark in a process of its own and return what it wrote."""
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / f"{name}.py")], cwd=ROOT, check=True)
+    found: dict[str, Any] = json.loads((OUT.parent / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each way of asking in each round")
+    parser.add_argument("--quick", action="store_true", help="leave out what the other benchmarks measure")
+    options = parser.parse_args()
+    if shutil.which("wrk") is None:
+        sys.exit("error: wrk is missing, so requests per second cannot be measured; install the Debian package wrk")
+    result = measure(options.rounds, options.seconds)
+    if not options.quick:
+        for name in OTHERS:
+            result |= {key: value for key, value in other(name).items() if key not in result}
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
