@@ -50,6 +50,8 @@ from wherry_shared.bundle import Bounds, Interface, TensorSpec  # noqa: E402
 START_SECONDS_MAX = 90.0
 IMAGE = (1, 3, 224, 224)
 CONNECTIONS = 8
+WARM_CALLS = 3
+"""Of each way of asking, before any clock runs."""
 OUT = ROOT / "build" / "bench" / "serving.json"
 OTHERS = ("supervisor_rss", "swap_gap", "rollback", "crash_points")
 
@@ -387,7 +389,7 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
         cases["kserve binary image"] = post(kserve_client, "image", binary_body(image))
 
         for call in cases.values():
-            for _ in range(10):
+            for _ in range(WARM_CALLS):
                 call()
         found: dict[str, list[float]] = {key: [] for key in cases}
         for _ in range(rounds):
@@ -461,6 +463,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of each way of asking in each round")
     parser.add_argument("--quick", action="store_true", help="leave out what the other benchmarks measure")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are ended as well
     if shutil.which("wrk") is None:
         sys.exit("error: wrk is missing, so requests per second cannot be measured; install the Debian package wrk")
     result = measure(options.rounds, options.seconds)
