@@ -9,7 +9,8 @@ from pathlib import Path
 import onnx
 import pytest
 
-from tests.agent.daemon_kit import MODEL, Agent, agent, site
+from tests.agent.daemon_kit import MODEL, Agent, Site, agent, site
+from tests.agent.serving_kit import until
 from tests.shared.engines import models
 from wherry_agent import status
 
@@ -55,20 +56,24 @@ def synced(home: Path) -> int:
     return sum(json.loads(path.read_bytes())["synced"] for path in (home / "store/blobs/sha256").glob("*.part.json"))
 
 
+def states(server: Site) -> set[str]:
+    return {one["state"] for one in server.call("GET", "/api/v1/devices/lamp")[1]["models"]}
+
+
 def test_a_download_waits_for_mains_stops_in_the_heat_and_goes_on(tmp_path: Path) -> None:
     fake = Device(tmp_path / "sys")
     config = tmp_path / "agent.toml"
     config.write_text(
-        "download_bytes_per_s_max = 8192\n"
+        "download_bytes_per_s_max = 4096\n"
         f'[conditions]\nmains = true\ntemperature_c_max = 80\ncheck_s = 0.3\nsys = "{fake.sys}"\n'
     )
     with site(tmp_path) as server, agent(server, "lamp", "--config", str(config)) as device:
-        server.release("1.0.0", heavy(tmp_path / "one.onnx", 2.0, 60_000))
+        server.release("1.0.0", heavy(tmp_path / "one.onnx", 2.0, 40_000))
         device.until("it is connected", lambda shown: shown["connected"] == "mqtt" and shown["engines"])
         server.deploy("1.0.0", "lamp", trial_s=2)
         waits(device, "battery")
         assert synced(device.home) == 0
-        assert "waiting" in {one["state"] for one in server.call("GET", "/api/v1/devices/lamp")[1]["models"]}
+        until(lambda: "waiting" in states(server), "the server knows that it waits")
 
         fake.set("class/power_supply/AC", online="1")
         device.until(
