@@ -2,6 +2,9 @@
 SHELL := /bin/bash
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(if $(shell $(name) -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2>/dev/null),$(name))))
 VENV ?= .venv
+# where `make dist` puts wheels, and the copy that it builds them from
+DIST ?= dist
+RELEASE ?= build/release
 # tests at a time
 JOBS ?= 2
 BIN := $(VENV)/bin
@@ -55,11 +58,11 @@ bench: setup  ## make bench NAME=x runs benchmarks/x.py and writes build/bench/x
 	$(BIN)/python benchmarks/$(NAME).py
 
 dist: setup  ## wheels that name their siblings by version, built from a copy of what git tracks
-	rm -rf build/release dist && mkdir -p build/release
-	git ls-files $(MEMBERS) pyproject.toml | xargs cp --parents -t build/release
-	sed -i -E 's# @ \{root:parent:uri\}/[a-z]+#==$(VERSION)#g' build/release/*/pyproject.toml
-	for member in $(MEMBERS); do $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist build/release/$$member || exit 1; done
-	for wheel in dist/*.whl; do ! unzip -p $$wheel '*/METADATA' | grep -q 'Requires-Dist: .* @ ' || exit 1; done
+	rm -rf $(RELEASE) $(DIST) && mkdir -p $(RELEASE)
+	git ls-files $(MEMBERS) pyproject.toml | xargs cp --parents -t $(RELEASE)
+	sed -i -E 's# @ \{root:parent:uri\}/[a-z]+#==$(VERSION)#g' $(RELEASE)/*/pyproject.toml
+	for member in $(MEMBERS); do $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(DIST) $(RELEASE)/$$member || exit 1; done
+	$(BIN)/python -c 'import sys, zipfile; wheels = [zipfile.ZipFile(name) for name in sys.argv[1:]]; sys.exit(any(" @ " in line for wheel in wheels for name in wheel.namelist() if name.endswith("dist-info/METADATA") for line in wheel.read(name).decode().splitlines() if line.startswith("Requires-Dist:")))' $(DIST)/*.whl
 
 clean:  ## remove what was built, keep the environment
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -12,13 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import zstandard
-
 from wherry_agent.courier_http import Http, Response, origin
 from wherry_agent.disk import Disk
 from wherry_agent.rate import Bucket
 from wherry_agent.store import Partial, Store, is_whole
-from wherry_shared import limits, reasons, wire
+from wherry_shared import limits, reasons, wire, zstd
 from wherry_shared.digest import CHUNK_BYTES
 from wherry_shared.errors import DeviceError, RefusedError, UnreachableError, WherryError
 
@@ -141,13 +139,12 @@ class Blobs:
     def _decode(self, source: Path, digest: str, length: int) -> None:
         with self.store.part(digest, length) as part:
             part.reset()
-            decoder = zstandard.ZstdDecompressor(max_window_size=limits.ZSTD_WINDOW_BYTES_MAX)
             try:
-                with source.open("rb") as file, decoder.stream_reader(file) as reader:
-                    while chunk := reader.read(CHUNK_BYTES):
-                        part.write(chunk, "zstd")
+                with source.open("rb") as file:
+                    for piece in zstd.pieces(file):
+                        part.write(piece, "zstd")
                 part.commit()
-            except zstandard.ZstdError as error:
+            except zstd.ZstdInvalidError as error:
                 part.discard()
                 raise RefusedError(reasons.DIGEST_MISMATCH, f"{digest} is not in its zstd object: {error}") from error
             except RefusedError:

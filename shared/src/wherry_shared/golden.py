@@ -19,9 +19,8 @@ from typing import Any, TypeAlias
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import zstandard
 
-from wherry_shared import limits
+from wherry_shared import limits, zstd
 from wherry_shared.errors import RefusedError
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -237,6 +236,8 @@ def encode(golden: Golden) -> bytes:
     header = msgspec.json.encode(
         _Header(format=FORMAT, vectors=rows, tolerances=tolerances, synthetic=golden.synthetic), order="deterministic"
     )
+    import zstandard  # where bundles are made; devices only decode
+
     parameters = zstandard.ZstdCompressionParameters.from_level(
         ZSTD_LEVEL, window_log=limits.ZSTD_WINDOW_BYTES_MAX.bit_length() - 1, write_content_size=True, threads=0
     )
@@ -344,13 +345,11 @@ def _raw(array: Array) -> bytes:
 
 
 def _inflate(data: bytes, bytes_max: int) -> bytes:
-    decompressor = zstandard.ZstdDecompressor(max_window_size=limits.ZSTD_WINDOW_BYTES_MAX)
     try:
-        with decompressor.stream_reader(data, read_across_frames=False) as reader:
-            body = reader.read(bytes_max + 1)
-    except (zstandard.ZstdError, MemoryError) as error:
+        body = zstd.inflate(data, bytes_max)
+    except zstd.ZstdInvalidError as error:
         raise _invalid(str(error)) from error
-    if len(body) > bytes_max:
+    if body is None:
         raise RefusedError("golden_too_large", f"golden vectors decode to more than {bytes_max} bytes")
     return body
 
