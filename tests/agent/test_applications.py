@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from tests.agent.daemon_kit import MODEL, Agent, Site, agent, site
 from tests.agent.serving_kit import until
 from tests.offering import offer
 from tests.shared.engines import models
+from wherry_agent import handle_messages as messages
 from wherry_agent import identity
 from wherry_agent.handle import Model
 from wherry_agent.openfeature import WherryProvider
@@ -99,12 +101,14 @@ def device(server: Site) -> Iterator[Agent]:
         yield made
 
 
+@pytest.mark.timeout(400)
 def test_contracts_are_kept_before_anything_is_downloaded_and_flags_outlive_the_server(
     server: Site, device: Agent
 ) -> None:
     director = Director(server, device)
     check_that_breaking_bundles_are_refused_before_their_weights_by_the_fields_name(server, device, director)
     check_that_what_an_application_declares_becomes_the_devices_contract(server, device, director)
+    check_that_a_swap_waits_for_the_handles(server, device, director)
     check_that_flags_are_served_offline_after_a_restart(server, device, director)
 
 
@@ -163,6 +167,37 @@ def check_that_what_an_application_declares_becomes_the_devices_contract(
         assert handle.served.version == "1.0.0"
     with pytest.raises(RefusedError, match="contract_broken"):
         Model(MODEL, socket=path, contract=wanted, timeout_s=20)
+
+
+def check_that_a_swap_waits_for_the_handles(server: Site, device: Agent, director: Director) -> None:
+    """A handle that says nothing keeps a trial from beginning, until it acts or its time is over."""
+    file = models.scale(server.folder / "next.onnx", 3.0)
+    manifest = server.release("1.1.0", file)
+    with socket.socket(socket.AF_UNIX) as slow:
+        slow.settimeout(60)
+        slow.connect(str(device.home / "run" / "handle.sock"))
+        lines = slow.makefile("rb")
+        contract = Contract(inputs=SAME.inputs, outputs=SAME.outputs, dims=SAME.dims)
+        slow.sendall(messages.encode(messages.Hi(format=messages.FORMAT, model=MODEL, pid=1, contract=contract)))
+        assign = messages.parse_to_handle(lines.readline())
+        assert isinstance(assign, messages.Assign)
+        slow.sendall(messages.encode(messages.Engaged(revision=assign.revision)))
+        terms = wire.Trial(max_s=1)
+        model = wire.OfferedModel(target=f"{MODEL}/1.1.0", manifest=manifest, rollout="r", trial=terms)
+        director.offer({MODEL: model})
+        assign = messages.parse_to_handle(lines.readline())
+        assert isinstance(assign, messages.Assign)
+        until(lambda: device.ask(1) == ["1.1.0"], "the worker answers with it")
+        shown = device.status()
+        assert shown["models"][MODEL]["doing"] == "being swapped in"
+        assert shown["contracts"][MODEL]["by"] == "application"
+        assert [one["settled"] for one in shown["handles"]] == [False]
+        slow.sendall(messages.encode(messages.Engaged(revision=assign.revision)))
+        device.until("the trial begins", lambda shown: shown["models"][MODEL]["doing"] != "being swapped in")
+        lines.close()
+    device.until_serves("1.1.0")
+    # the handle that went on without answering held nobody up for longer than its time
+    assert device.log.read_text().count("the swap goes on without them") <= 1
 
 
 def evaluate(device: Agent, key: str) -> tuple[int, Any]:

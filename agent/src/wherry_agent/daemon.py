@@ -64,6 +64,8 @@ JITTER = 0.1
 JITTER_MAX_S = 60.0
 """Waits of the machine are stretched by up to a tenth, so that a fleet does not come back in step."""
 HANDLES_EVERY_S = 1.0
+HANDLES_SECONDS_MAX = 10.0
+"""How long a swap waits for handles that do not say what they did; well below the machine's own deadlines."""
 ENROL_WAIT_MAX_S = 60.0
 JOURNAL_AGAIN_S = 5.0
 EVENTS_KEPT_MAX = 1000
@@ -104,6 +106,8 @@ class Daemon:
         self._engines_seen = ""
         """What was installed when the engines were probed last."""
         self._served: set[str] = set()
+        self._unsettled: dict[str, s.Served] = {}
+        """What the worker serves and some application's handle does not yet."""
         self._etag = ""
         self._courier_until_us = 0
         self._logs_sent = 0
@@ -342,6 +346,7 @@ class Daemon:
             worker_socket=str(path),
             on_crash=self._handle_crashed,
             on_verdict=self._handle_judged,
+            on_settled=lambda name: self._queue.put(lambda: self._handles_settled(name)),
             on_contract=lambda model, contract: self._queue.put(s.Declares(model, contract, "application")),
         )
 
@@ -857,7 +862,7 @@ class Daemon:
                 if not event.ok:
                     log.warning("worker cannot serve %s: %s %s", event.model, event.reason, event.detail)
                 served = s.Served(event.model, event.digest, event.revision, event.ok, event.reason, event.detail)
-                self._turn(
+                self._worker_served(
                     replace(served, incumbent_loaded=event.incumbent_loaded, engine_version=event.engine_version)
                 )
                 self._compare_engine(event)
@@ -883,7 +888,29 @@ class Daemon:
         self._cut_windows()
         self._windows.restart(f"worker {pid}")
 
+    def _worker_served(self, served: s.Served) -> None:
+        """A swap counts as done when all live handles acted on it too, or their time is over (contracts.md §9)."""
+        if served.ok and not self._handles.settled(served.model):
+            self._unsettled[served.model] = served
+            self._later(f"handles {served.model}", HANDLES_SECONDS_MAX, lambda: self._handles_late(served.model))
+            return
+        self._unsettled.pop(served.model, None)
+        self._turn(served)
+
+    def _handles_settled(self, name: str) -> None:
+        served = self._unsettled.get(name)
+        if served is not None:
+            self._worker_served(served)
+
+    def _handles_late(self, name: str) -> None:
+        served = self._unsettled.pop(name, None)
+        if served is not None:
+            late = [one["pid"] for one in self._handles.describe() if one["model"] == name and not one["settled"]]
+            log.warning("%s: the handles of processes %s do not answer; the swap goes on without them", name, late)
+            self._turn(served)
+
     def _worker_died(self, detail: str, *, ordered: bool) -> None:
+        self._unsettled.clear()  # what it served is gone with it
         self._turn(s.WorkerDied(f"the worker ended with {detail}", ordered))
 
     def _look(self, arms: list[ArmStats] | None = None, pid: int = 0) -> None:
@@ -1116,6 +1143,7 @@ class Daemon:
             "http": f"http://127.0.0.1:{self.http_port}",
             "grpc": f"127.0.0.1:{self._settings.grpc_port}" if self._settings.grpc_port else "",
             "worker_pid": self._worker.pid,
+            "handles": self._handles.describe(),
             "engines": [f"{e.name} {e.version}" for e in self._facts.engines] if self._facts is not None else [],
             "process": readings.process(),
             "downloads": self._downloads.describe(),

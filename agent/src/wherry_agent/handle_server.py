@@ -95,12 +95,14 @@ class HandleServer:
         on_crash: Callable[[HandleCrash], None] | None = None,
         on_verdict: Callable[[HandleVerdict], None] | None = None,
         on_contract: Callable[[str, Contract], None] | None = None,
+        on_settled: Callable[[str], None] | None = None,
     ) -> None:
         self._path = path
         self._worker_socket = worker_socket
         self._on_crash = on_crash
         self._on_verdict = on_verdict
         self._on_contract = on_contract
+        self._on_settled = on_settled
         self._group = group_id(group)
         self._lock = threading.Lock()
         self._revision = 0
@@ -155,6 +157,21 @@ class HandleServer:
         with self._lock:
             wanted = self._revisions.get(name, 0)
             return all(peer.acknowledged >= wanted for peer in self._peers if peer.model == name)
+
+    def describe(self) -> list[dict[str, object]]:
+        """Return who is connected, for `wherry-agent status`."""
+        with self._lock:
+            return [
+                {
+                    "pid": peer.pid,
+                    "model": peer.model,
+                    "isolation": peer.isolation,
+                    "holds": sorted(peer.holds),
+                    "settled": peer.acknowledged >= self._revisions.get(peer.model, 0),
+                }
+                for peer in sorted(self._peers, key=lambda peer: (peer.model, peer.pid))
+                if peer.model
+            ]
 
     def drain_stats(self) -> list[ArmStats]:
         """Return the counters that changed since the last call, summed over handles (gone ones too), cumulative."""
@@ -278,6 +295,7 @@ class HandleServer:
                     if message.revision >= self._revisions.get(peer.model, 0):
                         trial = serve.trial if serve is not None and inside else ""
                         peer.candidate = (message.digest, trial) if trial else None
+                self._tell_settled(peer.model)
             case messages.Counts():
                 _check_sketches(message.arms)
                 with self._lock:
@@ -356,6 +374,10 @@ class HandleServer:
             return None
         return msgspec.structs.replace(serve, active=serve.incumbent, incumbent=None, trial="")
 
+    def _tell_settled(self, name: str) -> None:
+        if name and self._on_settled is not None and self.settled(name):
+            self._on_settled(name)
+
     def _gone_now(self, peer: _Peer) -> None:
         with self._lock:
             self._peers.discard(peer)
@@ -372,6 +394,7 @@ class HandleServer:
         if crash is not None and self._on_crash is not None:
             log.warning("process %d ended without goodbye on candidate %s of %s", peer.pid, crash.digest, crash.model)
             self._on_crash(crash)
+        self._tell_settled(peer.model)
 
     def _forget(self) -> None:
         """Drop sums of gone handles about variants that no assignment names any more."""

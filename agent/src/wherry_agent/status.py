@@ -236,6 +236,9 @@ def render(shown: dict[str, Any]) -> str:
             f"server   {shown['server']}, connected: {shown['connected']}, reports owed: {shown['reports_owed']}",
             f"serves   {shown['http']}",
         ]
+        for one in shown.get("handles", []):
+            late = "" if one["settled"] else ", has not acted on its newest version yet"
+            lines.append(f"handle   {one['model']} in process {one['pid']} ({one['isolation']}){late}")
     else:
         lines.append("agent    is not running; this is what its journal says")
     lines.append(f"trust    {shown['trust']}")
