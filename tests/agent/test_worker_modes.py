@@ -66,10 +66,20 @@ def test_groups_are_swapped_and_taken_back_as_one(tmp_path: Path):
         def versions() -> list[str]:
             return [process.infer(ONES, name)[1]["model_version"] for name in old]
 
+        def asked(name: str, generation: int = 0) -> tuple[int, dict]:
+            body = {**infer_body(ONES), "parameters": {"wherry_generation": generation} if generation else {}}
+            return process.call("POST", f"/v2/models/{name}/infer", body)
+
         process.serve(*(ServeModel(name=name, active=old[name], group="pair") for name in old))
+        generation = asked("left")[1]["parameters"]["wherry_generation"]
+        assert asked("right", generation)[0] == 200
         trial = [ServeModel(name=name, active=new[name], incumbent=old[name], trial="t", group="pair") for name in old]
         assert all(one.ok for one in process.serve(*trial))
         assert versions() == ["1.2.0", "1.2.0"]
+        status, answer = asked("right", generation)
+        assert status == 400
+        assert "was replaced by" in answer["error"], "half of the answers by one generation, half by another"
+        assert asked("right", asked("left")[1]["parameters"]["wherry_generation"])[0] == 200
         answers = process.serve(*(ServeModel(name=name, active=old[name], group="pair") for name in old))
         assert [(one.ok, one.load_ms) for one in answers] == [(True, 0.0)] * 2
         assert versions() == ["1.1.0", "1.1.0"]

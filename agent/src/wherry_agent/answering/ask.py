@@ -16,6 +16,8 @@ class Ask:
     """Begin the sequence here, whatever was known of one with that id."""
     sequence_end: bool = False
     """Forget the sequence after this answer."""
+    generation: int = 0
+    """Answer by this generation of the model's group or not at all; 0: by whatever is published."""
     unshared: bool = False
     """Nobody changes the input and output arrays after the answer, so that a shadow may read them later without a copy."""
 

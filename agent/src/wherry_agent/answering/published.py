@@ -31,6 +31,8 @@ class Answer:
     outputs: dict[str, Array]
     loaded: Loaded
     fallback: bool = False
+    generation: int = 0
+    """Of the group, where the model is one of several that are swapped together."""
 
 
 def _nothing() -> None:
@@ -51,6 +53,7 @@ class Published:
     route: Route = WHOLE
     generation: int = 0
     """The same for models that were published together, and for no others of any process of this device."""
+    group: str = ""
     shadow: Shadow | None = None
     """Runs `active` beside the incumbent, where the route says so."""
     sequences: Sequences | None = None
@@ -80,6 +83,7 @@ class Published:
             on_candidate_error=on_candidate_error,
             route=route_of(model),
             generation=generation,
+            group=model.group,
             shadow=shadow,
             sequences=sequences,
         )

@@ -266,6 +266,7 @@ class _Calls:
             sequence_id=_sequence(said),
             sequence_start=_parameter(said, "sequence_start", bool, default=False),
             sequence_end=_parameter(said, "sequence_end", bool, default=False),
+            generation=_parameter(said, "wherry_generation", int, default=0),
             unshared=not shared,
         )
         names = [output.name for output in request.outputs] or None

@@ -6,6 +6,7 @@ REST and gRPC are two ways of writing the same words; each turns a `Refusal` int
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -113,9 +114,16 @@ class Inference:
             BadInput: the caller's fault.
             EngineFault: the model failed and nobody else could answer.
         """
+        if ask.generation and ask.generation != published.generation:
+            raise BadInput(
+                f"generation {ask.generation} was replaced by {published.generation}",
+                next_step="ask the models of this group again, all of them by one generation",
+            )
         if loaded is not None:
-            return published.answer_by(loaded, self._gate, inputs, outputs, ask=ask)
-        return published.answer(self._gate, self._helpers, inputs, outputs, ask=ask)
+            answer = published.answer_by(loaded, self._gate, inputs, outputs, ask=ask)
+        else:
+            answer = published.answer(self._gate, self._helpers, inputs, outputs, ask=ask)
+        return replace(answer, generation=published.generation) if published.group else answer
 
     # -- descriptions ----------------------------------------------------------------------------
 
@@ -251,11 +259,13 @@ def check_id(request_id: str) -> str:
     return request_id
 
 
-def parameters_of(view: View, answer: Answer) -> dict[str, str | bool]:
+def parameters_of(view: View, answer: Answer) -> dict[str, str | bool | int]:
     """Return the parameters that every answer carries."""
-    parameters: dict[str, str | bool] = {"wherry_variant": view.variant}
+    parameters: dict[str, str | bool | int] = {"wherry_variant": view.variant}
     if answer.fallback:
         parameters["wherry_fallback"] = True
+    if answer.generation:
+        parameters["wherry_generation"] = answer.generation
     return parameters
 
 

@@ -71,6 +71,7 @@ class _RequestParameters(msgspec.Struct, frozen=True, gc=False):
     sequence_id: int | str = ""
     sequence_start: bool = False
     sequence_end: bool = False
+    wherry_generation: int = 0
     priority: int = 0
     timeout: int | None = None
 
@@ -253,6 +254,7 @@ class Protocol:
             sequence_id=_sequence(said.sequence_id),
             sequence_start=said.sequence_start,
             sequence_end=said.sequence_end,
+            generation=said.wherry_generation,
             unshared=not shared,
         )
         names = None if asked.outputs is None else [output.name for output in asked.outputs]
