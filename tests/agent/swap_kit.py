@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -58,6 +59,7 @@ class Supervised:
         self.said: children.Serve = children.Serve(revision=0, models=[])
         self.loaded: set[str] = set()
         """Versions that were ever told to be served."""
+        self.grpc_port = more.get("grpc_port", 0)
         self.worker = processes.WorkerProcess(
             [self.tcp, self.unix],
             on_event=self._heard,
@@ -166,12 +168,47 @@ class Rest:
             self._connection = None
 
 
+class Grpc:
+    """Asks over one gRPC channel; `retries` of the channel are off."""
+
+    def __init__(self, of: Supervised) -> None:
+        import grpc
+        import numpy as np
+
+        from wherry_agent.serving.messages import SERVICE, message
+
+        request = message("ModelInferRequest")(model_name="scale")
+        tensor = request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
+        assert tensor.name == "x"
+        request.raw_input_contents.append(np.ones((1, 4), np.float32).tobytes())
+        options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
+        self._channel = grpc.insecure_channel(f"127.0.0.1:{of.grpc_port}", options=options)
+        self._call = self._channel.unary_unary(
+            f"/{SERVICE}/ModelInfer",
+            request_serializer=lambda value: value.SerializeToString(),
+            response_deserializer=message("ModelInferResponse").FromString,
+        )
+        self._request = request
+        self.connects = 0
+
+    def ask(self) -> tuple[str, float]:
+        answer = self._call(self._request, timeout=CALL_SECONDS_MAX, wait_for_ready=self.connects == 0)
+        self.connects = 1
+        return answer.model_version, struct.unpack("<f", answer.raw_output_contents[0][:4])[0]
+
+    def close(self) -> None:
+        self._channel.close()
+
+
 CALLERS: dict[str, Callable[[Supervised], Any]] = {
     "keep-alive": Rest,
     "new connection": lambda of: Rest(of, keep=False),
     "unix socket": lambda of: Rest(of, unix=True),
+    "gRPC": Grpc,
 }
 """Ways to ask; each has `ask`, `close` and `connects`."""
+HANDED_OVER = ("keep-alive", "new connection", "unix socket")
+"""Those that see nothing of a change of the worker process."""
 
 
 class Crowd:

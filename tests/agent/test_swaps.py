@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.agent.daemon_kit import free_ports
 from tests.agent.serving_kit import alive, until
-from tests.agent.swap_kit import CALLERS, CLIENTS, Crowd, crowd, supervised, versions
+from tests.agent.swap_kit import CALLERS, CLIENTS, HANDED_OVER, Crowd, crowd, supervised, versions
 from wherry_agent import processes
 from wherry_agent.children import ServeModel
 
@@ -32,7 +33,7 @@ def check(people: Crowd) -> None:
 @pytest.mark.parametrize("kind", CALLERS)
 def test_no_request_fails_while_versions_are_swapped(tmp_path: Path, kind: str) -> None:
     every = versions(tmp_path, SWAPS + 1)
-    with supervised(tmp_path) as site:
+    with supervised(tmp_path, grpc_port=free_ports(1)[0] if kind == "gRPC" else 0) as site:
         site.serve(model(every[0]))
         with crowd(site, kind) as people:
             people.wait_for_more(CLIENTS)
@@ -44,7 +45,7 @@ def test_no_request_fails_while_versions_are_swapped(tmp_path: Path, kind: str) 
         assert site.deaths == []
 
 
-@pytest.mark.parametrize("kind", CALLERS)
+@pytest.mark.parametrize("kind", HANDED_OVER)
 def test_no_request_fails_while_workers_take_over_from_each_other(tmp_path: Path, kind: str) -> None:
     first, second = versions(tmp_path, 2)
     with supervised(tmp_path) as site:
@@ -165,7 +166,7 @@ def test_what_is_wanted_meanwhile_is_served_by_the_one_that_takes_over(tmp_path:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-@pytest.mark.parametrize("kind", CALLERS)
+@pytest.mark.parametrize("kind", HANDED_OVER)
 def test_a_killed_worker_fails_only_what_it_held(tmp_path: Path, kind: str, number: signal.Signals) -> None:
     (first,) = versions(tmp_path, 1)
     with supervised(tmp_path) as site:
