@@ -11,7 +11,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,11 @@ from wherry_shared.bundle import (
     MANIFEST_TYPE,
     WEIGHT_TYPE,
     Config,
+    EngineName,
     EngineRange,
+    Format,
     GoldenIndex,
+    Interface,
     Licence,
     Manifest,
     Provenance,
@@ -61,25 +65,65 @@ def write_bundle(
 
     `changes` are fields of its config, whether they fit the file or not.
     """
-    item = loadable(weights, version, model=model, spoil=spoil)
+    return write_pieces(root, version, [Piece("float", weights, spoil=spoil)], model=model, **changes)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One variant of a bundle made here."""
+
+    id: str
+    weights: Path
+    spoil: bool = False
+    """Its golden vectors do not fit it."""
+    engine: EngineName = "onnxruntime"
+    format: Format = "onnx"
+
+
+def write_pieces(
+    root: Path,
+    version: str,
+    pieces: Sequence[Piece],
+    *,
+    model: str = MODEL,
+    interface: Interface | None = None,
+    **changes: Any,
+) -> str:
+    """Write a bundle of several variants; return its manifest digest."""
+    interface = interface or models.interface()
     writer = LayoutWriter(root)
-    layer = writer.add_bytes(weights.read_bytes(), WEIGHT_TYPE, {ANNOTATION_VARIANT: "float"})
-    golden = writer.add_bytes(Path(item.golden_path).read_bytes(), GOLDEN_TYPE, {ANNOTATION_VARIANT: "float"})
-    variant = Variant(
-        id="float",
-        digest=layer.digest,
-        bytes=layer.size,
-        format="onnx",
-        precision="float32",
-        engines=[EngineRange(name="onnxruntime", minimum="1.16")],
-        golden=GoldenIndex(digest=golden.digest, bytes=golden.size, vectors=1, synthetic=True),
-    )
+    layers, variants = [], []
+    for piece in pieces:
+        item = loadable(
+            piece.weights,
+            version,
+            model=model,
+            spoil=piece.spoil,
+            engine=piece.engine,
+            format_=piece.format,
+            interface=interface,
+        )
+        named = {ANNOTATION_VARIANT: piece.id}
+        layer = writer.add_bytes(piece.weights.read_bytes(), WEIGHT_TYPE, named)
+        golden = writer.add_bytes(Path(item.golden_path).read_bytes(), GOLDEN_TYPE, named)
+        layers += [layer, golden]
+        variants.append(
+            Variant(
+                id=piece.id,
+                digest=layer.digest,
+                bytes=layer.size,
+                format=piece.format,
+                precision="float32",
+                engines=[EngineRange(name=piece.engine, minimum="1.0")],
+                golden=GoldenIndex(digest=golden.digest, bytes=golden.size, vectors=1, synthetic=True),
+            )
+        )
     config = Config(
         format=1,
         model=model,
         version=version,
-        interface=models.interface(),
-        variants=[variant],
+        interface=interface,
+        variants=variants,
         licence=Licence(expression="Apache-2.0", source="made by a test", attribution="Wherry"),
         provenance=Provenance(source_digests={}),
     )
@@ -89,7 +133,7 @@ def write_bundle(
         media_type=MANIFEST_TYPE,
         artifact_type=ARTIFACT_TYPE,
         config=writer.add_bytes(encode_config(config), CONFIG_TYPE),
-        layers=[layer, golden],
+        layers=layers,
     )
     return writer.finish(manifest, version).digest
 
@@ -138,10 +182,14 @@ class Site:
         """Write, sign and push a bundle."""
         root = self.folder / f"{model}-{version}"
         digest = write_bundle(root, version, weights, spoil=spoil, model=model, **changes)
+        self.push(root)
+        return digest
+
+    def push(self, root: Path) -> None:
+        """Sign and push a bundle that was written."""
         with Remote(self.url, self.token) as remote:
             sign(root, remote, self.key)
             push(root, remote, self.key)
-        return digest
 
     def deploy(self, version: str, device: str, *, trial_s: int = 1800, attempt: int = 1) -> None:
         argv = [sys.executable, "-m", "wherry_server.cli", "--server", self.url, "--token", self.token, "deploy"]

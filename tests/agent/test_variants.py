@@ -1,0 +1,85 @@
+"""Whole agents that choose: the next variant where the first is not good here, and the only one that an engine can run."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.agent.daemon_kit import MODEL, Agent, Piece, Site, agent, site, write_pieces
+from tests.shared.engines import models
+from wherry_agent import status
+from wherry_shared import reasons
+from wherry_shared.bundle import Interface, TensorSpec
+from wherry_shared.engines import tiny
+
+pytestmark = pytest.mark.services
+
+PAIR = Interface(
+    inputs=[TensorSpec(name="x", datatype="FP32", shape=[2])],
+    outputs=[TensorSpec(name="y", datatype="FP32", shape=[2])],
+)
+
+
+def test_devices_take_the_variant_that_is_good_on_them(tmp_path: Path) -> None:
+    with site(tmp_path) as server:
+        _second_variant(server, tmp_path)
+        _tflite_only(server, tmp_path)
+
+
+def _second_variant(server: Site, folder: Path) -> None:
+    """The first, smaller to download, misses its golden vectors; the second serves, and status says why."""
+    first, second = models.scale(folder / "small.onnx", 2.0), models.heavy(folder / "large.onnx", 1)
+    root = folder / "two"
+    write_pieces(root, "1.0.0", [Piece("large", second), Piece("small", first, spoil=True)])
+    server.push(root)
+    with agent(server, "two", "--engines", "onnxruntime") as device:
+        device.until("its engines are known", lambda shown: shown["engines"])
+        server.deploy("1.0.0", "two", trial_s=1)
+        model = device.until_serves("1.0.0")
+        assert model["serves"]["variant"] == "large"
+        assert "not measured" in model["serves"]["why"]
+        (other,) = model["serves"]["others"]
+        assert other.startswith(f"small: failed {reasons.GOLDEN_MISS}")
+        shown = status.render(device.status())
+        assert "variant large" in shown
+        assert "not small: failed golden_miss" in shown
+        assert [bad["reason"] for bad in device.status()["known_bad"]] == [reasons.GOLDEN_MISS]
+        code, answer = device.infer(1.5)
+        assert (code, answer["outputs"][0]["data"][0]) == (200, 3.0)
+        assert answer["parameters"]["wherry_variant"] == "large"
+
+
+def _tflite_only(server: Site, folder: Path) -> None:
+    """A device with nothing but a TFLite runtime installs, swaps and returns."""
+    for version in ("3.0.0", "3.1.0"):
+        weights = folder / f"{version}.tflite"
+        weights.write_bytes(tiny.MODELS["tflite"])
+        root = folder / version
+        lite = Piece("lite", weights, engine="ai-edge-litert", format="tflite")
+        write_pieces(root, version, [lite], interface=PAIR)
+        server.push(root)
+    with agent(server, "lite", "--engines", "ai-edge-litert") as device:
+        shown = device.until("its engines are known", lambda shown: shown["engines"])
+        assert [engine.split()[0] for engine in shown["engines"]] == ["ai-edge-litert"]
+        server.deploy("3.0.0", "lite", trial_s=1)
+        assert device.until_serves("3.0.0")["serves"]["engine"].startswith("ai-edge-litert ")
+        assert _twice(device) == ("3.0.0", [3.0, 8.0])
+        server.deploy("3.1.0", "lite", trial_s=600)
+        device.until_doing("on trial")
+        assert _twice(device) == ("3.1.0", [3.0, 8.0])
+        server.deploy("3.0.0", "lite", attempt=2)
+        device.until_serves("3.0.0")
+        assert _twice(device) == ("3.0.0", [3.0, 8.0])
+
+
+def _twice(device: Agent) -> tuple[str, list[float]]:
+    body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [2], "data": [1.5, 4.0]}]}
+    connection = http.client.HTTPConnection("127.0.0.1", device.port, timeout=20)
+    connection.request("POST", f"/v2/models/{MODEL}/infer", json.dumps(body))
+    answer: dict[str, Any] = json.loads(connection.getresponse().read())
+    connection.close()
+    return answer["model_version"], answer["outputs"][0]["data"]
