@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="for programs")
     status.set_defaults(run=_status)
 
+    unit = commands.add_parser("unit", parents=[common], help="print a systemd unit for this machine")
+    unit.set_defaults(run=_unit)
+
     doctor = commands.add_parser("doctor", parents=[common], help="check engines, disk, clock and server")
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.set_defaults(run=_doctor)
@@ -150,6 +153,25 @@ def _status(arguments: argparse.Namespace) -> int:
         print(msgspec.json.format(msgspec.json.encode(shown)).decode())
     else:
         print(status.render(shown))
+    return 0
+
+
+def _unit(arguments: argparse.Namespace) -> int:
+    """Print the unit with the paths of this install and this home."""
+    from importlib.resources import files
+
+    text = files("wherry_agent").joinpath("systemd/wherry-agent.service").read_text(encoding="utf-8")
+    program = Path(sys.prefix) / "bin" / "wherry-agent"
+    home = Path(arguments.home or settings.Settings().home).absolute()
+    start = f"ExecStart={program} run --home {home}"
+    if arguments.config is not None:
+        start += f" --config {arguments.config.absolute()}"
+    text = text.replace("ExecStart=/usr/local/bin/wherry-agent run --home /var/lib/wherry", start)
+    if home.parent == Path("/var/lib"):
+        text = text.replace("StateDirectory=wherry\n", f"StateDirectory={home.name}\n")
+    else:
+        text = text.replace("StateDirectory=wherry\nStateDirectoryMode=0710\n", f"ReadWritePaths={home}\n")
+    print(text.replace("/var/lib/wherry/agent.toml", str(home / settings.FILE)), end="")
     return 0
 
 

@@ -41,6 +41,7 @@ from wherry_agent.identity import Identity
 from wherry_agent.journal import Journal
 from wherry_agent.link import Callbacks, Link
 from wherry_agent.log_ring import LogRing
+from wherry_agent.notify import Notifier
 from wherry_agent.outbox import Outbox
 from wherry_agent.processes import Short, WorkerProcess, canary, courier
 from wherry_agent.settings import MIB, Settings
@@ -78,6 +79,8 @@ ENGINES_EVERY_S = 3600.0
 HELLO_EVERY_S = 600.0
 """A hello that nobody heard (the server was away, the broker was not) is made good by the next."""
 BACKLOG = 128
+READY_S = 60.0
+"""An agent whose worker does not come up says after this long that it is there: it still reports."""
 _TRIED = (s.Swapping, s.OnTrial, s.Proving, s.Compared, s.Returning)
 """Phases in which counts of a candidate may still come in, for the rollout that brought it."""
 
@@ -135,6 +138,7 @@ class Daemon:
             RefusedError: `not_enrolled`, `enrol_refused`, `identity_invalid`.
         """
         readings.use_one_arena()
+        self._notifier = Notifier.from_environment()
         logging.getLogger().addHandler(self._ring)
         os.umask(0o077)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -159,6 +163,9 @@ class Daemon:
         self._later("window", self._settings.window_s, self._cut_windows)
         if self._downloads.conditional:
             self._later("conditions", self._settings.conditions.check_s, self._watch_conditions)
+        if self._notifier.watched:
+            self._beat()
+        self._later("ready", READY_S, self._notifier.ready)
         log.info("agent %s of device %s serves on port %d", __version__, self._identity.device, self.http_port)
         try:
             self._loop()
@@ -198,8 +205,18 @@ class Daemon:
     def _stop(self) -> None:
         self._stopping = True
 
+    def _beat(self) -> None:
+        """Tell systemd that the loop turns; called by it alone."""
+        self._later("watchdog", self._notifier.beat_s, self._beat)
+        doing = ", ".join(
+            f"{name} {slot.incumbent.loadable.target.partition('/')[2] if slot.incumbent is not None else 'none'}"
+            for name, slot in sorted(self._state.models.items())
+        )
+        self._notifier.alive(f"serves {doing or 'nothing yet'}; server by {self._link.way}")
+
     def _end(self) -> None:
         log.info("agent stops")
+        self._notifier.stopping()
         for short in self._shorts.values():
             short.cancel()
         self._cut_windows()
@@ -262,6 +279,8 @@ class Daemon:
                     next_step="make a new token with wherry token create",
                 )
             log.warning("enrolment: %s; trying again in %.0f s", detail, wait_s)
+            self._notifier.ready()  # as far as it gets without a server
+            self._notifier.alive(f"not enrolled yet: {detail}")
             if self._signalled(wait_s):
                 raise RefusedError("not_enrolled", "stopped before the device was enrolled")
             wait_s = min(wait_s * 2, ENROL_WAIT_MAX_S)
@@ -856,6 +875,7 @@ class Daemon:
             case children.Ready():
                 log.info("worker %d is ready", event.pid)
                 self._turn(s.WorkerReady())
+                self._notifier.ready()
             case children.Serving():
                 if event.ok and event.load_ms:
                     log.info("worker serves %s: %s, loaded in %.0f ms", event.model, event.digest, event.load_ms)
