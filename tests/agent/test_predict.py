@@ -142,3 +142,49 @@ def test_a_version_with_an_operation_that_is_unknown_here_is_not_engaged(
     with supervisor.model() as model:
         supervisor.publish_and_settle(strange)
         assert model.served.version == "1.0.0"
+
+
+def test_a_sequence_keeps_the_processing_of_the_version_that_began_it(tmp_path: Path, supervisor: Supervisor) -> None:
+    def version(number: int, before: float) -> Loadable:
+        path = models.tally(tmp_path / f"{number}.onnx")
+        made = loadable(path, f"1.{number}.0", model="scale", interface=models.tally_interface())
+        return msgspec.structs.replace(made, preprocess=scaled_by(before))
+
+    supervisor.publish(version(0, 10.0))
+    with supervisor.model() as model:
+
+        def add(sequence: str) -> tuple[str, float]:
+            prediction = model.predict(np.ones((1, 4), np.uint8), sequence=sequence)
+            assert list(prediction) == ["y"]
+            return prediction.by.version, float(prediction["y"][0, 0])
+
+        assert [add("a"), add("a"), add("b")] == [("1.0.0", 10.0), ("1.0.0", 20.0), ("1.0.0", 10.0)]
+        supervisor.publish_and_settle(version(1, 100.0))
+        assert [add("a"), add("c")] == [("1.0.0", 30.0), ("1.1.0", 100.0)]
+        model.predict(np.ones((1, 4), np.uint8), sequence="a", sequence_end=True)
+        assert add("a") == ("1.1.0", 100.0)
+
+
+def test_tensors_that_json_cannot_carry_reach_a_candidate_in_the_worker(tmp_path: Path) -> None:
+    good = loadable(models.scale(tmp_path / "a.onnx", 2.0))
+    interface = models.interface()
+    loose = [msgspec.structs.replace(interface.outputs[0], finite=False)]
+    candidate = loadable(
+        models.scale(tmp_path / "b.onnx", 3.0), "1.1.0", interface=msgspec.structs.replace(interface, outputs=loose)
+    )
+    with worker(tmp_path) as process:
+        supervisor = Supervisor(tmp_path, str(process.unix_path))
+        supervisor.publish(good)
+        with supervisor.model() as model:
+            process.serve(ServeModel(name="scale", active=candidate, incumbent=good, trial="t"))
+            supervisor.publish_and_settle(candidate, incumbent=good, trial="t")
+            value = np.array([[np.nan, np.inf, -0.0, 1e-45]], np.float32)
+            answer = model.run({"x": value}, ["y"])
+            assert (answer.by.version, answer.fallback) == ("1.1.0", False)
+            assert answer["y"].tobytes() == (value * np.float32(3.0)).tobytes()
+            answer["y"][0, 0] = 1.0  # what came back is the caller's
+            with pytest.raises(BadInput, match="no such input"):
+                model.run({"z": value})
+            with pytest.raises(BadInput, match="dtype float64"):
+                model.run({"x": value.astype(np.float64)})
+        supervisor.server.close()

@@ -33,9 +33,9 @@ from wherry_agent.answering.ask import Ask
 from wherry_agent.answering.gate import RunGate
 from wherry_agent.answering.helpers import Helpers
 from wherry_agent.answering.published import Published
-from wherry_agent.answering.sequences import Sequences
+from wherry_agent.answering.sequences import Sequences, same_state
 from wherry_agent.children import Loadable, ServeModel
-from wherry_agent.handle_remote import NotJson, RemoteAnswer, WorkerClient
+from wherry_agent.handle_remote import RemoteAnswer, WorkerClient
 from wherry_agent.lines import LineWriter, read_lines
 from wherry_shared import reasons
 from wherry_shared.bundle import Contract, Interface, incompatibilities
@@ -264,24 +264,37 @@ class Model:
             return answer
         return self._run_on_trial(engaged, inputs, outputs)
 
-    def predict(self, raw: Raw) -> Prediction:
+    def predict(
+        self, raw: Raw, *, sequence: str = "", sequence_start: bool = False, sequence_end: bool = False
+    ) -> Prediction:
         """Pre-process, run, and post-process as the bundle declares: all three by the version that answers.
 
         Args:
             raw: what the declared pre-processing begins with, such as a camera frame (H, W, C); without declared
                 pre-processing the input itself. One array where the interface has one input, else arrays by input name.
+            sequence: as `run`.
+            sequence_start: as `run`.
+            sequence_end: as `run`.
 
         Raises:
-            BadInput: an operation, or the interface, does not allow it.
+            BadInput: an operation, or the interface, does not allow it; or the version of a sequence changed in the middle
+                to one that pre-processes otherwise, and it has to begin again.
             EngineFault: as `run`.
             UnreachableError: as `run`.
         """
         engaged = self._engaged  # read once: a swap in the middle changes nothing
         first = self._asked_first(engaged)
-        answer = self._answer(engaged, first.processing.before(raw), None)
-        if not answer.by.processing.begins_like(first.processing):
-            # another version stood in (or has this share of the requests), whose inputs are made otherwise
-            answer = self._again_by_incumbent(engaged, raw, fallback=answer.fallback)
+        if sequence:
+            ask = Ask("", sequence, sequence_start, sequence_end)
+            chain = self._processing_of(ask, engaged, first)
+            answer = self._run_in_sequence(engaged, chain.before(raw), None, ask)
+            if not answer.by.processing.begins_like(chain):
+                raise BadInput("the sequence went on by another version in this moment", next_step="begin it again")
+        else:
+            answer = self._answer(engaged, first.processing.before(raw), None)
+            if not answer.by.processing.begins_like(first.processing):
+                # another version stood in, or has this share of the requests: its inputs are made otherwise
+                answer = self._again(engaged, raw, answer)
         prediction = Prediction(answer.by.processing.after(answer))
         prediction.answer = answer
         return prediction
@@ -390,17 +403,32 @@ class Model:
         engaged.left_behind((bucket, perf_counter_ns() - started))
         return Answer.of(results, engaged.served, fallback=False)
 
-    def _again_by_incumbent(self, engaged: _Engaged | None, raw: Raw, *, fallback: bool) -> Answer:
+    def _again(self, engaged: _Engaged | None, raw: Raw, answer: Answer) -> Answer:
+        """Run once more by the version that answered, on what its own pre-processing makes of `raw`."""
+        inputs = answer.by.processing.before(raw)
         match engaged:
-            case _Inline(published=Published(incumbent=Loaded() as loaded)):
-                served = engaged.served[id(loaded)]
-                results = loaded.bound.run(served.processing.before(raw))
-                return Answer.of(results, served, fallback=fallback)
+            case _Inline():
+                loaded = next(one for one in engaged.published.loaded() if engaged.served[id(one)] is answer.by)
+                return Answer.of(loaded.bound.run(inputs), answer.by, fallback=answer.fallback)
             case _Remote(incumbent=_InProcess() as incumbent):
-                answer = self._by_incumbent(incumbent, incumbent.served.processing.before(raw), None)
-                answer.fallback = fallback
-                return answer
+                again = self._by_incumbent(incumbent, inputs, None)
+                again.fallback = answer.fallback
+                return again
         raise self._no_model()
+
+    def _processing_of(self, ask: Ask, engaged: _Engaged | None, first: Served) -> Chain:
+        """Return the processing of the version that a sequence goes on with."""
+        match engaged:
+            case (_InProcess() as here) | _Remote(incumbent=_InProcess() as here):
+                target, chain = here.loaded.loadable, here.served.processing
+            case _Inline():
+                target, chain = engaged.published.first.loadable, first.processing
+            case _:
+                return first.processing
+        holder = None if ask.sequence_start else self._sequences.holder(ask.sequence_id)
+        if holder is None or same_state(holder, target):
+            return chain
+        return _served(holder, "").processing
 
     def _run_in_sequence(
         self, engaged: _Engaged | None, inputs: Mapping[str, Array], outputs: Sequence[str] | None, ask: Ask
@@ -428,13 +456,6 @@ class Model:
         incumbent = engaged.incumbent
         try:
             answer = engaged.client.ask(inputs, outputs)
-        except NotJson as error:
-            if incumbent is None:
-                raise BadInput(
-                    "NaN and Inf cannot be sent to the worker, where the only version is on trial",
-                    next_step='use isolation="inline", or wait until the version is confirmed',
-                ) from error
-            return self._by_incumbent(incumbent, inputs, outputs)
         except UnreachableError as error:
             if error.code == "worker_died":  # with this request, so nobody else has counted it
                 engaged.counter.failed(str(error), fallback=incumbent is not None)
@@ -536,7 +557,7 @@ class Model:
         if self._isolation == "inline":
             return self._inline(serve, have)
         incumbent = self._in_process(serve.incumbent, have) if serve.incumbent is not None else None
-        client = WorkerClient(assign.worker_socket, serve.name, serve.deadline_ms / 1000)
+        client = WorkerClient(assign.worker_socket, serve.name, serve.active.interface, serve.deadline_ms / 1000)
         counter = self._counter(serve.active, "candidate", serve.trial)
         return _Remote(client, _served(serve.active, serve.trial), counter, incumbent)
 
@@ -696,5 +717,5 @@ def _from_worker(answer: RemoteAnswer, engaged: _Remote) -> Answer:
     fallback = bool(answer.parameters.get("wherry_fallback"))
     for served in (engaged.candidate, *([engaged.incumbent.served] if engaged.incumbent is not None else [])):
         if served.version == answer.model_version:
-            return Answer.of(answer.tensors(), served, fallback=fallback)
+            return Answer.of(answer.tensors, served, fallback=fallback)
     raise EngineFault("foreign_version", f"the worker answered with version {answer.model_version}")

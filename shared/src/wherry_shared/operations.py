@@ -157,10 +157,11 @@ def steps_of(processing: Processing, interface: Interface, stage: Stage) -> list
         RefusedError: `operation_unknown` (an operation, or a version of it), or `operation_invalid`; both name it.
     """
     names = [spec.name for spec in (interface.inputs if stage == "preprocess" else interface.outputs)]
+    plain = [name for name in names if name not in state_of(interface, stage)]
     steps: list[Step] = []
     chosen: set[str] = set()
     for index, (operation, known, parameters) in enumerate(_parsed(processing, stage)):
-        tensor = parameters.tensor or (names[0] if len(names) == 1 else "")
+        tensor = parameters.tensor or (plain[0] if len(plain) == 1 else "")
         where = f"{stage}.operations[{index}] ({operation.op})"
         if tensor not in names:
             which = f"tensor {tensor!r} is not one of" if tensor else "tensor: has to be named, there are"
@@ -171,6 +172,11 @@ def steps_of(processing: Processing, interface: Interface, stage: Stage) -> list
             chosen.add(tensor)
         steps.append(Step(operation.op, operation.version, tensor, parameters))
     return steps
+
+
+def state_of(interface: Interface, stage: Stage) -> set[str]:
+    """Return the inputs or outputs that carry state, which is nobody's to give or to read."""
+    return {pair.input if stage == "preprocess" else pair.output for pair in interface.state}
 
 
 def check(processing: Processing, stage: Stage) -> None:

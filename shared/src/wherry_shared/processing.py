@@ -18,7 +18,7 @@ from wherry_shared.engines.errors import BadInput
 from wherry_shared.engines.session import DTYPES, Array
 
 Raw: TypeAlias = Array | Mapping[str, Array]
-"""One array where the interface has one input, else arrays by input name."""
+"""One array where the interface has one input besides state, else arrays by input name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,8 @@ class Chain:
         """
         self.interface = interface
         self._inputs = {spec.name for spec in interface.inputs}
-        self._only = interface.inputs[0].name if len(interface.inputs) == 1 else ""
+        plain = self._inputs - known.state_of(interface, "preprocess")
+        self._only = next(iter(plain)) if len(plain) == 1 else ""
         self._labels = {spec.name: spec.labels or [] for spec in interface.outputs}
         self._pre = known.steps_of(preprocess, interface, "preprocess")
         self._post = known.steps_of(postprocess, interface, "postprocess")

@@ -136,6 +136,12 @@ class Sequences:
                         self._make_room(one)
             one.busy.release()
 
+    def holder(self, sequence_id: str) -> Loadable | None:
+        """Return the version that answered a sequence last; None if there is none, or it is about to begin."""
+        with self._lock:
+            one = self._ongoing.get(f"/{sequence_id}")
+            return one.loadable if one is not None else None
+
     def settle(self, live: Collection[Loaded]) -> None:
         """Let go of what is idle or held on too long to a version that is not among `live`; called once a second."""
         now_s = self._now()
