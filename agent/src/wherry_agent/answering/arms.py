@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -50,6 +50,8 @@ class Loaded:
     bound: Bound
     load_ms: float
     runs_to_leave_out: int = RUNS_LEFT_OUT
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What whoever serves it looks up in every request; it lives as long as the variant is loaded."""
 
     @property
     def version(self) -> str:

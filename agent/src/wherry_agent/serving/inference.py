@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from wherry_agent import __version__
 from wherry_agent.answering.arms import Counter, Loaded
@@ -62,7 +61,10 @@ class View:
         self.variant = loadable.variant
         self.inputs = {spec.name: spec.datatype for spec in interface.inputs}
         self.outputs = {spec.name: spec.datatype for spec in interface.outputs}
+        self.texts = "BYTES" in self.outputs.values()
         self.labels = {spec.name: spec.labels for spec in interface.outputs}
+        self.written: dict[tuple[object, ...], bytes] = {}
+        """What was said beside raw outputs, by all that it says: most answers say the same."""
 
 
 class Inference:
@@ -73,7 +75,6 @@ class Inference:
         self._gate = gate
         self._helpers = helpers
         self.regions = Regions()
-        self._views: WeakKeyDictionary[Loaded, View] = WeakKeyDictionary()
 
     def find(self, name: str, version: str) -> tuple[Published, Loaded]:
         """Return a model in service, and the version that is asked for (empty: as the trial routes).
@@ -95,9 +96,9 @@ class Inference:
 
     def view(self, loaded: Loaded) -> View:
         """Return what is looked up about a loaded variant."""
-        view = self._views.get(loaded)
+        view: View | None = loaded.notes.get("view")
         if view is None:
-            view = self._views[loaded] = View(loaded)
+            view = loaded.notes["view"] = View(loaded)
         return view
 
     def run(

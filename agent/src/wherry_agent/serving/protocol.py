@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from wherry_agent.answering.ask import Ask
 from wherry_agent.answering.gate import RunGate
@@ -44,6 +46,11 @@ from wherry_shared.limits import REQUEST_BYTES_MAX, TENSORS_MAX
 
 log = logging.getLogger(__name__)
 
+PLANS_MAX = 256
+PLAN_BYTES_MAX = 2048
+"""Headers of requests that are remembered: a client repeats the same one for every tensor of the same shape."""
+WRITTEN_MAX = 64
+"""The same for what is said beside raw outputs, per loaded variant."""
 HEADER_LENGTH = "inference-header-content-length"
 _JSON_TYPES = ("application/json", "text/json", "application/octet-stream", "application/x-www-form-urlencoded", "")
 """curl -d sends the form type when it is not told otherwise: what counts is whether the body parses."""
@@ -122,6 +129,7 @@ _infer: msgspec.json.Decoder[_InferRequest] = msgspec.json.Decoder(_InferRequest
 _registration: msgspec.json.Decoder[_Registration] = msgspec.json.Decoder(_Registration)
 _encoder = msgspec.json.Encoder()
 _NO_PARAMETERS = _RequestParameters()
+_UNSHARED = Ask(unshared=True)
 _NO_OUTPUT_PARAMETERS = _OutputParameters()
 _RAW = _InferRequest(inputs=[], parameters=_RequestParameters(binary_data_output=True))
 """What a raw binary request says beside its tensor."""
@@ -132,6 +140,7 @@ class Protocol:
 
     def __init__(self, registry: Registry, gate: RunGate, helpers: Helpers, flags: Flags | None = None) -> None:
         self.inference = Inference(registry, gate, helpers)
+        self._plans: dict[bytes, _Plan] = {}
         self._flags = flags or Flags()
 
     def respond(self, request: Request) -> Response:
@@ -153,11 +162,11 @@ class Protocol:
     # -- inside ----------------------------------------------------------------------------------
 
     def _infer_path(self, request: Request) -> Response:
-        match request.path:
-            case ("v2", "models", name, "infer"):
-                return _post(request) or self._infer(name, "", request)
-            case ("v2", "models", name, "versions", version, "infer"):
-                return _post(request) or self._infer(name, version, request)
+        path = request.path  # compared by hand: matching a sequence pattern takes longer than decoding the request
+        if len(path) == 4 and path[0] == "v2" and path[1] == "models":
+            return self._infer(path[2], "", request) if request.method == "POST" else _wrong_method("POST")
+        if len(path) == 6 and path[0] == "v2" and path[1] == "models" and path[3] == "versions":
+            return self._infer(path[2], path[4], request) if request.method == "POST" else _wrong_method("POST")
         return _unknown()
 
     def _route(self, request: Request) -> Response:
@@ -231,8 +240,8 @@ class Protocol:
 
     def _infer(self, name: str, version: str, request: Request) -> Response:
         headers = request.headers
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind not in _JSON_TYPES:
+        kind = headers.get("content-type", "")
+        if kind not in _JSON_TYPES and kind.partition(";")[0].strip().lower() not in _JSON_TYPES:
             return failure(415, f"content type {kind[:80]!r} is not supported: send application/json")
         body = request.body
         encoding = headers.get("content-encoding")
@@ -242,30 +251,46 @@ class Protocol:
         view = self.inference.view(loaded)
         header_length = headers.get(HEADER_LENGTH)
         shared = False
-        if header_length == "0":
-            asked = _RAW
+        if header_length is None:
+            asked, ask = _parse(body)
+            inputs, shared = self._inputs(asked.inputs, memoryview(b""), view, request)
+        elif header_length == "0":
+            asked, ask = _RAW, _UNSHARED
             inputs = _raw_input(loaded.loadable.interface.inputs, body)
         else:
-            asked, blob = _parse(body, header_length)
-            inputs, shared = self._inputs(asked.inputs, blob, view, request)
-        said = asked.parameters or _NO_PARAMETERS
-        ask = Ask(
-            request_id=check_id(asked.id),
-            sequence_id=_sequence(said.sequence_id),
-            sequence_start=said.sequence_start,
-            sequence_end=said.sequence_end,
-            generation=said.wherry_generation,
-            unshared=not shared,
-        )
+            length = _header_length(header_length, len(body))
+            blob = memoryview(body)[length:]
+            header = bytes(body[:length])
+            plan = self._plans.get(header)
+            if plan is None:
+                asked, ask = _parse(header)
+                inputs, shared = self._inputs(asked.inputs, blob, view, request)
+                self._remember(header, asked, ask)
+            else:
+                asked, ask = plan.asked, plan.ask
+                inputs = plan.inputs(blob, view)
+        if shared:
+            ask = replace(ask, unshared=False)
         names = None if asked.outputs is None else [output.name for output in asked.outputs]
         answer = self.inference.run(published, loaded if version else None, inputs, names, ask)
-        response = self._answered(name, asked, said, answer, request)
-        coding = asked_coding(headers.get("accept-encoding", ""))
+        response = self._answered(name, asked, answer, request)
+        accepted = headers.get("accept-encoding")
+        coding = "" if accepted is None else asked_coding(accepted)
         if coding:
             response.body = compress(coding, [response.body, *response.parts])
             response.parts = []
             response.headers["Content-Encoding"] = coding
         return response
+
+    def _remember(self, header: bytes, asked: _InferRequest, ask: Ask) -> None:
+        """Keep what a header says, if others will say the same: a request id is new every time."""
+        if len(header) > PLAN_BYTES_MAX or asked.id or ask.sequence_id:
+            return
+        plan = _Plan(asked, ask)
+        if plan.add_inputs():
+            if len(self._plans) >= PLANS_MAX:
+                self._plans.clear()
+            self._plans[header] = plan
 
     def _inputs(
         self, given: list[_RequestTensor], blob: memoryview, view: View, request: Request
@@ -303,10 +328,11 @@ class Protocol:
             raise BadInput(f"{len(blob) - offset} bytes follow the last input")
         return inputs, any_shared
 
-    def _answered(
-        self, name: str, asked: _InferRequest, said: _RequestParameters, answer: Answer, request: Request
-    ) -> Response:
+    def _answered(self, name: str, asked: _InferRequest, answer: Answer, request: Request) -> Response:
         view = self.inference.view(answer.loaded)
+        said = asked.parameters or _NO_PARAMETERS
+        if said.binary_data_output and asked.outputs is None and not asked.id:
+            return _all_raw(name, answer, view)
         rows: list[_ResponseTensor] = []
         parts: list[Part] = []
         wanted = {} if asked.outputs is None else {output.name: output.parameters for output in asked.outputs}
@@ -333,26 +359,99 @@ class Protocol:
             else:
                 rows.append(_ResponseTensor(output, datatype, array.shape, data=tensors.encode(array, datatype)))
         body = _encoder.encode(_InferResponse(name, view.version, parameters_of(view, answer), rows, asked.id))
-        if not parts:
-            return Response(200, body)
-        headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(body))}
-        return Response(200, body, headers, parts)
+        return _raw_response(body, parts) if parts else Response(200, body)
 
 
-def _parse(body: bytes | memoryview, header_length: str | None) -> tuple[_InferRequest, memoryview]:
-    """Return the JSON part of a request, and the raw bytes behind it."""
-    view = memoryview(body)
-    length = len(view)
-    if header_length is not None:
-        if not header_length.isascii() or not header_length.isdigit() or len(header_length) > 12:
-            raise BadInput("Inference-Header-Content-Length is not a number")
-        length = int(header_length)
-        if length > len(view):
-            raise BadInput(f"Inference-Header-Content-Length is {length}, the body has {len(view)} bytes")
+def _all_raw(name: str, answer: Answer, view: View) -> Response:
+    """Return the answer of a client that said nothing else: all outputs as raw bytes, beside words said before."""
+    parts = [tensors.to_bytes(array) for array in answer.outputs.values()]
+    key = (name, answer.fallback, answer.generation, *[array.shape for array in answer.outputs.values()])
+    if view.texts:  # the size of raw text does not follow from its shape
+        key = (*key, *[len(part) for part in parts])
+    body = view.written.get(key)
+    if body is None:
+        rows = [
+            _ResponseTensor(output, view.outputs[output], array.shape, parameters={"binary_data_size": len(part)})
+            for (output, array), part in zip(answer.outputs.items(), parts, strict=True)
+        ]
+        body = _encoder.encode(_InferResponse(name, view.version, parameters_of(view, answer), rows))
+        if len(view.written) >= WRITTEN_MAX:
+            view.written.clear()
+        view.written[key] = body
+    return _raw_response(body, parts)
+
+
+def _raw_response(body: bytes, parts: list[Part]) -> Response:
+    headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(body))}
+    return Response(200, body, headers, parts)
+
+
+class _Plan:
+    """A request whose inputs are all raw bytes, as its header says it; found again by the header's own bytes."""
+
+    __slots__ = ("_tensors", "_total", "ask", "asked")
+
+    def __init__(self, asked: _InferRequest, ask: Ask) -> None:
+        self.asked = asked
+        self.ask = ask
+        self._tensors: list[tuple[str, str, np.dtype[Any], list[int], int, int, int]] = []
+        self._total = 0
+
+    def add_inputs(self) -> bool:
+        """Take over the inputs of a request that was found good; False if not all of them are raw bytes."""
+        for tensor in self.asked.inputs:
+            said = tensor.parameters
+            if said is None or said.binary_data_size is None or said.shared_memory_region is not None:
+                return False
+            dtype, count = tensors.check_shape(tensor.name, tensor.datatype, tensor.shape)
+            end = self._total + said.binary_data_size
+            self._tensors.append((tensor.name, tensor.datatype, dtype, tensor.shape, count, self._total, end))
+            self._total = end
+        return True
+
+    def inputs(self, blob: memoryview, view: View) -> dict[str, Array]:
+        """Return the inputs of a request with this header.
+
+        Raises:
+            BadInput: its raw bytes are not those that the header says.
+        """
+        if len(blob) != self._total:
+            raise BadInput(f"{len(blob)} bytes of raw data came, the header says {self._total}")
+        inputs = {}
+        for name, datatype, dtype, shape, count, start, end in self._tensors:
+            array = tensors.from_checked(name, dtype, shape, count, blob[start:end])
+            inputs[name] = array if datatype != "BF16" else as_declared(name, array, datatype, view)
+        return inputs
+
+
+def _header_length(text: str, body_length: int) -> int:
+    """Return the length of the JSON part of a request."""
+    if not text.isascii() or not text.isdigit() or len(text) > 12:
+        raise BadInput("Inference-Header-Content-Length is not a number")
+    length = int(text)
+    if length > body_length:
+        raise BadInput(f"Inference-Header-Content-Length is {length}, the body has {body_length} bytes")
+    return length
+
+
+def _parse(header: bytes | memoryview) -> tuple[_InferRequest, Ask]:
+    """Return the JSON part of a request, and what it says about itself."""
     try:
-        return _infer.decode(view[:length]), view[length:]
+        asked = _infer.decode(header)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(f"not an inference request: {error}") from error
+    said = asked.parameters
+    if said is None:
+        return asked, Ask(request_id=check_id(asked.id), unshared=True) if asked.id else _UNSHARED
+    ask = Ask(
+        request_id=check_id(asked.id),
+        sequence_id=_sequence(said.sequence_id),
+        sequence_start=said.sequence_start,
+        sequence_end=said.sequence_end,
+        generation=said.wherry_generation,
+        unshared=True,
+    )
+    return asked, ask
 
 
 def _raw_input(specs: list[TensorSpec], body: bytes | memoryview) -> dict[str, Array]:

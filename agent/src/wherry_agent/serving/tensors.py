@@ -47,7 +47,7 @@ def check_shape(name: str, datatype: str, shape: Sequence[int]) -> tuple[np.dtyp
         raise BadInput(
             f"tensor {name[:80]!r}: datatype {datatype[:40]!r} is not supported; there are {', '.join(_TYPES)}"
         )
-    if len(shape) > TENSOR_RANK_MAX or any(axis < 0 for axis in shape):
+    if len(shape) > TENSOR_RANK_MAX or min(shape, default=0) < 0:
         raise BadInput(f"tensor {name[:80]!r}: shape {list(shape)[:TENSOR_RANK_MAX]} cannot be")
     count = math.prod(shape)
     if count > ELEMENTS_MAX:
@@ -82,12 +82,21 @@ def from_bytes(name: str, datatype: str, shape: Sequence[int], data: bytes | mem
         BadInput: unknown datatype, or another number of bytes than `shape` asks for.
     """
     dtype, count = check_shape(name, datatype, shape)
+    return from_checked(name, dtype, shape, count, data)
+
+
+def from_checked(name: str, dtype: np.dtype[Any], shape: Sequence[int], count: int, data: bytes | memoryview) -> Array:
+    """Return the array that raw bytes hold, whose dtype and count `check_shape` gave.
+
+    Raises:
+        BadInput: as `from_bytes`.
+    """
     if dtype.kind == "O":
         return from_texts(name, shape, _split(name, count, data))
     if len(data) != count * dtype.itemsize:
         raise BadInput(
             f"input {name[:80]!r} has {len(data)} bytes of raw data, "
-            f"{datatype} of shape {list(shape)} asks for {count * dtype.itemsize}"
+            f"{dtype} of shape {list(shape)} asks for {count * dtype.itemsize}"
         )
     if not count:
         return np.empty(shape, dtype)
