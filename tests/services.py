@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 
 import pytest
 
@@ -20,3 +21,11 @@ def needs(*programs: str) -> None:
     if os.environ.get(REQUIRED) == "1":
         pytest.fail(f"{why} ({REQUIRED}=1)")
     pytest.skip(why)
+
+
+def needs_private_mounts() -> None:
+    """Go on only where this user may mount things that nobody else sees: root, as a rule."""
+    needs("unshare", "mount")
+    done = subprocess.run(["unshare", "-m", "true"], capture_output=True, text=True, timeout=30)
+    if done.returncode:
+        pytest.skip(f"no mounts of its own for this user: {done.stderr.strip()}")

@@ -193,3 +193,13 @@ def test_what_cannot_be_kept_is_dropped_and_counted(buffers: Callable[..., Buffe
     sent = buffer.message(1)
     assert sent is not None
     assert sent.dropped == 3
+
+
+def test_a_buffer_that_cannot_be_written_is_kept_in_memory(tmp_path: Path) -> None:
+    (tmp_path / "telemetry.db").mkdir()  # as little of a file that can be written as on a full or read-only disk
+    buffer = Buffer(tmp_path / "telemetry.db", 1 << 20)
+    first = buffer.next
+    buffer.add(Telemetry(format=1, device="d" * 22, epoch="", seq=0, first=0, at=SECOND))
+    assert buffer.held(5) == [first]
+    buffer.close()
+    assert (tmp_path / "telemetry.db").is_dir()

@@ -7,11 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from tests.agent.builders import MODEL, candidates, fresh, offer, offered, resolved
+from tests.agent.builders import (
+    DEVICE,
+    MODEL,
+    candidates,
+    confirmed,
+    fresh,
+    last_serve,
+    loadable,
+    offer,
+    offered,
+    on_trial,
+    resolved,
+)
 from wherry_agent import journal, machine
 from wherry_agent import state as s
 from wherry_agent.daemon import Daemon
 from wherry_agent.disk import Disk, Step
+from wherry_agent.identity import Identity
 from wherry_agent.settings import Settings
 from wherry_shared.errors import DeviceError
 
@@ -66,7 +79,7 @@ def test_with_a_full_disk_nothing_happens_until_there_is_room(tmp_path: Path) ->
     assert "journal" in daemon._timers
 
     full.full = False
-    daemon._take_kept()
+    daemon._write_again()
     assert [type(effect).__name__ for effect in daemon.effects] == ["Resolve", "SendReports"]
 
 
@@ -131,3 +144,123 @@ def test_tidying_that_had_to_wait_keeps_what_came_in_between(tmp_path: Path) -> 
     daemon._collect_now()
     assert needed.exists()
     assert not stray.exists()
+
+
+class ReadOnly:
+    """A disk that takes no writes until it is told otherwise."""
+
+    def __init__(self) -> None:
+        self.on = True
+        self.writes = 0
+
+    def __call__(self, step: Step, path: Path) -> None:
+        if self.on:
+            self.writes += 1
+            raise OSError(errno.EROFS, "Read-only file system")
+
+
+class Booted(Daemon):
+    """A supervisor that is started on a home, with children that are only written down."""
+
+    def __init__(self, home: Path, hook: ReadOnly) -> None:
+        super().__init__(Settings(home=str(home)), disk=Disk(hook))
+        self.effects: list[s.Effect] = []
+        self.hellos = 0
+
+    def _enrolled(self) -> Identity:
+        return IDENTITY
+
+    def _run(self, effect: s.Effect) -> None:
+        self.effects.append(effect)
+
+    def _say_hello(self) -> None:
+        self.hellos += 1
+
+    def served(self) -> list[str]:
+        return [model.active.target for model in last_serve(self.effects).models]
+
+
+IDENTITY = Identity(
+    format=1,
+    device=DEVICE,
+    project="default",
+    name="lamp",
+    server="http://127.0.0.1:1",
+    root_digest="0" * 64,
+    tuf_path="/tuf/default",
+    bearer="b",
+    mac_key="",
+    broker_host="127.0.0.1",
+    broker_port=1,
+)
+
+
+@pytest.mark.parametrize("start", [confirmed("1.0.0"), on_trial("1.1.0", state=confirmed("1.0.0"), serial=2)])
+def test_an_agent_that_starts_on_a_disk_without_writes_serves_what_is_trusted(tmp_path: Path, start: s.State) -> None:
+    (tmp_path / "run").mkdir()
+    journal.Journal(Disk(), tmp_path / "journal.json").write(start)
+    disk = ReadOnly()
+    daemon = Booted(tmp_path, disk)
+    assert daemon._take_up() == ()
+    assert daemon._stuck == "read_only"
+    daemon._turn(s.WorkerReady())
+    assert daemon.served() == [f"{MODEL}/1.0.0"]
+    daemon._turn(s.Served(MODEL, loadable("1.0.0").digest, daemon._state.revision, ok=True))
+    assert daemon._state.told is None
+
+    # nothing is begun, whatever is offered, and the journal stays what it was
+    effects = len(daemon.effects)
+    daemon._turn(offer(3, {MODEL: offered("1.2.0")}))
+    daemon._write_again()
+    assert len(daemon.effects) == effects
+    assert journal.decode((tmp_path / "journal.json").read_bytes()) == start
+
+
+def test_once_the_disk_takes_writes_again_a_trial_goes_on_where_the_journal_stood(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    start = on_trial("1.1.0", state=confirmed("1.0.0"), serial=2)
+    journal.Journal(Disk(), tmp_path / "journal.json").write(start)
+    disk = ReadOnly()
+    daemon = Booted(tmp_path, disk)
+    daemon._take_up()
+    daemon._turn(s.WorkerReady())
+    daemon._turn(offer(3, {MODEL: offered("1.2.0")}))
+    disk.on = False
+    daemon._write_again()
+    assert daemon._stuck == ""
+    daemon._run_timers()
+    assert daemon.hellos
+    assert daemon.served() == [f"{MODEL}/1.1.0"]
+    written = journal.decode((tmp_path / "journal.json").read_bytes())
+    phase = written.models[MODEL].phase
+    assert isinstance(phase, s.Swapping)
+    assert phase.job.restarts == 1
+    assert written.offer is not None
+    assert written.offer.serial == 3  # what came meanwhile was taken after it
+    assert {report.seq for report in start.owed} <= {report.seq for report in written.owed}
+
+
+def test_a_stuck_agent_does_not_try_to_write_all_the_time(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    journal.Journal(Disk(), tmp_path / "journal.json").write(confirmed("1.0.0"))
+    disk = ReadOnly()
+    daemon = Booted(tmp_path, disk)
+    daemon._take_up()
+    daemon._run_timers()
+    assert daemon.hellos == 1
+    assert daemon._wait_s() > 1.0
+    assert daemon._tick_in_s() <= 0  # trust is due, and waits for the disk
+
+
+def test_deaths_of_the_worker_are_not_saved_up_into_a_loop(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    journal.Journal(Disk(), tmp_path / "journal.json").write(confirmed("1.0.0"))
+    disk = ReadOnly()
+    daemon = Booted(tmp_path, disk)
+    daemon._take_up()
+    for _ in range(10):
+        daemon._turn(s.WorkerDied("signal 9"))
+    disk.on = False
+    daemon._write_again()
+    assert daemon._state.models[MODEL].incumbent is not None
+    assert not isinstance(daemon._state.models[MODEL].phase, s.Safe)

@@ -10,6 +10,7 @@ Engines, numpy, TUF and cryptography live in children: a native crash is a dead 
 from __future__ import annotations
 
 import base64
+import errno
 import fcntl
 import logging
 import os
@@ -19,6 +20,7 @@ import secrets
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -33,7 +35,7 @@ from wherry_agent import __version__, children, identity, machine, readings, sta
 from wherry_agent import state as s
 from wherry_agent.children import ArmStats
 from wherry_agent.contracts import contract_of
-from wherry_agent.disk import Disk, disk_of
+from wherry_agent.disk import Disk, device_error, disk_of
 from wherry_agent.downloads import Downloads
 from wherry_agent.envelopes import Envelopes
 from wherry_agent.handle_server import HandleCrash, HandleServer, HandleVerdict, group_id
@@ -100,6 +102,10 @@ class Daemon:
         self._started_s = time.monotonic()
         self._journal = Journal(self._disk, self._home / "journal.json")
         self._kept: deque[s.Event] = deque(maxlen=EVENTS_KEPT_MAX)
+        self._stuck = ""
+        """Why the journal cannot be written; empty if it can."""
+        self._unresumed: s.State | None = None
+        """What the journal holds, if its continuation could not be written at start."""
         self._shorts: dict[str, Short] = {}
         self._trusting: deque[tuple[str, Callable[[], None]]] = deque()
         self._trust_busy = ""
@@ -155,7 +161,7 @@ class Daemon:
             self._run(effect)
         threading.Thread(target=self._look_at_device, name="facts", daemon=True).start()
         self._status = status.Server(
-            self._home / "run" / status.SOCKET,
+            self._run_folder / status.SOCKET,
             {"status": lambda: self._ask(self.snapshot), "modules": lambda: {"modules": readings.modules()}},
         )
         self._link.start()
@@ -175,16 +181,45 @@ class Daemon:
 
     def _take_up(self) -> tuple[s.Effect, ...]:
         """Take the home, find out who this device is and where it was; return the effects to repeat."""
-        self._disk.mkdir(self._home / "run")
+        self._run_folder = self._find_run_folder()
         self._lock()
-        self._disk.sweep(self._home)
+        try:
+            self._disk.sweep(self._home)
+        except DeviceError as error:
+            log.warning("%s", error)
         self._add_ballast()
         self._identity = self._enrolled()
         self._server = (self._settings.server or self._identity.server).rstrip("/")
         known = self._read_journal()
         self._set_clock(known)
-        self._state, effects = machine.resume(known, self._now())
-        self._commit(self._state)
+        return self._resume(known)
+
+    def _find_run_folder(self) -> Path:
+        """Return where sockets may be made: `run` in the home, elsewhere if that disk takes no writes."""
+        folder = self._home / "run"
+        try:
+            self._disk.mkdir(folder)
+        except DeviceError as error:
+            if error.code != reasons.READ_ONLY:
+                raise
+        if os.access(folder, os.W_OK):
+            return folder
+        elsewhere = Path(tempfile.mkdtemp(prefix="wherry-"))
+        log.error("%s takes no writes: the agent's sockets are in %s", folder, elsewhere)
+        return elsewhere
+
+    def _resume(self, known: s.State) -> tuple[s.Effect, ...]:
+        """Go on where the journal stands; if that cannot be written, serve what is trusted and begin nothing."""
+        self._state = known
+        state, effects = machine.resume(known, self._now())
+        try:
+            self._commit(state, always=True)
+        except DeviceError as error:
+            self._cannot_write(error)
+            self._unresumed = known
+            self._state = machine.sheltered(known)
+            return ()
+        self._unresumed = None
         return effects
 
     def _loop(self) -> None:
@@ -193,7 +228,7 @@ class Daemon:
                 item = self._queue.get(timeout=self._wait_s())
             except queue.Empty:
                 self._run_timers()
-                if self._tick_in_s() <= 0:
+                if self._tick_in_s() <= 0 and not self._stuck:
                     self._turn(s.Tick())
                 continue
             if callable(item):
@@ -231,7 +266,12 @@ class Daemon:
 
     def _lock(self) -> None:
         path = self._home / "run" / "lock"
-        self._lock_file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            self._lock_file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise device_error(error, str(path)) from error
+            self._lock_file = os.open(path if path.exists() else self._home, os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -333,7 +373,7 @@ class Daemon:
         self.http_port: int = tcp.getsockname()[1]
         sharing = Sharing(self._home, group_id(self._settings.handle_group), self._disk)
         sharing.open_folders()
-        path = self._home / "run" / "worker.sock"
+        path = self._run_folder / "worker.sock"
         local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             path.unlink(missing_ok=True)
@@ -360,7 +400,7 @@ class Daemon:
             grpc_port=self._settings.grpc_port,
         )
         self._handles = HandleServer(
-            self._home / "run" / "handle.sock",
+            self._run_folder / "handle.sock",
             self._settings.handle_group,
             worker_socket=str(path),
             on_crash=self._handle_crashed,
@@ -417,26 +457,27 @@ class Daemon:
     def _turn(self, event: s.Event) -> None:
         before = self._state
         state, effects = machine.step(before, event, self._now())
+        if self._unresumed is not None and not machine.may_wait(before, state):
+            self._keep(event)  # the journal's own continuation comes first
+            return
         try:
             self._commit(state)
         except DeviceError as error:
             # nothing was done: the old state stands, and the event is taken again when there is room
-            log.error("%s", error)
-            if not isinstance(event, s.Tick | s.Measured):
-                self._kept.append(event)
-            self._later("journal", JOURNAL_AGAIN_S, self._take_kept)
+            self._cannot_write(error)
+            self._keep(event)
             return
         _tell_story(before, state)
         for effect in effects:
             self._run(effect)
 
-    def _commit(self, state: s.State) -> None:
-        """Make a state durable and current; only a trial's running counts may wait.
+    def _commit(self, state: s.State, *, always: bool = False) -> None:
+        """Make a state durable and current; what a restart would not miss may wait, unless `always`.
 
         Raises:
-            DeviceError: `disk_full` or `disk`.
+            DeviceError: `disk_full`, `read_only` or `disk`.
         """
-        if state is not self._state and machine.only_counts_differ(self._state, state):
+        if not always and state is not self._state and machine.may_wait(self._state, state):
             self._state = state
             return
         try:
@@ -449,12 +490,45 @@ class Daemon:
             self._later("ballast", 600.0, self._add_ballast)
             self._journal.write(state)
         self._state = state
+        if self._stuck:
+            log.info("the journal can be written again")
+            self._stuck = ""
+            self._later("hello", 0.0, self._say_hello)
 
-    def _take_kept(self) -> None:
+    def _cannot_write(self, error: DeviceError) -> None:
+        """Note that nothing can be remembered, say so once, and try again later."""
+        if error.code != self._stuck:
+            log.error("%s", error.diagnostics())
+            self._stuck = error.code
+            self._later("hello", 0.0, self._say_hello)
+        self._later("journal", JOURNAL_AGAIN_S, self._write_again)
+
+    def _keep(self, event: s.Event) -> None:
+        """Keep an event until it can be remembered; what comes again by itself is not kept.
+
+        Neither is a worker's death outside trials: deaths of a day would come as one loop of crashes.
+        """
+        on_trial = any(
+            isinstance(slot.phase, s.Swapping | s.OnTrial | s.Proving) for slot in self._state.models.values()
+        )
+        if not isinstance(event, s.Tick | s.Measured) and (on_trial or not isinstance(event, s.WorkerDied)):
+            self._kept.append(event)
+
+    def _write_again(self) -> None:
+        """Take what was kept, if it can be remembered by now."""
+        if self._unresumed is not None:
+            effects = self._resume(self._unresumed)
+            if self._unresumed is not None:
+                return
+            self._turn(s.WorkerReady())  # it was told less than the journal says
+            for effect in effects:
+                self._run(effect)
         events = list(self._kept)
         self._kept.clear()
         for event in events:
             self._turn(event)
+        if not events:
+            self._turn(s.Tick())
 
     def _add_ballast(self) -> None:
         ballast = self._home / "ballast"
@@ -514,7 +588,7 @@ class Daemon:
         return machine.next_deadline_ms(self._state, self._now()) / 1000
 
     def _wait_s(self) -> float:
-        tick_s = self._tick_in_s()
+        tick_s = JOURNAL_AGAIN_S if self._stuck else self._tick_in_s()  # then `_write_again` is what comes next
         tick_s += min(tick_s * self._jitter, JITTER_MAX_S)
         now_s = time.monotonic()
         timers_s = min((due_s - now_s for due_s, _ in self._timers.values()), default=TURN_SECONDS_MAX)
@@ -561,8 +635,18 @@ class Daemon:
         trust = self._state.trust
         return (trust.current, trust.floors, trust.time_floor_us) if trust is not None else (0, {}, 0)
 
-    def _courier(self, key: str, task: children.CourierTask, done: Callable[[children.CourierAnswer], None]) -> None:
-        self._shorts[key] = courier(task, lambda answer: self._queue.put(lambda: done(answer)))
+    def _courier(
+        self,
+        key: str,
+        task: children.CourierTask,
+        done: Callable[[children.CourierAnswer], None],
+        on_progress: Callable[[children.Progress], None] = lambda _: None,
+    ) -> None:
+        self._shorts[key] = courier(
+            task,
+            lambda answer: self._queue.put(lambda: done(answer)),
+            lambda progress: self._queue.put(lambda: on_progress(progress)),
+        )
 
     def _resolve(self, effect: s.Resolve) -> None:
         current, floors, time_floor_us = self._known()
@@ -632,11 +716,7 @@ class Daemon:
             else:
                 self._turn(_failed(effect.model, effect.manifest, effect.attempt, "fetch", answer))
 
-        self._shorts[effect.model] = courier(
-            task,
-            lambda answer: self._queue.put(lambda: done(answer)),
-            lambda progress: self._queue.put(lambda: self._downloads.progressed(effect.model, progress)),
-        )
+        self._courier(effect.model, task, done, lambda progress: self._downloads.progressed(effect.model, progress))
 
     def _stop_download(self, model: str) -> None:
         short = self._shorts.pop(model, None)
@@ -1002,7 +1082,7 @@ class Daemon:
                     "telemetry": (self._buffer.epoch, self._buffer.first, self._buffer.next),
                 },
                 trust_version=state.trust.current if state.trust is not None else 0,
-                trust_state=machine.trust_state(state, self._now()),
+                trust_state=self._stuck or machine.trust_state(state, self._now()),
             )
         )
 

@@ -26,7 +26,7 @@ from wherry_agent import state as s
 from wherry_agent.children import Candidate, Loadable, Trust
 from wherry_agent.disk import Disk
 from wherry_shared.clock import Since
-from wherry_shared.errors import RefusedError, WherryError
+from wherry_shared.errors import DeviceError, RefusedError, WherryError
 
 FORMAT = 1
 MAGIC = b"wherry-journal"
@@ -260,12 +260,19 @@ class Journal:
                 state = decode(data)
             except RefusedError as error:
                 problems.append(error)
-                self._disk.rename(path, path.with_name(path.name + ".bad"))
+                self._set_aside(path, problems)
                 continue
             if problems:
                 state = renumbered(state, new_stream())
             return state, problems
         return None, problems
+
+    def _set_aside(self, path: Path, problems: list[WherryError]) -> None:
+        """Keep a bad record for a person to look at; a disk that takes no writes keeps it where it is."""
+        try:
+            self._disk.rename(path, path.with_name(path.name + ".bad"))
+        except DeviceError as error:
+            problems.append(error)
 
 
 def renumbered(state: s.State, stream: str) -> s.State:

@@ -48,6 +48,7 @@ from wherry_agent.state import (
     Declared,
     Declares,
     Effect,
+    Engines,
     EnginesProbed,
     Event,
     Fetched,
@@ -130,12 +131,13 @@ __all__ = [
     "initial",
     "kept",
     "limit_ms",
+    "may_wait",
     "next_deadline_ms",
-    "only_counts_differ",
     "outgoing",
     "resume",
     "running",
     "serving",
+    "sheltered",
     "step",
     "trust_state",
 ]
@@ -315,12 +317,32 @@ def next_deadline_ms(state: State, now: Now) -> int:
     return max(0, min(left))
 
 
-def only_counts_differ(old: State, new: State) -> bool:
-    """Tell whether two states differ in nothing but a trial's running counts, which a power cut may take."""
+def may_wait(old: State, new: State) -> bool:
+    """Tell whether two states differ in nothing that a restart would miss, so that the newer need not be written.
+
+    That is: a trial's running counts, what the worker was told and has not answered, which engines it has in memory and
+    what follows from that, and when trust is asked for next; `resume` begins each of them anew.
+    """
     if old is new:
         return True
-    plain = {name: _without_counts(slot) for name, slot in new.models.items()}
-    return replace(old, models={n: _without_counts(s) for n, s in old.models.items()}) == replace(new, models=plain)
+    return _without_passing(old) == _without_passing(new)
+
+
+def _without_passing(state: State) -> State:
+    plain = {name: _without_counts(slot) for name, slot in state.models.items()}
+    return replace(state, models=plain, told=None, watch=None, engines=Engines(installed=state.engines.installed))
+
+
+def sheltered(state: State) -> State:
+    """Return what may serve while nothing can be remembered: what is trusted, and nothing under way."""
+    models = {
+        name: replace(slot, phase=slot.phase if isinstance(slot.phase, Safe) else Idle())
+        for name, slot in state.models.items()
+        if slot.incumbent is not None or isinstance(slot.phase, Safe)
+    }
+    offer = replace(state.offer, models={}) if state.offer is not None else None
+    engines = Engines(installed=state.engines.installed, barred=True)
+    return replace(state, models=models, offer=offer, told=None, watch=None, engines=engines)
 
 
 def _without_counts(slot: Slot) -> Slot:

@@ -7,7 +7,6 @@ power cut, no space, too long offline); every loss that is known is counted in `
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import secrets
@@ -245,16 +244,21 @@ class Buffer:
 
     def _open(self) -> sqlite3.Connection:
         try:
-            return self._connect()
+            return self._connect(self._path)
+        except sqlite3.OperationalError as error:  # no room, or a disk that takes no writes
+            log.warning("telemetry: kept in memory only: %s", error)
         except sqlite3.DatabaseError as error:
             log.warning("telemetry: the buffer could not be read and begins anew: %s", error)
-            for suffix in ("", "-wal", "-shm"):
-                with contextlib.suppress(FileNotFoundError):
-                    self._path.with_name(self._path.name + suffix).unlink()
-            return self._connect()
+            try:
+                for suffix in ("", "-wal", "-shm"):
+                    self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
+                return self._connect(self._path)
+            except (OSError, sqlite3.Error) as again:
+                log.warning("telemetry: kept in memory only: %s", again)
+        return self._connect(":memory:")
 
-    def _connect(self) -> sqlite3.Connection:
-        database = sqlite3.connect(self._path, check_same_thread=False)
+    def _connect(self, path: Path | str) -> sqlite3.Connection:
+        database = sqlite3.connect(path, check_same_thread=False)
         try:
             database.execute("PRAGMA journal_mode = WAL")
             database.execute("PRAGMA synchronous = NORMAL")  # whole messages may be lost with the power, none torn
@@ -267,6 +271,8 @@ class Buffer:
                 )
                 if database.execute("SELECT count(*) FROM stream").fetchone()[0] == 0:
                     database.execute("INSERT INTO stream VALUES (?, 1, 0)", (secrets.token_urlsafe(12),))
+            database.execute("BEGIN IMMEDIATE")  # fails where it could not be written to later
+            database.rollback()
         except sqlite3.Error:
             database.close()
             raise

@@ -375,7 +375,10 @@ class Keeper:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         self._disk.mkdir(self._folder)
-        descriptor = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            descriptor = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise device_error(error, "trust") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield

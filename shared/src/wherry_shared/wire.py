@@ -255,7 +255,8 @@ class Hello(_Wire, frozen=True, kw_only=True):
     """Stream → (epoch, first held, next seq)."""
     trust_version: Count = 0
     trust_state: str = ""
-    """Empty, or `trust_stale` / `clock_unset`."""
+    """Empty, or why trust is not kept up to date: `trust_stale`, `clock_unset`, or what keeps this device from remembering
+    anything (`read_only`, `disk_full`, `disk`)."""
 
 
 class Ack(_Wire, frozen=True, kw_only=True):
