@@ -60,7 +60,10 @@ class Kit:
             sequences=self.sequences,
             **more,
         )
-        self.sequences.settle(self.published.loaded())
+        self.settle()
+
+    def settle(self) -> None:
+        self.sequences.settle(self.published.loaded(), on_trial=bool(self.published.trial))
 
     def tell(self, sequence: str, value: float, **more: Any) -> Answer:
         ask = Ask(sequence_id=sequence, sequence_start=more.pop("start", False), sequence_end=more.pop("end", False))
@@ -183,11 +186,11 @@ def test_a_version_that_left_is_held_no_longer_than_the_limit_and_the_sequence_i
     del first
     for _ in range(4):
         kit.now[0] += SEQUENCE_SECONDS / 4
-        kit.sequences.settle(kit.published.loaded())
+        kit.settle()
         kit.add("busy", 1)
     assert gone() is not None
     kit.now[0] += 1
-    kit.sequences.settle(kit.published.loaded())
+    kit.settle()
     gc.collect()
     assert gone() is None
     for name in ("busy", "idle"):
@@ -200,10 +203,10 @@ def test_an_idle_sequence_is_let_go(kit: Kit):
     kit.publish(kit.version(1))
     kit.add("a", 1)
     kit.now[0] += SEQUENCE_SECONDS - 1
-    kit.sequences.settle(kit.published.loaded())
+    kit.settle()
     assert kit.add("a", 1) == 2
     kit.now[0] += SEQUENCE_SECONDS + 1
-    kit.sequences.settle(kit.published.loaded())
+    kit.settle()
     assert len(kit.sequences) == 0
     with pytest.raises(BadInput, match="idle"):
         kit.add("a", 1)
@@ -354,7 +357,7 @@ def test_whatever_is_swapped_in_between_each_answer_is_that_of_one_version_over_
             kit.publish(versions[current], versions[1 - current])
             kit.publish(versions[current])
         elif turn == "settle":
-            kit.sequences.settle(kit.published.loaded())
+            kit.settle()
         else:
             name, value, start, end = turn
             if start or name not in expected:
@@ -372,3 +375,104 @@ def _versions(kit: Kit) -> list[Loaded]:
     if found is None:
         found = kit.made = [kit.version(1), kit.version(10)]  # type: ignore[attr-defined]
     return found
+
+
+def test_what_a_candidate_began_ends_when_it_is_taken_back_and_not_when_it_is_confirmed(kit: Kit):
+    old, new, newer = kit.version(1), kit.version(10), kit.version(100)
+    kit.publish(new, old)
+    kit.add("a", 1)
+    kit.publish(old)
+    gone = weakref.ref(new)
+    del new
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(BadInput, match="taken back"):
+        kit.add("a", 1)
+    assert kit.add("a", 1) == 1
+    kit.publish(newer, old)
+    kit.add("b", 1)
+    kit.publish(newer)
+    kit.publish(old)
+    assert kit.add("b", 1) == 200
+
+
+def test_a_version_that_left_and_fails_ends_the_sequence(kit: Kit):
+    first, second = kit.version(1, picky=True), kit.version(10)
+    kit.publish(first)
+    kit.add("a", 1)
+    kit.publish(second)
+    assert kit.add("a", 1) == 2
+    with pytest.raises(EngineFault):
+        kit.add("a", 7)
+    assert kit.add("a", 1) == 10, "who was told so begins anew"
+
+
+def test_under_swaps_and_shadows_every_request_is_answered_by_one_version_and_counted_once(tmp_path: Path):
+    """Callers of a model with and of one without state, while the loader goes through every mode as fast as it can."""
+
+    def tally(factor: int) -> Loadable:
+        path = models.tally(tmp_path / f"tally-{factor}.onnx", float(factor))
+        return loadable(path, f"1.{factor}.0", model="tally", interface=models.tally_interface())
+
+    def scale(factor: int) -> Loadable:
+        return loadable(models.scale(tmp_path / f"scale-{factor}.onnx", float(factor)), f"1.{factor}.0")
+
+    old, new = [tally(1), scale(2)], [tally(10), scale(20)]
+    registry, said, gate, helpers = Registry(), list[Serving](), RunGate(2), Helpers()
+    loader = Loader(registry, said.append, on_candidate_error=lambda: None, on_first=lambda: None)
+    answered, wrong, stop = [0] * 4, list[object](), threading.Event()
+
+    def serve(revision: int, **terms: Any) -> None:
+        wanted = [
+            ServeModel(name=one.model, active=two, incumbent=one, trial="t", group="both", salt="s", **terms)
+            for one, two in zip(old, new, strict=True)
+        ]
+        loader.want(Serve(revision=revision, models=wanted))
+        until(lambda: sum(one.revision == revision for one in said) == 2, f"answers to {terms}")
+
+    def call(index: int) -> None:
+        number, total, factor = 0, 0, 0.0
+        while not stop.is_set():
+            number += 1
+            begins, ends = number % 7 == 1, number % 7 == 0
+            published = registry.get("tally" if index % 2 else "scale")
+            assert published is not None
+            ask = Ask(request_id=f"{index}-{number}")
+            if index % 2:
+                ask = Ask(sequence_id=f"{index}", sequence_start=begins, sequence_end=ends)
+            try:
+                answer = published.answer(gate, helpers, {"x": rows(1)}, ask=ask)
+            except Exception as error:
+                wrong.append(error)
+                return
+            answered[index] += 1
+            value = float(answer.outputs["y"][0, 0])
+            own = float(answer.loaded.version.split(".")[1])
+            total = 1 if begins or not index % 2 else total + 1
+            factor = own if begins or not index % 2 else factor
+            if (value, own) != (total * factor, factor) or answer.fallback:
+                wrong.append((index, number, value, own, total, factor))
+
+    serve(1, mode="blue_green", share=0.0)
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    ways: list[dict[str, Any]] = [
+        {"mode": "shadow"},
+        {"mode": "split", "share": 0.5},
+        {"mode": "replace"},
+        {"mode": "blue_green", "share": 0.0},
+    ]
+    for revision in range(2, 26):
+        before = sum(answered)
+        serve(revision, **ways[revision % len(ways)])
+        until(lambda before=before: wrong or sum(answered) > before + 8, "callers are answered")
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    counts = [counter.stats() for counter in loader.counters()]
+    assert sum(one.requests for one in counts if one.arm != "shadow") == sum(answered)
+    assert {one.arm for one in counts if one.requests + one.skipped} == {"candidate", "incumbent", "shadow"}
+    loader.stop()
+    helpers.close()

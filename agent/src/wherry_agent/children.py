@@ -325,7 +325,8 @@ class GoldenDone(_Message, tag="golden_done", frozen=True, kw_only=True):
 class ArmStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Counts of one (model, variant) since it was published or since the trial began, never reset while loaded.
 
-    Latency is engine time in µs by shape bucket (log2 of total input elements), first 10 runs after a load left out.
+    Latency is engine time in µs by shape bucket (log2 of total input elements), first 10 runs after a load left out; of a
+    shadow it is CPU time, since what waits for a core as a guest is not slow.
     """
 
     model: str
@@ -350,7 +351,7 @@ class ArmStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     agreed: int = 0
     """Those that gave the same answer: the same top class, or every output within the comparison's tolerance."""
     skipped: int = 0
-    """Requests of the share that were not run because the CPU budget was used up."""
+    """Requests of the share that were not run: the CPU budget was used up, the queue full, or callers needed the cores."""
     distance: dict[str, int] = {}
     """Sketch of the distance between the two answers: largest difference over the range of the incumbent's output."""
     last_error: str = ""

@@ -626,7 +626,7 @@ class Model:
 
     def _state(self, revision: int, *, ok: bool = True, reason: str = "", detail: str = "") -> messages.Engaged:
         engaged = self._engaged
-        self._sequences.settle(self._loaded())
+        self._sequences.settle(self._loaded(), on_trial=isinstance(self._engaged, _Inline))
         holds = [loaded.loadable.digest for loaded in {*self._loaded(), *self._sequences.loaded()}]
         if isinstance(engaged, _Remote):
             holds.append(engaged.candidate.digest)  # its assets are read here
@@ -662,7 +662,7 @@ class Model:
             if urgent or time.monotonic() >= due:
                 self._hurry.clear()
                 self._send_counts()
-                self._sequences.settle(self._loaded())
+                self._sequences.settle(self._loaded(), on_trial=isinstance(self._engaged, _Inline))
                 due = time.monotonic() + COUNT_SECONDS
 
     def _drain(self) -> list[Counter]:

@@ -179,8 +179,13 @@ class Published:
             if self.trial and loaded is self.active:
                 answer = self._on_trial(gate, helpers, fed, wanted, self._instead(ongoing, inputs))
             else:
-                counter = self._counter(loaded) or ongoing.counter
-                answer = Answer(_counted(loaded, counter, gate, fed, wanted), loaded)
+                try:
+                    results = _counted(loaded, self._counter(loaded) or ongoing.counter, gate, fed, wanted)
+                except EngineFault:
+                    if loaded not in self.loaded():
+                        ongoing.give_up()
+                    raise
+                answer = Answer(results, loaded)
             counter = self._counter(answer.loaded) or ongoing.counter
             kept = Answer(ongoing.keep(answer.loaded, counter, answer.outputs, outputs), answer.loaded, answer.fallback)
             if picked and self.shadow is not None and loaded is self.incumbent:

@@ -39,7 +39,7 @@ class Route:
 
     def picks(self, ask: Ask) -> bool:
         """Tell whether the candidate runs on this request: answers it, or (shadow) runs beside."""
-        return self.mode == "replace" or in_share(self.salt, unit_of(ask), self.share)
+        return self.mode == "replace" or self.share >= 1 or in_share(self.salt, unit_of(ask), self.share)
 
 
 WHOLE = Route()

@@ -2,7 +2,7 @@
 
 Where an interface declares `state` pairs, a sequence is kept by the version that began it, also while another one takes
 over, since a state means nothing to another model; only bundles that declare the same `state_id` hand over in the
-middle. Everything kept has a limit: how many sequences, how many bytes, how long one may be idle, and how long one may
+middle, and what a candidate began ends when it is taken back. Everything kept has a limit: how many sequences, how many bytes, how long one may be idle, and how long one may
 hold on to a version that left service. A sequence that had to be let go is told so once, instead of going on from
 nothing in silence; the request after that begins it anew. A new process knows no sequence.
 """
@@ -84,6 +84,10 @@ class Ongoing:
                 fed[pair.input] = _initial(loaded.loadable, pair.input, inputs)
         return fed
 
+    def give_up(self) -> None:
+        """Forget everything: the version that alone understands the state failed, and is not in service any more."""
+        self.state = {}
+
     def keep(self, loaded: Loaded, counter: Counter | None, results: State, asked: Sequence[str] | None) -> State:
         """Take the state out of an answer; return what of it the caller asked for."""
         self.loadable, self.loaded, self.counter = loaded.loadable, loaded, counter
@@ -142,8 +146,11 @@ class Sequences:
             one = self._ongoing.get(f"/{sequence_id}")
             return one.loadable if one is not None else None
 
-    def settle(self, live: Collection[Loaded]) -> None:
-        """Let go of what is idle or held on too long to a version that is not among `live`; called once a second."""
+    def settle(self, live: Collection[Loaded], *, on_trial: bool) -> None:
+        """Let go of what is idle or held on too long to a version that is not among `live`; called once a second.
+
+        `on_trial`: one of `live` is a candidate; otherwise those that sequences began with are confirmed or taken back.
+        """
         now_s = self._now()
         with self._lock:
             for key, one in list(self._ongoing.items()):
@@ -151,6 +158,8 @@ class Sequences:
                     continue
                 try:
                     self._settle(key, one, live, now_s)
+                    if not on_trial and one.counter is not None and one.counter.arm == "candidate":
+                        one.counter = None
                 finally:
                     one.busy.release()
 
@@ -208,6 +217,8 @@ class Sequences:
             one.leave_by_s = None
         elif (heir := next((loaded for loaded in live if one.fits(loaded)), None)) is not None:
             one.loaded, one.counter, one.leave_by_s = heir, None, None
+        elif one.counter is not None and one.counter.arm == "candidate":
+            self._drop(key, one, "the version that began it was taken back")
         elif one.leave_by_s is None:
             one.leave_by_s = now_s + SEQUENCE_SECONDS
         elif now_s > one.leave_by_s:

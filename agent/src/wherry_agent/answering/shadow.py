@@ -35,6 +35,7 @@ SHADOW_NICE = 10
 """As low as the canary's. Lower would be unkind to callers: a thread that gets no core may hold the interpreter's lock."""
 SHADOW_QUEUE_MAX = 8
 SHADOW_QUEUE_BYTES_MAX = 16 * 1024 * 1024
+"""Beyond this only a single case is taken, as large as a request may be."""
 SHADOW_PATIENCE_SECONDS = 1.0
 """How long a run waits for a moment in which no caller waits for a core."""
 SHADOW_POLL_SECONDS = 0.002
@@ -100,6 +101,8 @@ class ShadowRunner:
 
     def room_for(self, case: Case) -> bool:
         """Tell whether the queue would take the case now."""
+        if not self._queue:
+            return True
         return len(self._queue) < SHADOW_QUEUE_MAX and self._bytes + case.bytes <= SHADOW_QUEUE_BYTES_MAX
 
     def take(self, shadow: Shadow, case: Case, gate: RunGate) -> bool:
