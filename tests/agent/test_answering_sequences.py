@@ -63,7 +63,7 @@ class Kit:
         self.settle()
 
     def settle(self) -> None:
-        self.sequences.settle(self.published.loaded(), on_trial=bool(self.published.trial))
+        self.published.settle()
 
     def tell(self, sequence: str, value: float, **more: Any) -> Answer:
         ask = Ask(sequence_id=sequence, sequence_start=more.pop("start", False), sequence_end=more.pop("end", False))
@@ -442,6 +442,11 @@ def test_under_swaps_and_shadows_every_request_is_answered_by_one_version_and_co
                 ask = Ask(sequence_id=f"{index}", sequence_start=begins, sequence_end=ends)
             try:
                 answer = published.answer(gate, helpers, {"x": rows(1)}, ask=ask)
+            except BadInput as error:
+                if "taken back" not in str(error):
+                    wrong.append(error)
+                number = 0
+                continue
             except Exception as error:
                 wrong.append(error)
                 return

@@ -97,6 +97,20 @@ class Published:
         """Return what can answer, the active one first."""
         return [self.active, *([self.incumbent] if self.incumbent is not None else [])]
 
+    def settle(self) -> None:
+        """Let go of sequences that nobody goes on with; called at once, and then once a second."""
+        if self.sequences is not None:
+            shadowed = self.shadowed
+            self.sequences.settle(
+                [self.incumbent] if shadowed and self.incumbent is not None else self.loaded(),
+                on_trial=bool(self.trial) and not shadowed,
+            )
+
+    @property
+    def shadowed(self) -> bool:
+        """Whether the active version only runs beside the incumbent."""
+        return bool(self.trial) and self.route.mode == "shadow"
+
     def answer(
         self,
         gate: RunGate,
@@ -158,8 +172,9 @@ class Published:
         return self.incumbent
 
     def _counter(self, loaded: Loaded) -> Counter | None:
+        """Return where answers of `loaded` count; None for one that answers only what it began before."""
         if loaded is self.active:
-            return self.counter
+            return None if self.shadowed else self.counter
         return self.incumbent_counter if loaded is self.incumbent else None
 
     def _in_sequence(
@@ -176,13 +191,13 @@ class Published:
             loaded = ongoing.choose(self._target(picked=picked), self.loaded())
             fed = ongoing.feed(loaded, inputs)
             wanted = with_state(loaded.loadable, outputs)
-            if self.trial and loaded is self.active:
+            if self.trial and loaded is self.active and not self.shadowed:
                 answer = self._on_trial(gate, helpers, fed, wanted, self._instead(ongoing, inputs))
             else:
                 try:
                     results = _counted(loaded, self._counter(loaded) or ongoing.counter, gate, fed, wanted)
                 except EngineFault:
-                    if loaded not in self.loaded():
+                    if self._counter(loaded) is None:
                         ongoing.give_up()
                     raise
                 answer = Answer(results, loaded)

@@ -146,7 +146,7 @@ class Loader:
         for name, sequences in list(self._sequences.items()):
             published = models.get(name)
             if published is not None:
-                sequences.settle(published.loaded(), on_trial=bool(published.trial))
+                published.settle()
             live |= {id(counter) for counter in sequences.counters()}
         with self._counters_lock:
             self._counters = {
@@ -300,8 +300,7 @@ class Loader:
         for name, published in made.items():
             if published.shadow is None:
                 self._end_shadow(name)
-            if published.sequences is not None:
-                published.sequences.settle(published.loaded(), on_trial=bool(published.trial))
+            published.settle()
 
     def _stands(self, one: _Ready) -> bool:
         current = self._registry.peek(one.model.name)
