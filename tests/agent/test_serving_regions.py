@@ -13,6 +13,7 @@ from tests.agent.serving_kit import until
 from wherry_agent.serving import peers
 from wherry_agent.serving import regions as module
 from wherry_agent.serving.buffers import Buffers, aligned_start, fresh
+from wherry_agent.serving.ledger import Ledger
 from wherry_agent.serving.peers import user_of
 from wherry_agent.serving.regions import Regions
 from wherry_shared.engines import BadInput
@@ -25,7 +26,7 @@ STRANGER = 12345
 def shared(tmp_path: Path) -> Regions:
     (tmp_path / "a").write_bytes(bytes(range(256)))
     (tmp_path / "a").chmod(0o600)
-    return Regions(str(tmp_path))
+    return Regions(folder=str(tmp_path))
 
 
 def test_what_was_registered_is_read_described_and_forgotten(shared: Regions):
@@ -133,6 +134,29 @@ def test_regions_are_bounded_in_number_and_bytes(shared: Regions, monkeypatch):
     for name in ("", "x" * 300):
         with pytest.raises(BadInput, match="name"):
             shared.register(name, "a", 0, 1, ME)
+
+
+def test_the_worker_that_follows_knows_what_was_registered(shared: Regions, tmp_path: Path):
+    descriptor = os.memfd_create("test")
+    try:
+        first, second = (Regions(Ledger(descriptor), str(tmp_path)) for _ in range(2))
+        first.register("r", "a", 16, 64, ME)
+        first.register("s", "a", 0, 1, ME)
+        assert bytes(second.get("r", ME).read(0, 1, fresh)[0]) == b"\x10"
+        with pytest.raises(BadInput, match="already"):
+            second.register("s", "a", 0, 1, ME)
+        second.register("t", "a", 0, 2, ME)
+        assert [row["name"] for row in first.status("", ME)] == ["r", "s", "t"], "both have it during a hand-over"
+        second.unregister("r", ME)
+        third = Regions(Ledger(descriptor), str(tmp_path))
+        assert [row["name"] for row in third.status("", ME)] == ["s", "t"]
+        os.truncate(tmp_path / "a", 1)
+        fourth = Regions(Ledger(descriptor), str(tmp_path))
+        assert [row["name"] for row in fourth.status("", ME)] == ["s"], "what is no longer as it was is left out"
+        os.ftruncate(descriptor, 5)
+        assert Regions(Ledger(descriptor), str(tmp_path)).status("", ME) == [], "half a ledger is none"
+    finally:
+        os.close(descriptor)
 
 
 def test_the_system_says_who_is_on_the_other_end():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +16,11 @@ import tritonclient.http.aio as triton_aio
 from tritonclient.utils import InferenceServerException
 from tritonclient.utils import shared_memory as shm
 
-from tests.agent.serving_kit import WorkerProcess
+from tests.agent import swap_kit
+from tests.agent.serving_kit import WorkerProcess, until
 from tests.conformance import oip_kit
 from tests.conformance.oip_kit import KINDS
+from wherry_agent.children import ServeModel
 
 
 @pytest.fixture(scope="module")
@@ -259,3 +262,24 @@ def test_shared_memory_in_and_out(client: triton.InferenceServerClient):
             client.register_system_shared_memory("r", key, 1)
     with pytest.raises(InferenceServerException, match="CUDA"):
         client.register_cuda_shared_memory("c", b"handle", 0, 64)
+
+
+def test_a_region_outlives_the_worker(tmp_path: Path):
+    values = np.ones((1, 4), np.float32)
+    tensor = triton.InferInput("x", [1, 4], "FP32")
+    tensor.set_shared_memory("kept", values.nbytes)
+    (model,) = swap_kit.versions(tmp_path, 1)
+    with (
+        oip_kit.region("wherry_kept", values.nbytes) as source,
+        swap_kit.supervised(tmp_path) as site,
+        triton.InferenceServerClient(f"127.0.0.1:{site.port}") as client,
+    ):
+        shm.set_shared_memory_region(source, [values])
+        site.serve(ServeModel(name="scale", active=model))
+        client.register_system_shared_memory("kept", "/wherry_kept", values.nbytes)
+        for end in (site.hand_over, lambda: os.kill(site.worker.pid, signal.SIGKILL)):
+            pid = site.worker.pid
+            end()
+            until(lambda pid=pid: site.worker.pid not in (0, pid), "another worker is there")
+            with triton.InferenceServerClient(f"127.0.0.1:{site.port}") as again:
+                assert again.infer("scale", [tensor]).as_numpy("y").tolist() == [[1.0] * 4]

@@ -309,6 +309,8 @@ class WorkerProcess:
         self._argv = list(argv or command("wherry_agent.workers"))
         self._reserve = memory_reserve_bytes
         self._grpc_port = grpc_port
+        self._regions = os.memfd_create("wherry-regions")
+        """What clients registered as shared memory, for the worker that follows."""
         self._available_bytes = available_bytes
         self._lock = threading.RLock()
         self._stopping = threading.Event()
@@ -388,6 +390,9 @@ class WorkerProcess:
             for peer in self._peers:
                 peer.end.close()
             self._peers.clear()
+            if self._regions >= 0:
+                os.close(self._regions)
+                self._regions = -1
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -467,13 +472,14 @@ class WorkerProcess:
                 "WHERRY_PASS_FD": str(giving.fileno()),
                 "WHERRY_TAKE_FDS": ",".join(map(str, inherited)),
                 "WHERRY_GRPC_PORT": str(self._grpc_port),
+                "WHERRY_REGIONS_FD": str(self._regions),
             }
             child = subprocess.Popen(
                 self._argv,
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 env=environment(extra),
-                pass_fds=[control.fileno(), giving.fileno(), *descriptors, *inherited],
+                pass_fds=[control.fileno(), giving.fileno(), self._regions, *descriptors, *inherited],
             )
             self._forget_peers()
             peer = _Peer(taking)

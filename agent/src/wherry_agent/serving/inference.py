@@ -70,11 +70,11 @@ class View:
 class Inference:
     """Answers from a registry."""
 
-    def __init__(self, registry: Registry, gate: RunGate, helpers: Helpers) -> None:
+    def __init__(self, registry: Registry, gate: RunGate, helpers: Helpers, regions: Regions | None = None) -> None:
         self._registry = registry
         self._gate = gate
         self._helpers = helpers
-        self.regions = Regions()
+        self.regions = regions or Regions()
 
     def find(self, name: str, version: str) -> tuple[Published, Loaded]:
         """Return a model in service, and the version that is asked for (empty: as the trial routes).

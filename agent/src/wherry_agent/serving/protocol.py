@@ -39,6 +39,7 @@ from wherry_agent.serving.inference import (
     classified,
     parameters_of,
 )
+from wherry_agent.serving.regions import Regions
 from wherry_shared.bundle import TensorSpec
 from wherry_shared.engines.errors import BadInput, EngineFault
 from wherry_shared.engines.session import Array
@@ -57,19 +58,19 @@ _JSON_TYPES = ("application/json", "text/json", "application/octet-stream", "app
 
 
 class _InputParameters(msgspec.Struct, frozen=True, gc=False):
-    """What is known of a tensor's parameters; others are ignored, as the protocol allows."""
+    """What is known of a tensor's parameters; others are ignored, as the protocol allows, and null is absence."""
 
     binary_data_size: int | None = None
     shared_memory_region: str | None = None
-    shared_memory_offset: int = 0
+    shared_memory_offset: int | None = None
     shared_memory_byte_size: int | None = None
 
 
 class _OutputParameters(msgspec.Struct, frozen=True, gc=False):
     binary_data: bool | None = None
-    classification: int = 0
+    classification: int | None = None
     shared_memory_region: str | None = None
-    shared_memory_offset: int = 0
+    shared_memory_offset: int | None = None
     shared_memory_byte_size: int | None = None
 
 
@@ -78,7 +79,7 @@ class _RequestParameters(msgspec.Struct, frozen=True, gc=False):
     sequence_id: int | str = ""
     sequence_start: bool = False
     sequence_end: bool = False
-    wherry_generation: int = 0
+    wherry_generation: int | None = None
     priority: int = 0
     timeout: int | None = None
 
@@ -98,7 +99,7 @@ class _RequestedOutput(msgspec.Struct, frozen=True):
 
 class _InferRequest(msgspec.Struct, frozen=True):
     inputs: list[_RequestTensor]
-    id: str = ""
+    id: str | None = None
     outputs: list[_RequestedOutput] | None = None
     parameters: _RequestParameters | None = None
 
@@ -138,8 +139,15 @@ _RAW = _InferRequest(inputs=[], parameters=_RequestParameters(binary_data_output
 class Protocol:
     """Answers requests from what is published."""
 
-    def __init__(self, registry: Registry, gate: RunGate, helpers: Helpers, flags: Flags | None = None) -> None:
-        self.inference = Inference(registry, gate, helpers)
+    def __init__(
+        self,
+        registry: Registry,
+        gate: RunGate,
+        helpers: Helpers,
+        flags: Flags | None = None,
+        regions: Regions | None = None,
+    ) -> None:
+        self.inference = Inference(registry, gate, helpers, regions)
         self._plans: dict[bytes, _Plan] = {}
         self._flags = flags or Flags()
 
@@ -271,7 +279,7 @@ class Protocol:
                 inputs = plan.inputs(blob, view)
         if shared:
             ask = replace(ask, unshared=False)
-        names = None if asked.outputs is None else [output.name for output in asked.outputs]
+        names = [output.name for output in asked.outputs] if asked.outputs else None
         answer = self.inference.run(published, loaded if version else None, inputs, names, ask)
         response = self._answered(name, asked, answer, request)
         accepted = headers.get("accept-encoding")
@@ -314,7 +322,7 @@ class Protocol:
                 region = self.inference.regions.get(said.shared_memory_region, _user(request))
                 size = _region_size(name, said.shared_memory_byte_size)
                 take = fresh if request.connection is None else request.connection.take
-                data, shared = region.read(said.shared_memory_offset, size, take)
+                data, shared = region.read(said.shared_memory_offset or 0, size, take)
                 array = tensors.from_bytes(name, tensor.datatype, tensor.shape, data)
                 any_shared |= shared
             else:
@@ -331,11 +339,11 @@ class Protocol:
     def _answered(self, name: str, asked: _InferRequest, answer: Answer, request: Request) -> Response:
         view = self.inference.view(answer.loaded)
         said = asked.parameters or _NO_PARAMETERS
-        if said.binary_data_output and asked.outputs is None and not asked.id:
+        if said.binary_data_output and not asked.outputs and not asked.id:
             return _all_raw(name, answer, view)
         rows: list[_ResponseTensor] = []
         parts: list[Part] = []
-        wanted = {} if asked.outputs is None else {output.name: output.parameters for output in asked.outputs}
+        wanted = {output.name: output.parameters for output in asked.outputs or ()}
         for output, array in answer.outputs.items():
             how = wanted.get(output) or _NO_OUTPUT_PARAMETERS
             datatype = view.outputs[output]
@@ -345,10 +353,10 @@ class Protocol:
             if how.shared_memory_region is not None:
                 region = self.inference.regions.get(how.shared_memory_region, _user(request))
                 part = tensors.to_bytes(array)
-                region.write(how.shared_memory_offset, _region_size(output, how.shared_memory_byte_size), part)
+                region.write(how.shared_memory_offset or 0, _region_size(output, how.shared_memory_byte_size), part)
                 where = {
                     "shared_memory_region": region.name,
-                    "shared_memory_offset": how.shared_memory_offset,
+                    "shared_memory_offset": how.shared_memory_offset or 0,
                     "shared_memory_byte_size": len(part),
                 }
                 rows.append(_ResponseTensor(output, datatype, array.shape, parameters=where))
@@ -358,7 +366,7 @@ class Protocol:
                 rows.append(_ResponseTensor(output, datatype, array.shape, parameters={"binary_data_size": len(part)}))
             else:
                 rows.append(_ResponseTensor(output, datatype, array.shape, data=tensors.encode(array, datatype)))
-        body = _encoder.encode(_InferResponse(name, view.version, parameters_of(view, answer), rows, asked.id))
+        body = _encoder.encode(_InferResponse(name, view.version, parameters_of(view, answer), rows, asked.id or ""))
         return _raw_response(body, parts) if parts else Response(200, body)
 
 
@@ -442,13 +450,13 @@ def _parse(header: bytes | memoryview) -> tuple[_InferRequest, Ask]:
         raise BadInput(f"not an inference request: {error}") from error
     said = asked.parameters
     if said is None:
-        return asked, Ask(request_id=check_id(asked.id), unshared=True) if asked.id else _UNSHARED
+        return asked, Ask(request_id=check_id(asked.id or ""), unshared=True) if asked.id else _UNSHARED
     ask = Ask(
-        request_id=check_id(asked.id),
+        request_id=check_id(asked.id or ""),
         sequence_id=_sequence(said.sequence_id),
-        sequence_start=said.sequence_start,
-        sequence_end=said.sequence_end,
-        generation=said.wherry_generation,
+        sequence_start=bool(said.sequence_start),
+        sequence_end=bool(said.sequence_end),
+        generation=said.wherry_generation or 0,
         unshared=True,
     )
     return asked, ask
@@ -483,8 +491,8 @@ def _region_size(name: str, said: int | None) -> int:
     return said
 
 
-def _sequence(said: int | str) -> str:
-    return check_id(str(said)) if said != 0 else ""
+def _sequence(said: int | str | None) -> str:
+    return check_id(str(said)) if said else ""
 
 
 def _unknown() -> Response:

@@ -6,11 +6,14 @@ as everybody may read and write), and nobody else may use its region. It cannot 
 beyond the end of a file that was shortened kills the process, so a region is mapped only if its owner could kill this
 process anyway, and is copied by `pread` otherwise; sizes are looked up again before each use. And it cannot fill the
 table: regions are bounded in number and bytes. docs/adr/0009 has the figures.
+
+With a ledger regions outlive the worker: one that is not known here is looked up there when a request names it.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import mmap
 import os
 import stat
@@ -19,8 +22,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from wherry_agent.serving.buffers import Buffer
+from wherry_agent.serving.ledger import Entry, Ledger
 from wherry_agent.serving.peers import may_use
 from wherry_shared.engines.errors import BadInput
+
+log = logging.getLogger(__name__)
 
 FOLDER = "/dev/shm"  # noqa: S108 - where POSIX shared memory lives, by name
 REGIONS_MAX = 128
@@ -107,7 +113,8 @@ class _File:
 class Regions:
     """Registered regions by name, safe from threads."""
 
-    def __init__(self, folder: str = FOLDER) -> None:
+    def __init__(self, ledger: Ledger | None = None, folder: str = FOLDER) -> None:
+        self._ledger = ledger
         self._folder = folder
         self._lock = threading.Lock()
         self._regions: dict[str, Region] = {}
@@ -118,6 +125,13 @@ class Regions:
         Raises:
             BadInput: with the reason.
         """
+        self._restore()
+        region = self._add(name, key, offset, byte_size, user)
+        if self._ledger is not None:
+            entry = Entry(name, key, offset, byte_size, region.user)
+            self._ledger.change(lambda entries: [*(one for one in entries if one.name != name), entry])
+
+    def _add(self, name: str, key: str, offset: int, byte_size: int, user: int | None) -> Region:
         if not name or len(name) > NAME_CHARS_MAX:
             raise BadInput(f"a region's name has 1 to {NAME_CHARS_MAX} characters")
         if offset < 0 or not 0 < byte_size <= REGION_BYTES_MAX or offset > REGION_BYTES_MAX:
@@ -143,14 +157,21 @@ class Regions:
             if len(self._regions) >= REGIONS_MAX or whole + offset + byte_size > ALL_REGIONS_BYTES_MAX:
                 raise BadInput(f"no more than {REGIONS_MAX} regions, {ALL_REGIONS_BYTES_MAX} bytes: unregister some")
             self._regions[name] = region
+        return region
 
     def unregister(self, name: str, user: int | None) -> None:
         """Forget a region of the client (empty: all of its regions); one that is not there is no error."""
+        self._restore()
         with self._lock:
-            chosen = [self._regions[name]] if name in self._regions else []
-            for region in chosen if name else list(self._regions.values()):
-                if may_use(user, region.user):
-                    del self._regions[region.name]
+            chosen = {
+                region.name
+                for region in self._regions.values()
+                if name in ("", region.name) and may_use(user, region.user)
+            }
+            for one in chosen:
+                del self._regions[one]
+        if chosen and self._ledger is not None:
+            self._ledger.change(lambda entries: [one for one in entries if one.name not in chosen])
 
     def status(self, name: str, user: int | None) -> list[dict[str, str | int]]:
         """Describe a region of the client (empty: all of its regions).
@@ -158,6 +179,7 @@ class Regions:
         Raises:
             BadInput: there is no such region.
         """
+        self._restore()
         chosen = [self.get(name, user)] if name else [one for one in self._all() if may_use(user, one.user)]
         return [{"name": one.name, "key": one.key, "offset": one.offset, "byte_size": one.byte_size} for one in chosen]
 
@@ -168,12 +190,24 @@ class Regions:
             BadInput: there is no such region, or it is another user's.
         """
         region = self._regions.get(name)
+        if region is None and self._ledger is not None:
+            self._restore()
+            region = self._regions.get(name)
         if region is None or not may_use(user, region.user):
             raise BadInput(
                 f"shared memory region {name[:80]!r} is not registered",
-                next_step="register it again: regions end with the worker process that knew them",
+                next_step="register it again: regions end with the agent's process",
             )
         return region
+
+    def _restore(self) -> None:
+        """Take over what other workers registered; what is no longer as it was is left out."""
+        for entry in self._ledger.read() if self._ledger is not None else []:
+            if entry.name not in self._regions:
+                try:
+                    self._add(entry.name, entry.key, entry.offset, entry.byte_size, entry.user)
+                except BadInput as error:
+                    log.info("shared memory region %r is not taken over: %s", entry.name, error.message)
 
     def _all(self) -> list[Region]:
         with self._lock:

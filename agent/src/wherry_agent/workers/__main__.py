@@ -3,7 +3,8 @@
 `WHERRY_CONTROL_FD` is the control channel, `WHERRY_LISTEN_FDS` the listening sockets (comma separated; TCP and unix),
 `WHERRY_MEMORY_RESERVE_BYTES` what a swap leaves free on this machine. `WHERRY_PASS_FD` is where open connections go when
 this worker makes way for another, `WHERRY_TAKE_FDS` where those of the workers before it come from.
-`WHERRY_GRPC_PORT` is a loopback port for gRPC; 0 or nothing leaves it off.
+`WHERRY_GRPC_PORT` is a loopback port for gRPC; 0 or nothing leaves it off. `WHERRY_REGIONS_FD` holds registrations of shared
+memory that the worker before had.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import socket
 import sys
 
 from wherry_agent.answering.memory import RESERVE_BYTES_DEFAULT
+from wherry_agent.serving.ledger import Ledger
 from wherry_agent.serving.passing import PASS_SECONDS_MAX
 from wherry_agent.workers.worker import Worker
 
@@ -30,6 +32,8 @@ def main() -> int:
         for end in pass_on:
             end.settimeout(PASS_SECONDS_MAX)
         grpc_port = int(os.environ.get("WHERRY_GRPC_PORT") or 0)
+        regions = os.environ.get("WHERRY_REGIONS_FD", "")
+        ledger = Ledger(int(regions)) if regions else None
         reserve = int(os.environ.get("WHERRY_MEMORY_RESERVE_BYTES", RESERVE_BYTES_DEFAULT))
     except (KeyError, ValueError, OSError) as error:
         print(f"error: a worker is started by the supervisor ({type(error).__name__}: {error})", file=sys.stderr)  # noqa: T201
@@ -41,6 +45,7 @@ def main() -> int:
         pass_on=pass_on[0] if pass_on else None,
         take_over=take_over,
         grpc_port=grpc_port,
+        ledger=ledger,
     )
     worker.run()
     return 0

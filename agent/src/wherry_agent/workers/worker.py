@@ -34,8 +34,10 @@ from wherry_agent.children import (
 )
 from wherry_agent.lines import LineWriter, read_lines
 from wherry_agent.serving.flags import Flags
+from wherry_agent.serving.ledger import Ledger
 from wherry_agent.serving.listener import HttpServer
 from wherry_agent.serving.protocol import Protocol
+from wherry_agent.serving.regions import Regions
 from wherry_agent.workers.loader import Loader
 from wherry_shared import golden, reasons
 from wherry_shared.engines.errors import EngineFault
@@ -69,6 +71,7 @@ class Worker:
         pass_on: socket.socket | None = None,
         take_over: Sequence[socket.socket] = (),
         grpc_port: int = 0,
+        ledger: Ledger | None = None,
     ) -> None:
         self._control = control
         self._writer = LineWriter(control)
@@ -79,7 +82,7 @@ class Worker:
         self._gate = RunGate()
         self._helpers = Helpers()
         self._flags = Flags()
-        protocol = Protocol(self.registry, self._gate, self._helpers, self._flags)
+        protocol = Protocol(self.registry, self._gate, self._helpers, self._flags, Regions(ledger))
         self._http = HttpServer(listeners, protocol, pass_on=pass_on, take_over=take_over)
         self._grpc = _grpc(grpc_port, protocol) if grpc_port else None
         self._loader = Loader(
