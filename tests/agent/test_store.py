@@ -302,3 +302,33 @@ def test_an_assets_folder_stops_being_complete_before_anything_else_of_it_goes(t
         ("unlink", "b"),
         ("rmdir", folder.name),
     ]
+
+
+sizes = st.lists(st.tuples(st.integers(1, 400), st.booleans()), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(blobs=sizes, budget=st.integers(0, 2500), data=st.data())
+def test_a_budget_costs_the_oldest_of_what_nobody_needs_and_nothing_else(tmp_path_factory, blobs, budget, data):
+    store = Store(tmp_path_factory.mktemp("store"), Disk())
+    made: list[tuple[str, int, bool]] = []
+    for number, (size, needed) in enumerate(blobs):
+        content = bytes([number]) * size
+        store.add(of_bytes(content), content)
+        os.utime(store.path_of(of_bytes(content)), (number, number))  # in this order they were fetched
+        made.append((of_bytes(content), size, needed))
+    keep = {digest for digest, _, needed in made if needed}
+    before = store.used()
+    freed = store.collect(keep, bytes_max=budget)
+    left = [digest for digest, size, _ in made if store.has(digest, size)]
+    assert keep <= set(left)
+    assert store.used() == before - freed
+    assert store.used() <= budget or set(left) == keep
+    cached = [digest for digest, _, needed in made if not needed]
+    kept = [digest for digest in cached if digest in left]
+    assert kept == cached[len(cached) - len(kept) :]  # the newest stay
+    if budget and before <= budget:
+        assert freed == 0
+    if kept != cached:  # not one more went than had to
+        last = cached[len(cached) - len(kept) - 1]
+        assert not budget or store.used() + next(size for digest, size, _ in made if digest == last) > budget

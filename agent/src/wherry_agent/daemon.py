@@ -48,6 +48,7 @@ from wherry_agent.outbox import Outbox
 from wherry_agent.processes import Short, WorkerProcess, canary, courier
 from wherry_agent.settings import MIB, Settings
 from wherry_agent.sharing import Sharing
+from wherry_agent.space import Space
 from wherry_agent.telemetry import Buffer, Context, Windows
 from wherry_agent.turn import flags_of
 from wherry_shared import dsse, reasons, topics, wire
@@ -120,6 +121,12 @@ class Daemon:
         self._etag = ""
         self._courier_until_us = 0
         self._logs_sent = 0
+        self._space = Space(
+            self._home,
+            self._disk,
+            reserve_bytes=settings.disk_reserve_mb * MIB,
+            budget_bytes=settings.disk_budget_mb * MIB,
+        )
         self._report_box = Outbox()
         self._telemetry_box = Outbox()
         self._windows = Windows()
@@ -687,7 +694,8 @@ class Daemon:
         self._courier(effect.model, task, done)
 
     def _fetch(self, effect: s.Fetch) -> None:
-        trouble = self._no_room(self._bytes_to_fetch(effect))
+        idle = not self._shorts and not self._trust_busy  # else a courier brings in what no state names yet
+        trouble = self._space.trouble(self._bytes_to_fetch(effect), self._needed if idle else None)
         if trouble is not None:
             self._refuse_download(effect, trouble)
         else:
@@ -735,17 +743,6 @@ class Daemon:
     def _clock_is_set(self) -> bool:
         trust = self._state.trust
         return trust is None or self._now().wall_us >= trust.time_floor_us
-
-    def _no_room(self, needed: int) -> children.Failed | None:
-        """Say why `needed` bytes cannot be downloaded, None if they can."""
-        try:
-            free = self._disk.free_bytes(self._home) - self._settings.disk_reserve_mb * MIB
-        except DeviceError as error:
-            return children.Failed(reason=error.code, detail=error.message, retry_after_s=60.0)
-        if needed == 0 or needed <= free:
-            return None
-        detail = f"{needed} bytes are to be downloaded, {max(0, free)} may be"
-        return children.Failed(reason=reasons.DISK_FULL, detail=detail, retry_after_s=60.0)
 
     def _bytes_to_fetch(self, effect: s.Fetch) -> int:
         phase = self._state.models[effect.model].phase
@@ -806,10 +803,8 @@ class Daemon:
         if not self._collect or any(not key.startswith("!") for key in self._shorts) or self._trust_busy:
             return
         self._collect = False
-        from wherry_agent.store import Store
-
         try:
-            freed = Store(self._home, self._disk).collect(self._needed())
+            freed = self._space.tidy(self._needed())
         except DeviceError as error:
             log.warning("the store could not be tidied: %s", error)
             return

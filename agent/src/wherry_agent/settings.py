@@ -49,6 +49,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What a candidate may use in the canary; 0 for half of the memory available when it starts."""
     disk_reserve_mb: Size = 64
     """Disk space that a download leaves free."""
+    disk_budget_mb: Size = 0
+    """What all models together may take on the disk; within it, versions that are not needed stay as a cache. 0 for no
+    bound, and nothing is kept that is not needed."""
     download_bytes_per_s_max: Rate = 0
     """How fast models are downloaded, all together; 0 for as fast as it goes, else at least `RATE_MIN`."""
     conditions: Conditions = Conditions()

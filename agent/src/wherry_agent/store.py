@@ -252,27 +252,57 @@ class Store:
             return None
         return data
 
-    def collect(self, keep: set[str]) -> int:
-        """Remove every blob, partial file and assets folder whose digest is not in `keep`; return the bytes freed.
-
-        What is on the way to a blob that is here goes too: a power cut left it.
+    def used(self) -> int:
+        """Return the bytes of all verified blobs and unpacked assets.
 
         Raises:
             DeviceError: `disk`.
         """
+        return sum(_size(path) for path in (*self._finished(self._blobs), *self._finished(self._assets)))
+
+    def collect(self, keep: set[str], *, bytes_max: int = 0) -> int:
+        """Remove blobs, partial files and assets folders whose digest is not in `keep`; return the bytes freed.
+
+        What is on the way to a blob that is here goes too: a power cut left it.
+
+        Args:
+            keep: digests that stay in any case.
+            bytes_max: what may stay of the others, the newest first, as long as all of the store is no more than that.
+
+        Raises:
+            DeviceError: `disk` or `read_only`.
+        """
         names = {hex_of(digest) for digest in keep}
         freed = 0
-        here = {path.name for path in self._blobs.iterdir()}
-        for path in sorted(self._blobs.iterdir()):
-            name, _, on_the_way = path.name.partition(".")
-            if name not in names or (on_the_way and name in here):
-                freed += path.stat().st_size
-                self._disk.unlink(path)
-        for path in sorted(self._assets.iterdir()):
-            if path.name.split(".")[0] not in names:
-                freed += sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-                self._remove_assets(path)
+        here = {path.name for path in self._finished(self._blobs)}
+        others: list[Path] = []
+        for folder in (self._blobs, self._assets):
+            for path in sorted(folder.iterdir()):
+                name, _, on_the_way = path.name.partition(".")
+                if on_the_way and (name not in names or name in here):
+                    freed += self._remove(path)
+                elif name not in names:
+                    others.append(path)
+        used = self.used() if others and bytes_max else 0
+        for path in sorted(others, key=lambda item: (item.stat().st_mtime_ns, item.name)):
+            if bytes_max and used <= bytes_max:
+                break
+            size = self._remove(path)
+            used -= size
+            freed += size
         return freed
+
+    @staticmethod
+    def _finished(folder: Path) -> list[Path]:
+        return [path for path in folder.iterdir() if "." not in path.name]
+
+    def _remove(self, path: Path) -> int:
+        size = _size(path)
+        if path.is_dir():
+            self._remove_assets(path)
+        else:
+            self._disk.unlink(path)
+        return size
 
     def _remove_assets(self, folder: Path) -> None:
         """Remove an assets folder; what says that it is complete goes first, for a power cut may keep any of the rest."""
@@ -309,6 +339,13 @@ class Store:
             raise RefusedError("assets_invalid", f"the assets layer lacks {', '.join(missing)[:200]}")
         self._disk.write_atomic(folder / _COMPLETE, b"")
         return folder
+
+
+def _size(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size
 
 
 def is_whole(path: Path, length: int) -> bool:
