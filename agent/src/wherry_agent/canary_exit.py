@@ -43,7 +43,9 @@ def status_bytes(pid: int, field: str) -> int:
     return 0
 
 
-def classify_exit(returncode: int, peak: int, limit: int, *, timed_out: bool = False) -> tuple[str, str]:
+def classify_exit(
+    returncode: int, peak: int, limit: int, *, timed_out: bool = False, out_of_memory: bool = False
+) -> tuple[str, str]:
     """Say what the death of a canary without a verdict means.
 
     Args:
@@ -51,12 +53,15 @@ def classify_exit(returncode: int, peak: int, limit: int, *, timed_out: bool = F
         peak: highest `peak_of` seen (bytes), 0 if it was never seen.
         limit: `Judge.memory_bytes_max`: bytes above what the process needs with its engine imported, 0 for no limit.
         timed_out: its parent killed it because it overran.
+        out_of_memory: the kernel says that it killed it for its memory.
 
     Returns:
         (reason, detail); the reason is a verdict of `wherry_shared.reasons`.
     """
     if timed_out:
         return reasons.TIMEOUT, "the canary did not end in time and was killed"
+    if out_of_memory:
+        return reasons.OVER_MEMORY, f"the kernel ended the canary for its memory, {limit} allowed above the engine"
     near = limit > 0 and peak - ENGINE_BYTES >= NEAR_LIMIT * limit
     if returncode < 0:
         name = _signal_name(-returncode)

@@ -31,7 +31,7 @@ from typing import assert_never
 
 import msgspec
 
-from wherry_agent import __version__, children, identity, machine, readings, status, timestamp, turn
+from wherry_agent import __version__, cgroups, children, identity, machine, readings, status, timestamp, turn
 from wherry_agent import state as s
 from wherry_agent.children import ArmStats
 from wherry_agent.contracts import contract_of
@@ -113,6 +113,7 @@ class Daemon:
         self._collect = False
         self._envelopes = Envelopes()
         self._facts: DeviceFacts | None = None
+        self._groups: Path | None = None
         self._engines_seen = ""
         """What was installed when the engines were probed last."""
         self._served: set[str] = set()
@@ -152,6 +153,7 @@ class Daemon:
         """
         readings.use_one_arena()
         self._notifier = Notifier.from_environment()
+        self._groups = cgroups.delegated()
         logging.getLogger().addHandler(self._ring)
         os.umask(0o077)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -769,7 +771,7 @@ class Daemon:
             self._shorts.pop(effect.model, None)
             self._turn(s.CanaryDone(effect.model, loadable.manifest, effect.attempt, loadable.digest, result))
 
-        self._shorts[effect.model] = canary(task, lambda result: self._queue.put(lambda: done(result)))
+        self._shorts[effect.model] = canary(task, lambda result: self._queue.put(lambda: done(result)), self._groups)
 
     def _rejudge(self, effect: s.Rejudge) -> None:
         """Let the canary run what serves, with the engine that is on disk now."""
@@ -789,7 +791,7 @@ class Daemon:
             )
             self._turn(s.Rejudged(effect.model, loadable.digest, loadable.engine_version, result))
 
-        self._shorts[key] = canary(task, lambda result: self._queue.put(lambda: done(result)))
+        self._shorts[key] = canary(task, lambda result: self._queue.put(lambda: done(result)), self._groups)
 
     def _cancel(self, key: str) -> None:
         self._trusting = deque((name, run) for name, run in self._trusting if name != key)

@@ -19,11 +19,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, TypeVar
 
 import msgspec
 
-from wherry_agent import leash, readings
+from wherry_agent import cgroups, leash, readings
 from wherry_agent.canary_exit import GRACE_S, child_environment, classify_exit, peak_of, status_bytes
 from wherry_agent.children import (
     CourierAnswer,
@@ -154,21 +155,30 @@ def courier(
     return Short("courier", run)
 
 
-def canary(task: Judge, done: Callable[[Judged], None]) -> Short:
-    """Run a canary; `done` gets its verdict, or what its death means."""
+def canary(task: Judge, done: Callable[[Judged], None], groups: Path | None = None) -> Short:
+    """Run a canary; `done` gets its verdict, or what its death means.
+
+    Args:
+        task: what it has to judge.
+        done: called in another thread.
+        groups: the control group below which its memory is limited (`cgroups.delegated`), if there is one.
+    """
 
     def run(short: Short) -> Callable[[], None]:
         verdict: Judged | None = None
         limit = 0
         peak = 0
         timed_out = threading.Event()
-        child = None
+        child = cage = None
         try:
             child = short.start(command("wherry_agent.canary"))
             if child is None:
                 return lambda: None
             assert child.stdout is not None
             limit = task.memory_bytes_max
+            cage = cgroups.Cage.make(groups, f"canary-{child.pid}", limit)
+            if cage is not None:
+                cage.add(child.pid)  # before it hears what to load
             watch = threading.Thread(
                 target=_watch_canary, args=(child, task.seconds_max + GRACE_S, timed_out), daemon=True
             )
@@ -180,13 +190,18 @@ def canary(task: Judge, done: Callable[[Judged], None]) -> Short:
             peak = int(getattr(watch, "peak", 0))
         except OSError as error:
             # it could not be started or fed: trouble of this machine, not of the model
+            if cage is not None:
+                cage.remove()
             failed = Judged(passed=False, reason=reasons.CHILD_FAILED, detail=f"canary: {error}")
             return lambda: done(failed)
         except msgspec.DecodeError as error:
             log.warning("canary: its last line is no verdict: %s", error)
         code = _ended(child)
+        killed = cage is not None and cage.out_of_memory()
+        if cage is not None:
+            cage.remove()
         if verdict is None:
-            reason, detail = classify_exit(code, peak, limit, timed_out=timed_out.is_set())
+            reason, detail = classify_exit(code, peak, limit, timed_out=timed_out.is_set(), out_of_memory=killed)
             verdict = Judged(passed=False, reason=reason, detail=detail, peak_memory_bytes=peak)
         result = verdict
         return lambda: done(result)
