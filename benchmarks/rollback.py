@@ -2,7 +2,8 @@
 
 Run: `python benchmarks/rollback.py`. Warm (`rollback_warm_ms`): from the order to go back to the first answer of the
 incumbent, which a trial keeps loaded. Cold (`rollback_cold_ms`): from SIGKILL of the worker to the first answer of the
-next one, which starts, imports its engine and loads; the caller connects at once and waits in the listening queue.
+next one, which starts, imports its engine and loads; the caller connects at once and waits in the listening queue. With
+a spare (`restart_with_spare_ms`): the same where `warm_start` keeps a worker ready.
 Medians, with the slowest beside them. Writes `build/bench/rollback.json`.
 """
 
@@ -55,12 +56,15 @@ def warm_ms(rounds: int = WARM_ROUNDS) -> list[float]:
 def cold_ms(rounds: int = COLD_ROUNDS, **more: Any) -> list[float]:
     """Kill the worker and ask, again and again."""
     found = []
+    processes.SPARE_AFTER_S = 0.1
     processes.YOUNG_S = 0.0  # each death stands for the only one in a long while: the next worker starts at once
     with tempfile.TemporaryDirectory(prefix="wherry-back-") as name, supervised(Path(name), **more) as site:
         (good,) = versions(Path(name), 1)
         site.serve(ServeModel(name="scale", active=good))
         for _ in range(rounds):
             _settled(site)
+            if more.get("warm_start") == "on":
+                until(lambda: site.worker.spare_pid, "a spare worker")
             began = time.perf_counter()
             os.kill(site.worker.pid, signal.SIGKILL)
             while True:
@@ -81,12 +85,14 @@ def _settled(site: Supervised) -> None:
 
 def measure(warm_rounds: int = WARM_ROUNDS, cold_rounds: int = COLD_ROUNDS) -> dict[str, Any]:
     """Return all figures."""
-    warm, cold = warm_ms(warm_rounds), cold_ms(cold_rounds)
+    warm, cold, spare = warm_ms(warm_rounds), cold_ms(cold_rounds), cold_ms(cold_rounds, warm_start="on")
     return {
         "rollback_warm_ms": round(statistics.median(warm), 2),
         "rollback_warm_max_ms": round(max(warm), 2),
         "rollback_cold_ms": round(statistics.median(cold), 1),
         "rollback_cold_max_ms": round(max(cold), 1),
+        "restart_with_spare_ms": round(statistics.median(spare), 1),
+        "restart_with_spare_max_ms": round(max(spare), 1),
     }
 
 

@@ -46,7 +46,7 @@ def swaps_of(kind: str, swaps: int = SWAPS) -> dict[str, Any]:
         busy: list[float] = []
         with supervised(Path(name), grpc_port=free_ports(1)[0] if kind == "gRPC" else 0) as site:
             site.serve(ServeModel(name="scale", active=every[0]))
-            with crowd(site, kind) as people:
+            with crowd(site, kind, pause_s=0.0) as people:
                 people.wait_for_more(CLIENTS * 20)
                 for first in range(1, swaps + 1, BLOCK):
                     mark = len(people.seconds)
@@ -68,7 +68,7 @@ def hand_overs_of(kind: str, count: int = HAND_OVERS) -> dict[str, Any]:
         busy: list[float] = []
         with supervised(Path(name)) as site:
             site.serve(ServeModel(name="scale", active=version))
-            with crowd(site, kind) as people:
+            with crowd(site, kind, pause_s=0.0) as people:
                 people.wait_for_more(CLIENTS * 20)
                 for _ in range(count):
                     mark = len(people.seconds)

@@ -214,8 +214,10 @@ HANDED_OVER = ("keep-alive", "new connection", "unix socket")
 class Crowd:
     """Callers who ask all the time, each in a thread of its own."""
 
-    def __init__(self, of: Supervised, kind: str, count: int = CLIENTS) -> None:
+    def __init__(self, of: Supervised, kind: str, count: int = CLIENTS, pause_s: float = 0.002) -> None:
         self._of = of
+        self._pause_s = pause_s
+        """Between two requests of one caller: without one they take the cores from what is tested."""
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self.callers = [CALLERS[kind](of) for _ in range(count)]
@@ -244,6 +246,8 @@ class Crowd:
                 self.seen.add(version)
                 if version not in self._of.loaded or value != right_value(version):
                     self.wrong.append(f"{version} gave {value}")
+            if self._pause_s:
+                time.sleep(self._pause_s)
         caller.close()
 
     def wait_for_more(self, count: int = 1) -> None:
@@ -258,8 +262,8 @@ class Crowd:
 
 
 @contextmanager
-def crowd(of: Supervised, kind: str, count: int = CLIENTS) -> Iterator[Crowd]:
-    made = Crowd(of, kind, count)
+def crowd(of: Supervised, kind: str, count: int = CLIENTS, pause_s: float = 0.002) -> Iterator[Crowd]:
+    made = Crowd(of, kind, count, pause_s)
     try:
         yield made
     finally:

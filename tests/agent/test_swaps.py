@@ -183,3 +183,43 @@ def test_a_killed_worker_fails_only_what_it_held(tmp_path: Path, kind: str, numb
         assert len(people.failures) <= CLIENTS * KILLS
         assert not any("Refused" in failure for failure in people.failures)
         assert site.deaths == [(f"signal {number.value}", False)] * KILLS
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_spare_worker_takes_the_place_of_a_dead_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setattr(processes, "SPARE_AFTER_S", 0.05)
+    first, second = versions(tmp_path, 2)
+    with supervised(tmp_path, warm_start="on") as site:
+        site.serve(model(first))
+        with crowd(site, "new connection") as people:
+            spare = until(lambda: site.worker.spare_pid, "a spare")
+            os.kill(site.worker.pid, number)
+            until(lambda: site.worker.pid == spare, "it takes over")
+            people.wait_for_more(CLIENTS)
+            site.serve(model(second))
+            following = until(lambda: site.worker.spare_pid, "another spare")
+            os.kill(following, signal.SIGKILL)
+            until(lambda: site.worker.spare_pid != following, "its death is noticed")
+            people.wait_for_more(CLIENTS)
+            assert site.hand_over() == "", "which leaves the spare out: its engines are those of the past"
+            people.wait_for_more(CLIENTS)
+        until(lambda: spare in site.gone, "it has made way")
+        assert people.wrong == []
+        assert len(people.failures) <= CLIENTS
+        assert site.deaths == [(f"signal {number.value}", False)]
+        assert following not in site.gone, "it never answered"
+
+
+def test_there_is_no_spare_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "SPARE_AFTER_S", 0.0)
+    available = [processes.SPARE_MEMORY_BYTES_MIN - 1]
+    (first,) = versions(tmp_path, 1)
+    with supervised(tmp_path, warm_start="auto", available_bytes=lambda: available[0]) as site:
+        site.serve(model(first))
+        until(lambda: not site.worker._spare_planned, "it was thought of")
+        assert site.worker.spare_pid == 0
+        available[0] += 1
+        site.serve(model(first))
+        assert until(lambda: site.worker.spare_pid, "a spare")

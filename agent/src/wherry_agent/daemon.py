@@ -407,6 +407,7 @@ class Daemon:
             on_gone=lambda pid: self._queue.put(lambda: self._worker_gone(pid)),
             memory_reserve_bytes=self._settings.memory_reserve_mb * MIB,
             grpc_port=self._settings.grpc_port,
+            warm_start=self._settings.warm_start,
         )
         self._handles = HandleServer(
             self._run_folder / "handle.sock",
@@ -450,6 +451,8 @@ class Daemon:
         threading.Thread(target=ask, name="facts", daemon=True).start()
 
     def _know(self, found: DeviceFacts) -> None:
+        if self._facts is not None and self._facts.engines != found.engines:
+            self._worker.renew_spare()
         self._facts = found
         readings.give_back_memory()
         log.info("engines: %s", ", ".join(f"{e.name} {e.version}" for e in found.engines) or "none")

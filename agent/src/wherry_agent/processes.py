@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Literal, TypeVar
 
 import msgspec
 
@@ -61,6 +61,11 @@ STOP_S = 12.0
 HAND_OVER_SECONDS_MAX = 180.0
 """From the start of a worker that takes over until it answers for every model."""
 HEADROOM = 1.2
+SPARE_AFTER_S = 10.0
+"""After a worker served what it was told; a start at once would compete with it."""
+SPARE_MEMORY_BYTES_MIN = 512 * 1024 * 1024
+"""With less memory available, `warm_start = "auto"` makes no spare worker (it takes about 30 MB)."""
+WarmStart = Literal["off", "auto", "on"]
 LOG_LINE_CHARS_MAX = 1000
 
 A = TypeVar("A")
@@ -258,7 +263,11 @@ def drain(stream: IO[bytes], name: str) -> None:
 class _Seat:
     """A thread, and the worker that it started and waits for: the kernel ends a child with its starter's thread."""
 
-    def __init__(self, main: Callable[[_Seat], None]) -> None:
+    def __init__(self, main: Callable[[_Seat], None], prepare: str = "") -> None:
+        self.prepare = prepare
+        """Engines that its worker imports before it is ready."""
+        self.began = 0.0
+        """When its worker began to answer (monotonic seconds)."""
         self.child: subprocess.Popen[bytes] | None = None
         self.writer: LineWriter | None = None
         self.ordered = False
@@ -302,6 +311,7 @@ class WorkerProcess:
         on_gone: Callable[[int], None],
         memory_reserve_bytes: int,
         grpc_port: int = 0,
+        warm_start: WarmStart = "off",
         argv: Sequence[str] | None = None,
         available_bytes: Callable[[], int] = lambda: readings.memory_bytes("MemAvailable"),
     ) -> None:
@@ -314,6 +324,7 @@ class WorkerProcess:
             on_gone: gets the process id of every worker that answered and has ended, after its last event.
             memory_reserve_bytes: what a second worker leaves free.
             grpc_port: loopback port that each worker opens for gRPC when it can have it; 0: none.
+            warm_start: whether a spare worker waits with its engines imported; `auto`: where there is memory for it.
             argv: another command line.
             available_bytes: memory of this machine for new processes.
         """
@@ -334,6 +345,9 @@ class WorkerProcess:
         self._seat = _Seat(self._life)
         self._seat.answered = True
         self._next: _Seat | None = None
+        self._warm_start = warm_start
+        self._spare: _Seat | None = None
+        self._spare_planned = False
         self._leaving: list[_Seat] = []
         self._done: Callable[[str], None] | None = None
         """Called with the trouble (empty: none) when a hand-over has ended."""
@@ -347,6 +361,12 @@ class WorkerProcess:
         """Process id of the worker, 0 between two."""
         with self._lock:
             return self._seat.pid
+
+    @property
+    def spare_pid(self) -> int:
+        """Process id of the spare worker that is ready, 0 if there is none."""
+        with self._lock:
+            return self._spare.pid if self._spare is not None and self._spare.ready else 0
 
     def send(self, message: WorkerCommand) -> None:
         """Tell the worker something. One that is gone or does not listen hears it again when the next is ready."""
@@ -375,6 +395,7 @@ class WorkerProcess:
                 done("a hand-over is under way, or the agent stops")
                 return
             self._done = done
+            self.renew_spare()  # it has the engines of the past in memory
             needed = int(self._needed() * HEADROOM) + self._reserve
             available = self._available_bytes()
             if available >= needed:
@@ -392,9 +413,10 @@ class WorkerProcess:
         """Let the worker answer what is in flight and exit; no other follows."""
         self._stopping.set()
         with self._lock:
-            seats = [self._seat, *self._leaving, *([self._next] if self._next is not None else [])]
-        if self._next is not None:
-            self._next.kill()
+            others = [one for one in (self._next, self._spare) if one is not None]
+            seats = [self._seat, *self._leaving, *others]
+        for seat in others:
+            seat.kill()
         self.send(message)
         for seat in seats:
             if seat.thread.is_alive():
@@ -415,15 +437,20 @@ class WorkerProcess:
         """Start a worker and wait for its end, again and again as long as this seat is the one that answers."""
         wait_s = 0.0
         while not self._stopping.is_set():
-            began = time.monotonic()
+            seat.began = time.monotonic()
             detail = self._one(seat)
             with self._lock:
+                spare = self._take_spare(seat)
                 pid = seat.pid
                 ordered, seat.ordered = seat.ordered, False
                 seat.child = seat.writer = None
-                current = seat is self._seat
+                current = seat is self._seat or spare is not None
                 if seat in self._leaving:
                     self._leaving.remove(seat)
+            if not seat.answered and seat is self._spare:
+                self._spare = None
+                log.warning("the spare worker ended with %s", detail)
+                return
             if not seat.answered:
                 self._give_up(seat, f"the new worker ended with {detail}")
                 return
@@ -432,7 +459,11 @@ class WorkerProcess:
                 return
             log.warning("worker is gone: %s", detail)
             self._on_death(detail, ordered)
-            young = time.monotonic() - began < YOUNG_S
+            if spare is not None:
+                log.info("worker %d was ready and takes its place", spare.pid)
+                self._on_event(Ready(pid=spare.pid), spare.pid)
+                return
+            young = time.monotonic() - seat.began < YOUNG_S
             self._stopping.wait(wait_s)
             wait_s = min(max(wait_s * 2, RESTART_WAIT_MIN_S), RESTART_WAIT_MAX_S) if young else 0.0
 
@@ -443,7 +474,7 @@ class WorkerProcess:
         with ours, giving:
             with theirs:
                 try:
-                    child, peer = self._start(theirs, giving, taking)
+                    child, peer = self._start(theirs, giving, taking, seat.prepare)
                 except OSError as error:
                     taking.close()
                     return f"it could not be started: {error}"
@@ -455,7 +486,7 @@ class WorkerProcess:
             with self._lock:
                 seat.child, seat.writer = child, LineWriter(ours)
                 seat.ready = False
-                if self._stopping.is_set() or seat not in (self._seat, self._next):
+                if self._stopping.is_set() or seat not in (self._seat, self._next, self._spare):
                     child.kill()  # it is not wanted any more
             try:
                 for line in read_lines(ours, line_bytes_max=LINE_BYTES_MAX):
@@ -475,7 +506,7 @@ class WorkerProcess:
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
     def _start(
-        self, control: socket.socket, giving: socket.socket, taking: socket.socket
+        self, control: socket.socket, giving: socket.socket, taking: socket.socket, prepare: str
     ) -> tuple[subprocess.Popen[bytes], _Peer]:
         with self._lock:
             descriptors = [listener.fileno() for listener in self._listeners]
@@ -484,6 +515,7 @@ class WorkerProcess:
                 "WHERRY_CONTROL_FD": str(control.fileno()),
                 "WHERRY_LISTEN_FDS": ",".join(map(str, descriptors)),
                 "WHERRY_MEMORY_RESERVE_BYTES": str(self._reserve),
+                "WHERRY_PREPARE": prepare,
                 "WHERRY_PASS_FD": str(giving.fileno()),
                 "WHERRY_TAKE_FDS": ",".join(map(str, inherited)),
                 "WHERRY_GRPC_PORT": str(self._grpc_port),
@@ -539,6 +571,8 @@ class WorkerProcess:
             self._weigh(seat, event)
         elif answers or isinstance(event, Stats):  # one that leaves has only its last counts to say
             self._on_event(event, seat.pid)
+        if answers and isinstance(event, Serving):
+            self._plan_spare()
         if isinstance(event, Ready):
             if follows and told is not None:
                 self._tell(seat, told)
@@ -587,6 +621,7 @@ class WorkerProcess:
             self._on_event(answer, seat.pid)
         if finished is not None:
             finished("")
+        self._plan_spare()
 
     def _give_up(self, seat: _Seat, trouble: str) -> None:
         with self._lock:
@@ -598,6 +633,47 @@ class WorkerProcess:
         log.warning("hand-over: %s", trouble)
         if finished is not None:
             finished(trouble)
+
+    # -- the spare -------------------------------------------------------------------------------
+
+    def renew_spare(self) -> None:
+        """Let the spare go, since engines changed; another is made in a while."""
+        with self._lock:
+            spare, self._spare = self._spare, None
+            if spare is not None:
+                spare.kill()
+        if spare is not None:
+            self._plan_spare()
+
+    def _take_spare(self, seat: _Seat) -> _Seat | None:
+        """Let the spare answer in place of a worker that has just ended."""
+        spare = self._spare
+        if seat is not self._seat or spare is None or not spare.ready or self._stopping.is_set():
+            return None
+        self._seat, self._spare = spare, None
+        spare.answered, spare.began = True, time.monotonic()
+        return spare
+
+    def _plan_spare(self) -> None:
+        """Make a spare when this worker has settled."""
+        with self._lock:
+            if self._warm_start == "off" or self._spare is not None or self._spare_planned:
+                return
+            self._spare_planned = True
+        timer = threading.Timer(SPARE_AFTER_S, self._make_spare)
+        timer.daemon = True
+        timer.start()
+
+    def _make_spare(self) -> None:
+        with self._lock:
+            self._spare_planned = False
+            if self._stopping.is_set() or self._spare is not None or self._next is not None or self._told is None:
+                return
+            if self._warm_start == "auto" and self._available_bytes() < SPARE_MEMORY_BYTES_MIN + self._reserve:
+                return
+            engines = sorted({model.active.engine for model in self._told.models})
+            self._spare = _Seat(self._life, ",".join(engines))
+            self._spare.thread.start()
 
     def _finish(self) -> Callable[[str], None] | None:
         done, self._done = self._done, None

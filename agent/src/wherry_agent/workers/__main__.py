@@ -1,7 +1,7 @@
 """`python -m wherry_agent.workers`: a worker on the descriptors that the supervisor left open for it.
 
 `WHERRY_CONTROL_FD` is the control channel, `WHERRY_LISTEN_FDS` the listening sockets (comma separated; TCP and unix),
-`WHERRY_MEMORY_RESERVE_BYTES` what a swap leaves free on this machine. `WHERRY_PASS_FD` is where open connections go when
+`WHERRY_MEMORY_RESERVE_BYTES` what a swap leaves free on this machine. `WHERRY_PREPARE` names engines to import at once (a spare). `WHERRY_PASS_FD` is where open connections go when
 this worker makes way for another, `WHERRY_TAKE_FDS` where those of the workers before it come from.
 `WHERRY_GRPC_PORT` is a loopback port for gRPC; 0 or nothing leaves it off. `WHERRY_REGIONS_FD` holds registrations of shared
 memory that the worker before had.
@@ -18,6 +18,8 @@ from wherry_agent.answering.memory import RESERVE_BYTES_DEFAULT
 from wherry_agent.serving.ledger import Ledger
 from wherry_agent.serving.passing import PASS_SECONDS_MAX
 from wherry_agent.workers.worker import Worker
+from wherry_shared.engines.tiny import run_tiny
+from wherry_shared.errors import WherryError
 
 
 def main() -> int:
@@ -38,6 +40,11 @@ def main() -> int:
     except (KeyError, ValueError, OSError) as error:
         print(f"error: a worker is started by the supervisor ({type(error).__name__}: {error})", file=sys.stderr)  # noqa: T201
         return 2
+    for engine in filter(None, os.environ.get("WHERRY_PREPARE", "").split(",")):
+        try:
+            run_tiny(engine)
+        except (WherryError, ArithmeticError) as error:  # whoever loads a model in it says more
+            logging.getLogger(__name__).warning("engine %s is not prepared: %s", engine, error)
     worker = Worker(
         control,
         listeners,
