@@ -7,15 +7,12 @@ import logging
 import os
 import socket
 import sys
-import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from wherry_agent import __version__, settings
-from wherry_shared.clock import MICROSECONDS
 from wherry_shared.errors import RefusedError, WherryError
 
 
@@ -67,8 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     unit = commands.add_parser("unit", parents=[common], help="print a systemd unit for this machine")
     unit.set_defaults(run=_unit)
 
-    doctor = commands.add_parser("doctor", parents=[common], help="check engines, disk, clock and server")
+    doctor = commands.add_parser("doctor", parents=[common], help="check what an agent needs here, and say what to do")
     doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.add_argument(
+        "--scrub", action="store_true", help="read all installed files and compare them with their digests"
+    )
     doctor.set_defaults(run=_doctor)
     return parser
 
@@ -176,91 +176,25 @@ def _unit(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    """Say what would keep an agent from working here."""
-    from wherry_agent import identity, readings
+    """Say what would keep an agent from working here; 1 if something does."""
+    from wherry_agent import doctor
 
-    chosen = _settings(arguments)
+    patient = doctor.Patient(_settings(arguments), scrub=arguments.scrub)
     _log("error")
-    home = Path(chosen.home)
-    found = readings.ask_facts(home, chosen.engines, chosen.labels)
-    checks: list[tuple[str, bool, str]] = []
-    engines = ", ".join(f"{engine.name} {engine.version}" for engine in found.engines)
-    checks.append(("engines", bool(found.engines), engines or "none works: install onnxruntime or ai-edge-litert"))
-    reserve = chosen.disk_reserve_mb * settings.MIB
-    free = f"{found.disk_free_bytes // settings.MIB} MiB free, {chosen.disk_reserve_mb} are kept"
-    checks.append(("disk", found.disk_free_bytes > reserve, free))
-    folder = next(path for path in (home, *home.parents) if path.exists())
-    checks.append(("home", os.access(folder, os.W_OK), f"{home} can be written" if home.exists() else f"{home} is new"))
-    path_fits = len(str(home / "run" / "handle.sock")) < 108
-    checks.append(("sockets", path_fits, "paths fit" if path_fits else "the home's path is too long for unix sockets"))
-    checks.append(("system", sys.platform == "linux", sys.platform))
-    if chosen.grpc_port:
-        checks.append(("grpc", *_grpc(chosen.grpc_port)))
-    known = identity.load(home)
-    checks.append(("identity", known is not None, known.device if known is not None else "not enrolled yet"))
-    if known is not None:
-        checks.append(("broker", *_reachable(known.broker_host, known.broker_port)))
-        server = (chosen.server or known.server).rstrip("/")
-        checks.append(("server", *_answers(home, server, known.tuf_path)))
-    checks.append(("clock", *_clock(home)))
+    worst = 0
+    rows = []
+    for check, finding in doctor.examine(patient):
+        worst |= finding.level == "bad"
+        rows.append({"check": check, "ok": finding.level != "bad", **msgspec.to_builtins(finding)})
+        if not arguments.json:
+            mark = {"ok": "ok  ", "note": "note", "bad": "BAD "}[finding.level]
+            print(
+                f"{mark} {check:<12} {finding.detail}"
+                + (f"\n{'':<18}→ {finding.next_step}" if finding.next_step else "")
+            )
     if arguments.json:
-        print(msgspec.json.encode([{"check": c, "ok": ok, "detail": d} for c, ok, d in checks]).decode())
-    else:
-        for check, ok, detail in checks:
-            print(f"{'ok ' if ok else 'BAD'} {check:<9} {detail}")
-    return 0 if all(ok for check, ok, _ in checks if check != "identity") else 1
-
-
-def _grpc(port: int) -> tuple[bool, str]:
-    """Say whether gRPC can be served, and what it cannot do: the one interface that a new worker process interrupts."""
-    if any(find_spec(name) is None for name in ("grpc", "google.protobuf")):
-        return False, "its packages are missing: install wherry-agent[grpc]"
-    return True, (
-        f"127.0.0.1:{port}; swaps fail no call, but a change of the worker process (engine change, crash) breaks its"
-        " connections: clients try again"
-    )
-
-
-def _answers(home: Path, server: str, tuf_path: str) -> tuple[bool, str]:
-    """Ask the server over HTTP for what every device needs of it: the newest trust metadata."""
-    from wherry_agent import identity
-    from wherry_agent.courier_http import Http
-    from wherry_shared.limits import TUF_METADATA_BYTES_MAX
-
-    ca = identity.folder(home) / identity.CA_FILE
-    try:
-        with Http(ca=ca if ca.exists() else None).request("GET", f"{server}{tuf_path}/timestamp.json") as answer:
-            answer.read(TUF_METADATA_BYTES_MAX)
-            return answer.status == 200, f"{server} answers {answer.status} for trust metadata"
-    except WherryError as error:
-        return False, f"{server}: {error.message}"
-
-
-def _clock(home: Path) -> tuple[bool, str]:
-    """Compare the clock with what was verified here: a signed time that is past, and metadata that expire."""
-    from wherry_agent.disk import Disk
-    from wherry_agent.journal import Journal
-
-    journal = home / "journal.json"
-    state = Journal(Disk(), journal).read(lambda: "")[0] if journal.exists() else None
-    now_us = int(time.time() * MICROSECONDS)
-    said = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    if state is None or state.trust is None:
-        return True, f"{said}; nothing was verified here yet to compare it with"
-    floor = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(state.trust.time_floor_us // MICROSECONDS))
-    if now_us < state.trust.time_floor_us:
-        return False, f"{said} is before {floor}, a time that was verified: set the clock"
-    if now_us >= state.trust.expires_at:
-        return False, f"{said}; trust metadata expired: the clock runs ahead, or the server was long away"
-    return True, f"{said}, after {floor}, which was verified"
-
-
-def _reachable(host: str, port: int) -> tuple[bool, str]:
-    try:
-        with socket.create_connection((host, port), timeout=5.0):
-            return True, f"{host}:{port} answers"
-    except OSError as error:
-        return False, f"{host}:{port}: {error}"
+        print(msgspec.json.encode(rows).decode())
+    return worst
 
 
 if __name__ == "__main__":

@@ -65,6 +65,32 @@ class Callbacks:
     """Payloads to post over HTTP now: at most 20 of a stream, one hello."""
 
 
+def new_client(home: Path, identity: Identity) -> mqtt.Client:
+    """Return a client that would connect as this device, once, with what enrolment gave it.
+
+    Raises:
+        OSError: its key or certificate cannot be used.
+    """
+    client = mqtt.Client(
+        CallbackAPIVersion.VERSION2,
+        client_id=identity.device,
+        clean_session=True,
+        protocol=mqtt.MQTTv311,
+        reconnect_on_failure=False,
+    )
+    client.username_pw_set(identity.device)
+    client.connect_timeout = CONNECT_S
+    client.max_queued_messages_set(64)
+    if identity.broker_tls:
+        folder = identities.folder(home)
+        client.tls_set(
+            str(folder / identities.CA_FILE),
+            str(folder / identities.CERTIFICATE_FILE),
+            str(folder / identities.KEY_FILE),
+        )
+    return client
+
+
 class Link:
     """The device's connection."""
 
@@ -174,23 +200,7 @@ class Link:
 
     def _one_connection(self) -> None:
         identity = self._identity
-        client = mqtt.Client(
-            CallbackAPIVersion.VERSION2,
-            client_id=identity.device,
-            clean_session=True,
-            protocol=mqtt.MQTTv311,
-            reconnect_on_failure=False,
-        )
-        client.username_pw_set(identity.device)
-        client.connect_timeout = CONNECT_S
-        client.max_queued_messages_set(64)
-        if identity.broker_tls:
-            folder = identities.folder(self._home)
-            client.tls_set(
-                str(folder / identities.CA_FILE),
-                str(folder / identities.CERTIFICATE_FILE),
-                str(folder / identities.KEY_FILE),
-            )
+        client = new_client(self._home, identity)
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
         client.on_disconnect = self._on_disconnect

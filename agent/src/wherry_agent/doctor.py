@@ -1,0 +1,545 @@
+"""`wherry-agent doctor`: what a support engineer would ask, asked of this machine.
+
+One function per question; each says `ok`, `note` (worth knowing, nothing is broken) or `bad` (an agent does not work here
+as it should), and for what is bad the next step. Reads only, apart from one small file that proves that the disk takes
+writes: it may run beside the agent, and on a device whose agent does not start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import resource
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from wherry_agent import conditions, identity, journal, machine, readings, status
+from wherry_agent import state as s
+from wherry_agent.courier_http import Http
+from wherry_agent.disk import Disk
+from wherry_agent.identity import Identity
+from wherry_agent.mirrors import Mirrors
+from wherry_agent.settings import MIB, Settings
+from wherry_agent.store import Store, is_whole
+from wherry_shared import limits
+from wherry_shared.bundle import parse_manifest
+from wherry_shared.clock import MICROSECONDS
+from wherry_shared.digest import hex_of
+from wherry_shared.errors import DeviceError, WherryError
+from wherry_shared.facts import DeviceFacts
+
+Level = Literal["ok", "note", "bad"]
+
+CONNECT_S = 10.0
+CERTIFICATE_DAYS_MIN = 7
+SOCKET_PATH_CHARS_MAX = 107
+DESCRIPTORS_MIN = 256
+DESCRIPTORS_MAX = 1000
+"""Above 1023, select() ends, and with it the connection to the broker."""
+MEMORY_MIN_MB = 64
+UNIT = "wherry-agent.service"
+CHUNK_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one question found."""
+
+    level: Level
+    detail: str
+    next_step: str = ""
+
+
+def ok(detail: str) -> Finding:
+    """All is well."""
+    return Finding("ok", detail)
+
+
+def note(detail: str) -> Finding:
+    """Worth knowing."""
+    return Finding("note", detail)
+
+
+def bad(detail: str, next_step: str) -> Finding:
+    """An agent does not work here as it should."""
+    return Finding("bad", detail, next_step)
+
+
+@dataclass
+class Patient:
+    """One home and its settings, and what is read of them once."""
+
+    settings: Settings
+    scrub: bool = False
+    disk: Disk = field(default_factory=Disk)
+
+    def __post_init__(self) -> None:
+        self.home = Path(self.settings.home)
+        self.wall_s = time.time()
+        self.running: dict[str, Any] | None = status.question(self.home, "status")
+        self.identity: Identity | None = None
+        self.identity_trouble = ""
+        try:
+            self.identity = identity.load(self.home)
+        except (WherryError, OSError) as error:
+            self.identity_trouble = str(error)
+        self.state: s.State | None = None
+        self.journal_trouble = ""
+        try:
+            record = self.disk.read(self.home / "journal.json")
+            # not Journal.read, which sets a record aside that it cannot read: that is the agent's business
+            self.state = journal.decode(record) if record is not None else None
+        except WherryError as error:
+            self.journal_trouble = error.message
+
+    @property
+    def server(self) -> str:
+        """Address of the API, empty if nobody says it."""
+        return (self.settings.server or (self.identity.server if self.identity is not None else "")).rstrip("/")
+
+    def http(self) -> Http:
+        """Return a client that trusts what the device trusts."""
+        ca = identity.folder(self.home) / identity.CA_FILE
+        return Http(ca=ca if ca.exists() else None, server=self.server)
+
+
+Question = Callable[[Patient], Finding]
+
+
+def examine(patient: Patient) -> Iterator[tuple[str, Finding]]:
+    """Ask everything, in an order in which a person would."""
+    for name, question in QUESTIONS.items():
+        yield name, question(patient)
+
+
+def _system(_patient: Patient) -> Finding:
+    words = f"{platform.system()} {platform.release()} {platform.machine()}, Python {platform.python_version()}"
+    if sys.platform != "linux":
+        return bad(words, "run it on Linux: it needs /proc, flock and unix sockets")
+    return ok(words)
+
+
+def _packages(_patient: Patient) -> Finding:
+    names = ("wherry-agent", "msgspec", "paho-mqtt", "tuf", "cryptography")
+    found = {name: metadata.version(name) for name in names if _installed(name)}
+    missing = [name for name in names if name not in found]
+    if missing:
+        return bad(f"not installed: {', '.join(missing)}", "install wherry-agent again")
+    return ok(", ".join(f"{name} {version}" for name, version in found.items()))
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _engines(patient: Patient) -> Finding:
+    try:
+        found: DeviceFacts = readings.ask_facts(patient.home, patient.settings.engines, patient.settings.labels)
+    except DeviceError as error:
+        return bad(error.message, error.next_step or "see what python -m wherry_agent.facts says")
+    words = ", ".join(f"{engine.name} {engine.version}" for engine in found.engines)
+    if not words:
+        return bad("none works", "install wherry-agent[onnx] or wherry-agent[litert]")
+    absent = [name for name in patient.settings.engines if name not in words]
+    if absent:
+        return bad(f"{words}; the settings also name {', '.join(absent)}", "install it, or correct engines")
+    return ok(words)
+
+
+def _home(patient: Patient) -> Finding:
+    home = patient.home
+    folder = next(path for path in (home, *home.parents) if path.exists())
+    if folder != home:
+        if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
+            return note(f"{home} is new")
+        return bad(f"{home} cannot be made in {folder}", "make it, owned by the agent's user")
+    probe = home / "doctor.probe"
+    try:
+        patient.disk.write_atomic(probe, b"written and synced by wherry-agent doctor\n")
+        patient.disk.unlink(probe)
+    except DeviceError as error:
+        return bad(f"{home} takes no writes: {error.message}", "give it to the agent's user; look at mount and dmesg")
+    return ok(f"{home} takes writes and syncs them")
+
+
+def _disk(patient: Patient) -> Finding:
+    folder = next(path for path in (patient.home, *patient.home.parents) if path.exists())
+    try:
+        free = patient.disk.free_bytes(folder)
+    except DeviceError as error:
+        return bad(error.message, "look at mount and dmesg")
+    kept = patient.settings.disk_reserve_mb
+    words = f"{free // MIB} MiB free, {kept} of them kept free by downloads"
+    inodes = os.statvfs(folder)
+    if inodes.f_files and not inodes.f_favail:
+        return bad(f"{words}; no file can be made any more (inodes)", "remove files")
+    if free <= kept * MIB:
+        return bad(words, "free space, or lower disk_reserve_mb")
+    return ok(words)
+
+
+def _memory(patient: Patient) -> Finding:
+    available = readings.memory_bytes("MemAvailable") // MIB
+    wanted = patient.settings.memory_reserve_mb + MEMORY_MIN_MB
+    words = f"{available} MiB available of {readings.memory_bytes('MemTotal') // MIB}"
+    if available < wanted:
+        return bad(f"{words}, less than {wanted}", "stop what else runs, or lower memory_reserve_mb")
+    return ok(words)
+
+
+def _descriptors(patient: Patient) -> Finding:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = int((patient.running or {}).get("process", {}).get("descriptors", 0))
+    words = f"{soft} may be open" + (f", the agent has {used}" if used else "")
+    if soft != resource.RLIM_INFINITY and soft < DESCRIPTORS_MIN:
+        return bad(f"{words}; {DESCRIPTORS_MIN} are needed", "raise LimitNOFILE of the unit, or ulimit -n")
+    if used > DESCRIPTORS_MAX:
+        return bad(f"{words}, more than its connection to the broker bears", "restart it, and report this")
+    return ok(words)
+
+
+def _clock(patient: Patient) -> Finding:
+    """Compare the clock with what was verified here: a signed time that is past, and metadata that expire."""
+    now_us = int(patient.wall_s * MICROSECONDS)
+    said = _day(now_us)
+    trust = patient.state.trust if patient.state is not None else None
+    if trust is None:
+        return ok(f"{said}; nothing was verified here yet to compare it with")
+    floor = _day(trust.time_floor_us)
+    if now_us < trust.time_floor_us:
+        return bad(
+            f"{said} is before {floor}, a time that was verified: set the clock", "start NTP, or set_clock = true"
+        )
+    return ok(f"{said}, after {floor}, which was verified")
+
+
+def _trust(patient: Patient) -> Finding:
+    trust = patient.state.trust if patient.state is not None else None
+    if trust is None:
+        return note("nothing was verified here yet")
+    now_us = int(patient.wall_s * MICROSECONDS)
+    words = f"set {trust.current}, good until {_day(trust.expires_at)}"
+    if now_us >= trust.expires_at:
+        return bad(f"{words}: it expired", "let the device reach its server; is the clock ahead?")
+    if not (patient.home / "trust" / str(trust.current)).is_dir():
+        return bad(f"{words}, but it is not on the disk", "the next refresh fetches it; look at the disk")
+    return ok(words)
+
+
+def _identity(patient: Patient) -> Finding:
+    if patient.identity_trouble:
+        return bad(patient.identity_trouble, "remove the identity folder and enrol again")
+    known = patient.identity
+    if known is None:
+        return note("not enrolled yet: wherry-agent enrol --server URL --token TOKEN")
+    folder = identity.folder(patient.home)
+    for name in (identity.KEY_FILE, identity.DEVICE_FILE):
+        path = folder / name
+        try:
+            found = path.stat()
+        except OSError as error:
+            return bad(f"{path}: {error.strerror}", "run doctor as the agent's user, or enrol again")
+        if found.st_mode & 0o077:
+            return bad(f"{path} may be read by others (mode {found.st_mode & 0o777:03o})", f"chmod 600 {path}")
+    return ok(f"{known.device} in project {known.project}, private to user {folder.stat().st_uid}")
+
+
+def _certificate(patient: Patient) -> Finding:
+    if patient.identity is None:
+        return note("none yet")
+    path = identity.folder(patient.home) / identity.CERTIFICATE_FILE
+    from cryptography import x509
+
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    except (OSError, ValueError) as error:
+        return bad(f"{path}: {error}", "enrol again")
+    until_s = certificate.not_valid_after_utc.timestamp()
+    words = f"good until {_day(int(until_s * MICROSECONDS))}"
+    if until_s <= patient.wall_s:
+        return bad(f"{words}: it expired", "enrol again; is the clock ahead?")
+    if until_s - patient.wall_s < CERTIFICATE_DAYS_MIN * 86_400:
+        return note(f"{words}, which is soon")
+    return ok(words)
+
+
+def _server(patient: Patient) -> Finding:
+    """Ask the server over HTTP for what every device needs of it: the newest trust metadata."""
+    if not patient.server:
+        return note("not known yet")
+    path = patient.identity.tuf_path if patient.identity is not None else "/api/v1/health"
+    url = f"{patient.server}{path}/timestamp.json" if patient.identity is not None else f"{patient.server}{path}"
+    try:
+        with patient.http().request("GET", url) as answer:
+            answer.read(limits.TUF_METADATA_BYTES_MAX)
+    except WherryError as error:
+        return bad(f"{patient.server}: {error.message}", error.next_step or "check the address and the network")
+    words = f"{patient.server} answers {answer.status} for trust metadata"
+    return ok(words) if answer.status == 200 else bad(words, "is this the server that the device enrolled at?")
+
+
+def _broker(patient: Patient) -> Finding:
+    known = patient.identity
+    if known is None:
+        return note("not known yet")
+    where = f"{known.broker_host}:{known.broker_port}{' with TLS' if known.broker_tls else ''}"
+    if patient.running is not None:  # with the same name on the broker, we would throw the agent off
+        way = patient.running.get("connected")
+        if way == "mqtt":
+            return ok(f"the agent is connected to {where}")
+        return bad(f"the agent is not connected to {where}, its way is: {way}", "look at the agent's log")
+    trouble = _try_broker(patient.home, known)
+    return (
+        bad(f"{where}: {trouble}", "check address, firewall and certificate") if trouble else ok(f"{where} lets it in")
+    )
+
+
+def _try_broker(home: Path, known: Identity) -> str:
+    """Connect as the agent would; what went wrong, empty if nothing did."""
+    import paho.mqtt.client as mqtt
+
+    from wherry_agent.link import new_client
+
+    told = threading.Event()
+    said: list[str] = []
+
+    def connected(_client: Any, _data: Any, _flags: Any, code: Any, _properties: Any) -> None:
+        said.append(str(code) if code.is_failure else "")
+        told.set()
+
+    client: mqtt.Client | None = None
+    try:
+        client = new_client(home, known)
+        client.on_connect = connected
+        client.connect(known.broker_host, known.broker_port)
+        client.loop_start()
+        if not told.wait(CONNECT_S):
+            return f"no answer within {CONNECT_S:.0f} s"
+        return said[0] and f"it refuses this device: {said[0]}"
+    except (OSError, ValueError) as error:
+        return str(error)
+    finally:
+        if client is not None:
+            client.disconnect()
+            client.loop_stop()
+
+
+def _mirrors(patient: Patient) -> Finding:
+    bases = patient.settings.mirrors
+    if not bases:
+        return ok("none are set")
+    silent = {}
+    for base in bases:
+        try:
+            with Http().request("GET", f"{base.rstrip('/')}/device/v1/blobs/sha256:{'0' * 64}") as answer:
+                if answer.status >= 500:
+                    silent[base] = f"answered {answer.status}"
+        except WherryError as error:
+            silent[base] = error.message
+    if silent:
+        words = "; ".join(f"{base}: {trouble}" for base, trouble in silent.items())
+        return bad(words, "downloads come from the others and the server meanwhile; correct mirrors")
+    lied = Mirrors(patient.home, patient.disk, list(bases), patient.wall_s).left_out()
+    if lied:
+        words = ", ".join(f"{base} until {_day(int(until * MICROSECONDS))}" for base, until in lied.items())
+        return note(f"left out because they sent wrong bytes: {words}")
+    return ok(f"{len(bases)} answer")
+
+
+def _conditions(patient: Patient) -> Finding:
+    asked = patient.settings.conditions
+    power = readings.power(asked.sys)
+    metered = None if asked.allow_metered else readings.Metered(asked).known
+    found = conditions.Readings(
+        local=readings.local,
+        metered=metered,
+        mains=power.mains,
+        battery=power.battery,
+        battery_percent=power.percent,
+        temperature_c=readings.temperature_c(asked.sys),
+    )
+    wait = conditions.decide(asked, found, patient.wall_s, running=False)
+    if wait is not None:
+        return note(f"downloads wait: {wait.detail}")
+    return ok("downloads may run now")
+
+
+def _journal(patient: Patient) -> Finding:
+    if patient.journal_trouble:
+        return bad(patient.journal_trouble, "keep a copy for a report; the agent goes on with the record before it")
+    if patient.state is None:
+        return note("none yet")
+    known = patient.identity
+    if known is not None and (patient.state.device, patient.state.project) != (known.device, known.project):
+        return bad(f"it is of device {patient.state.device}", "is this the home of another device?")
+    waiting = len(patient.state.owed)
+    return ok(f"{len(patient.state.models)} models, {waiting} reports owed")
+
+
+def _store(patient: Patient) -> Finding:
+    if patient.state is None:
+        return note("nothing is installed")
+    store = Store(patient.home, patient.disk)
+    counted, broken = 0, []
+    for loadable in machine.kept(patient.state):
+        sizes = _sizes(store, loadable.manifest)
+        for path in (loadable.path, loadable.golden_path, loadable.config_path):
+            digest = f"sha256:{Path(path).name}"
+            if isinstance(patient.state.models[loadable.model].phase, s.Fetching) and not Path(path).exists():
+                continue
+            counted += 1
+            trouble = _damage(Path(path), digest, sizes.get(digest), scrub=patient.scrub)
+            if trouble:
+                broken.append(f"{loadable.target} {Path(path).name[:12]}: {trouble}")
+    if broken:
+        return bad("; ".join(broken), "the agent fetches it again by itself; look at the disk")
+    words = "read and compared with their digests" if patient.scrub else "whole by size (--scrub reads them)"
+    return ok(f"{counted} files {words}")
+
+
+def _sizes(store: Store, manifest: str) -> dict[str, int]:
+    try:
+        data = store.read(manifest, limits.MANIFEST_BYTES_MAX)
+        parsed = parse_manifest(data) if data is not None else None
+    except WherryError:
+        return {}
+    return {part.digest: part.size for part in (parsed.config, *parsed.layers)} if parsed is not None else {}
+
+
+def _damage(path: Path, digest: str, length: int | None, *, scrub: bool) -> str:
+    if not path.is_file():
+        return "missing"
+    if length is not None and not is_whole(path, length):
+        return f"{path.stat().st_size} bytes instead of {length}"
+    if not scrub:
+        return ""
+    sha = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                sha.update(chunk)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return "" if sha.hexdigest() == hex_of(digest) else "altered"
+
+
+def _telemetry(patient: Patient) -> Finding:
+    path = patient.home / "telemetry.db"
+    if not path.exists():
+        return note("none yet")
+    try:
+        with sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5.0) as database:
+            (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
+            (count,) = database.execute("SELECT count(*) FROM message").fetchone()
+    except sqlite3.Error as error:
+        return bad(f"{path}: {error}", "the agent begins a new one by itself at its next start")
+    return ok(f"{count} messages wait") if verdict == "ok" else bad(f"{path}: {verdict}", "remove it")
+
+
+def _sockets(patient: Patient) -> Finding:
+    path = patient.home / "run" / "handle.sock"
+    if len(str(path)) > SOCKET_PATH_CHARS_MAX:
+        return bad(f"{path} is too long for a unix socket", "choose a --home with a shorter path")
+    port = patient.settings.http_port
+    if patient.running is not None:
+        return ok(f"the agent serves on {patient.running.get('http')}")
+    probe = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    with probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            return bad(f"port {port} of 127.0.0.1: {error.strerror}", "stop who has it (ss -ltnp), or set http_port")
+    return ok(f"port {port or 'of any number'} is free")
+
+
+def _grpc(patient: Patient) -> Finding:
+    """Say whether gRPC can be served, and what it cannot do: the one interface that a new worker process interrupts."""
+    port = patient.settings.grpc_port
+    if not port:
+        return ok("off")
+    if any(find_spec(name) is None for name in ("grpc", "google.protobuf")):
+        return bad("its packages are missing", "install wherry-agent[grpc]")
+    return note(
+        f"127.0.0.1:{port}; swaps fail no call, but a change of the worker process (engine change, crash) breaks its"
+        " connections: clients try again"
+    )
+
+
+def _agent(patient: Patient) -> Finding:
+    if patient.running is None:
+        return note("it does not run")
+    process = patient.running.get("process", {})
+    safe = [name for name, model in patient.running.get("models", {}).items() if model["doing"].startswith("safe")]
+    words = (
+        f"runs as process {patient.running['pid']} for {patient.running['uptime_s']:.0f} s,"
+        f" {process.get('resident_bytes', 0) // MIB} MiB resident"
+    )
+    if safe:
+        return bad(f"{words}; {', '.join(safe)} serves nothing", "see wherry-agent status; offer another version")
+    return ok(words)
+
+
+def _systemd(_patient: Patient) -> Finding:
+    if shutil.which("systemctl") is None:
+        return note("there is none here")
+    argv = ["systemctl", "show", UNIT, "--property=LoadState,ActiveState,SubState,WatchdogUSec,NRestarts"]
+    try:
+        shown = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=CONNECT_S)
+    except (OSError, subprocess.SubprocessError) as error:
+        return note(f"it does not answer: {error}")
+    found = dict(line.split("=", 1) for line in shown.stdout.splitlines() if "=" in line)
+    if found.get("LoadState") != "loaded":
+        return note(f"{UNIT} is not installed (wherry-agent unit prints it)")
+    words = f"{UNIT} is {found.get('ActiveState')} ({found.get('SubState')}), restarted {found.get('NRestarts')} times"
+    if found.get("ActiveState") == "failed":
+        return bad(words, f"journalctl -u {UNIT}")
+    if found.get("WatchdogUSec", "0") in ("0", "infinity"):
+        return note(f"{words}; its watchdog is off")
+    return ok(f"{words}, watchdog {found['WatchdogUSec']}")
+
+
+def _day(us: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(us // MICROSECONDS))
+
+
+QUESTIONS: dict[str, Question] = {
+    "system": _system,
+    "packages": _packages,
+    "agent": _agent,
+    "systemd": _systemd,
+    "engines": _engines,
+    "home": _home,
+    "disk": _disk,
+    "memory": _memory,
+    "descriptors": _descriptors,
+    "identity": _identity,
+    "certificate": _certificate,
+    "clock": _clock,
+    "trust": _trust,
+    "server": _server,
+    "broker": _broker,
+    "mirrors": _mirrors,
+    "conditions": _conditions,
+    "journal": _journal,
+    "store": _store,
+    "telemetry": _telemetry,
+    "sockets": _sockets,
+    "grpc": _grpc,
+}

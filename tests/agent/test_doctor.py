@@ -1,0 +1,304 @@
+"""The doctor on a home where all is well, and on the same home with one thing broken at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tests.agent.builders import confirmed
+from tests.agent.daemon_kit import write_bundle
+from tests.shared.engines import models
+from tests.tls_front import TlsFront, server_certificate
+from tests.trust_kit import Answer, little_server
+from wherry_agent import cli, doctor, identity
+from wherry_agent.children import Trust
+from wherry_agent.disk import Disk
+from wherry_agent.doctor import Patient, examine
+from wherry_agent.identity import Identity
+from wherry_agent.journal import Journal
+from wherry_agent.mirrors import Mirrors
+from wherry_agent.settings import Settings
+from wherry_agent.store import Store
+from wherry_server.identity import DeviceAuthority
+from wherry_shared.bundle import parse_manifest
+
+DEVICE = "d" * 22
+REFUSED = 5
+
+
+class Broker:
+    """Says one thing to whoever connects."""
+
+    def __init__(self) -> None:
+        self.code = 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                line, _ = self.listener.accept()
+            except OSError:
+                return
+            with line:
+                line.settimeout(20)
+                if line.recv(4096):
+                    line.sendall(bytes([0x20, 2, 0, self.code]))
+                    line.recv(4096)
+
+
+class Home:
+    """A device's home where all is well."""
+
+    def __init__(self, folder: Path, server: str, broker: Broker) -> None:
+        self.path = folder / "home"
+        self.broker = broker
+        disk = Disk()
+        keys = folder / "keys"
+        keys.mkdir()
+        DeviceAuthority.create(keys, "default")
+        certificate, key = server_certificate(keys, folder, days=90)
+        self.front = TlsFront(broker.port, certificate, key, ca=keys / "devices-ca.pem")
+        mine = identity.folder(self.path)
+        disk.mkdir(mine)
+        for source, name in ((certificate, "certificate.pem"), (key, "key.pem"), (keys / "devices-ca.pem", "ca.pem")):
+            disk.write_atomic(mine / name, source.read_bytes())
+        self.keys = keys
+        self.identity = Identity(
+            format=1,
+            device=DEVICE,
+            project="default",
+            name="bench",
+            server=server,
+            root_digest="0" * 64,
+            tuf_path="/tuf/default",
+            bearer="secret",
+            mac_key="a2V5" * 10 + "a2U=",
+            broker_host="127.0.0.1",
+            broker_port=self.front.port,
+            broker_tls=True,
+        )
+        disk.write_atomic(mine / identity.DEVICE_FILE, identity.encode(self.identity))
+        self._install(folder, disk)
+        self.now_us = int(time.time() * 1e6)
+        self.note_trust(self.now_us - 10**9, self.now_us + 10**12)
+        (self.path / "trust" / "1").mkdir(parents=True)
+
+    def _install(self, folder: Path, disk: Disk) -> None:
+        weights = models.scale(folder / "one.onnx", 2.0)
+        digest = write_bundle(folder / "bundle", "1.0.0", weights)
+        store = Store(self.path, disk)
+        for blob in (folder / "bundle/blobs/sha256").iterdir():
+            store.add(f"sha256:{blob.name}", blob.read_bytes())
+        manifest = parse_manifest((folder / "bundle/blobs/sha256" / digest.removeprefix("sha256:")).read_bytes())
+        weight, golden = manifest.layers
+        self.weights = store.path_of(weight.digest)
+        state = replace(confirmed(), device=DEVICE, project="default")
+        ((name, slot),) = state.models.items()
+        assert slot.incumbent is not None
+        loadable = msgspec.structs.replace(
+            slot.incumbent.loadable,
+            manifest=digest,
+            digest=weight.digest,
+            path=str(self.weights),
+            golden_path=str(store.path_of(golden.digest)),
+            config_path=str(store.path_of(manifest.config.digest)),
+        )
+        installed = replace(slot, incumbent=replace(slot.incumbent, loadable=loadable), last_good=None)
+        self.state = replace(state, models={name: installed})
+
+    def note_trust(self, floor_us: int, expires_us: int, current: int = 1) -> None:
+        trust = Trust(current=current, floors={}, time_floor_us=floor_us, expires_at=expires_us)
+        self.state = replace(self.state, trust=trust)
+        Journal(Disk(), self.path / "journal.json").write(self.state)
+
+    def settings(self, **more: object) -> Settings:
+        return msgspec.structs.replace(Settings(home=str(self.path), http_port=0, engines=["onnxruntime"]), **more)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with little_server(lambda path, _: Answer(200 if path == "/tuf/default/timestamp.json" else 404)) as running:
+        yield running.url
+
+
+@pytest.fixture(scope="module")
+def well(tmp_path_factory: pytest.TempPathFactory, server: str) -> Iterator[Home]:
+    broker = Broker()
+    made = Home(tmp_path_factory.mktemp("doctor"), server, broker)
+    yield made
+    made.front.close()
+    broker.listener.close()
+
+
+@pytest.fixture
+def home(well: Home, tmp_path: Path) -> Iterator[Home]:
+    """The home again for each test: what one breaks is put back."""
+    shutil.copytree(well.path, tmp_path / "copy")
+    state = well.state
+    yield well
+    shutil.rmtree(well.path)
+    shutil.copytree(tmp_path / "copy", well.path)
+    well.state, well.broker.code = state, 0
+
+
+def found(device: Home, check: str, /, *, scrub: bool = False, **more: object) -> tuple[str, str]:
+    patient = Patient(device.settings(**more), scrub=scrub)
+    finding = doctor.QUESTIONS[check](patient)
+    if finding.level == "bad":
+        assert finding.next_step, "what is bad has a next step"
+    return finding.level, finding.detail
+
+
+def test_where_all_is_well_nothing_is_bad(home: Home) -> None:
+    findings = dict(examine(Patient(home.settings(), scrub=True)))
+    assert {name: finding for name, finding in findings.items() if finding.level == "bad"} == {}
+    assert findings["broker"].detail.endswith("with TLS lets it in")
+    assert findings["store"].detail == "3 files read and compared with their digests"
+    assert home.front.clients
+
+
+def write(name: str, data: bytes) -> Callable[[Home], None]:
+    return lambda home: (home.path / name).write_bytes(data) and None
+
+
+def expire(home: Home) -> None:
+    home.note_trust(home.now_us - 10**9, home.now_us - 1)
+
+
+def certificate(days: float) -> Callable[[Home], None]:
+    def change(home: Home) -> None:
+        folder = home.path / "run"
+        folder.mkdir(exist_ok=True)
+        made, _ = server_certificate(home.keys, folder, days=days)
+        (identity.folder(home.path) / identity.CERTIFICATE_FILE).write_bytes(made.read_bytes())
+
+    return change
+
+
+def trust_itself(home: Home) -> None:
+    folder = identity.folder(home.path)
+    shutil.copy(folder / identity.CERTIFICATE_FILE, folder / identity.CA_FILE)
+
+
+BROKEN: dict[str, tuple[str, Callable[[Home], object], str, str]] = {
+    "key read by others": ("identity", lambda h: (h.path / "identity/key.pem").chmod(0o644), "bad", "may be read by"),
+    "key gone": ("identity", lambda h: (h.path / "identity/key.pem").unlink(), "bad", "No such file"),
+    "identity torn": ("identity", write("identity/device.json", b"{"), "bad", "not an identity"),
+    "not enrolled": ("identity", lambda h: (h.path / "identity/device.json").unlink(), "note", "not enrolled"),
+    "certificate expired": ("certificate", certificate(-0.001), "bad", "it expired"),
+    "certificate soon": ("certificate", certificate(2), "note", "soon"),
+    "certificate torn": ("certificate", write("identity/certificate.pem", b"no"), "bad", "certificate.pem"),
+    "clock behind": ("clock", lambda h: h.note_trust(h.now_us + 10**15, h.now_us + 10**16), "bad", "set the clock"),
+    "trust expired": ("trust", expire, "bad", "it expired"),
+    "trust lost": ("trust", lambda h: h.note_trust(0, h.now_us + 10**12, current=9), "bad", "not on the disk"),
+    "journal torn": ("journal", write("journal.json", b"wherry-journal 1 00\n{}"), "bad", "not those"),
+    "journal of another": (
+        "journal",
+        lambda h: Journal(Disk(), h.path / "journal.json").write(replace(h.state, device="e" * 22)),
+        "bad",
+        "of device",
+    ),
+    "weights gone": ("store", lambda h: h.weights.unlink(), "bad", "missing"),
+    "weights short": ("store", lambda h: os.truncate(h.weights, 10), "bad", "10 bytes instead of"),
+    "telemetry torn": ("telemetry", write("telemetry.db", b"x" * 5000), "bad", "telemetry.db"),
+    "broker refuses": ("broker", lambda h: setattr(h.broker, "code", REFUSED), "bad", "refuses this device"),
+    "broker of another CA": ("broker", trust_itself, "bad", "certificate verify failed"),
+    "mirror lied": (
+        "mirrors",
+        lambda h: Mirrors(h.path, Disk(), [h.identity.server], time.time()).lied(h.identity.server),
+        "note",
+        "wrong bytes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_one_thing_is_broken(home: Home, name: str) -> None:
+    check, change, level, part = BROKEN[name]
+    before = found(home, check, mirrors=[home.identity.server])
+    assert before[0] != level or (check == "mirrors" and before[0] == "ok")
+    change(home)
+    said = found(home, check, mirrors=[home.identity.server])
+    assert said[0] == level, said
+    assert part in said[1]
+
+
+def test_only_reading_finds_bytes_that_were_altered(home: Home) -> None:
+    data = bytearray(home.weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    home.weights.write_bytes(data)
+    assert found(home, "store")[0] == "ok"
+    assert found(home, "store", scrub=True) == ("bad", found(home, "store", scrub=True)[1])
+    assert "altered" in found(home, "store", scrub=True)[1]
+
+
+@pytest.mark.parametrize(
+    ("check", "settings", "part"),
+    [
+        ("server", {"server": "http://127.0.0.1:1"}, "refused"),
+        ("mirrors", {"mirrors": ["http://127.0.0.1:1"]}, "refused"),
+        ("disk", {"disk_reserve_mb": 1 << 30}, "kept free"),
+        ("memory", {"memory_reserve_mb": 1 << 30}, "less than"),
+        ("sockets", {"home": "/tmp/" + "long/" * 30}, "too long"),
+        ("home", {"home": "/etc/passwd/wherry"}, "cannot be made"),
+        ("engines", {"engines": ["tensorrt"]}, "none works"),
+    ],
+)
+def test_one_setting_asks_too_much(home: Home, check: str, settings: dict, part: str) -> None:
+    level, detail = found(home, check, **settings)
+    assert level == "bad", detail
+    assert part in detail
+
+
+def test_a_port_that_somebody_has_is_named(home: Home) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        level, detail = found(home, "sockets", http_port=port)
+    assert (level, "in use" in detail) == ("bad", True)
+    assert found(home, "sockets", http_port=port)[0] == "ok"
+
+
+def test_downloads_that_wait_are_no_illness(home: Home) -> None:
+    asked = msgspec.structs.replace(Settings().conditions, metered="yes", allow_metered=False)
+    assert found(home, "conditions", conditions=asked) == ("note", "downloads wait: the network is metered")
+
+
+def test_too_few_descriptors_are_named(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.resource, "getrlimit", lambda _which: (64, 64))
+    level, detail = found(home, "descriptors")
+    assert (level, "256" in detail) == ("bad", True)
+
+
+def test_looking_changes_nothing(home: Home) -> None:
+    (home.path / "journal.json").write_bytes(b"torn")
+    before = {path.relative_to(home.path) for path in home.path.rglob("*")}
+    for name, question in doctor.QUESTIONS.items():
+        if name != "engines":  # seconds, and in a process of its own
+            question(Patient(home.settings()))
+    assert {path.relative_to(home.path) for path in home.path.rglob("*")} == before
+
+
+def test_the_command_says_it_to_programs_and_by_its_exit_code(home: Home, capsys) -> None:
+    config = home.path / "agent.toml"
+    config.write_text('engines = ["onnxruntime"]\nhttp_port = 0\n')
+    assert cli.main(["doctor", "--home", str(home.path), "--json"]) == 0
+    rows = {row["check"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(rows) == set(doctor.QUESTIONS)
+    assert all(row["ok"] for row in rows.values())
+    home.weights.unlink()
+    assert cli.main(["doctor", "--home", str(home.path)]) == 1
+    text = capsys.readouterr().out
+    assert "BAD  store" in text
+    assert "→ the agent fetches it again" in text
