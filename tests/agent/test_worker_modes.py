@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import msgspec
 
 from tests.agent.serving_kit import infer_body, loadable, worker
 from tests.shared.engines import models
+from wherry_agent.answering.budget import BURST_SECONDS
 from wherry_agent.children import ServeModel
 from wherry_shared import reasons
 from wherry_shared.ids import in_share
@@ -140,3 +143,34 @@ def test_a_split_over_http_is_stable_by_request_id(tmp_path: Path):
         assert [who(number) for number in range(40)] == expected
         assert [who(number) for number in range(40)] == expected
         assert len(set(expected)) == 2
+
+
+def test_a_real_shadow_keeps_to_its_budget_of_cpu_time(tmp_path: Path):
+    """Whatever this machine is worth: what threads of low priority used, by the kernel's own count."""
+    share, seconds, ticks_per_s = 0.2, 3.0, os.sysconf("SC_CLK_TCK")
+    old = loadable(models.scale(tmp_path / "old.onnx", 2.0))
+    new = loadable(models.slow(tmp_path / "new.onnx", 2.0, turns=200), "1.1.0")
+    with worker(tmp_path) as process:
+
+        def used_s() -> float:
+            found = 0
+            for task in Path(f"/proc/{process.process.pid}/task").iterdir():
+                fields = (task / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[16]) > os.getpriority(os.PRIO_PROCESS, 0):
+                    found += int(fields[11]) + int(fields[12])
+            return found / ticks_per_s
+
+        process.serve(ServeModel(name="scale", active=old))
+        wanted = ServeModel(
+            name="scale", active=new, incumbent=old, trial="t", mode="shadow", shadow_cpu_share_max=share
+        )
+        began = time.monotonic()
+        process.serve(wanted)
+        while time.monotonic() - began < seconds:
+            assert process.infer(ONES)[0] == 200
+        arm = process.arm("shadow", lambda one: one.compared > 0)
+        used, wall = used_s(), time.monotonic() - began
+        one_run = 0.2  # at the very most
+        assert 0 < used <= share * (wall + BURST_SECONDS) + one_run, (used, wall)
+        assert arm.skipped > 0
+    assert process.process.returncode == 0, "a run that is under way does not make an end look like a crash"

@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 log = logging.getLogger(__name__)
 
 STUCK_MAX = 8
+NICE_MAX = 19
 
 T = TypeVar("T")
 
@@ -41,7 +42,7 @@ class Helpers:
     """Reusable threads; one is made only when none is idle."""
 
     def __init__(self, stuck_max: int = STUCK_MAX, *, nice: int = 0) -> None:
-        """Make no thread yet; `nice` is taken off the priority of those that come, for good."""
+        """Make no thread yet; those that come are nicer than the process by `nice`, for good."""
         self._stuck_max = stuck_max
         self._nice = nice
         self._lock = threading.Lock()
@@ -118,6 +119,8 @@ class Helpers:
 def _step_back(nice: int) -> None:
     """Lower the priority of this thread: where the system counts niceness by thread, as Linux does, of it alone."""
     try:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+        os.setpriority(
+            os.PRIO_PROCESS, threading.get_native_id(), min(os.getpriority(os.PRIO_PROCESS, 0) + nice, NICE_MAX)
+        )
     except OSError as error:
         log.warning("a helper keeps its priority: %s", error)

@@ -23,7 +23,7 @@ from wherry_shared.errors import WherryError
 
 
 def main() -> int:
-    """Run a worker until it is told to stop."""
+    """Run a worker until it is told to stop; returns only if it cannot begin."""
     logging.basicConfig(level=logging.INFO, format="worker: %(levelname)s %(message)s", stream=sys.stderr)
     try:
         control = socket.socket(fileno=int(os.environ["WHERRY_CONTROL_FD"]))
@@ -55,7 +55,10 @@ def main() -> int:
         ledger=ledger,
     )
     worker.run()
-    return 0
+    # an engine may still be in a run that nobody waits for; its thread, back from native code into an interpreter that
+    # is being taken down, would end this process with SIGABRT, which looks like a crash
+    logging.shutdown()
+    os._exit(0)
 
 
 if __name__ == "__main__":
