@@ -19,11 +19,13 @@ import pytest
 from tests.agent.serving_kit import instead, loadable, until, worker
 from tests.shared.engines import models
 from wherry_agent import handle_messages as messages
+from wherry_agent.answering.arms import Counter
 from wherry_agent.children import ServeModel
 from wherry_agent.handle import Model
 from wherry_agent.handle_server import HandleCrash, HandleServer, HandleVerdict, allowed
 from wherry_shared.engines import BadInput, EngineFault
 from wherry_shared.errors import RefusedError, UnreachableError
+from wherry_shared.sketch import Sketch
 
 ONES = {"x": np.ones((1, 4), np.float32)}
 NEGATIVE = {"x": np.full((1, 4), -1, np.float32)}
@@ -138,6 +140,39 @@ def test_every_call_is_counted_once_even_across_a_swap(tmp_path: Path, superviso
         for _ in range(3):
             model.run(ONES)
     until(lambda: total() == 45, "what was counted last is said at goodbye")
+
+
+def test_runs_are_folded_as_if_each_was_counted_alone(tmp_path: Path):
+    counter = Counter(loadable(models.scale(tmp_path / "a.onnx", 2.0)), "incumbent")
+    counter.leave_out(3)
+    runs = [(bucket, 37 * number * number + bucket) for number in range(200) for bucket in (2, 9)]
+    counter.pending.extend(runs)
+    counter.fold()
+    expected = {"2": Sketch(), "9": Sketch()}
+    for bucket, engine_ns in runs[3:]:
+        expected[str(bucket)].add(engine_ns / 1000)
+    stats = counter.stats()
+    assert stats.requests == 400
+    assert stats.latency_us == {bucket: sketch.to_wire() for bucket, sketch in expected.items()}
+    counter.fold()
+    assert counter.stats() == stats
+
+
+def test_the_top_class_of_some_answers_is_counted_outside_the_call(tmp_path: Path, supervisor: Supervisor):
+    interface = models.interface()
+    labelled = [msgspec.structs.replace(interface.outputs[0], labels=["a", "b", "c", "d"])]
+    good = loadable(
+        models.scale(tmp_path / "a.onnx", 2.0), interface=msgspec.structs.replace(interface, outputs=labelled)
+    )
+    supervisor.publish(good)
+    with supervisor.model() as model:
+        for _ in range(5):
+            model.run({"x": np.array([[0, 0, 0.25, 0]], np.float32)})
+
+        def told() -> bool:
+            return any(set(one.classes) == {"c"} and one.confidence for one in supervisor.server.drain_stats())
+
+        until(told, "a sample of the classes arrives")
 
 
 def test_a_candidate_is_kept_out_of_the_process_until_it_is_confirmed(tmp_path: Path):

@@ -93,17 +93,23 @@ class Served:
 class Answer(dict[str, Array]):
     """Outputs under canonical names; `by` is the version that gave them, `fallback` whether it stood in for another."""
 
-    __slots__ = ("by", "fallback")
+    __slots__ = ("_stood_in", "by")
 
     by: Served
-    fallback: bool
+    _stood_in: bool
+    """Only set where an answer is not the plain one: the short way of `Model.run` has no time for it."""
+
+    @property
+    def fallback(self) -> bool:
+        """Whether the version stood in for another one, which failed."""
+        return getattr(self, "_stood_in", False)
 
     @classmethod
     def of(cls, outputs: dict[str, Array], by: Served, *, fallback: bool) -> Answer:
         """Return `outputs` as the answer of a version."""
         answer = cls(outputs)
         answer.by = by
-        answer.fallback = fallback
+        answer._stood_in = fallback
         return answer
 
 
@@ -253,7 +259,6 @@ class Model:
             bucket = bound.check(inputs)
             answer = Answer()
             answer.by = engaged.served
-            answer.fallback = False
             started = perf_counter_ns()
             try:
                 bound.run_into(answer, inputs, outputs)
@@ -261,6 +266,7 @@ class Model:
                 engaged.counter.failed(str(fault), fallback=False)
                 raise
             engaged.left_behind((bucket, perf_counter_ns() - started))
+            engaged.counter.seen = answer
             return answer
         return self._run_on_trial(engaged, inputs, outputs)
 
@@ -401,6 +407,7 @@ class Model:
             engaged.counter.failed(str(fault), fallback=False)
             raise
         engaged.left_behind((bucket, perf_counter_ns() - started))
+        engaged.counter.seen = results
         return Answer.of(results, engaged.served, fallback=False)
 
     def _again(self, engaged: _Engaged | None, raw: Raw, answer: Answer) -> Answer:
@@ -412,8 +419,7 @@ class Model:
                 return Answer.of(loaded.bound.run(inputs), answer.by, fallback=answer.fallback)
             case _Remote(incumbent=_InProcess() as incumbent):
                 again = self._by_incumbent(incumbent, inputs, None)
-                again.fallback = answer.fallback
-                return again
+                return Answer.of(again, answer.by, fallback=answer.fallback)
         raise self._no_model()
 
     def _processing_of(self, ask: Ask, engaged: _Engaged | None, first: Served) -> Chain:
@@ -476,6 +482,7 @@ class Model:
         started = perf_counter_ns()
         results = bound.run_checked(inputs, outputs)
         incumbent.left_behind((bucket, perf_counter_ns() - started))
+        incumbent.counter.seen = results
         return Answer.of(results, incumbent.served, fallback=True)
 
     def _no_model(self) -> WherryError:

@@ -14,8 +14,10 @@ from collections.abc import Mapping
 RELATIVE_ERROR = 0.01
 BINS_MAX = 512
 _GAMMA = (1 + RELATIVE_ERROR) / (1 - RELATIVE_ERROR)
-_LOG_GAMMA = math.log(_GAMMA)
-_MIN = 1e-9
+LOG_GAMMA = math.log(_GAMMA)
+"""A value v is in bin ⌈ln v / LOG_GAMMA⌉."""
+VALUE_MIN = 1e-9
+"""Below this a value counts as zero."""
 
 
 class Sketch:
@@ -31,10 +33,10 @@ class Sketch:
 
     def add(self, value: float, times: int = 1) -> None:
         """Count `value` (≥ 0, finite)."""
-        if value < _MIN:
+        if value < VALUE_MIN:
             self.zeros += times
         else:
-            index = math.ceil(math.log(value) / _LOG_GAMMA)
+            index = math.ceil(math.log(value) / LOG_GAMMA)
             self.bins[index] = self.bins.get(index, 0) + times
             if len(self.bins) > BINS_MAX:
                 self._collapse()

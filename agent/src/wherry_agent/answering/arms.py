@@ -26,7 +26,7 @@ from wherry_shared.engines.errors import EngineFault, OutOfMemory
 from wherry_shared.engines.session import Array, EngineLimits
 from wherry_shared.errors import DeviceError, RefusedError
 from wherry_shared.limits import GOLDEN_BYTES_MIN_BUDGET, GOLDEN_DECODED_BYTES_MAX, GOLDEN_SHARE_OF_VARIANT
-from wherry_shared.sketch import Sketch
+from wherry_shared.sketch import LOG_GAMMA, VALUE_MIN, Sketch
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +131,8 @@ class Counter:
     trial: str = ""
     pending: deque[tuple[int, int]] = field(default_factory=deque)
     """Runs that callers left behind without waiting for the lock; see `fold`."""
+    seen: Mapping[str, Array] | None = None
+    """Outputs of the last of them: a sample for the class histogram, a few a second."""
     _fold_left_out: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _requests: int = 0
@@ -203,15 +205,21 @@ class Counter:
 
     def fold(self) -> None:
         """Count the runs in `pending`, (bucket, engine time in ns) each: the handle's way, outside its calls."""
+        seen, self.seen = self.seen, None
+        found = self._top_classes(seen) if seen is not None and self._labelled is not None else None
         with self._lock:
-            for _ in range(len(self.pending)):  # what callers append meanwhile waits for the next turn
-                bucket, engine_ns = self.pending.popleft()
-                self._requests += 1
-                self._changes += 1
-                if self._fold_left_out > 0:
-                    self._fold_left_out -= 1
-                else:
-                    self._sketch(bucket).add(engine_ns / 1000)
+            # what callers append meanwhile waits for the next turn
+            runs = [self.pending.popleft() for _ in range(len(self.pending))]
+            self._requests += len(runs)
+            self._changes += len(runs)
+            if found is not None:
+                self._add_classes(*found)
+            left_out = min(self._fold_left_out, len(runs))
+            self._fold_left_out -= left_out
+            if left_out < len(runs):
+                buckets, times_ns = (np.array(column, np.int64) for column in zip(*runs[left_out:], strict=True))
+                for bucket in np.unique(buckets).tolist():
+                    self._sketch(bucket).merge(_sketched(times_ns[buckets == bucket] / 1000))
 
     def stats(self) -> ArmStats:
         """Return the counts as they stand."""
@@ -290,3 +298,14 @@ class Counter:
         step = -(-len(rows) // CONFIDENCE_ROWS_MAX)
         found = (float(rows[row, tops[row]]) for row in range(0, len(rows), step))
         return classes, [max(value, 0.0) for value in found if isfinite(value)]
+
+
+def _sketched(values: Array) -> Sketch:
+    """Count many values at once; a call of `Sketch.add` for each would take longer than a small model."""
+    made = Sketch()
+    positive = values[values >= VALUE_MIN]
+    bins, counts = np.unique(np.ceil(np.log(positive) / LOG_GAMMA).astype(np.int64), return_counts=True)
+    made.bins = dict(zip(bins.tolist(), counts.tolist(), strict=True))
+    made.zeros = len(values) - len(positive)
+    made.count, made.total = len(values), float(values.sum())
+    return made
