@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from tests.agent.daemon_kit import MODEL, Agent, Site, site
 from tests.shared.engines import models
+from wherry_agent import status
 from wherry_shared import reasons
 from wherry_shared.digest import hex_of, of_file
 
@@ -82,6 +84,7 @@ def asking(device: Agent) -> Iterator[list[str]]:
 
     def main() -> None:
         while not stop.is_set():
+            time.sleep(0.01)
             try:
                 code, answer = device.infer()
             except Exception as error:
@@ -108,6 +111,7 @@ def engine_of(shown: dict) -> str:
 
 
 @pytest.mark.services
+@pytest.mark.timeout(400)
 def test_a_replaced_engine_is_judged_before_it_serves_and_nobody_notices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +145,7 @@ def _tell_story(server: Site, device: Agent, engine: Engine, second: Path) -> No
         assert shown["known_bad"][0]["reason"] == reasons.GOLDEN_MISS
         assert device.status()["models"][MODEL]["last_report"]["reason"] == reasons.ENGINE_CHANGED
         assert set(device.ask(20)) == {"1.1.0"}
+        assert "worker   still has onnxruntime 90.0.0 in memory" in status.render(device.status())
     assert wrong == []
     assert device.status()["worker_pid"] == pid
 

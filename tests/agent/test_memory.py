@@ -125,6 +125,7 @@ def name_of(pid: int) -> str:
 
 
 @pytest.mark.services
+@pytest.mark.timeout(400)
 def test_a_large_model_is_installed_tried_and_returned_in_700_megabytes(tmp_path: Path) -> None:
     """No process of the agent may have more, and a sampler adds up what they all have together."""
     with site(tmp_path) as server:

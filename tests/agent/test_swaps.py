@@ -16,7 +16,9 @@ from wherry_agent import processes
 from wherry_agent.children import ServeModel
 
 SWAPS = 200
+SWAPS_SOAK = 2000
 HAND_OVERS = 3
+HAND_OVERS_SOAK = 50
 KILLS = 1
 
 
@@ -32,7 +34,17 @@ def check(people: Crowd) -> None:
 
 @pytest.mark.parametrize("kind", CALLERS)
 def test_no_request_fails_while_versions_are_swapped(tmp_path: Path, kind: str) -> None:
-    every = versions(tmp_path, SWAPS + 1)
+    swap(tmp_path, kind, SWAPS)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", CALLERS)
+def test_no_request_fails_while_many_versions_are_swapped(tmp_path: Path, kind: str) -> None:
+    swap(tmp_path, kind, SWAPS_SOAK)
+
+
+def swap(tmp_path: Path, kind: str, swaps: int) -> None:
+    every = versions(tmp_path, swaps + 1)
     with supervised(tmp_path, grpc_port=free_ports(1)[0] if kind == "gRPC" else 0) as site:
         site.serve(model(every[0]))
         with crowd(site, kind) as people:
@@ -41,19 +53,29 @@ def test_no_request_fails_while_versions_are_swapped(tmp_path: Path, kind: str) 
                 site.serve(model(version))
                 people.wait_for_more()
         check(people)
-        assert len(people.seen) > SWAPS // 2
+        assert len(people.seen) > swaps // 2
         assert site.deaths == []
 
 
 @pytest.mark.parametrize("kind", HANDED_OVER)
 def test_no_request_fails_while_workers_take_over_from_each_other(tmp_path: Path, kind: str) -> None:
+    take_over(tmp_path, kind, HAND_OVERS)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", HANDED_OVER)
+def test_no_request_fails_while_workers_take_over_many_times(tmp_path: Path, kind: str) -> None:
+    take_over(tmp_path, kind, HAND_OVERS_SOAK)
+
+
+def take_over(tmp_path: Path, kind: str, count: int) -> None:
     first, second = versions(tmp_path, 2)
     with supervised(tmp_path) as site:
         site.serve(model(first))
         pids = [site.worker.pid]
         with crowd(site, kind) as people:
             people.wait_for_more(CLIENTS)
-            for _ in range(HAND_OVERS):
+            for _ in range(count):
                 assert site.hand_over() == ""
                 pids.append(site.worker.pid)
                 people.wait_for_more(CLIENTS)
@@ -61,7 +83,7 @@ def test_no_request_fails_while_workers_take_over_from_each_other(tmp_path: Path
             site.serve(model(second))
             until(lambda: "1.2.0" in people.seen, "the last worker does what it is told")
         check(people)
-        assert len(set(pids)) == HAND_OVERS + 1
+        assert len(set(pids)) == count + 1
         assert site.deaths == [], "nobody died who was to go on"
         assert not any(alive(pid) for pid in pids[:-1])
         if kind != "new connection":

@@ -75,6 +75,7 @@ def describe(state: s.State, now: Now, *, name: str = "") -> dict[str, object]:
         "offer": [state.offer.epoch, state.offer.serial] if state.offer is not None else None,
         "trust": machine.trust_state(state, now) or ("ok" if state.trust is not None else "none yet"),
         "reports_owed": len(state.owed),
+        "worker_engines": [f"{name} {version}" for name, version in sorted(state.engines.loaded.items())],
         "flags": dict(flags_of(state)),
         "offer_refused": state.offer.unsupported if state.offer is not None else "",
         "models": {model: _model(slot) for model, slot in sorted(state.models.items())},
@@ -236,6 +237,8 @@ def render(shown: dict[str, Any]) -> str:
             f"server   {shown['server']}, connected: {shown['connected']}, reports owed: {shown['reports_owed']}",
             f"serves   {shown['http']}",
         ]
+        old = [one for one in shown["worker_engines"] if one not in shown["engines"]]
+        lines += [f"worker   still has {', '.join(old)} in memory"] if old and shown["engines"] else []
         for one in shown.get("handles", []):
             late = "" if one["settled"] else ", has not acted on its newest version yet"
             lines.append(f"handle   {one['model']} in process {one['pid']} ({one['isolation']}){late}")
