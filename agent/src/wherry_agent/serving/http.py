@@ -125,6 +125,16 @@ class Connection:
         """Whether nothing of a next request has been read."""
         return not self._begun
 
+    def take_up(self) -> bool:
+        """Read what is there of the next request, without waiting: under load it often is, and `wait` costs a turn."""
+        if not self._begun:
+            try:
+                self._rest = self._socket.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return False
+            self._begun = bool(self._rest)  # else the client closed, which `read` finds again
+        return True
+
     def wait(self, stop: int, seconds: float = IDLE_SECONDS_MAX) -> bool:
         """Wait for the next request to begin; False if none does in `seconds`, or `stop` becomes readable first."""
         if self._begun:

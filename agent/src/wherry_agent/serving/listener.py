@@ -203,6 +203,8 @@ class HttpServer:
         if not client.connection.idle:
             return True
         if not client.leaving:
+            if not self._draining and client.connection.take_up():
+                return True
             if client.connection.wait(self._stop_read):
                 return True
             if not self._draining:
