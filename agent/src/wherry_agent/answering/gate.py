@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from queue import Empty, SimpleQueue
 from types import TracebackType
 
 
@@ -18,11 +19,13 @@ def cores() -> int:
 
 
 class RunGate:
-    """A semaphore of cores."""
+    """A semaphore of cores, as a queue of permits: `threading.Semaphore` takes 3 µs a turn, half a small model."""
 
     def __init__(self, permits: int | None = None) -> None:
         self.permits = permits or cores()
-        self._semaphore = threading.Semaphore(self.permits)
+        self._permits: SimpleQueue[None] = SimpleQueue()
+        for _ in range(self.permits):
+            self._permits.put(None)
         self._lock = threading.Lock()
         self._waiting = 0
 
@@ -33,19 +36,21 @@ class RunGate:
 
     def enter(self) -> int:
         """Wait for a permit; return the nanoseconds waited."""
-        if self._semaphore.acquire(blocking=False):
+        try:
+            self._permits.get(block=False)
             return 0
-        started = time.perf_counter_ns()
+        except Empty:
+            started = time.perf_counter_ns()
         with self._lock:
             self._waiting += 1
-        self._semaphore.acquire()
+        self._permits.get()
         with self._lock:
             self._waiting -= 1
         return time.perf_counter_ns() - started
 
     def leave(self) -> None:
         """Give the permit back."""
-        self._semaphore.release()
+        self._permits.put(None)
 
     def __enter__(self) -> int:
         return self.enter()
