@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from typing import NoReturn
 
 import pytest
 
@@ -17,7 +18,11 @@ def needs(*programs: str) -> None:
     missing = [program for program in programs if shutil.which(program) is None]
     if not missing:
         return
-    why = f"not installed: {', '.join(missing)}"
+    lacks(f"not installed: {', '.join(missing)}")
+
+
+def lacks(why: str) -> NoReturn:
+    """Skip a test for what this machine lacks, or fail it where everything has to be there."""
     if os.environ.get(REQUIRED) == "1":
         pytest.fail(f"{why} ({REQUIRED}=1)")
     pytest.skip(why)
@@ -28,4 +33,4 @@ def needs_private_mounts() -> None:
     needs("unshare", "mount")
     done = subprocess.run(["unshare", "-m", "true"], capture_output=True, text=True, timeout=30)
     if done.returncode:
-        pytest.skip(f"no mounts of its own for this user: {done.stderr.strip()}")
+        lacks(f"no mounts of its own for this user: {done.stderr.strip()}")

@@ -20,6 +20,7 @@ import paho.mqtt.client as mqtt
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from tests.services import lacks
 from tests.site_kit import MODEL, WAIT_S, Site, asking, check_answers, check_nobody_noticed
 from wherry_server.trust import Trust
 from wherry_shared import dsse, frames, key_files, wire
@@ -88,7 +89,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True
     )
     if not mounted or mounted.returncode:
-        pytest.skip("needs to mount a small disk, which takes root and a kernel that lets it")
+        lacks("needs to mount a small disk, which takes root and a kernel that lets it")
     try:
         yield folder
     finally:

@@ -106,14 +106,35 @@ def test_notes_are_named_by_the_highest_row_in_the_middle_of_their_time() -> Non
     assert pitch.named({"note": frames}, [60, 64, 67, 71]) == 0.75
 
 
-@given(st.lists(st.sampled_from("abcdefghij"), min_size=1, max_size=60), st.text(max_size=5))
-def test_a_split_keeps_packages_whole_and_most_files_of_a_label_for_the_test(packages: list[str], salt: str) -> None:
-    parts = file_type.split(packages, salt)
-    assert set(parts) == set(packages)
-    sizes = {part: sum(parts[package] == part for package in packages) for part in ("calibration", "selection")}
-    assert sizes["calibration"] <= file_type.CALIBRATION_SHARE * len(packages) + 0.5
-    assert sizes["selection"] <= file_type.SELECTION_SHARE * len(packages) + 0.5
-    assert file_type.split(packages[::-1], salt) == parts
+@given(
+    st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from("abcdefghij")), min_size=1, max_size=60),
+    st.text(max_size=5),
+)
+def test_a_split_keeps_packages_whole_and_most_files_of_each_label_for_the_test(
+    files: list[tuple[str, str]], salt: str
+) -> None:
+    parts = file_type.split(files, salt)
+    assert set(parts) == {package for _, package in files}
+    sizes = {part: sum(parts[package] == part for _, package in files) for part in ("calibration", "selection")}
+    assert sizes["calibration"] <= file_type.CALIBRATION_SHARE * len(files) + 0.5
+    assert sizes["selection"] <= file_type.SELECTION_SHARE * len(files) + 0.5
+    for label in {label for label, _ in files}:
+        own = [parts[package] for name, package in files if name == label]
+        taken = len(own) - own.count("test")
+        assert taken <= (file_type.CALIBRATION_SHARE + file_type.SELECTION_SHARE) * len(own) + 0.5
+    assert file_type.split(files[::-1], salt) == parts
+
+
+def test_what_installing_writes_is_no_data(tmp_path: Path) -> None:
+    for name in ("a/one.json", "a/two.py", "a/__pycache__/two.pyc", "a-1.0.dist-info/direct_url.json"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("content that is long enough")
+    found = file_type._by_label(tmp_path)
+    assert {label: [path.name for _, path in rows] for label, rows in found.items()} == {
+        "json": ["one.json"],
+        "python": ["two.py"],
+    }
 
 
 def test_every_label_is_tested_and_no_part_shares_a_file(files) -> None:

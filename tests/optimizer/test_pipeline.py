@@ -175,3 +175,4 @@ def test_builds_of_one_process_evaluate_a_model_once(tmp_path: Path) -> None:
     cache.scores[key] = cache.scores[key] * 0
     again = pipeline.build(recipe, tmp_path / "out", cache=cache)
     assert again.packed.config.variants[0].accuracy.value == 0
+    assert len(cache.runs) == len(cache.datasets) == len(cache.downloads) == 1

@@ -8,14 +8,14 @@ more as that takes: a saturated answer is steady because nothing moves it, a wro
 format that nothing separates are reported (`Selection.unseparated`), since a mix-up of those would pass.
 
 An engine that cannot load a variant, or answers so differently that a tolerance for both would let anything pass (seen:
-dynamic-range int8 in tflite-runtime 2.14 and LiteRT 2.3 are 0.15 of the range apart), is not one that it was shown on:
+dynamic-range int8 in tflite-runtime 2.14 and LiteRT 2.3 are 0.16 of the range apart), is not one that it was shown on:
 the variant does not name it (`Selection.left_out`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +117,9 @@ class Selection:
     """(variant, engine, why): engines that the variant does not name."""
 
 
+RunAll = Callable[[Runnable, Sequence[dict[str, Array]], Sequence[EngineFacts]], Runs]
+
+
 def select(
     variants: Sequence[Runnable],
     candidates: Sequence[dict[str, Array]],
@@ -126,6 +129,7 @@ def select(
     sampled_above: int,
     synthetic: bool,
     budgets: Mapping[str, int],
+    run: RunAll | None = None,
 ) -> Selection:
     """Run every variant on every candidate and choose.
 
@@ -137,6 +141,7 @@ def select(
         sampled_above: outputs with more elements are kept as samples of this many.
         synthetic: the candidates were made up.
         budgets: bytes that the golden vectors of a variant may take, by id.
+        run: in place of `run_all`, for a caller that remembers what it gave.
 
     Raises:
         RefusedError: `golden_none` if a variant fails on every candidate, `golden_too_large` if not even one vector
@@ -144,7 +149,7 @@ def select(
         EngineFault: a variant fails on a candidate.
     """
     with ThreadPoolExecutor(WORKERS) as pool:
-        jobs = {item.id: pool.submit(run_all, item, candidates, available) for item in variants}
+        jobs = {item.id: pool.submit(run or run_all, item, candidates, available) for item in variants}
         runs = {key: job.result() for key, job in jobs.items()}
     order = _cover(_telling(variants, runs, _steadiest_first(runs, len(candidates))))
     order = _within_budget(

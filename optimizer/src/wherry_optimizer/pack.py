@@ -270,6 +270,8 @@ def repack(
     files: Mapping[str, Path],
     description: str = "",
     prove: bool = True,
+    weigh: bool = True,
+    engines: Sequence[EngineFacts] | None = None,
 ) -> Packed:
     """Make another version of a bundle: the named variants get new files, their golden vectors stay, the rest goes.
 
@@ -282,6 +284,8 @@ def repack(
         files: variant id → new model file of the same format.
         description: free text.
         prove: run the golden vectors on the new files.
+        weigh: compress the new files, which takes long, to tell their download bytes.
+        engines: those that work here; found by running them if they are not given.
 
     Raises:
         RefusedError: `variant_missing`, `golden_miss` if a new file misses a golden vector, and as `Layout.bundle`.
@@ -299,7 +303,7 @@ def repack(
             f"the bundle has no variant {', '.join(stray) or '(none named)'}",
             next_step="see inspect",
         )
-    engines = probe()
+    engines = probe() if engines is None else engines
     pieces: list[Piece] = []
     for key, path in files.items():
         variant = known[key]
@@ -321,7 +325,13 @@ def repack(
                 raise RefusedError("golden_miss", f"variant {key!r}: {misses[0]}", consequence="nothing was packed")
         chosen = Chosen(encoded, variant.golden.vectors, [], runnable.engines, {})
         pieces.append(
-            Piece(runnable, variant.precision, chosen, variant.golden.synthetic, measure.download_bytes(path))
+            Piece(
+                runnable,
+                variant.precision,
+                chosen,
+                variant.golden.synthetic,
+                measure.download_bytes(path) if weigh else 0,
+            )
         )
     return write_bundle(
         output,

@@ -21,7 +21,7 @@ import msgspec
 from wherry_optimizer import data, evaluate, gate, measure, passes
 from wherry_optimizer import interface as interfaces
 from wherry_optimizer.data import Dataset
-from wherry_optimizer.golden import WORKERS, Runnable, Selection, budget, select
+from wherry_optimizer.golden import WORKERS, Runnable, Runs, Selection, budget, run_all, select
 from wherry_optimizer.model import Model, load
 from wherry_optimizer.pack import Packed, Piece, engines_of, provenance, single_file, write_bundle
 from wherry_optimizer.precision import precision_of
@@ -76,9 +76,13 @@ class BuildResult:
 
 @dataclass(slots=True)
 class Cache:
-    """What builds of one process share: scores of variants on data by digests, and which engines work here."""
+    """What builds of one process share, by digests of what it was made from, and which engines work here."""
 
     scores: dict[tuple[str, ...], evaluate.Scores] = field(default_factory=dict)
+    runs: dict[tuple[str, ...], Runs] = field(default_factory=dict)
+    """What a variant gave for the candidates of golden vectors."""
+    datasets: dict[tuple[bytes, bytes, Path], Dataset] = field(default_factory=dict)
+    downloads: dict[str, int] = field(default_factory=dict)
     engines: list[EngineFacts] = field(default_factory=list)
 
 
@@ -142,7 +146,7 @@ class _Build:
             interface, fits = self.fit(sources, files)
             operations.steps_of(recipe.preprocess.chain("preprocess"), interface, "preprocess")
             operations.steps_of(recipe.postprocess.chain("postprocess"), interface, "postprocess")
-            dataset = data.load(recipe.data, interface, self.loaded.folder)
+            dataset = self.data(interface)
             interface = self.label(interface, dataset)
             fits = {key: replace(fitted, interface=interface) for key, fitted in fits.items()}
             self.say(
@@ -220,6 +224,13 @@ class _Build:
                 first = next(iter(fits.values())).interface
                 fits[key] = interfaces.fit(files[key], model.format, tensors, first)
         return next(iter(fits.values())).interface, fits
+
+    def data(self, interface: Interface) -> Dataset:
+        """Load the data, once for all builds that ask for the same."""
+        key = (msgspec.json.encode(self.recipe.data), msgspec.json.encode(interface), self.loaded.folder)
+        if key not in self.cache.datasets:
+            self.cache.datasets[key] = data.load(self.recipe.data, interface, self.loaded.folder)
+        return self.cache.datasets[key]
 
     def label(self, interface: Interface, dataset: Dataset) -> Interface:
         """Add the class names that only the data know."""
@@ -353,6 +364,15 @@ class _Build:
         """Choose golden vectors from calibration data, so that held-back data stay held back."""
         self.say("choosing golden vectors")
         candidates = [sample.inputs for sample in dataset.calibration[: self.recipe.golden.candidates]]
+        digests = {item.spec.id: item.digest for item in made}
+
+        def run(item: Runnable, inputs: Sequence[dict[str, data.Array]], available: Sequence[EngineFacts]) -> Runs:
+            ways = f"{item.engines} {sorted(item.options.items())} {sorted(item.tensors.items())} {item.quantized}"
+            key = (digests[item.id], dataset.digest, str(len(inputs)), ways)
+            if key not in self.cache.runs:
+                self.cache.runs[key] = run_all(item, inputs, available)
+            return self.cache.runs[key]
+
         selection = select(
             [item.runnable for item in made],
             candidates,
@@ -361,6 +381,7 @@ class _Build:
             sampled_above=self.recipe.golden.sampled_above,
             synthetic=False,
             budgets={item.spec.id: budget(item.runnable.path.stat().st_size) for item in made},
+            run=run,
         )
         for one, engine, why in selection.left_out:
             self.say(f"{one}: {engine} left out, it {why}")
@@ -373,7 +394,7 @@ class _Build:
         self.say("measuring")
         facts = {engine.name: engine for engine in engines}
         with ThreadPoolExecutor(WORKERS) as pool:
-            sizes = {item.spec.id: pool.submit(measure.download_bytes, item.runnable.path) for item in made}
+            sizes = {item.spec.id: pool.submit(self._download_bytes, item) for item in made}
             memory = {item.spec.id: pool.submit(self._peak, item, selection) for item in made}
         calls: dict[str, Callable[[], Any]] = {}
         references: dict[str, str] = {}
@@ -404,6 +425,11 @@ class _Build:
                 )
             )
         return pieces
+
+    def _download_bytes(self, item: _Made) -> int:
+        if item.digest not in self.cache.downloads:
+            self.cache.downloads[item.digest] = measure.download_bytes(item.runnable.path)
+        return self.cache.downloads[item.digest]
 
     def _peak(self, item: _Made, selection: Selection) -> measure.PeakAnswer:
         vectors = self.folder / f"{item.spec.id}.golden"

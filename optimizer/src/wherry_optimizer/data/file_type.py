@@ -5,13 +5,15 @@ white space stripped at the outer sides, 1024 from the beginning and 1024 from t
 
 The label of a file is what `LABELS` says about its extension. Extensions that do not name one type are left out: `.h` (C or
 C++), `.dat`, `.txt` (in this environment mostly INI, CSV and lists), and `.wav`, since all of those here are a parser's tests
-of malformed files. Nothing else is curated, so accuracy is below that of a cleaned set. At most 40 files per label, none
+of malformed files. So is what the installation writes and not the package: `.pyc` (times, and paths of this machine) and
+`direct_url.json`. Nothing else is curated, so accuracy is below that of a cleaned set. At most 40 files per label, none
 twice (by features), labels with fewer than 8 files dropped.
 
-Files are split per label: packages come in the order of a hash, and each goes whole to calibration or selection as long as
-its files fit into that part's share of the label, else to the test files that the gate judges by. So near-copies within a
-package do not sit on both sides, every label is tested, and no split was picked by hand: the salt is `SALT` with the recipe's
-seed, which packaged recipes leave at 0. Parameters are chosen on selection files, never on test files.
+Files are split by package: packages come in the order of a hash, and each goes whole, with its files of every label, to
+calibration or selection, whichever has more room left of its share of all files, if it fits there and leaves the test most files
+of each of its labels; else to the test files that the gate judges by. So near-copies within a package do not sit on both sides, every label
+is tested, and no split was picked by hand: the salt is `SALT` with the recipe's seed, which packaged recipes leave at 0.
+Parameters are chosen on selection files, never on test files.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ FILE_BYTES_MIN = 16
 """Shorter files say nothing about their type."""
 CALIBRATION_SHARE = 0.25
 SELECTION_SHARE = 0.15
-"""Shares of each label's files that calibration and selection get at most; the rest is for the test."""
+"""Shares of all files that calibration and selection get at most; together they leave the rest of each label for the test."""
 SALT = "wherry/file-type"
 LABELS: dict[str, str] = {
     ".bat": "batch",
@@ -71,7 +73,6 @@ LABELS: dict[str, str] = {
     ".png": "png",
     ".proto": "proto",
     ".py": "python",
-    ".pyc": "pythonbytecode",
     ".pyi": "python",
     ".rst": "rst",
     ".sh": "shell",
@@ -86,6 +87,8 @@ LABELS: dict[str, str] = {
     ".zip": "zip",
 }
 """Extension → content type in the model's own words."""
+INSTALLER_FILES = frozenset({"direct_url.json"})
+"""Written while installing; `.json` by name, and different in every folder."""
 
 
 def features(source: str | os.PathLike[str] | bytes) -> npt.NDArray[np.int32]:
@@ -130,37 +133,38 @@ def load(spec: Specification, interface: Interface, folder: Path) -> Dataset:
     names = labels()
     index = {name: position for position, name in enumerate(names)}
     input_name, output_name = interface.inputs[0].name, interface.outputs[0].name
-    calibration: list[Sample] = []
-    selection: list[Sample] = []
-    evaluation: list[Sample] = []
+    found: list[tuple[str, str, Sample]] = []
+    """(label, package, sample)"""
     counts: dict[str, int] = {}
     seen: set[bytes] = set()
     for label, paths in sorted(_by_label(Path(sysconfig.get_paths()["purelib"])).items()):
         if label not in index:
             continue
-        rows: list[tuple[str, npt.NDArray[np.int32]]] = []
+        rows: list[tuple[str, str, Sample]] = []
         for package, path in paths:
             values = features(path)
             key = values.tobytes()
             if key in seen:
                 continue
             seen.add(key)
-            rows.append((package, values))
+            rows.append((label, package, Sample({input_name: values}, index[label])))
             if len(rows) == FILES_PER_LABEL_MAX:
                 break
         if len(rows) < FILES_PER_LABEL_MIN:
             continue
         counts[label] = len(rows)
-        parts = split([package for package, _ in rows], f"{SALT}/{spec.seed}/{label}")
-        for package, values in rows:
-            sample = Sample({input_name: values}, index[label])
-            {"calibration": calibration, "selection": selection, "test": evaluation}[parts[package]].append(sample)
+        found += rows
+    parts = split([(label, package) for label, package, _ in found], f"{SALT}/{spec.seed}")
+    calibration, selection, evaluation = (
+        [sample for _, package, sample in found if parts[package] == part]
+        for part in ("calibration", "selection", "test")
+    )
     rng = np.random.default_rng(spec.seed)
     calibration = [calibration[position] for position in rng.permutation(len(calibration))][: spec.calibration]
     evaluation = [evaluation[position] for position in rng.permutation(len(evaluation))][: spec.evaluation]
     return Dataset(
         metric="accuracy",
-        description="files of the Python environment, labelled by extension, split by package within each label",
+        description="files of the Python environment, labelled by extension, split by package",
         calibration=tuple(calibration),
         evaluation=tuple(evaluation),
         score=lambda outputs, label: _right(outputs, output_name, label),
@@ -170,23 +174,32 @@ def load(spec: Specification, interface: Interface, folder: Path) -> Dataset:
     )
 
 
-def split(packages: Sequence[str], salt: str) -> dict[str, str]:
-    """Return package → `calibration`, `selection` or `test` for one label.
+def split(files: Sequence[tuple[str, str]], salt: str) -> dict[str, str]:
+    """Return package → `calibration`, `selection` or `test`.
 
     Args:
-        packages: of every file of the label, so with repetitions.
+        files: (label, package) of every file, so with repetitions.
         salt: decides the order; nothing else does.
     """
-    sizes = Counter(packages)
-    room = {
-        "calibration": round(CALIBRATION_SHARE * len(packages)),
-        "selection": round(SELECTION_SHARE * len(packages)),
+    sizes: dict[str, Counter[str]] = {}
+    for label, package in files:
+        sizes.setdefault(package, Counter())[label] += 1
+    room = {"calibration": round(CALIBRATION_SHARE * len(files)), "selection": round(SELECTION_SHARE * len(files))}
+    spare = {
+        label: round((CALIBRATION_SHARE + SELECTION_SHARE) * count)
+        for label, count in Counter(label for label, _ in files).items()
     }
     found: dict[str, str] = {}
     for package in sorted(sizes, key=lambda name: hashlib.sha256(f"{salt}/{name}".encode()).digest()):
-        part = next((name for name, left in room.items() if sizes[package] <= left), "test")
-        if part in room:
-            room[part] -= sizes[package]
+        own = sizes[package]
+        spared = all(count <= spare[label] for label, count in own.items())
+        part = max(room, key=lambda name: room[name])
+        if not spared or own.total() > room[part]:
+            part = "test"
+        else:
+            room[part] -= own.total()
+            for label, count in own.items():
+                spare[label] -= count
         found[package] = part
     return found
 
@@ -200,7 +213,7 @@ def _by_label(root: Path) -> dict[str, list[tuple[str, Path]]]:
     found: dict[str, list[tuple[bytes, str, Path]]] = {}
     for path in _files(root):
         label = LABELS.get(path.suffix.lower())
-        if label is None:
+        if label is None or path.name in INSTALLER_FILES:
             continue
         relative = path.relative_to(root).as_posix()
         package = relative.partition("/")[0].partition("-")[0].removesuffix(".libs").lower()

@@ -24,7 +24,6 @@ CLASSES = (
     (0x7F, "ELF files"),
     (0x89, "PNG files"),
     (0x50, "ZIP archives"),
-    (0xA7, "Python byte code"),
     (0x7B, "JSON objects"),
     (0x3C, "markup"),
     (0x66, "sources that begin with f(rom)"),
@@ -110,7 +109,14 @@ class Releases:
             model = onnx.load_model_from_string(layout.path(variant.digest).read_bytes())
             files[variant.id] = work / f"{variant.id}.onnx"
             files[variant.id].write_bytes(edit(model, value).SerializeToString())
-        packed = pack.repack(base.path, self.folder / folder, version=version, files=files)
+        packed = pack.repack(
+            base.path,
+            self.folder / folder,
+            version=version,
+            files=files,
+            weigh=False,
+            engines=self.cache.engines or None,
+        )
         return self.read(packed.path)
 
     def stamp(self, base: Release, version: str) -> Release:

@@ -6,10 +6,10 @@ import http.client
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from wherry_shared.publishing_remote import Remote
 from wherry_simulators.demo.bundles import FAULTS, MODEL, PITCH, Release, Releases
 from wherry_simulators.demo.files import requests
 from wherry_simulators.demo.mirror import Mirror
-from wherry_simulators.demo.outcome import Outcome, variants_table
+from wherry_simulators.demo.outcome import Outcome, data_lines, variants_table
 from wherry_simulators.demo.traffic import Traffic
 from wherry_simulators.fleet import Agent, Server, SwarmChild, write_json
 from wherry_simulators.processes import Child, wait_for
@@ -39,6 +39,8 @@ SAMPLES_MIN = 300
 FINAL = ("done", "halted", "aborted", "reverted")
 TRIAL = {"min_requests": 40, "max_s": 8, "latency_tail_ratio_max": 8.0, "canary_latency_ratio_max": 20.0}
 """Terms of the demo's trials: shorter than the defaults, and lenient with a machine on which everything runs at once."""
+IDLE_TRIAL_S = 3
+"""The same for the device that nobody asks: its trial ends by golden vectors, after so long."""
 PLAN: dict[str, Any] = {
     "trial": TRIAL,
     "failure": {"count": 20, "share": 0.1, "sample_min": 5},
@@ -47,7 +49,9 @@ PLAN: dict[str, Any] = {
     "settled_share": 0.95,
     "revert_s": 45,
 }
-PILOT = 'label.ring = "pilot" or name = swarm-1-000*'
+PILOT = "pilot"
+"""The cohort that gets a release first."""
+PILOT_MEMBERS = 'label.ring = "pilot" or name = swarm-1-000*'
 """Both real pilot agents, and ten of the simulated devices."""
 PILOT_DEVICES = 12
 CAMERAS = 'label.role = "camera"'
@@ -75,7 +79,7 @@ class Demo:
     def run(self) -> None:
         """Tell the whole story."""
         self._fresh()
-        with self._step("build", "Bundles from real models and real data"):
+        with self._step("build", "Bundles from two real models: file-type on real files, pitch on synthesised notes"):
             self._build()
         with self._step("start", f"wherry dev, 4 real agents, {self.outcome.swarm} simulated devices"):
             self._start()
@@ -127,6 +131,8 @@ class Demo:
             self.releases[version] = makes.change(self.releases["1.1.0"], version, fault, self.special[0])
         self.releases["1.4.0"] = makes.stamp(self.releases["1.1.0"], "1.4.0")
         self.console.print(variants_table(honest))
+        for line in data_lines(honest):
+            self.console.print(f"  {line}")
         for row in self.outcome.kept_out:
             self.console.print(f"  kept out of {row['bundle']}: {row['id']}: {row['why']}")
         formats = {variant.format for variant in self.pitch.config.variants}
@@ -149,6 +155,9 @@ class Demo:
             assert release is not None
             self._publish(release)
         self.mirror = Mirror(self.server.address).start()
+        with self.server.client() as client:
+            client.post("/api/v1/cohorts", {"name": PILOT, "selector": PILOT_MEMBERS})
+        self.console.print(f"  cohort {PILOT}: {PILOT_MEMBERS}")
         token = self.server.token(8)
         self._agent("cam-1", token, {"role": "camera", "ring": "pilot"}, ["onnxruntime"])
         self._agent("cam-2", token, {"role": "camera", "ring": "pilot"}, ["onnxruntime"])
@@ -172,12 +181,21 @@ class Demo:
     def _first(self) -> None:
         with (
             self._rollout(MODEL, "1.0.0", CAMERAS, [1.0]) as shown,
-            self._rollout(PITCH, "1.0.0", 'name = "mic-1"', [1.0], confirmed_min=0) as pitch,
+            self._rollout(
+                PITCH, "1.0.0", 'name = "mic-1"', [1.0], confirmed_min=0, trial={**TRIAL, "max_s": IDLE_TRIAL_S}
+            ) as pitch,
         ):
-            for name in ("cam-1", "cam-2", "cam-3"):
-                port = self.agents[name].http_port
-                wait_for(f"{name} to serve", partial(_ready, port, MODEL), STEP_S)
-                self.traffic.append(Traffic(name, port, MODEL, requests(self.special[0]), REQUESTS_PER_S).start())
+            bodies = requests(self.special[0])
+            waiting = {name: self.agents[name].http_port for name in ("cam-1", "cam-2", "cam-3")}
+
+            def greet() -> bool:
+                for name, port in list(waiting.items()):
+                    if _ready(port, MODEL):
+                        self.traffic.append(Traffic(name, port, MODEL, bodies, REQUESTS_PER_S).start())
+                        del waiting[name]
+                return not waiting
+
+            wait_for("the cameras to serve", greet, STEP_S)
             done = self._follow(shown)
             heard = self._follow(pitch)
             wait_for("the last cameras to confirm 1.0.0", lambda: self._all_run("1.0.0"), STEP_S)
@@ -336,15 +354,15 @@ class Demo:
 
     @contextmanager
     def _rollout(
-        self, model: str, version: str, selector: str, shares: list[float], *, confirmed_min: int = 1, **changes: Any
+        self, model: str, version: str, whom: str, shares: list[float], *, confirmed_min: int = 1, **changes: Any
     ) -> Iterator[dict[str, Any]]:
-        """Create and start a rollout; at the end keep what the server says of it."""
+        """Create and start a rollout to the cohort `PILOT` or to a selector; at the end keep what the server says of it."""
         began = time.monotonic()
         stages = [{"share": share, "confirmed_min": confirmed_min} for share in shares]
         wish = {
             **PLAN,
             "models": [{"model": model, "version": version}],
-            "selector": selector,
+            "cohort" if whom == PILOT else "selector": whom,
             "stages": stages,
             "supersede": True,
             "start": True,
@@ -352,7 +370,7 @@ class Demo:
         }
         with self.server.client() as client:
             shown: dict[str, Any] = client.post("/api/v1/rollouts", wish)
-            self.console.print(f"  rollout {shown['number']}: {model} {version} to {selector}")
+            self.console.print(f"  rollout {shown['number']}: {model} {version} to {whom}")
             yield shown
             self.outcome.add_rollout(client.get(f"/api/v1/rollouts/{shown['number']}"), time.monotonic() - began)
 
@@ -465,6 +483,7 @@ def _look_around(demo: Demo, console: Console) -> None:
     agent = demo.agents["cam-1"]
     console.print(f"""
 Everything goes on running. Look around:
+  source {os.path.relpath(Path(sys.prefix) / "bin" / "activate")}
   export WHERRY_DATA={data}
   wherry fleet; wherry rollout list; wherry device show cam-1
   wherry-agent status --home {os.path.relpath(agent.home)}
