@@ -184,6 +184,11 @@ class Buffer:
         row = self._database.execute("SELECT min(seq) FROM message").fetchone()
         return int(row[0]) if row[0] is not None else self._next
 
+    @property
+    def untold(self) -> int:
+        """Windows that were dropped and that no message tells of yet; the next one will."""
+        return self._dropped
+
     def held(self, count: int) -> list[int]:
         """Return the oldest `count` numbers that are not acknowledged."""
         rows = self._database.execute("SELECT seq FROM message ORDER BY seq LIMIT ?", (count,)).fetchall()
@@ -204,6 +209,7 @@ class Buffer:
         for windows in _split(message.windows):
             try:
                 self._add(msgspec.structs.replace(message, windows=windows))
+                message = msgspec.structs.replace(message, downloaded_bytes=0)  # told once
             except sqlite3.Error as error:
                 self._dropped += len(windows)
                 log.warning("telemetry: %d windows dropped: %s", len(windows), error)
@@ -237,9 +243,10 @@ class Buffer:
         lost = 0
         count, size = self._database.execute("SELECT count(*), coalesce(sum(size), 0) FROM message").fetchone()
         while count > 1 and (count > MESSAGES_MAX or size > self._bytes_max):
-            row = self._database.execute("SELECT seq, windows, size FROM message ORDER BY seq LIMIT 1").fetchone()
+            row = self._database.execute("SELECT seq, windows, size, body FROM message ORDER BY seq LIMIT 1").fetchone()
             self._database.execute("DELETE FROM message WHERE seq = ?", (row[0],))
-            count, size, lost = count - 1, size - row[2], lost + row[1]
+            # what it would have told of earlier losses is told by a later one
+            count, size, lost = count - 1, size - row[2], lost + row[1] + wire.parse(Telemetry, row[3]).dropped
         return lost
 
     def _open(self) -> sqlite3.Connection:
@@ -261,7 +268,8 @@ class Buffer:
         database = sqlite3.connect(path, check_same_thread=False)
         try:
             database.execute("PRAGMA journal_mode = WAL")
-            database.execute("PRAGMA synchronous = NORMAL")  # whole messages may be lost with the power, none torn
+            # a number that was sent must not be given again after a power cut: the server would take it for known
+            database.execute("PRAGMA synchronous = FULL")
             database.execute("PRAGMA cache_size = -256")
             with database:
                 database.execute("CREATE TABLE IF NOT EXISTS stream (epoch TEXT, next INTEGER, dropped INTEGER)")
