@@ -257,6 +257,15 @@ def test_inline_runs_the_candidate_here_and_falls_back_here(tmp_path: Path, supe
     assert supervisor.crashes == []
 
 
+def test_in_a_split_the_application_keeps_the_incumbent_inside_it(tmp_path: Path, supervisor: Supervisor):
+    good = loadable(models.scale(tmp_path / "good.onnx", 2.0))
+    candidate = loadable(models.scale(tmp_path / "new.onnx", 3.0), "1.1.0")
+    supervisor.publish(good)
+    with supervisor.model(isolation="inline") as model:
+        supervisor.publish_and_settle(candidate, incumbent=good, trial="t", mode="split", share=0.9)
+        assert {model.run(ONES).by.version for _ in range(20)} == {"1.0.0"}
+
+
 APPLICATION = """
 import os, signal, sys
 import numpy as np

@@ -93,6 +93,43 @@ def report(device: FakeDevice, seq: int, first: int = 1, **more: Any) -> bytes:
     return device.frame("report", wire.Report(**{**values, "state": "confirmed", "running": "sha256:1", **more}))
 
 
+def test_what_a_shadow_and_a_standby_say_is_stored_whole(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            (device,) = await found.enrol(1)
+            store = found.ingest.store
+            compared = {"compared": 9, "agreed": 8, "skipped": 4}
+            shadow = wire.Window(
+                model="m",
+                manifest="sha256:2",
+                variant="v",
+                arm="shadow",
+                start=1,
+                duration_us=5,
+                requests=9,
+                confidence={"3": 9},
+                distance={"2": 9},
+                **compared,
+            )
+            frame = telemetry(device, 1, windows=[shadow])
+            assert acked(device, await store("telemetry", [(device.id, frame)])) == [("telemetry", "t1", 1)]
+            terms = {"manifest": "sha256:2", "share": 0.0, "group": "g"}
+            said = [
+                report(device, 1, state="standby", mode="blue_green", **terms),
+                report(device, 2, state="compared", mode="shadow", trial_end="time", **{**terms, **compared}),
+            ]
+            assert acked(device, await store("report", [(device.id, one) for one in said])) == [("report", "e1", 2)]
+            (window,) = await found.rows("SELECT arm, body FROM telemetry_window")
+            assert window.arm == "shadow"
+            assert wire.parse(wire.Window, window.body) == shadow
+            rows = await found.rows("SELECT state, body FROM report_log ORDER BY seq")
+            assert [row.state for row in rows] == ["standby", "compared"]
+            last = wire.parse(wire.Report, rows[-1].body)
+            assert (last.mode, last.share, last.group, last.compared, last.agreed) == ("shadow", 0.0, "g", 9, 8)
+
+    run(work())
+
+
 def acked(device: FakeDevice, answers: list[tuple[str, bytes]]) -> list[tuple[str, str, int]]:
     found = []
     for name, frame in answers:

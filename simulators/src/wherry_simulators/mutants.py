@@ -23,7 +23,7 @@ from wherry_shared.wire import Report
 from wherry_simulators import scenarios
 from wherry_simulators.brain import REAL, Brain, Turn
 from wherry_simulators.scenario import Scenario
-from wherry_simulators.scenarios import groups, modes
+from wherry_simulators.scenarios import engines, groups, modes
 from wherry_simulators.world import World
 
 DEVICES_MAX = 12
@@ -463,10 +463,12 @@ ALL: tuple[Mutant, ...] = (
                 else event
             )
         ),
+        engines.TABLE,
     ),
     Mutant(
         "a version that a new engine breaks serves with it",
         _events(lambda _, event: None if isinstance(event, s.Rejudged) and not event.result.passed else event),
+        engines.TABLE,
     ),
     Mutant(
         "files are collected while they may still serve",

@@ -198,7 +198,7 @@ class SwarmDevice:
     def _context(self, stats: ArmStats) -> Context:
         slot = self.state.models.get(stats.model)
         phase = slot.phase if slot is not None else None
-        if stats.arm == "candidate" and isinstance(phase, s.OnTrial | s.Proving):
+        if stats.arm != "incumbent" and isinstance(phase, s.OnTrial | s.Proving):
             return Context(phase.job.offered.rollout, phase.job.offered.attempt)
         if slot is not None and slot.incumbent is not None:
             return Context(slot.incumbent.offered.rollout, slot.incumbent.offered.attempt)
@@ -207,8 +207,9 @@ class SwarmDevice:
     def _cut(self) -> None:
         """Owe the server what was measured since the last cut."""
         windows = self._windows.cut(self.now().wall_us, self._context)
-        serving = self.hands.worker.serving if self.hands.worker is not None else {}
-        self._windows.keep_only({loadable.digest for loadable in serving.values()})
+        serving = self.hands.worker.commands if self.hands.worker is not None else {}
+        loaded = [one for model in serving.values() for one in (model.active, model.incumbent)]
+        self._windows.keep_only({loadable.digest for loadable in loaded if loadable is not None})
         if not windows:
             return
         number = self._telemetry_next

@@ -8,11 +8,11 @@ from wherry_simulators.scenarios import behaviours, engines, groups, modes, roll
 
 ALL: tuple[Scenario, ...] = (
     *behaviours.TABLE,
-    *modes.TABLE,
-    *groups.TABLE,
     *trouble.TABLE,
     *rollouts.TABLE,
     *engines.TABLE,
+    *modes.TABLE,
+    *groups.TABLE,
 )
 
 
