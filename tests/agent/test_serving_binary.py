@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -225,3 +226,23 @@ def test_raw_tensors_lie_where_they_came_unless_that_is_not_aligned():
     large = np.ones(100_000, np.float32)
     assert np.shares_memory(np.frombuffer(tensors.to_bytes(large), np.float32), large)
     assert bytes(tensors.to_bytes(large[::2])) == large[::2].tobytes()
+
+
+@pytest.mark.parametrize("count", [1, 1000])
+@pytest.mark.parametrize(
+    ("datatype", "dtype", "largest", "beyond"),
+    [
+        ("FP16", np.float16, 65519.99, 65520.0),
+        ("FP32", np.float32, 3.4028235e38, 3.4028236e38),
+        ("BF16", np.uint16, 3.3895e38, 3.4e38),
+        ("INT8", np.int8, 127, 128),
+        ("UINT64", np.uint64, 2**64 - 1, 2**64),
+    ],
+)
+def test_numbers_in_json_end_where_their_datatype_does(datatype: str, dtype, largest, beyond, count: int):
+    def decode(value: Any) -> np.ndarray:
+        return tensors.decode("x", datatype, [count], msgspec.Raw(json.dumps([value] * count).encode()))
+
+    assert decode(largest).dtype == dtype
+    with pytest.raises(BadInput, match="out of"):
+        decode(beyond)

@@ -235,7 +235,7 @@ def render(shown: dict[str, Any]) -> str:
         lines += [
             f"agent    {shown['agent']}, up {shown['uptime_s']:.0f} s, engines: {engines}",
             f"server   {shown['server']}, connected: {shown['connected']}, reports owed: {shown['reports_owed']}",
-            f"serves   {shown['http']}",
+            f"serves   {shown['http']}" + (f", gRPC {shown['grpc']}" if shown.get("grpc") else ""),
         ]
         old = [one for one in shown["worker_engines"] if one not in shown["engines"]]
         lines += [f"worker   still has {', '.join(old)} in memory"] if old and shown["engines"] else []

@@ -21,9 +21,17 @@ from wherry_shared.engines.session import DTYPES, Array
 from wherry_shared.limits import TENSOR_RANK_MAX
 
 ELEMENTS_MAX = 64 * 1024 * 1024
+LISTED_MAX = 256
 COPIED_BYTES_MAX = 1 << 15
 """Up to here an output is copied into its response; beyond, it is sent from where it lies."""
 
+_RANGES: dict[np.dtype[Any], tuple[float, float]] = {
+    **{dtype: (np.iinfo(dtype).min, np.iinfo(dtype).max) for dtype in DTYPES.values() if dtype.kind in "ui"},
+    # the largest numbers that are still rounded to a finite one
+    np.dtype(np.float16): (math.nextafter(-65520.0, 0), math.nextafter(65520.0, 0)),
+    np.dtype(np.float32): (math.nextafter(-3.4028235677973366e38, 0), math.nextafter(3.4028235677973366e38, 0)),
+    np.dtype(np.float64): (-math.inf, math.inf),
+}
 _TYPES: dict[str, np.dtype[Any]] = dict(DTYPES.items())
 
 _flat: dict[str, msgspec.json.Decoder[Any]] = {
@@ -215,12 +223,16 @@ def _array(name: str, datatype: str, dtype: np.dtype[Any], values: list[Any]) ->
         made = np.empty(len(values), dtype)
         made[:] = values
         return made
-    if dtype.kind in "ui" and values:
-        info = np.iinfo(dtype)
-        if min(values) < info.min or max(values) > info.max:
-            raise BadInput(f"input {name[:80]!r}: a value is out of the range of {datatype}")
-    with np.errstate(over="ignore"):
-        array = np.array(values, dtype)
-    if dtype.kind == "f" and not np.isfinite(array).all():
+    if dtype.kind == "b":
+        return np.array(values, dtype)
+    if dtype.kind == "f" and len(values) > LISTED_MAX:
+        with np.errstate(over="ignore"):
+            array = np.array(values, dtype)
+        good = bool(np.isfinite(array).all())
+    else:  # looking at a few numbers one by one is faster than telling numpy not to warn
+        low, high = _RANGES[dtype]
+        good = not values or (low <= min(values) and max(values) <= high)
+        array = np.array(values, dtype) if good else np.empty(0, dtype)
+    if not good:
         raise BadInput(f"input {name[:80]!r}: a value is out of the range of {datatype}")
     return array
