@@ -67,3 +67,22 @@ def _answers(of: Agent) -> bool:
         return of.infer()[0] == 200
     except OSError:
         return False
+
+
+def test_a_file_that_the_disk_altered_is_found_by_the_scrub_and_brought_again(tmp_path: Path) -> None:
+    home = tmp_path / "lamp"
+    home.mkdir()
+    (home / "agent.toml").write_text("scrub_every_s = 2.0\n")
+    with site(tmp_path) as wherry, agent(wherry, "lamp") as lamp:
+        wherry.release("1.0.0", models.scale(tmp_path / "one.onnx", 2.0))
+        lamp.until("it is enrolled", lambda shown: shown["engines"])
+        wherry.deploy("1.0.0", "lamp", trial_s=1)
+        lamp.until_serves("1.0.0")
+        weights = max((home / "store" / "blobs" / "sha256").iterdir(), key=lambda path: path.stat().st_size)
+        whole = weights.read_bytes()
+        weights.write_bytes(bytes(len(whole)))
+        until(lambda: "1 versions altered" in lamp.log.read_text(errors="replace"), "the scrub finds it", 60)
+        until(lambda: weights.exists() and weights.read_bytes() == whole, "it is brought again", 90)
+        assert lamp.ask(5) == ["1.0.0"] * 5
+        last = lamp.until("it says so", lambda shown: "fetched again" in str(shown["models"]))
+        assert last["known_bad"] == []

@@ -127,7 +127,8 @@ def events(draw: Any, state: s.State) -> s.Event:
             engine = draw(st.sampled_from(["1.32.0", "1.33.0"]))
             result = Judged(passed=True) if draw(st.booleans()) else Judged(passed=False, reason=draw(reason))
             again = s.Rejudged(name, item.digest, engine, result)
-            moved = [s.HandedOver(), s.HandedOver("it died"), s.HandOverAsked("x")]
+            moved: list[s.Event] = [s.HandedOver(), s.HandedOver("it died"), s.HandOverAsked("x")]
+            moved += [s.Altered(name, item.manifest, item.variant, "x"), s.Mended(name, item.manifest, item.variant)]
             return draw(st.sampled_from([s.EnginesProbed({"onnxruntime": engine}), again, *moved]))
         case _:
             return s.Tick()
@@ -334,5 +335,7 @@ def honest(effect: s.Effect, state: s.State) -> list[s.Event]:
             return [s.WorkerDied("ordered", ordered=True), s.WorkerReady()]
         case s.Refresh():
             return [s.Refreshed(trust(9))]
+        case s.Mend():
+            return [s.Mended(effect.model, effect.manifest, effect.variant)]
         case s.Cancel() | s.SendReports() | s.Collect():
             return []

@@ -53,6 +53,12 @@ class Loadable(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     peak_memory_bytes: int = 0
     """As the canary measured it here; 0 if not yet."""
 
+    @property
+    def digests(self) -> frozenset[str]:
+        """The blobs that it needs."""
+        names = (path.rpartition("/")[2] for path in (self.golden_path, self.config_path, self.assets_path) if path)
+        return frozenset({self.digest, self.manifest, *(f"sha256:{name}" for name in names)})
+
 
 # --- courier ------------------------------------------------------------------------------------
 
@@ -122,6 +128,13 @@ class Fetch(_Message, tag="fetch", frozen=True, kw_only=True):
     tries_max: int = 5
     bytes_per_s_max: int = 0
     """How fast to download; 0 for as fast as it goes."""
+
+
+class Scrub(_Message, tag="scrub", frozen=True, kw_only=True):
+    """Read the files of versions again at a bounded rate; set aside what is not what was verified."""
+
+    home: str
+    versions: list[Loadable]
 
 
 class Progress(_Message, tag="progress", frozen=True, kw_only=True):
@@ -202,8 +215,24 @@ class Fetched(_Message, tag="fetched", frozen=True, kw_only=True):
     """Bytes that went over the wire."""
 
 
-CourierTask = Enrol | Refresh | Verify | Resolve | Fetch
-CourierAnswer = Progress | Failed | Enrolled | Refreshed | Verified | Resolved | Fetched
+class ScrubbedVersion(msgspec.Struct, frozen=True, kw_only=True):
+    """A version of which files were altered or are missing."""
+
+    model: str
+    manifest: str
+    variant: str
+    detail: str
+
+
+class Scrubbed(_Message, tag="scrubbed", frozen=True, kw_only=True):
+    """Everything was read; `altered` lists what has to be fetched again."""
+
+    bytes: int
+    altered: list[ScrubbedVersion] = []
+
+
+CourierTask = Enrol | Refresh | Verify | Resolve | Fetch | Scrub
+CourierAnswer = Progress | Failed | Enrolled | Refreshed | Verified | Resolved | Fetched | Scrubbed
 
 
 # --- canary -------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from wherry_agent.children import (
     Refreshed,
     Resolve,
     Resolved,
+    Scrub,
     Verified,
     Verify,
     encode_line,
@@ -42,6 +43,7 @@ from wherry_agent.children import (
 from wherry_agent.courier_blobs import INFO_BYTES_MAX, PATH, Blobs
 from wherry_agent.courier_enrol import enrol
 from wherry_agent.courier_http import Http
+from wherry_agent.courier_scrub import scrub
 from wherry_agent.disk import Disk, disk_of
 from wherry_agent.identity import Identity
 from wherry_agent.mirrors import Mirrors
@@ -56,6 +58,8 @@ log = logging.getLogger("wherry.courier")
 
 TASK_BYTES_MAX = 4 * limits.MIB
 PROGRESS_EVERY_S = 1.0
+NICENESS = 10
+"""Of a scrub, which nobody waits for."""
 DETAIL_CHARS_MAX = limits.REPORT_DETAIL_CHARS_MAX
 UNKNOWN_KEY_REFRESH_S = 60.0
 """Offers with unknown keys cause a refresh at most this often: anybody at the broker could send them."""
@@ -90,6 +94,7 @@ _BY_TASK: dict[type, str] = {
     Verify: reasons.OFFER_INVALID,
     Resolve: reasons.BUNDLE_INVALID,
     Fetch: reasons.BUNDLE_INVALID,
+    Scrub: reasons.DISK,
 }
 
 
@@ -117,6 +122,8 @@ def run(task: CourierTask, emit: Emit, *, disk: Disk | None = None, wall_s: floa
                 return _resolve(task, disk, wall_us)
             case Fetch():
                 return _fetch(task, emit, disk)
+            case Scrub():
+                return scrub(task, disk)
     except WherryError as error:
         log.info("%s: %s", type(task).__name__, error)
         return _failed(_reason(task, error), error.message)
@@ -326,6 +333,8 @@ def main() -> int:
     except msgspec.DecodeError as error:
         emit(_failed(reasons.CHILD_FAILED, f"not a task: {error}"))
         return 0
+    if isinstance(task, Scrub):
+        os.nice(NICENESS)
     emit(run(task, emit))
     return 0
 

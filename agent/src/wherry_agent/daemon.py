@@ -72,6 +72,11 @@ HANDLES_SECONDS_MAX = 10.0
 """How long a swap waits for handles that do not say what they did; well below the machine's own deadlines."""
 ENROL_WAIT_MAX_S = 60.0
 JOURNAL_AGAIN_S = 5.0
+SCRUB_FIRST_S = 900.0
+"""After a start: what serves was just read by the worker."""
+SCRUB_AGAIN_S = 900.0
+"""After a version could not be brought again."""
+MEND_WAIT_S = 30.0
 EVENTS_KEPT_MAX = 1000
 HEARTBEAT_S = 300.0
 """Telemetry without windows is sent this often: memory, disk and temperature."""
@@ -175,6 +180,7 @@ class Daemon:
         )
         self._link.start()
         self._declare_settings()
+        self._later("scrub", min(SCRUB_FIRST_S, self._settings.scrub_every_s), self._scrub)
         self._later("window", self._settings.window_s, self._cut_windows)
         if self._downloads.conditional:
             self._later("conditions", self._settings.conditions.check_s, self._watch_conditions)
@@ -582,6 +588,8 @@ class Daemon:
             case s.Collect():
                 self._collect = True
                 self._collect_now()
+            case s.Mend():
+                self._mend(effect)
             case _:
                 assert_never(effect)
 
@@ -818,8 +826,57 @@ class Daemon:
 
     def _needed(self) -> set[str]:
         """Return the digests that something needs now: more may be than when tidying was asked for."""
-        keep = {digest for loadable in machine.kept(self._state) for digest in _digests(loadable)}
+        keep = {digest for loadable in machine.kept(self._state) for digest in loadable.digests}
         return keep | self._handles.leases()
+
+    # --- scrub ---
+
+    def _scrub(self) -> None:
+        """Let a courier read again what is trusted; one that waits for others comes later."""
+        self._later("scrub", self._settings.scrub_every_s * (1 + self._jitter), self._scrub)
+        slots = self._state.models.values()
+        trusted = [one.loadable for slot in slots for one in (slot.incumbent, slot.last_good) if one is not None]
+        if not trusted or "!scrub" in self._shorts:
+            return
+
+        def done(answer: children.CourierAnswer) -> None:
+            self._shorts.pop("!scrub", None)
+            if not isinstance(answer, children.Scrubbed):
+                log.warning("scrub: %s", _failure(answer).detail)
+                return
+            log.info("scrub: %d bytes read, %d versions altered", answer.bytes, len(answer.altered))
+            for one in answer.altered:
+                log.error("%s %s is not what was verified: %s", one.model, one.variant, one.detail)
+                self._turn(s.Altered(one.model, one.manifest, one.variant, one.detail))
+
+        self._courier("!scrub", children.Scrub(home=self._settings.home, versions=trusted), done)
+
+    def _mend(self, effect: s.Mend) -> None:
+        """Bring a version again, when nothing else is being brought and the conditions allow."""
+        name = f"mend {effect.manifest}"
+        if self._shorts or self._trust_busy or self._downloads.wait() is not None:
+            self._later(name, MEND_WAIT_S, lambda: self._mend(effect))
+            return
+        task = children.Fetch(
+            home=self._settings.home,
+            server=self._server,
+            mirrors=self._settings.mirrors,
+            manifest=effect.manifest,
+            variant=effect.variant,
+            bytes_per_s_max=self._settings.download_bytes_per_s_max,
+        )
+
+        def done(answer: children.CourierAnswer) -> None:
+            self._shorts.pop("!mend", None)
+            failed = None if isinstance(answer, children.Fetched) else _failure(answer)
+            reason, detail = (failed.reason, failed.detail) if failed is not None else ("", "")
+            self._turn(s.Mended(effect.model, effect.manifest, effect.variant, reason, detail))
+            if failed is not None:
+                self._later("scrub", min(SCRUB_AGAIN_S, self._settings.scrub_every_s), self._scrub)
+            self._collect = True
+            self._collect_now()
+
+        self._courier("!mend", task, done)
 
     # --- trust and offers ---
 
@@ -1271,12 +1328,6 @@ def _tell_story(before: s.State, after: s.State) -> None:
             )
             words = (report.model, report.state, report.target, report.reason, report.detail, figures)
             log.info("%s", " · ".join(word for word in words if word))
-
-
-def _digests(loadable: children.Loadable) -> set[str]:
-    """Return the blobs that a variant needs."""
-    paths = (loadable.golden_path, loadable.config_path, loadable.assets_path)
-    return {loadable.digest, loadable.manifest, *(f"sha256:{Path(path).name}" for path in paths if path)}
 
 
 def _failure(answer: children.CourierAnswer) -> children.Failed:

@@ -31,12 +31,13 @@ from typing import assert_never
 
 import msgspec
 
-from wherry_agent import health, upgrades
+from wherry_agent import health, mending, upgrades
 from wherry_agent.children import Candidate
 from wherry_agent.contracts import broken_by
 from wherry_agent.state import (
     Accepted,
     Acked,
+    Altered,
     CanaryDone,
     Cancel,
     Collect,
@@ -60,6 +61,7 @@ from wherry_agent.state import (
     Job,
     Judging,
     Measured,
+    Mended,
     Offered,
     OnTrial,
     Phase,
@@ -184,6 +186,10 @@ def step(state: State, event: Event, now: Now) -> tuple[State, tuple[Effect, ...
             upgrades.asked(turn, event)
         case HandedOver():
             upgrades.handed_over(turn, event)
+        case Altered():
+            mending.altered(turn, event)
+        case Mended():
+            mending.mended(turn, event)
         case Resolved():
             if event.trust is not None:
                 turn.adopt_trust(event.trust)

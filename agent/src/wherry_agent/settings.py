@@ -59,6 +59,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How fast models are downloaded, all together; 0 for as fast as it goes, else at least `RATE_MIN`."""
     conditions: Conditions = Conditions()
     """When models may be downloaded."""
+    scrub_every_s: Annotated[float, msgspec.Meta(gt=0, le=31_536_000)] = 86_400.0
+    """How often the files of trusted versions are read again; what is altered is fetched again."""
     window_s: Seconds = 30.0
     """Length of a telemetry window."""
     telemetry_mb: Size = 8

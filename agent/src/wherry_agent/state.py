@@ -565,6 +565,27 @@ class Acked:
     seq: int
 
 
+@dataclass(frozen=True, slots=True)
+class Altered:
+    """A scrub found files of a trusted version altered or missing."""
+
+    model: str
+    manifest: str
+    variant: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mended:
+    """The files of a version are whole again, or (with a reason) are not yet."""
+
+    model: str
+    manifest: str
+    variant: str
+    reason: str = ""
+    detail: str = ""
+
+
 DeviceEvent = (
     Offered
     | Refreshed
@@ -576,6 +597,8 @@ DeviceEvent = (
     | Rejudged
     | HandOverAsked
     | HandedOver
+    | Altered
+    | Mended
 )
 SlotEvent = (
     Resolved
@@ -695,6 +718,15 @@ class Collect:
     keep: tuple[Loadable, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Mend:
+    """Start the courier: bring again what is altered or missing of a version. Answer: `Mended`."""
+
+    model: str
+    manifest: str
+    variant: str
+
+
 Effect = (
     Resolve
     | Fetch
@@ -708,4 +740,5 @@ Effect = (
     | Refresh
     | SendReports
     | Collect
+    | Mend
 )

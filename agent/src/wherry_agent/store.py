@@ -227,6 +227,23 @@ class Store:
         for suffix in (".part.json", ".part", ""):
             self._disk.unlink(final.with_name(final.name + suffix))
 
+    def set_aside(self, digest: str) -> None:
+        """Take its name from a blob that is not what it was; the bytes stay until the right ones are here.
+
+        Raises:
+            DeviceError: `disk` or `read_only`.
+        """
+        path = self.path_of(digest)
+        self._disk.rename(path, path.with_name(path.name + ".altered"))
+
+    def spoil_assets(self, digest: str) -> None:
+        """Remove an assets folder that is not what it was; it is unpacked again.
+
+        Raises:
+            DeviceError: `disk` or `read_only`.
+        """
+        self._remove_assets(self.assets_of(digest))
+
     def add(self, digest: str, data: bytes) -> None:
         """Keep small bytes that are at hand.
 

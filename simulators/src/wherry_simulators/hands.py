@@ -177,6 +177,8 @@ class Hands:
             case s.Collect(keep):
                 self.store &= {loadable.digest for loadable in keep}
                 return []
+            case s.Mend():
+                return []  # simulated disks keep what they have
             case s.SendReports():
                 return []
 
