@@ -15,7 +15,9 @@ import onnx
 import pytest
 
 from tests.optimizer.models import INT8, blobs, classifier, conv, workshop
-from wherry_optimizer import interface, pack, pipeline
+from wherry_agent.disk import Disk
+from wherry_agent.store import Store
+from wherry_optimizer import assets, interface, pack, pipeline
 from wherry_optimizer.golden import Runnable, Selection, configurations
 from wherry_optimizer.model import load
 from wherry_optimizer.pack import UNSTATED, pack_model, repack
@@ -357,6 +359,43 @@ def test_declared_processing_goes_into_the_signed_config_and_inspect_shows_it(tm
     assert "after   id best-v1" in said
     again = repack(tmp_path / "mine-1.0.0", tmp_path, version="1.1.0", files={"float": tmp_path / "m.onnx"})
     assert again.config.preprocess == config.preprocess
+
+
+def test_assets_go_with_the_version_and_unpack_on_a_device(tmp_path: Path) -> None:
+    (tmp_path / "thresholds.json").write_text('{"scratch": 0.4}')
+    (tmp_path / "notes").write_text("anchors")
+    model = classifier(tmp_path / "m.onnx")
+    terms = {"name": "mine", "licence": "MIT", "attribution": "me"}
+    files = assets.named([str(tmp_path / "thresholds.json"), f"texts/anchors.txt={tmp_path / 'notes'}"])
+    packed = pack_model(model, version="1.0.0", output=tmp_path / "a", files=files, **terms)
+    found, data = assets.layer(dict(reversed(files.items())))
+    assert packed.config.assets == found, "the order in which files are named changes nothing"
+    kept = repack(packed.path, tmp_path, version="1.1.0", files={"float": model})
+    assert kept.config.assets == found
+    store = Store(tmp_path / "device", Disk())
+    blob = store.path_of(found.digest)
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    blob.write_bytes(data)
+    folder = store.unpack(found.digest, found.files)
+    assert (folder / "thresholds.json").read_text() == '{"scratch": 0.4}'
+    assert (folder / "texts" / "anchors.txt").read_text() == "anchors"
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["m.onnx", "other/m.onnx"], "two assets are called 'm.onnx'"),
+        (["../x=m.onnx"], "cannot be called '../x'"),
+        ([".complete=m.onnx"], "cannot be called"),
+        (["gone.json"], "No such file"),
+    ],
+)
+def test_assets_that_no_device_would_unpack_are_refused(tmp_path: Path, texts: list[str], said: str) -> None:
+    classifier(tmp_path / "m.onnx")
+    with pytest.raises(RefusedError) as caught:
+        assets.layer({name: tmp_path / file for name, file in assets.named(texts).items()})
+    assert caught.value.code == "assets_invalid"
+    assert said in caught.value.message
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,7 @@ BALLAST_BYTES = 512 * 1024
 """A file that gives way when the disk is full, so that the journal can still be written."""
 ENGINES_EVERY_S = 3600.0
 """How often it is looked whether an engine was replaced on disk; SIGHUP does it at once."""
+HELLO_SOON_S = 1.0
 HELLO_EVERY_S = 600.0
 """A hello that nobody heard (the server was away, the broker was not) is made good by the next."""
 BACKLOG = 128
@@ -486,6 +487,8 @@ class Daemon:
             self._keep(event)
             return
         _tell_story(before, state)
+        if state.contracts is not before.contracts:
+            self._later("hello", HELLO_SOON_S, self._say_hello)  # contracts are facts
         for effect in effects:
             self._run(effect)
 

@@ -25,15 +25,11 @@ from wherry_agent.disk import Disk, Part
 from wherry_shared.bundle import Asset
 from wherry_shared.digest import CHUNK_BYTES, check_digest, hex_of, of_bytes
 from wherry_shared.errors import DeviceError, RefusedError
-from wherry_shared.limits import MIB
+from wherry_shared.limits import ASSET_PATH_CHARS_MAX, ASSETS_BYTES_MAX, ASSETS_FILES_MAX, MIB
 from wherry_shared.reasons import DIGEST_MISMATCH, DISK
 
 SYNC_BYTES = 4 * MIB
 """A kill costs at most this much of a download."""
-ASSETS_BYTES_MAX = 64 * MIB
-"""Assets are labels and tables; one of them is in memory at a time."""
-ASSETS_FILES_MAX = 1000
-ASSET_PATH_CHARS_MAX = 255
 _COMPLETE = ".complete"
 """Stands in an assets folder when all of it is synced."""
 

@@ -73,11 +73,15 @@ def pack(
     processing: Annotated[
         Path | None, typer.Option(help="TOML: [preprocess], [postprocess], labels in [interface].")
     ] = None,
+    asset: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]FILE", help="A file for applications, e.g. thresholds.json; repeatable."),
+    ] = None,
     output: Output = Path(),
     as_json: AsJson = False,
 ) -> None:
     """Make a bundle of one model as it is, without labels."""
-    from wherry_optimizer import report
+    from wherry_optimizer import assets, report
     from wherry_optimizer.pack import UNSTATED, pack_model
 
     packed = pack_model(
@@ -90,6 +94,7 @@ def pack(
         source=source,
         inputs=inputs,
         processing=processing,
+        files=assets.named(asset or []),
     )
     if packed.config.licence.attribution == UNSTATED:
         err.print(

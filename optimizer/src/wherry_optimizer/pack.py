@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from wherry_optimizer import assets, measure
 from wherry_optimizer import interface as interfaces
-from wherry_optimizer import measure
 from wherry_optimizer.data import check_samples
 from wherry_optimizer.data.npz import read_arrays, split_samples
 from wherry_optimizer.golden import Chosen, Runnable, budget, select
@@ -28,6 +28,7 @@ from wherry_shared import bundle, golden, limits, operations
 from wherry_shared import licence as licences
 from wherry_shared.bundle import (
     Accuracy,
+    Assets,
     Config,
     Descriptor,
     EngineName,
@@ -104,6 +105,7 @@ def write_bundle(
     description: str = "",
     preprocess: Processing = NO_PROCESSING,
     postprocess: Processing = NO_PROCESSING,
+    files: tuple[Assets, bytes] | None = None,
     unseparated: Sequence[tuple[str, str]] = (),
 ) -> Packed:
     """Write a bundle to `output`/NAME-VERSION (or to `output`, if that is its name already).
@@ -140,6 +142,8 @@ def write_bundle(
             vectors = writer.add_bytes(piece.golden.encoded, bundle.GOLDEN_TYPE, mark)
             layers += [weights, vectors]
             variants.append(_variant(piece, weights, vectors, engines))
+        if files is not None:
+            layers.append(writer.add_bytes(files[1], bundle.ASSETS_TYPE))
         text = licence_text or _licence_note(licence)
         layers.append(writer.add_bytes(text, bundle.DOC_TYPE, {bundle.ANNOTATION_PATH: "LICENSE"}))
         config = Config(
@@ -151,6 +155,7 @@ def write_bundle(
             licence=licence,
             provenance=provenance,
             description=description,
+            assets=files[0] if files is not None else None,
             preprocess=operations.named(preprocess, "preprocess"),
             postprocess=operations.named(postprocess, "postprocess"),
         )
@@ -173,6 +178,7 @@ def pack_model(
     hints: Hints | None = None,
     description: str = "",
     processing: Path | None = None,
+    files: Mapping[str, Path] | None = None,
     seed: int = 0,
 ) -> Packed:
     """Make a bundle of one model as it is, without labels.
@@ -192,6 +198,7 @@ def pack_model(
         hints: ranges, labels and bounds that the file cannot say.
         description: free text.
         processing: TOML with `[preprocess]`, `[postprocess]` and `[interface]`, as in a recipe; `hints` win over the last.
+        files: assets of this version: name → file.
         seed: of synthetic vectors.
 
     Raises:
@@ -201,6 +208,7 @@ def pack_model(
     parse_version(version)
     licences.check_known(licence)
     said = read_processing(processing) if processing is not None else ProcessingFile()
+    packed_files = assets.layer(files) if files else None
     model = load(path)
     attribution = attribution.strip() or author_of(model) or UNSTATED
     precision = precision_of(model)
@@ -259,6 +267,7 @@ def pack_model(
             description=description,
             preprocess=said.preprocess.chain("preprocess"),
             postprocess=said.postprocess.chain("postprocess"),
+            files=packed_files,
         )
 
 
@@ -350,6 +359,7 @@ def repack(
         description=description or f"repacked from {old.version}",
         preprocess=old.preprocess,
         postprocess=old.postprocess,
+        files=_assets_of(layout, old),
     )
 
 
@@ -430,6 +440,14 @@ def _minimum(name: EngineName, runnable: Runnable, engines: Sequence[EngineFacts
         return ENGINE_FLOORS[name]
     here = next((facts.version for facts in engines if facts.name == name), ENGINE_FLOORS[name])
     return ".".join(here.split(".")[:2])
+
+
+def _assets_of(layout: Layout, config: Config) -> tuple[Assets, bytes] | None:
+    found = config.assets
+    if found is None:
+        return None
+    descriptor = Descriptor(media_type=bundle.ASSETS_TYPE, digest=found.digest, size=found.bytes)
+    return found, layout.read(descriptor, found.bytes)
 
 
 def _licence_note(licence: Licence) -> bytes:

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from wherry_optimizer import data, evaluate, gate, measure, passes
+from wherry_optimizer import assets, data, evaluate, gate, measure, passes
 from wherry_optimizer import interface as interfaces
 from wherry_optimizer.data import Dataset
 from wherry_optimizer.golden import WORKERS, Runnable, Runs, Selection, budget, run_all, select
@@ -138,6 +138,8 @@ class _Build:
         """Do every step."""
         recipe = self.recipe
         parameters = self.pass_parameters()
+        own = {name: self.loaded.folder / path for name, path in recipe.assets.items()}
+        files_of_assets = assets.layer(own) if own else None
         with contextlib.ExitStack() as stack:
             sources = self.find_sources()
             files = {key: stack.enter_context(single_file(model)) for key, model in sources.items()}
@@ -177,6 +179,7 @@ class _Build:
                 ),
                 engines=engines,
                 description=recipe.description,
+                files=files_of_assets,
                 preprocess=recipe.preprocess.chain("preprocess"),
                 postprocess=recipe.postprocess.chain("postprocess"),
                 unseparated=selection.unseparated,

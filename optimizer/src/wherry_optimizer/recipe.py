@@ -181,6 +181,8 @@ class Recipe(_Frozen, frozen=True, kw_only=True):
     gate: Gate = Gate()
     golden: GoldenOf = GoldenOf()
     measure: MeasureOf = MeasureOf()
+    assets: dict[str, str] = {}
+    """Files of this version for applications: name → path beside the recipe."""
     preprocess: ProcessingOf = ProcessingOf()
     postprocess: ProcessingOf = ProcessingOf()
     """Declared operations, by which applications come from what they have to the inputs, and from outputs to choices."""

@@ -44,6 +44,8 @@ def details(config: Config) -> Group:
         lines += [f"{kind:<8}{spec.name}: {_tensor(spec)}" for spec in specs]
     for name, bounds in config.interface.dims.items():
         lines.append(f"dim     {name}: {bounds.minimum} to {bounds.maximum or 'any'}")
+    for asset in config.assets.files if config.assets is not None else []:
+        lines.append(f"asset   {asset.path} ({_bytes(asset.bytes)})")
     for stage, processing in (("before", config.preprocess), ("after", config.postprocess)):
         lines += [f"{stage:<8}{_operation(operation)}" for operation in processing.operations]
         lines += [f"{stage:<8}id {processing.id}"] if processing.id else []

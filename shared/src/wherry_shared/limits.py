@@ -25,6 +25,11 @@ GOLDEN_BYTES_MIN_BUDGET = 256 * 1000
 GOLDEN_SHARE_OF_VARIANT = 0.10
 GOLDEN_DECODED_BYTES_MAX = 64 * MIB
 
+ASSETS_BYTES_MAX = 64 * MIB
+"""Assets are labels and tables; one of them is in memory at a time."""
+ASSETS_FILES_MAX = 1000
+ASSET_PATH_CHARS_MAX = 255
+
 ZSTD_WINDOW_BYTES_MAX = 8 * MIB
 """A device must be able to decode what a server encodes: zstd windows stay at or below this."""
 
