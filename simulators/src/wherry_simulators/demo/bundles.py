@@ -60,7 +60,7 @@ class Releases:
     cache: pipeline.Cache = field(default_factory=pipeline.Cache)
 
     def build(self, recipe: str) -> Release:
-        """Build a packaged recipe from its real model and real data."""
+        """Build a packaged recipe from its real model and the data that it names."""
         source = importlib.resources.files("wherry_optimizer.recipes") / f"{recipe}.toml"
         with importlib.resources.as_file(source) as path:
             result = pipeline.build(path, self.folder, progress=self.say, cache=self.cache)

@@ -37,8 +37,10 @@ STEP_S = 90.0
 DROP_MAX = 0.015
 SAMPLES_MIN = 300
 FINAL = ("done", "halted", "aborted", "reverted")
-TRIAL = {"min_requests": 40, "max_s": 8, "latency_tail_ratio_max": 8.0, "canary_latency_ratio_max": 20.0}
-"""Terms of the demo's trials: shorter than the defaults, and lenient with a machine on which everything runs at once."""
+TRIAL = {"min_requests": 40, "max_s": 30, "latency_tail_ratio_max": 8.0, "canary_latency_ratio_max": 20.0}
+"""Terms of the demo's trials: shorter than the defaults, and lenient with a machine on which everything runs at once.
+
+Everybody but the pitch device is asked all the time, so a trial ends by its requests; a slow machine gets the time for them."""
 IDLE_TRIAL_S = 3
 """The same for the device that nobody asks: its trial ends by golden vectors, after so long."""
 PLAN: dict[str, Any] = {
