@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 HOST = "127.0.0.1"
 WORKERS_MAX = 24
 """Calls at once; more wait. The run gate bounds how many of them run a model."""
+CALLS_WAITING_MAX = 64
+"""Calls of one connection that its client may have begun; further ones wait on its side."""
 STREAMS_MAX = 16
 """Open streams at once: each keeps one of the calls above."""
 HEADER_BYTES_MAX = 64 * 1024
@@ -54,6 +56,7 @@ BIND_SECONDS = 0.05
 """Between two looks at a port that the worker before still holds."""
 
 _OPTIONS = [
+    ("grpc.max_concurrent_streams", CALLS_WAITING_MAX),
     ("grpc.so_reuseport", 0),  # two workers on one port would share its connections
     ("grpc.max_receive_message_length", REQUEST_BYTES_MAX + HEADER_BYTES_MAX),
     ("grpc.max_send_message_length", -1),
@@ -110,13 +113,15 @@ class GrpcServer:
         """Begin to answer as soon as the port can be had; returns at once."""
         threading.Thread(target=self._bind, name="grpc-bind", daemon=True).start()
 
-    def stop(self, grace_s: float) -> None:
-        """Give the port back; wait at most so long for calls in flight."""
+    def stop(self, grace_s: float) -> threading.Event:
+        """Give the port back; return what is set when calls in flight are over, or were ended after so long."""
         self._stopped.set()
         with self._lock:
             server = self._server
         if server is not None:
-            server.stop(grace_s).wait()
+            over: threading.Event = server.stop(grace_s)
+            return over
+        return self._stopped
 
     def _bind(self) -> None:
         waiting = False

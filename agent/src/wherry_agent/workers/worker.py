@@ -191,9 +191,11 @@ class Worker:
     def _stop(self, *, hand_over: bool) -> None:
         self._stopping = True
         self._loader.stop()
-        if self._grpc is not None:
-            self._grpc.stop(GRPC_GRACE_SECONDS)  # first, since the worker that follows waits for the port
+        # first, since the worker that follows waits for the port
+        over = self._grpc.stop(GRPC_GRACE_SECONDS) if self._grpc is not None else None
         self._http.drain(time.monotonic() + DRAIN_SECONDS_MAX, pass_on=hand_over)
+        if over is not None:
+            over.wait(GRPC_GRACE_SECONDS)
         self._hurry()
         self._ticker.join(STATS_SECONDS)
         self._send_stats()
