@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,7 +49,7 @@ class Kit:
             mine = [one for one in self.said if one.revision == self._revision]
             return mine if len(mine) == len(wanted) else []
 
-        return until(answers, f"answers to revision {self._revision}")
+        return until(answers, f"answers to revision {self._revision}") if wanted else []
 
     def version(self, model: str, number: int, **more: int) -> Loadable:
         path = models.scale(self.folder / f"{model}-{number}.onnx", float(number))
@@ -214,3 +215,45 @@ def test_a_worker_that_begins_with_a_candidate_that_does_not_load_serves_the_inc
     (serving,) = kit.serve(ServeModel(name="scale", active=broken(old, kit.folder), incumbent=old, trial="t"))
     assert (serving.ok, serving.reason) == (False, reasons.LOAD_FAILED)
     assert kit.answer("scale") == 2.0
+
+
+@pytest.mark.parametrize("end", ["promoted", "dropped", "withdrawn"])
+def test_nothing_keeps_a_version_in_memory_after_its_shadow_ended(kit: Kit, end: str):
+    old, new = kit.version("scale", 2), kit.version("scale", 3)
+    kit.serve(ServeModel(name="scale", active=old))
+    kit.serve(ServeModel(name="scale", active=new, incumbent=old, trial="t", mode="shadow", shadow_cpu_share_max=1.0))
+    for _ in range(5):
+        assert kit.answer("scale") == 2.0
+    until(lambda: any(one.stats().compared for one in kit.loader.counters()), "the shadow ran")
+    held = {one.version: weakref.ref(one) for one in kit.registry.snapshot()["scale"].loaded()}
+    match end:
+        case "promoted":
+            kit.serve(ServeModel(name="scale", active=new))
+            gone = ["1.2.0"]
+        case "dropped":
+            kit.serve(ServeModel(name="scale", active=old))
+            gone = ["1.3.0"]
+        case _:
+            kit.serve()
+            until(lambda: kit.registry.get("scale") is None, "the model is withdrawn")
+            gone = ["1.2.0", "1.3.0"]
+    until(lambda: all(held[version]() is None for version in gone), f"{gone} leave memory")
+    assert all(held[version]() is not None for version in held if version not in gone)
+    assert kit.loader.freed.is_set()
+
+
+def test_a_shadow_goes_on_under_new_terms_without_new_credit(kit: Kit):
+    old, new = kit.version("scale", 2), kit.version("scale", 3)
+    wanted = ServeModel(name="scale", active=new, incumbent=old, trial="t", mode="shadow", shadow_cpu_share_max=0.5)
+    kit.serve(wanted)
+    first = kit.registry.snapshot()["scale"].shadow
+    kit.serve(msgspec.structs.replace(wanted, shadow_cpu_share_max=0.1, share=0.5))
+    second = kit.registry.snapshot()["scale"].shadow
+    assert first is second
+    assert second is not None
+    assert second.cpu_share_max == 0.1
+    kit.serve(msgspec.structs.replace(wanted, trial="u"))
+    third = kit.registry.snapshot()["scale"].shadow
+    assert third is not second
+    assert third is not None
+    assert (third.loaded, third.counter.trial) == (second.loaded, "u")
