@@ -154,7 +154,7 @@ def test_a_shadow_sees_the_request_as_it_was(kit: Callable[..., Kit]):
     answer.outputs["y"][:] = -100
     go.set()
     stats = one.stats()
-    assert (stats.compared, stats.agreed) == (1, 1)
+    assert (stats.compared, stats.agreed, stats.distance) == (1, 1, {"z": 1})
 
 
 def test_what_a_shadow_fails_is_told_at_once_and_no_caller_notices(kit: Callable[..., Kit]):
@@ -194,7 +194,7 @@ def test_an_endless_shadow_is_left_behind_and_one_that_got_no_core_is_only_skipp
 def test_a_shadow_takes_no_permit_and_waits_while_callers_do(kit: Callable[..., Kit]):
     one = kit(lambda x: 2 * x)
     one.gate.enter()
-    waiting = threading.Thread(target=one.gate.enter)
+    waiting = threading.Thread(target=one.gate.enter, daemon=True)
     waiting.start()
     until(lambda: one.gate.waiting == 1, "somebody waits for a core")
     case_gate = RunGate(1)
@@ -203,7 +203,7 @@ def test_a_shadow_takes_no_permit_and_waits_while_callers_do(kit: Callable[..., 
     one.gate.leave()
     waiting.join(WAIT_S)
     # now the gate of the case is taken, and somebody waits for it
-    waiting = threading.Thread(target=lambda: (one.gate.enter(), one.gate.leave()))
+    waiting = threading.Thread(target=lambda: (one.gate.enter(), one.gate.leave()), daemon=True)
     waiting.start()
     until(lambda: one.gate.waiting == 1, "somebody waits again")
     one.shadow.beside(_case_of(one), one.gate, unshared=True)
