@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from wherry_agent.answering.intact import check_weights, read_golden_bytes
+from wherry_agent.answering.withheld import withhold
 from wherry_agent.children import ArmStats, Loadable
 from wherry_shared import golden, reasons
 from wherry_shared.engines.canonical import Bound, open_bound
@@ -173,7 +174,7 @@ class Counter:
             self._requests += 1
             self._errors += 1
             self._fallbacks += fallback
-            self._last_error = error[:ERROR_CHARS_MAX]
+            self._last_error = withhold(error)[:ERROR_CHARS_MAX]
             self._changes += 1
 
     def compared(self, *, agreed: bool, distance: float | None) -> None:
