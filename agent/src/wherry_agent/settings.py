@@ -27,12 +27,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Settings of one agent; the file's names are these names."""
 
     home: str = "/var/lib/wherry"
+    """Folder for identity, store, journal and sockets."""
     server: str = ""
     """Address of the API; only needed until the device is enrolled."""
     token: str = ""
     """Enrolment token; only needed until the device is enrolled."""
     name: str = ""
+    """Name of the device at enrolment; empty for its host name."""
     labels: dict[str, str] = {}
+    """Words by which cohorts choose devices."""
     engines: list[str] = []
     """Engines that may be used; empty for all that work here."""
     mirrors: list[str] = []
@@ -56,7 +59,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What all models together may take on the disk; within it, versions that are not needed stay as a cache. 0 for no
     bound, and nothing is kept that is not needed."""
     download_bytes_per_s_max: Rate = 0
-    """How fast models are downloaded, all together; 0 for as fast as it goes, else at least `RATE_MIN`."""
+    """How fast models are downloaded, all together; 0 for as fast as it goes, else at least 1024."""
     conditions: Conditions = Conditions()
     """When models may be downloaded."""
     scrub_every_s: Annotated[float, msgspec.Meta(gt=0, le=31_536_000)] = 86_400.0
@@ -70,6 +73,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     contracts: dict[str, Contract] = {}
     """By model: what applications rely on; wins over what they declare themselves and over the first version's interface."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """What is written to standard error."""
 
 
 def load(path: Path | None, flags: dict[str, Any]) -> Settings:
