@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def write_bundle(
 
     `changes` are fields of its config, whether they fit the file or not.
     """
-    return write_pieces(root, version, [Piece("float", weights, spoil=spoil)], model=model, **changes)
+    return write_pieces(root, version, [Piece("float", weights, spoil=spoil)], model=model, changes=changes)
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,12 @@ def write_pieces(
     *,
     model: str = MODEL,
     interface: Interface | None = None,
-    **changes: Any,
+    changes: Mapping[str, Any] | None = None,
 ) -> str:
-    """Write a bundle of several variants; return its manifest digest."""
+    """Write a bundle of several variants; return its manifest digest.
+
+    `changes` are fields of its config, whether they fit the files or not; `interface` is what the files have.
+    """
     interface = interface or models.interface()
     writer = LayoutWriter(root)
     layers, variants = [], []
@@ -127,7 +130,7 @@ def write_pieces(
         licence=Licence(expression="Apache-2.0", source="made by a test", attribution="Wherry"),
         provenance=Provenance(source_digests={}),
     )
-    config = msgspec.structs.replace(config, **changes)
+    config = msgspec.structs.replace(config, **(changes or {}))
     manifest = Manifest(
         schema_version=2,
         media_type=MANIFEST_TYPE,
