@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from tests.agent.daemon_kit import free_ports
 from tests.agent.serving_kit import alive, until
-from tests.agent.swap_kit import CALLERS, CLIENTS, HANDED_OVER, Crowd, crowd, supervised, versions
+from tests.agent.swap_kit import BODY, CALLERS, CLIENTS, HANDED_OVER, Crowd, crowd, supervised, versions
 from wherry_agent import processes
 from wherry_agent.children import ServeModel
 
@@ -108,7 +109,6 @@ def test_without_memory_for_two_workers_callers_wait_and_no_request_fails(tmp_pa
 
 
 def test_connections_that_nobody_uses_are_handed_over_too(tmp_path: Path) -> None:
-    """Also one with half a request: it is answered first."""
     (first,) = versions(tmp_path, 1)
     with supervised(tmp_path) as site:
         site.serve(model(first))
@@ -121,6 +121,41 @@ def test_connections_that_nobody_uses_are_handed_over_too(tmp_path: Path) -> Non
         assert [caller.connects for caller in callers] == [1] * len(callers)
         for caller in callers:
             caller.close()
+
+
+def test_a_request_that_has_begun_is_answered_by_the_worker_that_read_it(tmp_path: Path) -> None:
+    """Half of one, and two at once; after the answers the connections live on in the other worker."""
+    (first,) = versions(tmp_path, 1)
+    head = "POST /v2/models/scale/infer HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+    whole = f"{head}Content-Length: {len(BODY)}\r\n\r\n".encode() + BODY
+    with supervised(tmp_path) as site:
+        site.serve(model(first))
+        with (
+            socket.create_connection(("127.0.0.1", site.port), 30) as half,
+            socket.create_connection(("127.0.0.1", site.port), 30) as twice,
+        ):
+            half.sendall(whole.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")[: -len(BODY)])
+            assert half.recv(1 << 16) == b"HTTP/1.1 100 Continue\r\n\r\n", "its head was read"
+            old = site.worker.pid
+            assert site.hand_over() == ""
+            twice.sendall(whole + whole)
+            half.sendall(BODY)
+            assert answers(half, 1) == 1
+            until(lambda: site.gone == [old], "the old worker has ended")
+            half.sendall(whole + whole)
+            assert answers(twice, 2) == answers(half, 2) == 2
+        assert site.deaths == []
+
+
+def answers(connection: socket.socket, count: int) -> int:
+    """Read so many answers; return how many were good."""
+    data = b""
+    while data.count(b"HTTP/1.1 ") < count or not data.rstrip().endswith(b"}"):
+        chunk = connection.recv(1 << 16)
+        assert chunk, data
+        data += chunk
+    assert b"Connection: close" not in data
+    return data.count(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize(
