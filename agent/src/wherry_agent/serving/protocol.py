@@ -258,27 +258,24 @@ class Protocol:
         published, loaded = self.inference.find(name, version)
         view = self.inference.view(loaded)
         header_length = headers.get(HEADER_LENGTH)
-        shared = False
-        if header_length is None:
-            asked, ask = _parse(body)
-            inputs, shared = self._inputs(asked.inputs, memoryview(b""), view, request)
-        elif header_length == "0":
+        if header_length == "0":
             asked, ask = _RAW, _UNSHARED
             inputs = _raw_input(loaded.loadable.interface.inputs, body)
         else:
-            length = _header_length(header_length, len(body))
+            length = len(body) if header_length is None else _header_length(header_length, len(body))
             blob = memoryview(body)[length:]
-            header = bytes(body[:length])
+            header = bytes(body[:length]) if length <= PLAN_BYTES_MAX else b""
             plan = self._plans.get(header)
-            if plan is None:
-                asked, ask = _parse(header)
-                inputs, shared = self._inputs(asked.inputs, blob, view, request)
-                self._remember(header, asked, ask)
-            else:
+            if plan is not None and plan.raw:
                 asked, ask = plan.asked, plan.ask
                 inputs = plan.inputs(blob, view)
-        if shared:
-            ask = replace(ask, unshared=False)
+            else:
+                asked, ask = _parse(header or memoryview(body)[:length]) if plan is None else (plan.asked, plan.ask)
+                inputs, shared = self._inputs(asked.inputs, blob, view, request)
+                if plan is None:
+                    plan = self._remember(header, asked, ask)
+                if shared:
+                    ask = replace(ask, unshared=False) if plan is None else plan.shared_ask
         names = [output.name for output in asked.outputs] if asked.outputs else None
         answer = self.inference.run(published, loaded if version else None, inputs, names, ask)
         response = self._answered(name, asked, answer, request)
@@ -290,15 +287,16 @@ class Protocol:
             response.headers["Content-Encoding"] = coding
         return response
 
-    def _remember(self, header: bytes, asked: _InferRequest, ask: Ask) -> None:
-        """Keep what a header says, if others will say the same: a request id is new every time."""
-        if len(header) > PLAN_BYTES_MAX or asked.id or ask.sequence_id:
-            return
-        plan = _Plan(asked, ask)
-        if plan.add_inputs():
-            if len(self._plans) >= PLANS_MAX:
-                self._plans.clear()
-            self._plans[header] = plan
+    def _remember(self, header: bytes, asked: _InferRequest, ask: Ask) -> _Plan | None:
+        """Keep what a header says, if others will say the same: a request id is new every time, and so are JSON data."""
+        if not header or asked.id or ask.sequence_id:
+            return None
+        if any(memoryview(tensor.data) for tensor in asked.inputs):
+            return None
+        if len(self._plans) >= PLANS_MAX:
+            self._plans.clear()
+        plan = self._plans[header] = _Plan(asked, ask)
+        return plan
 
     def _inputs(
         self, given: list[_RequestTensor], blob: memoryview, view: View, request: Request
@@ -395,27 +393,28 @@ def _raw_response(body: bytes, parts: list[Part]) -> Response:
 
 
 class _Plan:
-    """A request whose inputs are all raw bytes, as its header says it; found again by the header's own bytes."""
+    """A request without JSON data, as its header says it; found again by the header's own bytes."""
 
-    __slots__ = ("_tensors", "_total", "ask", "asked")
+    __slots__ = ("_tensors", "_total", "ask", "asked", "raw", "shared_ask")
 
     def __init__(self, asked: _InferRequest, ask: Ask) -> None:
+        """Take over a request that was found good."""
         self.asked = asked
         self.ask = ask
+        self.shared_ask = replace(ask, unshared=False)
         self._tensors: list[tuple[str, str, np.dtype[Any], list[int], int, int, int]] = []
         self._total = 0
-
-    def add_inputs(self) -> bool:
-        """Take over the inputs of a request that was found good; False if not all of them are raw bytes."""
-        for tensor in self.asked.inputs:
+        self.raw = True
+        """All inputs are raw bytes of the request; else some are in shared memory, which is looked up each time."""
+        for tensor in asked.inputs:
             said = tensor.parameters
             if said is None or said.binary_data_size is None or said.shared_memory_region is not None:
-                return False
+                self.raw = False
+                return
             dtype, count = tensors.check_shape(tensor.name, tensor.datatype, tensor.shape)
             end = self._total + said.binary_data_size
             self._tensors.append((tensor.name, tensor.datatype, dtype, tensor.shape, count, self._total, end))
             self._total = end
-        return True
 
     def inputs(self, blob: memoryview, view: View) -> dict[str, Array]:
         """Return the inputs of a request with this header.
