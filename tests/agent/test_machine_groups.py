@@ -343,3 +343,44 @@ def test_one_whose_incumbent_does_not_come_back_does_not_keep_the_others_from_it
     state, effects = run(state, served(state, OLD, model=OTHER, ok=False, reason=reasons.LOAD_FAILED))
     assert "RestartWorker" in kinds(effects)
     assert [model.group for model in machine.serving(state)] == ["", ""]
+
+
+def whole() -> s.State:
+    """1.1.0 of both, confirmed together."""
+    state = on_trial()
+    for name in PAIR:
+        state, _ = run(state, measured(state, NEW, model=name, requests=9), golden(state, NEW, model=name))
+    for name in PAIR:
+        state, _ = run(state, served(state, NEW, model=name))
+    assert machine.running(state) == {name: digest_of(f"{name}/{NEW}") for name in PAIR}
+    return state
+
+
+def test_a_confirmed_one_that_crashes_in_a_loop_takes_its_generation_back() -> None:
+    state = whole()
+    since = state.seq
+    for _ in range(turn.CRASHES_MAX + 1):
+        state, _ = run(state, s.WorkerDied("signal 11"), s.WorkerReady())
+    assert machine.running(state) == {name: digest_of(f"{name}/{OLD}") for name in PAIR}
+    found = {name: (kind, reason) for name, kind, reason in told(state, since)}
+    assert sorted(found.values()) == [("returned", reasons.CRASH), ("returned", reasons.GROUP)]
+    assert len(state.known_bad) == 1
+    assert phases(state) == ["Idle", "Idle"], "the attempt is over for both"
+
+
+def test_a_confirmed_one_whose_file_was_altered_brings_the_group_again_as_a_whole() -> None:
+    state, _ = run(whole(), served(whole(), NEW, ok=False, reason=reasons.DIGEST_MISMATCH))
+    assert machine.running(state) == {name: digest_of(f"{name}/{OLD}") for name in PAIR}
+    assert phases(state) == ["Resolving", "Resolving"]
+    assert state.known_bad == ()
+
+
+def test_one_that_was_there_before_its_group_does_not_step_back_with_it() -> None:
+    mine, theirs = (offered(OLD, model=MODEL, group="sight"), offered(NEW, model=OTHER, group="sight", trial=TERMS))
+    state, _ = run(before(), offer(3, {MODEL: mine, OTHER: theirs}))
+    state, _ = ready(state, OTHER)
+    state, _ = run(state, served(state, NEW, model=OTHER))
+    state, _ = run(state, measured(state, NEW, model=OTHER, requests=9), golden(state, NEW, model=OTHER))
+    state, _ = run(state, served(state, NEW, model=OTHER, ok=False, reason=reasons.DIGEST_MISMATCH))
+    assert machine.running(state) == {name: digest_of(f"{name}/{OLD}") for name in PAIR}
+    assert phases(state) == ["Idle", "Resolving"]

@@ -70,7 +70,14 @@ NAMES: dict[type[Any], dict[str, str]] = {
         "faults": "load_faults",
         "told": "last_report",
     },
-    s.Installed: {"offered": "terms", "loadable": "file", "order": "order", "idle": "idle", "tried": "tried"},
+    s.Installed: {
+        "offered": "terms",
+        "loadable": "file",
+        "order": "order",
+        "idle": "idle",
+        "tried": "tried",
+        "generation": "generation",
+    },
     s.End: {"manifest": "manifest", "rollout": "rollout", "attempt": "attempt", "mode": "mode"},
     s.Job: {
         "offered": "terms",

@@ -38,6 +38,8 @@ class Installed:
     """Confirmed by golden vectors only, without enough requests."""
     tried: tuple[VariantTried, ...] = ()
     """Which variants were weighed, and why this one was taken."""
+    generation: int = 0
+    """The same for all that were confirmed together as a group; 0: confirmed alone."""
 
     @property
     def manifest(self) -> str:

@@ -521,12 +521,12 @@ class Turn:
         self.put(name, replace(slot, phase=Compared(job, counts), settled=None))
         self.report(name, "compared", job=job, counts=counts, trial_end="time")
 
-    def confirm(self, name: str, slot: Slot, job: Job, counts: Counts, *, idle: bool) -> None:
+    def confirm(self, name: str, slot: Slot, job: Job, counts: Counts, *, idle: bool, generation: int = 0) -> None:
         """The trial ended well: the candidate is what is trusted from now on."""
         order = self.state.confirmations + 1
         self.state = replace(self.state, confirmations=order)
         job = replace(job, tried=_outcome(job.tried, "serving"))
-        installed = Installed(plain(job.offered), job.loadable, order, idle, job.tried)
+        installed = Installed(plain(job.offered), job.loadable, order, idle, job.tried, generation)
         first = slot.contract is None
         self.put(
             name,
@@ -556,9 +556,11 @@ class Turn:
         members = (name, *self.mates(name, job))
         phases = {member: self.state.models[member].phase for member in members}
         if all(isinstance(one, OnTrial) and one.passed for one in phases.values()):
+            generation = self.state.confirmations + 1
             for member, one in phases.items():
                 assert isinstance(one, OnTrial)
-                self.confirm(member, self.state.models[member], one.job, one.counts, idle=one.passed == "idle")
+                idle, there = one.passed == "idle", self.state.models[member]
+                self.confirm(member, there, one.job, one.counts, idle=idle, generation=generation)
 
     def mates(self, name: str, job: Job) -> tuple[str, ...]:
         """Return the other models that are on trial as one group with this one."""
@@ -641,7 +643,8 @@ class Turn:
             self.effects.append(Cancel(name))
         job = Job(incumbent.offered, self.state.offer.serial if self.state.offer is not None else 0)
         ends = slot.ends
-        if reason not in reasons.ALTERED and reason != reasons.ENGINE_CHANGED:
+        over = reason not in reasons.ALTERED and reason != reasons.ENGINE_CHANGED
+        if over:
             ends = (*ends, end_of(incumbent.offered))[-ENDS_MAX:]
         detail = detail[:REPORT_DETAIL_CHARS_MAX]
         back = slot.last_good
@@ -652,6 +655,21 @@ class Turn:
         else:
             self.put(name, replace(slot, phase=Safe(reason, detail)))
             self.report(name, "safe", job=job, reason=reason, detail=detail)
+        if incumbent.generation:
+            self._step_back(incumbent.generation, f"{name} of its group gave way: {reason}", over=over)
+
+    def _step_back(self, generation: int, detail: str, *, over: bool) -> None:
+        """What was confirmed with a version that gave way gives way too, where there is a version before it."""
+        for name, slot in tuple(self.state.models.items()):
+            incumbent = slot.incumbent
+            if incumbent is None or incumbent.generation != generation or slot.last_good is None:
+                continue
+            ends = (*slot.ends, end_of(incumbent.offered))[-ENDS_MAX:] if over else slot.ends
+            back = replace(slot, incumbent=slot.last_good, last_good=None, ends=ends, settled=None, faults=0)
+            self.put(name, back)
+            job = Job(incumbent.offered, self.state.offer.serial if self.state.offer is not None else 0)
+            end = f"returned:{reasons.GROUP}"
+            self.report(name, "returned", job=job, reason=reasons.GROUP, detail=detail, trial_end=end)
 
 
 def _outcome(
