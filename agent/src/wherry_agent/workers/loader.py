@@ -18,13 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from wherry_agent.answering import memory
-from wherry_agent.answering.arms import ArmName, Counter, Loaded, key_of, load_variant, reason_of
-from wherry_agent.answering.published import Published, arm_of
+from wherry_agent.answering.arms import Counter, Loaded, key_of, load_variant, reason_of
+from wherry_agent.answering.published import Published
 from wherry_agent.answering.registry import Registry
 from wherry_agent.answering.route import route_of
-from wherry_agent.answering.sequences import Sequences
-from wherry_agent.answering.shadow import Shadow, ShadowRunner
 from wherry_agent.children import Loadable, Serve, ServeModel, Serving
+from wherry_agent.workers.lasting import Lasting
 from wherry_shared import reasons
 from wherry_shared.errors import WherryError
 
@@ -97,7 +96,6 @@ class Loader:
     ) -> None:
         self._registry = registry
         self._say = say
-        self._on_candidate_error = on_candidate_error
         self._on_first = on_first
         """Called once, after the first desired state was reached as far as it can be."""
         self._began = False
@@ -108,13 +106,8 @@ class Loader:
         self._stopped = False
         self._published: dict[str, ServeModel] = {}
         """What each model in service was published from."""
-        self._sequences: dict[str, Sequences] = {}
-        """Of models with state, as long as they are served."""
-        self._shadows: dict[str, Shadow] = {}
-        self._runner = ShadowRunner()
+        self._lasting = Lasting(registry, on_candidate_error)
         self._generations = itertools.count(secrets.randbits(32) * GENERATIONS_MAX)
-        self._counters: dict[tuple[Key, ArmName, str], Counter] = {}
-        self._counters_lock = threading.Lock()
         self.freed = threading.Event()
         """Set when a version's last caller has left: its memory may be given back."""
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
@@ -132,28 +125,15 @@ class Loader:
         with self._changed:
             self._stopped = True
             self._changed.notify()
-        self._runner.close()
+        self._lasting.close()
 
     def counters(self) -> list[Counter]:
         """Return the counters of every arm, those of arms that left the stage included until `settle` drops them."""
-        with self._counters_lock:
-            return list(self._counters.values())
+        return self._lasting.counters()
 
     def settle(self) -> None:
-        """Let go of what nobody needs any more: idle sequences, counters of arms that left and have told everything."""
-        models = self._registry.snapshot()
-        live = {id(counter) for one in models.values() for counter in (one.counter, one.incumbent_counter)}
-        for name, sequences in list(self._sequences.items()):
-            published = models.get(name)
-            if published is not None:
-                published.settle()
-            live |= {id(counter) for counter in sequences.counters()}
-        with self._counters_lock:
-            self._counters = {
-                key: counter
-                for key, counter in self._counters.items()
-                if id(counter) in live or not counter.told_everything()
-            }
+        """Let go of what nobody needs any more; called once a second."""
+        self._lasting.settle()
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -228,8 +208,13 @@ class Loader:
         ]
 
     def _in_memory(self, models: list[ServeModel]) -> dict[Key, Loaded]:
-        found = [self._registry.peek(model.name) for model in models]
-        return {key_of(loaded.loadable): loaded for one in found if one is not None for loaded in one.loaded()}
+        """Return the versions that are published, and those that sequences hold on to."""
+        found: list[Loaded] = []
+        for model in models:
+            published = self._registry.peek(model.name)
+            found += self._lasting.held(model.name)
+            found += published.loaded() if published is not None else []
+        return {key_of(loaded.loadable): loaded for loaded in found}
 
     def _ready(self, unit: _Unit, model: ServeModel) -> None:
         """Load what a model needs that is not in memory yet.
@@ -294,12 +279,14 @@ class Loader:
         if all(self._stands(one) for one in ready):
             return
         generation = next(self._generations)
-        made = {one.model.name: self._made(one, generation) for one in ready}
+        made = {
+            one.model.name: self._lasting.published(one.model, one.active, one.incumbent, generation) for one in ready
+        }
         self._registry.publish_together(made)
         self._published.update({one.model.name: one.model for one in ready})
         for name, published in made.items():
             if published.shadow is None:
-                self._end_shadow(name)
+                self._lasting.end_shadow(name)
             published.settle()
 
     def _stands(self, one: _Ready) -> bool:
@@ -310,57 +297,6 @@ class Loader:
             and current.incumbent is one.incumbent
             and self._published.get(one.model.name) == one.model
         )
-
-    def _made(self, one: _Ready, generation: int) -> Published:
-        return Published.of(
-            one.model,
-            one.active,
-            one.incumbent,
-            self._counter,
-            on_candidate_error=self._on_candidate_error,
-            generation=generation,
-            shadow=self._shadow(one.model, one.active) if arm_of(one.model) == "shadow" else None,
-            sequences=self._sequences_of(one),
-        )
-
-    def _shadow(self, model: ServeModel, active: Loaded) -> Shadow:
-        """Return the shadow of a trial: the one there is, if only its terms changed."""
-        counter = self._counter(active.loadable, "shadow", model.trial)
-        shadow = self._shadows.get(model.name)
-        if shadow is not None and shadow.loaded is active and shadow.counter is counter:
-            shadow.retune(model.shadow_cpu_share_max, model.deadline_ms / 1000)
-            return shadow
-        self._end_shadow(model.name)
-        shadow = self._shadows[model.name] = Shadow(
-            active,
-            counter,
-            self._runner,
-            model.shadow_cpu_share_max,
-            model.deadline_ms / 1000,
-            self._on_candidate_error,
-        )
-        return shadow
-
-    def _end_shadow(self, name: str) -> None:
-        shadow = self._shadows.pop(name, None)
-        if shadow is not None:
-            shadow.end()
-
-    def _sequences_of(self, one: _Ready) -> Sequences | None:
-        """Return the model's sequences, if a version of it has state or had it a moment ago."""
-        name = one.model.name
-        versions = [one.active] if one.incumbent is None else [one.active, one.incumbent]
-        if name not in self._sequences and any(loaded.loadable.interface.state for loaded in versions):
-            self._sequences[name] = Sequences()
-        return self._sequences.get(name)
-
-    def _counter(self, loadable: Loadable, arm: ArmName, trial: str) -> Counter:
-        with self._counters_lock:
-            key = (key_of(loadable), arm, trial)
-            counter = self._counters.get(key)
-            if counter is None:
-                counter = self._counters[key] = Counter(loadable, arm, trial)
-            return counter
 
     def _fits(self, loadable: Loadable) -> bool:
         return memory.fits_beside(loadable.peak_memory_bytes, self._reserve_bytes, self._available_bytes())
@@ -373,8 +309,7 @@ class Loader:
     def _withdraw(self, name: str) -> None:
         self._registry.withdraw(name)
         self._published.pop(name, None)
-        self._sequences.pop(name, None)
-        self._end_shadow(name)
+        self._lasting.withdraw(name)
 
     def _let_go(self, unit: _Unit) -> None:
         """Take a unit out of service, callers wait; free what is not wanted, once its last caller has left."""
@@ -392,12 +327,10 @@ class Loader:
             del published
             self._registry.go_cold(model.name)
             self._published.pop(model.name, None)
-            self._end_shadow(model.name)
         deadline = time.monotonic() + FREE_SECONDS_MAX
         while True:
             for model in unit.models:
-                if model.name in self._sequences:
-                    self._sequences[model.name].release([model.active])
+                self._lasting.release(model.name, [model.active])
             if all(reference() is None for reference in left) or time.monotonic() > deadline:
                 break
             time.sleep(FREE_POLL_SECONDS)
