@@ -8,10 +8,10 @@ from pathlib import Path
 
 import msgspec
 
-from tests.agent.serving_kit import infer_body, loadable, worker
+from tests.agent.serving_kit import DEADLINE_S, infer_body, loadable, worker
 from tests.shared.engines import models
 from wherry_agent.answering.budget import BURST_SECONDS
-from wherry_agent.children import ServeModel
+from wherry_agent.children import ServeModel, Stats
 from wherry_shared import reasons
 from wherry_shared.ids import in_share
 
@@ -149,7 +149,7 @@ def test_a_real_shadow_keeps_to_its_budget_of_cpu_time(tmp_path: Path):
     """Whatever this machine is worth: what threads of low priority used, by the kernel's own count."""
     share, seconds, ticks_per_s = 0.2, 3.0, os.sysconf("SC_CLK_TCK")
     old = loadable(models.scale(tmp_path / "old.onnx", 2.0))
-    new = loadable(models.slow(tmp_path / "new.onnx", 2.0, turns=200), "1.1.0")
+    new = loadable(models.slow(tmp_path / "new.onnx", 2.0, turns=600), "1.1.0")
     with worker(tmp_path) as process:
 
         def used_s() -> float:
@@ -166,11 +166,14 @@ def test_a_real_shadow_keeps_to_its_budget_of_cpu_time(tmp_path: Path):
         )
         began = time.monotonic()
         process.serve(wanted)
-        while time.monotonic() - began < seconds:
+        seen = False
+        while not seen or time.monotonic() - began < seconds:
             assert process.infer(ONES)[0] == 200
-        arm = process.arm("shadow", lambda one: one.compared > 0)
+            assert time.monotonic() - began < DEADLINE_S
+            process.pump()
+            arms = [arm for event in process.events if isinstance(event, Stats) for arm in event.arms]
+            seen = any(arm.arm == "shadow" and arm.compared and arm.skipped for arm in arms)
         used, wall = used_s(), time.monotonic() - began
-        one_run = 0.2  # at the very most
+        one_run = 0.4  # at the very most
         assert 0 < used <= share * (wall + BURST_SECONDS) + one_run, (used, wall)
-        assert arm.skipped > 0
     assert process.process.returncode == 0, "a run that is under way does not make an end look like a crash"
