@@ -23,8 +23,8 @@ from wherry_agent.answering.gate import RunGate
 from wherry_agent.answering.helpers import Helpers
 from wherry_agent.answering.published import Published
 from wherry_agent.answering.registry import Registry
-from wherry_agent.serving import listener, tensors
-from wherry_agent.serving.http import HEAD_BYTES_MAX, BadRequest, body_length, parse_head
+from wherry_agent.serving import http, listener, tensors
+from wherry_agent.serving.http import HEAD_BYTES_MAX, BadRequest, Connection, body_length, parse_head
 from wherry_agent.serving.listener import HttpServer
 from wherry_agent.serving.protocol import Protocol
 from wherry_shared.bundle import Bounds, Interface, TensorSpec
@@ -287,6 +287,33 @@ def test_one_connection_answers_many_requests_whatever_the_pieces(endpoint: Endp
         assert read_one(sock)[0] == 400
         sock.sendall(data)
         assert read_one(sock)[0] == 200, "a refused request leaves the connection usable"
+
+
+@pytest.mark.parametrize(
+    "sent", [b"POST /v2 HTTP/1.1\r\nHost", b"POST /v2 HTTP/1.1\r\nContent-Length: 100000\r\n\r\nabc"]
+)
+def test_a_request_that_does_not_end_is_refused_in_time(endpoint: Endpoint, monkeypatch, sent: bytes):
+    monkeypatch.setattr(http, "REQUEST_SECONDS_MAX", 0.4)
+    monkeypatch.setattr(http, "LIMIT_SECONDS_OFF", 0.0)
+    with endpoint.connect() as sock:
+        sock.sendall(sent)
+        status, answer = read_one(sock)
+    assert (status, "in time" in answer["error"]) == (408, True)
+
+
+def test_the_time_that_one_request_had_left_is_not_the_next_ones(endpoint: Endpoint):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        connection = Connection(ours)
+        connection._limit(0.05)  # as if the last request had come just before its deadline
+        theirs.sendall(b"POST /v2 HTTP/1.1\r\nContent-Length: 6\r\n\r\nabc")
+        late = threading.Timer(0.4, theirs.sendall, [b"def"])
+        assert connection.take_up()
+        late.start()
+        request = connection.read()
+        assert request is not None
+        assert bytes(request.body) == b"abcdef"
+        late.join()
 
 
 def test_pipelined_requests_are_answered_in_order(endpoint: Endpoint):

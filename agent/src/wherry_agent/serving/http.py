@@ -23,6 +23,8 @@ HEADERS_MAX = 64
 IDLE_SECONDS_MAX = 75.0
 REQUEST_SECONDS_MAX = 30.0
 """From the first byte of a request to its last."""
+LIMIT_SECONDS_OFF = 1.0
+"""How far the kernel's limit may be from the deadline, so that it is not set again for every piece of a body."""
 RECEIVE_BYTES = 1 << 16
 JOINED_BYTES_MAX = 1 << 16
 """Smaller responses are joined and sent at once; the pieces of larger ones are gathered by the kernel."""
@@ -294,7 +296,7 @@ class Connection:
         left = deadline - time.monotonic()
         if left <= 0:
             raise BadRequest(408, "the request did not arrive in time")
-        if left < self._receive_limit - 1 or self._receive_limit > REQUEST_SECONDS_MAX:
+        if abs(left - self._receive_limit) > LIMIT_SECONDS_OFF:
             self._limit(left)
 
     def _limit(self, seconds: float) -> None:
