@@ -224,6 +224,28 @@ def test_typed_contents_come_back_as_typed_contents(client: triton.InferenceServ
             assert (refused.value.code(), word in refused.value.details()) == (grpc.StatusCode.INVALID_ARGUMENT, True)
 
 
+def test_what_is_no_message_and_what_is_too_long_to_repeat(client: triton.InferenceServerClient, port: int):
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        for call in ("ModelInfer", "ModelMetadata", "SystemSharedMemoryRegister"):
+            with pytest.raises(grpc.RpcError) as refused:
+                channel.unary_unary(f"/inference.GRPCInferenceService/{call}")(b"\x0a\xff\xff")
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        streamed = channel.stream_stream(
+            "/inference.GRPCInferenceService/ModelStreamInfer",
+            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+        )(iter([b"\x0a\xff\xff"]))
+        assert "not the message" in next(streamed).error_message
+        with pytest.raises(grpc.RpcError) as refused:
+            channel.unary_unary("/inference.GRPCInferenceService/Nothing")(b"")
+        assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        long = [plain("x" * 50_000 + str(n), [1], "fp32_contents", [1], "FP32") for n in range(3)]
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.ModelInfer(service_pb2.ModelInferRequest(model_name="scale", inputs=long))
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "no such input" in refused.value.details()
+
+
 def test_parameters_sequences_compression_and_classification(client: triton.InferenceServerClient):
     for coding in ("gzip", "deflate"):
         answer = client.infer(

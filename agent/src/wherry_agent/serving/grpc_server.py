@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 import numpy as np
 from google.protobuf import json_format
+from google.protobuf.message import DecodeError
 
 from wherry_agent.answering.ask import Ask
 from wherry_agent.serving import tensors
@@ -52,6 +53,8 @@ STREAMS_MAX = 16
 """Open streams at once: each keeps one of the calls above."""
 HEADER_BYTES_MAX = 64 * 1024
 """What a message may have beside its tensors."""
+MESSAGE_CHARS_MAX = 1000
+"""Of an error: it travels among a call's headers, which clients bound."""
 BIND_SECONDS = 0.05
 """Between two looks at a port that the worker before still holds."""
 
@@ -95,6 +98,7 @@ _REFUSED = {
     "LogSettings": (400, LOG_REFUSED),
 }
 
+_Request = message("ModelInferRequest")
 _Response = message("ModelInferResponse")
 _StreamResponse = message("ModelStreamInferResponse")
 
@@ -176,7 +180,8 @@ class _Calls:
 
         def unary(name: str, call: Callable[[Any, Any], Any]) -> Any:
             return grpc.unary_unary_rpc_method_handler(
-                _guarded(call), message(f"{name}Request").FromString, message(f"{name}Response").SerializeToString
+                _guarded(call, message(f"{name}Request")),
+                response_serializer=message(f"{name}Response").SerializeToString,
             )
 
         def filled(name: str, make: Callable[[Any, Any], dict[str, Any]]) -> Any:
@@ -187,7 +192,7 @@ class _Calls:
         methods = {
             "ModelInfer": unary("ModelInfer", self._infer),
             "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(
-                self._stream, message("ModelInferRequest").FromString, _StreamResponse.SerializeToString
+                self._stream, response_serializer=_StreamResponse.SerializeToString
             ),
             "ServerLive": filled("ServerLive", lambda *_: {"live": True}),
             "ServerReady": filled("ServerReady", lambda *_: {"ready": asked.server_ready()}),
@@ -243,19 +248,21 @@ class _Calls:
         self._inference.regions.unregister(request.name, self._user(context))
         return {}
 
-    def _stream(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
+    def _stream(self, requests: Iterator[bytes], context: Any) -> Iterator[Any]:
         if not self._streams.acquire(blocking=False):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"no more than {STREAMS_MAX} streams at once")
         try:
-            for request in requests:
+            for data in requests:
+                request = _Request()
                 try:
-                    yield _StreamResponse(infer_response=self._infer(request, context))
+                    request = _Request.FromString(data)
+                    answer = _StreamResponse(infer_response=self._infer(request, context))
                 except Exception as error:  # the border of the process: a stream goes on after a refused request
                     _, text = _told(error)
-                    failed = _StreamResponse(error_message=text)
-                    failed.infer_response.id = request.id
-                    failed.infer_response.model_name = request.model_name
-                    yield failed
+                    answer = _StreamResponse(error_message=text)
+                    answer.infer_response.id = request.id
+                    answer.infer_response.model_name = request.model_name
+                yield answer
         finally:
             self._streams.release()
 
@@ -354,12 +361,12 @@ class _Calls:
         return region, _parameter(said, "shared_memory_offset", int, default=0), size
 
 
-def _guarded(call: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Turn what a call raises into its status."""
+def _guarded(call: Callable[[Any, Any], Any], kind: Any) -> Callable[[bytes, Any], Any]:
+    """Read the request of a call, and turn what the call raises into its status."""
 
-    def run(request: Any, context: Any) -> Any:
+    def run(data: bytes, context: Any) -> Any:
         try:
-            return call(request, context)
+            return call(kind.FromString(data), context)
         except Exception as error:  # the border of the process: a caller gets an answer, the log gets the trace
             code, text = _told(error)
         return context.abort(code, text)
@@ -370,11 +377,13 @@ def _guarded(call: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 def _told(error: Exception) -> tuple[Any, str]:
     """Return the status of an error, and its message."""
     if isinstance(error, BadInput):
-        return grpc.StatusCode.INVALID_ARGUMENT, error.message
+        return grpc.StatusCode.INVALID_ARGUMENT, error.message[:MESSAGE_CHARS_MAX]
     if isinstance(error, Refusal):
-        return _CODES[error.status], error.message
+        return _CODES[error.status], error.message[:MESSAGE_CHARS_MAX]
     if isinstance(error, EngineFault):
-        return grpc.StatusCode.INTERNAL, str(error)
+        return grpc.StatusCode.INTERNAL, str(error)[:MESSAGE_CHARS_MAX]
+    if isinstance(error, DecodeError):
+        return grpc.StatusCode.INVALID_ARGUMENT, "the request is not the message that this call takes"
     log.error("a call over gRPC", exc_info=error)
     return grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}"
 
