@@ -79,7 +79,9 @@ def judge(task: Judge) -> Judged:
     try:
         run_tiny(task.candidate.engine)
     except (WherryError, ArithmeticError) as error:  # the engine does not work here: no word about the model
-        return Judged(passed=False, reason=reasons.CHILD_FAILED, detail=f"{task.candidate.engine}: {error}"[:500])
+        gone = isinstance(error, WherryError) and error.code == reasons.ENGINE_MISSING
+        reason = reasons.ENGINE_MISSING if gone else reasons.CHILD_FAILED
+        return Judged(passed=False, reason=reason, detail=f"{task.candidate.engine}: {error}"[:500])
     base = _reset_peak()
     try:
         check_weights(task.candidate)

@@ -633,8 +633,8 @@ class Turn:
     def give_up(self, name: str, slot: Slot, reason: str, detail: str) -> None:
         """The confirmed version does not work any more: the last known good one, or the safe state.
 
-        If only its file was altered on this disk, or its engine was replaced, its attempt is not over: an offer that
-        names it brings it again, or another variant.
+        If only its file was altered on this disk, or its engine was replaced or is gone, its attempt is not over: an offer
+        that names it brings it again, or another variant.
         """
         incumbent = slot.incumbent
         assert incumbent is not None
@@ -643,7 +643,7 @@ class Turn:
             self.effects.append(Cancel(name))
         job = Job(incumbent.offered, self.state.offer.serial if self.state.offer is not None else 0)
         ends = slot.ends
-        over = reason not in reasons.ALTERED and reason != reasons.ENGINE_CHANGED
+        over = reason not in (*reasons.ALTERED, reasons.ENGINE_CHANGED, reasons.ENGINE_MISSING)
         if over:
             ends = (*ends, end_of(incumbent.offered))[-ENDS_MAX:]
         detail = detail[:REPORT_DETAIL_CHARS_MAX]

@@ -102,7 +102,7 @@ def reason_of(error: BaseException) -> str:
         return reasons.LOAD_FAILED
     if isinstance(error, RefusedError):
         return reasons.BUNDLE_INVALID
-    if isinstance(error, DeviceError) and error.code in reasons.ALTERED:
+    if isinstance(error, DeviceError) and error.code in (*reasons.ALTERED, reasons.ENGINE_MISSING):
         return error.code
     return reasons.CHILD_FAILED
 

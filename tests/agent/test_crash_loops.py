@@ -1,0 +1,179 @@
+"""Crash loops are counted, over restarts of the agent too, and end: the incumbent, the last known good, the safe state."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.agent.builders import MODEL, confirmed, digest_of, judged, loadable, now, offer, offered, on_trial, run
+from tests.agent.test_machine_properties import honest
+from wherry_agent import journal, machine
+from wherry_agent import state as s
+from wherry_agent.turn import CRASHES_MAX, FAULTS_MAX
+from wherry_shared import reasons
+
+
+def restarted(state: s.State, ms: int = 0, boot: str = "boot-1") -> s.State:
+    """The agent was killed and starts again on what the journal holds; its worker is there."""
+    state, _ = machine.resume(journal.decode(journal.encode(state)), now(ms, boot))
+    state, _ = machine.step(state, s.WorkerReady(), now(ms, boot))
+    return state
+
+
+def two_versions() -> s.State:
+    return confirmed("1.1.0", state=confirmed("1.0.0"), serial=2)
+
+
+def fails_to_serve(state: s.State, version: str, reason: str = "load_failed") -> s.State:
+    digest = loadable(version).digest
+    state, _ = run(state, s.Served(MODEL, digest, state.revision, False, reason, "it does not load"))
+    return state
+
+
+def serves(state: s.State) -> str:
+    return machine.running(state).get(MODEL, "")
+
+
+def of(version: str) -> str:
+    return digest_of(f"{MODEL}/{version}")
+
+
+def test_failed_starts_are_counted_over_restarts_of_the_agent_and_lead_to_the_last_known_good() -> None:
+    state = two_versions()
+    for _ in range(FAULTS_MAX):
+        assert serves(state) == of("1.1.0")
+        state = restarted(fails_to_serve(state, "1.1.0"))
+    assert serves(state) == of("1.0.0")
+    assert (state.owed[-1].state, state.owed[-1].reason, state.owed[-1].running) == (
+        "returned",
+        "load_failed",
+        of("1.0.0"),
+    )
+
+
+def test_when_that_one_fails_too_the_device_is_safe_and_says_so() -> None:
+    state = two_versions()
+    for version in ("1.1.0", "1.0.0"):
+        for _ in range(FAULTS_MAX):
+            state = restarted(fails_to_serve(state, version))
+    assert serves(state) == ""
+    assert isinstance(state.models[MODEL].phase, s.Safe)
+    assert [(one.state, one.running) for one in state.owed[-2:]] == [("returned", of("1.0.0")), ("safe", "")]
+    assert machine.outgoing(state)  # it still has words, and a connection to say them
+
+
+def test_deaths_of_the_worker_are_counted_over_restarts_of_the_agent() -> None:
+    state = two_versions()
+    for number in range(CRASHES_MAX + 1):
+        assert serves(state) == of("1.1.0")
+        state, _ = machine.step(state, s.WorkerDied("signal 11"), now(number * 1000))
+        state = restarted(state, number * 1000)
+    assert serves(state) == of("1.0.0")
+    assert state.owed[-1].reason == reasons.CRASH
+
+
+def test_crashes_in_a_trial_are_counted_over_restarts_of_the_agent() -> None:
+    state = on_trial("1.1.0", state=confirmed("1.0.0"), serial=2)
+    state = restarted(state)
+    state, _ = run(state, s.WorkerDied("signal 11"))
+    phase = state.models[MODEL].phase
+    assert isinstance(phase, s.Returning)
+    assert phase.reason == reasons.CRASH
+    assert serves(state) == of("1.0.0")
+
+
+def test_what_failed_is_not_tried_again_after_any_number_of_restarts() -> None:
+    state = two_versions()
+    for _ in range(FAULTS_MAX):
+        state = fails_to_serve(state, "1.1.0")
+    for number in range(5):
+        state = restarted(state, boot=f"boot-{number}")
+        state, effects = machine.step(state, offer(10 + number, {MODEL: offered("1.1.0")}), now(boot=f"boot-{number}"))
+        assert not [effect for effect in effects if isinstance(effect, s.Resolve | s.Fetch | s.Judge)]
+        assert serves(state) == of("1.0.0")
+
+
+def test_an_engine_that_is_gone_costs_the_version_and_its_offer_brings_another_variant() -> None:
+    state = two_versions()
+    for _ in range(FAULTS_MAX):
+        state = fails_to_serve(state, "1.1.0", reasons.ENGINE_MISSING)
+    assert serves(state) == of("1.0.0")
+    assert (state.owed[-2].state, state.owed[-2].reason) == ("returned", "engine_missing")
+    assert state.known_bad == ()  # no word about the model
+    assert isinstance(state.models[MODEL].phase, s.Resolving)  # the standing offer is resolved with what is here now
+
+
+def test_an_engine_that_is_gone_for_everything_leaves_a_safe_device_that_goes_on_looking() -> None:
+    state = confirmed("1.0.0")
+    for _ in range(FAULTS_MAX):
+        state = fails_to_serve(state, "1.0.0", reasons.ENGINE_MISSING)
+    assert serves(state) == ""
+    assert ("safe", "engine_missing") in [(one.state, one.reason) for one in state.owed]
+    failed = s.TaskFailed(MODEL, of("1.0.0"), 1, "resolve", reasons.NO_VARIANT, "no engine runs it")
+    state, _ = run(state, failed)
+    assert (state.owed[-1].state, state.owed[-1].reason) == ("safe", "no_variant")
+    state, effects = run(state, offer(2, {MODEL: offered("1.0.0", attempt=2)}))
+    assert [effect for effect in effects if isinstance(effect, s.Resolve)]
+
+
+def test_a_canary_that_finds_no_engine_waits_and_blames_nobody() -> None:
+    state, effects = run(confirmed("1.0.0"), offer(2, {MODEL: offered("1.1.0")}))
+    queue = [answer for effect in effects for answer in honest(effect, state) if isinstance(effect, s.Resolve)]
+    while queue and not isinstance(state.models[MODEL].phase, s.Judging):
+        state, effects = run(state, queue.pop(0))
+        queue += [answer for effect in effects if isinstance(effect, s.Fetch) for answer in honest(effect, state)]
+    phase = state.models[MODEL].phase
+    assert isinstance(phase, s.Judging)
+    variant = phase.job.loadable.variant
+    state, _ = run(state, judged("1.1.0", variant, passed=False, reason=reasons.ENGINE_MISSING))
+    assert isinstance(state.models[MODEL].phase, s.Waiting)
+    assert state.known_bad == ()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 1 << 32))
+def test_a_device_on_which_nothing_runs_comes_to_rest(seed: int) -> None:
+    """Whatever fails, how, and with restarts anywhere: bounded tries, then the safe state, and no effect after it."""
+    source = random.Random(seed)
+    state = two_versions()
+    judged_with: dict[tuple[str, int], int] = {}
+    quiet = 0
+    queue: list[s.Event] = [offer(3, {MODEL: offered("1.2.0")})]
+    for turn in range(200):
+        event = queue.pop(0) if queue else s.Tick()
+        ms = turn * 1000
+        state, effects = machine.step(state, event, now(ms))
+        for effect in effects:
+            match effect:
+                case s.Serve():
+                    queue += [
+                        source.choice(
+                            [
+                                s.Served(one.name, one.active.digest, effect.revision, False, "load_failed", "x"),
+                                s.WorkerDied("signal 11"),
+                            ]
+                        )
+                        for one in effect.models
+                    ]
+                case s.Judge():
+                    key = (effect.candidate.digest, effect.attempt)
+                    judged_with[key] = judged_with.get(key, 0) + 1
+                    queue += honest(effect, state)
+                case s.RunGolden() | s.HandOver():
+                    pass
+                case _:
+                    queue += honest(effect, state)
+        if isinstance(event, s.WorkerDied):
+            queue.append(s.WorkerReady())
+        if source.random() < 0.03:
+            state = restarted(state, ms)
+            queue = [answer for answer in queue if isinstance(answer, s.Offered)]
+            queue.append(s.WorkerReady())
+        resting = isinstance(state.models[MODEL].phase, s.Safe | s.Idle) and not machine.serving(state)
+        quiet = quiet + 1 if resting else 0
+    assert quiet > 20, state.models[MODEL].phase
+    assert not machine.serving(state)
+    assert all(count <= 4 for count in judged_with.values())  # `restarts_max` and the first
+    assert state.owed
