@@ -824,6 +824,7 @@ class Daemon:
         except DeviceError as error:
             log.warning("the store could not be tidied: %s", error)
             return
+        readings.give_back_memory()  # a version has come or gone, and what that took with it
         if freed:
             log.info("%d bytes of blobs that nothing needs are gone", freed)
 

@@ -12,7 +12,7 @@ import importlib
 import sys
 import types
 
-DEFERRED = ("urllib.request", "inspect", "difflib", "tarfile")
+DEFERRED = ("urllib.request", "inspect", "difflib", "tarfile", "shutil", "tempfile", "traceback")
 """Imported when a name of theirs is used first."""
 BLOCKED = ("typing_extensions",)
 """Not needed where typing itself has everything; its importers look there next."""
