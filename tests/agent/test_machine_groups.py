@@ -24,7 +24,7 @@ from tests.agent.builders import (
     run,
     served,
 )
-from wherry_agent import journal, machine, turn
+from wherry_agent import journal, machine, status, turn
 from wherry_agent import state as s
 from wherry_shared import reasons
 from wherry_shared.wire import Trial
@@ -384,3 +384,10 @@ def test_one_that_was_there_before_its_group_does_not_step_back_with_it() -> Non
     state, _ = run(state, served(state, NEW, model=OTHER, ok=False, reason=reasons.DIGEST_MISMATCH))
     assert machine.running(state) == {name: digest_of(f"{name}/{OLD}") for name in PAIR}
     assert phases(state) == ["Idle", "Resolving"]
+
+
+def test_the_status_says_of_which_group_a_model_waits() -> None:
+    shown = status.describe(half(), now())
+    said = status.render({"running": False, **shown})
+    assert f"{MODEL}: waiting for its trial" in said
+    assert "group     sight, all or none" in said

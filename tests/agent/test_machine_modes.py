@@ -28,7 +28,7 @@ from tests.agent.builders import (
     served,
     trial_of,
 )
-from wherry_agent import journal, machine, turn
+from wherry_agent import journal, machine, status, turn
 from wherry_agent import state as s
 from wherry_shared import reasons
 from wherry_shared.wire import Trial
@@ -403,3 +403,20 @@ def test_a_broken_incumbent_under_what_was_compared_leads_to_a_fresh_start(way: 
         state, _ = run(state, served(state, OLD, ok=False, reason=reasons.LOAD_FAILED))
     assert machine.running(state) == {MODEL: digest_of(f"{MODEL}/0.9.0")}
     assert isinstance(phase(state), s.Resolving), "the offer still wants it compared, now with the version before"
+
+
+def test_the_status_says_how_a_candidate_is_tried_and_how_it_compares() -> None:
+    state = trying(SHADOW)
+    state, _ = run(state, measured(state, NEW, requests=10, compared=10, agreed=9, skipped=4))
+    shown = status.describe(state, now())
+    model: Any = shown["models"]
+    assert model[MODEL]["trial"]["mode"] == "shadow"
+    assert model[MODEL]["serves"]["target"] == f"{MODEL}/{OLD}"
+    said = status.render({"running": False, **shown})
+    assert f"{MODEL}: running as a shadow" in said
+    assert "shadow of 50%, 10 requests, 0 errors" in said
+    assert "9 of 10 answers agree with the incumbent's, 4 runs left out" in said
+    over, _ = run(state, s.Tick(), ms=60_000)
+    assert "the incumbent serves alone" in status.render({"running": False, **status.describe(over, now())})
+    ready = trying(STANDBY)
+    assert f"{MODEL}: standing by" in status.render({"running": False, **status.describe(ready, now())})
