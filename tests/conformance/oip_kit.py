@@ -61,6 +61,18 @@ def types_model(folder: Path) -> Loadable:
     return _plain(folder, "types", path, interface)
 
 
+def picture_model(folder: Path) -> Loadable:
+    """`picture`: the mean of each channel of images in NCHW, over three named classes."""
+    node = helper.make_node("ReduceMean", ["x"], ["y"], axes=[2, 3], keepdims=0)
+    inputs, outputs = [models.floats("x", ["n", 3, 4, 4])], [models.floats("y", ["n", 3])]
+    interface = Interface(
+        inputs=[TensorSpec(name="x", datatype="FP32", shape=["n", 3, 4, 4], layout="NCHW")],
+        outputs=[TensorSpec(name="y", datatype="FP32", shape=["n", 3], labels=LABELS[:3])],
+        dims={"n": Bounds(minimum=1, maximum=8)},
+    )
+    return _plain(folder, "picture", models.save(folder / "picture.onnx", [node], inputs, outputs), interface)
+
+
 def half_model(folder: Path) -> Loadable:
     """BF16 `x` to BF16 `same`, and to FP32 `wide`."""
     path = models.half(folder / "half.onnx")
@@ -110,12 +122,13 @@ def image_model(folder: Path) -> Loadable:
 
 @contextmanager
 def serving(folder: Path, **environment: str) -> Iterator[WorkerProcess]:
-    """Serve `scale` (y = 2 · x), `types`, `half`, `label` and `image`."""
+    """Serve `scale` (y = 2 · x), `types`, `half`, `picture`, `label` and `image`."""
     with worker(folder, **environment) as process:
         wanted = [
             loadable(models.scale(folder / "scale.onnx", 2.0)),
             types_model(folder),
             half_model(folder),
+            picture_model(folder),
             labelled_model(folder),
             image_model(folder),
         ]

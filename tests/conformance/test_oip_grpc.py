@@ -108,6 +108,9 @@ def test_health_metadata_config_index_and_statistics(client: triton.InferenceSer
     model = client.get_model_metadata("scale")
     assert (model.platform, list(model.versions)) == ("onnxruntime_onnx", ["1.0.0"])
     assert (model.inputs[0].datatype, list(model.inputs[0].shape)) == ("FP32", [-1, 4])
+    config = client.get_model_config("picture").config
+    assert (config.max_batch_size, list(config.input[0].dims)) == (8, [3, 4, 4])
+    assert config.input[0].format == model_config_pb2.ModelInput.FORMAT_NCHW
     config = client.get_model_config("types").config
     assert config.input[0].data_type == model_config_pb2.TYPE_BOOL
     assert config.parameters["wherry_variant"].string_value == "float"

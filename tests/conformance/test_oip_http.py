@@ -54,7 +54,10 @@ def test_health_metadata_config_index_and_statistics(client: triton.InferenceSer
     assert client.get_server_metadata()["name"] == "wherry"
     assert client.get_model_metadata("scale")["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}]
     config = client.get_model_config("scale", "1.0.0")
-    assert (config["max_batch_size"], config["input"][0]["data_type"]) == (0, "TYPE_FP32")
+    assert (config["max_batch_size"], config["input"][0]["data_type"]) == (64, "TYPE_FP32")
+    assert (config["input"][0]["dims"], config["input"][0]["format"]) == ([4], "FORMAT_NONE")
+    single = client.get_model_config("half")
+    assert (single["max_batch_size"], single["input"][0]["dims"]) == (0, [-1])
     index = client.get_model_repository_index()
     assert {"name": "scale", "version": "1.0.0", "state": "READY"} in index
     before = client.get_inference_statistics("scale")["model_stats"][0]["inference_stats"]["success"]["count"]
@@ -180,6 +183,20 @@ def test_classification_names_the_largest_entries(client: triton.InferenceServer
     ]
 
 
+def test_an_image_client_finds_what_it_looks_for(client: triton.InferenceServerClient):
+    """The steps of clients that classify images: shape and layout from the configuration, labels from the answer."""
+    config = client.get_model_config("picture")
+    (entry,) = config["input"]
+    assert (config["max_batch_size"], entry["format"], entry["dims"]) == (8, "FORMAT_NCHW", [3, 4, 4])
+    assert client.get_model_metadata("picture")["inputs"][0]["shape"] == [-1, 3, 4, 4]
+    images = np.zeros((2, 3, 4, 4), np.float32)
+    images[0, 1] = 1.0
+    images[1, 2] = 2.0
+    outputs = [triton.InferRequestedOutput("y", class_count=1)]
+    found = client.infer("picture", [given(images)], outputs=outputs).as_numpy("y")
+    assert [row[0].decode().split(":")[2] for row in found] == ["dog", "bird"]
+
+
 def test_many_requests_at_once(served: WorkerProcess):
     with triton.InferenceServerClient(f"127.0.0.1:{served.port}", concurrency=4) as client:
         started = [client.async_infer("scale", [given(ONES * n)]) for n in range(40)]
@@ -208,7 +225,7 @@ def test_the_asyncio_client(served: WorkerProcess):
             assert (await client.get_server_metadata())["name"] == "wherry"
             assert (await client.get_model_metadata("scale"))["versions"] == ["1.0.0"]
             assert (await client.get_model_config("scale"))["name"] == "scale"
-            assert len(await client.get_model_repository_index()) == 5
+            assert len(await client.get_model_repository_index()) == 6
             assert (await client.get_inference_statistics("scale"))["model_stats"]
             answers = await asyncio.gather(*[client.infer("scale", [given(ONES * n)]) for n in range(20)])
             assert [answer.as_numpy("y")[0, 0] for answer in answers] == [2.0 * n for n in range(20)]

@@ -18,7 +18,7 @@ from wherry_agent.answering.published import Answer, Published
 from wherry_agent.answering.registry import Registry
 from wherry_agent.serving import tensors
 from wherry_agent.serving.regions import Regions
-from wherry_shared.bundle import PLATFORMS, TensorSpec
+from wherry_shared.bundle import PLATFORMS, Interface, TensorSpec, axis_bounds
 from wherry_shared.engines import bf16
 from wherry_shared.engines.errors import BadInput
 from wherry_shared.engines.session import Array
@@ -35,6 +35,8 @@ EXTENSIONS = [
     "system_shared_memory",
 ]
 REQUEST_ID_CHARS_MAX = 1024
+BATCH_UNBOUNDED = 1024
+"""What a configuration says where the interface names no limit: clients of that extension need a number."""
 
 LOAD_REFUSED = "what a device serves is decided by its offer: use `wherry deploy` or `wherry rollback`"
 CUDA_REFUSED = "CUDA shared memory is not supported: use system shared memory, or send the tensor"
@@ -165,23 +167,30 @@ class Inference:
     def config(self, name: str, version: str) -> dict[str, Any]:
         """Return a model's configuration in the words of the model configuration extension.
 
-        There is no batching by the server: `max_batch_size` is 0 and shapes are whole.
+        A free first axis that all tensors share is the batch there: `max_batch_size` is its limit, `dims` leave it out.
 
         Raises:
             Refusal: 404.
         """
         _, loaded = self.find(name, version)
         interface = loaded.loadable.interface
+        batch = _batch_max(interface)
+        skip = 1 if batch else 0
         return {
             "name": name,
             "platform": _platform(loaded),
             "backend": loaded.loadable.engine,
             "version_policy": {"latest": {"num_versions": 1}},
-            "max_batch_size": 0,
+            "max_batch_size": batch,
             "input": [
-                {**_configured(spec), **({"optional": True} if spec.optional else {})} for spec in interface.inputs
+                {
+                    **_configured(spec, skip),
+                    "format": f"FORMAT_{spec.layout}" if spec.layout in ("NCHW", "NHWC") else "FORMAT_NONE",
+                    "optional": spec.optional,
+                }
+                for spec in interface.inputs
             ],
-            "output": [_configured(spec) for spec in interface.outputs],
+            "output": [_configured(spec, skip) for spec in interface.outputs],
             "parameters": {
                 "wherry_variant": {"string_value": loaded.loadable.variant},
                 "wherry_version": {"string_value": loaded.version},
@@ -286,9 +295,19 @@ def _described(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "datatype": spec.datatype, "shape": _shape(spec)}
 
 
-def _configured(spec: TensorSpec) -> dict[str, Any]:
+def _batch_max(interface: Interface) -> int:
+    """Return how many rows a request may have; 0 if the first axes are not one free axis from 1 on, before others."""
+    firsts = {spec.shape[0] if len(spec.shape) > 1 else 0 for spec in (*interface.inputs, *interface.outputs)}
+    axis = firsts.pop() if len(firsts) == 1 else 0
+    if not isinstance(axis, str):
+        return 0
+    low, high = axis_bounds(axis, interface)
+    return (high or BATCH_UNBOUNDED) if low <= 1 else 0
+
+
+def _configured(spec: TensorSpec, skip: int) -> dict[str, Any]:
     kind = "STRING" if spec.datatype == "BYTES" else spec.datatype
-    return {"name": spec.name, "data_type": f"TYPE_{kind}", "dims": _shape(spec)}
+    return {"name": spec.name, "data_type": f"TYPE_{kind}", "dims": _shape(spec)[skip:]}
 
 
 def _counted(loaded: Loaded, counter: Counter) -> dict[str, Any]:
