@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,11 +15,14 @@ from wherry_agent import journal, machine
 from wherry_agent import state as s
 from wherry_agent.turn import CRASHES_MAX, FAULTS_MAX
 from wherry_shared import reasons
+from wherry_shared.clock import Now
+
+Resume = Callable[[s.State, Now], tuple[s.State, tuple[s.Effect, ...]]]
 
 
-def restarted(state: s.State, ms: int = 0, boot: str = "boot-1") -> s.State:
+def restarted(state: s.State, ms: int = 0, boot: str = "boot-1", resume: Resume = machine.resume) -> s.State:
     """The agent was killed and starts again on what the journal holds; its worker is there."""
-    state, _ = machine.resume(journal.decode(journal.encode(state)), now(ms, boot))
+    state, _ = resume(journal.decode(journal.encode(state)), now(ms, boot))
     state, _ = machine.step(state, s.WorkerReady(), now(ms, boot))
     return state
 
@@ -40,11 +45,25 @@ def of(version: str) -> str:
     return digest_of(f"{MODEL}/{version}")
 
 
-def test_failed_starts_are_counted_over_restarts_of_the_agent_and_lead_to_the_last_known_good() -> None:
+def after_failed_starts(resume: Resume = machine.resume) -> s.State:
     state = two_versions()
     for _ in range(FAULTS_MAX):
         assert serves(state) == of("1.1.0")
-        state = restarted(fails_to_serve(state, "1.1.0"))
+        state = restarted(fails_to_serve(state, "1.1.0"), resume=resume)
+    return state
+
+
+def after_deaths(resume: Resume = machine.resume) -> s.State:
+    state = two_versions()
+    for number in range(CRASHES_MAX + 1):
+        assert serves(state) == of("1.1.0")
+        state, _ = machine.step(state, s.WorkerDied("signal 11"), now(number * 1000))
+        state = restarted(state, number * 1000, resume=resume)
+    return state
+
+
+def test_failed_starts_are_counted_over_restarts_of_the_agent_and_lead_to_the_last_known_good() -> None:
+    state = after_failed_starts()
     assert serves(state) == of("1.0.0")
     assert (state.owed[-1].state, state.owed[-1].reason, state.owed[-1].running) == (
         "returned",
@@ -65,13 +84,23 @@ def test_when_that_one_fails_too_the_device_is_safe_and_says_so() -> None:
 
 
 def test_deaths_of_the_worker_are_counted_over_restarts_of_the_agent() -> None:
-    state = two_versions()
-    for number in range(CRASHES_MAX + 1):
-        assert serves(state) == of("1.1.0")
-        state, _ = machine.step(state, s.WorkerDied("signal 11"), now(number * 1000))
-        state = restarted(state, number * 1000)
+    state = after_deaths()
     assert serves(state) == of("1.0.0")
     assert state.owed[-1].reason == reasons.CRASH
+
+
+def forgets_failures(state: s.State, at: Now) -> tuple[s.State, tuple[s.Effect, ...]]:
+    models = {name: replace(slot, faults=0) for name, slot in state.models.items()}
+    return machine.resume(replace(state, models=models), at)
+
+
+def forgets_deaths(state: s.State, at: Now) -> tuple[s.State, tuple[s.Effect, ...]]:
+    return machine.resume(replace(state, crashes=None), at)
+
+
+def test_a_restart_that_forgot_a_count_would_be_noticed() -> None:
+    assert serves(after_failed_starts(forgets_failures)) == of("1.1.0")
+    assert serves(after_deaths(forgets_deaths)) == of("1.1.0")
 
 
 def test_crashes_in_a_trial_are_counted_over_restarts_of_the_agent() -> None:
