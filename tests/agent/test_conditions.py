@@ -10,9 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.agent.builders import MODEL, fresh, offer, offered, resolved, run
+from tests.agent.serving_kit import until
 from wherry_agent import readings
+from wherry_agent.children import Progress
 from wherry_agent.conditions import DAYS, Conditions, Readings, decide, parse_window
+from wherry_agent.downloads import Downloads
 from wherry_agent.rate import BURST_S, Bucket
+from wherry_agent.state import Connected, Fetch, State, TaskFailed, Waiting
+from wherry_shared import reasons
 
 BERLIN = ZoneInfo("Europe/Berlin")
 
@@ -210,3 +216,84 @@ def test_bytes_never_come_faster_than_allowed(rate: int, steps: list[tuple[int, 
 
 def test_without_a_rate_nobody_pauses() -> None:
     assert Bucket(0, 0.0).take(1 << 40, 0.0) == 0.0
+
+
+# --- what comes of it: the machine waits, and downloads take turns ---
+
+
+def fetching(model: str = MODEL) -> State:
+    state, effects = run(fresh(), offer(1, {model: offered(model=model)}), resolved(model=model))
+    assert any(isinstance(effect, Fetch) for effect in effects)
+    return state
+
+
+def forbidden(after_s: float) -> TaskFailed:
+    manifest = offered().manifest
+    return TaskFailed(MODEL, manifest, 1, "fetch", reasons.CONDITIONS, "the network is metered", after_s)
+
+
+def test_waiting_for_conditions_is_no_trouble_and_ends_as_soon_as_they_hold() -> None:
+    state = fetching()
+    for round_ in range(5):
+        state, _ = run(state, forbidden(600.0), ms=round_ * 100_000)
+        phase = state.models[MODEL].phase
+        assert isinstance(phase, Waiting)
+        assert (phase.reason, phase.wait_ms, phase.job.troubles) == (reasons.CONDITIONS, 600_000, 0), (
+            "no back-off grows"
+        )
+        state, effects = run(state, Connected(), ms=round_ * 100_000 + 6_000)
+        assert any(isinstance(effect, Fetch) for effect in effects)
+    assert [report.reason for report in state.owed].count(reasons.CONDITIONS) == 1, "told once"
+
+
+class Taken:
+    """Downloads, and what they began, ended and refused."""
+
+    def __init__(self, asked: Conditions, *, alone: bool) -> None:
+        self.began: list[str] = []
+        self.ended: list[str] = []
+        self.refused: list[tuple[str, str]] = []
+        self.downloads = Downloads(
+            asked,
+            one_at_a_time=alone,
+            start=lambda effect: self.began.append(effect.model),
+            stop=self.ended.append,
+            refuse=lambda effect, failed: self.refused.append((effect.model, failed.reason)),
+            clock_set=lambda: True,
+        )
+
+
+def test_with_a_bounded_rate_one_model_comes_after_the_other() -> None:
+    taken = Taken(Conditions(), alone=True)
+    for model in ("a", "b", "c"):
+        taken.downloads.wanted(Fetch(model, "m", 1, "float"))
+    assert taken.began == ["a"]
+    taken.downloads.ended("b")  # withdrawn while it waited
+    taken.downloads.ended("a")
+    assert taken.began == ["a", "c"]
+    together = Taken(Conditions(), alone=False)
+    for model in ("a", "b"):
+        together.downloads.wanted(Fetch(model, "m", 1, "float"))
+    assert together.began == ["a", "b"]
+
+
+def test_when_conditions_end_what_runs_stops_and_what_waits_is_refused(tmp_path: Path) -> None:
+    metered = tmp_path / "metered"
+    metered.write_text("no")
+    taken = Taken(Conditions(allow_metered=False, metered_file=str(metered), check_s=0.001), alone=True)
+    for model in ("a", "b"):
+        taken.downloads.wanted(Fetch(model, "m", 1, "float"))
+    taken.downloads.progressed("a", Progress(done_bytes=100, total_bytes=200))
+    assert taken.downloads.check() is None
+    metered.write_text("yes")
+    until(lambda: taken.downloads.check() is not None, "the network is found to be metered", 20)
+    assert taken.ended == ["a"]
+    assert taken.refused == [("a", reasons.CONDITIONS), ("b", reasons.CONDITIONS)]
+    assert taken.downloads.drain_bytes() == 100
+    assert taken.downloads.drain_bytes() == 0
+    taken.downloads.wanted(Fetch("a", "m", 1, "float"))
+    assert taken.began == ["a"]
+    metered.write_text("no")
+    until(lambda: taken.downloads.check() is None, "the network is found to be free again", 20)
+    taken.downloads.wanted(Fetch("a", "m", 1, "float"))
+    assert taken.began == ["a", "a"]
