@@ -195,6 +195,11 @@ def test_every_bad_request_is_400_with_its_reason(endpoint: Endpoint, body: Any,
     assert published.counter.stats().errors == 0, "the caller's fault is no evidence"
 
 
+def test_an_error_does_not_repeat_megabytes_of_what_was_sent(endpoint: Endpoint):
+    status, answer = endpoint.call("POST", INFER, change(name="z" * 100_000))
+    assert (status, len(answer["error"]) <= 1000) == (400, True)
+
+
 @pytest.mark.parametrize(
     ("method", "path", "headers", "status"),
     [

@@ -27,6 +27,7 @@ from wherry_agent.serving.inference import (
     CUDA_REFUSED,
     LOAD_REFUSED,
     LOG_REFUSED,
+    MESSAGE_CHARS_MAX,
     TRACE_REFUSED,
     Inference,
     Refusal,
@@ -53,8 +54,6 @@ STREAMS_MAX = 16
 """Open streams at once: each keeps one of the calls above."""
 HEADER_BYTES_MAX = 64 * 1024
 """What a message may have beside its tensors."""
-MESSAGE_CHARS_MAX = 1000
-"""Of an error: it travels among a call's headers, which clients bound."""
 BIND_SECONDS = 0.05
 """Between two looks at a port that the worker before still holds."""
 

@@ -35,6 +35,8 @@ EXTENSIONS = [
     "system_shared_memory",
 ]
 REQUEST_ID_CHARS_MAX = 1024
+MESSAGE_CHARS_MAX = 1000
+"""Of an error, which may repeat what the caller sent; over gRPC it travels among headers, which clients bound."""
 BATCH_UNBOUNDED = 1024
 """What a configuration says where the interface names no limit: clients of that extension need a number."""
 

@@ -30,6 +30,7 @@ from wherry_agent.serving.inference import (
     CUDA_REFUSED,
     LOAD_REFUSED,
     LOG_REFUSED,
+    MESSAGE_CHARS_MAX,
     TRACE_REFUSED,
     Inference,
     Refusal,
@@ -516,4 +517,4 @@ def _json(value: Any, status: int = 200) -> Response:
 
 def failure(status: int, message: str) -> Response:
     """Return a refusal as the protocol writes it."""
-    return Response(status, _encoder.encode({"error": message}))
+    return Response(status, _encoder.encode({"error": message[:MESSAGE_CHARS_MAX]}))
