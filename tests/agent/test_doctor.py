@@ -275,6 +275,13 @@ def test_downloads_that_wait_are_no_illness(home: Home) -> None:
     assert found(home, "conditions", conditions=asked) == ("note", "downloads wait: the network is metered")
 
 
+def test_models_beyond_their_budget_are_told(home: Home) -> None:
+    assert found(home, "disk", disk_budget_mb=1)[0] == "ok"
+    (home.path / "store/blobs/sha256" / ("f" * 64)).write_bytes(bytes(2 * doctor.MIB))
+    level, detail = found(home, "disk", disk_budget_mb=1)
+    assert (level, "models take 2 MiB of 1" in detail) == ("note", True)
+
+
 def test_too_few_descriptors_are_named(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.resource, "getrlimit", lambda _which: (64, 64))
     level, detail = found(home, "descriptors")

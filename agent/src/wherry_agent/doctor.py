@@ -191,6 +191,11 @@ def _disk(patient: Patient) -> Finding:
         return bad(f"{words}; no file can be made any more (inodes)", "remove files")
     if free <= kept * MIB:
         return bad(words, "free space, or lower disk_reserve_mb")
+    used = sum(path.stat().st_size for path in (patient.home / "store").rglob("*") if path.is_file())
+    budget = patient.settings.disk_budget_mb
+    words += f"; models take {used // MIB} MiB" + (f" of {budget}" if budget else "")
+    if budget and used > budget * MIB:
+        return note(f"{words}: only what is needed now is kept, and nothing larger may come")
     return ok(words)
 
 
