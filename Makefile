@@ -29,6 +29,7 @@ $(STAMP): requirements/python-$(TAG).txt $(MEMBERS:%=%/pyproject.toml)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/python-$(TAG).txt
 	@echo "== installing the five members of the workspace"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation $(MEMBERS:%=-e %)
+	@$(BIN)/python -m compileall -q $(MEMBERS:%=%/src)  # as installing a wheel does: a process that compiles takes MBs more
 	@touch $(STAMP)
 
 demo: setup  ## one real model from the optimizer to a fleet and back (KEEP=1 leaves it running)
