@@ -175,7 +175,7 @@ class Report(_Wire, frozen=True, kw_only=True):
     errors: Count = 0
     fallbacks: Count = 0
     trial_end: str = ""
-    """`requests`, `idle`, `returned:REASON`, `withdrawn`: by which rule the trial ended."""
+    """`requests`, `idle`, `time` (compared), `returned:REASON`, `withdrawn`: by which rule the trial ended."""
     latency_ratio: float = 0.0
     mode: Mode = "replace"
     """How the candidate was tried."""
