@@ -24,6 +24,7 @@ class Brain:
     resume: Callable[[State, Now], Turn] = machine.resume
     next_deadline_ms: Callable[[State, Now], int | None] = machine.next_deadline_ms
     outgoing: Callable[[State], tuple[Report, ...]] = machine.outgoing
+    may_wait: Callable[[State, State], bool] = machine.may_wait
     journal_first: bool = True
     """State is made durable before its effects run; only a mutant says otherwise."""
 

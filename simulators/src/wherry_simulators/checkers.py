@@ -169,6 +169,8 @@ class Checkers:
                 self.object("confirmed only after a trial", device, f"{report.target} from {type(phase).__name__}")
         if report.state == "compared":
             self._compared_by_rule(device, phase, report)
+        if report.state == "safe":  # declared: whatever fails after it leaves the device as safe as it was
+            self._confirmed.discard((device.name, report.model))
         if report.state in {"returned", "failed"} and report.reason in reasons.VERDICTS:
             self._remember_bad(device, phase)
         self._runs_what_it_says(device, report)

@@ -186,7 +186,7 @@ class Device:
     def _commit(self, before: s.State, event: s.Event | None, after: s.State, effects: tuple[s.Effect, ...]) -> bool:
         """Write the state, then run the effects, with the power cut anywhere; False if the device went down."""
         faults = self.world.faults()
-        write = not isinstance(event, s.Measured) or not machine.may_wait(self.durable, after)
+        write = event is None or not self.brain.may_wait(self.durable, after)
         if self.brain.journal_first and write:
             kept = self._random.random() < faults.unsynced_kept
             if self._unlucky(faults.crash_before_journal):

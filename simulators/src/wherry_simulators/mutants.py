@@ -505,4 +505,8 @@ ALL: tuple[Mutant, ...] = (
         "a report that says no gives no reason",
         _at_reports(lambda report: msgspec.structs.replace(report, reason="")),
     ),
+    Mutant(
+        "what happened is written only when another offer comes",
+        replace(REAL, may_wait=lambda old, new: old.offer == new.offer),
+    ),
 )
