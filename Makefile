@@ -36,7 +36,7 @@ demo: setup  ## one real model from the optimizer to a fleet and back (KEEP=1 le
 	$(BIN)/wherry-sim demo $(if $(filter-out 0 no false,$(KEEP)),--keep)
 
 test: setup  ## unit, scenario, property, simulator and end-to-end tests
-	$(BIN)/python -m pytest -m "not soak" -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -m "not soak" -n $(JOBS) --dist loadfile $(ARGS)
 
 soak: setup  ## the long forms of the suites
 	$(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)
