@@ -113,6 +113,32 @@ def test_server_and_model_metadata(endpoint: Endpoint):
     assert endpoint.call("GET", "/v2/models/scale/versions/1.0.0/ready")[0] == 200
 
 
+def test_a_server_without_models_says_in_code_and_body_that_it_is_not_ready(endpoint: Endpoint):
+    endpoint.registry.withdraw("scale")
+    assert endpoint.call("GET", "/v2/health/ready") == (503, {"ready": False})
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"sequence_id": None},
+        {"sequence_start": None},
+        {"sequence_end": None},
+        {"binary_data_output": None},
+        {"wherry_generation": None},
+        {"priority": None},
+        {"timeout": None},
+        {"timeout": 0.5},
+        {"timeout": 500_000},
+        {"somebody_elses": None},
+    ],
+)
+def test_a_parameter_that_is_null_is_absent_and_a_timeout_may_have_a_fraction(endpoint: Endpoint, parameters):
+    status, answer = endpoint.call("POST", INFER, {**ONES, "parameters": parameters})
+    assert (status, answer.get("error")) == (200, None)
+    assert answer["outputs"][0]["data"] == [2.0, 2.0, 2.0, 2.0]
+
+
 def test_infer_answers_with_id_version_variant_and_requested_outputs(endpoint: Endpoint):
     status, answer = endpoint.call("POST", INFER, {**ONES, "id": "42", "outputs": [{"name": "y"}]})
     assert status == 200

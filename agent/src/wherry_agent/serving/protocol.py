@@ -76,13 +76,14 @@ class _OutputParameters(msgspec.Struct, frozen=True, gc=False):
 
 
 class _RequestParameters(msgspec.Struct, frozen=True, gc=False):
-    binary_data_output: bool = False
-    sequence_id: int | str = ""
-    sequence_start: bool = False
-    sequence_end: bool = False
+    binary_data_output: bool | None = None
+    sequence_id: int | str | None = None
+    sequence_start: bool | None = None
+    sequence_end: bool | None = None
     wherry_generation: int | None = None
-    priority: int = 0
-    timeout: int | None = None
+    priority: int | None = None
+    timeout: float | None = None
+    """Takes whole numbers as well."""
 
 
 class _RequestTensor(msgspec.Struct, frozen=True):
@@ -186,7 +187,8 @@ class Protocol:
             case ("v2", "health", "live"):
                 return _get(request, lambda: {"live": True})
             case ("v2", "health", "ready"):
-                return _get(request, lambda: {"ready": True}, 200 if asked.server_ready() else 503)
+                ready = asked.server_ready()
+                return _get(request, lambda: {"ready": ready}, 200 if ready else 503)
             case ("v2", "models", "stats"):
                 return _get(request, lambda: asked.statistics("", ""))
             case ("v2", "models", name, *rest) if rest[:1] != ["versions"]:
