@@ -3,8 +3,14 @@
 Two models: `small` (a perceptron, a few µs of engine time, so that what serving costs shows) and `image` (600 KB of input
 and three numbers out, so that moving a tensor shows). Every way of asking is one blocking client with prebuilt bytes and
 takes its turn in every round, so that a busy machine slows all of them; figures are medians over rounds. Requests per
-second come from wrk with 8 connections, each server in turn. Peers run in environments of their own
-(`peers/environments.py`), with the same ONNX Runtime, one thread a run and no more than one server process.
+second come from wrk with 8 connections, each server in turn, by every way of REST that it takes. `rps_ratio_to_best_peer`
+is our JSON over the best way of the best peer, `rps_binary_ratio_to_best_peer` our raw bytes over the same. Peers run in
+environments of their own (`peers/environments.py`), with the same ONNX Runtime, one thread a run and no more than one
+server process.
+
+Memory is the proportional set (PSS) when nothing is asked any more. `idle_pss_ratio_to_best_peer` counts the process that
+serves, alone; `idle_pss_with_supervisor_ratio` adds the agent's supervisor, which peers have no counterpart of and without
+which nothing is delivered, as `supervisor_rss` measured it (left out with `--quick`).
 
 Run: `make bench NAME=serving`. Writes `build/bench/serving.json`, with the figures of `supervisor_rss`, `swap_gap`,
 `rollback` and `crash_points` in it, each measured by its own script in the same run (`--quick` leaves those out).
@@ -396,7 +402,9 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
             for key, call in cases.items():
                 found[key].append(median_us(call, seconds))
         ways = {"wherry": worker.port, **{peer.name: peer.http_port for peer in peers}}
-        rates: dict[str, list[float]] = {f"{key} json": [] for key in ways} | {"wherry binary": []}
+        rates: dict[str, list[float]] = {f"{key} json": [] for key in ways}
+        framing = {"wherry binary": worker.port, "kserve binary": peers[1].http_port}
+        rates |= {key: [] for key in framing}
         failed = 0
         path, plain = "/v2/models/small/infer", {"Content-Type": "application/json"}
         binary, header = binary_body(small)
@@ -406,9 +414,10 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
                 result = wrk(port, path, json_body(small), plain, folder, max(1.0, seconds * 2))
                 rates[f"{key} json"].append(result["per_s"])
                 failed += int(result["failed"])
-            result = wrk(worker.port, path, binary, framed, folder, max(1.0, seconds * 2))
-            rates["wherry binary"].append(result["per_s"])
-            failed += int(result["failed"])
+            for key, port in framing.items():
+                result = wrk(port, path, binary, framed, folder, max(1.0, seconds * 2))
+                rates[key].append(result["per_s"])
+                failed += int(result["failed"])
         time.sleep(2.0)  # what was freed has time to go back
         memory = {
             "wherry worker": pss_mb(worker.process.pid),
@@ -421,7 +430,7 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
         return statistics.median([a - b for a, b in zip(found[key], found[base], strict=True)])
 
     per_s = {key: statistics.median(values) for key, values in rates.items()}
-    best_rate = max(per_s["mlserver json"], per_s["kserve json"])
+    best_rate = max(rate for key, rate in per_s.items() if not key.startswith("wherry "))
     best_memory = min(memory["mlserver"], memory["kserve"])
     best_small = min(p50["mlserver json small"], p50["kserve json small"])
     return {
@@ -433,6 +442,7 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
         "shm_600k_ratio_to_bare": round(p50["shm image"] / p50["bare image"], 2),
         "rest_binary_600k_overhead_us": round(over("rest binary image", "bare image"), 1),
         "rps_ratio_to_best_peer": round(per_s["wherry json"] / best_rate, 2),
+        "rps_binary_ratio_to_best_peer": round(per_s["wherry binary"] / best_rate, 2),
         "p50_ratio_to_best_peer": round(p50["rest json small"] / best_small, 3),
         "kserve_binary_600k_ratio": round(p50["kserve binary image"] / p50["rest binary image"], 1),
         "grpc_ratio_to_best_peer": round(
@@ -451,10 +461,29 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
 
 
 def other(name: str) -> dict[str, Any]:
-    """Run another benchmark in a process of its own and return what it wrote."""
-    subprocess.run([sys.executable, str(ROOT / "benchmarks" / f"{name}.py")], cwd=ROOT, check=True)
-    found: dict[str, Any] = json.loads((OUT.parent / f"{name}.json").read_text(encoding="utf-8"))
-    return found
+    """Run another benchmark in a process of its own and return what it wrote.
+
+    One that ends with an error has measured all the same if it wrote: its figures say what failed, and its name is kept.
+
+    Raises:
+        RuntimeError: it wrote nothing.
+    """
+    target = OUT.parent / f"{name}.json"
+    target.unlink(missing_ok=True)  # what an earlier run wrote is no answer of this one
+    code = subprocess.run([sys.executable, str(ROOT / "benchmarks" / f"{name}.py")], cwd=ROOT, check=False).returncode
+    if not target.exists():
+        raise RuntimeError(f"{name} ended with {code} and wrote nothing")
+    found: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
+    return found | ({f"{name}_exit_code": code} if code else {})
+
+
+def with_supervisor(result: dict[str, Any]) -> dict[str, float]:
+    """Return the ratio of idle memory with the supervisor counted, where that was measured."""
+    if "supervisor_pss_mb" not in result:
+        return {}
+    idle = dict(result["idle_pss_mb"])
+    ours = idle.pop("wherry worker") + result["supervisor_pss_mb"]
+    return {"idle_pss_with_supervisor_ratio": round(ours / min(idle.values()), 2)}
 
 
 def main() -> None:
@@ -470,6 +499,7 @@ def main() -> None:
     if not options.quick:
         for name in OTHERS:
             result |= {key: value for key, value in other(name).items() if key not in result}
+    result |= with_supervisor(result)
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))

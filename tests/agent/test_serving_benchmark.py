@@ -1,0 +1,44 @@
+"""What the benchmark of local serving makes of the figures of others, without measuring any."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import serving
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "benchmarks").mkdir()
+    monkeypatch.setattr(serving, "ROOT", tmp_path)
+    monkeypatch.setattr(serving, "OUT", tmp_path / "serving.json")
+    return tmp_path
+
+
+def script(folder: Path, text: str) -> None:
+    (folder / "benchmarks" / "one.py").write_text(text)
+
+
+def test_figures_of_a_benchmark_that_found_a_failure_are_kept_and_its_end_is_said(folder: Path):
+    script(folder, "open('one.json', 'w').write('{\"points\": 3}'); raise SystemExit(1)")
+    assert serving.other("one") == {"points": 3, "one_exit_code": 1}
+
+
+def test_figures_of_an_earlier_run_are_none_of_this_one(folder: Path):
+    (folder / "one.json").write_text("{}")
+    script(folder, "raise SystemExit(2)")
+    with pytest.raises(RuntimeError, match="ended with 2"):
+        serving.other("one")
+
+
+def test_the_supervisor_counts_into_the_memory_of_a_device():
+    idle = {"wherry worker": 30.0, "mlserver": 100.0, "kserve": 80.0}
+    assert serving.with_supervisor({"idle_pss_mb": idle, "supervisor_pss_mb": 10.0}) == {
+        "idle_pss_with_supervisor_ratio": 0.5
+    }
+    assert serving.with_supervisor({"idle_pss_mb": idle}) == {}, "not measured, so not said"
