@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import signal
@@ -370,6 +372,37 @@ def test_nothing_to_serve_and_nobody_there_are_told_apart(tmp_path: Path, superv
         Model("scale", socket=supervisor.path, timeout_s=0.5)
     with pytest.raises(UnreachableError, match="supervisor_unreachable"):
         Model("scale", socket=tmp_path / "nobody.sock", timeout_s=0.3)
+
+
+def test_a_moment_without_descriptors_or_threads_is_not_the_end_of_the_handles(supervisor: Supervisor, monkeypatch):
+    real_accept, real_start = socket.socket.accept, threading.Thread.start
+    failed: list[str] = []
+
+    def accept(listener: socket.socket):
+        if listener is supervisor.server._listener and failed.count("accept") < 2:
+            failed.append("accept")
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real_accept(listener)
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name.startswith("handle-") and "start" not in failed:
+            failed.append("start")
+            raise RuntimeError("can't start new thread")
+        real_start(thread)
+
+    monkeypatch.setattr(socket.socket, "accept", accept)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    for _ in range(2):  # the acceptor still waits in the accept that was not replaced; its thread fails
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.settimeout(20)
+            peer.connect(str(supervisor.path))
+            hi = messages.Hi(format=messages.FORMAT, model="scale", pid=1)
+            with contextlib.suppress(BrokenPipeError):
+                peer.sendall(messages.encode(hi))
+            with contextlib.suppress(ConnectionResetError):
+                answer = peer.recv(4096)
+    assert isinstance(messages.parse_to_handle(answer.strip()), messages.Assign)
+    assert failed == ["start", "accept", "accept"]
 
 
 def test_strangers_are_refused():

@@ -430,6 +430,24 @@ def test_the_longest_idle_connection_makes_room_for_one_that_waits(endpoint: End
     newer.close()
 
 
+def test_a_moment_without_threads_costs_one_connection_and_not_the_endpoint(endpoint: Endpoint, monkeypatch):
+    real = threading.Thread.start
+    refused: list[str] = []
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "http" and not refused:
+            refused.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with endpoint.connect() as unlucky:
+        assert unlucky.recv(1) == b"", "its connection is closed, not kept"
+    assert endpoint.server._clients == set()
+    assert endpoint.call("GET", "/v2/health/live") == (200, {"live": True})
+    assert refused
+
+
 def test_draining_answers_what_is_in_flight_and_closes_idle_connections(tmp_path: Path):
     endpoint = Endpoint(tmp_path)
     endpoint.publish("scale", loadable(models.slow(tmp_path / "s.onnx", 2.0, turns=3000)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from tests.agent.serving_kit import until
 from wherry_agent.serving import peers
 from wherry_agent.serving import regions as module
 from wherry_agent.serving.buffers import Buffers, aligned_start, fresh
-from wherry_agent.serving.ledger import Ledger
+from wherry_agent.serving.ledger import Entry, Ledger
 from wherry_agent.serving.peers import user_of
 from wherry_agent.serving.regions import Regions
 from wherry_shared.engines import BadInput
@@ -155,6 +156,25 @@ def test_the_worker_that_follows_knows_what_was_registered(shared: Regions, tmp_
         assert [row["name"] for row in fourth.status("", ME)] == ["s"], "what is no longer as it was is left out"
         os.ftruncate(descriptor, 5)
         assert Regions(Ledger(descriptor), str(tmp_path)).status("", ME) == [], "half a ledger is none"
+    finally:
+        os.close(descriptor)
+
+
+def test_registrations_of_two_threads_are_both_kept():
+    descriptor = os.memfd_create("test")
+    try:
+        ledger = Ledger(descriptor)
+        one, two = (Entry(name, name, 0, 1, ME) for name in "ab")
+        other = threading.Thread(target=lambda: ledger.change(lambda entries: [*entries, two]))
+
+        def change(entries: list[Entry]) -> list[Entry]:
+            other.start()
+            other.join(0.3)  # it waits for this change; if it did not, it would be over by now, and be overwritten
+            return [*entries, one]
+
+        ledger.change(change)
+        other.join(20)
+        assert ledger.read() == [one, two]
     finally:
         os.close(descriptor)
 

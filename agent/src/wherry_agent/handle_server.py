@@ -24,6 +24,7 @@ from typing import Any
 import msgspec
 
 from wherry_agent import handle_messages as messages
+from wherry_agent.accepting import accepted
 from wherry_agent.children import ArmStats, Loadable, ServeModel
 from wherry_agent.lines import LineWriter, read_lines
 from wherry_shared.bundle import Contract, check_interface
@@ -224,13 +225,7 @@ class HandleServer:
         return listener
 
     def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError as error:
-                if not self._closed:
-                    log.error("handles: accept failed: %s", error)
-                return
+        for connection in accepted(self._listener, lambda: self._closed):
             pid, uid, gid = peer_credentials(connection)
             connection.settimeout(HI_SECONDS_MAX)
             peer = _Peer(connection, LineWriter(connection), pid)
@@ -245,7 +240,15 @@ class HandleServer:
                     self._peers.discard(peer)
                 self._refuse(peer, "not_allowed", f"user {uid} may not use models of this device")
             else:
-                threading.Thread(target=self._serve, args=(peer,), name=f"handle-{pid}", daemon=True).start()
+                self._begin(peer)
+
+    def _begin(self, peer: _Peer) -> None:
+        try:
+            threading.Thread(target=self._serve, args=(peer,), name=f"handle-{peer.pid}", daemon=True).start()
+        except RuntimeError as error:  # no thread can be had in this moment
+            log.error("handle of process %d is hung up on, it comes again: %s", peer.pid, error)
+            peer.connection.close()
+            self._gone_now(peer)
 
     def _refuse(self, peer: _Peer, code: str, message: str) -> None:
         log.warning("handle of process %d refused: %s", peer.pid, message)

@@ -18,6 +18,7 @@ import msgspec
 
 from wherry_agent import contracts, machine
 from wherry_agent import state as s
+from wherry_agent.accepting import accepted
 from wherry_agent.disk import Disk
 from wherry_agent.journal import decode
 from wherry_agent.turn import flags_of, kind_of
@@ -156,6 +157,7 @@ class Server:
     def __init__(self, path: Path, answers: dict[str, Callable[[], object]]) -> None:
         self._path = path
         self._answers = answers
+        self._closed = False
         path.unlink(missing_ok=True)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind(str(path))
@@ -165,17 +167,14 @@ class Server:
 
     def close(self) -> None:
         """Stop answering."""
+        self._closed = True
         with contextlib.suppress(OSError):  # not connected: shutdown only wakes the accepting thread
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         self._path.unlink(missing_ok=True)
 
     def _main(self) -> None:
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return  # closed
+        for connection in accepted(self._socket, lambda: self._closed):
             with connection:
                 connection.settimeout(SECONDS_MAX)
                 try:
@@ -184,6 +183,8 @@ class Server:
                     connection.sendall(msgspec.json.encode(answer()))
                 except (OSError, WherryError) as error:
                     log.warning("status: %s", error)
+                except Exception:  # a border: a question that cannot be answered must not end the answers to others
+                    log.exception("status")
 
 
 def ask(home: Path) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Registrations of shared memory that outlive the worker: the next one knows them, and clients notice nothing.
 
 They are kept as JSON in a memfd of the supervisor, which every worker inherits; no disk is involved, and they end with
-the agent. During a hand-over two workers have it, so each change is read, made and written under a lock. What a worker
-finds here it checks again as if its client had just registered it.
+the agent. Each change is read, made and written under two locks: one of this process for its threads, and one of the
+file for the two workers of a hand-over, since the kernel does not keep threads of one process apart. What a worker finds
+here it checks again as if its client had just registered it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -39,6 +41,7 @@ class Ledger:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self._lock = threading.Lock()
 
     def read(self) -> list[Entry]:
         """Return what is registered."""
@@ -62,8 +65,9 @@ class Ledger:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
+        with self._lock:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.lockf(self._descriptor, fcntl.LOCK_UN)

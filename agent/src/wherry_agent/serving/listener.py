@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from wherry_agent.accepting import ACCEPT_PAUSE_SECONDS
 from wherry_agent.serving import passing
 from wherry_agent.serving.http import BadRequest, Connection
 from wherry_agent.serving.protocol import Protocol, failure
@@ -28,7 +29,6 @@ IDLE_SECONDS_WHEN_FULL = 5.0
 """With others waiting, a connection that was idle for so long makes room."""
 LINGER_SECONDS = 1.0
 LINGER_BYTES_MAX = 1 << 22
-ACCEPT_PAUSE_SECONDS = 0.1
 FULL_POLL_MS = 250
 STAY_SECONDS = 2.0
 """A connection that could not be passed on is served for one more request, if that begins within this time."""
@@ -154,7 +154,7 @@ class HttpServer:
             return
         except OSError as error:
             log.error("accept failed: %s", error)
-            time.sleep(ACCEPT_PAUSE_SECONDS)  # out of descriptors: trying at once again would only burn the core
+            time.sleep(ACCEPT_PAUSE_SECONDS)
             return
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -169,7 +169,12 @@ class HttpServer:
         client = _Client(sock)
         with self._lock:
             self._clients.add(client)
-        threading.Thread(target=self._serve, args=(client,), name="http", daemon=True).start()
+        try:
+            threading.Thread(target=self._serve, args=(client,), name="http", daemon=True).start()
+        except RuntimeError as error:  # no thread can be had in this moment: its client comes again, others as well
+            log.error("a connection is closed unserved: %s", error)
+            self._let_go(client)
+            time.sleep(ACCEPT_PAUSE_SECONDS)
 
     def _serve(self, client: _Client) -> None:
         try:
@@ -190,11 +195,14 @@ class HttpServer:
         except OSError as error:
             log.debug("a client is gone: %s", error)
         finally:
-            client.socket.close()
-            with self._lock:
-                self._clients.discard(client)
-                self._lock.notify_all()
+            self._let_go(client)
             self._wake()
+
+    def _let_go(self, client: _Client) -> None:
+        client.socket.close()
+        with self._lock:
+            self._clients.discard(client)
+            self._lock.notify_all()
 
     def _next(self, client: _Client) -> bool:
         """Wait for the next request of a client; False if there is none, or somebody else answers it."""
