@@ -291,17 +291,28 @@ def request(body: Any, *headers: str) -> bytes:
     )
 
 
-def read_one(sock: socket.socket) -> tuple[int, Any]:
+def read_head(sock: socket.socket) -> tuple[bytes, bytes]:
+    """Return the head of the next answer, and what came behind it."""
     answer = b""
     while b"\r\n\r\n" not in answer:
         chunk = sock.recv(65536)
         assert chunk, "the connection closed instead of answering"
         answer += chunk
-    head, _, body = answer.partition(b"\r\n\r\n")
+    head, end, rest = answer.partition(b"\r\n\r\n")
+    return head + end, rest
+
+
+def read_answer(sock: socket.socket) -> tuple[bytes, bytes]:
+    head, body = read_head(sock)
     length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
     while len(body) < length:
         body += sock.recv(65536)
     assert len(body) == length
+    return head, body
+
+
+def read_one(sock: socket.socket) -> tuple[int, Any]:
+    head, body = read_answer(sock)
     return int(head.split()[1]), json.loads(body)
 
 
@@ -362,6 +373,31 @@ def test_the_connection_closes_when_the_client_asks_for_it(endpoint: Endpoint):
         sock.sendall(request(ONES).replace(b"HTTP/1.1", b"HTTP/1.0", 1))
         assert read_one(sock)[0] == 200
         assert sock.recv(10) == b""
+
+
+@pytest.mark.parametrize(
+    "path", ["/v2", "/v2/health/ready", "/v2/models/scale", "/v2/nope", INFER, "/ofrep/v1/configuration"]
+)
+def test_head_is_answered_as_get_without_its_body(endpoint: Endpoint, path: str):
+    lines = f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    with endpoint.connect() as sock:
+        sock.sendall(lines)
+        wanted, body = read_answer(sock)
+        assert body
+        for _ in range(2):  # a body would be taken for the head of the second answer
+            sock.sendall(lines.replace(b"GET", b"HEAD"))
+            assert read_head(sock) == (wanted, b"")
+
+
+def test_an_old_client_that_asks_to_stay_is_told_that_it_may(endpoint: Endpoint):
+    data = request(ONES, "Connection: Keep-Alive").replace(b"HTTP/1.1", b"HTTP/1.0", 1)
+    with endpoint.connect() as sock:
+        for _ in range(2):
+            sock.sendall(data)
+            head, _ = read_answer(sock)
+            assert b"\r\nConnection: keep-alive\r\n" in head
+        sock.sendall(request(ONES))
+        assert b"connection:" not in read_answer(sock)[0].lower(), "HTTP/1.1 stays without a word"
 
 
 def test_a_client_that_expects_a_go_ahead_gets_it(endpoint: Endpoint):

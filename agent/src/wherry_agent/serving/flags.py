@@ -105,7 +105,7 @@ def _tagged(request: Request, value: Any, tag: str) -> Response:
 
 
 def _wrong_method(request: Request, allowed: str) -> Response | None:
-    if request.method == allowed:
+    if request.method == allowed or (request.method, allowed) == ("HEAD", "GET"):
         return None
     return _json(405, {"errorCode": "GENERAL", "errorDetails": f"use {allowed}"}, {"Allow": allowed})
 

@@ -72,6 +72,7 @@ class Head:
     path: tuple[str, ...]
     headers: dict[str, str]
     keep_alive: bool
+    old: bool
     length: int
     """Bytes of the body."""
     binary_start: int
@@ -88,6 +89,8 @@ class Request:
     body: bytes | memoryview
     keep_alive: bool
     connection: Connection | None = None
+    old: bool = False
+    """HTTP/1.0, where a connection ends unless the answer says that it stays."""
 
 
 @dataclass(slots=True)
@@ -193,10 +196,10 @@ class Connection:
             self._rest = b""
             body = self._rest_of_body(head, data[start:], deadline or time.monotonic() + REQUEST_SECONDS_MAX)
         self._begun = bool(self._rest)
-        return Request(head.method, head.path, head.headers, body, head.keep_alive, self)
+        return Request(head.method, head.path, head.headers, body, head.keep_alive, self, head.old)
 
-    def write(self, response: Response, *, keep_alive: bool) -> None:
-        """Write a response.
+    def write(self, response: Response, *, keep_alive: bool, request: Request | None = None) -> None:
+        """Write a response to a request; to HEAD only what is said of its body (RFC 9110 §9.3.2).
 
         Raises:
             OSError: the connection broke, or the client does not read.
@@ -210,8 +213,15 @@ class Connection:
             head += "Content-Type: application/json\r\n"
         for name, value in response.headers.items():
             head += f"{name}: {value}\r\n"
-        head += "\r\n" if keep_alive else "Connection: close\r\n\r\n"
-        if length <= JOINED_BYTES_MAX:
+        if not keep_alive:
+            head += "Connection: close\r\n\r\n"
+        elif request is not None and request.old:
+            head += "Connection: keep-alive\r\n\r\n"
+        else:
+            head += "\r\n"
+        if request is not None and request.method == "HEAD":
+            self._socket.sendall(head.encode("latin-1"))
+        elif length <= JOINED_BYTES_MAX:
             self._socket.sendall(b"".join([head.encode("latin-1"), body, *parts]))
         else:
             self._send([head.encode("latin-1"), body, *parts])
@@ -250,6 +260,7 @@ class Connection:
             path,
             headers,
             keep_alive,
+            data.partition(b"\r\n")[0].endswith(b" HTTP/1.0"),
             length,
             int(binary_start) if binary_start.isascii() and binary_start.isdigit() and len(binary_start) < 12 else 0,
         )

@@ -185,7 +185,7 @@ class HttpServer:
                     break
                 response = self._protocol.respond(request)
                 keep_alive = request.keep_alive and not self._closes(client)
-                client.connection.write(response, keep_alive=keep_alive)
+                client.connection.write(response, keep_alive=keep_alive, request=request)
                 del request, response  # they hold tensors, which must not outlive their request
                 client.connection.release()
                 if not keep_alive:

@@ -502,7 +502,8 @@ def _unknown() -> Response:
 
 
 def _get(request: Request, make: Callable[[], Any], status: int = 200) -> Response:
-    return _json(make(), status) if request.method == "GET" else _wrong_method("GET")
+    """Answer GET, and HEAD the same: the connection leaves its body out."""
+    return _json(make(), status) if request.method in ("GET", "HEAD") else _wrong_method("GET")
 
 
 def _post(request: Request) -> Response | None:
