@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import grp
 import json
 import os
 import signal
@@ -406,28 +407,48 @@ def test_a_moment_without_descriptors_or_threads_is_not_the_end_of_the_handles(s
 
 
 def test_strangers_are_refused():
-    assert allowed(0, 0, None)
-    assert allowed(os.geteuid(), 12345, None)
+    assert allowed(0, [0], None)
+    assert allowed(os.geteuid(), [12345], None)
     stranger = os.geteuid() + 54321
-    assert not allowed(stranger, 12345, None)
-    assert not allowed(stranger, 12345, 999)
-    assert allowed(stranger, 999, 999), "its own group is the one that may"
+    assert not allowed(stranger, [12345], None)
+    assert not allowed(stranger, [12345], 999)
+    assert allowed(stranger, [12345, 999], 999), "one of its groups is the one that may"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_a_process_of_another_user_is_refused_by_its_credentials(tmp_path: Path, supervisor: Supervisor):
-    supervisor.path.chmod(0o777)
-    for folder in (tmp_path, *tmp_path.parents):
+def heard_by_another_user(path: Path, groups: list[int], said: str = "") -> bytes:
+    """Connect as user 54321 with supplementary groups, say something, and return the first line that comes back."""
+    path.chmod(0o777)
+    for folder in path.parents:
         if folder.stat().st_uid == 0 and folder != Path("/") and "pytest" in str(folder):
             folder.chmod(0o755)
     code = (
-        "import os, socket, sys; os.setgid(54321); os.setuid(54321);"
-        "s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print(s.recv(1000).decode())"
+        f"import os, socket, sys; os.setgroups({groups}); os.setgid(54321); os.setuid(54321);"
+        "s = socket.socket(socket.AF_UNIX); s.settimeout(20); s.connect(sys.argv[1]);"
+        "sys.argv[2] and s.sendall(sys.argv[2].encode()); print(s.makefile().readline())"
     )
-    child = subprocess.run([sys.executable, "-c", code, str(supervisor.path)], capture_output=True, text=True)
-    refusal = messages.parse_to_handle(child.stdout.strip().encode())
+    argv = [sys.executable, "-c", code, str(path), said]
+    return subprocess.run(argv, capture_output=True, check=True, timeout=60).stdout.strip()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_process_of_another_user_is_refused_by_its_credentials(supervisor: Supervisor):
+    refusal = messages.parse_to_handle(heard_by_another_user(supervisor.path, [54322]))
     assert isinstance(refusal, messages.Refusal)
     assert refusal.code == "not_allowed"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_process_that_was_given_the_group_may_use_models(tmp_path: Path):
+    """Its user is in no group file, and the group is not its first one: systemd and containers give groups so."""
+    group = next(entry for entry in grp.getgrall() if entry.gr_gid != 0)
+    said = messages.encode(messages.WatchFlags(format=messages.FORMAT, pid=1)).decode()
+    server = HandleServer(tmp_path / "handle.sock", group=group.gr_name)
+    server.publish_flags({})
+    try:
+        first = messages.parse_to_handle(heard_by_another_user(tmp_path / "handle.sock", [54322, group.gr_gid], said))
+    finally:
+        server.close()
+    assert isinstance(first, messages.Flags)
 
 
 @pytest.mark.parametrize(

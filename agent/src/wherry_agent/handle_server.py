@@ -1,8 +1,8 @@
 """The supervisor's side of the handles: who holds which file, who runs what, whose process died on a candidate.
 
-One thread accepts, one sends, one per connection reads. The peer is known by SO_PEERCRED, not by what it says: root, this user, or
-a member of the group. Nothing here decides about a trial: crashes and verdicts are handed to the owner's callbacks,
-which are called from connection threads and must return at once.
+One thread accepts, one sends, one per connection reads. The peer is known by SO_PEERCRED and SO_PEERGROUPS, not by what
+it says: root, this user, or a member of the group. Nothing here decides about a trial: crashes and verdicts are handed to
+the owner's callbacks, which are called from connection threads and must return at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pwd
 import socket
 import struct
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -39,6 +39,11 @@ CONNECTIONS_MAX = 64
 HI_SECONDS_MAX = 10.0
 SEND_SECONDS_MAX = 5.0
 CRASHES_REMEMBERED_MAX = 256
+SO_PEERGROUPS = 59
+"""unix(7), Linux 4.13; `socket` does not name it."""
+GROUP_BYTES = 4
+PEER_GROUPS_MAX = 256
+"""What `getsockopt` of Python takes at once."""
 ARMS_MAX = 16
 """Arms that one handle may count in one message: it holds at most a few variants at a time."""
 
@@ -235,7 +240,7 @@ class HandleServer:
                     self._peers.add(peer)
             if full:
                 self._refuse(peer, "too_many_handles", f"{CONNECTIONS_MAX} handles are connected")
-            elif not allowed(uid, gid, self._group):
+            elif not allowed(uid, {gid, *peer_groups(connection)}, self._group):
                 with self._lock:
                     self._peers.discard(peer)
                 self._refuse(peer, "not_allowed", f"user {uid} may not use models of this device")
@@ -460,13 +465,27 @@ def peer_credentials(connection: socket.socket) -> tuple[int, int, int]:
     return pid, uid, gid
 
 
-def allowed(uid: int, gid: int, group: int | None) -> bool:
-    """Tell whether a peer may connect: root, this process's user, or a member of the group."""
+def peer_groups(connection: socket.socket) -> tuple[int, ...]:
+    """Return the supplementary groups of the process at the other end, none where the kernel does not say them."""
+    try:
+        data = connection.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, PEER_GROUPS_MAX * GROUP_BYTES)
+    except OSError as error:  # an older kernel, or more of them: the group file is asked all the same
+        log.debug("groups of a peer are not known: %s", error)
+        return ()
+    return struct.unpack(f"{len(data) // GROUP_BYTES}I", data)
+
+
+def allowed(uid: int, gids: Iterable[int], group: int | None) -> bool:
+    """Tell whether a peer may connect: root, this process's user, or a member of the group.
+
+    What its process was given counts (`gids`: a unit's SupplementaryGroups, `docker run --group-add`), and what the
+    group file says of its user now.
+    """
     if uid in (0, os.geteuid()):
         return True
     if group is None:
         return False
-    if gid == group:
+    if group in gids:
         return True
     try:
         return pwd.getpwuid(uid).pw_name in grp.getgrgid(group).gr_mem
