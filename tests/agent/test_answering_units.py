@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -257,3 +258,34 @@ def test_a_shadow_goes_on_under_new_terms_without_new_credit(kit: Kit):
     assert third is not second
     assert third is not None
     assert (third.loaded, third.counter.trial) == (second.loaded, "u")
+
+
+class Between(dict[str, threading.Event]):
+    """What is being swapped cold, and something that happens just before it is looked up."""
+
+    def __init__(self, happens: Callable[[], None]) -> None:
+        super().__init__()
+        self._happens = happens
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self._happens()
+        return super().get(name, default)
+
+    def __iter__(self) -> Iterator[str]:
+        self._happens()
+        return super().__iter__()
+
+
+def test_a_cold_swap_that_ends_between_two_looks_is_seen(kit: Kit) -> None:
+    kit.serve(ServeModel(name="scale", active=kit.version("scale", 1)))
+    one = kit.registry.peek("scale")
+    assert one is not None
+
+    def ends() -> None:
+        if kit.registry.peek("scale") is None:
+            kit.registry.publish("scale", one)
+
+    for ask in (lambda: kit.registry.get("scale"), lambda: kit.registry.names() == ["scale"]):
+        kit.registry._cold = Between(ends)
+        kit.registry.go_cold("scale")
+        assert ask()

@@ -143,9 +143,9 @@ for line in control.makefile("rb"):
 class Running:
     """A worker process of the little program above."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, text: str = WORKER, *, start: bool = True, available_bytes: int = 1 << 40) -> None:
         path = folder / "worker.py"
-        path.write_text(WORKER)
+        path.write_text(text)
         self.events: list[children.WorkerEvent] = []
         self.deaths: list[tuple[str, bool]] = []
         self.gone: list[int] = []
@@ -157,8 +157,10 @@ class Running:
             on_gone=self.gone.append,
             memory_reserve_bytes=0,
             argv=[sys.executable, str(path)],
+            available_bytes=lambda: available_bytes,
         )
-        self.worker.start()
+        if start:
+            self.worker.start()
 
     def ready(self, count: int) -> int:
         """Wait for the `count`-th worker; return its process id."""
@@ -187,6 +189,41 @@ def test_a_worker_that_dies_is_followed_by_another_and_its_death_is_told(tmp_pat
     assert running.worker.pid == 0
 
 
+def test_an_order_that_comes_after_a_crash_does_not_make_it_ordered(tmp_path: Path) -> None:
+    running = Running(tmp_path, start=False)
+    running.worker.restart()  # there is nothing to end yet
+    running.worker.start()
+    os.kill(running.ready(1), signal.SIGKILL)
+    running.ready(2)
+    running.close()
+    assert running.deaths == [("signal 9", False)]
+
+
+def test_a_worker_that_crashes_on_its_way_out_crashed(tmp_path: Path) -> None:
+    running = Running(tmp_path, WORKER.replace("        break", "        os.kill(os.getpid(), 11)"), available_bytes=0)
+    running.ready(1)
+    troubles: list[str] = []
+    running.worker.hand_over(troubles.append)  # without memory for a second worker
+    running.ready(2)
+    assert until(lambda: troubles, "the hand-over ended") == [""]
+    running.close()
+    assert running.deaths == [("signal 11", False)]
+
+
+def test_a_worker_that_closes_its_end_is_ended_and_nobody_ordered_it(tmp_path: Path) -> None:
+    closes = "control.shutdown(2), __import__('time').sleep(60)"
+    running = Running(tmp_path, WORKER.replace("os.kill(os.getpid(), 11)", closes))
+    running.ready(1)
+
+    def told() -> bool:
+        running.worker.send(children.RunGolden(model="m", digest="d", trial=1))
+        return bool(running.deaths)
+
+    until(told, "it is ended as soon as it is told something")
+    running.close()
+    assert running.deaths == [("signal 9", False)]
+
+
 def test_what_is_said_to_a_worker_that_is_gone_is_said_to_nobody(tmp_path: Path) -> None:
     running = Running(tmp_path)
     pid = running.ready(1)
@@ -195,5 +232,6 @@ def test_what_is_said_to_a_worker_that_is_gone_is_said_to_nobody(tmp_path: Path)
         running.worker.send(children.Serve(revision=1, models=[]))
         time.sleep(0.002)
     running.ready(2)
+    assert running.deaths == [("signal 9", False)]  # it was told things, and nobody ended it
     running.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "worker"]

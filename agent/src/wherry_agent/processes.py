@@ -9,8 +9,10 @@ standard error goes to the log.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -56,6 +58,10 @@ YOUNG_S = 5.0
 """A worker that dies within this time of its start makes the next one wait, up to RESTART_WAIT_MAX_S."""
 RESTART_WAIT_MIN_S = 0.1
 RESTART_WAIT_MAX_S = 5.0
+ORDERED_CODES = frozenset({0, -signal.SIGKILL})
+"""How a worker ends that was told to end, or was killed here; every other end is its own."""
+GONE_ERRNOS = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF})
+"""What writing to a worker says when it ended, or closed its end."""
 STOP_S = 12.0
 """A worker that was told to end answers what is in flight within this time, or is killed."""
 HAND_OVER_SECONDS_MAX = 180.0
@@ -271,6 +277,7 @@ class _Seat:
         self.child: subprocess.Popen[bytes] | None = None
         self.writer: LineWriter | None = None
         self.ordered = False
+        """Its worker was alive when it was told to end, or ended here."""
         self.ready = False
         self.answered = False
         """Its worker is, or was, the one that answers."""
@@ -284,9 +291,14 @@ class _Seat:
         """Process id, 0 between two."""
         return self.child.pid if self.child is not None else 0
 
+    @property
+    def alive(self) -> bool:
+        """Tell whether there is a process, and it has not ended by itself."""
+        return self.child is not None and self.child.poll() is None
+
     def kill(self) -> None:
         """End the process, if there is one."""
-        if self.child is not None and self.child.poll() is None:
+        if self.child is not None and self.alive:
             self.child.kill()
 
 
@@ -381,7 +393,7 @@ class WorkerProcess:
     def restart(self) -> None:
         """End this worker; another follows."""
         with self._lock:
-            self._seat.ordered = True
+            self._seat.ordered = self._seat.alive
             self._seat.kill()
 
     def hand_over(self, done: Callable[[str], None]) -> None:
@@ -405,7 +417,7 @@ class WorkerProcess:
                 return
             log.info("hand-over: %d bytes are available, %d would be needed for two workers", available, needed)
             seat = self._seat
-            seat.ordered = True
+            seat.ordered = seat.alive
             self._after(STOP_S, seat)
         self._write(seat, Stop(hand_over=True))
 
@@ -438,11 +450,12 @@ class WorkerProcess:
         wait_s = 0.0
         while not self._stopping.is_set():
             seat.began = time.monotonic()
-            detail = self._one(seat)
+            detail, code = self._one(seat)
             with self._lock:
                 spare = self._take_spare(seat)
                 pid = seat.pid
-                ordered, seat.ordered = seat.ordered, False
+                # what a crash ends a moment before our order would is a crash
+                ordered, seat.ordered = seat.ordered and code in ORDERED_CODES, False
                 seat.child = seat.writer = None
                 current = seat is self._seat or spare is not None
                 if seat in self._leaving:
@@ -467,8 +480,8 @@ class WorkerProcess:
             self._stopping.wait(wait_s)
             wait_s = min(max(wait_s * 2, RESTART_WAIT_MIN_S), RESTART_WAIT_MAX_S) if young else 0.0
 
-    def _one(self, seat: _Seat) -> str:
-        """Run one worker to its end; say how it ended."""
+    def _one(self, seat: _Seat) -> tuple[str, int | None]:
+        """Run one worker to its end; say how it ended, and with which code (None: it did not begin)."""
         ours, theirs = socket.socketpair()
         giving, taking = passing_channel()
         with ours, giving:
@@ -477,7 +490,7 @@ class WorkerProcess:
                     child, peer = self._start(theirs, giving, taking, seat.prepare)
                 except OSError as error:
                     taking.close()
-                    return f"it could not be started: {error}"
+                    return f"it could not be started: {error}", None
             giving.close()
             assert child.stderr is not None
             drain(child.stderr, "worker")
@@ -503,7 +516,7 @@ class WorkerProcess:
                 peer.over = True
                 if seat is not self._seat:  # who follows has its end already, or there is nothing in it
                     self._forget_peers()
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
+        return (f"signal {-code}" if code < 0 else f"exit code {code}"), code
 
     def _start(
         self, control: socket.socket, giving: socket.socket, taking: socket.socket, prepare: str
@@ -545,9 +558,11 @@ class WorkerProcess:
         try:
             writer.write(encode_line(message))
         except OSError as error:
-            log.warning("worker does not listen: %s", error)
+            gone = error.errno in GONE_ERRNOS
+            log.warning("worker %s: %s", "is gone or closed its end" if gone else "does not listen", error)
             with self._lock:
-                seat.ordered = True
+                # an end that is closed is the worker's own doing: it counts as a crash
+                seat.ordered = seat.ordered or (not gone and seat.alive)
                 seat.kill()
 
     # -- hand-over -------------------------------------------------------------------------------

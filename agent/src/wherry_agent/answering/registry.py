@@ -28,7 +28,7 @@ class Registry:
             cold = self._cold.get(name)
             if cold is not None:
                 cold.wait(COLD_SECONDS_MAX)
-                published = self._models.get(name)
+            published = self._models.get(name)  # the new one may have come between the two looks
         return published
 
     def peek(self, name: str) -> Published | None:
@@ -37,7 +37,8 @@ class Registry:
 
     def names(self) -> list[str]:
         """Return the names of models in service, in order, those that are being swapped cold included."""
-        return sorted({*self._models, *self._cold})
+        # a model moves from the first to the second and back: who looks at the first twice misses none
+        return sorted({*self._models, *self._cold, *self._models})
 
     def all(self) -> list[Published]:
         """Return everything in service."""
