@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,47 @@ def test_regions_are_bounded_in_number_and_bytes(shared: Regions, monkeypatch):
     for name in ("", "x" * 300):
         with pytest.raises(BadInput, match="name"):
             shared.register(name, "a", 0, 1, ME)
+
+
+def test_one_user_leaves_room_for_others(shared: Regions, tmp_path: Path, monkeypatch):
+    (tmp_path / "a").chmod(0o666)
+    monkeypatch.setattr(module, "USER_REGIONS_MAX", 2)
+    monkeypatch.setattr(module, "USER_REGIONS_BYTES_MAX", 9)
+    shared.register("r1", "a", 0, 1, STRANGER)
+    with pytest.raises(BadInput, match="9 bytes of one user"):
+        shared.register("r2", "a", 1, 8, STRANGER)
+    shared.register("r2", "a", 0, 8, STRANGER)
+    with pytest.raises(BadInput, match="2 regions"):
+        shared.register("r3", "a", 0, 1, STRANGER)
+    shared.register("r3", "a", 0, 9, ME)
+
+
+def test_a_region_ends_with_its_file(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(module, "REGIONS_MAX", 2)
+    descriptor = os.memfd_create("test")
+    try:
+        ledger = Ledger(descriptor)
+        shared = Regions(ledger, str(tmp_path))
+        for name in ("a", "b"):
+            (tmp_path / name).write_bytes(name.encode() * 9)
+            shared.register(name, name, 0, 9, ME)
+        used = shared.get("a", ME)
+        (tmp_path / "a").unlink()
+        with pytest.raises(BadInput, match="not registered"):
+            shared.get("a", ME)
+        assert bytes(used.read(0, 1, fresh)[0]) == b"a", "a request in flight keeps what it uses"
+        kept = weakref.ref(shared.get("b", ME).file)
+        (tmp_path / "b").unlink()
+        (tmp_path / "b").write_bytes(b"again")
+        shared.register("b", "b", 0, 5, ME)  # neither its old file nor the table is in the way
+        shared.register("c", "b", 0, 5, ME)
+        assert [entry.name for entry in ledger.read()] == ["b", "c"]
+        assert kept() is None, "its memory is given back"
+        (tmp_path / "b").unlink()
+        assert Regions(ledger, str(tmp_path)).status("", ME) == []
+        assert ledger.read() == [], "what is gone is not looked for again"
+    finally:
+        os.close(descriptor)
 
 
 def test_the_worker_that_follows_knows_what_was_registered(shared: Regions, tmp_path: Path):

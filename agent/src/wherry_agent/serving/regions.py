@@ -5,7 +5,9 @@ do to others are taken from it. It cannot borrow this process's rights: it regis
 as everybody may read and write), and nobody else may use its region. It cannot crash the worker: reading a mapping
 beyond the end of a file that was shortened kills the process, so a region is mapped only if its owner could kill this
 process anyway, and is copied by `pread` otherwise; sizes are looked up again before each use. And it cannot fill the
-table: regions are bounded in number and bytes. docs/adr/0009 has the figures.
+table: regions are bounded in number and bytes, of each user and of all. docs/adr/0009 has the figures.
+
+A region ends with its file: a descriptor that is kept would hold the memory of one that its client has removed.
 
 With a ledger regions outlive the worker: one that is not known here is looked up there when a request names it.
 """
@@ -30,7 +32,9 @@ log = logging.getLogger(__name__)
 
 FOLDER = "/dev/shm"  # noqa: S108 - where POSIX shared memory lives, by name
 REGIONS_MAX = 128
+USER_REGIONS_MAX = 64
 REGION_BYTES_MAX = 1 << 30
+USER_REGIONS_BYTES_MAX = 2 << 30
 ALL_REGIONS_BYTES_MAX = 4 << 30
 """Of address space and of the files' own memory; nothing is allocated here."""
 NAME_CHARS_MAX = 255
@@ -48,6 +52,20 @@ class Region:
     file: _File
     mapping: mmap.mmap | None
     """The file from its start to the region's end; None where its tensors are copied."""
+
+    @property
+    def end(self) -> int:
+        """How much of its file it keeps in memory."""
+        return self.offset + self.byte_size
+
+    @property
+    def entry(self) -> Entry:
+        """The region as the ledger has it."""
+        return Entry(self.name, self.key, self.offset, self.byte_size, self.user)
+
+    def is_removed(self) -> bool:
+        """Tell whether its client removed the file, which lives on only by this descriptor."""
+        return os.fstat(self.file.descriptor).st_nlink == 0
 
     def read(self, offset: int, byte_size: int, take: Callable[[int], Buffer]) -> tuple[memoryview, bool]:
         """Return bytes of the region, and whether the client can still change them.
@@ -117,6 +135,9 @@ class Regions:
         self._ledger = ledger
         self._folder = folder
         self._lock = threading.Lock()
+        """Of the table."""
+        self._changes = threading.RLock()
+        """Held while table and ledger change together."""
         self._regions: dict[str, Region] = {}
 
     def register(self, name: str, key: str, offset: int, byte_size: int, user: int | None) -> None:
@@ -125,11 +146,27 @@ class Regions:
         Raises:
             BadInput: with the reason.
         """
-        self._restore()
-        region = self._add(name, key, offset, byte_size, user)
-        if self._ledger is not None:
-            entry = Entry(name, key, offset, byte_size, region.user)
-            self._ledger.change(lambda entries: [*(one for one in entries if one.name != name), entry])
+        with self._changes:
+            self.reclaim()
+            self._restore()
+            entry = self._add(name, key, offset, byte_size, user).entry
+            if self._ledger is not None:
+                self._ledger.change(lambda entries: [*(one for one in entries if one.name != name), entry])
+
+    def reclaim(self) -> None:
+        """Forget regions whose files their clients removed; requests in flight keep what they use."""
+        with self._changes:
+            removed = [one for one in self._all() if one.is_removed()]
+            with self._lock:
+                for one in removed:
+                    del self._regions[one.name]
+            if removed:
+                log.info("shared memory regions end with their files: %s", ", ".join(one.name for one in removed))
+                self._strike({one.entry for one in removed})
+
+    def _strike(self, gone: set[Entry]) -> None:
+        if gone and self._ledger is not None:
+            self._ledger.change(lambda entries: [one for one in entries if one not in gone])
 
     def _add(self, name: str, key: str, offset: int, byte_size: int, user: int | None) -> Region:
         if not name or len(name) > NAME_CHARS_MAX:
@@ -153,25 +190,26 @@ class Regions:
         with self._lock:
             if name in self._regions:
                 raise BadInput(f"shared memory region {name!r} is registered already: unregister it first")
-            whole = sum(one.offset + one.byte_size for one in self._regions.values())
-            if len(self._regions) >= REGIONS_MAX or whole + offset + byte_size > ALL_REGIONS_BYTES_MAX:
-                raise BadInput(f"no more than {REGIONS_MAX} regions, {ALL_REGIONS_BYTES_MAX} bytes: unregister some")
+            others = list(self._regions.values())
+            own = [one for one in others if one.user == user]
+            _check_room(region, own, "of one user", USER_REGIONS_MAX, USER_REGIONS_BYTES_MAX)
+            _check_room(region, others, "of all users", REGIONS_MAX, ALL_REGIONS_BYTES_MAX)
             self._regions[name] = region
         return region
 
     def unregister(self, name: str, user: int | None) -> None:
         """Forget a region of the client (empty: all of its regions); one that is not there is no error."""
-        self._restore()
-        with self._lock:
-            chosen = {
-                region.name
-                for region in self._regions.values()
-                if name in ("", region.name) and may_use(user, region.user)
-            }
-            for one in chosen:
-                del self._regions[one]
-        if chosen and self._ledger is not None:
-            self._ledger.change(lambda entries: [one for one in entries if one.name not in chosen])
+        with self._changes:
+            self._restore()
+            with self._lock:
+                chosen = [
+                    region
+                    for region in self._regions.values()
+                    if name in ("", region.name) and may_use(user, region.user)
+                ]
+                for one in chosen:
+                    del self._regions[one.name]
+            self._strike({one.entry for one in chosen})
 
     def status(self, name: str, user: int | None) -> list[dict[str, str | int]]:
         """Describe a region of the client (empty: all of its regions).
@@ -179,6 +217,7 @@ class Regions:
         Raises:
             BadInput: there is no such region.
         """
+        self.reclaim()
         self._restore()
         chosen = [self.get(name, user)] if name else [one for one in self._all() if may_use(user, one.user)]
         return [{"name": one.name, "key": one.key, "offset": one.offset, "byte_size": one.byte_size} for one in chosen]
@@ -190,28 +229,39 @@ class Regions:
             BadInput: there is no such region, or it is another user's.
         """
         region = self._regions.get(name)
+        if region is not None and region.is_removed():
+            self.reclaim()
+            region = None
         if region is None and self._ledger is not None:
             self._restore()
             region = self._regions.get(name)
         if region is None or not may_use(user, region.user):
             raise BadInput(
                 f"shared memory region {name[:80]!r} is not registered",
-                next_step="register it again: regions end with the agent's process",
+                next_step="register it again: regions end with the agent's process, and with their files (shm_unlink)",
             )
         return region
 
     def _restore(self) -> None:
         """Take over what other workers registered; what is no longer as it was is left out."""
-        for entry in self._ledger.read() if self._ledger is not None else []:
-            if entry.name not in self._regions:
-                try:
-                    self._add(entry.name, entry.key, entry.offset, entry.byte_size, entry.user)
-                except BadInput as error:
-                    log.info("shared memory region %r is not taken over: %s", entry.name, error.message)
+        with self._changes:
+            gone = set()
+            for entry in self._ledger.read() if self._ledger is not None else []:
+                if entry.name not in self._regions:
+                    try:
+                        self._add(entry.name, entry.key, entry.offset, entry.byte_size, entry.user)
+                    except BadInput as error:
+                        log.info("shared memory region %r is not taken over: %s", entry.name, error.message)
+                        if not os.path.lexists(self._path(entry.key)):
+                            gone.add(entry)
+            self._strike(gone)
 
     def _all(self) -> list[Region]:
         with self._lock:
             return list(self._regions.values())
+
+    def _path(self, key: str) -> str:
+        return f"{self._folder}/{key.removeprefix('/')}"
 
     def _open(self, key: str) -> int:
         name = key.removeprefix("/")
@@ -223,7 +273,7 @@ class Regions:
             or len(name.encode(errors="replace")) > NAME_CHARS_MAX
         ):
             raise BadInput(f"shared memory key {key[:80]!r} is not a name as shm_open takes it")
-        path = f"{self._folder}/{name}"
+        path = self._path(key)
         flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         try:
             try:
@@ -235,3 +285,8 @@ class Regions:
             if isinstance(error, OSError) and error.errno == errno.ELOOP:
                 why = "it is a link"
             raise BadInput(f"shared memory key {key[:80]!r} cannot be opened by the agent: {why}") from error
+
+
+def _check_room(region: Region, others: list[Region], whose: str, count_max: int, bytes_max: int) -> None:
+    if len(others) >= count_max or sum(one.end for one in others) + region.end > bytes_max:
+        raise BadInput(f"no more than {count_max} regions, {bytes_max} bytes {whose}: unregister some")

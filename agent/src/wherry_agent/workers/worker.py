@@ -1,7 +1,7 @@
 """One worker process: commands in, events out, models served in between.
 
 Three kinds of threads: this one reads commands, the loader loads, a ticker sends statistics once a second (at once
-after a candidate's error) and gives freed memory back. Requests come in on the serving side's own threads, which accept
+after a candidate's error) and gives memory back. Requests come in on the serving side's own threads, which accept
 nobody before the first desired state is reached: after a crash, callers wait in the queue instead of being told 404.
 """
 
@@ -82,7 +82,8 @@ class Worker:
         self._gate = RunGate()
         self._helpers = Helpers()
         self._flags = Flags()
-        protocol = Protocol(self.registry, self._gate, self._helpers, self._flags, Regions(ledger))
+        self._regions = Regions(ledger)
+        protocol = Protocol(self.registry, self._gate, self._helpers, self._flags, self._regions)
         self._http = HttpServer(listeners, protocol, pass_on=pass_on, take_over=take_over)
         self._grpc = _grpc(grpc_port, protocol) if grpc_port else None
         self._loader = Loader(
@@ -177,6 +178,7 @@ class Worker:
                     self._tick.wait(STATS_SECONDS)
                 self._urgent = False
             self._send_stats()
+            self._regions.reclaim()
             time.sleep(STATS_SECONDS_MIN)  # a candidate that fails every request must not flood the supervisor
             if self._loader.freed.is_set():
                 self._loader.freed.clear()
