@@ -1,9 +1,10 @@
-"""Memory of a running supervisor: enrolled, connected over TLS, two versions confirmed, trust renewed, a minute later.
+"""Memory of a running supervisor: enrolled, connected over TLS, two versions confirmed, certificate renewed, a minute later.
 
 Run: `python benchmarks/supervisor_rss.py [--after-s 60]`. Starts a development server, TLS in front of its broker (with
 client certificates) and of its API, and an agent, all in processes and threads of their own on loopback. Python files are
 compiled first, as installing a wheel does. Each confirmed version brings new trust metadata, so the courier ran between;
-then the supervisor is left alone for `--after-s` and its memory is read from /proc.
+certificates live so short that the device renews its own after the last confirm and connects anew with it. Then the
+supervisor is left alone for `--after-s` and its memory is read from /proc.
 
 Writes `build/bench/supervisor_rss.json`: resident set (`supervisor_rss_mb`), its anonymous part, the proportional set
 (`supervisor_pss_mb`: files shared with other processes counted by share), the highest that it ever was, all in MiB; and
@@ -31,7 +32,7 @@ from tests.agent.daemon_kit import Agent, Site, agent, site  # noqa: E402 - the 
 from tests.shared.engines import models  # noqa: E402
 from tests.tls_front import TlsFront, server_certificate, use_tls  # noqa: E402
 
-from wherry_agent import status  # noqa: E402
+from wherry_agent import identity, status  # noqa: E402
 from wherry_shared.errors import WherryError  # noqa: E402
 
 
@@ -44,6 +45,11 @@ def memory_mb(pid: int) -> dict[str, float]:
             if key in ("VmRSS", "RssAnon", "VmHWM", "Pss"):
                 found[key] = round(int(value.split()[0]) / 1024, 1)
     return found
+
+
+CERTIFICATE_S = 240
+"""Life of certificates: two thirds of it are longer than `--after-s`, and the last third than what comes before it."""
+DAY_S = 86_400
 
 
 def enrol_and_secure(server: Site, device: Agent) -> None:
@@ -61,10 +67,16 @@ def enrol_and_secure(server: Site, device: Agent) -> None:
     device.until("it is connected over TLS", lambda shown: shown["connected"] == "mqtt" and broker.clients)
 
 
+def used_pair(home: Path) -> str:
+    """Return which key and certificate a device uses."""
+    known = identity.load(home)
+    return known.pair if known is not None else ""
+
+
 def measure(after_s: float) -> dict[str, object]:
     with tempfile.TemporaryDirectory(prefix="wherry-rss-") as name:
         folder = Path(name)
-        with site(folder) as server:
+        with site(folder, certificate_days=CERTIFICATE_S / DAY_S) as server:
             server.release("1.0.0", models.scale(folder / "one.onnx", 2.0))
             server.release("1.1.0", models.scale(folder / "two.onnx", 3.0))
             with agent(server, "bench") as device:
@@ -73,6 +85,12 @@ def measure(after_s: float) -> dict[str, object]:
                     server.deploy(version, "bench", trial_s=2)
                     device.until_serves(version)
                 device.ask(200)
+                pair = used_pair(device.home)
+                device.until(
+                    "it is connected with a renewed certificate",
+                    lambda shown: shown["connected"] == "mqtt" and used_pair(device.home) != pair,
+                    CERTIFICATE_S,
+                )
                 time.sleep(after_s)
                 memory = memory_mb(device.child.pid)
                 smaps = Path(f"/proc/{device.child.pid}/smaps").read_text(encoding="utf-8")
@@ -89,6 +107,7 @@ def measure(after_s: float) -> dict[str, object]:
         "supervisor_peak_mb": memory["VmHWM"],
         "after_s": after_s,
         "tls": True,
+        "certificate_renewed": True,
         "modules": len(modules),
     }
 
@@ -96,7 +115,7 @@ def measure(after_s: float) -> dict[str, object]:
 def main() -> None:
     """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--after-s", type=float, default=60.0, help="seconds between the last confirm and the look")
+    parser.add_argument("--after-s", type=float, default=60.0, help="seconds between the renewal and the look")
     after_s: float = parser.parse_args().after_s
     for member in ("agent", "shared"):
         compileall.compile_dir(ROOT / member / "src", quiet=2)

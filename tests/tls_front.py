@@ -64,6 +64,8 @@ class TlsFront:
         self.port: int = self._listener.getsockname()[1]
         self.clients: list[str] = []
         """Common names of the certificates that clients showed."""
+        self.serials: list[str] = []
+        """Their serial numbers, in hex."""
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
@@ -85,7 +87,9 @@ class TlsFront:
         except OSError:
             near.close()
             return
-        self.clients += [str(part[0][1]) for part in (secure.getpeercert() or {}).get("subject", ())]
+        shown = secure.getpeercert() or {}
+        self.clients += [str(part[0][1]) for part in shown.get("subject", ())]
+        self.serials += [str(shown["serialNumber"]).lower().lstrip("0")] if shown else []
         # both directions in one thread: an SSL object is not for two threads at a time
         secure.settimeout(0.05)
         far.settimeout(0.05)

@@ -21,6 +21,7 @@ import msgspec
 from tests.agent.serving_kit import infer_body, loadable, until
 from tests.shared.engines import models
 from wherry_agent import status
+from wherry_server.settings import Settings
 from wherry_shared.bundle import (
     ANNOTATION_VARIANT,
     ARTIFACT_TYPE,
@@ -144,9 +145,11 @@ def write_pieces(
 class Site:
     """`wherry dev` on free ports, and a publisher."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **settings: Any) -> None:
         self.folder = folder
         self.data = folder / "server"
+        if settings:
+            Settings(data=self.data, **settings).save()
         self.port, self.broker_port = free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
         self.dev = self._start()
@@ -297,8 +300,8 @@ class Agent:
 
 
 @contextlib.contextmanager
-def site(folder: Path) -> Iterator[Site]:
-    made = Site(folder)
+def site(folder: Path, **settings: Any) -> Iterator[Site]:
+    made = Site(folder, **settings)
     try:
         yield made
     finally:

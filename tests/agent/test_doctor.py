@@ -198,7 +198,7 @@ BROKEN: dict[str, tuple[str, Callable[[Home], object], str, str]] = {
     "identity torn": ("identity", write("identity/device.json", b"{"), "bad", "not an identity"),
     "not enrolled": ("identity", lambda h: (h.path / "identity/device.json").unlink(), "note", "not enrolled"),
     "certificate expired": ("certificate", certificate(-0.001), "bad", "it expired"),
-    "certificate soon": ("certificate", certificate(2), "note", "soon"),
+    "certificate soon": ("certificate", certificate(0.001), "note", "to be renewed"),
     "certificate torn": ("certificate", write("identity/certificate.pem", b"no"), "bad", "certificate.pem"),
     "clock behind": ("clock", lambda h: h.note_trust(h.now_us + 10**15, h.now_us + 10**16), "bad", "set the clock"),
     "trust expired": ("trust", expire, "bad", "it expired"),

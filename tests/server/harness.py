@@ -150,10 +150,10 @@ def running(folder: Path, **overrides: Any) -> Iterator[Running]:
         assert not thread.is_alive()
 
 
-def csr(key: ec.EllipticCurvePrivateKey | None = None) -> str:
+def csr(key: ec.EllipticCurvePrivateKey | None = None, *names: str) -> str:
     """Return a certificate request."""
     key = key or ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "whoever")])
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, one) for one in names or ("whoever",)])
     request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
     return request.public_bytes(serialization.Encoding.PEM).decode()
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import secrets
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -332,3 +335,64 @@ def _measure(server: Running, device: str, model: str, manifest: str, values: li
         "body": wire.encode(window),
     }
     in_database(server.settings, lambda c: c.execute(insert(TelemetryWindow).values(row)))
+
+
+# --- renewal --------------------------------------------------------------------------------------
+
+
+def ask_renewal(client: httpx.Client, csr_pem: str) -> httpx.Response:
+    return client.post("/device/v1/renew", content=wire.encode(wire.RenewRequest(format=1, csr_pem=csr_pem)))
+
+
+def test_a_device_renews_its_certificate_over_a_new_key_and_keeps_its_secrets(server: Running) -> None:
+    device = server.device("renewing")
+    key = ec.generate_private_key(ec.SECP256R1())
+    with server.as_device(device) as client, server.http() as http:
+        before = http.get("/api/v1/devices/renewing").json()["certificate_expires_at"]
+        answer = ask_renewal(client, csr(key, device.device))
+        assert answer.status_code == 200, answer.text
+        certificate = x509.load_pem_x509_certificate(
+            wire.parse(wire.RenewAnswer, answer.content).certificate_pem.encode()
+        )
+        certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(device.ca_pem.encode()))
+        assert certificate.public_key() == key.public_key()
+        first = x509.load_pem_x509_certificate(device.certificate_pem.encode())
+        assert certificate.subject == first.subject
+        assert certificate.serial_number != first.serial_number
+        assert client.post("/device/v1/logs", json=[]).status_code == 204, "the bearer stays"
+        assert http.get("/api/v1/devices/renewing").json()["certificate_expires_at"] >= before
+        assert http.get("/api/v1/audit/verify").json() == {"whole": True, "broken_at": None}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda device: csr(None, "d" * 22),
+        lambda device: csr(None, device, "d" * 22),
+        lambda device: csr(ec.generate_private_key(ec.SECP384R1()), device),
+        lambda _: _rsa_request(),
+        lambda _: _altered_request(),
+        lambda _: "not a request",
+    ],
+    ids=["another device", "two devices", "other curve", "rsa", "altered", "text"],
+)
+def test_a_renewal_for_another_key_or_subject_is_refused(server: Running, make: Callable[[str], str]) -> None:
+    device = server.device(f"unsound-{secrets.token_hex(4)}")
+    with server.as_device(device) as client:
+        answer = ask_renewal(client, make(device.device))
+        assert (answer.status_code, answer.json()["code"]) == (422, "csr_invalid")
+
+
+def test_only_a_known_and_active_device_renews(server: Running) -> None:
+    device = server.device("leaving")
+    with server.http(f"{device.device}:somebody-elses") as stranger, server.http(f"{'d' * 22}:secret") as unknown:
+        assert ask_renewal(stranger, csr(None, device.device)).status_code == 401
+        assert ask_renewal(unknown, csr(None, "d" * 22)).status_code == 401
+    devices = table(Device)
+    in_database(
+        server.settings,
+        lambda c: c.execute(update(devices).where(devices.c.id == device.device).values(state="revoked")),
+    )
+    with server.as_device(device) as client:
+        answer = ask_renewal(client, csr(None, device.device))
+        assert (answer.status_code, answer.json()["code"]) == (403, "device_revoked")

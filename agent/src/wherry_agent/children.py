@@ -73,6 +73,15 @@ class Enrol(_Message, tag="enrol", frozen=True, kw_only=True):
     labels: dict[str, str] = {}
 
 
+class Renew(_Message, tag="renew", frozen=True, kw_only=True):
+    """Make a new key, have a certificate issued for it, and put both in the place of those in use."""
+
+    home: str
+    server: str
+    only_look: bool = False
+    """Change nothing; say how long the certificate in use is valid."""
+
+
 class Refresh(_Message, tag="refresh", frozen=True, kw_only=True):
     """Bring TUF metadata up to date on a scratch copy and rename it to `trust/N`."""
 
@@ -160,6 +169,13 @@ class Enrolled(_Message, tag="enrolled", frozen=True, kw_only=True):
     project: str
 
 
+class Renewed(_Message, tag="renewed", frozen=True, kw_only=True):
+    """How long the certificate in use is valid (µs)."""
+
+    not_before: int
+    not_after: int
+
+
 class Trust(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The trusted set after a refresh: journaled by the supervisor."""
 
@@ -231,8 +247,8 @@ class Scrubbed(_Message, tag="scrubbed", frozen=True, kw_only=True):
     altered: list[ScrubbedVersion] = []
 
 
-CourierTask = Enrol | Refresh | Verify | Resolve | Fetch | Scrub
-CourierAnswer = Progress | Failed | Enrolled | Refreshed | Verified | Resolved | Fetched | Scrubbed
+CourierTask = Enrol | Renew | Refresh | Verify | Resolve | Fetch | Scrub
+CourierAnswer = Progress | Failed | Enrolled | Renewed | Refreshed | Verified | Resolved | Fetched | Scrubbed
 
 
 # --- canary -------------------------------------------------------------------------------------

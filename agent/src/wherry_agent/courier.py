@@ -33,6 +33,7 @@ from wherry_agent.children import (
     Progress,
     Refresh,
     Refreshed,
+    Renew,
     Resolve,
     Resolved,
     Scrub,
@@ -43,6 +44,7 @@ from wherry_agent.children import (
 from wherry_agent.courier_blobs import INFO_BYTES_MAX, PATH, Blobs
 from wherry_agent.courier_enrol import enrol
 from wherry_agent.courier_http import Http
+from wherry_agent.courier_renew import renew
 from wherry_agent.courier_scrub import scrub
 from wherry_agent.disk import Disk, disk_of
 from wherry_agent.identity import Identity
@@ -90,6 +92,7 @@ _BY_CODE = {
 }
 _BY_TASK: dict[type, str] = {
     Enrol: reasons.ENROL_REFUSED,
+    Renew: reasons.ENROL_REFUSED,
     Refresh: reasons.TRUST_INVALID,
     Verify: reasons.OFFER_INVALID,
     Resolve: reasons.BUNDLE_INVALID,
@@ -114,6 +117,10 @@ def run(task: CourierTask, emit: Emit, *, disk: Disk | None = None, wall_s: floa
             case Enrol():
                 known = enrol(task, disk)
                 return Enrolled(device=known.device, project=known.project)
+            case Renew():
+                known = _identity(task.home)
+                server = (task.server or known.server).rstrip("/")
+                return renew(task, known, _http(task.home, known, server), server, disk)
             case Refresh():
                 return _refresh(task, disk, wall_us)
             case Verify():

@@ -24,6 +24,7 @@ from wherry_agent.disk import Disk
 from wherry_agent.identity import Identity
 from wherry_agent.trust import ROOT_FILE
 from wherry_shared import ids, limits, reasons, wire
+from wherry_shared.clock import MICROSECONDS
 from wherry_shared.errors import RefusedError, UnreachableError
 
 PATH = "/device/v1/enrol"
@@ -61,6 +62,7 @@ def enrol(task: Enrol, disk: Disk) -> Identity:
     http = Http()
     answer = _ask(http, server, task, request.public_bytes(Encoding.PEM).decode())
     root = _root(http, server + answer.tuf_path, parts[2])
+    not_before, not_after = validity(answer.certificate_pem.encode())
     disk.write_atomic(home / "trust" / ROOT_FILE, root)
     disk.write_atomic(folder / identities.CERTIFICATE_FILE, answer.certificate_pem.encode())
     disk.write_atomic(folder / identities.CA_FILE, answer.ca_pem.encode())
@@ -77,6 +79,8 @@ def enrol(task: Enrol, disk: Disk) -> Identity:
         broker_host=answer.broker_host,
         broker_port=answer.broker_port,
         broker_tls=answer.broker_tls,
+        not_before=not_before,
+        not_after=not_after,
     )
     disk.write_atomic(folder / identities.DEVICE_FILE, identities.encode(identity))
     return identity
@@ -112,7 +116,7 @@ def _ask(http: Http, server: str, task: Enrol, csr_pem: str) -> wire.EnrolAnswer
         if response.status in (408, 429) or response.status >= 500:
             raise UnreachableError(reasons.NETWORK, f"the server answered {response.status}")
         if response.status != 200:
-            raise RefusedError(reasons.ENROL_REFUSED, _problem(data, response.status))
+            raise RefusedError(reasons.ENROL_REFUSED, problem(data, response.status))
     answer = wire.parse(wire.EnrolAnswer, data)
     if not ids.is_device_id(answer.device) or _TUF_PATH.fullmatch(answer.tuf_path) is None:
         raise RefusedError("message_invalid", "the server's answer names no device or no TUF repository")
@@ -134,10 +138,25 @@ def _root(http: Http, base: str, digest: str) -> bytes:
     return data
 
 
-def _problem(data: bytes, status: int) -> str:
+def validity(certificate_pem: bytes) -> tuple[int, int]:
+    """Return from when until when (µs) a certificate is valid.
+
+    Raises:
+        RefusedError: `message_invalid`, it is none.
+    """
     try:
-        problem = msgspec.json.decode(data)
+        certificate = x509.load_pem_x509_certificate(certificate_pem)
+    except ValueError as error:
+        raise RefusedError("message_invalid", f"not a certificate: {error}") from error
+    bounds = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    return int(bounds[0].timestamp()) * MICROSECONDS, int(bounds[1].timestamp()) * MICROSECONDS
+
+
+def problem(data: bytes, status: int) -> str:
+    """Say in words what a server answered instead of what was asked."""
+    try:
+        told = msgspec.json.decode(data)
     except msgspec.DecodeError:
-        problem = None
-    detail = problem.get("detail") if isinstance(problem, dict) else None
+        told = None
+    detail = told.get("detail") if isinstance(told, dict) else None
     return f"the server answered {status}" + (f": {str(detail)[:300]}" if detail else "")

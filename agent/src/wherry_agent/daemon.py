@@ -46,6 +46,7 @@ from wherry_agent.log_ring import LogRing
 from wherry_agent.notify import Notifier
 from wherry_agent.outbox import Outbox
 from wherry_agent.processes import Short, WorkerProcess, canary, courier
+from wherry_agent.renewal import Around, Renewal
 from wherry_agent.settings import MIB, Settings
 from wherry_agent.sharing import Sharing
 from wherry_agent.space import Space
@@ -171,6 +172,15 @@ class Daemon:
         self._listen()
         self._handles.publish_flags(dict(flags_of(self._state)))
         self._link = Link(self._home, self._identity, self._server, self._callbacks())
+        self._renewal = Renewal(
+            Around(
+                wall_s=time.time,
+                later=lambda seconds, what: self._later("renew", seconds, what),
+                courier=self._renew,
+            ),
+            self._identity.not_before,
+            self._identity.not_after,
+        )
         self._worker.start()
         for effect in effects:
             self._run(effect)
@@ -180,6 +190,7 @@ class Daemon:
             {"status": lambda: self._ask(self.snapshot), "modules": lambda: {"modules": readings.modules()}},
         )
         self._link.start()
+        self._renewal.start()
         self._declare_settings()
         self._later("scrub", min(SCRUB_FIRST_S, self._settings.scrub_every_s), self._scrub)
         self._later("window", self._settings.window_s, self._cut_windows)
@@ -882,6 +893,28 @@ class Daemon:
 
         self._courier("!mend", task, done)
 
+    # --- certificate ---
+
+    def _renew(self, only_look: bool, answered: Callable[[children.CourierAnswer], None]) -> None:
+        def done(answer: children.CourierAnswer) -> None:
+            self._shorts.pop("!renew", None)
+            self._use_newest_pair()
+            answered(answer)
+
+        task = children.Renew(home=self._settings.home, server=self._server, only_look=only_look)
+        self._courier("!renew", task, done)
+
+    def _use_newest_pair(self) -> None:
+        """Take the pair that `device.json` names, also if the courier died before it could tell of it."""
+        try:
+            newest = identity.load(self._home)
+        except (OSError, RefusedError) as error:
+            log.error("the newest certificate is not used before the next start: %s", error)
+            return
+        if newest is not None and newest.pair != self._identity.pair:
+            self._identity = newest
+            self._link.renew(newest)
+
     # --- trust and offers ---
 
     def _refresh(self) -> None:
@@ -1301,6 +1334,7 @@ class Daemon:
             "uptime_s": round(time.monotonic() - self._started_s, 1),
             "server": self._server,
             "connected": self._link.way,
+            "certificate": self._renewal.describe(),
             "http": f"http://127.0.0.1:{self.http_port}",
             "grpc": f"127.0.0.1:{self._settings.grpc_port}" if self._settings.grpc_port else "",
             "worker_pid": self._worker.pid,

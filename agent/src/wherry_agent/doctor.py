@@ -31,6 +31,7 @@ from wherry_agent.courier_http import Http
 from wherry_agent.disk import Disk
 from wherry_agent.identity import Identity
 from wherry_agent.mirrors import Mirrors
+from wherry_agent.renewal import due_s
 from wherry_agent.settings import MIB, Settings
 from wherry_agent.store import Store, is_whole
 from wherry_shared import limits
@@ -43,7 +44,6 @@ from wherry_shared.facts import DeviceFacts
 Level = Literal["ok", "note", "bad"]
 
 CONNECT_S = 10.0
-CERTIFICATE_DAYS_MIN = 7
 SOCKET_PATH_CHARS_MAX = 107
 DESCRIPTORS_MIN = 256
 DESCRIPTORS_MAX = 1000
@@ -254,8 +254,8 @@ def _identity(patient: Patient) -> Finding:
     if known is None:
         return note("not enrolled yet: wherry-agent enrol --server URL --token TOKEN")
     folder = identity.folder(patient.home)
-    for name in (identity.KEY_FILE, identity.DEVICE_FILE):
-        path = folder / name
+    pair = identity.pair_folder(patient.home, known)
+    for path in (pair / identity.KEY_FILE, folder / identity.DEVICE_FILE):
         try:
             found = path.stat()
         except OSError as error:
@@ -268,7 +268,7 @@ def _identity(patient: Patient) -> Finding:
 def _certificate(patient: Patient) -> Finding:
     if patient.identity is None:
         return note("none yet")
-    path = identity.folder(patient.home) / identity.CERTIFICATE_FILE
+    path = identity.pair_folder(patient.home, patient.identity) / identity.CERTIFICATE_FILE
     from cryptography import x509
 
     try:
@@ -277,11 +277,19 @@ def _certificate(patient: Patient) -> Finding:
         return bad(f"{path}: {error}", "enrol again")
     until_s = certificate.not_valid_after_utc.timestamp()
     words = f"good until {_day(int(until_s * MICROSECONDS))}"
+    renewed_s = due_s(
+        *(
+            int(t.timestamp()) * MICROSECONDS
+            for t in (certificate.not_valid_before_utc, certificate.not_valid_after_utc)
+        )
+    )
+    trouble = ((patient.running or {}).get("certificate") or {}).get("trouble", "")
     if until_s <= patient.wall_s:
-        return bad(f"{words}: it expired", "enrol again; is the clock ahead?")
-    if until_s - patient.wall_s < CERTIFICATE_DAYS_MIN * 86_400:
-        return note(f"{words}, which is soon")
-    return ok(words)
+        step = "the agent renews it when its server answers over HTTP; is the clock ahead?"
+        return bad(f"{words}: it expired{trouble and f' ({trouble})'}", step)
+    if renewed_s <= patient.wall_s:
+        return note(f"{words}, to be renewed by now{trouble and f': {trouble}'}")
+    return ok(f"{words}, renewed from {_day(int(renewed_s * MICROSECONDS))}")
 
 
 def _server(patient: Patient) -> Finding:

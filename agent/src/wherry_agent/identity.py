@@ -1,4 +1,4 @@
-"""Who this device is: what enrolment gave it, kept under `HOME/identity` and read-only afterwards.
+"""Who this device is: what enrolment gave it, kept under `HOME/identity`; only its key and certificate are ever renewed.
 
 `device.json` is written last and makes the identity whole; a device without it is not enrolled. Light enough for the
 supervisor: keys and certificates stay PEM files that only the courier opens.
@@ -21,6 +21,7 @@ DEVICE_FILE = "device.json"
 KEY_FILE = "key.pem"
 CERTIFICATE_FILE = "certificate.pem"
 CA_FILE = "ca.pem"
+PAIR_PREFIX = "pair-"
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +41,12 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     broker_host: str
     broker_port: int
     broker_tls: bool = False
+    pair: str = ""
+    """Folder below `identity` that holds the key and certificate in use; empty: `identity` itself, where enrolment put
+    them. Replacing `device.json` is what makes a renewed pair count, whole."""
+    not_before: int = 0
+    """Validity (µs) of the certificate in use, for those that cannot read it; 0: not noted."""
+    not_after: int = 0
 
     @property
     def authorization(self) -> str:
@@ -57,6 +64,11 @@ def folder(home: Path) -> Path:
     return home / FOLDER
 
 
+def pair_folder(home: Path, identity: Identity) -> Path:
+    """Return where the key and certificate in use are."""
+    return folder(home) / identity.pair
+
+
 def load(home: Path) -> Identity | None:
     """Read the identity, None if this device is not enrolled.
 
@@ -70,7 +82,7 @@ def load(home: Path) -> Identity | None:
         return None
     try:
         identity = msgspec.json.decode(data, type=Identity)
-        whole = identity.format == FORMAT and len(identity.frame_key) == KEY_BYTES
+        whole = identity.format == FORMAT and len(identity.frame_key) == KEY_BYTES and _is_pair(identity.pair)
     except (msgspec.DecodeError, UnicodeDecodeError, binascii.Error) as error:
         raise _invalid(path, str(error)) from error
     if not whole:
@@ -81,6 +93,10 @@ def load(home: Path) -> Identity | None:
 def encode(identity: Identity) -> bytes:
     """Return the bytes of `device.json`."""
     return msgspec.json.format(msgspec.json.encode(identity)) + b"\n"
+
+
+def _is_pair(name: str) -> bool:
+    return not name or (name.startswith(PAIR_PREFIX) and name.removeprefix(PAIR_PREFIX).isalnum())
 
 
 def _invalid(path: Path, why: str) -> RefusedError:

@@ -82,9 +82,9 @@ def new_client(home: Path, identity: Identity) -> mqtt.Client:
     client.connect_timeout = CONNECT_S
     client.max_queued_messages_set(64)
     if identity.broker_tls:
-        folder = identities.folder(home)
+        folder = identities.pair_folder(home, identity)
         client.tls_set(
-            str(folder / identities.CA_FILE),
+            str(identities.folder(home) / identities.CA_FILE),
             str(folder / identities.CERTIFICATE_FILE),
             str(folder / identities.KEY_FILE),
         )
@@ -126,6 +126,12 @@ class Link:
         self._connected.set()
         for thread in self._threads:
             thread.join(CONNECT_S + 1)
+
+    def renew(self, identity: Identity) -> None:
+        """The device has another certificate: where it is shown, connect anew with it."""
+        self._identity = identity
+        if identity.broker_tls:
+            self._lost.set()
 
     @property
     def is_up(self) -> bool:
@@ -199,18 +205,18 @@ class Link:
                 wait_s = min(max(2 * wait_s, RECONNECT_MIN_S), RECONNECT_MAX_S)
 
     def _one_connection(self) -> None:
+        self._lost.clear()  # before the identity is read: another certificate ends a connection with this one
         identity = self._identity
         client = new_client(self._home, identity)
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
-        self._lost.clear()
         client.connect(identity.broker_host, identity.broker_port, keepalive=KEEPALIVE_S)
         self._client = client
         client.loop_start()
         try:
-            while not self._lost.wait(1.0):
+            while not self._stop.is_set() and not self._lost.wait(1.0):
                 pass
         finally:
             self._client = None

@@ -236,6 +236,7 @@ def render(shown: dict[str, Any]) -> str:
         lines += [
             f"agent    {shown['agent']}, up {shown['uptime_s']:.0f} s, engines: {engines}",
             f"server   {shown['server']}, connected: {shown['connected']}, reports owed: {shown['reports_owed']}",
+            *_certificate(shown.get("certificate", {})),
             f"serves   {shown['http']}" + (f", gRPC {shown['grpc']}" if shown.get("grpc") else ""),
         ]
         old = [one for one in shown["worker_engines"] if one not in shown["engines"]]
@@ -281,6 +282,14 @@ def render(shown: dict[str, Any]) -> str:
     if not shown["models"]:
         lines.append("\nno models yet")
     return "\n".join(lines)
+
+
+def _certificate(certificate: dict[str, str]) -> list[str]:
+    if not certificate:
+        return []
+    words = f"good until {certificate['until']}, renewed after {certificate['renewed_from']}"
+    trouble = certificate.get("trouble", "")
+    return [f"cert     {words}", *([f"         not renewed yet: {trouble}"] if trouble else [])]
 
 
 def _how(trial: dict[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """How a device becomes known: a token that a person made, a key that never leaves the device, one transaction.
 
+Its certificate is short-lived: the device renews it over a new key, by what it got when it became known.
+
 An enrolment that is repeated with the same key, because the answer got lost, gives the same device again and uses
 nothing up; another key under a name that is taken is refused.
 """
@@ -17,7 +19,7 @@ from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import audit
-from wherry_server.auth import DAY_US, hash_secret
+from wherry_server.auth import DAY_US, DeviceIdentity, hash_secret
 from wherry_server.db.tables import Device, EnrolmentToken, table
 from wherry_server.identity import Issued, Request, check_request
 from wherry_server.services import Services
@@ -182,6 +184,51 @@ async def enrol(services: Services, request: wire.EnrolRequest) -> wire.EnrolAns
         broker_port=services.settings.broker_port,
         tuf_path=f"/tuf/{services.project}",
     )
+
+
+async def renew(services: Services, device: DeviceIdentity, request: wire.RenewRequest) -> wire.RenewAnswer:
+    """Give a device its next certificate, over the key of its request; bearer and frame key stay.
+
+    A device whose answer got lost asks again with another key: the newest certificate is the one on record.
+
+    Raises:
+        RefusedError: `csr_invalid`, or `device_revoked` if it was revoked a moment ago.
+    """
+    key = check_request(request.csr_pem)
+    if key.names != (device.id,):
+        raise RefusedError(
+            "csr_invalid",
+            "the certificate request does not name the device that asks, and only it",
+            consequence="no certificate was issued",
+            next_step=f"make a request whose common name is {device.id}",
+        )
+    async with services.database.write() as connection:
+        issued = services.authority.issue(key, device.id, device.project)
+        kept = await connection.execute(
+            update(_devices)
+            .where(_devices.c.id == device.id, _devices.c.project_id == device.project, _devices.c.state == "active")
+            .values(
+                key_digest=key.key_digest,
+                certificate_serial=issued.serial,
+                certificate_expires_at=issued.expires_at,
+            )
+        )
+        if kept.rowcount != 1:
+            raise RefusedError(
+                "device_revoked",
+                f"device {device.name!r} is not active any more",
+                consequence="no certificate was issued",
+                next_step="enrol it again with a new token",
+            )
+        await audit.append(
+            connection,
+            services.project,
+            f"device:{device.id}",
+            "device.renew",
+            device.name,
+            certificate=issued.serial,
+        )
+    return wire.RenewAnswer(format=wire.FORMAT, certificate_pem=issued.pem)
 
 
 def _token_hash(token: str) -> str:

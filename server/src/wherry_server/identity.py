@@ -17,6 +17,8 @@ from wherry_shared.errors import DeviceError, RefusedError
 
 CA_DAYS = 3650
 CLOCK_SKEW = timedelta(minutes=5)
+"""A certificate is valid from this long ago, so that a clock that is behind takes it; of short ones a tenth of their life."""
+CLOCK_SKEW_SHARE = 0.1
 CSR_BYTES_MAX = 16 * 1024
 KEY_FILE = "devices-ca.key"
 CERTIFICATE_FILE = "devices-ca.pem"
@@ -29,6 +31,8 @@ class Request:
     public_key: ec.EllipticCurvePublicKey
     key_digest: str
     """Of the public key (SubjectPublicKeyInfo): tells a device that repeats its enrolment from another."""
+    names: tuple[str, ...]
+    """Common names of its subject, as claimed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ def check_request(csr_pem: str) -> Request:
     try:
         csr = x509.load_pem_x509_csr(csr_pem.encode())
         key = csr.public_key()
+        subject = csr.subject
     except Exception as error:  # the parser's errors are of many kinds, all of them the sender's fault
         raise _invalid(str(error) or type(error).__name__) from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
@@ -58,14 +63,15 @@ def check_request(csr_pem: str) -> Request:
     if not csr.is_signature_valid:
         raise _invalid("it is not signed by its own key")
     encoded = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    return Request(public_key=key, key_digest=of_bytes(encoded))
+    names = tuple(str(item.value) for item in subject.get_attributes_for_oid(NameOID.COMMON_NAME))
+    return Request(public_key=key, key_digest=of_bytes(encoded), names=names)
 
 
 def _invalid(why: str) -> RefusedError:
     return RefusedError(
         "csr_invalid",
         f"the certificate request is not usable: {why}",
-        consequence="the device was not enrolled",
+        consequence="no certificate was issued",
         next_step="make a P-256 key and a request signed with it",
     )
 
@@ -73,10 +79,10 @@ def _invalid(why: str) -> RefusedError:
 class DeviceAuthority:
     """Signs certificates of devices."""
 
-    def __init__(self, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate, days: int) -> None:
+    def __init__(self, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate, days: float) -> None:
         self._key = key
         self._certificate = certificate
-        self._days = days
+        self._life = timedelta(days=days)
         self.ca_pem = certificate.public_bytes(serialization.Encoding.PEM).decode()
 
     @staticmethod
@@ -112,7 +118,7 @@ class DeviceAuthority:
         write_secret(folder / CERTIFICATE_FILE, certificate.public_bytes(serialization.Encoding.PEM))
 
     @classmethod
-    def open(cls, folder: Path, *, days: int) -> DeviceAuthority:
+    def open(cls, folder: Path, *, days: float) -> DeviceAuthority:
         """Read the authority that `create` made; its certificates live `days`.
 
         Raises:
@@ -134,7 +140,7 @@ class DeviceAuthority:
     def issue(self, request: Request, device: str, project: str) -> Issued:
         """Sign a certificate that names the device id (and nothing that the request claims)."""
         now = datetime.now(UTC).replace(microsecond=0)
-        expires = now + timedelta(days=self._days)
+        expires = now + self._life
         serial = x509.random_serial_number()
         certificate = (
             x509.CertificateBuilder()
@@ -149,7 +155,7 @@ class DeviceAuthority:
             .issuer_name(self._certificate.subject)
             .public_key(request.public_key)
             .serial_number(serial)
-            .not_valid_before(now - CLOCK_SKEW)
+            .not_valid_before(now - min(CLOCK_SKEW, self._life * CLOCK_SKEW_SHARE))
             .not_valid_after(expires)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(signs_certificates=False), critical=True)

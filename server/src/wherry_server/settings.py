@@ -18,6 +18,7 @@ from wherry_shared.ids import check_name
 DEFAULT_PORT = 8400
 DEFAULT_BROKER_PORT = 8401
 FILE = "settings.json"
+CERTIFICATE_DAYS_MAX = 3650
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,8 +34,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     project: str = "default"
     database: str = ""
     """SQLAlchemy URL; empty: SQLite in the data folder."""
-    certificate_days: int = 30
-    """Life of a device certificate."""
+    certificate_days: Annotated[float, msgspec.Meta(gt=0, le=CERTIFICATE_DAYS_MAX)] = 30
+    """Life of a device certificate; devices renew theirs after two thirds of it."""
     telemetry_days: Annotated[int, msgspec.Meta(ge=1)] = 90
     """Days that measurements are kept."""
     reports_days: Annotated[int, msgspec.Meta(ge=1)] = 365

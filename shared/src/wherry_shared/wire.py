@@ -301,6 +301,20 @@ class EnrolAnswer(_Wire, frozen=True, kw_only=True):
     """Path of this project's TUF metadata below the server's address, `/tuf/PROJECT`."""
 
 
+class RenewRequest(_Wire, frozen=True, kw_only=True):
+    """`POST /device/v1/renew`: a certificate request over a new key, made on the device; its subject is the device id."""
+
+    format: int
+    csr_pem: str
+
+
+class RenewAnswer(_Wire, frozen=True, kw_only=True):
+    """The next certificate of the device that asked; everything else that enrolment gave stays as it is."""
+
+    format: int
+    certificate_pem: str
+
+
 class Encoding(_Wire, frozen=True, kw_only=True):
     """Another way to fetch a blob: a separate immutable object, trusted only through the raw digest."""
 

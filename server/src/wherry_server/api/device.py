@@ -1,4 +1,4 @@
-"""What devices ask over HTTP: enrolment, blobs, logs. Messages and offers are in `messages`."""
+"""What devices ask over HTTP: enrolment, renewal, blobs, logs. Messages and offers are in `messages`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,13 @@ def _json_body(description: str) -> dict[str, Any]:
 async def enrol(request: Request, services: ServicesDep) -> Response:
     """Make a device known: a token and a certificate request come in, its identity goes out."""
     answer = await enrolment.enrol(services, wire.parse(wire.EnrolRequest, await request.body()))
+    return Response(wire.encode(answer), media_type=JSON)
+
+
+@router.post("/renew", openapi_extra=_json_body("RenewRequest, see docs/formats/protocol.md"))
+async def renew(request: Request, services: ServicesDep, device: CurrentDevice) -> Response:
+    """Give the device that asks its next certificate."""
+    answer = await enrolment.renew(services, device, wire.parse(wire.RenewRequest, await request.body()))
     return Response(wire.encode(answer), media_type=JSON)
 
 
