@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from wherry_agent.disk import Disk, Step
 from wherry_agent.identity import Identity
 from wherry_agent.settings import Settings
 from wherry_shared.errors import DeviceError
+from wherry_shared.wire import Trial
 
 
 class Full:
@@ -264,3 +266,77 @@ def test_deaths_of_the_worker_are_not_saved_up_into_a_loop(tmp_path: Path) -> No
     daemon._write_again()
     assert daemon._state.models[MODEL].incumbent is not None
     assert not isinstance(daemon._state.models[MODEL].phase, s.Safe)
+
+
+def trial_on(folder: Path, full: Full, crashes_max: int = 0) -> tuple[Recorder, s.State]:
+    daemon = Recorder(folder, full)
+    terms = Trial(min_requests=5, max_s=60, crashes_max=crashes_max)
+    daemon._state = on_trial("1.1.0", state=confirmed("1.0.0"), serial=2, trial=terms)
+    daemon._commit(daemon._state, always=True)
+    return daemon, daemon._state
+
+
+def served(daemon: Recorder) -> list[str]:
+    return [model.active.target for model in last_serve(daemon.effects).models]
+
+
+def condemned(state: s.State) -> s.Event:
+    phase = state.models[MODEL].phase
+    assert isinstance(phase, s.OnTrial)
+    return s.Condemned(MODEL, phase.job.loadable.digest, phase.trial, "application", "it is no good")
+
+
+def crashed(_: s.State) -> s.Event:
+    return s.WorkerDied("the worker ended with signal 11")
+
+
+@pytest.mark.parametrize(
+    ("event", "crashes_max", "goes_on"), [(condemned, 0, False), (crashed, 0, False), (crashed, 1, True)]
+)
+def test_a_candidate_does_not_serve_on_while_its_verdict_cannot_be_written(
+    tmp_path: Path, event: Callable[[s.State], s.Event], crashes_max: int, *, goes_on: bool
+) -> None:
+    full = Full()
+    daemon, before = trial_on(tmp_path, full, crashes_max)
+    full.full = True
+    daemon._turn(event(before))
+    assert daemon._state == before
+    assert served(daemon) == [f"{MODEL}/1.0.0"]
+
+    # neither does it in a worker that comes anew, whose deaths are not the candidate's
+    for _ in range(3):
+        daemon.effects.clear()
+        daemon._turn(crashed(before))
+        daemon._turn(s.WorkerReady())
+        assert served(daemon) == [f"{MODEL}/1.0.0"]
+    daemon._write_again()
+    assert served(daemon) == [f"{MODEL}/1.0.0"]
+    assert "journal" in daemon._timers
+
+    full.full = False
+    daemon._write_again()
+    phase = daemon._state.models[MODEL].phase
+    assert daemon._stuck == ""
+    if goes_on:
+        assert isinstance(phase, s.Swapping)
+        assert phase.crashes == 1
+        assert served(daemon) == [f"{MODEL}/1.1.0"]
+    else:
+        assert isinstance(phase, s.Returning)
+        assert daemon._state.known_bad
+        assert served(daemon) == [f"{MODEL}/1.0.0"]
+
+
+def test_a_trial_that_nothing_happened_to_goes_on_when_there_is_room(tmp_path: Path) -> None:
+    full = Full()
+    daemon, _ = trial_on(tmp_path, full)
+    full.full = True
+    daemon._turn(s.Declares(MODEL, None, "settings"))
+    daemon._turn(offer(3, {MODEL: offered("1.1.0")}))
+    assert served(daemon) == [f"{MODEL}/1.0.0"]
+    full.full = False
+    daemon._write_again()
+    phase = daemon._state.models[MODEL].phase
+    assert isinstance(phase, s.Swapping)
+    assert (phase.crashes, phase.job.restarts) == (0, 0)
+    assert served(daemon) == [f"{MODEL}/1.1.0"]

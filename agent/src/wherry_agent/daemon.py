@@ -114,6 +114,8 @@ class Daemon:
         """Why the journal cannot be written; empty if it can."""
         self._unresumed: s.State | None = None
         """What the journal holds, if its continuation could not be written at start."""
+        self._withheld = False
+        """Candidates do not serve, since nothing can be remembered of their trials."""
         self._shorts: dict[str, Short] = {}
         self._trusting: deque[tuple[str, Callable[[], None]]] = deque()
         self._trust_busy = ""
@@ -496,12 +498,13 @@ class Daemon:
             # nothing was done: the old state stands, and the event is taken again when there is room
             self._cannot_write(error)
             self._keep(event)
+            self._withhold()
             return
         _tell_story(before, state)
         if state.contracts is not before.contracts:
             self._later("hello", HELLO_SOON_S, self._say_hello)  # contracts are facts
         for effect in effects:
-            self._run(effect)
+            self._run(self._serving() if self._withheld and isinstance(effect, s.Serve) else effect)
 
     def _commit(self, state: s.State, *, always: bool = False) -> None:
         """Make a state durable and current; what a restart would not miss may wait, unless `always`.
@@ -540,11 +543,31 @@ class Daemon:
 
         Neither is a worker's death outside trials: deaths of a day would come as one loop of crashes.
         """
-        on_trial = any(
-            isinstance(slot.phase, s.Swapping | s.OnTrial | s.Proving) for slot in self._state.models.values()
-        )
+        on_trial = self._is_on_trial() and not self._withheld
         if not isinstance(event, s.Tick | s.Measured) and (on_trial or not isinstance(event, s.WorkerDied)):
             self._kept.append(event)
+
+    def _is_on_trial(self) -> bool:
+        return any(isinstance(slot.phase, s.Swapping | s.OnTrial | s.Proving) for slot in self._state.models.values())
+
+    def _withhold(self) -> None:
+        """Let candidates serve nobody: what may have condemned one cannot be acted on while nothing is remembered."""
+        if not self._withheld and self._is_on_trial():
+            log.warning("what is on trial does not serve until the journal can be written again")
+            self._withheld = True
+            self._run(self._serving())
+
+    def _serving(self) -> s.Serve:
+        """Return what the worker is to serve now: what is trusted alone, while candidates are withheld."""
+        state = machine.sheltered(self._state) if self._withheld else self._state
+        return s.Serve(self._state.revision, machine.serving(state), flags_of(self._state))
+
+    def _go_on_with_trials(self) -> None:
+        """Serve candidates again, which begin as after the end of a worker that was ordered: nothing is held against them."""
+        self._withheld = False
+        if self._is_on_trial():
+            self._turn(s.WorkerDied("the journal could not be written for a while", ordered=True))
+        self._run(self._serving())
 
     def _write_again(self) -> None:
         """Take what was kept, if it can be remembered by now."""
@@ -555,11 +578,19 @@ class Daemon:
             self._turn(s.WorkerReady())  # it was told less than the journal says
             for effect in effects:
                 self._run(effect)
+        else:
+            try:
+                self._commit(self._state, always=True)
+            except DeviceError as error:
+                self._cannot_write(error)
+                return
         events = list(self._kept)
         self._kept.clear()
         for event in events:
             self._turn(event)
-        if not events:
+        if self._withheld and not self._stuck:
+            self._go_on_with_trials()
+        elif not events:
             self._turn(s.Tick())
 
     def _add_ballast(self) -> None:
