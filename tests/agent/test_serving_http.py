@@ -118,6 +118,19 @@ def test_a_server_without_models_says_in_code_and_body_that_it_is_not_ready(endp
     assert endpoint.call("GET", "/v2/health/ready") == (503, {"ready": False})
 
 
+def test_the_index_leaves_out_what_does_not_answer_where_that_is_asked(endpoint: Endpoint):
+    path = "/v2/repository/index"
+    answers = {"name": "scale", "version": "1.0.0", "state": "READY"}
+    endpoint.registry.go_cold("swapped")
+    swapped = {"name": "swapped", "state": "UNAVAILABLE", "reason": "it is being swapped"}
+    for everything in (None, {}, {"ready": False}, {"ready": None}):
+        status, rows = endpoint.call("POST", path, everything)
+        assert (status, sorted(rows, key=lambda row: row["name"])) == (200, [answers, swapped])
+    assert endpoint.call("POST", path, {"ready": True}) == (200, [answers])
+    status, answer = endpoint.call("POST", path, {"ready": "yes"})
+    assert (status, "ready" in answer["error"]) == (400, True)
+
+
 @pytest.mark.parametrize(
     "parameters",
     [

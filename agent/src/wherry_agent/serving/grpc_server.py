@@ -206,9 +206,7 @@ class _Calls:
             ),
             "RepositoryIndex": filled(
                 "RepositoryIndex",
-                lambda request, _: {
-                    "models": [row for row in asked.index() if row["state"] == "READY" or not request.ready]
-                },
+                lambda request, _: {"models": asked.index(ready=request.ready)},
             ),
             "SystemSharedMemoryStatus": filled(
                 "SystemSharedMemoryStatus",

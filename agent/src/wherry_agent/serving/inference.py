@@ -218,14 +218,14 @@ class Inference:
             rows += [_counted(loaded, counter) for loaded, counter in arms if version in ("", loaded.version)]
         return {"model_stats": rows}
 
-    def index(self) -> list[dict[str, Any]]:
-        """Return every model with its loaded versions."""
+    def index(self, *, ready: bool) -> list[dict[str, Any]]:
+        """Return every model with its loaded versions; with `ready` only what answers now."""
         found: list[dict[str, Any]] = []
         for name in self._registry.names():
             published = self._registry.peek(name)
-            if published is None:
+            if published is None and not ready:
                 found.append({"name": name, "state": "UNAVAILABLE", "reason": "it is being swapped"})
-            else:
+            elif published is not None:
                 found += [{"name": name, "version": version, "state": "READY"} for version in _versions(published)]
         return found
 

@@ -112,6 +112,10 @@ class _Registration(msgspec.Struct, frozen=True):
     offset: int = 0
 
 
+class _IndexRequest(msgspec.Struct, frozen=True):
+    ready: bool | None = None
+
+
 class _ResponseTensor(msgspec.Struct, frozen=True, omit_defaults=True):
     name: str
     datatype: str
@@ -129,6 +133,7 @@ class _InferResponse(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 _infer: msgspec.json.Decoder[_InferRequest] = msgspec.json.Decoder(_InferRequest)
+_index: msgspec.json.Decoder[_IndexRequest] = msgspec.json.Decoder(_IndexRequest)
 _registration: msgspec.json.Decoder[_Registration] = msgspec.json.Decoder(_Registration)
 _encoder = msgspec.json.Encoder()
 _NO_PARAMETERS = _RequestParameters()
@@ -196,7 +201,7 @@ class Protocol:
             case ("v2", "models", name, "versions", version, *rest):
                 return self._model(request, name, version, rest)
             case ("v2", "repository", "index"):
-                return _post(request) or _json(asked.index())
+                return _post(request) or _json(asked.index(ready=_only_ready(request.body)))
             case ("v2", "repository", "models", _, "load" | "unload"):
                 return _post(request) or failure(403, LOAD_REFUSED)
             case ("v2", "systemsharedmemory", *rest):
@@ -481,6 +486,16 @@ def _raw_input(specs: list[TensorSpec], body: bytes | memoryview) -> dict[str, A
     if free:
         shape[free[0]] = len(body) // max(1, count * dtype.itemsize)
     return {spec.name: tensors.from_bytes(spec.name, spec.datatype, shape, body)}
+
+
+def _only_ready(body: bytes | memoryview) -> bool:
+    """Return what a request for the index asks for; an empty body asks for everything."""
+    if not len(body):
+        return False
+    try:
+        return bool(_index.decode(body).ready)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadInput(f"not a request for the index: {error}") from error
 
 
 def _user(request: Request) -> int | None:
