@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import flatbuffers
 import pytest
+from ai_edge_litert import schema_py_generated as schema
 
 from tests.agent.daemon_kit import MODEL, Agent, Piece, Site, agent, site, write_pieces
 from tests.shared.engines import models
@@ -55,9 +57,9 @@ def _second_variant(server: Site, folder: Path) -> None:
 
 def _tflite_only(server: Site, folder: Path) -> None:
     """A device with nothing but a TFLite runtime installs, swaps and returns."""
-    for version in ("3.0.0", "3.1.0"):
+    for version, data in (("3.0.0", tiny.MODELS["tflite"]), ("3.1.0", _squares())):
         weights = folder / f"{version}.tflite"
-        weights.write_bytes(tiny.MODELS["tflite"])
+        weights.write_bytes(data)
         root = folder / version
         lite = Piece("lite", weights, engine="ai-edge-litert", format="tflite")
         write_pieces(root, version, [lite], interface=PAIR)
@@ -67,16 +69,27 @@ def _tflite_only(server: Site, folder: Path) -> None:
         assert [engine.split()[0] for engine in shown["engines"]] == ["ai-edge-litert"]
         server.deploy("3.0.0", "lite", trial_s=1)
         assert device.until_serves("3.0.0")["serves"]["engine"].startswith("ai-edge-litert ")
-        assert _twice(device) == ("3.0.0", [3.0, 8.0])
+        assert _ask(device) == ("3.0.0", [3.0, 8.0])
         server.deploy("3.1.0", "lite", trial_s=600)
         device.until_doing("on trial")
-        assert _twice(device) == ("3.1.0", [3.0, 8.0])
+        assert _ask(device) == ("3.1.0", [2.25, 16.0])
         server.deploy("3.0.0", "lite", attempt=2)
         device.until_serves("3.0.0")
-        assert _twice(device) == ("3.0.0", [3.0, 8.0])
+        assert _ask(device) == ("3.0.0", [3.0, 8.0])
 
 
-def _twice(device: Agent) -> tuple[str, list[float]]:
+def _squares() -> bytes:
+    """The tiny model with MUL in the place of ADD: y = x * x."""
+    model = schema.ModelT.InitFromPackedBuf(tiny.MODELS["tflite"], 0)
+    code, operator = model.operatorCodes[0], model.subgraphs[0].operators[0]
+    code.builtinCode = code.deprecatedBuiltinCode = schema.BuiltinOperator.MUL
+    operator.builtinOptionsType, operator.builtinOptions = schema.BuiltinOptions.MulOptions, schema.MulOptionsT()
+    builder = flatbuffers.Builder()
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+def _ask(device: Agent) -> tuple[str, list[float]]:
     body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [2], "data": [1.5, 4.0]}]}
     connection = http.client.HTTPConnection("127.0.0.1", device.port, timeout=20)
     connection.request("POST", f"/v2/models/{MODEL}/infer", json.dumps(body))
