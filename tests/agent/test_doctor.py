@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import grp
 import json
 import os
 import shutil
@@ -20,7 +22,7 @@ from tests.agent.daemon_kit import write_bundle
 from tests.shared.engines import models
 from tests.tls_front import TlsFront, server_certificate
 from tests.trust_kit import Answer, little_server
-from wherry_agent import cli, doctor, identity
+from wherry_agent import cli, doctor, identity, status
 from wherry_agent.children import Trust
 from wherry_agent.disk import Disk
 from wherry_agent.doctor import Patient, examine
@@ -268,6 +270,56 @@ def test_a_port_that_somebody_has_is_named(home: Home) -> None:
         level, detail = found(home, "sockets", http_port=port)
     assert (level, "in use" in detail) == ("bad", True)
     assert found(home, "sockets", http_port=port)[0] == "ok"
+
+
+@contextlib.contextmanager
+def running(home: Home, **shown: object) -> Iterator[None]:
+    """An agent that runs on the home, and says so."""
+    (home.path / "run").mkdir(exist_ok=True)
+    asked = status.Server(home.path / "run" / status.SOCKET, {"status": lambda: {"pid": 1, "models": {}, **shown}})
+    try:
+        yield
+    finally:
+        asked.close()
+
+
+def test_a_worker_that_does_not_answer_for_its_models_is_bad(home: Home) -> None:
+    installed = {"scale": {"doing": "idle", "serves": {"target": "scale/1.0.0"}}}
+    codes = {"/v2/health/ready": 200, "/v2/models/scale/ready": 200}
+    assert found(home, "worker")[0] == "note", "no agent runs"
+    with little_server(lambda path, _: Answer(codes[path])) as worker:
+        with running(home, http=worker.url, models=installed):
+            assert found(home, "worker") == ("ok", f"{worker.url} is ready with scale")
+            codes["/v2/models/scale/ready"] = 404
+            assert found(home, "worker") == ("bad", "scale answers 404 when asked whether it is ready")
+        with running(home, http=worker.url):
+            assert found(home, "worker")[0] == "note", "nothing is installed that could answer"
+    with running(home, http="http://127.0.0.1:1", models=installed):
+        level, detail = found(home, "worker")
+    assert (level, "does not answer" in detail) == ("bad", True)
+
+
+def test_an_offer_that_is_not_acted_on_is_bad(home: Home) -> None:
+    offer = home.state.offer
+    assert offer is not None
+    for refused, level in (("", "ok"), ("flags: too many", "bad")):
+        state = replace(home.state, offer=replace(offer, unsupported=refused))
+        Journal(Disk(), home.path / "journal.json").write(state)
+        said = found(home, "offer")
+        assert said[0] == level
+        assert refused in said[1]
+
+
+def test_a_handle_group_that_is_not_there_is_bad(home: Home) -> None:
+    assert found(home, "handles")[0] == "ok"
+    assert found(home, "handles", handle_group="no-such-group") == ("bad", "there is no group 'no-such-group'")
+    mine = grp.getgrgid(home.path.stat().st_gid).gr_name
+    assert found(home, "handles", handle_group=mine) == ("ok", f"for group {mine}")
+
+
+def test_an_engine_is_not_there_because_another_begins_with_its_name(home: Home) -> None:
+    level, detail = found(home, "engines", engines=["onnxruntime", "onnx"])
+    assert (level, detail.endswith("the settings also name onnx")) == ("bad", True)
 
 
 def test_downloads_that_wait_are_no_illness(home: Home) -> None:

@@ -8,8 +8,10 @@ writes: it may run beside the agent, and on a device whose agent does not start.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import platform
+import pwd
 import resource
 import shutil
 import socket
@@ -20,15 +22,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote, urlsplit
 
 from wherry_agent import conditions, identity, journal, machine, readings, status
 from wherry_agent import state as s
 from wherry_agent.courier_http import Http
 from wherry_agent.disk import Disk
+from wherry_agent.handle_server import group_id
 from wherry_agent.identity import Identity
 from wherry_agent.mirrors import Mirrors
 from wherry_agent.renewal import due_s
@@ -156,7 +161,7 @@ def _engines(patient: Patient) -> Finding:
     words = ", ".join(f"{engine.name} {engine.version}" for engine in found.engines)
     if not words:
         return bad("none works", "install wherry-agent[onnx] or wherry-agent[litert]")
-    absent = [name for name in patient.settings.engines if name not in words]
+    absent = sorted({*patient.settings.engines} - {engine.name for engine in found.engines})
     if absent:
         return bad(f"{words}; the settings also name {', '.join(absent)}", "install it, or correct engines")
     return ok(words)
@@ -509,6 +514,64 @@ def _agent(patient: Patient) -> Finding:
     return ok(words)
 
 
+def _worker(patient: Patient) -> Finding:
+    """Ask the worker, as a client would, whether what the agent says it serves is ready."""
+    if patient.running is None:
+        return note("no agent runs")
+    serve = [name for name, model in patient.running.get("models", {}).items() if "serves" in model]
+    if not serve:
+        return note("no model is installed, so nothing is asked")
+    where = urlsplit(str(patient.running.get("http")))
+    silent = {}
+    for name in ("", *serve):
+        connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=CONNECT_S)
+        try:
+            connection.request("GET", f"/v2/models/{quote(name)}/ready" if name else "/v2/health/ready")
+            code = connection.getresponse().status
+        except (OSError, http.client.HTTPException) as error:
+            next_step = "wherry-agent status shows worker_pid; the log says why no worker follows"
+            return bad(f"{where.geturl()} does not answer: {error}", next_step)
+        finally:
+            connection.close()
+        if code != HTTPStatus.OK:
+            silent[name or "the worker"] = code
+    if silent:
+        words = ", ".join(f"{name} answers {code}" for name, code in silent.items())
+        return bad(f"{words} when asked whether it is ready", "look at the agent's log, and at wherry-agent status")
+    return ok(f"{where.geturl()} is ready with {', '.join(serve)}")
+
+
+def _offer(patient: Patient) -> Finding:
+    offer = patient.state.offer if patient.state is not None else None
+    if offer is None:
+        return note("none was accepted yet")
+    words = f"epoch {offer.epoch}, serial {offer.serial}"
+    if offer.unsupported:
+        next_step = "offer what this agent knows, or update it; what is installed serves meanwhile"
+        return bad(f"{words} is not acted on: {offer.unsupported}", next_step)
+    return ok(f"{words} is acted on")
+
+
+def _handles(patient: Patient) -> Finding:
+    """Say whether applications of other users can reach their models: the group is there, and the agent may give to it."""
+    name = patient.settings.handle_group
+    if not name:
+        return ok("only for root and the agent's user (no handle_group)")
+    try:
+        group = group_id(name)
+    except DeviceError as error:
+        return bad(error.message, error.next_step)
+    try:
+        owner = patient.home.stat().st_uid
+        member = owner == 0 or group in os.getgrouplist(pwd.getpwuid(owner).pw_name, pwd.getpwuid(owner).pw_gid)
+    except (OSError, KeyError):  # no home yet, or its user has no name, as in a container
+        return note(f"group {name} exists; whether the agent's user is in it is not known")
+    if not member:
+        next_step = f"usermod --append --groups {name} the agent's user, or SupplementaryGroups={name} in its unit"
+        return note(f"the group file does not have user {owner}, who owns {patient.home}, in group {name}: {next_step}")
+    return ok(f"for group {name}")
+
+
 def _systemd(_patient: Patient) -> Finding:
     if shutil.which("systemctl") is None:
         return note("there is none here")
@@ -536,6 +599,7 @@ QUESTIONS: dict[str, Question] = {
     "system": _system,
     "packages": _packages,
     "agent": _agent,
+    "worker": _worker,
     "systemd": _systemd,
     "engines": _engines,
     "home": _home,
@@ -546,6 +610,7 @@ QUESTIONS: dict[str, Question] = {
     "certificate": _certificate,
     "clock": _clock,
     "trust": _trust,
+    "offer": _offer,
     "server": _server,
     "broker": _broker,
     "mirrors": _mirrors,
@@ -554,5 +619,6 @@ QUESTIONS: dict[str, Question] = {
     "store": _store,
     "telemetry": _telemetry,
     "sockets": _sockets,
+    "handles": _handles,
     "grpc": _grpc,
 }
