@@ -22,8 +22,9 @@ import pytest
 from tests.agent.serving_kit import instead, loadable, until, worker
 from tests.shared.engines import models
 from wherry_agent import handle_messages as messages
+from wherry_agent import handle_server
 from wherry_agent.answering.arms import Counter
-from wherry_agent.children import ServeModel
+from wherry_agent.children import ArmStats, ServeModel
 from wherry_agent.handle import Model
 from wherry_agent.handle_server import HandleCrash, HandleServer, HandleVerdict, allowed
 from wherry_shared.engines import BadInput, EngineFault
@@ -143,6 +144,46 @@ def test_every_call_is_counted_once_even_across_a_swap(tmp_path: Path, superviso
         for _ in range(3):
             model.run(ONES)
     until(lambda: total() == 45, "what was counted last is said at goodbye")
+
+
+def test_a_handle_that_lives_long_keeps_no_counts_of_versions_that_are_gone(tmp_path: Path, supervisor: Supervisor):
+    versions = [loadable(models.scale(tmp_path / f"{n}.onnx", n), f"1.{n}.0") for n in (1, 2, 3)]
+    supervisor.publish(versions[0])
+    seen: dict[str, int] = {}
+
+    def drained() -> dict[str, int]:
+        seen.update({stats.digest: stats.requests for stats in supervisor.server.drain_stats()})
+        return seen
+
+    with supervisor.model(), supervisor.model() as model:
+        for version in versions:
+            supervisor.publish_and_settle(version)
+            for _ in range(3):
+                model.run(ONES)
+        until(lambda: drained() == dict.fromkeys((one.digest for one in versions), 3), "all are counted")
+        assert supervisor.server.drain_stats() == []
+        kept = {key[0] for peer in supervisor.server._peers for key in peer.counts}
+        assert kept == {versions[-1].digest}
+        model.run(ONES)
+        until(lambda: drained()[versions[-1].digest] == 4, "the version in use is counted on")
+
+
+def test_what_one_process_counts_is_bounded(supervisor: Supervisor):
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(str(supervisor.path))
+        peer.sendall(messages.encode(messages.Hi(format=messages.FORMAT, model="scale", pid=1)))
+        digests = [f"sha256:{number:064x}" for number in range(2 * handle_server.COUNTS_MAX)]
+        peer.sendall(messages.encode(messages.Engaged(revision=0, holds=digests)))
+        for digest in digests:
+            arm = ArmStats(model="scale", manifest="", variant="", digest=digest, arm="incumbent", requests=1)
+            peer.sendall(messages.encode(messages.Counts(arms=[arm])))
+
+        def heard() -> bool:
+            return digests[-1] in {stats.digest for stats in supervisor.server.drain_stats()}
+
+        until(heard, "the last counts arrive")
+        (kept,) = supervisor.server._peers
+        assert [key[0] for key in kept.counts] == digests[-handle_server.COUNTS_MAX :]
 
 
 def test_runs_are_folded_as_if_each_was_counted_alone(tmp_path: Path):

@@ -15,7 +15,7 @@ import pwd
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -46,6 +46,10 @@ PEER_GROUPS_MAX = 256
 """What `getsockopt` of Python takes at once."""
 ARMS_MAX = 16
 """Arms that one handle may count in one message: it holds at most a few variants at a time."""
+COUNTS_MAX = 64
+"""Arms of one handle whose counts are kept: those in use, and earlier ones until their last counts were taken."""
+COUNTS_GONE_MAX = 256
+"""Sums that are kept of handles which are gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,10 +191,10 @@ class HandleServer:
                 for key, stats in peer.counts.items():
                     whole = (peer.model, *key)
                     totals[whole] = merged(totals[whole], stats) if whole in totals else stats
-            changed = [stats for key, stats in totals.items() if self._drained.get(key) != stats]
+            changed = {key: stats for key, stats in totals.items() if self._drained.get(key) != stats}
             self._drained = totals
-            self._forget()
-            return changed
+            self._forget(changed)
+            return list(changed.values())
 
     def close(self) -> None:
         """Stop listening and close every connection; handles go on with what they have."""
@@ -309,7 +313,11 @@ class HandleServer:
                 with self._lock:
                     for stats in message.arms[:ARMS_MAX]:
                         if stats.model == peer.model:
-                            peer.counts[stats.digest, stats.arm, stats.trial] = stats
+                            key = (stats.digest, stats.arm, stats.trial)
+                            peer.counts.pop(key, None)
+                            peer.counts[key] = stats  # the newest last: the oldest is forgotten first
+                    while len(peer.counts) > COUNTS_MAX:
+                        del peer.counts[next(iter(peer.counts))]
             case messages.BadReport():
                 if self._on_verdict is not None:
                     self._on_verdict(
@@ -391,7 +399,9 @@ class HandleServer:
             self._peers.discard(peer)
             for key, stats in peer.counts.items():
                 whole = (peer.model, *key)
-                self._gone[whole] = merged(self._gone[whole], stats) if whole in self._gone else stats
+                self._gone[whole] = merged(self._gone.pop(whole), stats) if whole in self._gone else stats
+            while len(self._gone) > COUNTS_GONE_MAX:
+                del self._gone[next(iter(self._gone))]
             crash = None
             if peer.candidate is not None and not peer.said_goodbye and not self._closed:
                 digest, trial = peer.candidate
@@ -404,10 +414,25 @@ class HandleServer:
             self._on_crash(crash)
         self._tell_settled(peer.model)
 
-    def _forget(self) -> None:
-        """Drop sums of gone handles about variants that no assignment names any more."""
-        named = {(serve.name, digest) for serve in self._serves.values() for digest in _digests(serve)}
-        self._gone = {key: stats for key, stats in self._gone.items() if (key[0], key[1]) in named}
+    def _forget(self, news: Container[tuple[str, str, str, str]]) -> None:
+        """Drop counts of variants that no assignment names and no handle holds, once nothing new comes of them.
+
+        All handles' counts of a variant go together: a sum that only shrinks would look like that of a new process.
+        """
+        used = {(serve.name, digest) for serve in self._serves.values() for digest in _digests(serve)}
+        used |= {
+            (peer.model, digest)
+            for peer in self._peers
+            for held in (peer.holds, *peer.sent.values())
+            for digest in held
+        }
+
+        def kept(model: str, digest: str, arm: str, trial: str) -> bool:
+            return (model, digest) in used or (model, digest, arm, trial) in news
+
+        self._gone = {key: stats for key, stats in self._gone.items() if kept(*key)}
+        for peer in self._peers:
+            peer.counts = {key: stats for key, stats in peer.counts.items() if kept(peer.model, *key)}
 
 
 def _digests(serve: ServeModel | None) -> list[str]:
