@@ -6,10 +6,26 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.agent.builders import MODEL, confirmed, digest_of, judged, loadable, now, offer, offered, on_trial, run
+from tests.agent.builders import (
+    MODEL,
+    confirmed,
+    digest_of,
+    fetched,
+    fresh,
+    judged,
+    loadable,
+    now,
+    offer,
+    offered,
+    on_trial,
+    resolved,
+    run,
+    served,
+)
 from tests.agent.test_machine_properties import honest
 from wherry_agent import journal, machine
 from wherry_agent import state as s
@@ -143,8 +159,65 @@ def test_an_engine_that_is_gone_for_everything_leaves_a_safe_device_that_goes_on
     failed = s.TaskFailed(MODEL, of("1.0.0"), 1, "resolve", reasons.NO_VARIANT, "no engine runs it")
     state, _ = run(state, failed)
     assert (state.owed[-1].state, state.owed[-1].reason) == ("safe", "no_variant")
-    state, effects = run(state, offer(2, {MODEL: offered("1.0.0", attempt=2)}))
+    state, effects = run(state, s.EnginesProbed({}))
+    assert not [effect for effect in effects if isinstance(effect, s.Resolve)]
+    state, effects = run(restarted(state), offer(2, {MODEL: offered("1.0.0", attempt=2)}))
     assert [effect for effect in effects if isinstance(effect, s.Resolve)]
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["a probe missed it", "no probe looked meanwhile"])
+def test_an_engine_that_is_back_serves_again_without_a_new_attempt(seen: bool) -> None:
+    there = s.EnginesProbed({"onnxruntime": loadable().engine_version})
+    state, _ = run(confirmed("1.0.0"), there)
+    for _ in range(FAULTS_MAX):
+        state = fails_to_serve(state, "1.0.0", reasons.ENGINE_MISSING)
+    gone = s.TaskFailed(MODEL, of("1.0.0"), 1, "resolve", reasons.NO_VARIANT, "no engine runs it")
+    state, _ = run(state, *([s.EnginesProbed({})] if seen else []), gone)
+    state = restarted(state)
+    assert isinstance(state.models[MODEL].phase, s.Safe)
+
+    state, effects = run(state, there)
+    assert [effect for effect in effects if isinstance(effect, s.Resolve)]
+    state, _ = run(state, resolved(), fetched(), judged())
+    state, _ = run(state, served(state))
+    assert serves(state) == of("1.0.0")
+    assert run(state, there)[1] == [], "the same engines begin nothing again"
+
+
+def test_an_offer_that_no_engine_runs_is_begun_when_one_is_installed_and_the_incumbent_serves_meanwhile() -> None:
+    state, _ = run(confirmed("1.0.0"), s.EnginesProbed({"onnxruntime": "1.32.0"}), offer(2, {MODEL: offered("1.1.0")}))
+    state, _ = run(state, s.TaskFailed(MODEL, of("1.1.0"), 1, "resolve", reasons.NO_VARIANT, "no engine runs it"))
+    assert (state.owed[-1].state, serves(state)) == ("refused", of("1.0.0"))
+    state, effects = run(state, s.EnginesProbed({"onnxruntime": "1.32.0", "litert": "2.1.0"}))
+    assert [effect.offered.target for effect in effects if isinstance(effect, s.Resolve)] == [loadable("1.1.0").target]
+    assert serves(state) == of("1.0.0")
+
+
+def test_a_group_that_came_to_nothing_for_want_of_an_engine_is_begun_again_whole() -> None:
+    models = {name: offered("1.0.0", model=name, group="pair") for name in (MODEL, "other")}
+    state, _ = run(fresh(), offer(1, models))
+    state, _ = run(state, s.TaskFailed(MODEL, of("1.0.0"), 1, "resolve", reasons.NO_VARIANT, "no engine runs it"))
+    assert [(one.model, one.state, one.reason) for one in state.owed[-2:]] == [
+        (MODEL, "refused", "no_variant"),
+        ("other", "failed", "group"),
+    ]
+    state, effects = run(state, s.EnginesProbed({"onnxruntime": "1.32.0"}))
+    assert [effect.model for effect in effects if isinstance(effect, s.Resolve)] == [MODEL, "other"]
+
+
+def test_what_is_resolved_while_an_engine_comes_is_resolved_again_with_it() -> None:
+    state, _ = run(fresh(), offer(1, {MODEL: offered()}))
+    state, effects = run(state, s.EnginesProbed({"onnxruntime": "1.32.0"}))
+    assert [type(effect) for effect in effects] == [s.Cancel, s.Resolve]
+
+
+def test_a_candidate_that_misses_its_engine_goes_back_and_comes_again_with_the_engine() -> None:
+    state = on_trial("1.1.0", state=confirmed("1.0.0"), serial=2)
+    state = fails_to_serve(state, "1.1.0", reasons.ENGINE_MISSING)
+    state, _ = run(state, served(state, "1.0.0"))
+    assert (state.owed[-1].state, state.owed[-1].reason) == ("returned", reasons.ENGINE_MISSING)
+    state, effects = run(state, s.EnginesProbed({"onnxruntime": "1.32.0"}))
+    assert [effect.offered.target for effect in effects if isinstance(effect, s.Resolve)] == [loadable("1.1.0").target]
 
 
 def test_a_canary_that_finds_no_engine_waits_and_blames_nobody() -> None:

@@ -1101,7 +1101,10 @@ class Daemon:
                 assert_never(event)
 
     def _compare_engine(self, event: children.Serving) -> None:
-        """A worker that started with another engine than the last probe found: look at once, not in an hour."""
+        """A worker that has another engine than the last probe found, or misses it: look at once, not in an hour."""
+        if event.reason == reasons.ENGINE_MISSING:
+            self._look_again()
+            return
         active = next((one.active for one in machine.serving(self._state) if one.name == event.model), None)
         if active is None or self._facts is None or not event.engine_version or not self._state.engines.barred:
             return

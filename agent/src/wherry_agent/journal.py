@@ -66,6 +66,7 @@ NAMES: dict[type[Any], dict[str, str]] = {
         "contract": "contract",
         "contract_preprocess": "contract_preprocess",
         "ends": "ended",
+        "unfit": "ended_without_engine",
         "settled": "settled",
         "faults": "load_faults",
         "told": "last_report",

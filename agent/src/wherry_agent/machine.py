@@ -547,7 +547,7 @@ def _begin(turn: Turn, name: str, slot: Slot, offer: Accepted, offered: OfferedM
         turn.refuse(name, slot, job, reasons.UNSUPPORTED, why)
     elif offered.mode == "none":
         had = slot.incumbent is not None
-        slot = Slot(settled=end, ends=slot.ends)
+        slot = Slot(settled=end, ends=slot.ends, unfit=slot.unfit)
         turn.put(name, slot)
         turn.report(name, "removed", offered=offered, serial=offer.serial, reason=reason)
         if had:
@@ -1078,13 +1078,14 @@ def _hold_together(turn: Turn, offer: Accepted) -> None:
             continue
         said = turn.state.models[out].told
         why = f"{out} of group {group} did not come through" + (f": {said.reason}" if said is not None else "")
+        unfit = end_of(offer.models[out]) in turn.state.models[out].unfit
         for name in members:
             slot = turn.state.models.get(name, Slot())
             phase = slot.phase
             if not isinstance(phase, Resolving | Fetching | Judging | Queued | Waiting):
                 continue
             if phase.job.offered.group == group:
-                turn.leave_group(name, slot, phase.job, why)
+                turn.leave_group(name, slot, phase.job, why, unfit=unfit)
 
 
 def _came_to_nothing(turn: Turn, offer: Accepted, name: str) -> bool:

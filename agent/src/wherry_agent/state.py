@@ -253,6 +253,8 @@ class Slot:
     """What applications rely on: the interface of the first confirmed bundle."""
     contract_preprocess: str = ""
     ends: tuple[End, ...] = ()
+    unfit: tuple[End, ...] = ()
+    """Those of `ends` that came to nothing for want of an engine: other engines on this device reopen them."""
     settled: End | None = None
     """The offer under which the incumbent (or its absence) was last reported."""
     faults: int = 0

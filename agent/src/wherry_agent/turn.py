@@ -443,13 +443,13 @@ class Turn:
 
     def refuse(self, name: str, slot: Slot, job: Job, reason: str, detail: str) -> None:
         """End a job that cannot be done here, before anything was tried."""
-        self._ended(name, slot, job)
+        self._ended(name, slot, job, unfit=reason == reasons.NO_VARIANT)
         self.report(name, "refused", job=job, reason=reason, detail=detail)
         self._safe_again(name, job, reason, detail)
 
-    def fail(self, name: str, slot: Slot, job: Job, reason: str, detail: str) -> None:
-        """End a job of which no variant is left."""
-        self._ended(name, slot, job)
+    def fail(self, name: str, slot: Slot, job: Job, reason: str, detail: str, *, unfit: bool = False) -> None:
+        """End a job of which no variant is left; `unfit`: for want of an engine."""
+        self._ended(name, slot, job, unfit=unfit)
         self.report(name, "failed", job=job, reason=reason, detail=detail)
         self._safe_again(name, job, reason, detail)
         self.effects.append(Collect(kept(self.state)))
@@ -461,10 +461,16 @@ class Turn:
             self.put(name, replace(slot, phase=Safe(reason, detail[:REPORT_DETAIL_CHARS_MAX])))
             self.report(name, "safe", job=job, reason=reason, detail=detail)
 
-    def _ended(self, name: str, slot: Slot, job: Job) -> None:
-        ends = (*slot.ends, end_of(job.offered))[-ENDS_MAX:]
+    def _ended(self, name: str, slot: Slot, job: Job, *, unfit: bool) -> None:
         phase: Phase = slot.phase if isinstance(slot.phase, Safe) else Idle()
-        self.put(name, replace(slot, phase=phase, ends=ends, settled=None))
+        self.put(name, replace(_closed(slot, job.offered, unfit=unfit), phase=phase, settled=None))
+
+    def reopen(self) -> None:
+        """Other engines are here: what came to nothing for want of one is begun again by the standing offer."""
+        for name, slot in tuple(self.state.models.items()):
+            if slot.unfit:
+                ends = tuple(end for end in slot.ends if end not in slot.unfit)
+                self.put(name, replace(slot, ends=ends, unfit=()))
 
     def known_bad(self, digest: str, engine: str, engine_version: str) -> KnownBad | None:
         """Return what is held against a variant with this engine."""
@@ -584,7 +590,8 @@ class Turn:
         over = reason not in (reasons.WITHDRAWN, reasons.SUPERSEDED)
         if not (anyones and mates):
             self.remember(job.loadable, reason, job.offered.attempt)
-        self._go_back(name, slot, job, reason, detail, counts, over=over)
+        unfit = reason == reasons.ENGINE_MISSING
+        self._go_back(name, slot, job, reason, detail, counts, over=over, unfit=unfit)
         for mate in mates:
             other = self.state.models[mate]
             assert isinstance(other.phase, Swapping | OnTrial | Proving)
@@ -594,15 +601,15 @@ class Turn:
                 why, words = reason, detail
             elif not over and wanted is not None and names_incumbent(other, wanted):
                 why, words = reason, detail  # the same offer takes it back too
-            self._go_back(mate, other, other.phase.job, why, words, other.phase.counts, over=over)
+            self._go_back(mate, other, other.phase.job, why, words, other.phase.counts, over=over, unfit=unfit)
 
     def _go_back(
-        self, name: str, slot: Slot, job: Job, reason: str, detail: str, counts: Counts, *, over: bool
+        self, name: str, slot: Slot, job: Job, reason: str, detail: str, counts: Counts, *, over: bool, unfit: bool
     ) -> None:
         if over:
             outcome: Literal["failed", "not_tried"] = "not_tried" if reason == reasons.GROUP else "failed"
             job = replace(job, tried=_outcome(job.tried, outcome, reason))
-            slot = replace(slot, ends=(*slot.ends, end_of(job.offered))[-ENDS_MAX:])
+            slot = _closed(slot, job.offered, unfit=unfit)
         else:
             job = replace(job, tried=_outcome(job.tried, "not_tried", reason))
         phase = Returning(job, Since.at(self.now), reason, detail[:REPORT_DETAIL_CHARS_MAX], 0, counts)
@@ -610,10 +617,11 @@ class Turn:
         if slot.incumbent is None:
             self.returned(name, self.state.models[name], phase)
 
-    def leave_group(self, name: str, slot: Slot, job: Job, why: str) -> None:
-        """Give up before a trial: the group cannot be had whole."""
+    def leave_group(self, name: str, slot: Slot, job: Job, why: str, *, unfit: bool = False) -> None:
+        """Give up before a trial: the group cannot be had whole; `unfit`: for want of an engine."""
         self.effects.append(Cancel(name))
-        self.fail(name, slot, replace(job, tried=_outcome(job.tried, "not_tried", reasons.GROUP)), reasons.GROUP, why)
+        job = replace(job, tried=_outcome(job.tried, "not_tried", reasons.GROUP))
+        self.fail(name, slot, job, reasons.GROUP, why, unfit=unfit)
 
     def returned(self, name: str, slot: Slot, phase: Returning) -> None:
         """The incumbent answers again, or there is none."""
@@ -670,6 +678,13 @@ class Turn:
             job = Job(incumbent.offered, self.state.offer.serial if self.state.offer is not None else 0)
             end = f"returned:{reasons.GROUP}"
             self.report(name, "returned", job=job, reason=reasons.GROUP, detail=detail, trial_end=end)
+
+
+def _closed(slot: Slot, offered: OfferedModel, *, unfit: bool) -> Slot:
+    """Note that an attempt is over; `unfit`: until other engines are here."""
+    end = end_of(offered)
+    ends = (*slot.ends, end)[-ENDS_MAX:]
+    return replace(slot, ends=ends, unfit=(*slot.unfit, end)[-ENDS_MAX:] if unfit else slot.unfit)
 
 
 def _outcome(

@@ -37,6 +37,7 @@ from wherry_agent.state import (
     Queued,
     Rejudge,
     Rejudged,
+    Resolving,
     Returning,
     Served,
     Slot,
@@ -54,12 +55,19 @@ REJUDGE_S = 120
 
 def probed(turn: Turn, event: EnginesProbed) -> None:
     """These engines work on this device now."""
+    before = turn.state.engines.installed
     engines = replace(turn.state.engines, installed=dict(event.installed), barred=False)
     turn.state = replace(turn.state, engines=engines)
+    fresh = any(before.get(engine) != version for engine, version in event.installed.items())
+    if fresh:
+        turn.reopen()
     for name, slot in tuple(turn.state.models.items()):
         phase = slot.phase
         if isinstance(phase, Compared) and _changed(turn, phase.job.loadable):
             turn.put(name, replace(slot, phase=Idle()))  # it was judged with an engine that is gone
+        if fresh and isinstance(phase, Resolving):  # it is being resolved with the engines before
+            turn.effects.append(Cancel(name))
+            turn.resolve(name, slot, phase.job)
         if not isinstance(phase, Fetching | Judging | Queued | Waiting) or not phase.job.candidates:
             continue
         if _changed(turn, phase.job.loadable):  # chosen, or judged, for an engine that is gone
@@ -97,8 +105,13 @@ def rejudged(turn: Turn, event: Rejudged) -> None:
 
 
 def served(turn: Turn, event: Served) -> None:
-    """The worker says which engine it has in memory."""
+    """The worker says which engine it has in memory, or that one is gone from the disk: found again, it is a new one."""
     model = next((one for one in serving(turn.state) if one.name == event.model), None)
+    if model is not None and model.active.digest == event.digest and event.reason == reasons.ENGINE_MISSING:
+        here = {
+            engine: version for engine, version in turn.state.engines.installed.items() if engine != model.active.engine
+        }
+        turn.state = replace(turn.state, engines=replace(turn.state.engines, installed=here))
     if not event.ok or not event.engine_version or model is None or model.active.digest != event.digest:
         return
     engines, name = turn.state.engines, model.active.engine
