@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -15,6 +16,7 @@ from tests.agent.serving_kit import until
 from wherry_agent.serving import peers
 from wherry_agent.serving import regions as module
 from wherry_agent.serving.buffers import Buffers, aligned_start, fresh
+from wherry_agent.serving.inference import MESSAGE_CHARS_MAX
 from wherry_agent.serving.ledger import Entry, Ledger
 from wherry_agent.serving.peers import user_of
 from wherry_agent.serving.regions import Regions
@@ -120,6 +122,22 @@ def test_nobody_borrows_the_rights_of_the_agent_or_uses_what_another_user_regist
     assert shared.status("", STRANGER + 1) == []
     shared.unregister("", STRANGER + 1)
     assert shared.get("r", STRANGER)
+
+
+def test_a_file_that_the_agent_may_not_open_is_refused_with_what_to_do(
+    shared: Regions, monkeypatch: pytest.MonkeyPatch
+):
+    def denied(path: str, flags: int) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module.os, "open", denied)
+        with pytest.raises(BadInput, match=r"Permission denied; .*setfacl") as refused:
+            shared.register("r", "/a", 0, 1, ME)
+    assert len(refused.value.message) < MESSAGE_CHARS_MAX, "nothing of it is cut off on its way"
+    with pytest.raises(BadInput) as other:
+        shared.register("r", "/nothing", 0, 1, ME)
+    assert "setfacl" not in other.value.message
 
 
 def test_regions_are_bounded_in_number_and_bytes(shared: Regions, monkeypatch):

@@ -38,6 +38,11 @@ USER_REGIONS_BYTES_MAX = 2 << 30
 ALL_REGIONS_BYTES_MAX = 4 << 30
 """Of address space and of the files' own memory; nothing is allocated here."""
 NAME_CHARS_MAX = 255
+OPENED_FIRST = (
+    "; clients make their files for their own user alone: run client and agent as one user, or let the agent's user read"
+    " and write this one first (setfacl -m u:wherry:rw FILE, or chmod)"
+)
+"""In the message, since clients are told nothing else."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -284,6 +289,8 @@ class Regions:
             why = error.strerror if isinstance(error, OSError) else "no such name"
             if isinstance(error, OSError) and error.errno == errno.ELOOP:
                 why = "it is a link"
+            if isinstance(error, PermissionError):
+                why = f"{why}{OPENED_FIRST}"
             raise BadInput(f"shared memory key {key[:80]!r} cannot be opened by the agent: {why}") from error
 
 
