@@ -753,6 +753,73 @@ def test_an_incumbent_that_loads_again_is_forgiven() -> None:
     assert state.models[MODEL].incumbent is not None
 
 
+def test_a_return_waits_for_an_incumbent_that_loads_as_slowly_as_a_swap_may() -> None:
+    state, _ = run(updating(), s.WorkerDied("signal 11"), s.WorkerReady())
+    for ms in range(10_000, turn.SWAP_MS + 1, 10_000):
+        state, effects = run(state, s.Tick(), ms=ms)
+        assert "RestartWorker" not in kinds(effects), f"the load under way was killed at {ms} ms"
+    state, _ = run(state, served(state, "1.0.0"), ms=turn.SWAP_MS)
+    assert told(state)[-1] == ("returned", reasons.CRASH)
+    assert isinstance(phase(state), s.Idle)
+
+
+def test_each_new_worker_gets_twice_as_long_for_an_incumbent_that_is_slower_than_that() -> None:
+    state, _ = run(updating(), s.WorkerDied("signal 11"), s.WorkerReady())
+    state, effects = run(state, s.Tick(), ms=turn.RETURN_MS)
+    assert kinds(effects) == ["RestartWorker"]
+    state, _ = run(state, s.WorkerDied("ended", ordered=True), s.WorkerReady(), ms=turn.RETURN_MS)
+    state, effects = run(state, s.Tick(), ms=3 * turn.RETURN_MS - 1)
+    assert effects == []
+    state, effects = run(state, s.Tick(), ms=3 * turn.RETURN_MS)
+    assert kinds(effects) == ["RestartWorker"]
+
+
+def silent_for_ever(state: s.State, hours: int) -> tuple[s.State, int]:
+    """No worker ever answers: return the state, and how many workers were tried."""
+    ms, restarts, end_ms = 0, 0, hours * 3600_000
+    while ms < end_ms:
+        ms += max(1000, machine.next_deadline_ms(replace(state, watch=fresh().watch), now(ms)))
+        state, effects = run(state, s.Tick(), ms=ms)
+        if "RestartWorker" in kinds(effects):
+            restarts += 1
+            state, _ = run(state, s.WorkerDied("ended", ordered=True), s.WorkerReady(), ms=ms)
+    return state, restarts
+
+
+def test_an_only_version_that_no_worker_answers_for_stays_and_is_tried_ever_more_rarely() -> None:
+    state, _ = run(updating(), s.WorkerDied("signal 11"), s.WorkerReady())
+    state, restarts = silent_for_ever(state, 24)
+    assert machine.running(state) == {MODEL: digest_of(f"{MODEL}/1.0.0")}
+    assert isinstance(phase(state), s.Idle), "an offer of something else is taken up"
+    assert state.models[MODEL].faults == restarts, "tries are counted"
+    assert 24 <= restarts < 36
+    state, _ = run(state, served(state, "1.0.0"), ms=25 * 3600_000)
+    assert state.models[MODEL].faults == 0
+
+
+def test_an_only_version_that_fails_without_a_reason_of_its_own_is_not_tried_in_a_tight_loop() -> None:
+    state, _ = run(confirmed("1.0.0"), s.WorkerDied("ended", ordered=True), s.WorkerReady())
+    restarts = 0
+    for _ in range(20):
+        state, effects = run(state, served(state, "1.0.0", ok=False, reason=reasons.CHILD_FAILED))
+        restarts += kinds(effects).count("RestartWorker")
+    assert restarts == turn.FAULTS_MAX - 1
+    assert machine.running(state) == {MODEL: digest_of(f"{MODEL}/1.0.0")}
+    _, effects = run(state, s.Tick(), ms=turn.RETRY_MAX_MS)
+    assert "RestartWorker" in kinds(effects), "the watch on the worker tries again"
+
+
+def test_workers_that_die_while_the_incumbent_is_to_come_back_are_counted() -> None:
+    state = confirmed("1.1.0", state=confirmed("1.0.0"), serial=2)
+    state = on_trial("1.2.0", state=state, serial=3)
+    before = state.seq
+    for _ in range(1 + turn.RETURN_TRIES_MAX + turn.CRASHES_MAX + 1):
+        assert machine.running(state) != {MODEL: digest_of(f"{MODEL}/1.0.0")}
+        state, _ = run(state, s.WorkerDied("signal 11"), s.WorkerReady())
+    assert machine.running(state) == {MODEL: digest_of(f"{MODEL}/1.0.0")}
+    assert told(state, before) == [("returned", reasons.CRASH), ("returned", reasons.CRASH)]
+
+
 def test_a_return_to_an_incumbent_that_is_broken_too_ends_in_the_safe_state() -> None:
     state = updating()
     state, _ = run(state, s.WorkerDied("signal 11"))
@@ -974,9 +1041,9 @@ def test_a_worker_that_said_so_is_left_alone() -> None:
 def test_a_version_at_which_every_worker_hangs_gives_way_to_the_one_before() -> None:
     state = confirmed("1.1.0", state=confirmed("1.0.0"), serial=2)
     before, ms = state.seq, 0
-    for _ in range(turn.FAULTS_MAX):
+    for tries in range(turn.FAULTS_MAX):
         state, _ = run(state, s.WorkerDied("ended", ordered=True), s.WorkerReady(), ms=ms)
-        ms += turn.SERVE_MS
+        ms += turn.SERVE_MS << tries
         state, effects = run(state, s.Tick(), ms=ms)
         assert "RestartWorker" in kinds(effects)
     assert told(state, before) == [("returned", reasons.CHILD_FAILED)]

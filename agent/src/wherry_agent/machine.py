@@ -105,6 +105,7 @@ from wherry_agent.turn import (
     PROVE_MS,
     REFRESH_MS,
     RESOLVE_MS,
+    RETRY_MAX_MS,
     RETRY_MIN_MS,
     RETURN_MS,
     RETURN_TRIES_MAX,
@@ -282,8 +283,11 @@ def trust_state(state: State, now: Now) -> str:
     return reasons.TRUST_STALE if now.wall_us > state.trust.expires_at else ""
 
 
-def limit_ms(phase: Phase) -> int | None:
-    """Return how long a phase may last before `Tick` ends it; None for ends, and for waits that others end."""
+def limit_ms(phase: Phase, members: int = 1) -> int | None:
+    """Return how long a phase may last before `Tick` ends it; None for ends, and for waits that others end.
+
+    `members`: so many models of one group are loaded at once and answered for together.
+    """
     match phase:
         case Resolving():
             return RESOLVE_MS
@@ -292,13 +296,13 @@ def limit_ms(phase: Phase) -> int | None:
         case Judging(job):
             return job.offered.trial.canary_s * 1000 + JUDGE_GRACE_MS
         case Swapping():
-            return SWAP_MS
+            return SWAP_MS * members
         case OnTrial(job):
             return None if phase.passed else job.offered.trial.max_s * 1000
         case Proving():
             return PROVE_MS
         case Returning():
-            return RETURN_MS
+            return _patience_ms(RETURN_MS * members, phase.tries)
         case Waiting():
             return phase.wait_ms
         case Queued(job):
@@ -313,11 +317,11 @@ def next_deadline_ms(state: State, now: Now) -> int:
     """Return in how many milliseconds `Tick` is due."""
     left: list[int] = []
     for slot in state.models.values():
-        limit = limit_ms(slot.phase)
+        limit = limit_ms(slot.phase, _members(state, slot.phase))
         if limit is not None and not isinstance(slot.phase, Idle | Compared | Safe):
             left.append(limit - slot.phase.since.elapsed_ms(now))
     if state.told is not None:
-        left.append(SERVE_MS - state.told.since.elapsed_ms(now))
+        left.append(_serve_ms(state, state.told) - state.told.since.elapsed_ms(now))
     left += upgrades.deadlines_ms(state.engines, now)
     left.append(_watch_ms(state.watch) - state.watch.since.elapsed_ms(now) if state.watch is not None else 0)
     return max(0, min(left))
@@ -332,6 +336,30 @@ def may_wait(old: State, new: State) -> bool:
     if old is new:
         return True
     return _without_passing(old) == _without_passing(new)
+
+
+def _patience_ms(limit_ms: int, failures: int) -> int:
+    """Return how long a worker may stay silent: twice as long after each failure, so that what is only slow gets there."""
+    return max(limit_ms, min(limit_ms << min(failures, 16), RETRY_MAX_MS))
+
+
+def _members(state: State, phase: Phase) -> int:
+    """Return how many models the worker loads as one with a model in this phase."""
+    if not isinstance(phase, Swapping | Returning) or not phase.job.offered.group:
+        return 1
+    others = (slot.phase for slot in state.models.values())
+    return sum(type(one) is type(phase) and _group_of(one) == phase.job.offered.group for one in others)
+
+
+def _group_of(phase: Phase) -> str:
+    return phase.job.offered.group if isinstance(phase, Swapping | Returning) else ""
+
+
+def _serve_ms(state: State, told: Told) -> int:
+    """Return how long the worker may take for the next of the models that it has not answered for."""
+    slot = state.models.get(told.waiting[0], Slot())
+    failures = slot.phase.tries if isinstance(slot.phase, Returning) else slot.faults
+    return _patience_ms(SERVE_MS * _members(state, slot.phase), failures)
 
 
 def _without_passing(state: State) -> State:
@@ -714,9 +742,9 @@ def _swapping(turn: Turn, name: str, slot: Slot, phase: Swapping, event: SlotEve
             pass  # of an earlier serving set, in which the candidate was not
         case WorkerDied():
             _crashed(turn, name, slot, phase, event)
-        case Tick() if _overdue(phase, turn.now):
+        case Tick() if _overdue(phase, turn.now, _members(turn.state, phase)):
             # The worker is silent, which may be its own fault: nothing is held against the variant.
-            detail = f"the worker did not serve it within {SWAP_MS // 1000} s"
+            detail = f"the worker did not serve it within {phase.since.elapsed_ms(turn.now) // 1000} s"
             turn.effects.append(RestartWorker(detail))
             turn.go_back(name, slot, job, reasons.CHILD_FAILED, detail, phase.counts)
         case Tick() | Connected():
@@ -807,9 +835,13 @@ def _returning(turn: Turn, name: str, slot: Slot, phase: Returning, event: SlotE
                 turn.returned(name, slot, phase)
             else:
                 _return_again(turn, name, slot, phase, event)
-        case WorkerDied():
+        case WorkerDied() if event.ordered:
             pass  # the next worker is told the same; the deadline counts
-        case Tick() if _overdue(phase, turn.now):
+        case WorkerDied() if phase.tries + 1 < RETURN_TRIES_MAX:
+            turn.put(name, replace(slot, phase=replace(phase, tries=phase.tries + 1, since=Since.at(turn.now))))
+        case WorkerDied():
+            turn.returned(name, slot, phase)  # what dies from here on is counted against what was confirmed
+        case Tick() if _overdue(phase, turn.now, _members(turn.state, phase)):
             _return_again(turn, name, slot, phase, event)
         case Served() | Tick() | Connected():
             pass
@@ -993,7 +1025,10 @@ def _began(phase: Swapping | OnTrial | Proving) -> Since | None:
 
 
 def _return_again(turn: Turn, name: str, slot: Slot, phase: Returning, event: Served | Tick) -> None:
-    """The incumbent did not come back: a new worker is tried a few times, then the version before it."""
+    """The incumbent did not come back: a new worker is tried a few times, then the version before it.
+
+    A worker that only is silent says nothing of the version: without one before it, it is tried for as long as it takes.
+    """
     altered = isinstance(event, Served) and event.reason in reasons.ALTERED  # which no new worker mends
     if phase.tries + 1 < RETURN_TRIES_MAX and not altered:
         turn.put(name, replace(slot, phase=replace(phase, tries=phase.tries + 1, since=Since.at(turn.now))))
@@ -1006,7 +1041,21 @@ def _return_again(turn: Turn, name: str, slot: Slot, phase: Returning, event: Se
         reason, detail = event.reason or reasons.LOAD_FAILED, event.detail
     else:
         turn.effects.append(RestartWorker(detail))
-    turn.give_up(name, turn.state.models[name], reason, detail)
+    slot = turn.state.models[name]
+    if reason == reasons.CHILD_FAILED and slot.last_good is None:
+        _try_later(turn, name, replace(slot, faults=phase.tries))
+    else:
+        turn.give_up(name, slot, reason, detail)
+
+
+def _try_later(turn: Turn, name: str, slot: Slot) -> None:
+    """Count one more failure that nobody is to blame for, and leave the next try to the watch on the worker."""
+    turn.put(name, replace(slot, faults=slot.faults + 1))
+    told = turn.state.told
+    waiting = told.waiting if told is not None else ()
+    if name not in waiting:
+        waiting = (name, *waiting)
+    turn.state = replace(turn.state, told=Told(Since.at(turn.now), waiting))
 
 
 def _worker_died(turn: Turn, event: WorkerDied) -> None:
@@ -1037,7 +1086,8 @@ def _worker_died(turn: Turn, event: WorkerDied) -> None:
 def _incumbent_served(turn: Turn, name: str, slot: Slot, event: Served) -> None:
     """Outside trials: a version that was confirmed here fails to load, which is tried again in a new worker, counted.
 
-    A file that was altered on the disk stays so in a new worker: that version gives way at once.
+    A file that was altered on the disk stays so in a new worker: that version gives way at once. One that fails without
+    a reason of its own, and has none before it, is tried again for as long as it takes.
     """
     incumbent = slot.incumbent
     if incumbent is None or not turn.is_current(event) or event.digest != incumbent.loadable.digest:
@@ -1048,6 +1098,8 @@ def _incumbent_served(turn: Turn, name: str, slot: Slot, event: Served) -> None:
     elif slot.faults + 1 < FAULTS_MAX and event.reason not in reasons.ALTERED:
         turn.put(name, replace(slot, faults=slot.faults + 1))
         turn.effects.append(RestartWorker(f"{name} could not be served: {event.reason}"))
+    elif event.reason == reasons.CHILD_FAILED and slot.last_good is None:
+        _try_later(turn, name, slot)
     else:
         turn.give_up(name, slot, event.reason or reasons.LOAD_FAILED, event.detail)
 
@@ -1150,7 +1202,17 @@ def _answered(turn: Turn, event: Served) -> None:
     wanted = next((model.active.digest for model in serving(turn.state) if model.name == event.model), "")
     if told is not None and turn.is_current(event) and event.digest == wanted:
         waiting = tuple(name for name in told.waiting if name != event.model)
-        turn.state = replace(turn.state, told=replace(told, waiting=waiting) if waiting else None)
+        if waiting != told.waiting:
+            _go_on_waiting(turn, waiting)
+
+
+def _go_on_waiting(turn: Turn, waiting: tuple[str, ...]) -> None:
+    """The worker goes on to its next model: the waits for that begin now."""
+    turn.state = replace(turn.state, told=Told(Since.at(turn.now), waiting) if waiting else None)
+    for name in waiting:
+        slot = turn.state.models.get(name, Slot())
+        if isinstance(slot.phase, Swapping | Returning):
+            turn.put(name, replace(slot, phase=replace(slot.phase, since=Since.at(turn.now))))
 
 
 def _watch_worker(turn: Turn) -> None:
@@ -1159,10 +1221,11 @@ def _watch_worker(turn: Turn) -> None:
     The model at which it is stuck has failed to load once more.
     """
     told = turn.state.told
-    if told is None or told.since.elapsed_ms(turn.now) < SERVE_MS:
+    if told is None or told.since.elapsed_ms(turn.now) < _serve_ms(turn.state, told):
         return
+    waited_s = told.since.elapsed_ms(turn.now) // 1000
     turn.state = replace(turn.state, told=None)
-    name, detail = told.waiting[0], f"the worker did not answer within {SERVE_MS // 1000} s"
+    name, detail = told.waiting[0], f"the worker did not answer within {waited_s} s"
     stuck = next((model for model in serving(turn.state) if model.name == name), None)
     if stuck is not None:
         late = Served(name, stuck.active.digest, turn.state.revision, False, reasons.CHILD_FAILED, detail)
@@ -1187,8 +1250,8 @@ def _speaks_of(event: Resolved | Fetched | TaskFailed | CanaryDone, job: Job) ->
     return event.manifest == job.offered.manifest and event.attempt == job.offered.attempt
 
 
-def _overdue(phase: Phase, now: Now) -> bool:
-    limit = limit_ms(phase)
+def _overdue(phase: Phase, now: Now, members: int = 1) -> bool:
+    limit = limit_ms(phase, members)
     assert limit is not None
     assert not isinstance(phase, Idle | Compared | Safe)
     return phase.since.elapsed_ms(now) >= limit

@@ -65,7 +65,9 @@ SWAP_MS = 120_000
 SERVE_MS = 180_000
 """Longer than `SWAP_MS`: a swap judges itself first, and this is for everything else that the worker has to load."""
 PROVE_MS = 120_000
-RETURN_MS = 30_000
+RETURN_MS = SWAP_MS + 50_000
+"""A return may load the incumbent as slowly as any swap, after waiting for handles and for memory (10 s each) and for a
+new worker to start (30 s). Doubled with each try."""
 RETURN_TRIES_MAX = 3
 FAULTS_MAX = 3
 """Failures in a row to bring a confirmed version into service before it gives way to the last known good."""
