@@ -455,7 +455,7 @@ def test_a_first_installation_goes_through_a_trial_too() -> None:
     [
         ({"requests": 4}, "confirmed_idle"),
         ({"requests": 40}, "confirmed"),
-        ({"requests": 40, "errors": 2}, "confirmed_idle"),
+        ({"requests": 60, "errors": 1}, "confirmed"),
     ],
 )
 def test_when_its_time_is_over_golden_vectors_stand_for_what_traffic_did_not_show(
@@ -724,6 +724,51 @@ def test_a_candidate_whose_file_the_canary_finds_altered_is_fetched_again_later(
     assert isinstance(waiting, s.Waiting)
     assert (waiting.then, waiting.wait_ms) == ("fetch", turn.ALTERED_RETRY_S * 1000)
     assert state.known_bad == ()
+
+
+@pytest.mark.parametrize("requests", [1, 2], ids=["one", "two"])
+def test_a_candidate_that_failed_its_few_requests_goes_back_when_its_time_is_over(requests: int) -> None:
+    state = updating()
+    state, _ = run(state, measured(state, "1.1.0", requests=requests, errors=requests))
+    assert isinstance(phase(state), s.OnTrial), "too few to condemn it before its time"
+    state, effects = run(state, s.Tick(), ms=60_000)
+    assert "RunGolden" not in kinds(effects)
+    state, _ = run(state, served(state, "1.0.0"))
+    assert told(state)[-1] == ("returned", reasons.HEALTH_ERRORS)
+    assert [bad.reason for bad in state.known_bad] == [reasons.HEALTH_ERRORS]
+
+
+def test_requests_that_failed_before_a_crash_count_at_the_end_too() -> None:
+    state = on_trial("1.1.0", state=confirmed("1.0.0"), serial=2, trial=Trial(crashes_max=1, max_s=60))
+    state, _ = run(state, measured(state, "1.1.0", requests=2, errors=2), s.WorkerDied("signal 11"), s.WorkerReady())
+    state, _ = run(state, served(state, "1.1.0"), s.Tick(), ms=60_000)
+    assert (phase(state).reason, phase(state).detail[:23]) == (reasons.HEALTH_ERRORS, "2 of 2 requests failed,")
+
+
+def test_a_candidate_that_fails_requests_while_it_is_proved_is_not_confirmed() -> None:
+    state, _ = run(updating(), s.Tick(), ms=60_000)
+    assert isinstance(phase(state), s.Proving)
+    state, _ = run(state, measured(state, "1.1.0", requests=1, errors=1), golden(state, "1.1.0"), ms=60_001)
+    assert isinstance(phase(state), s.Returning)
+    assert phase(state).reason == reasons.HEALTH_ERRORS
+
+
+@pytest.mark.parametrize("fails", ["crash", "errors", "load"])
+def test_a_trial_that_fails_on_a_safe_device_leaves_it_safe(fails: str) -> None:
+    state = confirmed("1.0.0")
+    for _ in range(turn.CRASHES_MAX + 1):
+        state, _ = run(state, s.WorkerDied("signal 11"))
+    assert isinstance(phase(state), s.Safe)
+    if fails == "load":
+        state, _ = run(state, offer(2, {MODEL: offered("1.1.0")}), resolved("1.1.0"), fetched("1.1.0"), judged("1.1.0"))
+        state, _ = run(state, served(state, "1.1.0", ok=False, reason=reasons.LOAD_FAILED))
+    else:
+        state = on_trial("1.1.0", state=state, serial=2)
+        bad = measured(state, "1.1.0", requests=9, errors=9) if fails == "errors" else s.WorkerDied("signal 11")
+        state, _ = run(state, bad)
+    assert isinstance(phase(state), s.Safe)
+    assert [state for state, _ in told(state)[-2:]] == ["returned", "safe"]
+    assert machine.serving(state) == ()
 
 
 def test_golden_vectors_that_cannot_be_used_in_a_trial_are_no_verdict() -> None:

@@ -4,7 +4,8 @@ Four kinds of evidence, each with a floor below which it says nothing: failed re
 application itself called wrong (the same floor and rate), a shadow's agreement with the incumbent (`min_requests`
 comparisons), and engine time against the incumbent, per shape bucket and only in buckets with enough requests on both
 sides (contracts.md §4). Without a common bucket latency is *unknown*,
-never a failure: a device cannot condemn what it could not compare.
+never a failure: a device cannot condemn what it could not compare. The floor of failed requests ends with the trial:
+`machine` confirms nothing of which more failed than the terms allow.
 """
 
 from __future__ import annotations

@@ -381,7 +381,7 @@ def sheltered(state: State) -> State:
 
 def _without_counts(slot: Slot) -> Slot:
     phase = slot.phase
-    return replace(slot, phase=replace(phase, counts=Counts())) if isinstance(phase, OnTrial) else slot
+    return replace(slot, phase=replace(phase, counts=Counts())) if isinstance(phase, OnTrial | Proving) else slot
 
 
 # --- the offer -----------------------------------------------------------------------------------
@@ -768,8 +768,12 @@ def _on_trial(turn: Turn, name: str, slot: Slot, phase: OnTrial, event: SlotEven
             _not_served(turn, name, slot, phase, event)
         case Tick() if not phase.passed and _overdue(phase, turn.now):
             if kind_of(job.offered) in DECIDING:
-                # its time is over: what was not compared (latency) is left to the golden vectors
-                _prove(turn, name, slot, phase, enough=_enough(phase))
+                # its time is over: what was not compared (latency) is left to the golden vectors, failures are not
+                why = _too_many_failed(job, phase.counts)
+                if why:
+                    turn.go_back(name, slot, job, reasons.HEALTH_ERRORS, why, phase.counts)
+                else:
+                    _prove(turn, name, slot, phase, enough=_enough(phase))
             else:
                 turn.compare(name, slot, job, phase.counts)
         case Served() | Measured() | Condemned() | GoldenChecked():
@@ -784,10 +788,13 @@ def _proving(turn: Turn, name: str, slot: Slot, phase: Proving, event: SlotEvent
     job = phase.job
     match event:
         case GoldenChecked() if event.trial == phase.trial and event.digest == job.loadable.digest:
-            if event.passed:
-                turn.passed(name, slot, phase, "requests" if phase.enough else "idle", phase.counts)
-            else:
+            why = _too_many_failed(job, phase.counts)
+            if not event.passed:
                 turn.go_back(name, slot, job, event.reason or reasons.HEALTH_GOLDEN, event.detail, phase.counts)
+            elif why:
+                turn.go_back(name, slot, job, reasons.HEALTH_ERRORS, why, phase.counts)
+            else:
+                turn.passed(name, slot, phase, "requests" if phase.enough else "idle", phase.counts)
         case Measured() if event.trial == phase.trial and event.candidate.digest == job.loadable.digest:
             counts = _counted(phase.counts, event, 0.0)
             verdict = health.judge(
@@ -795,6 +802,8 @@ def _proving(turn: Turn, name: str, slot: Slot, phase: Proving, event: SlotEvent
             )
             if verdict.outcome == "fail":
                 turn.go_back(name, slot, job, verdict.reason, verdict.detail, counts)
+            else:
+                turn.put(name, replace(slot, phase=replace(phase, counts=counts)))
         case Condemned() if event.trial == phase.trial and event.digest == job.loadable.digest:
             turn.go_back(name, slot, job, event.reason, event.detail, phase.counts)
         case WorkerDied():
@@ -998,6 +1007,13 @@ def _enough(phase: OnTrial) -> bool:
     terms, counts = phase.job.offered.trial, phase.counts
     answered = counts.requests - counts.errors
     return answered >= terms.min_requests and counts.errors <= terms.error_rate_max * counts.requests
+
+
+def _too_many_failed(job: Job, counts: Counts) -> str:
+    """Say that more requests failed than the terms allow, be they ever so few: at its end no trial waits for more."""
+    requests, errors = counts.requests + counts.earlier_requests, counts.errors + counts.earlier_errors
+    allowed = job.offered.trial.error_rate_max
+    return f"{errors} of {requests} requests failed, at most {allowed:.1%}" if errors > allowed * requests else ""
 
 
 def _prove(turn: Turn, name: str, slot: Slot, phase: OnTrial, *, enough: bool) -> None:

@@ -638,6 +638,7 @@ class Turn:
             counts=phase.counts,
             trial_end="withdrawn" if withdrawn else f"returned:{phase.reason}",
         )
+        self._safe_again(name, phase.job, phase.reason, phase.detail)
         self.effects.append(Collect(kept(self.state)))
 
     def give_up(self, name: str, slot: Slot, reason: str, detail: str) -> None:
