@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -168,6 +169,18 @@ def test_collecting_removes_what_nobody_keeps_with_all_that_belongs_to_it(store:
     assert names == sorted([DIGEST[7:], of_bytes(third)[7:] + ".part", of_bytes(third)[7:] + ".part.json"])
     assert not store.assets_of(assets.digest).exists()
     assert freed >= 500 + 400 + len(tar)
+
+
+def test_collecting_spares_what_a_living_process_is_writing(store: Store):
+    blobs = store.path_of(DIGEST).parent
+    ended = subprocess.Popen(["true"])
+    ended.wait(10)
+    left = [blobs / f".{DIGEST[7:]}.{pid}.tmp" for pid in (ended.pid, os.getpid())]
+    written = blobs / f".{DIGEST[7:]}.{os.getppid()}.tmp"
+    for path in (*left, written):
+        path.write_bytes(b"x")
+    store.collect({DIGEST})
+    assert list(blobs.iterdir()) == [written]
 
 
 def test_an_encoded_object_on_its_way_is_kept_with_its_blob(store: Store):

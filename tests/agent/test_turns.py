@@ -148,6 +148,25 @@ def test_tidying_that_had_to_wait_keeps_what_came_in_between(tmp_path: Path) -> 
     assert not stray.exists()
 
 
+def test_a_courier_that_mends_holds_tidying_off(tmp_path: Path) -> None:
+    daemon = Recorder(tmp_path, Full())
+    daemon._handles = Leases()  # type: ignore[assignment]
+    stray = tmp_path / "store" / "blobs" / "sha256" / ("f" * 64)
+    stray.parent.mkdir(parents=True)
+    stray.write_bytes(b"x")
+    daemon._shorts["!mend"] = Running()  # type: ignore[assignment]
+    Daemon._run(daemon, s.Collect(()))
+    assert stray.exists()
+    del daemon._shorts["!mend"]
+    daemon._shorts["!scrub"] = Running()  # type: ignore[assignment]
+    daemon._collect_now()
+    assert not stray.exists()
+
+
+class Running:
+    """Stands for a child."""
+
+
 class ReadOnly:
     """A disk that takes no writes until it is told otherwise."""
 

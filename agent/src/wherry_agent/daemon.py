@@ -78,6 +78,8 @@ SCRUB_FIRST_S = 900.0
 SCRUB_AGAIN_S = 900.0
 """After a version could not be brought again."""
 MEND_WAIT_S = 30.0
+MENDS = "!mend"
+"""Names the courier that brings a version again; like those that bring a new one it holds tidying off."""
 EVENTS_KEPT_MAX = 1000
 HEARTBEAT_S = 300.0
 """Telemetry without windows is sent this often: memory, disk and temperature."""
@@ -857,8 +859,9 @@ class Daemon:
             self._trust_done(key)
 
     def _collect_now(self) -> None:
-        """Delete blobs that nothing needs; not while a courier brings some in that no state names yet."""
-        if not self._collect or any(not key.startswith("!") for key in self._shorts) or self._trust_busy:
+        """Delete blobs that nothing needs; not while a courier brings some in: no state may name them yet."""
+        brings = any(key == MENDS or not key.startswith("!") for key in self._shorts)
+        if not self._collect or brings or self._trust_busy:
             return
         self._collect = False
         try:
@@ -913,7 +916,7 @@ class Daemon:
         )
 
         def done(answer: children.CourierAnswer) -> None:
-            self._shorts.pop("!mend", None)
+            self._shorts.pop(MENDS, None)
             failed = None if isinstance(answer, children.Fetched) else _failure(answer)
             reason, detail = (failed.reason, failed.detail) if failed is not None else ("", "")
             self._turn(s.Mended(effect.model, effect.manifest, effect.variant, reason, detail))
@@ -922,7 +925,7 @@ class Daemon:
             self._collect = True
             self._collect_now()
 
-        self._courier("!mend", task, done)
+        self._courier(MENDS, task, done)
 
     # --- certificate ---
 

@@ -148,7 +148,7 @@ class Disk:
         Raises:
             DeviceError: `disk_full`, `read_only` or `disk`; then the old file is untouched.
         """
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = _temporary(path)
         try:
             with _border(path):
                 self.step("create", temporary)
@@ -175,7 +175,7 @@ class Disk:
         Raises:
             DeviceError: `disk_full`, `read_only` or `disk`.
         """
-        temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
+        temporary = _temporary(copy)
         with _border(copy):
             if not path.exists():
                 return
@@ -309,6 +309,19 @@ class Disk:
         with _border(path):
             found = os.statvfs(path)  # shutil.disk_usage says the same and brings three compressors with it
             return found.f_bavail * found.f_frsize
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def is_being_written(path: Path) -> bool:
+    """Tell whether a file is what another living process is about to give its name (`write_atomic`)."""
+    process, _, suffix = path.name.rpartition(".")
+    pid = process.rpartition(".")[2]
+    if suffix != "tmp" or not path.name.startswith(".") or not pid.isdigit():
+        return False
+    return int(pid) != os.getpid() and Path(f"/proc/{pid}").exists()
 
 
 def disk_of(role: str) -> Disk:

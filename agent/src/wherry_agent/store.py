@@ -21,7 +21,7 @@ from typing import Self
 
 import msgspec
 
-from wherry_agent.disk import Disk, Part
+from wherry_agent.disk import Disk, Part, is_being_written
 from wherry_shared.bundle import Asset
 from wherry_shared.digest import CHUNK_BYTES, check_digest, hex_of, of_bytes
 from wherry_shared.errors import DeviceError, RefusedError
@@ -276,7 +276,7 @@ class Store:
     def collect(self, keep: set[str], *, bytes_max: int = 0) -> int:
         """Remove blobs, partial files and assets folders whose digest is not in `keep`; return the bytes freed.
 
-        What is on the way to a blob that is here goes too: a power cut left it.
+        What is on the way to a blob that is here goes too: a power cut left it; not so what a living process writes.
 
         Args:
             keep: digests that stay in any case.
@@ -292,6 +292,8 @@ class Store:
         for folder in (self._blobs, self._assets):
             for path in sorted(folder.iterdir()):
                 name, _, on_the_way = path.name.partition(".")
+                if on_the_way and is_being_written(path):
+                    continue
                 if on_the_way and (name not in names or name in here):
                     freed += self._remove(path)
                 elif name not in names:
