@@ -88,6 +88,8 @@ def test_latency_is_a_ratio_to_the_incumbent_in_the_same_process(tmp_path: Path)
     verdict = judged(Judge(candidate=same, incumbent=incumbent, latency_ratio_max=3.0))
     assert verdict.passed, verdict
     assert 0.3 < verdict.latency_ratio < 3.0
+    assert verdict.latency_ratio == pytest.approx(verdict.latency_p50_us / verdict.incumbent_p50_us)
+    assert 0 < verdict.incumbent_p50_us <= verdict.incumbent_p99_us
     slow_rows = np.ones((1, 1, 4), np.float32)
     slow = loadable(models.slow(tmp_path / "c.onnx", turns=20), "1.2.0", rows=slow_rows)
     verdict = judged(Judge(candidate=slow, incumbent=incumbent, latency_ratio_max=3.0))

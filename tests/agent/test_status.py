@@ -1,4 +1,4 @@
-"""The socket that `wherry-agent status` asks: it answers for as long as the agent runs."""
+"""`wherry-agent status`: the socket answers for as long as the agent runs, and what it says can be read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from wherry_agent import status
+from tests.agent.builders import MODEL, confirmed, fetched, judged, now, offer, offered, resolved, run, served
+from wherry_agent import machine, status
 
 
 def test_what_goes_wrong_once_is_not_the_end_of_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,3 +38,22 @@ def test_what_goes_wrong_once_is_not_the_end_of_the_answers(tmp_path: Path, monk
         server.close()
     server._thread.join(20)
     assert not server._thread.is_alive(), "closing ends the thread"
+
+
+def test_what_the_canary_measured_of_both_is_shown_and_reported() -> None:
+    figures = {"latency_p50_us": 41.0, "latency_p99_us": 63.0, "incumbent_p50_us": 40.0, "incumbent_p99_us": 58.0}
+    state, _ = run(
+        confirmed("1.0.0"),
+        offer(2, {MODEL: offered("1.1.0")}),
+        resolved("1.1.0"),
+        fetched("1.1.0"),
+        judged("1.1.0", latency_ratio=1.025, **figures),
+    )
+    state, _ = run(state, served(state, "1.1.0"))
+    shown = status.describe(state, now())
+    assert "canary: median 41 µs, 99 % within 63 µs; the version before it median 40 µs, 99 % within 58 µs" in (
+        status.render({"running": False, **shown})
+    )
+    tried = [one for report in machine.outgoing(state) for one in report.variants if one.latency_ratio]
+    assert tried, [report.state for report in machine.outgoing(state)]
+    assert all((one.incumbent_p50_us, one.incumbent_p99_us) == (40.0, 58.0) for one in tried)

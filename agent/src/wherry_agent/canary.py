@@ -196,11 +196,15 @@ def _with_latency(found: Judged, proved: _Proved, task: Judge) -> Judged:
     candidate_us, incumbent_us = _measure(
         proved.bound.run, incumbent.run if incumbent is not None else None, proved.inputs
     )
-    p50 = statistics.median(candidate_us)
-    ordered = sorted(candidate_us)
-    p99 = ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
-    ratio = p50 / statistics.median(incumbent_us) if len(incumbent_us) >= PAIRS_MIN else 0.0
-    found = msgspec.structs.replace(found, latency_p50_us=p50, latency_p99_us=p99, latency_ratio=ratio)
+    p50, p99 = statistics.median(candidate_us), _p99(candidate_us)
+    ratio = 0.0
+    found = msgspec.structs.replace(found, latency_p50_us=p50, latency_p99_us=p99)
+    if len(incumbent_us) >= PAIRS_MIN:
+        theirs = statistics.median(incumbent_us)
+        ratio = p50 / theirs
+        found = msgspec.structs.replace(
+            found, latency_ratio=ratio, incumbent_p50_us=theirs, incumbent_p99_us=_p99(incumbent_us)
+        )
     if task.latency_ratio_max and ratio > task.latency_ratio_max:
         return msgspec.structs.replace(
             found,
@@ -209,6 +213,10 @@ def _with_latency(found: Judged, proved: _Proved, task: Judge) -> Judged:
             detail=f"median {p50:.0f} µs is {ratio:.2f} times the incumbent's, at most {task.latency_ratio_max:.2f}",
         )
     return found
+
+
+def _p99(us: list[float]) -> float:
+    return sorted(us)[min(len(us) - 1, int(len(us) * 0.99))]
 
 
 def _incumbent(task: Judge, inputs: list[dict[str, Array]]) -> Bound | None:

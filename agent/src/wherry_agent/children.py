@@ -277,6 +277,9 @@ class Judged(_Message, tag="judged", frozen=True, kw_only=True):
     latency_p50_us: float = 0.0
     latency_p99_us: float = 0.0
     latency_ratio: float = 0.0
+    incumbent_p50_us: float = 0.0
+    """Of the incumbent, measured in turn with the candidate on the same inputs; 0 if it was not compared."""
+    incumbent_p99_us: float = 0.0
 
 
 # --- worker -------------------------------------------------------------------------------------

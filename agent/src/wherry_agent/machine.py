@@ -944,6 +944,8 @@ def _judged(turn: Turn, name: str, slot: Slot, job: Job, event: CanaryDone) -> N
             latency_p50_us=result.latency_p50_us,
             latency_p99_us=result.latency_p99_us,
             latency_ratio=result.latency_ratio,
+            incumbent_p50_us=result.incumbent_p50_us,
+            incumbent_p99_us=result.incumbent_p99_us,
         )
         measured = msgspec.structs.replace(job.loadable, peak_memory_bytes=result.peak_memory_bytes)
         first = msgspec.structs.replace(job.candidates[0], loadable=measured)

@@ -148,7 +148,23 @@ def _trial(job: s.Job, counts: s.Counts) -> dict[str, object]:
 def _version(target: str, variant: str, tried: tuple[VariantTried, ...]) -> dict[str, object]:
     why = next((one.why for one in reversed(tried) if one.id == variant), "")
     others = [f"{one.id}: {one.outcome} {one.reason} {one.why}".strip() for one in tried if one.id != variant]
-    return {"target": target, "variant": variant, "why": why, **({"others": others} if others else {})}
+    shown: dict[str, object] = {"target": target, "variant": variant, "why": why}
+    measured = next((one for one in reversed(tried) if one.id == variant and one.latency_p50_us), None)
+    if measured is not None:
+        figures = ("latency_p50_us", "latency_p99_us", "incumbent_p50_us", "incumbent_p99_us")
+        shown["canary"] = {name: round(value, 1) for name in figures if (value := getattr(measured, name))}
+    if others:
+        shown["others"] = others
+    return shown
+
+
+def _canary_words(figures: dict[str, float]) -> str:
+    """Say in words what the canary measured."""
+    ours, theirs = (
+        f"median {figures.get(f'{whose}_p50_us', 0):.0f} µs, 99 % within {figures.get(f'{whose}_p99_us', 0):.0f} µs"
+        for whose in ("latency", "incumbent")
+    )
+    return f"{ours}; the version before it {theirs}" if "incumbent_p50_us" in figures else ours
 
 
 class Server:
@@ -259,6 +275,7 @@ def render(shown: dict[str, Any]) -> str:
                 variant = f" variant {version['variant']}" if "variant" in version else ""
                 lines.append(f"  {key:<10}{version['target']}{variant}")
                 lines += [f"    because {version['why']}"] if version.get("why") else []
+                lines += [f"    canary: {_canary_words(version['canary'])}"] if version.get("canary") else []
                 lines += [f"    not {other}" for other in version.get("others", [])]
         done, total = shown.get("downloads", {}).get("running", {}).get(name, (0, 0))
         if total:

@@ -119,6 +119,9 @@ class VariantTried(_Wire, frozen=True, kw_only=True):
     latency_p99_us: float = 0.0
     latency_ratio: float = 0.0
     """Median over the incumbent's, interleaved in the canary; 0 if it was not compared."""
+    incumbent_p50_us: float = 0.0
+    """Of the incumbent in that comparison."""
+    incumbent_p99_us: float = 0.0
 
 
 ModelState = Literal[

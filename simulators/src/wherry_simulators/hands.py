@@ -259,6 +259,8 @@ class Hands:
                 latency_p50_us=behaviour.latency_us,
                 latency_p99_us=max(behaviour.latency_us, behaviour.tail_us) * 1.5,
                 latency_ratio=ratio,
+                incumbent_p50_us=behaviour.latency_us / ratio if ratio else 0.0,
+                incumbent_p99_us=behaviour.latency_us / ratio * 1.5 if ratio else 0.0,
             )
             return (s.CanaryDone(loadable.model, loadable.manifest, effect.attempt, loadable.digest, result),)
 
