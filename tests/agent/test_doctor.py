@@ -322,6 +322,18 @@ def test_an_engine_is_not_there_because_another_begins_with_its_name(home: Home)
     assert (level, detail.endswith("the settings also name onnx")) == ("bad", True)
 
 
+def test_grpc_on_a_port_that_somebody_has_is_named(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        level, detail = found(home, "grpc", grpc_port=port)
+    assert (level, "in use" in detail) == ("bad", True)
+    assert found(home, "grpc", grpc_port=port)[0] == "note"
+    for doing, expected in (("waiting for the port", "bad"), ("served", "note")):
+        monkeypatch.setattr(doctor.status, "question", lambda *_, doing=doing: {"grpc_doing": doing})
+        level, detail = found(home, "grpc", grpc_port=port)
+        assert (level, doing in detail) == (expected, doing != "served")
+
+
 def test_downloads_that_wait_are_no_illness(home: Home) -> None:
     asked = msgspec.structs.replace(Settings().conditions, metered="yes", allow_metered=False)
     assert found(home, "conditions", conditions=asked) == ("note", "downloads wait: the network is metered")

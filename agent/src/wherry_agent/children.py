@@ -10,7 +10,7 @@ Everything is level-triggered: a worker is told what it should serve, not what t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -411,8 +411,17 @@ class Stats(_Message, tag="stats", frozen=True, kw_only=True):
     arms: list[ArmStats]
 
 
+GrpcDoing = Literal["served", "waiting for the port", "not served: its packages are missing"]
+
+
+class Grpc(_Message, tag="grpc", frozen=True, kw_only=True):
+    """What has become of the port for gRPC, which the worker opens itself; said when it changes."""
+
+    doing: GrpcDoing
+
+
 WorkerCommand = Serve | RunGolden | Stop
-WorkerEvent = Ready | Serving | GoldenDone | Stats
+WorkerEvent = Ready | Serving | GoldenDone | Stats | Grpc
 
 
 _encoder = msgspec.json.Encoder()

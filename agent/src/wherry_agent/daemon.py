@@ -129,6 +129,7 @@ class Daemon:
         """What was installed when the engines were probed last."""
         self._served: set[str] = set()
         self._unsettled: dict[str, s.Served] = {}
+        self._grpc_doing = "not served yet"
         """What the worker serves and some application's handle does not yet."""
         self._etag = ""
         self._courier_until_us = 0
@@ -1100,6 +1101,10 @@ class Daemon:
                 )
             case children.Stats():
                 self._look(event.arms, pid)
+            case children.Grpc():
+                if event.doing != "served":
+                    log.warning("gRPC on port %d: %s", self._settings.grpc_port, event.doing)
+                self._grpc_doing = event.doing
             case _:
                 assert_never(event)
 
@@ -1142,6 +1147,7 @@ class Daemon:
 
     def _worker_died(self, detail: str, *, ordered: bool) -> None:
         self._unsettled.clear()  # what it served is gone with it
+        self._grpc_doing = "not served yet"
         self._turn(s.WorkerDied(f"the worker ended with {detail}", ordered))
 
     def _look(self, arms: list[ArmStats] | None = None, pid: int = 0) -> None:
@@ -1374,6 +1380,7 @@ class Daemon:
             "certificate": self._renewal.describe(),
             "http": f"http://127.0.0.1:{self.http_port}",
             "grpc": f"127.0.0.1:{self._settings.grpc_port}" if self._settings.grpc_port else "",
+            "grpc_doing": self._grpc_doing if self._settings.grpc_port else "",
             "worker_pid": self._worker.pid,
             "handles": self._handles.describe(),
             "engines": [f"{e.name} {e.version}" for e in self._facts.engines] if self._facts is not None else [],

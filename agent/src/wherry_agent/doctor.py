@@ -477,14 +477,20 @@ def _sockets(patient: Patient) -> Finding:
     port = patient.settings.http_port
     if patient.running is not None:
         return ok(f"the agent serves on {patient.running.get('http')}")
-    probe = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    with probe:
+    if trouble := _taken(port):
+        return bad(f"port {port} of 127.0.0.1: {trouble}", "stop who has it (ss -ltnp), or set http_port")
+    return ok(f"port {port or 'of any number'} is free")
+
+
+def _taken(port: int) -> str:
+    """Return why a loopback port cannot be had, empty if it can."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            return bad(f"port {port} of 127.0.0.1: {error.strerror}", "stop who has it (ss -ltnp), or set http_port")
-    return ok(f"port {port or 'of any number'} is free")
+            return str(error.strerror)
+    return ""
 
 
 def _grpc(patient: Patient) -> Finding:
@@ -494,6 +500,9 @@ def _grpc(patient: Patient) -> Finding:
         return ok("off")
     if any(find_spec(name) is None for name in ("grpc", "google.protobuf")):
         return bad("its packages are missing", "install wherry-agent[grpc]")
+    doing = str(patient.running.get("grpc_doing", "")) if patient.running is not None else _taken(port)
+    if doing not in ("", "served", "not served yet"):
+        return bad(f"127.0.0.1:{port}: {doing}", "stop who has the port (ss -ltnp), or set grpc_port")
     return note(
         f"127.0.0.1:{port}; swaps fail no call, but a change of the worker process (engine change, crash) breaks its"
         " connections: clients try again"

@@ -32,6 +32,7 @@ from wherry_agent.children import (
     CourierAnswer,
     CourierTask,
     Failed,
+    Grpc,
     Judge,
     Judged,
     Progress,
@@ -582,7 +583,9 @@ class WorkerProcess:
                 told = self._told
                 # after a cold hand-over: there was no moment with two
                 finished = self._finish() if answers and self._next is None else None
-        if follows:
+        if follows and isinstance(event, Grpc) and event.doing == "served":  # its answers come from there already
+            self._on_event(event, seat.pid)
+        elif follows:
             self._weigh(seat, event)
         elif answers or isinstance(event, Stats):  # one that leaves has only its last counts to say
             self._on_event(event, seat.pid)

@@ -253,7 +253,7 @@ def render(shown: dict[str, Any]) -> str:
             f"agent    {shown['agent']}, up {shown['uptime_s']:.0f} s, engines: {engines}",
             f"server   {shown['server']}, connected: {shown['connected']}, reports owed: {shown['reports_owed']}",
             *_certificate(shown.get("certificate", {})),
-            f"serves   {shown['http']}" + (f", gRPC {shown['grpc']}" if shown.get("grpc") else ""),
+            f"serves   {shown['http']}{_grpc(shown)}",
         ]
         old = [one for one in shown["worker_engines"] if one not in shown["engines"]]
         lines += [f"worker   still has {', '.join(old)} in memory"] if old and shown["engines"] else []
@@ -307,6 +307,14 @@ def _certificate(certificate: dict[str, str]) -> list[str]:
     words = f"good until {certificate['until']}, renewed after {certificate['renewed_from']}"
     trouble = certificate.get("trouble", "")
     return [f"cert     {words}", *([f"         not renewed yet: {trouble}"] if trouble else [])]
+
+
+def _grpc(shown: dict[str, Any]) -> str:
+    """Say where gRPC is served, or why it is not; nothing where it is off."""
+    if not shown.get("grpc"):
+        return ""
+    doing = shown.get("grpc_doing", "served")
+    return f", gRPC {shown['grpc']}" + ("" if doing == "served" else f" ({doing})")
 
 
 def _how(trial: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,6 +22,7 @@ from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 
 from wherry_agent.answering.ask import Ask
+from wherry_agent.children import GrpcDoing
 from wherry_agent.serving import tensors
 from wherry_agent.serving.buffers import fresh
 from wherry_agent.serving.inference import (
@@ -55,7 +57,10 @@ STREAMS_MAX = 16
 HEADER_BYTES_MAX = 64 * 1024
 """What a message may have beside its tensors."""
 BIND_SECONDS = 0.05
-"""Between two looks at a port that the worker before still holds."""
+"""Between two looks at a port that the worker before still holds: it gives it back soon."""
+SOON_SECONDS = 5.0
+BIND_SECONDS_LATER = 2.0
+"""Between two looks at a port that somebody else has."""
 
 _OPTIONS = [
     ("grpc.max_concurrent_streams", CALLS_WAITING_MAX),
@@ -105,8 +110,9 @@ _StreamResponse = message("ModelStreamInferResponse")
 class GrpcServer:
     """Answers on a loopback port, from when it is free."""
 
-    def __init__(self, port: int, inference: Inference) -> None:
+    def __init__(self, port: int, inference: Inference, say: Callable[[GrpcDoing], None]) -> None:
         self.port = port
+        self._say = say
         self._calls = _Calls(inference, port)
         self._lock = threading.Lock()
         self._server: Any = None
@@ -127,15 +133,18 @@ class GrpcServer:
         return self._stopped
 
     def _bind(self) -> None:
-        waiting = False
+        since = 0.0
         while not self._stopped.is_set():
             if _free(self.port) and self._serve():
                 log.info("gRPC on port %d", self.port)
+                self._say("served")
                 return
-            if not waiting:
+            if not since:
                 log.info("gRPC waits for port %d", self.port)
-                waiting = True
-            self._stopped.wait(BIND_SECONDS)
+                self._say("waiting for the port")
+                since = time.monotonic()
+            soon = time.monotonic() - since < SOON_SECONDS
+            self._stopped.wait(BIND_SECONDS if soon else BIND_SECONDS_LATER)
 
     def _serve(self) -> bool:
         pool = ThreadPoolExecutor(WORKERS_MAX, thread_name_prefix="grpc")

@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -24,6 +24,8 @@ from wherry_agent.answering.helpers import Helpers
 from wherry_agent.answering.registry import Registry
 from wherry_agent.children import (
     GoldenDone,
+    Grpc,
+    GrpcDoing,
     Ready,
     RunGolden,
     Serve,
@@ -85,7 +87,8 @@ class Worker:
         self._regions = Regions(ledger)
         protocol = Protocol(self.registry, self._gate, self._helpers, self._flags, self._regions)
         self._http = HttpServer(listeners, protocol, pass_on=pass_on, take_over=take_over)
-        self._grpc = _grpc(grpc_port, protocol) if grpc_port else None
+        self._grpc_port = grpc_port
+        self._grpc = _grpc(grpc_port, protocol, self._say_grpc) if grpc_port else None
         self._loader = Loader(
             self.registry,
             self.say,
@@ -125,6 +128,11 @@ class Worker:
         self._http.start()
         if self._grpc is not None:
             self._grpc.start()
+        elif self._grpc_port:
+            self._say_grpc("not served: its packages are missing")
+
+    def _say_grpc(self, doing: GrpcDoing) -> None:
+        self.say(Grpc(doing=doing))
 
     def _do(self, command: Serve | RunGolden) -> None:
         match command:
@@ -204,14 +212,14 @@ class Worker:
         self._helpers.close()
 
 
-def _grpc(port: int, protocol: Protocol) -> GrpcServer | None:
+def _grpc(port: int, protocol: Protocol, say: Callable[[GrpcDoing], None]) -> GrpcServer | None:
     """Return a gRPC server; without its packages REST is served all the same, and `wherry-agent doctor` says why."""
     try:
         from wherry_agent.serving.grpc_server import GrpcServer
     except ImportError as error:
         log.error("gRPC is not served: %s; install wherry-agent[grpc]", error)
         return None
-    return GrpcServer(port, protocol.inference)
+    return GrpcServer(port, protocol.inference, say)
 
 
 def _parsed(line: bytes) -> WorkerCommand | None:
