@@ -129,6 +129,31 @@ def test_one_that_runs_already_is_ready() -> None:
     assert machine.running(state) == {MODEL: digest_of(f"{MODEL}/{OLD}"), OTHER: digest_of(f"{OTHER}/{NEW}")}
 
 
+def test_a_group_with_a_removal_is_refused_whole_since_a_removal_cannot_be_taken_back() -> None:
+    start = before()
+    models = {
+        MODEL: offered(NEW, model=MODEL, trial=TERMS, group="sight"),
+        OTHER: offered(mode="none", group="sight"),
+    }
+    state, effects = run(start, offer(3, models))
+    assert told(state, start.seq) == [(name, "refused", reasons.UNSUPPORTED) for name in PAIR]
+    assert "is to be removed" in state.owed[-1].detail
+    assert kinds(effects) == ["SendReports"]
+    assert machine.serving(state) == machine.serving(start), "both serve on"
+    again, effects = run(state, offer(4, models))
+    assert (again.seq, effects) == (state.seq, []), "it is said once"
+    alone, _ = run(state, offer(5, {MODEL: offered(OLD), OTHER: offered(mode="none", rollout="r2")}))
+    assert set(machine.running(alone)) == {MODEL}, "without the group it is removed"
+
+
+def test_a_removal_that_joins_a_group_on_its_way_ends_it_for_all() -> None:
+    state = half()
+    mine, gone = offered(NEW, model=MODEL, trial=TERMS, group="sight"), offered(mode="none", group="sight")
+    state, _ = run(state, offer(4, {MODEL: mine, OTHER: gone}))
+    assert phases(state) == ["Idle", "Idle"]
+    assert machine.running(state) == {name: digest_of(f"{name}/{OLD}") for name in PAIR}
+
+
 @pytest.mark.parametrize(
     ("event", "reason"),
     [
@@ -391,3 +416,44 @@ def test_the_status_says_of_which_group_a_model_waits() -> None:
     said = status.render({"running": False, **shown})
     assert f"{MODEL}: waiting for its trial" in said
     assert "group     sight, all or none" in said
+
+
+# --- how long a worker may take for them ---------------------------------------------------------
+
+
+def test_a_group_gets_the_time_of_all_its_members_to_swap_and_to_go_back() -> None:
+    state, _ = ready(half(), OTHER)
+    state, effects = run(state, s.Tick(), ms=2 * turn.SWAP_MS - 1)
+    assert phases(state) == ["Swapping", "Swapping"]
+    assert "RestartWorker" not in kinds(effects)
+    for name in PAIR:
+        state, _ = run(state, served(state, NEW, model=name), ms=2 * turn.SWAP_MS - 1)
+    assert phases(state) == ["OnTrial", "OnTrial"]
+    ms = 3 * turn.SWAP_MS
+    state, _ = run(state, s.WorkerDied("signal 11"), s.WorkerReady(), ms=ms)
+    assert phases(state) == ["Returning", "Returning"]
+    state, effects = run(state, s.Tick(), ms=ms + 2 * turn.RETURN_MS - 1)
+    assert "RestartWorker" not in kinds(effects)
+    state, effects = run(state, s.Tick(), ms=ms + 2 * turn.RETURN_MS)
+    assert "RestartWorker" in kinds(effects)
+
+
+def test_each_answer_of_the_worker_begins_the_wait_for_the_next_model() -> None:
+    state, _ = run(before(), s.WorkerDied("signal 11"), s.WorkerReady())
+    late = turn.SERVE_MS - 1
+    state, _ = run(state, served(state, OLD), ms=late)
+    state, effects = run(state, s.Tick(), ms=late + turn.SERVE_MS - 1)
+    assert "RestartWorker" not in kinds(effects)
+    _, effects = run(state, s.Tick(), ms=late + turn.SERVE_MS)
+    assert "RestartWorker" in kinds(effects)
+
+
+def test_a_swap_waits_while_a_new_worker_loads_what_comes_before_it() -> None:
+    state, _ = run(before(), offer(3, {MODEL: offered(OLD), OTHER: offered(NEW, model=OTHER, trial=TERMS)}))
+    state, _ = ready(state, OTHER)
+    state, _ = run(state, s.WorkerDied("ended", ordered=True), s.WorkerReady())
+    state, _ = run(state, served(state, OLD), ms=turn.SWAP_MS - 1)
+    state, _ = run(state, s.Tick(), ms=2 * turn.SWAP_MS - 2)
+    assert phases(state) == ["Idle", "Swapping"]
+    state, _ = run(state, s.Tick(), ms=2 * turn.SWAP_MS - 1)
+    assert phases(state) == ["Idle", "Returning"]

@@ -465,7 +465,7 @@ def _unsupported(offer: Accepted, offered: OfferedModel, slot: Slot) -> str:
     """Say what of an offered model this device does not do; empty if it can."""
     if offer.unsupported:
         return offer.unsupported
-    if offered.group and offered.mode != "none":
+    if offered.group:
         why = _group_unsupported(offer, offered.group)
         if why:
             return why
@@ -486,7 +486,11 @@ def _group_unsupported(offer: Accepted, group: str) -> str:
         offered = offer.models.get(name)
         if offered is None:
             return f"group {group} names {name}, which the offer does not hold"
-        if offered.mode not in ("replace", "none"):
+        if offered.mode == "none":
+            return (
+                f"group {group} is swapped at once, and {name} is to be removed: a removal cannot be taken back with it"
+            )
+        if offered.mode != "replace":
             return f"group {group} is swapped at once, and {name} is offered as {offered.mode}"
         if sum(name in others for others in offer.groups.values()) > 1:
             return f"{name} of group {group} is in another group too"
@@ -1161,7 +1165,7 @@ def _hold_together(turn: Turn, offer: Accepted) -> None:
 def _came_to_nothing(turn: Turn, offer: Accepted, name: str) -> bool:
     """Tell whether a model does not run what is offered, and will not under this attempt."""
     slot, offered = turn.state.models.get(name), offer.models.get(name)
-    if slot is None or offered is None or offered.mode == "none":
+    if slot is None or offered is None:
         return False
     return end_of(offered) in slot.ends and not names_incumbent(slot, offered)
 
@@ -1177,7 +1181,7 @@ def _complete(turn: Turn, group: str) -> tuple[str, ...]:
             return ()
         if isinstance(phase, Queued) and same_attempt(phase.job.offered, offered):
             waiting.append(name)
-        elif offered.mode != "none" and not (isinstance(phase, Idle) and names_incumbent(slot, offered)):
+        elif not (isinstance(phase, Idle) and names_incumbent(slot, offered)):
             return ()
     return tuple(waiting)
 
