@@ -71,9 +71,9 @@ class Bench:
         run(disk)
         return disk.steps
 
-    def losses(self, steps: list[Taken]) -> Iterator[tuple[int, Variant, Path]]:
-        """Yield (cut, variant, home) for every point."""
-        for cut in range(len(steps) + 1):
+    def losses(self, steps: list[Taken], *, every: int = 1) -> Iterator[tuple[int, Variant, Path]]:
+        """Yield (cut, variant, home) for every point; with `every`, at each so-manieth cut and at the last."""
+        for cut in sorted({*range(0, len(steps) + 1, every), len(steps)}):
             loss = Loss(self.before, self.home, steps, cut)
             for variant, chance in tries(steps, cut, torn=TORN, seed="unit"):
                 loss.materialise(self.after, variant, chance)
@@ -205,6 +205,22 @@ def test_assets_that_are_being_removed_are_not_taken_for_complete(tmp_path: Path
 
 
 def test_the_trusted_set_that_the_journal_names_answers_without_a_network(tmp_path: Path, record_property) -> None:
+    # each point takes a few signatures
+    points, cuts_tried, cuts_possible = trust_after_cuts(tmp_path, every=3)
+    assert points >= cuts_tried > cuts_possible // 3
+    record_property(NOTE, f"power loss, trust: {points} points at {cuts_tried} of {cuts_possible} cuts")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_the_trusted_set_answers_after_a_cut_at_every_step(tmp_path: Path, record_property) -> None:
+    points, cuts_tried, cuts_possible = trust_after_cuts(tmp_path, every=1)
+    assert cuts_tried == cuts_possible
+    record_property(NOTE, f"power loss, trust at every cut: {points} points")
+
+
+def trust_after_cuts(tmp_path: Path, *, every: int) -> tuple[int, int, int]:
+    """Return how many points and cuts were tried, and how many cuts there are."""
     trust = Trust.create_dev(tmp_path / "server")
     acme = with_publisher(trust, Workstation())
 
@@ -247,9 +263,9 @@ def test_the_trusted_set_that_the_journal_names_answers_without_a_network(tmp_pa
     before, after = words[2], words[3]
     assert after.current > before.current
     try:
-        for cut, variant, home in bench.losses(steps):
-            if cut % 3 and cut != len(steps):  # each takes a few signatures; every cut is tried in the long form
-                continue
+        tried: set[int] = set()
+        for cut, variant, home in bench.losses(steps, every=every):
+            tried.add(cut)
             where = f"cut before step {cut}, {variant.name}"
             word = after if cut == len(steps) else before
             with keeper(home, Disk(), word).offline() as session:
@@ -262,7 +278,7 @@ def test_the_trusted_set_that_the_journal_names_answers_without_a_network(tmp_pa
         raise AssertionError(f"{where}: {error}") from error
     finally:
         web.close()
-    record_property(NOTE, f"power loss, trust: {bench.points} points")
+    return bench.points, len(tried), len(steps) + 1
 
 
 # --- the whole agent --------------------------------------------------------------------------------

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -296,3 +299,98 @@ def test_a_log_that_ends_anywhere_loses_whole_messages_and_tears_none(tmp_path: 
         after.close()
     buffer.close()
     assert counts >= {0, 3, 6}
+
+
+@pytest.mark.parametrize(
+    "tear",
+    [lambda block: bytes(len(block)), lambda block: os.urandom(len(block)), lambda block: block[: len(block) // 2]],
+)
+def test_a_log_with_a_torn_block_loses_whole_messages_and_tears_none(
+    tmp_path: Path, tear: Callable[[bytes], bytes]
+) -> None:
+    buffer = Buffer(tmp_path / "telemetry.db", 1 << 20)
+    for _ in range(6):
+        buffer.add(message(2))
+    whole = (tmp_path / "telemetry.db-wal").read_bytes()
+    base = (tmp_path / "telemetry.db").read_bytes()
+    buffer.close()
+    counts = set()
+    for begin in range(0, len(whole), BLOCK_BYTES):
+        block = whole[begin : begin + BLOCK_BYTES]
+        copy = tmp_path / f"torn-{begin}"
+        copy.mkdir()
+        (copy / "telemetry.db").write_bytes(base)
+        kept = tear(block).ljust(len(block), b"\xff")
+        (copy / "telemetry.db-wal").write_bytes(whole[:begin] + kept + whole[begin + BLOCK_BYTES :])
+        after = Buffer(copy / "telemetry.db", 1 << 20)
+        held = after.held(100)
+        assert held == list(range(1, len(held) + 1))
+        assert all(one is not None and len(one.windows) == 2 for one in map(after.message, held))
+        assert after.next == len(held) + 1
+        counts.add(len(held))
+        after.close()
+    assert counts >= {0, 3, 5}
+
+
+BLOCK_BYTES = 4096
+KILLS = ((1, 7), (40, 60), (3, 90))
+"""By process that is killed: messages added before one is acknowledged, and lines said before it is killed."""
+BUSY = """\
+import sys
+from pathlib import Path
+from wherry_agent.telemetry import Buffer
+from wherry_shared.wire import Telemetry, Window
+window = Window(model="m", manifest="m", variant="v", arm="candidate", start=1, duration_us=2)
+two = Telemetry(format=1, device="d", epoch="", seq=0, first=0, at=5, windows=[window] * 2)
+buffer = Buffer(Path(sys.argv[1]), 3000)
+while True:
+    for _ in range(int(sys.argv[2])):
+        buffer.add(two)
+        print("added", buffer.next - 1, flush=True)
+    seq = buffer.held(1)[0]
+    print("sent", seq, buffer.message(seq).dropped, flush=True)
+    buffer.acknowledge(buffer.epoch, seq)
+    print("acknowledged", seq, flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_loses_no_number_and_no_window_without_a_count(tmp_path: Path) -> None:
+    path = tmp_path / "telemetry.db"
+    buffer = Buffer(path, 3000)
+    epoch = buffer.epoch
+    buffer.close()
+    delivered = numbered = dropped = 0
+    for adds, after in KILLS:
+        lines = killed(path, adds=adds, after=after)
+        numbered = max([numbered, *(int(line[1]) for line in lines if line[0] == "added")])
+        buffer = Buffer(path, 3000)
+        held = buffer.held(1000)
+        assert buffer.epoch == epoch
+        assert numbered <= buffer.next - 1 <= numbered + 1, "what was given is there, and at most the one under way"
+        assert held == list(range(buffer.first, buffer.next))
+        for sent in (line for line in lines if line[0] == "sent"):
+            noted = ["acknowledged", sent[1]] in lines
+            assert not (noted and int(sent[1]) in held), "what was acknowledged does not come back"
+            if noted or int(sent[1]) < buffer.first:
+                delivered += 2 + int(sent[2])
+        there = [one for one in map(buffer.message, held) if one is not None]
+        waiting = sum(len(one.windows) + one.dropped for one in there)
+        dropped += sum(one.dropped for one in there)
+        assert 2 * (buffer.next - 1) == delivered + waiting + buffer.untold
+        numbered = buffer.next - 1
+        buffer.close()
+    assert numbered > 60
+    assert delivered
+    assert dropped, "the bound was reached"
+
+
+def killed(path: Path, *, adds: int, after: int) -> list[list[str]]:
+    """Let a process fill and empty a buffer and kill it; return all that it said that it did."""
+    argv = [sys.executable, "-c", BUSY, str(path), str(adds)]
+    child = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    with child, child.stdout:
+        lines = [child.stdout.readline() for _ in range(after)]
+        child.kill()
+        lines += child.stdout.readlines()
+    return [line.split() for line in lines if line.endswith("\n")]
