@@ -190,6 +190,64 @@ def test_trouble_of_the_canary_is_no_verdict_and_the_next_probe_asks_again() -> 
     assert len(of(s.Rejudge, run(state, probed())[1])) == 1
 
 
+TROUBLE = Judged(passed=False, reason=reasons.CHILD_FAILED, detail="no memory just now")
+
+
+def test_trouble_of_the_canary_is_tried_again_after_longer_and_longer_waits_without_a_probe() -> None:
+    state, _ = run(working(), probed())
+    ms, waits = 0, []
+    for _ in range(3):
+        state, _ = run(state, rejudged(TROUBLE), ms=ms)
+        waits.append(machine.next_deadline_ms(state, now(ms)))
+        assert not of(s.Rejudge, run(state, s.Tick(), ms=ms + waits[-1] - 1)[1]), "not before its time"
+        ms += waits[-1]
+        state, effects = run(state, s.Tick(), ms=ms)
+        assert len(of(s.Rejudge, effects)) == 1
+        assert machine.next_deadline_ms(state, now(ms)) > 0
+    assert waits == [5_000, 10_000, 20_000]
+    state, effects = run(state, rejudged(GOOD), ms=ms)
+    assert len(of(s.HandOver, effects)) == 1
+    assert state.engines.again == {}
+
+
+def test_a_canary_without_a_verdict_is_forgotten_when_there_is_nothing_to_ask_any_more() -> None:
+    state, _ = run(working(), probed(), rejudged(TROUBLE), probed(OLD))
+    state, effects = run(state, s.Tick(), ms=5_000)
+    assert not of(s.Rejudge, effects)
+    assert state.engines.again == {}
+
+
+def test_a_version_that_was_confirmed_while_the_one_before_was_judged_is_judged_too() -> None:
+    state, _ = run(working("1.1.0", state=confirmed("1.0.0")), probed())
+    state, effects = run(state, rejudged(GOOD, "1.0.0"))
+    assert [order.candidate.target for order in of(s.Rejudge, effects)] == [loadable("1.1.0").target]
+
+
+def test_a_hand_over_that_fails_is_made_again_without_a_probe_and_never_in_a_trial() -> None:
+    state, _ = run(working(), probed(), rejudged(GOOD))
+    state, effects = run(state, served(state, engine_version=OLD), s.HandedOver("it ended with signal 11"))
+    assert not of(s.HandOver, effects)
+    wait = machine.next_deadline_ms(state, now())
+    assert wait == 5_000
+    later, effects = run(state, s.Tick(), ms=wait)
+    assert len(of(s.HandOver, effects)) == 1
+    later, _ = run(later, s.HandedOver("it ended with signal 11"), ms=wait)
+    assert machine.next_deadline_ms(later, now(wait)) == 10_000
+    done, _ = run(later, s.Tick(), s.HandedOver(), ms=wait + 10_000)
+    assert done.engines.hand_over_again is None
+
+    state, _ = run(state, offer(9, {MODEL: offered("1.1.0")}))
+    found = tuple(
+        msgspec.structs.replace(one, loadable=msgspec.structs.replace(one.loadable, engine_version=NEW))
+        for one in resolved("1.1.0").candidates
+    )
+    state, _ = run(state, replace(resolved("1.1.0"), candidates=found), fetched("1.1.0"), judged("1.1.0"))
+    state, effects = run(state, s.Tick(), ms=wait)
+    assert isinstance(state.models[MODEL].phase, s.Swapping)
+    assert not of(s.HandOver, effects)
+    assert machine.next_deadline_ms(state, now(wait)) > 0, "the agent does not spin until the trial is over"
+
+
 def test_a_canary_that_never_answers_is_not_waited_for() -> None:
     state, _ = run(working(), probed())
     late = (upgrades.REJUDGE_S + 60) * 1000
@@ -198,6 +256,7 @@ def test_a_canary_that_never_answers_is_not_waited_for() -> None:
     assert state.engines.judging == {}
     after, _ = run(state, rejudged(MISS), ms=late)
     assert after.known_bad == (), "too late"
+    assert len(of(s.Rejudge, run(state, s.Tick(), ms=late + 5_000)[1])) == 1
 
 
 @pytest.mark.parametrize("end", ["failed", "silent"])

@@ -58,7 +58,10 @@ NAMES: dict[type[Any], dict[str, str]] = {
         "handing_over": "handing_over",
         "wanted": "hand_over_wanted",
         "barred": "hand_over_barred",
+        "again": "judge_again",
+        "hand_over_again": "hand_over_again",
     },
+    s.Again: {"since": "since", "wait_ms": "wait_ms", "troubles": "troubles"},
     s.Slot: {
         "incumbent": "incumbent",
         "last_good": "last_good",

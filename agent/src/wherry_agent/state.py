@@ -331,6 +331,15 @@ class Told:
 
 
 @dataclass(frozen=True, slots=True)
+class Again:
+    """Work that came to nothing, done again `wait_ms` after `since`; it did `troubles` times in a row."""
+
+    since: Since
+    wait_ms: int
+    troubles: int
+
+
+@dataclass(frozen=True, slots=True)
 class Engines:
     """Which engines are on disk, which ones the worker has in memory, and what is done where they differ."""
 
@@ -344,7 +353,11 @@ class Engines:
     wanted: str = ""
     """Why another worker is to take over, beside what the versions say."""
     barred: bool = False
-    """Since the last probe a hand-over was made or came to nothing; the next probe allows another."""
+    """Since the last probe a hand-over was made or came to nothing; the next probe, or its time, allows another."""
+    again: Mapping[str, Again] = field(default_factory=dict)
+    """Models whose canary with a new engine came to no verdict."""
+    hand_over_again: Again | None = None
+    """The last hand-over came to nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -223,7 +223,7 @@ def plain(offered: OfferedModel) -> OfferedModel:
     return msgspec.structs.replace(offered, figures={})
 
 
-def _retry_ms(troubles: int, retry_after_s: float | None = None) -> int:
+def retry_ms(troubles: int, retry_after_s: float | None = None) -> int:
     """Back-off without jitter (the daemon adds it): doubles from RETRY_MIN_MS to RETRY_MAX_MS."""
     wait_ms = RETRY_MIN_MS << min(max(troubles - 1, 0), 16)
     return min(RETRY_MAX_MS, max(wait_ms, round((retry_after_s or 0.0) * 1000)))
@@ -282,7 +282,7 @@ class Turn:
     def refresh_failed(self, reason: str) -> None:
         """Refresh again after a back-off."""
         troubles = (self.state.watch.troubles if self.state.watch is not None else 0) + 1
-        watch = TrustWatch(Since.at(self.now), _retry_ms(troubles), running=False, troubles=troubles, reason=reason)
+        watch = TrustWatch(Since.at(self.now), retry_ms(troubles), running=False, troubles=troubles, reason=reason)
         self.state = replace(self.state, watch=watch)
 
     def resume_watch(self) -> None:
@@ -416,7 +416,7 @@ class Turn:
         job = replace(job, troubles=job.troubles + (event.reason != reasons.CONDITIONS))
         report = job.reported != event.reason
         job = replace(job, reported=event.reason)
-        wait_ms = _retry_ms(job.troubles, event.retry_after_s)
+        wait_ms = retry_ms(job.troubles, event.retry_after_s)
         phase = Waiting(job, Since.at(self.now), event.reason, event.detail[:REPORT_DETAIL_CHARS_MAX], wait_ms, task)
         self.put(name, replace(slot, phase=phase))
         if report:

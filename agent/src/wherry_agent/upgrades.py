@@ -10,7 +10,8 @@
 
 Level-triggered like the rest of the machine: the versions found by a probe are compared with what the worker says it
 has in memory (`Served.engine_version`) and with what each version was proved with (`Loadable.engine_version`). The same
-probe twice changes nothing; a probe after a hand-over that failed tries again.
+probe twice changes nothing. A canary without a verdict and a hand-over that failed are tried again after a back-off, and at
+once after a probe.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import msgspec
 
 from wherry_agent.children import Loadable
 from wherry_agent.state import (
+    Again,
     Cancel,
     Compared,
     Engines,
@@ -44,7 +46,7 @@ from wherry_agent.state import (
     Swapping,
     Waiting,
 )
-from wherry_agent.turn import JUDGE_GRACE_MS, Turn, serving
+from wherry_agent.turn import JUDGE_GRACE_MS, Turn, retry_ms, serving
 from wherry_shared import reasons
 from wherry_shared.clock import Now, Since
 
@@ -86,7 +88,10 @@ def rejudged(turn: Turn, event: Rejudged) -> None:
     turn.state = replace(turn.state, engines=replace(engines, judging=judging))
     slot = turn.state.models.get(event.model)
     incumbent = slot.incumbent if slot is not None else None
-    if slot is None or incumbent is None or incumbent.loadable.digest != event.digest:
+    if slot is None or incumbent is None:
+        return
+    if incumbent.loadable.digest != event.digest:
+        _rejudge(turn, event.model)  # another version was confirmed meanwhile
         return
     loadable = incumbent.loadable
     if engines.installed.get(loadable.engine) != event.engine_version:
@@ -95,11 +100,16 @@ def rejudged(turn: Turn, event: Rejudged) -> None:
     new = msgspec.structs.replace(loadable, engine_version=event.engine_version)
     words = f"{loadable.engine} {event.engine_version} instead of {loadable.engine_version}"
     result = event.result
+    if not result.passed and result.reason not in reasons.VERDICTS:
+        _judge_later(turn, event.model)
+        return
+    again = {name: one for name, one in engines.again.items() if name != event.model}
+    turn.state = replace(turn.state, engines=replace(turn.state.engines, again=again))
     if result.passed:
         new = msgspec.structs.replace(new, peak_memory_bytes=result.peak_memory_bytes or loadable.peak_memory_bytes)
         turn.put(event.model, replace(slot, incumbent=replace(incumbent, loadable=new)))
         _report(turn, event.model, f"proved again with {words}")
-    elif result.reason in reasons.VERDICTS:
+    else:
         turn.remember(new, result.reason, incumbent.offered.attempt)
         _report(turn, event.model, f"not good with {words}: {result.reason} {result.detail}")
 
@@ -124,7 +134,7 @@ def served(turn: Turn, event: Served) -> None:
 
 def started(turn: Turn) -> None:
     """A new worker process will use what is on disk: what is known to fail with that gives way before it serves."""
-    turn.state = replace(turn.state, engines=replace(turn.state.engines, loaded={}))
+    turn.state = replace(turn.state, engines=replace(turn.state.engines, loaded={}, hand_over_again=None))
     _give_way(turn, turn.state.engines.installed)
 
 
@@ -133,22 +143,29 @@ def handed_over(turn: Turn, event: HandedOver) -> None:
     engines = turn.state.engines
     if engines.handing_over is None:
         return
-    turn.state = replace(turn.state, engines=replace(engines, handing_over=None, wanted="", barred=True))
+    again = _again(turn, engines.hand_over_again) if event.trouble else None
+    engines = replace(engines, handing_over=None, wanted="", barred=True, hand_over_again=again)
+    turn.state = replace(turn.state, engines=engines)
     if event.trouble:
         for name in tuple(turn.state.models):
             _report(turn, name, f"no other worker took over: {event.trouble}")
 
 
 def watch(turn: Turn) -> None:
-    """What does not end is not waited for."""
-    engines = turn.state.engines
+    """What does not end is not waited for, and what came to nothing is done again after a while."""
     limit_ms = REJUDGE_S * 1000 + JUDGE_GRACE_MS
-    judging = {name: since for name, since in engines.judging.items() if since.elapsed_ms(turn.now) < limit_ms}
-    if len(judging) < len(engines.judging):
-        turn.state = replace(turn.state, engines=replace(engines, judging=judging))
+    for name, asked_at in turn.state.engines.judging.items():
+        if asked_at.elapsed_ms(turn.now) >= limit_ms:
+            _judge_later(turn, name)
     since = turn.state.engines.handing_over
     if since is not None and since.elapsed_ms(turn.now) >= HAND_OVER_MS:
         handed_over(turn, HandedOver("it did not end in time"))
+    for name, again in turn.state.engines.again.items():
+        if name not in turn.state.engines.judging and _due(turn, again):
+            _judge_again(turn, name)
+    later = turn.state.engines.hand_over_again
+    if later is not None and _due(turn, later):
+        turn.state = replace(turn.state, engines=replace(turn.state.engines, barred=False))
 
 
 def settle(turn: Turn) -> None:
@@ -175,7 +192,10 @@ def deadlines_ms(engines: Engines, now: Now) -> list[int]:
     left = [limit_ms - since.elapsed_ms(now) for since in engines.judging.values()]
     if engines.handing_over is not None:
         left.append(HAND_OVER_MS - engines.handing_over.elapsed_ms(now))
-    return left
+    later = [again for name, again in engines.again.items() if name not in engines.judging]
+    if engines.hand_over_again is not None and engines.barred and engines.handing_over is None:
+        later.append(engines.hand_over_again)
+    return left + [again.wait_ms - again.since.elapsed_ms(now) for again in later]
 
 
 def resume(turn: Turn) -> None:
@@ -208,6 +228,33 @@ def _rejudge(turn: Turn, name: str) -> None:
     judging = {**engines.judging, name: Since.at(turn.now)}
     turn.state = replace(turn.state, engines=replace(engines, judging=judging))
     turn.effects.append(Rejudge(name, new, REJUDGE_S))
+
+
+def _judge_later(turn: Turn, name: str) -> None:
+    """The canary came to no verdict on a confirmed version."""
+    engines = turn.state.engines
+    judging = {other: since for other, since in engines.judging.items() if other != name}
+    again = {**engines.again, name: _again(turn, engines.again.get(name))}
+    turn.state = replace(turn.state, engines=replace(engines, judging=judging, again=again))
+
+
+def _judge_again(turn: Turn, name: str) -> None:
+    """The wait is over: ask the canary again, or forget it where there is nothing to ask any more."""
+    if name in turn.state.models:
+        _rejudge(turn, name)
+    engines = turn.state.engines
+    if name not in engines.judging:
+        again = {other: one for other, one in engines.again.items() if other != name}
+        turn.state = replace(turn.state, engines=replace(engines, again=again))
+
+
+def _again(turn: Turn, before: Again | None) -> Again:
+    troubles = (before.troubles if before is not None else 0) + 1
+    return Again(Since.at(turn.now), retry_ms(troubles), troubles)
+
+
+def _due(turn: Turn, again: Again) -> bool:
+    return again.since.elapsed_ms(turn.now) >= again.wait_ms
 
 
 def _known_bad(turn: Turn, slot: Slot, engine_version: str) -> str:
