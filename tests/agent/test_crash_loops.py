@@ -29,7 +29,7 @@ from tests.agent.builders import (
 from tests.agent.test_machine_properties import honest
 from wherry_agent import journal, machine
 from wherry_agent import state as s
-from wherry_agent.turn import CRASHES_MAX, FAULTS_MAX
+from wherry_agent.turn import CRASH_WINDOW_MS, CRASHES_MAX, FAULTS_MAX
 from wherry_shared import reasons
 from wherry_shared.clock import Now
 
@@ -103,6 +103,42 @@ def test_deaths_of_the_worker_are_counted_over_restarts_of_the_agent() -> None:
     state = after_deaths()
     assert serves(state) == of("1.0.0")
     assert state.owed[-1].reason == reasons.CRASH
+
+
+def boots(state: s.State, deaths: int, *, every: int = 1, after_ms: int = 5_000) -> s.State:
+    """The machine is started again and again; in each `every`th boot the worker dies soon after."""
+    for number in range(deaths * every):
+        boot = f"boot-{number + 2}"
+        state = restarted(state, boot=boot)
+        if number % every == 0:
+            state, _ = machine.step(state, s.WorkerDied("signal 11"), now(after_ms, boot))
+            state, _ = machine.step(state, s.WorkerReady(), now(after_ms, boot))
+    return state
+
+
+def test_a_death_in_each_boot_leads_to_the_last_known_good_and_then_to_the_safe_state() -> None:
+    state = two_versions()
+    assert serves(boots(state, CRASHES_MAX)) == of("1.1.0")
+    assert serves(boots(state, CRASHES_MAX + 1)) == of("1.0.0")
+    state = boots(state, 30)
+    assert serves(state) == ""
+    assert isinstance(state.models[MODEL].phase, s.Safe)
+    assert [(one.state, one.reason) for one in state.owed[-2:]] == [("returned", "crash"), ("safe", "crash")]
+
+
+def test_a_death_now_and_then_costs_nothing_however_many_boots_there_are() -> None:
+    assert serves(boots(two_versions(), 30, every=2)) == of("1.1.0"), "a boot without one ends the count"
+    assert serves(boots(two_versions(), 30, after_ms=CRASH_WINDOW_MS + 1)) == of("1.1.0"), (
+        "each was quiet for long enough"
+    )
+
+
+def test_a_restart_of_the_agent_is_no_boot_and_neither_ends_nor_prolongs_the_count() -> None:
+    state, _ = machine.step(two_versions(), s.WorkerDied("signal 11"), now())
+    crashes = state.crashes
+    for number in range(5):
+        state = restarted(state, number)
+    assert state.crashes == crashes
 
 
 def forgets_failures(state: s.State, at: Now) -> tuple[s.State, tuple[s.Effect, ...]]:

@@ -135,7 +135,7 @@ NAMES: dict[type[Any], dict[str, str]] = {
         "troubles": "troubles",
         "reason": "reason",
     },
-    s.Crashes: {"since": "since", "count": "count"},
+    s.Crashes: {"since": "since", "count": "count", "rebooted": "rebooted"},
     s.Told: {"since": "since", "waiting": "waiting"},
     s.Idle: {},
     s.Resolving: {"job": "job", "since": "since"},

@@ -215,6 +215,7 @@ def resume(state: State, now: Now) -> tuple[State, tuple[Effect, ...]]:
     turn = Turn(state, now)
     turn.state = replace(turn.state, told=None)
     turn.resume_watch()
+    turn.state = replace(turn.state, crashes=_crashes_over_boots(turn.state.crashes, now))
     upgrades.resume(turn)
     for name in tuple(turn.state.models):
         slot = turn.state.models[name]  # as it is now: one of its group may have taken it back
@@ -1089,9 +1090,10 @@ def _worker_died(turn: Turn, event: WorkerDied) -> None:
     if busy or event.ordered:
         return
     before = turn.state.crashes
-    if before is None or before.since.boot != turn.now.boot or before.since.elapsed_ms(turn.now) > CRASH_WINDOW_MS:
+    if before is None or before.since.elapsed_ms(turn.now) > CRASH_WINDOW_MS:
         before = Crashes(Since.at(turn.now), 0)
-    turn.state = replace(turn.state, crashes=replace(before, count=before.count + 1))
+    since = turn.since(before.since)
+    turn.state = replace(turn.state, crashes=Crashes(since, before.count + 1))
     if before.count + 1 <= CRASHES_MAX:
         return
     turn.state = replace(turn.state, crashes=None)
@@ -1103,6 +1105,13 @@ def _worker_died(turn: Turn, event: WorkerDied) -> None:
     if suspects:
         _, name = max(suspects)
         turn.give_up(name, turn.state.models[name], reasons.CRASH, event.detail)
+
+
+def _crashes_over_boots(crashes: Crashes | None, now: Now) -> Crashes | None:
+    """Go on counting when each boot ends soon after a death; a boot that passed without one ends the count."""
+    if crashes is None or crashes.since.boot == now.boot:
+        return crashes
+    return None if crashes.rebooted else replace(crashes, since=Since.at(now), rebooted=True)
 
 
 def _incumbent_served(turn: Turn, name: str, slot: Slot, event: Served) -> None:

@@ -315,10 +315,12 @@ class TrustWatch:
 
 @dataclass(frozen=True, slots=True)
 class Crashes:
-    """Deaths of the worker outside trials, counted in a window."""
+    """Deaths of the worker outside trials, counted in a window, and on over boots until one of them passes without any."""
 
     since: Since
     count: int
+    rebooted: bool = False
+    """The machine was started since the last of them."""
 
 
 @dataclass(frozen=True, slots=True)

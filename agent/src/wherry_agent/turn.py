@@ -72,7 +72,7 @@ RETURN_TRIES_MAX = 3
 FAULTS_MAX = 3
 """Failures in a row to bring a confirmed version into service before it gives way to the last known good."""
 CRASHES_MAX = 3
-"""Worker deaths outside trials within CRASH_WINDOW_MS; one more is a crash loop."""
+"""Worker deaths outside trials within CRASH_WINDOW_MS, or as early in boots that follow each other; one more is a loop."""
 CRASH_WINDOW_MS = 10 * 60_000
 RETRY_MIN_MS = 5_000
 ALTERED_RETRY_S = 600.0
