@@ -280,9 +280,16 @@ def test_a_device_on_which_nothing_runs_comes_to_rest(seed: int) -> None:
     quiet = 0
     queue: list[s.Event] = [offer(3, {MODEL: offered("1.2.0")})]
     for turn in range(200):
-        event = queue.pop(0) if queue else s.Tick()
         ms = turn * 1000
-        state, effects = machine.step(state, event, now(ms))
+        if source.random() < 0.03:
+            state, effects = machine.resume(journal.decode(journal.encode(state)), now(ms))
+            queue = [answer for answer in queue if isinstance(answer, s.Offered)]
+            queue.append(s.WorkerReady())
+        else:
+            event = queue.pop(0) if queue else s.Tick()
+            state, effects = machine.step(state, event, now(ms))
+            if isinstance(event, s.WorkerDied):
+                queue.append(s.WorkerReady())
         for effect in effects:
             match effect:
                 case s.Serve():
@@ -303,12 +310,6 @@ def test_a_device_on_which_nothing_runs_comes_to_rest(seed: int) -> None:
                     pass
                 case _:
                     queue += honest(effect, state)
-        if isinstance(event, s.WorkerDied):
-            queue.append(s.WorkerReady())
-        if source.random() < 0.03:
-            state = restarted(state, ms)
-            queue = [answer for answer in queue if isinstance(answer, s.Offered)]
-            queue.append(s.WorkerReady())
         resting = isinstance(state.models[MODEL].phase, s.Safe | s.Idle) and not machine.serving(state)
         quiet = quiet + 1 if resting else 0
     assert quiet > 20, state.models[MODEL].phase
