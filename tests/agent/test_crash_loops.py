@@ -18,6 +18,7 @@ from tests.agent.builders import (
     fresh,
     judged,
     loadable,
+    measured,
     now,
     offer,
     offered,
@@ -103,6 +104,24 @@ def test_deaths_of_the_worker_are_counted_over_restarts_of_the_agent() -> None:
     state = after_deaths()
     assert serves(state) == of("1.0.0")
     assert state.owed[-1].reason == reasons.CRASH
+    assert [bad.digest for bad in state.known_bad] == [loadable("1.1.0").digest]
+
+
+def test_a_crash_loop_with_several_models_costs_the_newest_its_place_and_not_its_name() -> None:
+    state = two_versions()
+    state, _ = run(state, offer(3, {MODEL: offered("1.1.0"), "other": offered(model="other")}))
+    state, _ = run(state, resolved(model="other"), fetched(model="other"), judged(model="other"))
+    state, _ = run(state, served(state, model="other"))
+    state, _ = run(state, measured(state, model="other", requests=9))
+    assert machine.running(state) == {MODEL: of("1.1.0"), "other": digest_of("other/1.0.0")}
+    for _ in range(CRASHES_MAX + 1):
+        state, _ = run(state, s.WorkerDied("signal 11"), s.WorkerReady())
+    assert machine.running(state) == {MODEL: of("1.1.0")}
+    assert state.known_bad == (), "nobody knows whose crashes they were"
+    for _ in range(CRASHES_MAX + 1):
+        state, _ = run(state, s.WorkerDied("signal 11"), s.WorkerReady())
+    assert machine.running(state) == {MODEL: of("1.0.0")}
+    assert [bad.digest for bad in state.known_bad] == [loadable("1.1.0").digest], "the only one left that can be it"
 
 
 def boots(state: s.State, deaths: int, *, every: int = 1, after_ms: int = 5_000) -> s.State:

@@ -654,14 +654,23 @@ def test_only_one_model_is_tried_at_a_time() -> None:
     assert isinstance(phase(state, "pitch"), s.Swapping)
 
 
-def test_a_crash_blames_the_model_on_trial_and_no_other() -> None:
+def test_a_crash_of_a_worker_with_several_models_ends_the_trial_and_is_held_against_none() -> None:
     state = confirmed("1.0.0")
     state, _ = run(state, offer(2, {MODEL: offered(), "pitch": offered(model="pitch")}))
     state, _ = run(state, resolved(model="pitch"), fetched(model="pitch"), judged(model="pitch"))
     state, _ = run(state, served(state, model="pitch"), s.WorkerDied("signal 6"))
-    assert [bad.digest for bad in state.known_bad] == [loadable(model="pitch").digest]
+    assert state.known_bad == (), "nobody knows whose crash it was"
+    state, _ = run(state, served(state))
+    assert told(state)[-1] == ("returned", reasons.CRASH)
+    assert isinstance(phase(state, "pitch"), s.Idle), "the attempt is over all the same"
     assert state.crashes is None
     assert [model.name for model in machine.serving(state)] == [MODEL]
+
+
+def test_a_crash_in_the_trial_of_the_only_model_is_held_against_the_candidate() -> None:
+    state = on_trial("1.1.0", state=confirmed("1.0.0"), serial=2)
+    state, _ = run(state, s.WorkerDied("signal 6"))
+    assert [bad.digest for bad in state.known_bad] == [loadable("1.1.0").digest]
 
 
 def test_a_crash_loop_of_a_confirmed_version_leads_to_the_last_known_good_then_to_the_safe_state() -> None:

@@ -1104,7 +1104,7 @@ def _worker_died(turn: Turn, event: WorkerDied) -> None:
     ]
     if suspects:
         _, name = max(suspects)
-        turn.give_up(name, turn.state.models[name], reasons.CRASH, event.detail)
+        turn.give_up(name, turn.state.models[name], reasons.CRASH, event.detail, anyones=len(serving(turn.state)) > 1)
 
 
 def _crashes_over_boots(crashes: Crashes | None, now: Now) -> Crashes | None:

@@ -586,11 +586,12 @@ class Turn:
     ) -> None:
         """End a trial badly, with all of its group: serve the incumbents again, hold a verdict against the variant.
 
-        `anyones`: what happened may be the doing of any of the group; it is held against none.
+        `anyones`: what happened may be the doing of any model that the worker serves; with several it is held against none.
         """
         mates = self.mates(name, job)
+        suspects = len(serving(self.state))
         over = reason not in (reasons.WITHDRAWN, reasons.SUPERSEDED)
-        if not (anyones and mates):
+        if not anyones or suspects <= 1:
             self.remember(job.loadable, reason, job.offered.attempt)
         unfit = reason == reasons.ENGINE_MISSING
         self._go_back(name, slot, job, reason, detail, counts, over=over, unfit=unfit)
@@ -641,15 +642,17 @@ class Turn:
         self._safe_again(name, phase.job, phase.reason, phase.detail)
         self.effects.append(Collect(kept(self.state)))
 
-    def give_up(self, name: str, slot: Slot, reason: str, detail: str) -> None:
+    def give_up(self, name: str, slot: Slot, reason: str, detail: str, *, anyones: bool = False) -> None:
         """The confirmed version does not work any more: the last known good one, or the safe state.
 
         If only its file was altered on this disk, or its engine was replaced or is gone, its attempt is not over: an offer
-        that names it brings it again, or another variant.
+        that names it brings it again, or another variant. `anyones`: it may be the doing of another model; it gives way all
+        the same, but nothing is held against it.
         """
         incumbent = slot.incumbent
         assert incumbent is not None
-        self.remember(incumbent.loadable, reason, incumbent.offered.attempt)
+        if not anyones:
+            self.remember(incumbent.loadable, reason, incumbent.offered.attempt)
         if not isinstance(slot.phase, Idle | Safe | Compared):
             self.effects.append(Cancel(name))
         job = Job(incumbent.offered, self.state.offer.serial if self.state.offer is not None else 0)
