@@ -1,7 +1,8 @@
 """No durable step exists outside the seam: what the system saw of a whole agent is what the seam recorded.
 
-A real `wherry-agent run` enrols, installs a version and goes back from a second one under strace; every call that changes
-names or syncs below its home, of any of its processes, has to be a step that `disk` recorded, but for a short list.
+A real `wherry-agent run` enrols, installs a version and goes back from a second one in its trial, under strace; every call
+that changes names or syncs below its home, of any of its processes, has to be a step that `disk` recorded, but for a short
+list.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.agent.daemon_kit import Agent, site
+from tests.agent.serving_kit import until
 from tests.services import needs
 from tests.shared.engines import models
 from wherry_agent.disk import STEPS
@@ -97,16 +99,20 @@ def _steps(call: str, arguments: str) -> Iterator[tuple[str, Path]]:
 def test_every_durable_step_of_a_whole_agent_goes_through_the_seam(tmp_path: Path, record_property) -> None:
     needs("strace")
     with site(tmp_path) as wherry:
-        old, new = models.scale(tmp_path / "old.onnx", 2.0), models.scale(tmp_path / "new.onnx", 3.0)
-        wherry.release("1.0.0", old)
-        wherry.release("2.0.0", new, spoil=True)
+        wherry.release("1.0.0", models.scale(tmp_path / "old.onnx", 2.0))
+        wherry.release("2.0.0", models.choosy(tmp_path / "choosy.onnx", 2.0))
         agent = Traced(wherry, "lamp")
         try:
             agent.until("it is enrolled", lambda shown: shown["engines"], deadline_s=120)
             wherry.deploy("1.0.0", "lamp", trial_s=1)
             agent.until_serves("1.0.0", deadline_s=120)
-            wherry.deploy("2.0.0", "lamp", trial_s=1)
-            agent.until("2.0.0 fails", lambda shown: shown["known_bad"], deadline_s=120)
+            wherry.deploy("2.0.0", "lamp")
+            agent.until_doing("on trial", deadline_s=120)
+            until(lambda: agent.infer(7.0)[0] != 200 or agent.model()["doing"] != "on trial", "its trial ends", 60)
+            agent.until_serves("1.0.0", deadline_s=120)
+            agent.until("2.0.0 is known bad", lambda shown: shown["known_bad"], deadline_s=60)
+            assert "health_errors" in agent.log.read_text()
+            assert agent.ask(3, 7.0) == ["1.0.0"] * 3
         finally:
             agent.stop()
     home = agent.home
