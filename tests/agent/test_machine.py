@@ -762,6 +762,12 @@ def test_a_candidate_that_fails_requests_while_it_is_proved_is_not_confirmed() -
     assert phase(state).reason == reasons.HEALTH_ERRORS
 
 
+def test_figures_that_come_late_while_it_is_proved_take_nothing_from_those_before() -> None:
+    state, _ = run(updating(), measured(updating(), "1.1.0", requests=60), s.Tick(), ms=60_000)
+    state, _ = run(state, measured(state, "1.1.0", requests=3), golden(state, "1.1.0"), ms=60_001)
+    assert (state.owed[-1].state, state.owed[-1].requests) == ("confirmed", 60)
+
+
 @pytest.mark.parametrize("fails", ["crash", "errors", "load"])
 def test_a_trial_that_fails_on_a_safe_device_leaves_it_safe(fails: str) -> None:
     state = confirmed("1.0.0")
@@ -881,6 +887,20 @@ def test_a_return_to_an_incumbent_that_is_broken_too_ends_in_the_safe_state() ->
         state, _ = run(state, served(state, "1.0.0", ok=False, reason=reasons.LOAD_FAILED))
     assert isinstance(phase(state), s.Safe)
     assert told(state)[-2:] == [("returned", reasons.CRASH), ("safe", reasons.LOAD_FAILED)]
+    assert [(report.incumbent, report.running) for report in state.owed[-2:]] == [("", "")] * 2, "nothing is served"
+
+
+def test_a_return_that_ends_at_the_version_before_names_that_one_and_tidies_up() -> None:
+    state = confirmed("1.1.0", state=confirmed("1.0.0"), serial=2)
+    state, _ = run(on_trial("1.2.0", state=state, serial=3), s.WorkerDied("signal 11"))
+    before = state.seq
+    for _ in range(turn.RETURN_TRIES_MAX):
+        state, effects = run(state, served(state, "1.1.0", ok=False, reason=reasons.LOAD_FAILED))
+    assert told(state, before) == [("returned", reasons.CRASH), ("returned", reasons.LOAD_FAILED)]
+    assert {report.running for report in state.owed[-2:]} == {digest_of(f"{MODEL}/1.0.0")}
+    assert [report.target for report in state.owed[-2:]] == [f"{MODEL}/1.2.0", f"{MODEL}/1.1.0"]
+    kept: Any = next(effect for effect in effects if isinstance(effect, s.Collect))
+    assert {item.target for item in kept.keep} == {f"{MODEL}/1.0.0"}
 
 
 def test_crashes_that_a_trial_allows_are_counted_with_the_requests_before_them() -> None:

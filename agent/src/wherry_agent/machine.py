@@ -807,7 +807,7 @@ def _proving(turn: Turn, name: str, slot: Slot, phase: Proving, event: SlotEvent
             )
             if verdict.outcome == "fail":
                 turn.go_back(name, slot, job, verdict.reason, verdict.detail, counts)
-            else:
+            elif counts.requests >= phase.counts.requests:  # else it comes late: of before
                 turn.put(name, replace(slot, phase=replace(phase, counts=counts)))
         case Condemned() if event.trial == phase.trial and event.digest == job.loadable.digest:
             turn.go_back(name, slot, job, event.reason, event.detail, phase.counts)
@@ -1058,15 +1058,14 @@ def _return_again(turn: Turn, name: str, slot: Slot, phase: Returning, event: Se
         if not isinstance(event, Served) or event.reason != reasons.GROUP:  # else it is told again, now alone
             turn.effects.append(RestartWorker(f"it did not serve {name} again"))
         return
-    turn.returned(name, slot, phase)
     reason, detail = reasons.CHILD_FAILED, "the worker did not serve it again"
     if isinstance(event, Served):
         reason, detail = event.reason or reasons.LOAD_FAILED, event.detail
     else:
         turn.effects.append(RestartWorker(detail))
-    slot = turn.state.models[name]
     if reason == reasons.CHILD_FAILED and slot.last_good is None:
-        _try_later(turn, name, replace(slot, faults=phase.tries))
+        turn.returned(name, slot, phase)
+        _try_later(turn, name, replace(turn.state.models[name], faults=phase.tries))
     else:
         turn.give_up(name, slot, reason, detail)
 

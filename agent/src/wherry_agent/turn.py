@@ -629,6 +629,11 @@ class Turn:
     def returned(self, name: str, slot: Slot, phase: Returning) -> None:
         """The incumbent answers again, or there is none."""
         self.put(name, replace(slot, phase=Idle()))
+        self._say_returned(name, phase)
+        self._safe_again(name, phase.job, phase.reason, phase.detail)
+        self.effects.append(Collect(kept(self.state)))
+
+    def _say_returned(self, name: str, phase: Returning) -> None:
         withdrawn = phase.reason == reasons.WITHDRAWN
         self.report(
             name,
@@ -639,21 +644,20 @@ class Turn:
             counts=phase.counts,
             trial_end="withdrawn" if withdrawn else f"returned:{phase.reason}",
         )
-        self._safe_again(name, phase.job, phase.reason, phase.detail)
-        self.effects.append(Collect(kept(self.state)))
 
     def give_up(self, name: str, slot: Slot, reason: str, detail: str, *, anyones: bool = False) -> None:
         """The confirmed version does not work any more: the last known good one, or the safe state.
 
         If only its file was altered on this disk, or its engine was replaced or is gone, its attempt is not over: an offer
         that names it brings it again, or another variant. `anyones`: it may be the doing of another model; it gives way all
-        the same, but nothing is held against it.
+        the same, but nothing is held against it. A trial from which it was to come back ends with it, and is reported with
+        what is trusted from now on.
         """
         incumbent = slot.incumbent
         assert incumbent is not None
         if not anyones:
             self.remember(incumbent.loadable, reason, incumbent.offered.attempt)
-        if not isinstance(slot.phase, Idle | Safe | Compared):
+        if not isinstance(slot.phase, Idle | Safe | Compared | Returning):
             self.effects.append(Cancel(name))
         job = Job(incumbent.offered, self.state.offer.serial if self.state.offer is not None else 0)
         ends = slot.ends
@@ -661,16 +665,21 @@ class Turn:
         if over:
             ends = (*ends, end_of(incumbent.offered))[-ENDS_MAX:]
         detail = detail[:REPORT_DETAIL_CHARS_MAX]
-        back = slot.last_good
-        slot = replace(slot, incumbent=back, last_good=None, ends=ends, settled=None, faults=0)
+        back, ended = slot.last_good, slot.phase
+        phase = Idle() if back is not None else Safe(reason, detail)
+        self.put(
+            name,
+            replace(slot, incumbent=back, last_good=None, phase=phase, ends=ends, settled=None, faults=0),
+        )
+        if isinstance(ended, Returning):
+            self._say_returned(name, ended)
         if back is not None:
-            self.put(name, replace(slot, phase=Idle()))
             self.report(name, "returned", job=job, reason=reason, detail=detail, trial_end=f"returned:{reason}")
         else:
-            self.put(name, replace(slot, phase=Safe(reason, detail)))
             self.report(name, "safe", job=job, reason=reason, detail=detail)
         if incumbent.generation:
             self._step_back(incumbent.generation, f"{name} of its group gave way: {reason}", over=over)
+        self.effects.append(Collect(kept(self.state)))
 
     def _step_back(self, generation: int, detail: str, *, over: bool) -> None:
         """What was confirmed with a version that gave way gives way too, where there is a version before it."""
