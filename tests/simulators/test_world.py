@@ -6,7 +6,8 @@ from wherry_simulators import scenarios
 from wherry_simulators.scenarios import behaviours, groups, modes, rollouts, trouble
 from wherry_simulators.world import World
 
-SEEDS = 40
+SEEDS = 12
+SEEDS_LONG = 40
 
 
 def explain(result):
@@ -33,15 +34,16 @@ def test_in_stages_by_the_real_rollout_engine(scenario):
     assert not result.violations, explain(result)
 
 
-def test_three_releases_on_fifty_devices_over_forty_seeds():
+@pytest.mark.parametrize("seeds", [SEEDS, pytest.param(SEEDS_LONG, marks=pytest.mark.soak)])
+def test_three_releases_on_fifty_devices_over_many_seeds(seeds):
     steps = crashes = 0
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         result = World(trouble.THREE_RELEASES, seed).run()
         assert not result.violations, explain(result)
         assert result.devices == 50
         steps, crashes = steps + result.steps, crashes + result.crashes
-    assert crashes > SEEDS * 20, "the world has to be worse than this"
-    assert steps > SEEDS * 2_000
+    assert crashes > seeds * 20, "the world has to be worse than this"
+    assert steps > seeds * 2_000
 
 
 @pytest.mark.parametrize("name", ["through a storm", "staged releases end"])
