@@ -298,7 +298,7 @@ def test_a_device_on_which_nothing_runs_comes_to_rest(seed: int) -> None:
     judged_with: dict[tuple[str, int], int] = {}
     quiet = 0
     queue: list[s.Event] = [offer(3, {MODEL: offered("1.2.0")})]
-    for turn in range(200):
+    for turn in range(400):
         ms = turn * 1000
         if source.random() < 0.03:
             state, effects = machine.resume(journal.decode(journal.encode(state)), now(ms))
