@@ -175,12 +175,15 @@ def test_collecting_spares_what_a_living_process_is_writing(store: Store):
     blobs = store.path_of(DIGEST).parent
     ended = subprocess.Popen(["true"])
     ended.wait(10)
-    left = [blobs / f".{DIGEST[7:]}.{pid}.tmp" for pid in (ended.pid, os.getpid())]
+    unwaited = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, unwaited.pid, os.WEXITED | os.WNOWAIT)
+    left = [blobs / f".{DIGEST[7:]}.{pid}.tmp" for pid in (ended.pid, unwaited.pid, os.getpid())]
     written = blobs / f".{DIGEST[7:]}.{os.getppid()}.tmp"
     for path in (*left, written):
         path.write_bytes(b"x")
     store.collect({DIGEST})
     assert list(blobs.iterdir()) == [written]
+    unwaited.wait(10)
 
 
 def test_an_encoded_object_on_its_way_is_kept_with_its_blob(store: Store):

@@ -12,9 +12,15 @@ from wherry_simulators import mutants, scenarios
 from wherry_simulators.scenarios import behaviours
 
 SEEDS = 2
+SHORT = 3
+"""One mutant in so many is tried by `make test`; `make mutants`, which CI runs as well, tries all."""
 
 
-@pytest.mark.parametrize("mutant", mutants.ALL, ids=lambda one: one.name)
+def _row(number, mutant):
+    return pytest.param(mutant, id=mutant.name, marks=[pytest.mark.soak] if number % SHORT else [])
+
+
+@pytest.mark.parametrize("mutant", [_row(number, mutant) for number, mutant in enumerate(mutants.ALL)])
 def test_somebody_notices_that(mutant):
     fate = mutants.fate(mutant, SEEDS)
     assert fate.caught, f"{mutant.name}: {fate.runs} runs and nobody noticed"

@@ -321,7 +321,16 @@ def is_being_written(path: Path) -> bool:
     pid = process.rpartition(".")[2]
     if suffix != "tmp" or not path.name.startswith(".") or not pid.isdigit():
         return False
-    return int(pid) != os.getpid() and Path(f"/proc/{pid}").exists()
+    return int(pid) != os.getpid() and _lives(int(pid))
+
+
+def _lives(pid: int) -> bool:
+    """Tell whether a process runs; one that has ended and that nobody waited for writes nothing any more."""
+    try:
+        said = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    return said.rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
 def disk_of(role: str) -> Disk:
