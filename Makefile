@@ -42,7 +42,7 @@ soak: setup  ## the long forms of the suites
 	$(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)
 
 mutants: setup  ## put deliberate bugs into the machine and require the simulator to catch each
-	$(BIN)/wherry-sim mutants
+	$(BIN)/wherry-sim mutants $(ARGS)
 
 lint: setup  ## ruff, mypy strict, import-linter
 	$(BIN)/ruff check .
