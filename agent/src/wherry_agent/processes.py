@@ -27,6 +27,7 @@ from typing import IO, Literal, TypeVar
 import msgspec
 
 from wherry_agent import cgroups, leash, readings
+from wherry_agent.answering.memory import HEADROOM
 from wherry_agent.canary_exit import GRACE_S, child_environment, classify_exit, peak_of, status_bytes
 from wherry_agent.children import (
     CourierAnswer,
@@ -67,7 +68,6 @@ STOP_S = 12.0
 """A worker that was told to end answers what is in flight within this time, or is killed."""
 HAND_OVER_SECONDS_MAX = 180.0
 """From the start of a worker that takes over until it answers for every model."""
-HEADROOM = 1.2
 SPARE_AFTER_S = 10.0
 """After a worker served what it was told; a start at once would compete with it."""
 SPARE_MEMORY_BYTES_MIN = 512 * 1024 * 1024

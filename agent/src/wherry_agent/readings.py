@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from wherry_agent import lean
+from wherry_agent.canary_exit import status_bytes
 from wherry_agent.conditions import Conditions
 from wherry_shared.errors import DeviceError
 from wherry_shared.facts import DeviceFacts
@@ -88,12 +90,8 @@ def memory_bytes(field: str) -> int:
 
 def process() -> dict[str, object]:
     """Return what this process takes: resident bytes, threads, and descriptors."""
-    resident = 0
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmRSS:"):
-            resident = int(line.split()[1]) * 1024
     return {
-        "resident_bytes": resident,
+        "resident_bytes": status_bytes(os.getpid(), "VmRSS"),
         "threads": threading.active_count(),
         "descriptors": len(list(Path("/proc/self/fd").iterdir())),
     }
