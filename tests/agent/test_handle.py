@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import grp
 import json
 import os
@@ -12,6 +13,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +31,7 @@ from wherry_agent.children import ArmStats, ServeModel
 from wherry_agent.handle import Model
 from wherry_agent.handle_server import HandleCrash, HandleServer, HandleVerdict, allowed
 from wherry_shared.engines import BadInput, EngineFault
+from wherry_shared.engines.canonical import BUCKET_BITS
 from wherry_shared.errors import RefusedError, UnreachableError
 from wherry_shared.sketch import Sketch
 
@@ -122,6 +126,30 @@ def test_swaps_under_concurrent_calls_fail_none_of_them(tmp_path: Path, supervis
     until(lambda: supervisor.server.leases() == set(), "the lease ends with the handle")
 
 
+def test_a_version_is_freed_as_soon_as_the_last_call_by_it_returns(tmp_path: Path, supervisor: Supervisor):
+    slow = loadable(models.slow(tmp_path / "slow.onnx", turns=20_000), "1.0.0")
+    supervisor.publish(slow)
+    answers: list[str] = []
+    with supervisor.model() as model:
+        loaded = model._loaded()[0]
+        session = weakref.ref(loaded.bound.session)
+        del loaded
+        caller = threading.Thread(target=lambda: answers.append(model.run(ONES).by.version))
+        before = time.process_time()
+        caller.start()
+        until(lambda: time.process_time() - before > 0.05, "the call is inside the engine")
+        gc.disable()  # a cycle would keep a whole model until somebody looks for cycles
+        try:
+            supervisor.publish_and_settle(loadable(models.scale(tmp_path / "2.onnx", 2.0), "2.0.0"))
+            assert model.run(ONES).by.version == "2.0.0"
+            assert answers or session() is not None
+            caller.join(60)
+            assert answers == ["1.0.0"]
+            until(lambda: session() is None, "the old session is gone")
+        finally:
+            gc.enable()
+
+
 def test_every_call_is_counted_once_even_across_a_swap(tmp_path: Path, supervisor: Supervisor):
     one = loadable(models.scale(tmp_path / "1.onnx", 1), "1.1.0")
     two = loadable(models.scale(tmp_path / "2.onnx", 2), "1.2.0")
@@ -190,7 +218,7 @@ def test_runs_are_folded_as_if_each_was_counted_alone(tmp_path: Path):
     counter = Counter(loadable(models.scale(tmp_path / "a.onnx", 2.0)), "incumbent")
     counter.leave_out(3)
     runs = [(bucket, 37 * number * number + bucket) for number in range(200) for bucket in (2, 9)]
-    counter.pending.extend(runs)
+    counter.pending.extend(engine_ns << BUCKET_BITS | bucket for bucket, engine_ns in runs)
     counter.fold()
     expected = {"2": Sketch(), "9": Sketch()}
     for bucket, engine_ns in runs[3:]:
@@ -244,6 +272,25 @@ def test_a_candidate_is_kept_out_of_the_process_until_it_is_confirmed(tmp_path: 
             assert supervisor.server.leases() == {candidate.digest}
             with pytest.raises(EngineFault, match="not_finite"):
                 model.run(NEGATIVE)
+        supervisor.server.close()
+
+
+def test_an_incumbent_that_fails_too_is_counted_like_any_other_failure(tmp_path: Path):
+    good = loadable(models.root(tmp_path / "good.onnx"))
+    candidate = loadable(models.root(tmp_path / "new.onnx"), "1.1.0")
+    with worker(tmp_path) as process:
+        supervisor = Supervisor(tmp_path, str(process.unix_path))
+        supervisor.publish(good)
+        with supervisor.model() as model:
+            process.serve(ServeModel(name="scale", active=candidate, incumbent=good, trial="t"))
+            supervisor.publish_and_settle(candidate, incumbent=good, trial="t")
+            with pytest.raises(EngineFault, match="not_finite"):
+                model.run(NEGATIVE)
+
+            def counted() -> bool:
+                return any((one.arm, one.errors) == ("incumbent", 1) for one in supervisor.server.drain_stats())
+
+            until(counted, "the incumbent's failure is told")
         supervisor.server.close()
 
 

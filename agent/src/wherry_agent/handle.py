@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter_ns
 from types import TracebackType
 from typing import Any, Self
 
@@ -39,7 +38,7 @@ from wherry_agent.handle_remote import RemoteAnswer, WorkerClient
 from wherry_agent.lines import LineWriter, read_lines
 from wherry_shared import reasons
 from wherry_shared.bundle import Contract, Interface, incompatibilities
-from wherry_shared.engines.canonical import Bound
+from wherry_shared.engines.canonical import ShortWay
 from wherry_shared.engines.errors import BadInput, EngineFault
 from wherry_shared.engines.session import Array
 from wherry_shared.errors import RefusedError, UnreachableError, WherryError
@@ -137,12 +136,24 @@ class _InProcess:
     """A trusted version in this process: the short way."""
 
     loaded: Loaded
-    bound: Bound
-    """That of `loaded`."""
+    run_timed: ShortWay
+    """`short_way` of `loaded`."""
     counter: Counter
     served: Served
-    left_behind: Callable[[tuple[int, int]], None]
+    left_behind: Callable[[int], None]
     """`append` of the counter's pending runs."""
+
+    def answer(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> Answer:
+        """Run; fold the counts later."""
+        answer = Answer()
+        answer.by = self.served
+        try:
+            self.left_behind(self.run_timed(answer, inputs, outputs))
+        except EngineFault as fault:
+            self.counter.failed(str(fault), fallback=False)
+            raise
+        self.counter.seen = answer
+        return answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +242,6 @@ class Model:
         self,
         inputs: Mapping[str, Array],
         outputs: Sequence[str] | None = None,
-        *,
         sequence: str = "",
         sequence_start: bool = False,
         sequence_end: bool = False,
@@ -251,23 +261,12 @@ class Model:
             EngineFault: the model failed on it, and no incumbent could answer.
             UnreachableError: `no_model`, the device has no version any more, or `worker_gone`.
         """
+        # the last three are not keyword-only, since CPython looks up each default of those in every call
         engaged = self._engaged
         if sequence:
             return self._run_in_sequence(engaged, inputs, outputs, Ask("", sequence, sequence_start, sequence_end))
         if engaged.__class__ is _InProcess:
-            bound = engaged.bound
-            bucket = bound.check(inputs)
-            answer = Answer()
-            answer.by = engaged.served
-            started = perf_counter_ns()
-            try:
-                bound.run_into(answer, inputs, outputs)
-            except EngineFault as fault:
-                engaged.counter.failed(str(fault), fallback=False)
-                raise
-            engaged.left_behind((bucket, perf_counter_ns() - started))
-            engaged.counter.seen = answer
-            return answer
+            return engaged.answer(inputs, outputs)
         return self._run_on_trial(engaged, inputs, outputs)
 
     def predict(
@@ -399,16 +398,7 @@ class Model:
         """What `run` does, on a reference that was read before."""
         if not isinstance(engaged, _InProcess):
             return self._run_on_trial(engaged, inputs, outputs)
-        bucket = engaged.bound.check(inputs)
-        started = perf_counter_ns()
-        try:
-            results = engaged.bound.run_checked(inputs, outputs)
-        except EngineFault as fault:
-            engaged.counter.failed(str(fault), fallback=False)
-            raise
-        engaged.left_behind((bucket, perf_counter_ns() - started))
-        engaged.counter.seen = results
-        return Answer.of(results, engaged.served, fallback=False)
+        return engaged.answer(inputs, outputs)
 
     def _again(self, engaged: _Engaged | None, raw: Raw, answer: Answer) -> Answer:
         """Run once more by the version that answered, on what its own pre-processing makes of `raw`."""
@@ -477,13 +467,7 @@ class Model:
 
     @staticmethod
     def _by_incumbent(incumbent: _InProcess, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> Answer:
-        bound = incumbent.bound
-        bucket = bound.check(inputs)
-        started = perf_counter_ns()
-        results = bound.run_checked(inputs, outputs)
-        incumbent.left_behind((bucket, perf_counter_ns() - started))
-        incumbent.counter.seen = results
-        return Answer.of(results, incumbent.served, fallback=True)
+        return Answer.of(incumbent.answer(inputs, outputs), incumbent.served, fallback=True)
 
     def _no_model(self) -> WherryError:
         return UnreachableError(
@@ -593,7 +577,7 @@ class Model:
         if loaded is None:
             loaded = load_variant(loadable)
             counter.leave_out(RUNS_LEFT_OUT)
-        return _InProcess(loaded, loaded.bound, counter, _served(loadable, ""), counter.pending.append)
+        return _InProcess(loaded, loaded.bound.short_way(), counter, _served(loadable, ""), counter.pending.append)
 
     def _inline(self, serve: ServeModel, have: dict[tuple[str, str, str], Loaded]) -> _Inline:
         active = have.get(key_of(serve.active)) or load_variant(serve.active)

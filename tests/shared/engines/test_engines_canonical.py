@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper
 
 from tests.shared.engines import models
 from wherry_shared.bundle import Bounds, Interface, TensorSpec
 from wherry_shared.engines import BadInput, EngineFault, bf16, load
-from wherry_shared.engines.canonical import Bound, all_finite
+from wherry_shared.engines.canonical import BUCKET_BITS, Bound, all_finite
 
 
 def bound(path: Path, **options) -> Bound:
@@ -55,8 +57,6 @@ def test_the_interface_decides_what_the_caller_may_send(tmp_path: Path, inputs, 
 
 
 def test_a_named_axis_has_one_length_in_all_inputs(tmp_path: Path):
-    from onnx import helper
-
     path = models.save(
         tmp_path / "m.onnx",
         [helper.make_node("Add", ["a", "b"], ["y"])],
@@ -85,6 +85,94 @@ def test_nan_and_inf_are_the_models_fault_where_forbidden(tmp_path: Path):
     assert caught.value.code == "not_finite"
     allowed = Bound(load(path, "onnx"), models.interface(finite=False))
     assert np.isnan(allowed.run(bad)["y"]).all()
+
+
+def unpacked(packed: int) -> tuple[int, int]:
+    return packed >> BUCKET_BITS, packed & (1 << BUCKET_BITS) - 1
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 64])
+@pytest.mark.parametrize("finite", [True, False])
+def test_the_short_way_gives_what_check_and_run_give(tmp_path: Path, rows: int, finite: bool):
+    model = Bound(load(models.scale(tmp_path / "m.onnx", 2.0), "onnx"), models.interface(finite=finite))
+    short = model.short_way()
+    x = np.arange(rows * 4, dtype=np.float32).reshape(rows, 4)
+    for inputs, outputs in (({"x": x}, None), ({"x": x}, None), ({"x": x}, ["y"]), (MappingProxyType({"x": x}), None)):
+        results: dict[str, np.ndarray] = {}
+        engine_ns, bucket = unpacked(short(results, inputs, outputs))
+        assert {name: value.tolist() for name, value in results.items()} == {"y": (2 * x).tolist()}
+        assert bucket == model.check({"x": x})
+        assert 0 < engine_ns < 10**10
+
+
+def test_the_short_way_refuses_and_blames_as_the_long_one(tmp_path: Path):
+    model = bound(models.root(tmp_path / "m.onnx"))
+    short = model.short_way()
+    good = np.ones((1, 4), np.float32)
+    for _ in range(2):  # before and after the shapes are known
+        for inputs in ({}, {"x": good.astype(np.float64)}, {"x": good, "w": good}, {"w": good}, {"x": np.ones((1, 5))}):
+            with pytest.raises(BadInput):
+                short({}, inputs, None)
+        with pytest.raises(BadInput):
+            short({}, {"x": good}, ["nope"])
+        for rows in (1, 2, 9):
+            for bad in (np.nan, -1.0):
+                x = np.ones((rows, 4), np.float32)
+                x[-1, 2] = bad
+                with pytest.raises(EngineFault, match="not_finite"):
+                    short({}, {"x": x}, None)
+            results: dict[str, np.ndarray] = {}
+            short(results, {"x": np.full((rows, 4), 4, np.float32)}, None)
+            assert (results["y"] == 2).all()
+
+
+def test_the_short_way_takes_large_numbers_for_finite(tmp_path: Path):
+    x = helper.make_tensor_value_info("x", TensorProto.DOUBLE, ["n", 4])
+    y = helper.make_tensor_value_info("y", TensorProto.DOUBLE, ["n", 4])
+    path = models.save(tmp_path / "m.onnx", [helper.make_node("Identity", ["x"], ["y"])], [x], [y])
+    spec = {"datatype": "FP64", "shape": ["n", 4]}
+    interface = Interface(
+        inputs=[TensorSpec(name="x", **spec)], outputs=[TensorSpec(name="y", **spec)], dims={"n": Bounds()}
+    )
+    short = Bound(load(path, "onnx"), interface).short_way()
+    huge = np.full((1, 4), np.finfo(np.float64).max)
+    for _ in range(3):
+        results: dict[str, np.ndarray] = {}
+        short(results, {"x": huge}, None)
+        assert (results["y"] == huge).all()
+
+
+def test_the_short_way_says_what_the_engine_said(tmp_path: Path):
+    model = bound(models.choosy(tmp_path / "m.onnx"))
+    short = model.short_way()
+    short({}, {"x": np.ones((1, 4), np.float32)}, None)
+    with pytest.raises(EngineFault, match="run_failed"):
+        short({}, {"x": np.full((1, 4), 9, np.float32)}, None)
+    model.close()
+    with pytest.raises(RuntimeError, match="closed session"):
+        short({}, {"x": np.ones((1, 4), np.float32)}, None)
+
+
+def test_a_model_of_several_tensors_and_a_fixed_batch_has_a_short_way_too(tmp_path: Path):
+    two = models.save(
+        tmp_path / "two.onnx",
+        [helper.make_node("Add", ["a", "b"], ["sum"]), helper.make_node("Sub", ["a", "b"], ["less"])],
+        [models.floats("a", ["n"]), models.floats("b", ["n"])],
+        [models.floats("sum", ["n"]), models.floats("less", ["n"])],
+    )
+    interface = Interface(
+        inputs=[TensorSpec(name=name, datatype="FP32", shape=["n"]) for name in ("a", "b")],
+        outputs=[TensorSpec(name=name, datatype="FP32", shape=["n"]) for name in ("sum", "less")],
+        dims={"n": Bounds()},
+    )
+    one = np.ones(1, np.float32)
+    results: dict[str, np.ndarray] = {}
+    _, bucket = unpacked(Bound(load(two, "onnx"), interface).short_way()(results, {"a": one, "b": one}, None))
+    assert ({name: value.tolist() for name, value in results.items()}, bucket) == ({"sum": [2.0], "less": [0.0]}, 1)
+    batched = bound(models.scale(tmp_path / "m.onnx", 2.0, batch=4), batch=4).short_way()
+    results = {}
+    batched(results, {"x": np.ones((6, 4), np.float32)}, None)
+    assert results["y"].tolist() == [[2.0] * 4] * 6
 
 
 def test_nan_and_inf_in_bf16_are_found_in_its_bits(tmp_path: Path):

@@ -22,7 +22,7 @@ from wherry_agent.answering.intact import check_weights, read_golden_bytes
 from wherry_agent.answering.withheld import withhold
 from wherry_agent.children import ArmStats, Loadable
 from wherry_shared import golden, reasons
-from wherry_shared.engines.canonical import Bound, open_bound
+from wherry_shared.engines.canonical import BUCKET_BITS, Bound, open_bound
 from wherry_shared.engines.errors import EngineFault, OutOfMemory
 from wherry_shared.engines.session import Array, EngineLimits
 from wherry_shared.errors import DeviceError, RefusedError
@@ -130,8 +130,8 @@ class Counter:
     loadable: Loadable
     arm: ArmName
     trial: str = ""
-    pending: deque[tuple[int, int]] = field(default_factory=deque)
-    """Runs that callers left behind without waiting for the lock; see `fold`."""
+    pending: deque[int] = field(default_factory=deque)
+    """Runs that callers left behind without waiting for the lock, as `canonical.ShortWay` returns them; see `fold`."""
     seen: Mapping[str, Array] | None = None
     """Outputs of the last of them: a sample for the class histogram, a few a second."""
     _fold_left_out: int = 0
@@ -205,7 +205,7 @@ class Counter:
             self._fold_left_out = runs
 
     def fold(self) -> None:
-        """Count the runs in `pending`, (bucket, engine time in ns) each: the handle's way, outside its calls."""
+        """Count the runs in `pending`: the handle's way, outside its calls."""
         seen, self.seen = self.seen, None
         found = self._top_classes(seen) if seen is not None and self._labelled is not None else None
         with self._lock:
@@ -218,7 +218,8 @@ class Counter:
             left_out = min(self._fold_left_out, len(runs))
             self._fold_left_out -= left_out
             if left_out < len(runs):
-                buckets, times_ns = (np.array(column, np.int64) for column in zip(*runs[left_out:], strict=True))
+                packed = np.array(runs[left_out:], np.int64)
+                times_ns, buckets = packed >> BUCKET_BITS, packed & (1 << BUCKET_BITS) - 1
                 for bucket in np.unique(buckets).tolist():
                     self._sketch(bucket).merge(_sketched(times_ns[buckets == bucket] / 1000))
 

@@ -76,14 +76,15 @@ class OrtSession:
         # `InferenceSession.run` checks names again and looks for providers to fall back to, 0.6 µs a call; what it wraps
         # is used where it is there, since names are checked here and there is one provider
         inner = getattr(session, "_sess", None)
-        self._run: Callable[[list[str], dict[str, Array], Any], list[Array]] = (
+        self.direct: Callable[[list[str], dict[str, Array], Any], list[Array]] = (
             inner.run if inner is not None else session.run
         )
+        """`run_checked` in one call of the engine, under the engine's own exceptions; `fault` makes ours of them."""
         if any(tensor.datatype == "BF16" for tensor in (*self._inputs, *self._outputs)):
             if any(tensor.datatype == "BYTES" for tensor in self._inputs):
                 raise EngineFault("load_failed", "onnxruntime takes no text from Python in a model that has BF16 too")
             halves = frozenset(tensor.name for tensor in self._inputs if tensor.datatype == "BF16")
-            self._run = _by_values(runtime.OrtValue, session, halves)
+            self.direct = _by_values(runtime.OrtValue, session, halves)
 
     def describe(self) -> tuple[list[NativeTensor], list[NativeTensor]]:
         """Return native inputs and outputs, in the order of the file."""
@@ -102,15 +103,19 @@ class OrtSession:
             options = self._run_options()
             interrupt.attach(lambda: setattr(options, "terminate", True))  # obeyed between two operators
         try:
-            return self._run(names, feed, options)
+            return self.direct(names, feed, options)
         except Exception as error:  # see __init__
-            if self._run is _closed:
-                raise RuntimeError("run on a closed session") from None
-            raise _converted(error, "run_failed", "onnxruntime failed to run the model") from error
+            raise self.fault(error) from error
+
+    def fault(self, error: Exception) -> Exception:
+        """Return what `run_checked` raises where `direct` raised `error`."""
+        if self.direct is _closed:
+            return RuntimeError("run on a closed session")
+        return _converted(error, "run_failed", "onnxruntime failed to run the model")
 
     def close(self) -> None:
         """Drop the session; it is freed when calls in flight return."""
-        self._run = _closed
+        self.direct = _closed
 
 
 def _by_values(
