@@ -333,12 +333,12 @@ ROWS = [
         ms=turn.FETCH_MS,
     ),
     Row(
-        "a canary that does not end is a verdict",
+        "a canary of which nothing is heard is no verdict",
         in_canary,
         lambda _: s.Tick(),
-        s.Idle,
-        ["Cancel", "Collect", "SendReports"],
-        [("failed", reasons.TIMEOUT)],
+        s.Waiting,
+        ["Cancel", "SendReports"],
+        [("waiting", reasons.CHILD_FAILED)],
         ms=120_000 + turn.JUDGE_GRACE_MS,
     ),
     Row(

@@ -698,9 +698,9 @@ def _judging(turn: Turn, name: str, slot: Slot, phase: Judging, event: SlotEvent
         case TaskFailed() if _speaks_of(event, job) and event.task == "judge":
             turn.trouble(name, slot, job, "judge", event)
         case Tick() if _overdue(phase, turn.now):
+            # A canary ends itself in time, and its parent does: what is silent still is the agent, or it slept.
             turn.effects.append(Cancel(name))
-            seconds = job.offered.trial.canary_s
-            turn.variant_failed(name, slot, job, reasons.TIMEOUT, f"no verdict of the canary in {seconds} s")
+            turn.trouble(name, slot, job, "judge", _late(name, job, "judge"))
         case Resolved() | Fetched() | TaskFailed() | CanaryDone():
             pass  # late: of another job or variant
         case Served():

@@ -300,7 +300,7 @@ class Checkers:
             for name, loadable in worker.serving.items():
                 if loadable.digest not in device.hands.passed:
                     self.object("only what a canary passed serves", device, f"{loadable.target} serves")
-                if loadable.digest not in device.hands.store:
+                if loadable.digest not in device.hands.store and loadable.digest in device.hands.wants:
                     self.object("only what is on disk serves", device, f"{loadable.target} serves")
                 self._old_or_new(device, name, loadable.manifest)
                 trial = worker.trial(name)

@@ -14,9 +14,10 @@ from wherry_simulators.network import CALM, ROUGH, STORM, Weather
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """Probabilities per opportunity. After `until_ms` nothing new goes wrong; what is under way still arrives."""
+    """Probabilities per opportunity. Outside its time nothing new goes wrong; what is under way still arrives."""
 
     until_ms: int = 0
+    from_ms: int = 0
     crash_before_journal: float = 0.0
     """The state was decided and never became durable."""
     crash_after_journal: float = 0.0

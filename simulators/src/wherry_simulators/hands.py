@@ -120,7 +120,7 @@ class Hands:
         return Work(WORKER_START_MS, act, worker=self.process)
 
     def _new_worker(self) -> Worker:
-        worker = Worker(self.device, self._behaviours, self._random, self.ledger)
+        worker = Worker(self.device, self._behaviours, self._random, self.ledger, self.store)
         worker.engine_version = self.engine
         return worker
 
@@ -137,6 +137,12 @@ class Hands:
         if work.worker:
             return work.worker == self.process != self._hung
         return not work.model or self._children.get(work.model) == work.child
+
+    @property
+    def wants(self) -> set[str]:
+        """Digests that the worker is to have loaded once it did all that it was told."""
+        wanted = self._told.models if self._told is not None else ()
+        return {one.digest for model in wanted for one in (model.active, model.incumbent) if one is not None}
 
     def has(self, manifest: str, variant: str) -> bool:
         """Tell whether the files of a variant are on disk."""
@@ -175,7 +181,7 @@ class Hands:
             case s.Refresh():
                 return [self._refresh(now, trouble)]
             case s.Collect(keep):
-                self.store &= {loadable.digest for loadable in keep}
+                self.store.intersection_update(loadable.digest for loadable in keep)
                 return []
             case s.Mend():
                 return []  # simulated disks keep what they have

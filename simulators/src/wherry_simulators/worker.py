@@ -8,6 +8,7 @@ forgets everything when it dies.
 from __future__ import annotations
 
 import random
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from wherry_agent.children import ArmStats, GoldenDone, Loadable, RunGolden, Serve, ServeModel, Serving, Stats
@@ -84,8 +85,12 @@ class MachineDownError(Exception):
 class Worker:
     """Serves by the table. `None` from a method that answers means: it died doing that."""
 
-    def __init__(self, device: str, behaviours: Behaviours, source: random.Random, ledger: Ledger) -> None:
+    def __init__(
+        self, device: str, behaviours: Behaviours, source: random.Random, ledger: Ledger, store: AbstractSet[str]
+    ) -> None:
+        """`store`: digests of the files that are on disk; what is in memory outlives its file."""
         self._device = device
+        self._store = store
         self._behaviours = behaviours
         self._random = source
         self._serving: dict[str, ServeModel] = {}
@@ -157,7 +162,8 @@ class Worker:
         """Load what `wanted` needs; return the reason for which the active variant cannot be loaded."""
         arm = self._arms.get(wanted.active.digest)
         if arm is None:
-            reason = self._behaviours.variant(self._device, wanted.active).load
+            here = wanted.active.digest in self._store
+            reason = self._behaviours.variant(self._device, wanted.active).load if here else reasons.DISK
             if reason:
                 return reason
             arm = self._arms[wanted.active.digest] = _Arm(wanted.active)

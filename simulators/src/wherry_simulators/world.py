@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -92,6 +93,7 @@ class World:
         for name in names:
             source = random.Random(self._random.getrandbits(64))
             self.devices[name] = Device(self, name, brain, Hands(name, behaviours, source), source)
+        self._versions = {one.manifest: one.version for one in scenario.releases if one.model == MODEL}
         self.campaigns: dict[str, Campaign] = {}
         self._waiting = sorted(scenario.releases, key=lambda release: release.at_ms)
         self._silent = False
@@ -144,7 +146,8 @@ class World:
 
     def faults(self) -> Faults:
         """Return what may go wrong now."""
-        return self.scenario.faults if self.agenda.now_ms < self.scenario.faults.until_ms else self._calm
+        faults = self.scenario.faults
+        return faults if faults.from_ms <= self.agenda.now_ms < faults.until_ms else self._calm
 
     # --- server -----------------------------------------------------------------------------------
 
@@ -229,14 +232,14 @@ class World:
             return False
         return not any(self._checkers.not_settled(device) for device in self.devices.values())
 
+    def _version_on(self, device: Device) -> str:
+        """Return the version of `MODEL` that a device runs; empty if none."""
+        worker = device.hands.worker
+        loadable = worker.serving.get(MODEL) if worker is not None else None
+        return self._versions.get(loadable.manifest, "?") if loadable is not None else ""
+
     def _running(self) -> dict[str, int]:
-        versions = {release.manifest: release.version for release in self.scenario.releases if release.model == MODEL}
-        found: dict[str, int] = {}
-        for device in self.devices.values():
-            worker = device.hands.worker
-            loadable = worker.serving.get(MODEL) if worker is not None else None
-            version = versions.get(loadable.manifest, "?") if loadable is not None else ""
-            found[version] = found.get(version, 0) + 1
+        found = Counter(self._version_on(device) for device in self.devices.values())
         return dict(sorted(found.items()))
 
     def _check_ends(self) -> None:
@@ -259,11 +262,10 @@ class World:
         for word in sorted(self.scenario.said - said):
             self._checkers.object("devices say what they should", first, f"none said {word}")
         if self.scenario.ends_on:
-            for version, count in self._running().items():
+            for device in self.devices.values():
+                version = self._version_on(device)
                 if version not in self.scenario.ends_on:
-                    self._checkers.object(
-                        "devices end on what they should", first, f"{count} run {version or 'nothing'}"
-                    )
+                    self._checkers.object("devices end on what they should", device, f"it runs {version or 'nothing'}")
 
     def _result(self, seconds: float) -> Result:
         return Result(
