@@ -197,10 +197,10 @@ class Site:
             sign(root, remote, self.key)
             push(root, remote, self.key)
 
-    def deploy(self, version: str, device: str, *, trial_s: int = 1800, attempt: int = 1) -> None:
+    def deploy(self, version: str, device: str, *, trial_s: int = 1800, attempt: int = 1, model: str = MODEL) -> None:
         argv = [sys.executable, "-m", "wherry_server.cli", "--server", self.url, "--token", self.token, "deploy"]
         terms = ["--device", device, "--trial", str(trial_s), "--attempt", str(attempt), "--supersede"]
-        done = subprocess.run([*argv, f"{MODEL}:{version}", *terms], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*argv, f"{model}:{version}", *terms], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def stop(self) -> None:
@@ -268,10 +268,10 @@ class Agent:
         found: dict[str, Any] = shown["models"][MODEL]
         return found
 
-    def infer(self, first: float = 1.0) -> tuple[int, Any]:
+    def infer(self, first: float = 1.0, model: str = MODEL) -> tuple[int, Any]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         try:
-            connection.request("POST", f"/v2/models/{MODEL}/infer", json.dumps(infer_body([[first, 1.0, 2.0, 3.0]])))
+            connection.request("POST", f"/v2/models/{model}/infer", json.dumps(infer_body([[first, 1.0, 2.0, 3.0]])))
             answer = connection.getresponse()
             return answer.status, json.loads(answer.read())
         finally:

@@ -55,6 +55,8 @@ class Supervised:
         self.unix.listen(128)
         self.events: list[children.WorkerEvent] = []
         self.deaths: list[tuple[str, bool]] = []
+        self.ran: list[tuple[children.Ran, ...]] = []
+        """What each worker was running when it died."""
         self.gone: list[int] = []
         self.said: children.Serve = children.Serve(revision=0, models=[])
         self.loaded: set[str] = set()
@@ -63,7 +65,7 @@ class Supervised:
         self.worker = processes.WorkerProcess(
             [self.tcp, self.unix],
             on_event=self._heard,
-            on_death=lambda detail, ordered: self.deaths.append((detail, ordered)),
+            on_death=self._died,
             on_gone=self.gone.append,
             memory_reserve_bytes=0,
             **more,
@@ -74,6 +76,10 @@ class Supervised:
         self.events.append(event)
         if isinstance(event, children.Ready):
             self.worker.send(self.said)
+
+    def _died(self, detail: str, ordered: bool, ran: tuple[children.Ran, ...]) -> None:
+        self.ran.append(ran)
+        self.deaths.append((detail, ordered))
 
     def tell(self, *wanted: ServeModel) -> None:
         self.loaded |= {one.active.target.rpartition("/")[2] for one in wanted}

@@ -292,6 +292,15 @@ def test_a_worker_that_does_not_answer_for_its_models_is_bad(home: Home) -> None
             assert found(home, "worker") == ("ok", f"{worker.url} is ready with scale")
             codes["/v2/models/scale/ready"] = 404
             assert found(home, "worker") == ("bad", "scale answers 404 when asked whether it is ready")
+        hangs = {"http": worker.url, "models": installed, "worker_running": ["scale float"]}
+        with running(home, **hangs):
+            assert found(home, "worker")[1].endswith("whether it is ready; it is loading or running scale float")
+            codes["/v2/models/scale/ready"] = 200
+        deaths = {"count": 2, "at_most": 3, "while_running": {"scale": 1}}
+        with running(home, http=worker.url, models=installed, worker_deaths=deaths):
+            level, detail = found(home, "worker")
+            assert level == "note", "it serves, and somebody should know"
+            assert detail.endswith("it died 2 times of late, while it ran scale in 1 of them; 3 are allowed")
         with running(home, http=worker.url):
             assert found(home, "worker")[0] == "note", "nothing is installed that could answer"
     with running(home, http="http://127.0.0.1:1", models=installed):

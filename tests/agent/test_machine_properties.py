@@ -22,7 +22,7 @@ from tests.agent.builders import (
 )
 from wherry_agent import journal, machine, turn
 from wherry_agent import state as s
-from wherry_agent.children import Judged
+from wherry_agent.children import Judged, Ran
 from wherry_shared import reasons
 from wherry_shared.clock import MICROSECONDS, Now
 from wherry_shared.wire import Trial
@@ -116,7 +116,10 @@ def events(draw: Any, state: s.State) -> s.Event:
         case 10:
             return s.GoldenChecked(name, item.digest, trial, draw(st.booleans()))
         case 11:
-            return s.WorkerDied("x", draw(st.booleans()))
+            ran = [Ran(one.model, one.manifest, one.variant) for one in (item, loadable("1.0.0", model=name))]
+            return s.WorkerDied(
+                "x", draw(st.booleans()), tuple(draw(st.lists(st.sampled_from(ran), max_size=2, unique=True)))
+            )
         case 12:
             return s.WorkerReady()
         case 13:

@@ -153,7 +153,7 @@ class Running:
         self.worker = processes.WorkerProcess(
             [self.listener],
             on_event=lambda event, _: self.events.append(event),
-            on_death=lambda detail, ordered: self.deaths.append((detail, ordered)),
+            on_death=lambda detail, ordered, _: self.deaths.append((detail, ordered)),
             on_gone=self.gone.append,
             memory_reserve_bytes=0,
             argv=[sys.executable, str(path)],

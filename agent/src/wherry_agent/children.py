@@ -60,6 +60,14 @@ class Loadable(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return frozenset({self.digest, self.manifest, *(f"sha256:{name}" for name in names)})
 
 
+class Ran(msgspec.Struct, frozen=True, order=True):
+    """A version that the worker was loading or running when it died."""
+
+    model: str
+    manifest: str
+    variant: str
+
+
 # --- courier ------------------------------------------------------------------------------------
 
 

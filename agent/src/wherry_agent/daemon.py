@@ -33,7 +33,7 @@ import msgspec
 
 from wherry_agent import __version__, cgroups, children, identity, machine, readings, status, timestamp, turn
 from wherry_agent import state as s
-from wherry_agent.children import ArmStats
+from wherry_agent.children import ArmStats, Ran
 from wherry_agent.contracts import contract_of
 from wherry_agent.disk import Disk, device_error, disk_of
 from wherry_agent.downloads import Downloads
@@ -426,7 +426,9 @@ class Daemon:
         self._worker = WorkerProcess(
             self._listeners,
             on_event=lambda event, pid: self._queue.put(lambda: self._worker_event(event, pid)),
-            on_death=lambda detail, ordered: self._queue.put(lambda: self._worker_died(detail, ordered=ordered)),
+            on_death=lambda detail, ordered, ran: self._queue.put(
+                lambda: self._worker_died(detail, ordered=ordered, ran=ran)
+            ),
             on_gone=lambda pid: self._queue.put(lambda: self._worker_gone(pid)),
             memory_reserve_bytes=self._settings.memory_reserve_mb * MIB,
             grpc_port=self._settings.grpc_port,
@@ -1145,10 +1147,10 @@ class Daemon:
             log.warning("%s: the handles of processes %s do not answer; the swap goes on without them", name, late)
             self._turn(served)
 
-    def _worker_died(self, detail: str, *, ordered: bool) -> None:
+    def _worker_died(self, detail: str, *, ordered: bool, ran: tuple[Ran, ...] = ()) -> None:
         self._unsettled.clear()  # what it served is gone with it
         self._grpc_doing = "not served yet"
-        self._turn(s.WorkerDied(f"the worker ended with {detail}", ordered))
+        self._turn(s.WorkerDied(f"the worker ended with {detail}", ordered, ran))
 
     def _look(self, arms: list[ArmStats] | None = None, pid: int = 0) -> None:
         """Take the newest counts of worker and handles, and let the machine weigh those of candidates."""
@@ -1382,6 +1384,7 @@ class Daemon:
             "grpc": f"127.0.0.1:{self._settings.grpc_port}" if self._settings.grpc_port else "",
             "grpc_doing": self._grpc_doing if self._settings.grpc_port else "",
             "worker_pid": self._worker.pid,
+            "worker_running": sorted(f"{one.model} {one.variant}" for one in self._worker.running()),
             "handles": self._handles.describe(),
             "engines": [f"{e.name} {e.version}" for e in self._facts.engines] if self._facts is not None else [],
             "process": readings.process(),

@@ -546,8 +546,14 @@ def _worker(patient: Patient) -> Finding:
             silent[name or "the worker"] = code
     if silent:
         words = ", ".join(f"{name} answers {code}" for name, code in silent.items())
-        return bad(f"{words} when asked whether it is ready", "look at the agent's log, and at wherry-agent status")
-    return ok(f"{where.geturl()} is ready with {', '.join(serve)}")
+        running = ", ".join(patient.running.get("worker_running", []))
+        words += " when asked whether it is ready" + (f"; it is loading or running {running}" if running else "")
+        return bad(words, "look at the agent's log, and at wherry-agent status")
+    words = f"{where.geturl()} is ready with {', '.join(serve)}"
+    deaths = patient.running.get("worker_deaths")
+    if deaths:
+        return note(f"{words}; it {status.deaths_words(deaths)}")
+    return ok(words)
 
 
 def _offer(patient: Patient) -> Finding:

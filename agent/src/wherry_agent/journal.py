@@ -135,7 +135,7 @@ NAMES: dict[type[Any], dict[str, str]] = {
         "troubles": "troubles",
         "reason": "reason",
     },
-    s.Crashes: {"since": "since", "count": "count", "rebooted": "rebooted"},
+    s.Crashes: {"since": "since", "count": "count", "rebooted": "rebooted", "running": "while_running"},
     s.Told: {"since": "since", "waiting": "waiting"},
     s.Idle: {},
     s.Resolving: {"job": "job", "since": "since"},

@@ -32,7 +32,7 @@ from typing import assert_never
 import msgspec
 
 from wherry_agent import health, mending, upgrades
-from wherry_agent.children import Candidate
+from wherry_agent.children import Candidate, Loadable, Ran
 from wherry_agent.contracts import broken_by
 from wherry_agent.state import (
     Accepted,
@@ -849,7 +849,7 @@ def _returning(turn: Turn, name: str, slot: Slot, phase: Returning, event: SlotE
                 turn.returned(name, slot, phase)
             else:
                 _return_again(turn, name, slot, phase, event)
-        case WorkerDied() if event.ordered:
+        case WorkerDied() if event.ordered or (incumbent is not None and _elsewhere(event, incumbent.loadable)):
             pass  # the next worker is told the same; the deadline counts
         case WorkerDied() if phase.tries + 1 < RETURN_TRIES_MAX:
             turn.put(name, replace(slot, phase=replace(phase, tries=phase.tries + 1, since=Since.at(turn.now))))
@@ -1032,15 +1032,27 @@ def _prove(turn: Turn, name: str, slot: Slot, phase: OnTrial, *, enough: bool) -
 
 
 def _crashed(turn: Turn, name: str, slot: Slot, phase: Swapping | OnTrial | Proving, event: WorkerDied) -> None:
-    """A worker that dies while a candidate is on trial counts against the candidate."""
-    crashes = phase.crashes if event.ordered else phase.crashes + 1
+    """A worker that dies while a candidate is on trial counts against the candidate, unless it ran only others."""
+    loadable = phase.job.loadable
+    innocent = event.ordered or _elsewhere(event, loadable)
+    crashes = phase.crashes if innocent else phase.crashes + 1
     counts = _carried(phase.counts)
     if crashes > phase.job.offered.trial.crashes_max:
-        turn.go_back(name, slot, phase.job, reasons.CRASH, event.detail, counts, anyones=True)
+        anyones = len(event.ran) > 1 if event.ran else len(serving(turn.state)) > 1
+        turn.go_back(name, slot, phase.job, reasons.CRASH, event.detail, counts, anyones=anyones)
         return
     began = _began(phase)
     again = Swapping(phase.job, Since.at(turn.now), phase.trial, crashes, began, counts)
     turn.put(name, replace(slot, phase=again))
+
+
+def _ran(loadable: Loadable) -> Ran:
+    return Ran(loadable.model, loadable.manifest, loadable.variant)
+
+
+def _elsewhere(event: WorkerDied, loadable: Loadable) -> bool:
+    """Tell whether the worker is known to have died while it ran other versions, and not this one."""
+    return bool(event.ran) and _ran(loadable) not in event.ran
 
 
 def _began(phase: Swapping | OnTrial | Proving) -> Since | None:
@@ -1081,29 +1093,61 @@ def _try_later(turn: Turn, name: str, slot: Slot) -> None:
 
 
 def _worker_died(turn: Turn, event: WorkerDied) -> None:
-    """With a trial or a return under way the death is theirs; else it is counted, and a loop costs the last-confirmed."""
+    """A death is a trial's or a return's unless the worker ran only others; else it is counted, up to a loop."""
     turn.state = replace(turn.state, told=None)
-    busy = [name for name, slot in turn.state.models.items() if _occupies(slot.phase)]
+    theirs = [name for name, slot in turn.state.models.items() if _takes(slot, event)]
+    confirmed = [
+        name
+        for name, slot in turn.state.models.items()
+        if slot.incumbent is not None and _ran(slot.incumbent.loadable) in event.ran
+    ]
     for name in tuple(turn.state.models):
         _slot_step(turn, name, event)
-    if busy or event.ordered:
+    if theirs or event.ordered:
         return
     before = turn.state.crashes
     if before is None or before.since.elapsed_ms(turn.now) > CRASH_WINDOW_MS:
         before = Crashes(Since.at(turn.now), 0)
-    since = turn.since(before.since)
-    turn.state = replace(turn.state, crashes=Crashes(since, before.count + 1))
-    if before.count + 1 <= CRASHES_MAX:
-        return
-    turn.state = replace(turn.state, crashes=None)
+    running = {**before.running, **{name: before.running.get(name, 0) + 1 for name in confirmed}}
+    crashes = Crashes(turn.since(before.since), before.count + 1, running=running)
+    turn.state = replace(turn.state, crashes=crashes)
+    if crashes.count > CRASHES_MAX:
+        _break_loop(turn, crashes, event)
+
+
+def _takes(slot: Slot, event: WorkerDied) -> bool:
+    """Tell whether a death of the worker is to be counted in the trial, or in the return, of a model."""
+    phase = slot.phase
+    match phase:
+        case Swapping(job) | OnTrial(job) | Proving(job):
+            return not _elsewhere(event, job.loadable)
+        case Returning():
+            return slot.incumbent is None or not _elsewhere(event, slot.incumbent.loadable)
+        case _:
+            return False
+
+
+def _break_loop(turn: Turn, crashes: Crashes, event: WorkerDied) -> None:
+    """What ran in most of these deaths gives way, of several the one that was confirmed last."""
     suspects = [
-        (slot.incumbent.order, name)
+        (crashes.running.get(name, 0), slot.incumbent.order, name)
         for name, slot in turn.state.models.items()
         if slot.incumbent is not None and not isinstance(slot.phase, Safe)
     ]
-    if suspects:
-        _, name = max(suspects)
-        turn.give_up(name, turn.state.models[name], reasons.CRASH, event.detail, anyones=len(serving(turn.state)) > 1)
+    if not suspects:
+        turn.state = replace(turn.state, crashes=None)
+        return
+    times, _, name = max(suspects)
+    slot = turn.state.models[name]
+    phase = slot.phase
+    if isinstance(phase, Swapping | OnTrial | Proving):
+        # what it would give way to is not what is on trial: that goes first, and one more death breaks the loop
+        turn.go_back(name, slot, phase.job, reasons.CRASH, event.detail, phase.counts, anyones=True)
+        return
+    turn.state = replace(turn.state, crashes=None)
+    alone = times == crashes.count and len(event.ran) == 1
+    anyones = not alone and len(serving(turn.state)) > 1
+    turn.give_up(name, slot, reasons.CRASH, event.detail, anyones=anyones)
 
 
 def _crashes_over_boots(crashes: Crashes | None, now: Now) -> Crashes | None:

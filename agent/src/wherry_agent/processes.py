@@ -26,7 +26,7 @@ from typing import IO, Literal, TypeVar
 
 import msgspec
 
-from wherry_agent import cgroups, leash, readings
+from wherry_agent import cgroups, in_flight, leash, readings
 from wherry_agent.answering.memory import HEADROOM
 from wherry_agent.canary_exit import GRACE_S, child_environment, classify_exit, peak_of, status_bytes
 from wherry_agent.children import (
@@ -37,6 +37,7 @@ from wherry_agent.children import (
     Judge,
     Judged,
     Progress,
+    Ran,
     Ready,
     Serve,
     Serving,
@@ -62,6 +63,10 @@ RESTART_WAIT_MIN_S = 0.1
 RESTART_WAIT_MAX_S = 5.0
 ORDERED_CODES = frozenset({0, -signal.SIGKILL})
 """How a worker ends that was told to end, or was killed here; every other end is its own."""
+FROM_OUTSIDE_CODES = frozenset({-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP})
+"""Ends that say nothing of what ran: the kernel takes the largest process when memory is short, whoever needs it."""
+RAN_KNOWN_MAX = 512
+"""Versions that this process remembers to have named to a worker; a mark of any other stays without a name."""
 GONE_ERRNOS = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF})
 """What writing to a worker says when it ended, or closed its end."""
 STOP_S = 12.0
@@ -285,6 +290,8 @@ class _Seat:
         self.owes: set[str] = set()
         """Models that a worker about to take over has not answered for."""
         self.answers: dict[str, Serving] = {}
+        self.page = -1
+        """Where its worker notes what it runs."""
         self.thread = threading.Thread(target=main, args=(self,), name="worker", daemon=True)
 
     @property
@@ -320,7 +327,7 @@ class WorkerProcess:
         listeners: Sequence[socket.socket],
         *,
         on_event: Callable[[WorkerEvent, int], None],
-        on_death: Callable[[str, bool], None],
+        on_death: Callable[[str, bool, tuple[Ran, ...]], None],
         on_gone: Callable[[int], None],
         memory_reserve_bytes: int,
         grpc_port: int = 0,
@@ -333,7 +340,8 @@ class WorkerProcess:
         Args:
             listeners: inherited by every worker.
             on_event: gets what a worker says, and its process id.
-            on_death: gets how the worker ended that was to go on, and whether `restart` ended it.
+            on_death: gets how the worker ended that was to go on, whether `restart` ended it, and what it was running
+                (empty if that cannot be told).
             on_gone: gets the process id of every worker that answered and has ended, after its last event.
             memory_reserve_bytes: what a second worker leaves free.
             grpc_port: loopback port that each worker opens for gRPC when it can have it; 0: none.
@@ -354,6 +362,8 @@ class WorkerProcess:
         self._lock = threading.RLock()
         self._stopping = threading.Event()
         self._told: Serve | None = None
+        self._known: dict[int, Ran] = {}
+        """Mark → version, of all that a worker was told to serve."""
         self._peers: list[_Peer] = []
         self._seat = _Seat(self._life)
         self._seat.answered = True
@@ -381,12 +391,17 @@ class WorkerProcess:
         with self._lock:
             return self._spare.pid if self._spare is not None and self._spare.ready else 0
 
+    def running(self) -> tuple[Ran, ...]:
+        """Return what the worker is loading or running at this moment."""
+        return self._running(self._seat)
+
     def send(self, message: WorkerCommand) -> None:
         """Tell the worker something. One that is gone or does not listen hears it again when the next is ready."""
         with self._lock:
             seat, follower = self._seat, self._next
             if isinstance(message, Serve):
                 self._told = message
+                self._know(message)
         self._write(seat, message)
         if isinstance(message, Serve) and follower is not None and follower.ready:
             self._tell(follower, message)
@@ -451,7 +466,7 @@ class WorkerProcess:
         wait_s = 0.0
         while not self._stopping.is_set():
             seat.began = time.monotonic()
-            detail, code = self._one(seat)
+            detail, code, ran = self._one(seat)
             with self._lock:
                 spare = self._take_spare(seat)
                 pid = seat.pid
@@ -472,7 +487,7 @@ class WorkerProcess:
             if not current or self._stopping.is_set():
                 return
             log.warning("worker is gone: %s", detail)
-            self._on_death(detail, ordered)
+            self._on_death(detail, ordered, ran)
             if spare is not None:
                 log.info("worker %d was ready and takes its place", spare.pid)
                 self._on_event(Ready(pid=spare.pid), spare.pid)
@@ -481,14 +496,27 @@ class WorkerProcess:
             self._stopping.wait(wait_s)
             wait_s = min(max(wait_s * 2, RESTART_WAIT_MIN_S), RESTART_WAIT_MAX_S) if young else 0.0
 
-    def _one(self, seat: _Seat) -> tuple[str, int | None]:
-        """Run one worker to its end; say how it ended, and with which code (None: it did not begin)."""
+    def _one(self, seat: _Seat) -> tuple[str, int | None, tuple[Ran, ...]]:
+        """Run one worker to its end; say how it ended, with which code (None: it did not begin), and what it ran then."""
+        with self._lock:
+            seat.page = in_flight.make_page()
+        try:
+            detail, code = self._live(seat, seat.page)
+            ran = () if code is None or code in FROM_OUTSIDE_CODES else self._running(seat)
+        finally:
+            with self._lock:
+                os.close(seat.page)
+                seat.page = -1
+        while_running = ", ".join(f"{one.model} ({one.variant})" for one in ran if one.model)
+        return detail + (f" while it ran {while_running}" if while_running else ""), code, ran
+
+    def _live(self, seat: _Seat, page: int) -> tuple[str, int | None]:
         ours, theirs = socket.socketpair()
         giving, taking = passing_channel()
         with ours, giving:
             with theirs:
                 try:
-                    child, peer = self._start(theirs, giving, taking, seat.prepare)
+                    child, peer = self._start(theirs, giving, taking, seat.prepare, page)
                 except OSError as error:
                     taking.close()
                     return f"it could not be started: {error}", None
@@ -520,7 +548,7 @@ class WorkerProcess:
         return (f"signal {-code}" if code < 0 else f"exit code {code}"), code
 
     def _start(
-        self, control: socket.socket, giving: socket.socket, taking: socket.socket, prepare: str
+        self, control: socket.socket, giving: socket.socket, taking: socket.socket, prepare: str, page: int
     ) -> tuple[subprocess.Popen[bytes], _Peer]:
         with self._lock:
             descriptors = [listener.fileno() for listener in self._listeners]
@@ -534,18 +562,33 @@ class WorkerProcess:
                 "WHERRY_TAKE_FDS": ",".join(map(str, inherited)),
                 "WHERRY_GRPC_PORT": str(self._grpc_port),
                 "WHERRY_REGIONS_FD": str(self._regions),
+                "WHERRY_IN_FLIGHT_FD": str(page),
             }
             child = subprocess.Popen(
                 self._argv,
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 env=environment(extra),
-                pass_fds=[control.fileno(), giving.fileno(), self._regions, *descriptors, *inherited],
+                pass_fds=[control.fileno(), giving.fileno(), self._regions, page, *descriptors, *inherited],
             )
             self._forget_peers()
             peer = _Peer(taking)
             self._peers.append(peer)
         return child, peer
+
+    def _running(self, seat: _Seat) -> tuple[Ran, ...]:
+        with self._lock:
+            return in_flight.read_page(seat.page, self._known) if seat.page >= 0 else ()
+
+    def _know(self, serve: Serve) -> None:
+        for model in serve.models:
+            for one in (model.active, model.incumbent):
+                if one is not None:
+                    mark = in_flight.mark_of(one)
+                    self._known.pop(mark, None)  # the one that was told last is forgotten last
+                    self._known[mark] = Ran(one.model, one.manifest, one.variant)
+        while len(self._known) > RAN_KNOWN_MAX:
+            del self._known[next(iter(self._known))]
 
     def _forget_peers(self) -> None:
         for peer in [peer for peer in self._peers if peer.over]:

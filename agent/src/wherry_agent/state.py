@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from wherry_agent.children import ArmStats, Candidate, Judged, Loadable, ServeModel, Trust
+from wherry_agent.children import ArmStats, Candidate, Judged, Loadable, Ran, ServeModel, Trust
 from wherry_shared.bundle import Contract, Interface
 from wherry_shared.clock import Since
 from wherry_shared.wire import Mode, Offer, OfferedModel, Report, VariantTried
@@ -315,12 +315,14 @@ class TrustWatch:
 
 @dataclass(frozen=True, slots=True)
 class Crashes:
-    """Deaths of the worker outside trials, counted in a window, and on over boots until one of them passes without any."""
+    """Deaths of the worker that no trial caused, counted in a window, and on over boots until one passes without any."""
 
     since: Since
     count: int
     rebooted: bool = False
     """The machine was started since the last of them."""
+    running: Mapping[str, int] = field(default_factory=dict)
+    """Model → in how many of them its confirmed version was being loaded or run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -515,6 +517,8 @@ class WorkerDied:
 
     detail: str
     ordered: bool = False
+    ran: tuple[Ran, ...] = ()
+    """What it was loading or running; empty: nothing, or nobody knows, and then it may have been anybody's doing."""
 
 
 @dataclass(frozen=True, slots=True)

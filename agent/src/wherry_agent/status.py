@@ -21,7 +21,7 @@ from wherry_agent import state as s
 from wherry_agent.accepting import accepted
 from wherry_agent.disk import Disk
 from wherry_agent.journal import decode
-from wherry_agent.turn import flags_of, kind_of
+from wherry_agent.turn import CRASH_WINDOW_MS, CRASHES_MAX, flags_of, kind_of
 from wherry_shared.bundle import Interface
 from wherry_shared.clock import Now
 from wherry_shared.errors import RefusedError, WherryError
@@ -76,6 +76,7 @@ def describe(state: s.State, now: Now, *, name: str = "") -> dict[str, object]:
         "offer": [state.offer.epoch, state.offer.serial] if state.offer is not None else None,
         "trust": machine.trust_state(state, now) or ("ok" if state.trust is not None else "none yet"),
         "reports_owed": len(state.owed),
+        "worker_deaths": _deaths(state.crashes, now),
         "worker_engines": [f"{name} {version}" for name, version in sorted(state.engines.loaded.items())],
         "flags": dict(flags_of(state)),
         "offer_refused": state.offer.unsupported if state.offer is not None else "",
@@ -92,6 +93,12 @@ def describe(state: s.State, now: Now, *, name: str = "") -> dict[str, object]:
     }
 
 
+def _deaths(crashes: s.Crashes | None, now: Now) -> dict[str, object]:
+    if crashes is None or crashes.since.elapsed_ms(now) > CRASH_WINDOW_MS:
+        return {}
+    return {"count": crashes.count, "at_most": CRASHES_MAX, "while_running": dict(crashes.running)}
+
+
 def _contract(contract: Interface, by: str, preprocess: str | None) -> dict[str, object]:
     shown: dict[str, object] = {"by": by}
     for kind, specs in (("inputs", contract.inputs), ("outputs", contract.outputs)):
@@ -101,13 +108,15 @@ def _contract(contract: Interface, by: str, preprocess: str | None) -> dict[str,
     return shown
 
 
-def _model(slot: s.Slot) -> dict[str, object]:
+def _model(slot: s.Slot) -> dict[str, Any]:
     phase = slot.phase
-    shown: dict[str, object] = {"doing": phase_words(phase)}
+    shown: dict[str, Any] = {"doing": phase_words(phase)}
     if isinstance(phase, s.Swapping | s.OnTrial | s.Proving | s.Compared):
         loadable = phase.job.loadable
         shown["candidate"] = _version(loadable.target, loadable.variant, phase.job.tried)
         shown["trial"] = _trial(phase.job, phase.counts)
+        if not isinstance(phase, s.Compared):
+            shown["trial"]["crashes"] = phase.crashes
     elif not isinstance(phase, s.Idle | s.Safe):
         shown["candidate"] = {"target": phase.job.offered.target}
     if not isinstance(phase, s.Idle | s.Safe) and phase.job.offered.group:
@@ -262,6 +271,8 @@ def render(shown: dict[str, Any]) -> str:
             lines.append(f"handle   {one['model']} in process {one['pid']} ({one['isolation']}){late}")
     else:
         lines.append("agent    is not running; this is what its journal says")
+    if shown.get("worker_deaths"):
+        lines.append(f"worker   {deaths_words(shown['worker_deaths'])}")
     lines.append(f"trust    {shown['trust']}")
     if shown.get("offer_refused"):
         lines.append(f"offer    not acted on: {shown['offer_refused']}")
@@ -284,7 +295,8 @@ def render(shown: dict[str, Any]) -> str:
             lines.append(f"  group     {model['group']}, all or none")
         if "trial" in model:
             trial = model["trial"]
-            lines.append(f"  trial     {_how(trial)}{trial['requests']} requests, {trial['errors']} errors")
+            crashes = f", the worker died {trial['crashes']} times" if trial.get("crashes") else ""
+            lines.append(f"  trial     {_how(trial)}{trial['requests']} requests, {trial['errors']} errors{crashes}")
             if "compared" in trial:
                 agreed = f"{trial['agreed']} of {trial['compared']} answers agree with the incumbent's"
                 lines.append(f"    {agreed}, {trial['skipped']} runs left out for the CPU budget")
@@ -299,6 +311,13 @@ def render(shown: dict[str, Any]) -> str:
     if not shown["models"]:
         lines.append("\nno models yet")
     return "\n".join(lines)
+
+
+def deaths_words(deaths: dict[str, Any]) -> str:
+    """Say in words how often the worker died outside trials, and whose run it was."""
+    running = ", ".join(f"{model} in {times}" for model, times in sorted(deaths["while_running"].items()))
+    what = f", while it ran {running} of them" if running else ""
+    return f"died {deaths['count']} times of late{what}; {deaths['at_most']} are allowed"
 
 
 def _certificate(certificate: dict[str, str]) -> list[str]:

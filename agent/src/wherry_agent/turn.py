@@ -586,12 +586,11 @@ class Turn:
     ) -> None:
         """End a trial badly, with all of its group: serve the incumbents again, hold a verdict against the variant.
 
-        `anyones`: what happened may be the doing of any model that the worker serves; with several it is held against none.
+        `anyones`: what happened may be the doing of another version that the worker has; it is held against none.
         """
         mates = self.mates(name, job)
-        suspects = len(serving(self.state))
         over = reason not in (reasons.WITHDRAWN, reasons.SUPERSEDED)
-        if not anyones or suspects <= 1:
+        if not anyones:
             self.remember(job.loadable, reason, job.offered.attempt)
         unfit = reason == reasons.ENGINE_MISSING
         self._go_back(name, slot, job, reason, detail, counts, over=over, unfit=unfit)

@@ -68,6 +68,38 @@ def choosy(path: Path, factor: float = 2.0) -> Path:
     return save(path, nodes, [floats("x", ["n", 4])], [floats("y", ["n", 4])], [table, zero, one])
 
 
+DEADLY = -1.0
+"""What `brittle` dies of."""
+
+
+def brittle(path: Path, factor: float = 2.0) -> Path:
+    """y = factor · x, but where the input begins with `DEADLY` the process dies (SIGFPE on x86).
+
+    The least integer there is divided by -1 is more than the greatest; the engine only looks for a division by zero.
+    """
+    constants = [
+        numpy_helper.from_array(np.array(0, np.int64), "origin"),
+        numpy_helper.from_array(np.array(2, np.int64), "two"),
+        numpy_helper.from_array(np.array(1, np.int64), "one"),
+        numpy_helper.from_array(np.array(np.iinfo(np.int64).min, np.int64), "least"),
+        numpy_helper.from_array(np.array(0, np.float32), "none"),
+        numpy_helper.from_array(np.array(factor, np.float32), "factor"),
+    ]
+    nodes = [
+        helper.make_node("Gather", ["x", "origin"], ["row"], axis=0),
+        helper.make_node("Gather", ["row", "origin"], ["cell"], axis=0),
+        helper.make_node("Cast", ["cell"], ["asked"], to=TensorProto.INT64),
+        helper.make_node("Mul", ["asked", "two"], ["even"]),
+        helper.make_node("Add", ["even", "one"], ["divisor"]),  # odd: never 0, and -1 for -1 alone
+        helper.make_node("Div", ["least", "divisor"], ["quotient"]),
+        helper.make_node("Cast", ["quotient"], ["large"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["large", "none"], ["nothing"]),
+        helper.make_node("Mul", ["x", "factor"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "nothing"], ["y"]),
+    ]
+    return save(path, nodes, [floats("x", ["n", 4])], [floats("y", ["n", 4])], constants)
+
+
 def save_gather_out_of_range(path: Path) -> Path:
     """The graph of `choosy` but the index is always out of range."""
     table = numpy_helper.from_array(np.array([2.0], np.float32), "table")

@@ -21,6 +21,7 @@ import numpy as np
 from wherry_agent.answering.intact import check_weights, read_golden_bytes
 from wherry_agent.answering.withheld import withhold
 from wherry_agent.children import ArmStats, Loadable
+from wherry_agent.in_flight import UNREAD, Page, mark_of
 from wherry_shared import golden, reasons
 from wherry_shared.engines.canonical import BUCKET_BITS, Bound, open_bound
 from wherry_shared.engines.errors import EngineFault, OutOfMemory
@@ -53,6 +54,12 @@ class Loaded:
     runs_to_leave_out: int = RUNS_LEFT_OUT
     notes: dict[str, Any] = field(default_factory=dict)
     """What whoever serves it looks up in every request; it lives as long as the variant is loaded."""
+    page: Page = UNREAD
+    """Where every run of it is noted under `mark`, for the supervisor to read if it is the last one."""
+    mark: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.mark = mark_of(self.loadable)
 
     @property
     def version(self) -> str:
@@ -65,7 +72,7 @@ def key_of(loadable: Loadable) -> tuple[str, str, str]:
     return loadable.model, loadable.manifest, loadable.variant
 
 
-def load_variant(loadable: Loadable, limits: EngineLimits | None = None) -> Loaded:
+def load_variant(loadable: Loadable, limits: EngineLimits | None = None, page: Page = UNREAD) -> Loaded:
     """Load and warm a variant: its first runs allocate and are slow, and must not be a caller's.
 
     Raises:
@@ -74,13 +81,17 @@ def load_variant(loadable: Loadable, limits: EngineLimits | None = None) -> Load
         WherryError: see `engines.load`.
     """
     started = time.perf_counter()
-    check_weights(loadable)
-    bound = open_bound(loadable, limits)
-    inputs = _warm_inputs(loadable, bound)
-    for _ in range(WARM_RUNS):
-        if inputs is not None:
-            bound.run(inputs)
-    return Loaded(loadable, bound, (time.perf_counter() - started) * 1000)
+    slot = page.begin(mark_of(loadable))
+    try:
+        check_weights(loadable)
+        bound = open_bound(loadable, limits)
+        inputs = _warm_inputs(loadable, bound)
+        for _ in range(WARM_RUNS):
+            if inputs is not None:
+                bound.run(inputs)
+    finally:
+        page.end(slot)
+    return Loaded(loadable, bound, (time.perf_counter() - started) * 1000, page=page)
 
 
 def _warm_inputs(loadable: Loadable, bound: Bound) -> dict[str, Array] | None:

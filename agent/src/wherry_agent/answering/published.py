@@ -286,9 +286,13 @@ def _timed(
     interrupt: Interrupt | None = None,
 ) -> tuple[dict[str, Array], int]:
     results: dict[str, Array] = {}
-    started = time.perf_counter_ns()
-    loaded.bound.run_into(results, inputs, outputs, interrupt)
-    return results, time.perf_counter_ns() - started
+    slot = loaded.page.begin(loaded.mark)
+    try:
+        started = time.perf_counter_ns()
+        loaded.bound.run_into(results, inputs, outputs, interrupt)
+        return results, time.perf_counter_ns() - started
+    finally:
+        loaded.page.end(slot)
 
 
 def _counted(

@@ -286,12 +286,14 @@ class Shadow:
         meter.began_ns = time.clock_gettime_ns(meter.clock_id)
         wall, cpu = clock.now_s(), clock.thread_cpu_ns()
         engine_ns = 0
+        slot = self.loaded.page.begin(self.loaded.mark)
         try:
             bound = self.loaded.bound
             bucket = bound.check(inputs)
             results: dict[str, Array] = {}
             bound.run_into(results, inputs, outputs, interrupt)
         finally:
+            self.loaded.page.end(slot)
             engine_ns = clock.thread_cpu_ns() - cpu
             if self._threads > 1:  # what the engine's own threads used is not ours to see: no more than all the time
                 engine_ns = round((clock.now_s() - wall) * 1e9)

@@ -4,7 +4,7 @@
 `WHERRY_MEMORY_RESERVE_BYTES` what a swap leaves free on this machine. `WHERRY_PREPARE` names engines to import at once (a spare). `WHERRY_PASS_FD` is where open connections go when
 this worker makes way for another, `WHERRY_TAKE_FDS` where those of the workers before it come from.
 `WHERRY_GRPC_PORT` is a loopback port for gRPC; 0 or nothing leaves it off. `WHERRY_REGIONS_FD` holds registrations of shared
-memory that the worker before had.
+memory that the worker before had, `WHERRY_IN_FLIGHT_FD` is where this one notes what it runs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import socket
 import sys
 
 from wherry_agent.answering.memory import RESERVE_BYTES_DEFAULT
+from wherry_agent.in_flight import UNREAD, Page
 from wherry_agent.serving.ledger import Ledger
 from wherry_agent.serving.passing import PASS_SECONDS_MAX
 from wherry_agent.workers.worker import Worker
@@ -36,6 +37,8 @@ def main() -> int:
         grpc_port = int(os.environ.get("WHERRY_GRPC_PORT") or 0)
         regions = os.environ.get("WHERRY_REGIONS_FD", "")
         ledger = Ledger(int(regions)) if regions else None
+        in_flight = os.environ.get("WHERRY_IN_FLIGHT_FD", "")
+        page = Page(int(in_flight)) if in_flight else UNREAD
         reserve = int(os.environ.get("WHERRY_MEMORY_RESERVE_BYTES", RESERVE_BYTES_DEFAULT))
     except (KeyError, ValueError, OSError) as error:
         print(f"error: a worker is started by the supervisor ({type(error).__name__}: {error})", file=sys.stderr)  # noqa: T201
@@ -53,6 +56,7 @@ def main() -> int:
         take_over=take_over,
         grpc_port=grpc_port,
         ledger=ledger,
+        page=page,
     )
     worker.run()
     # an engine may still be in a run that nobody waits for; its thread, back from native code into an interpreter that

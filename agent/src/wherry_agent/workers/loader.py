@@ -23,6 +23,7 @@ from wherry_agent.answering.published import Published
 from wherry_agent.answering.registry import Registry
 from wherry_agent.answering.route import route_of
 from wherry_agent.children import Loadable, Serve, ServeModel, Serving
+from wherry_agent.in_flight import UNREAD, Page
 from wherry_agent.workers.lasting import Lasting
 from wherry_shared import reasons
 from wherry_shared.errors import WherryError
@@ -93,8 +94,10 @@ class Loader:
         on_first: Callable[[], None],
         reserve_bytes: int = memory.RESERVE_BYTES_DEFAULT,
         available_bytes: Callable[[], int] = memory.available_bytes,
+        page: Page = UNREAD,
     ) -> None:
         self._registry = registry
+        self._page = page
         self._say = say
         self._on_first = on_first
         """Called once, after the first desired state was reached as far as it can be."""
@@ -302,7 +305,7 @@ class Loader:
         return memory.fits_beside(loadable.peak_memory_bytes, self._reserve_bytes, self._available_bytes())
 
     def _load(self, loadable: Loadable) -> Loaded:
-        loaded = load_variant(loadable)
+        loaded = load_variant(loadable, page=self._page)
         weakref.finalize(loaded, self.freed.set)
         return loaded
 

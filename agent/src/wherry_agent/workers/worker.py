@@ -34,6 +34,7 @@ from wherry_agent.children import (
     WorkerCommand,
     encode_line,
 )
+from wherry_agent.in_flight import UNREAD, Page
 from wherry_agent.lines import LineWriter, read_lines
 from wherry_agent.serving.flags import Flags
 from wherry_agent.serving.ledger import Ledger
@@ -74,6 +75,7 @@ class Worker:
         take_over: Sequence[socket.socket] = (),
         grpc_port: int = 0,
         ledger: Ledger | None = None,
+        page: Page = UNREAD,
     ) -> None:
         self._control = control
         self._writer = LineWriter(control)
@@ -95,6 +97,7 @@ class Worker:
             on_candidate_error=self._hurry,
             on_first=self._start,
             reserve_bytes=reserve_bytes,
+            page=page,
         )
         self._ticker = threading.Thread(target=self._tell, name="stats", daemon=True)
 
@@ -164,7 +167,11 @@ class Worker:
 
         def run(inputs: dict[str, golden.Array]) -> dict[str, golden.Array]:
             with self._gate:
-                return loaded.bound.run(inputs)
+                slot = loaded.page.begin(loaded.mark)
+                try:
+                    return loaded.bound.run(inputs)
+                finally:
+                    loaded.page.end(slot)
 
         try:
             misses = golden.check(read_golden(loaded.loadable), run)
