@@ -38,6 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         made.release("1.1.0", models.scale(folder / "two.onnx", 3.0))
         made.release("1.2.0", models.choosy(folder / "choosy.onnx", 3.0))
         made.release("1.3.0", models.scale(folder / "four.onnx", 4.0), spoil=True)
+        made.release("1.4.0", models.scale(folder / "five.onnx", 5.0))
         yield made
 
 
@@ -243,6 +244,33 @@ def test_an_agent_killed_in_a_trial_goes_on_with_it(device: Agent, server: Site)
     versions = device.ask(60)
     assert set(versions) == {"1.1.0"}
     device.until_serves("1.1.0")
+
+
+def test_a_candidate_under_which_the_agent_goes_down_each_time_is_bad_and_one_that_is_stopped_is_not(
+    device: Agent, server: Site
+) -> None:
+    server.deploy("1.4.0", "bench-1")
+    device.until_doing("on trial")
+    assert device.stop() == 0
+    device.start()
+    trial = device.until_doing("on trial")["trial"]
+    assert (trial["restarts"], trial["downs"]) == (1, 0)
+    for downs in (1, 2, 3):
+        orphans = children_of(device.child.pid)
+        device.kill()
+        until(lambda left=orphans: not any(alive(pid) for pid in left), "its children died with it")
+        device.start()
+        if downs < 3:
+            assert device.until_doing("on trial")["trial"]["downs"] == downs
+    model = device.until_serves("1.1.0")
+    assert (model["last_report"]["state"], model["last_report"]["reason"]) in {
+        ("returned", "device_down"),
+        ("confirmed", ""),  # when the halted rollout's offer came after it
+    }
+    assert set(device.ask(3)) == {"1.1.0"}
+    state, _ = Journal(Disk(), device.home / "journal.json").read(lambda: "new")
+    assert state is not None
+    assert "device_down" in {bad.reason for bad in state.known_bad}
 
 
 def test_a_server_that_was_away_and_whose_broker_forgot_everything_is_caught_up_with(

@@ -976,27 +976,6 @@ def test_resume(sentence: str, start: Callable[[], s.State], then: type, effect:
     assert "SendReports" in kinds(effects)
 
 
-def test_the_third_restart_in_a_trial_goes_back_without_blame() -> None:
-    state = updating()
-    for _ in range(2):
-        state, _ = restart(state)
-        state, _ = run(state, s.WorkerReady(), served(state, "1.1.0"))
-        assert isinstance(phase(state), s.OnTrial)
-    state, _ = restart(state)
-    assert isinstance(phase(state), s.Returning)
-    state, _ = run(state, s.WorkerReady(), served(state, "1.0.0"))
-    assert told(state)[-1] == ("returned", reasons.RESTARTS)
-    assert state.known_bad == ()
-
-
-def test_a_canary_that_takes_the_machine_down_is_not_tried_for_ever() -> None:
-    state = in_canary()
-    for number in range(5):
-        state, _ = restart(state, boot=f"boot-{number}")
-    assert isinstance(phase(state), s.Idle)
-    assert told(state)[-1] == ("failed", reasons.RESTARTS)
-
-
 def test_a_trial_keeps_its_time_over_a_restart_and_begins_it_anew_after_a_reboot() -> None:
     same, _ = restart(updating(), ms=50_000)
     same, _ = run(same, served(same, "1.1.0"), ms=50_000)

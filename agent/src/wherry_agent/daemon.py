@@ -173,6 +173,20 @@ class Daemon:
         signal.signal(signal.SIGHUP, lambda *_: self._queue.put(self._look_again))
         signal.signal(signal.SIGUSR1, lambda *_: self._queue.put(s.HandOverAsked("the operator asked for it")))
         effects = self._take_up()
+        try:
+            self._begin(effects)
+        except Exception:
+            self._turn(s.Stopping())  # what keeps the agent from starting is not what it tries
+            raise
+        log.info("agent %s of device %s serves on port %d", __version__, self._identity.device, self.http_port)
+        try:
+            self._loop()
+        finally:
+            self._end()
+        return 0
+
+    def _begin(self, effects: tuple[s.Effect, ...]) -> None:
+        """Start everything that the loop watches."""
         self._buffer = Buffer(self._home / "telemetry.db", self._settings.telemetry_mb * MIB)
         self._listen()
         self._handles.publish_flags(dict(flags_of(self._state)))
@@ -204,12 +218,6 @@ class Daemon:
         if self._notifier.watched:
             self._beat()
         self._later("ready", READY_S, self._notifier.ready)
-        log.info("agent %s of device %s serves on port %d", __version__, self._identity.device, self.http_port)
-        try:
-            self._loop()
-        finally:
-            self._end()
-        return 0
 
     def _take_up(self) -> tuple[s.Effect, ...]:
         """Take the home, find out who this device is and where it was; return the effects to repeat."""
@@ -270,6 +278,7 @@ class Daemon:
             self._run_timers()
 
     def _stop(self) -> None:
+        self._turn(s.Stopping())
         self._stopping = True
 
     def _beat(self) -> None:

@@ -48,6 +48,7 @@ from wherry_agent.state import (
     Crashes,
     Declared,
     Declares,
+    Downs,
     Effect,
     Engines,
     EnginesProbed,
@@ -82,6 +83,7 @@ from wherry_agent.state import (
     Slot,
     SlotEvent,
     State,
+    Stopping,
     Swapping,
     Task,
     TaskFailed,
@@ -97,6 +99,8 @@ from wherry_agent.turn import (
     CRASH_WINDOW_MS,
     CRASHES_MAX,
     DECIDING,
+    DOWNS_MIN,
+    DOWNS_ORDINARY,
     FAULTS_MAX,
     FETCH_MS,
     GROUP_WAIT_MS,
@@ -105,11 +109,13 @@ from wherry_agent.turn import (
     PROVE_MS,
     REFRESH_MS,
     RESOLVE_MS,
+    RESTARTS_MAX,
     RETRY_MAX_MS,
     RETRY_MIN_MS,
     RETURN_MS,
     RETURN_TRIES_MAX,
     SERVE_MS,
+    STEADY_MS,
     SWAP_MS,
     TRIED_MAX,
     Turn,
@@ -173,7 +179,10 @@ def step(state: State, event: Event, now: Now) -> tuple[State, tuple[Effect, ...
             _declare(turn, event)
         case WorkerDied():
             _worker_died(turn, event)
+        case Stopping():
+            return replace(state, stopped=True), ()
         case Tick() | Connected():
+            turn.state = replace(turn.state, downs=_downs_of_steady(turn.state.downs, now))
             turn.watch_trust(connected=isinstance(event, Connected))
             for name in tuple(turn.state.models):
                 _slot_step(turn, name, event)
@@ -213,7 +222,8 @@ def resume(state: State, now: Now) -> tuple[State, tuple[Effect, ...]]:
     default is to go back to the incumbent; each phase that goes on says why.
     """
     turn = Turn(state, now)
-    turn.state = replace(turn.state, told=None)
+    tried = [name for name, slot in state.models.items() if _is_tried(slot.phase)]
+    turn.state = replace(turn.state, told=None, stopped=False, downs=_downs_after(state, now, tried=bool(tried)))
     turn.resume_watch()
     turn.state = replace(turn.state, crashes=_crashes_over_boots(turn.state.crashes, now))
     upgrades.resume(turn)
@@ -236,18 +246,21 @@ def resume(state: State, now: Now) -> tuple[State, tuple[Effect, ...]]:
                 turn.put(name, replace(slot, phase=replace(phase, since=turn.since(phase.since))))
             case Judging(job):
                 # The canary touches nobody, unless it takes the whole machine down: so it is counted.
-                job = replace(job, restarts=job.restarts + 1)
-                if job.restarts >= job.offered.trial.restarts_max:
-                    turn.fail(name, slot, job, reasons.RESTARTS, "the device restarted during the canary too often")
+                job = _restarted(job, stopped=state.stopped, alone=len(tried) == 1)
+                reason, detail = _downed(job, state.downs)
+                if reason in reasons.VERDICTS:
+                    turn.variant_failed(name, slot, _unharmed(job), reason, detail)
+                elif reason:
+                    turn.fail(name, slot, job, reason, detail)
                 else:
                     turn.judge(name, slot, job)
             case Swapping(job) | OnTrial(job) | Proving(job):
                 # The candidate passed its canary and a power cut says nothing about it: the trial goes on, counted.
-                job = replace(job, restarts=job.restarts + 1)
+                job = _restarted(job, stopped=state.stopped, alone=len(tried) == 1)
                 counts = _carried(phase.counts)
-                if job.restarts >= job.offered.trial.restarts_max:
-                    detail = f"{job.restarts} restarts during the trial"
-                    turn.go_back(name, slot, job, reasons.RESTARTS, detail, counts)
+                reason, detail = _downed(job, state.downs)
+                if reason:
+                    turn.go_back(name, slot, job, reason, detail, counts)
                 else:
                     began = _began(phase)
                     began = turn.since(began) if began is not None else None
@@ -324,6 +337,8 @@ def next_deadline_ms(state: State, now: Now) -> int:
     if state.told is not None:
         left.append(_serve_ms(state, state.told) - state.told.since.elapsed_ms(now))
     left += upgrades.deadlines_ms(state.engines, now)
+    if state.downs is not None:
+        left.append(STEADY_MS - state.downs.since.elapsed_ms(now))
     left.append(_watch_ms(state.watch) - state.watch.since.elapsed_ms(now) if state.watch is not None else 0)
     return max(0, min(left))
 
@@ -546,7 +561,7 @@ def _adjust(turn: Turn, name: str, slot: Slot, phase: Swapping | OnTrial | Provi
     if before == now and now in DECIDING:
         pass  # a trial that decides ends under the terms under which it began
     elif before != now or not same_attempt(phase.job.offered, job.offered):
-        turn.begin_trial(name, slot, replace(job, restarts=0))  # it is here and proved: no download, no canary
+        turn.begin_trial(name, slot, _unharmed(job))  # it is here and proved: no download, no canary
     elif job != phase.job:
         turn.put(name, replace(slot, phase=replace(phase, job=job)))
         if job.offered.share != phase.job.offered.share and isinstance(phase, OnTrial):
@@ -1155,6 +1170,55 @@ def _crashes_over_boots(crashes: Crashes | None, now: Now) -> Crashes | None:
     if crashes is None or crashes.since.boot == now.boot:
         return crashes
     return None if crashes.rebooted else replace(crashes, since=Since.at(now), rebooted=True)
+
+
+# --- a machine that goes down --------------------------------------------------------------------
+
+
+def _is_tried(phase: Phase) -> bool:
+    return isinstance(phase, Judging | Swapping | OnTrial | Proving)
+
+
+def _restarted(job: Job, *, stopped: bool, alone: bool) -> Job:
+    """Count a restart while a candidate was tried; one that was ordered speaks against nobody."""
+    job = replace(job, restarts=job.restarts + 1)
+    return job if stopped else replace(job, downs=job.downs + 1, downs_shared=job.downs_shared or not alone)
+
+
+def _unharmed(job: Job) -> Job:
+    return replace(job, restarts=0, downs=0, downs_shared=False)
+
+
+def _downed(job: Job, ordinary: Downs | None) -> tuple[str, str]:
+    """Say why a candidate is not tried in this boot again, if the machine went down with it too often.
+
+    It is held against the candidate if nothing else was tried at those times, and if the machine did not go down just as
+    well before it came.
+    """
+    allowed = job.offered.trial.restarts_max
+    if job.downs < allowed or not job.downs:
+        total = f"{job.restarts} restarts while it was tried"
+        return (reasons.RESTARTS, total) if job.restarts >= RESTARTS_MAX else ("", "")
+    detail = f"the device went down {job.downs} times while it was tried"
+    if job.downs_shared:
+        return reasons.RESTARTS, f"{detail}, and something else was, too"
+    if ordinary is not None and ordinary.count >= DOWNS_ORDINARY:
+        return reasons.RESTARTS, f"{detail}, and {ordinary.count} times before without anything being tried"
+    return (reasons.DEVICE_DOWN if job.downs >= DOWNS_MIN else reasons.RESTARTS), detail
+
+
+def _downs_after(state: State, now: Now, *, tried: bool) -> Downs | None:
+    """Count how the life before this one ended, if nothing was tried in it though it could; this one begins now."""
+    count = state.downs.count if state.downs is not None else 0
+    count += not state.stopped and not tried and state.offer is not None
+    return Downs(Since.at(now), min(count, DOWNS_ORDINARY)) if count else None
+
+
+def _downs_of_steady(downs: Downs | None, now: Now) -> Downs | None:
+    return None if downs is not None and downs.since.elapsed_ms(now) >= STEADY_MS else downs
+
+
+# --- what was confirmed --------------------------------------------------------------------------
 
 
 def _incumbent_served(turn: Turn, name: str, slot: Slot, event: Served) -> None:

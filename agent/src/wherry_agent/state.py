@@ -80,7 +80,11 @@ class Job:
     troubles: int = 0
     """Troubles (network, disk, trust) in a row; sets the back-off."""
     restarts: int = 0
-    """Restarts of the supervisor or the machine while this candidate was run."""
+    """Restarts of the supervisor or the machine while this candidate was tried."""
+    downs: int = 0
+    """Of these, the ones that nobody had ordered."""
+    downs_shared: bool = False
+    """In one of them something else was tried as well: who took the machine down, nobody knows."""
     preprocess_id: str = ""
     reported: str = ""
     """Reason of the last trouble that was reported: the same one is not reported again."""
@@ -326,6 +330,15 @@ class Crashes:
 
 
 @dataclass(frozen=True, slots=True)
+class Downs:
+    """Ends of the agent that nobody had ordered, with nothing on trial, in a row; a life that lasts ends the row."""
+
+    since: Since
+    """When this life of the agent began."""
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Told:
     """A serving set that the worker was told, as long as it has not answered for all of it."""
 
@@ -385,6 +398,9 @@ class State:
     """Of the desired serving set; grows with every change of it."""
     confirmations: int = 0
     crashes: Crashes | None = None
+    downs: Downs | None = None
+    stopped: bool = False
+    """The agent was told to end: what is tried has not taken it down."""
     told: Told | None = None
     contracts: Mapping[str, Declared] = field(default_factory=dict)
     """Declared contracts by model, also of models that are not here yet."""
@@ -507,6 +523,11 @@ class HandedOver:
 
 
 @dataclass(frozen=True, slots=True)
+class Stopping:
+    """The agent was told to end, or cannot start for a reason of its own: the last event of a life that ends in order."""
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerReady:
     """A new worker process listens and serves nothing yet."""
 
@@ -622,6 +643,7 @@ DeviceEvent = (
     | HandedOver
     | Altered
     | Mended
+    | Stopping
 )
 SlotEvent = (
     Resolved

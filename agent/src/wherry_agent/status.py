@@ -144,6 +144,7 @@ def _trial(job: s.Job, counts: s.Counts) -> dict[str, object]:
         "errors": counts.errors + counts.earlier_errors,
         "fallbacks": counts.fallbacks + counts.earlier_fallbacks,
         "restarts": job.restarts,
+        "downs": job.downs,
     }
     if offered.mode == "shadow":
         shown |= {

@@ -74,6 +74,14 @@ FAULTS_MAX = 3
 CRASHES_MAX = 3
 """Worker deaths outside trials within CRASH_WINDOW_MS, or as early in boots that follow each other; one more is a loop."""
 CRASH_WINDOW_MS = 10 * 60_000
+RESTARTS_MAX = 100
+"""Restarts in one trial, however orderly: each begins its time anew, and it has to end."""
+DOWNS_MIN = 2
+"""Ends of the machine in a trial that speak against the candidate: one power cut says nothing, whatever the terms are."""
+DOWNS_ORDINARY = 2
+"""Ends of the machine in a row without a trial, after which one in a trial speaks against nobody."""
+STEADY_MS = 24 * 3600_000
+"""An agent that ran for so long is steady: what took the machine down before is over."""
 RETRY_MIN_MS = 5_000
 ALTERED_RETRY_S = 600.0
 """A candidate whose file the disk altered is fetched again no sooner: a bad disk must not cost a download in a loop."""

@@ -18,6 +18,8 @@ HEALTH_AGREEMENT = "health_agreement"
 """A shadow's answers differ from the incumbent's more often than its terms allow."""
 APPLICATION = "application"
 LOAD_FAILED = "load_failed"
+DEVICE_DOWN = "device_down"
+"""The device, or its agent, went down as often as the terms allow while this alone was tried, and does not otherwise."""
 
 VERDICTS = frozenset(
     {
@@ -31,6 +33,7 @@ VERDICTS = frozenset(
         HEALTH_AGREEMENT,
         APPLICATION,
         LOAD_FAILED,
+        DEVICE_DOWN,
     }
 )
 """Reasons that make a variant known-bad (architecture.md §3.8: golden, crash, memory, health)."""
@@ -80,4 +83,5 @@ SUPERSEDED = "superseded"
 GROUP = "group"
 """Another model of the same atomic group did not come through."""
 RESTARTS = "restarts"
-"""The device restarted too often during a trial: counted, returned, not held against the variant."""
+"""The device restarted too often while a candidate was tried, and so it does without one, or nobody knows for which
+candidate: counted, returned, not held against the variant."""

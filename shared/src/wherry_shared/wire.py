@@ -46,6 +46,7 @@ class Trial(_Wire, frozen=True, kw_only=True):
     latency_tail_min_ms: int = 20
     """A tail that grew by less than this is no evidence: a busy device is not a slow model."""
     restarts_max: int = 3
+    """As often as this the device may go down, without having been told to, while the candidate is tried; then it goes back."""
     crashes_max: int = 0
     """Worker crashes in the trial beyond this go back; 0: the first crash does."""
     deadline_ms: int = 10_000

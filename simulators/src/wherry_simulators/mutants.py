@@ -217,7 +217,7 @@ def _giving_up(slot: s.Slot, now: Now) -> s.Slot:  # noqa: ARG001  # the form of
 def _uncounted(slot: s.Slot, now: Now) -> s.Slot:  # noqa: ARG001  # the form of `_slots`
     job = getattr(slot.phase, "job", None)
     if isinstance(job, s.Job) and not isinstance(slot.phase, s.Idle | s.Safe):
-        return replace(slot, phase=replace(slot.phase, job=replace(job, restarts=0)))
+        return replace(slot, phase=replace(slot.phase, job=replace(job, restarts=0, downs=0)))
     return slot
 
 
