@@ -49,7 +49,7 @@ def test_weights_that_are_left_are_the_least_squares_answer(seed: int) -> None:
     kept = rng.random(weights.shape) < 0.5
     h /= np.mean(np.diag(h))
     single = weights.astype(np.float32)
-    fitted = prune._fit(single, single, kept, h.astype(np.float32), 40)
+    fitted = prune._fit(single, single, kept, h.astype(np.float32), 40, 0.0)
     for row in range(3):
         s = np.flatnonzero(kept[row])
         best = np.linalg.solve(h[np.ix_(s, s)], h[s] @ weights[row])

@@ -109,12 +109,14 @@ class SwarmChild:
     behaviours: Path
     logs: Path
     seed: int = 1
+    requests_per_s: float = 20.0
     child: Child | None = None
 
     def start(self) -> SwarmChild:
         """Start it; devices enrol over HTTP."""
         arguments = ["wherry_simulators.cli", "swarm", "--server", self.server, "--token", self.token]
         arguments += ["--devices", str(self.devices), "--behaviours", str(self.behaviours), "--seed", str(self.seed)]
+        arguments += ["--requests-per-s", str(self.requests_per_s)]
         self.child = Child("swarm", arguments, self.logs / "swarm.log").start()
         return self
 

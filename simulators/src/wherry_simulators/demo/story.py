@@ -30,8 +30,10 @@ from wherry_simulators.fleet import Agent, Server, SwarmChild, write_json
 from wherry_simulators.processes import Child, wait_for
 
 SWARM_DEVICES = 200
-REQUESTS_PER_S = 15.0
-"""By the client of each pilot agent."""
+REQUESTS_PER_S = 20.0
+"""By the client of each real camera."""
+SWARM_REQUESTS_PER_S = 80.0
+"""On each simulated device, where requests cost next to nothing: its trials are over soon."""
 STEP_S = 90.0
 """What one step of the story may take before it counts as stuck."""
 DROP_MAX = 0.015
@@ -169,7 +171,9 @@ class Demo:
         if self.outcome.swarm:
             token = self.server.token(self.outcome.swarm, {"role": "camera", "ring": "wide"})
             logs = self.folder / "logs"
-            self.swarm = SwarmChild(self.server.address, token, self.outcome.swarm, table, logs).start()
+            self.swarm = SwarmChild(
+                self.server.address, token, self.outcome.swarm, table, logs, requests_per_s=SWARM_REQUESTS_PER_S
+            ).start()
         expected = {"real": len(self.agents), "simulated": self.outcome.swarm}
         wait_for("all devices to enrol", lambda: self._counts() == expected, STEP_S, every_s=0.5)
         self.outcome.real = expected["real"]
