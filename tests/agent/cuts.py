@@ -32,7 +32,7 @@ from typing import Any
 import msgspec
 
 from tests.agent.builders import arm
-from wherry_agent import children, courier, identity, journal, machine, store
+from wherry_agent import children, courier, courier_blobs, identity, journal, machine, store
 from wherry_agent import state as s
 from wherry_agent.answering.intact import check_weights, read_golden_bytes
 from wherry_agent.daemon import Daemon
@@ -79,6 +79,8 @@ class Grid:
         workstation = with_publisher(self.trust, Workstation())
         self.manifests: list[str] = []
         self._metadata: list[dict[str, bytes]] = []
+        self.resumed = 0
+        """Answers that began in the middle of a blob."""
         self._blobs: dict[str, bytes] = {}
         self._infos: dict[str, bytes] = {}
         noise = random.Random(0)
@@ -122,6 +124,7 @@ class Grid:
             info = self._infos.get(digest)
             return Answer(404) if info is None else Answer(200, info)
         blob = self._blobs.get(digest)
+        self.resumed += blob is not None and headers.get("range", "bytes=0-") != "bytes=0-"
         return Answer(404) if blob is None else blob_answer(blob, f'"sha256:{digest}"', headers)
 
     def offer(self, serial: int, version: int) -> bytes:
@@ -608,7 +611,8 @@ SCENARIOS = (
     Scenario("confirm", "trial", 2, lambda a: to_confirmed(a, 2), (1, 2), 2, lambda a: to_confirmed(a, 2)),
     Scenario("return", "trial", 2, to_returned, (1, 2), 1, to_returned, known_bad=True),
     Scenario("collect", "third", 3, lambda a: to_confirmed(a, 3), (2, 3), 3, lambda a: to_confirmed(a, 3)),
-    Scenario("resume", "partial", 2, lambda a: to_trial(a, 2), (1, 2), 2, lambda a: to_confirmed(a, 2)),
+    Scenario("resume", "partial", 3, lambda a: to_trial(a, 3), (2, 3), 3, lambda a: to_confirmed(a, 3)),
+    Scenario("decode again", "decoding", 2, lambda a: to_trial(a, 2), (1, 2), 2, lambda a: to_confirmed(a, 2)),
     Scenario("remove", "one", 1, to_removed, (0, 1), 0, to_removed),
 )
 
@@ -630,7 +634,13 @@ def prepare(world: World) -> None:
         os.close(agent._lock_file or -1)
         world.save(name)
     litter(world.bench / "third" / "home")
-    world.restore("one")
+    interrupted(world, "two", 3, "partial")
+    interrupted(world, "one", 2, "decoding")
+
+
+def interrupted(world: World, start: str, version: int, name: str) -> None:
+    """Make a home whose courier died when a file that grows was synced for the first time."""
+    world.restore(start)
 
     class Stopped(BaseException):
         pass
@@ -640,15 +650,19 @@ def prepare(world: World) -> None:
             raise Stopped
 
     def install() -> None:
-        agent = Cut(world, 2, lambda role: Disk(stop) if role == "courier" else Disk())
+        agent = Cut(world, version, lambda role: Disk(stop) if role == "courier" else Disk())
         agent.boot()
-        offered(agent, 2)
+        offered(agent, version)
         agent.drive(lambda: isinstance(agent.slot.phase, s.Waiting))
 
     code = in_child(install, world.bench / "notes")
     assert code == 0, f"no partial download: {code}"
-    assert any((world.home / "store/blobs/sha256").glob("*.part.json"))
-    world.save("partial")
+    (record,) = (world.home / "store/blobs/sha256").glob("*.part.json")
+    kept = msgspec.json.decode(record.read_bytes())
+    assert 0 < kept["synced"] <= kept["length"]
+    assert (kept["sources"] == ["zstd"]) == (name == "decoding"), kept
+    assert (kept["synced"] == kept["length"]) == (name == "decoding"), kept
+    world.save(name)
 
 
 def litter(home: Path) -> None:
@@ -899,6 +913,7 @@ def main() -> None:
     """Fork server: BENCH (with `world.json`), `whole` or a sample's seed, `kills` or `losses`; a JSON line per point."""
     bench, extent, kind = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     store.SYNC_BYTES = 32 * 1024  # so that a small download is synced on its way as a large one is
+    courier_blobs.CHUNK_BYTES = 16 * 1024
     world = World(bench=bench, **json.loads((bench / "world.json").read_bytes()))
     prepare(world)
     for scenario in SCENARIOS:
@@ -930,6 +945,7 @@ def run_points(bench: Path, extent: str, *, losses: bool = False) -> Iterator[Ou
             for line in server.stdout:
                 yield Outcome(**json.loads(line))
         assert server.returncode == 0, "the fork server failed"
+        assert grid.resumed, "no download went on where it was interrupted"
     finally:
         grid.close()
 

@@ -1,12 +1,14 @@
 """No durable step exists outside the seam: what the system saw of a whole agent is what the seam recorded.
 
-A real `wherry-agent run` enrols, installs a version and goes back from a second one in its trial, under strace; every call
+A real `wherry-agent run` enrols, installs a version whose download is killed and goes on, and goes back from a second one in
+its trial, under strace; every call
 that changes names or syncs below its home, of any of its processes, has to be a step that `disk` recorded, but for a short
 list.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -18,11 +20,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.agent.daemon_kit import Agent, site
+from tests.agent.daemon_kit import Agent, Site, children_of, site
 from tests.agent.serving_kit import until
+from tests.line import Line
 from tests.services import needs
 from tests.shared.engines import models
+from tests.site_kit import constant_model
 from wherry_agent.disk import STEPS
+from wherry_agent.store import SYNC_BYTES
 
 pytestmark = pytest.mark.services
 
@@ -39,18 +44,25 @@ OUTSIDE = {
 """Paths below the home whose changes need not go through the seam, and why a power cut may take them."""
 LINE = re.compile(r"(?P<call>\w+)\((?P<arguments>.*)\)\s+= (?P<result>-?\d+)")
 STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
+WEIGHTS_BYTES = 3 * SYNC_BYTES
+STALLED_BYTES = SYNC_BYTES + SYNC_BYTES // 2
+"""One sync is behind it by then, and the next one far."""
 FD = re.compile(r"^\d+<([^>]*)>")
 
 
 class Traced(Agent):
-    """An agent under strace, whose steps are recorded."""
+    """An agent under strace, whose steps are recorded, behind a line that can stall."""
+
+    def __init__(self, site: Site, name: str) -> None:
+        self.line = Line(site.port)
+        super().__init__(site, name)
 
     def start(self) -> subprocess.Popen[bytes]:
         self.record = self.site.folder / f"{self.name}.steps"
         trace = ["strace", "-ff", "-y", "--seccomp-bpf", "-f", "-e", f"trace={CALLS}", "-e", "signal=none"]
         argv = [*trace, "-o", str(self.site.folder / f"{self.name}.trace"), "-E", f"{STEPS}=record:{self.record}"]
         argv += [sys.executable, "-m", "wherry_agent.cli", "run", "--home", str(self.home), "--name", self.name]
-        argv += ["--http-port", str(self.port), "--server", self.site.url, "--token", self.site.enrolment]
+        argv += ["--http-port", str(self.port), "--server", self.line.address, "--token", self.site.enrolment]
         with self.log.open("ab") as log:
             self.child = subprocess.Popen(argv, stderr=log, stdout=log)
         return self.child
@@ -63,6 +75,20 @@ class Traced(Agent):
         else:
             self.child.kill()
         return self.child.wait(60)
+
+    def partial(self) -> int:
+        """Return the size of the download under way, once it was synced a first time."""
+        records = list((self.home / "store" / "blobs" / "sha256").glob("*.part.json"))
+        with contextlib.suppress(OSError):
+            return records[0].with_suffix("").stat().st_size if records else 0
+        return 0
+
+    def couriers(self) -> list[int]:
+        """Return the processes that download."""
+        agent = self.status()["pid"]
+        return [
+            pid for pid in children_of(agent) if b"wherry_agent.courier" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
 
     def seen(self) -> Iterator[tuple[str, Path]]:
         """Yield (step, path) of every successful call of every process that changed something below the home."""
@@ -99,14 +125,21 @@ def _steps(call: str, arguments: str) -> Iterator[tuple[str, Path]]:
 def test_every_durable_step_of_a_whole_agent_goes_through_the_seam(tmp_path: Path, record_property) -> None:
     needs("strace")
     with site(tmp_path) as wherry:
-        wherry.release("1.0.0", models.scale(tmp_path / "old.onnx", 2.0))
+        wherry.release("1.0.0", constant_model(tmp_path / "old.onnx", 14.0, ballast_bytes=WEIGHTS_BYTES))
         wherry.release("2.0.0", models.choosy(tmp_path / "choosy.onnx", 2.0))
         agent = Traced(wherry, "lamp")
         try:
             agent.until("it is enrolled", lambda shown: shown["engines"], deadline_s=120)
+            agent.line.stall_after(STALLED_BYTES)
             wherry.deploy("1.0.0", "lamp", trial_s=1)
+            until(lambda: agent.partial() > STALLED_BYTES - SYNC_BYTES // 4, "the download stalls", 60)
+            (courier,) = agent.couriers()
+            os.kill(courier, signal.SIGKILL)
+            agent.line.flow()
+            agent.line.answered_bytes = 0
             agent.until_serves("1.0.0", deadline_s=120)
             wherry.deploy("2.0.0", "lamp")
+            assert agent.line.answered_bytes < WEIGHTS_BYTES, "it went on where the dead courier had synced"
             agent.until_doing("on trial", deadline_s=120)
             until(lambda: agent.infer(7.0)[0] != 200 or agent.model()["doing"] != "on trial", "its trial ends", 60)
             agent.until_serves("1.0.0", deadline_s=120)
@@ -142,7 +175,7 @@ def test_every_durable_step_of_a_whole_agent_goes_through_the_seam(tmp_path: Pat
             strays.append(f"{step} {below}: seen {count}, recorded {recorded[step, path]}")
         checked[step] += count
     assert not strays, "\n".join(sorted(strays))
-    assert checked.keys() >= {"open", "rename", "link", "unlink", "mkdir", "rmdir", "fsync"}, checked
+    assert checked.keys() >= {"open", "rename", "link", "unlink", "mkdir", "rmdir", "fsync", "truncate"}, checked
     roles = {line.split(" ", 1)[0] for line in agent.record.read_text().splitlines()}
     assert roles == {"supervisor", "courier"}
     record_property("note", f"strace: {sum(checked.values())} calls below the home, every one a recorded step")
