@@ -44,7 +44,7 @@ def swaps_of(kind: str, swaps: int = SWAPS) -> dict[str, Any]:
         every = versions(Path(name), swaps + 1)
         quiet: list[float] = []
         busy: list[float] = []
-        with supervised(Path(name), grpc_port=free_ports(1)[0] if kind == "gRPC" else 0) as site:
+        with supervised(Path(name), grpc_port=free_ports(1)[0] if "gRPC" in kind else 0) as site:
             site.serve(ServeModel(name="scale", active=every[0]))
             with crowd(site, kind, pause_s=0.0) as people:
                 people.wait_for_more(CLIENTS * 20)

@@ -19,6 +19,7 @@ from tests.agent.serving_kit import infer_body, loadable, until
 from tests.shared.engines import models
 from wherry_agent import children, processes
 from wherry_agent.children import Loadable, ServeModel
+from wherry_agent.socket_name import SocketName
 from wherry_shared import digest
 
 CLIENTS = 8
@@ -62,12 +63,15 @@ class Supervised:
         self.loaded: set[str] = set()
         """Versions that were ever told to be served."""
         self.grpc_port = more.get("grpc_port", 0)
+        self.grpc_path = folder / "grpc.sock"
+        name = SocketName(self.grpc_path) if self.grpc_port else None
         self.worker = processes.WorkerProcess(
             [self.tcp, self.unix],
             on_event=self._heard,
             on_death=self._died,
             on_gone=self.gone.append,
             memory_reserve_bytes=0,
+            grpc_socket=name,
             **more,
         )
         self.worker.start()
@@ -177,7 +181,7 @@ class Rest:
 class Grpc:
     """Asks over one gRPC channel; `retries` of the channel are off."""
 
-    def __init__(self, of: Supervised) -> None:
+    def __init__(self, of: Supervised, *, unix: bool = False) -> None:
         import grpc
         import numpy as np
 
@@ -188,7 +192,8 @@ class Grpc:
         assert tensor.name == "x"
         request.raw_input_contents.append(np.ones((1, 4), np.float32).tobytes())
         options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
-        self._channel = grpc.insecure_channel(f"127.0.0.1:{of.grpc_port}", options=options)
+        address = f"unix:{of.grpc_path}" if unix else f"127.0.0.1:{of.grpc_port}"
+        self._channel = grpc.insecure_channel(address, options=options)
         self._call = self._channel.unary_unary(
             f"/{SERVICE}/ModelInfer",
             request_serializer=lambda value: value.SerializeToString(),
@@ -211,6 +216,7 @@ CALLERS: dict[str, Callable[[Supervised], Any]] = {
     "new connection": lambda of: Rest(of, keep=False),
     "unix socket": lambda of: Rest(of, unix=True),
     "gRPC": Grpc,
+    "gRPC unix socket": lambda of: Grpc(of, unix=True),
 }
 """Ways to ask; each has `ask`, `close` and `connects`."""
 HANDED_OVER = ("keep-alive", "new connection", "unix socket")

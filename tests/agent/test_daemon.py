@@ -5,6 +5,7 @@ from __future__ import annotations
 import grp
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -13,10 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import paho.mqtt.client as mqtt
 import pytest
+import tritonclient.grpc as triton
 
-from tests.agent.daemon_kit import MODEL, Agent, Site, agent, alive, children_of, site
+from tests.agent.daemon_kit import MODEL, Agent, Site, agent, alive, children_of, free_ports, site
 from tests.agent.serving_kit import until
 from tests.shared.engines import models
 from wherry_agent import identity
@@ -44,7 +47,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def device(server: Site) -> Iterator[Agent]:
-    with agent(server, "bench-1", "--label", "site=lab") as made:
+    with agent(server, "bench-1", "--label", "site=lab", "--grpc-port", str(free_ports(1)[0])) as made:
         made.until("it is connected", lambda shown: shown["connected"] == "mqtt" and shown["engines"])
         server.deploy("1.0.0", "bench-1", trial_s=2)
         made.until_serves("1.0.0")
@@ -58,6 +61,25 @@ def test_a_first_model_is_enrolled_verified_proved_and_served(device: Agent) -> 
     assert model["serves"]["why"]
     code, body = device.infer()
     assert (code, body["outputs"][0]["data"]) == (200, [2.0, 2.0, 4.0, 6.0])
+
+
+def test_grpc_is_served_beside_http_on_a_port_and_a_unix_socket(device: Agent) -> None:
+    shown = device.until("gRPC is served", lambda shown: shown["grpc_doing"] == shown["grpc_socket_doing"] == "served")
+    path = device.home / "run" / "grpc.sock"
+    assert shown["grpc_socket"] == str(path)
+    assert path.stat().st_mode == (device.home / "run" / "worker.sock").stat().st_mode
+    tensor = triton.InferInput("x", [1, 4], "FP32")
+    tensor.set_data_from_numpy(np.array([[1, 1, 2, 3]], np.float32))
+    for address in (shown["grpc"], f"unix:{path}"):
+        with triton.InferenceServerClient(address) as client:
+            answer = client.infer(MODEL, [tensor], client_timeout=20)
+        assert (answer.get_response().model_version, answer.as_numpy("y").tolist()) == ("1.0.0", [[2, 2, 4, 6]])
+    argv = [sys.executable, "-m", "wherry_agent.cli"]
+    said = [
+        subprocess.run([*argv, word, "--home", str(device.home)], capture_output=True, text=True, timeout=60).stdout
+        for word in ("status", "doctor")
+    ]
+    assert all(f"unix:{path}" in text and shown["grpc"] in text for text in said), said
 
 
 def test_reports_reach_the_server_and_are_owed_no_more(device: Agent, server: Site) -> None:
@@ -355,7 +377,7 @@ def test_an_application_of_the_handle_group_uses_models_and_reads_nothing_else(s
     group = grp.getgrnam("games").gr_gid
     home = server.folder / "bench-3"
     home.mkdir(mode=0o700)
-    (home / "agent.toml").write_text('handle_group = "games"\n')
+    (home / "agent.toml").write_text(f'handle_group = "games"\ngrpc_port = {free_ports(1)[0]}\n')
     for folder in (server.folder, *server.folder.parents):
         if "pytest" in str(folder):
             folder.chmod(0o711)
@@ -370,6 +392,9 @@ def test_an_application_of_the_handle_group_uses_models_and_reads_nothing_else(s
 
         done = use(group)
         assert (done.returncode, done.stdout.strip()) == (0, "[2.0, 2.0, 2.0, 2.0]"), done.stderr
+        for name in ("worker.sock", "grpc.sock"):
+            found = (home / "run" / name).stat()
+            assert (found.st_gid, stat.S_IMODE(found.st_mode)) == (group, 0o660), name
         stranger = use(group + 54321, "1")
         assert stranger.returncode != 0
         assert "supervisor_unreachable" in stranger.stderr

@@ -341,6 +341,17 @@ def test_grpc_on_a_port_that_somebody_has_is_named(home: Home, monkeypatch: pyte
         monkeypatch.setattr(doctor.status, "question", lambda *_, doing=doing: {"grpc_doing": doing})
         level, detail = found(home, "grpc", grpc_port=port)
         assert (level, doing in detail) == (expected, doing != "served")
+    shown = {
+        "grpc": "127.0.0.1:7",
+        "grpc_doing": "served",
+        "grpc_socket": "/r/g.sock",
+        "grpc_socket_doing": "not served: x",
+    }
+    monkeypatch.setattr(doctor.status, "question", lambda *_: shown)
+    assert found(home, "grpc") == ("bad", "unix:/r/g.sock: not served: x")
+    monkeypatch.setattr(doctor.status, "question", lambda *_: {**shown, "grpc_socket_doing": "served"})
+    level, detail = found(home, "grpc")
+    assert (level, detail.startswith("127.0.0.1:7 and unix:/r/g.sock;")) == ("note", True)
 
 
 def test_downloads_that_wait_are_no_illness(home: Home) -> None:

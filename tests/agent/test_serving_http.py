@@ -25,6 +25,7 @@ from wherry_agent.answering.published import Published
 from wherry_agent.answering.registry import Registry
 from wherry_agent.serving import http, listener, tensors
 from wherry_agent.serving.http import HEAD_BYTES_MAX, BadRequest, Connection, body_length, parse_head
+from wherry_agent.serving.inference import MESSAGE_CHARS_MAX
 from wherry_agent.serving.listener import HttpServer
 from wherry_agent.serving.protocol import Protocol
 from wherry_shared.bundle import Bounds, Interface, TensorSpec
@@ -611,3 +612,21 @@ def _encodable(data: Any) -> bool:
     except (OverflowError, msgspec.EncodeError):
         return False
     return True
+
+
+def test_a_refusal_says_cause_consequence_and_next_step(endpoint: Endpoint, tmp_path: Path):
+    endpoint.publish("scale", loadable(models.root(tmp_path / "m.onnx")))
+    path = "/v2/models/scale/infer"
+    for row, status, rest in (
+        ([1.0, 2.0], 400, "the model was not run; next: compare the request with the model's metadata)"),
+        ([-1.0] * 4, 500, "nobody else could answer this request; next: it is counted against this version; see"),
+    ):
+        got, body = endpoint.call("POST", path, infer_body([row]))
+        assert got == status
+        cause, _, said = body["error"].partition(" (so: ")
+        assert cause.startswith(("input 'x'", "output 'y'"))
+        assert said.startswith(rest)
+    long = {"inputs": [{"name": "x" * 5000, "datatype": "FP32", "shape": [1, 4], "data": [1.0] * 4}]}
+    _, body = endpoint.call("POST", path, long)
+    assert len(body["error"]) == MESSAGE_CHARS_MAX
+    assert body["error"].endswith("next: compare the request with the model's metadata)")

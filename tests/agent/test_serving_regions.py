@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import socket
 import threading
 import weakref
@@ -73,6 +74,21 @@ def test_a_key_is_one_name_of_a_plain_file(shared: Regions, tmp_path: Path, key:
 def test_a_region_lies_within_its_file(shared: Regions, offset: int, size: int):
     with pytest.raises(BadInput):
         shared.register("r", "a", offset, size, ME)
+
+
+def test_a_file_that_cannot_be_mapped_is_refused_with_the_reason(shared: Regions, tmp_path: Path):
+    (tmp_path / "big").touch(0o600)
+    os.truncate(tmp_path / "big", 1 << 30)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + (256 << 20), before[1]))
+    try:
+        with pytest.raises(BadInput, match="cannot be mapped: Cannot allocate memory") as refused:
+            shared.register("r", "big", 0, 1 << 30, ME)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert "send the tensor in the request" in refused.value.next_step
+    shared.register("r", "big", 0, 1 << 30, ME)
 
 
 @pytest.mark.parametrize(("offset", "size"), [(-1, 1), (0, -1), (0, 65), (64, 1), (1 << 62, 1)])

@@ -46,7 +46,7 @@ def test_no_request_fails_while_many_versions_are_swapped(tmp_path: Path, kind: 
 
 def swap(tmp_path: Path, kind: str, swaps: int) -> None:
     every = versions(tmp_path, swaps + 1)
-    with supervised(tmp_path, grpc_port=free_ports(1)[0] if kind == "gRPC" else 0) as site:
+    with supervised(tmp_path, grpc_port=free_ports(1)[0] if "gRPC" in kind else 0) as site:
         site.serve(model(every[0]))
         with crowd(site, kind) as people:
             people.wait_for_more(CLIENTS)

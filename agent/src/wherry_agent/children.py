@@ -423,9 +423,12 @@ GrpcDoing = Literal["served", "waiting for the port", "not served: its packages 
 
 
 class Grpc(_Message, tag="grpc", frozen=True, kw_only=True):
-    """What has become of the port for gRPC, which the worker opens itself; said when it changes."""
+    """What has become of the port and the unix socket for gRPC, which the worker opens itself; said when it changes."""
 
     doing: GrpcDoing
+    """Of the port."""
+    socket: str = ""
+    """Why there is no unix socket; empty if it is open, under the name that the worker was started with."""
 
 
 WorkerCommand = Serve | RunGolden | Stop

@@ -49,6 +49,7 @@ from wherry_agent.processes import Short, WorkerProcess, canary, courier
 from wherry_agent.renewal import Around, Renewal
 from wherry_agent.settings import MIB, Settings
 from wherry_agent.sharing import Sharing
+from wherry_agent.socket_name import SocketName
 from wherry_agent.space import Space
 from wherry_agent.telemetry import Buffer, Context, Windows
 from wherry_agent.turn import flags_of
@@ -129,7 +130,7 @@ class Daemon:
         """What was installed when the engines were probed last."""
         self._served: set[str] = set()
         self._unsettled: dict[str, s.Served] = {}
-        self._grpc_doing = "not served yet"
+        self._grpc_doing = self._grpc_socket_doing = "not served yet"
         """What the worker serves and some application's handle does not yet."""
         self._etag = ""
         self._courier_until_us = 0
@@ -429,6 +430,7 @@ class Daemon:
                 next_step="choose a --home with a shorter path that this user may write",
             ) from error
         self._sharing = sharing
+        self._grpc_name = self._name_grpc_socket()
         self._listeners = [tcp, local]
         for listener in self._listeners:
             listener.listen(BACKLOG)
@@ -441,6 +443,7 @@ class Daemon:
             on_gone=lambda pid: self._queue.put(lambda: self._worker_gone(pid)),
             memory_reserve_bytes=self._settings.memory_reserve_mb * MIB,
             grpc_port=self._settings.grpc_port,
+            grpc_socket=self._grpc_name,
             warm_start=self._settings.warm_start,
         )
         self._handles = HandleServer(
@@ -452,6 +455,17 @@ class Daemon:
             on_settled=lambda name: self._queue.put(lambda: self._handles_settled(name)),
             on_contract=lambda model, contract: self._queue.put(s.Declares(model, contract, "application")),
         )
+
+    def _name_grpc_socket(self) -> SocketName | None:
+        """Take the name of gRPC's unix socket over, if gRPC is on."""
+        if not self._settings.grpc_port:
+            return None
+        path = self._run_folder / "grpc.sock"
+        try:
+            return SocketName(path, self._sharing.open_socket)
+        except OSError as error:
+            log.error("gRPC has no unix socket: %s: %s", path, error.strerror)
+            return None
 
     def _declare_settings(self) -> None:
         """Let the machine know what the settings say that applications rely on, or say no more."""
@@ -1116,6 +1130,7 @@ class Daemon:
                 if event.doing != "served":
                     log.warning("gRPC on port %d: %s", self._settings.grpc_port, event.doing)
                 self._grpc_doing = event.doing
+                self._grpc_socket_doing = event.socket or "served"
             case _:
                 assert_never(event)
 
@@ -1158,7 +1173,7 @@ class Daemon:
 
     def _worker_died(self, detail: str, *, ordered: bool, ran: tuple[Ran, ...] = ()) -> None:
         self._unsettled.clear()  # what it served is gone with it
-        self._grpc_doing = "not served yet"
+        self._grpc_doing = self._grpc_socket_doing = "not served yet"
         self._turn(s.WorkerDied(f"the worker ended with {detail}", ordered, ran))
 
     def _look(self, arms: list[ArmStats] | None = None, pid: int = 0) -> None:
@@ -1392,6 +1407,8 @@ class Daemon:
             "http": f"http://127.0.0.1:{self.http_port}",
             "grpc": f"127.0.0.1:{self._settings.grpc_port}" if self._settings.grpc_port else "",
             "grpc_doing": self._grpc_doing if self._settings.grpc_port else "",
+            "grpc_socket": str(self._grpc_name.path) if self._grpc_name is not None else "",
+            "grpc_socket_doing": self._grpc_socket_doing if self._grpc_name is not None else "",
             "worker_pid": self._worker.pid,
             "worker_running": sorted(f"{one.model} {one.variant}" for one in self._worker.running()),
             "handles": self._handles.describe(),

@@ -495,17 +495,25 @@ def _taken(port: int) -> str:
 
 def _grpc(patient: Patient) -> Finding:
     """Say whether gRPC can be served, and what it cannot do: the one interface that a new worker process interrupts."""
-    port = patient.settings.grpc_port
-    if not port:
+    port, running = patient.settings.grpc_port, patient.running
+    address = f"127.0.0.1:{port}" if port else ""
+    path: object = patient.home / "run" / "grpc.sock"
+    if running is not None:  # what a flag said counts
+        address, path = str(running.get("grpc") or address), running.get("grpc_socket") or path
+    if not address:
         return ok("off")
     if any(find_spec(name) is None for name in ("grpc", "google.protobuf")):
         return bad("its packages are missing", "install wherry-agent[grpc]")
-    doing = str(patient.running.get("grpc_doing", "")) if patient.running is not None else _taken(port)
-    if doing not in ("", "served", "not served yet"):
-        return bad(f"127.0.0.1:{port}: {doing}", "stop who has the port (ss -ltnp), or set grpc_port")
+    fine = ("", "served", "not served yet")
+    doing = str(running.get("grpc_doing", "")) if running is not None else _taken(port)
+    if doing not in fine:
+        return bad(f"{address}: {doing}", "stop who has the port (ss -ltnp), or set grpc_port")
+    doing = str(running.get("grpc_socket_doing", "")) if running is not None else ""
+    if doing not in fine:
+        return bad(f"unix:{path}: {doing}", "choose a --home with a shorter path that this user may write")
     return note(
-        f"127.0.0.1:{port}; swaps fail no call, but a change of the worker process (engine change, crash) breaks its"
-        " connections: clients try again"
+        f"{address} and unix:{path}; swaps fail no call, but a change of the worker process (engine change, crash) breaks"
+        " its connections: clients try again"
     )
 
 

@@ -7,6 +7,7 @@ worker the same could kill that one as well.
 from __future__ import annotations
 
 import http.client
+import re
 import select
 import socket
 import threading
@@ -24,6 +25,7 @@ from wherry_shared.engines.session import DTYPES, Array
 from wherry_shared.errors import UnreachableError
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
+_SENTENCE = re.compile(r"(?P<cause>.*) \(so: .*; next: (?P<next>.*)\)", re.DOTALL)
 MARGIN_S = 5.0
 """What a call may take beyond twice its deadline: the candidate's, then the incumbent's, then queueing."""
 
@@ -121,7 +123,7 @@ class WorkerClient:
         except (msgspec.DecodeError, ValueError, BadInput) as error:
             raise UnreachableError("worker_died", f"the worker's answer cannot be read: {error}") from error
         if response.status == 400:
-            raise BadInput(message)
+            raise _bad_input(message)
         if response.status in (404, 503):
             raise UnreachableError("worker_gone", f"the worker does not serve it: {message}")
         raise EngineFault("run_failed", message)
@@ -162,6 +164,12 @@ def _readable(sock: socket.socket) -> bool:
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     return bool(poll.poll(0))
+
+
+def _bad_input(told: str) -> BadInput:
+    """Return what the worker raised, from `BadInput.sentence`."""
+    found = _SENTENCE.fullmatch(told)
+    return BadInput(found["cause"], next_step=found["next"]) if found is not None else BadInput(told)
 
 
 def _answered(data: bytes, head_length: str) -> RemoteAnswer:

@@ -49,8 +49,9 @@ from wherry_agent.children import (
 )
 from wherry_agent.lines import LineWriter, read_lines
 from wherry_agent.serving.passing import channel as passing_channel
+from wherry_agent.socket_name import SocketName
 from wherry_shared import reasons
-from wherry_shared.errors import RefusedError
+from wherry_shared.errors import DeviceError, RefusedError
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ SPARE_AFTER_S = 10.0
 SPARE_MEMORY_BYTES_MIN = 512 * 1024 * 1024
 """With less memory available, `warm_start = "auto"` makes no spare worker (it takes about 30 MB)."""
 WarmStart = Literal["off", "auto", "on"]
+GRPC_OWED = "/grpc"
+"""Among the models that a worker about to take over has not answered for: that it did what it could about gRPC."""
 LOG_LINE_CHARS_MAX = 1000
 
 A = TypeVar("A")
@@ -292,6 +295,10 @@ class _Seat:
         self.answers: dict[str, Serving] = {}
         self.page = -1
         """Where its worker notes what it runs."""
+        self.grpc_socket: Path | None = None
+        """Where its worker opens gRPC's unix socket."""
+        self.grpc_said = self.grpc_open = False
+        """Its worker has said what became of gRPC; and that this socket is open."""
         self.thread = threading.Thread(target=main, args=(self,), name="worker", daemon=True)
 
     @property
@@ -331,6 +338,7 @@ class WorkerProcess:
         on_gone: Callable[[int], None],
         memory_reserve_bytes: int,
         grpc_port: int = 0,
+        grpc_socket: SocketName | None = None,
         warm_start: WarmStart = "off",
         argv: Sequence[str] | None = None,
         available_bytes: Callable[[], int] = lambda: readings.memory_bytes("MemAvailable"),
@@ -345,6 +353,7 @@ class WorkerProcess:
             on_gone: gets the process id of every worker that answered and has ended, after its last event.
             memory_reserve_bytes: what a second worker leaves free.
             grpc_port: loopback port that each worker opens for gRPC when it can have it; 0: none.
+            grpc_socket: name of the unix socket that leads to the worker that answers, with `grpc_port`.
             warm_start: whether a spare worker waits with its engines imported; `auto`: where there is memory for it.
             argv: another command line.
             available_bytes: memory of this machine for new processes.
@@ -356,6 +365,7 @@ class WorkerProcess:
         self._argv = list(argv or command("wherry_agent.workers"))
         self._reserve = memory_reserve_bytes
         self._grpc_port = grpc_port
+        self._grpc_socket = grpc_socket
         self._regions = os.memfd_create("wherry-regions")
         """What clients registered as shared memory, for the worker that follows."""
         self._available_bytes = available_bytes
@@ -455,6 +465,9 @@ class WorkerProcess:
             for peer in self._peers:
                 peer.end.close()
             self._peers.clear()
+            if self._grpc_socket is not None:
+                with contextlib.suppress(OSError):  # looked for again at the next start
+                    self._grpc_socket.close()
             if self._regions >= 0:
                 os.close(self._regions)
                 self._regions = -1
@@ -516,7 +529,7 @@ class WorkerProcess:
         with ours, giving:
             with theirs:
                 try:
-                    child, peer = self._start(theirs, giving, taking, seat.prepare, page)
+                    child, peer = self._start(theirs, giving, taking, seat, page)
                 except OSError as error:
                     taking.close()
                     return f"it could not be started: {error}", None
@@ -543,24 +556,29 @@ class WorkerProcess:
                 code = child.wait()
             with self._lock:
                 peer.over = True
+                if self._grpc_socket is not None and seat.grpc_socket is not None:
+                    self._grpc_socket.forget(seat.grpc_socket)
                 if seat is not self._seat:  # who follows has its end already, or there is nothing in it
                     self._forget_peers()
         return (f"signal {-code}" if code < 0 else f"exit code {code}"), code
 
     def _start(
-        self, control: socket.socket, giving: socket.socket, taking: socket.socket, prepare: str, page: int
+        self, control: socket.socket, giving: socket.socket, taking: socket.socket, seat: _Seat, page: int
     ) -> tuple[subprocess.Popen[bytes], _Peer]:
         with self._lock:
             descriptors = [listener.fileno() for listener in self._listeners]
             inherited = [peer.end.fileno() for peer in self._peers]
+            seat.grpc_said = seat.grpc_open = False
+            seat.grpc_socket = self._grpc_socket.fresh() if self._grpc_socket is not None else None
             extra = {
                 "WHERRY_CONTROL_FD": str(control.fileno()),
                 "WHERRY_LISTEN_FDS": ",".join(map(str, descriptors)),
                 "WHERRY_MEMORY_RESERVE_BYTES": str(self._reserve),
-                "WHERRY_PREPARE": prepare,
+                "WHERRY_PREPARE": seat.prepare,
                 "WHERRY_PASS_FD": str(giving.fileno()),
                 "WHERRY_TAKE_FDS": ",".join(map(str, inherited)),
                 "WHERRY_GRPC_PORT": str(self._grpc_port),
+                "WHERRY_GRPC_SOCKET": str(seat.grpc_socket or ""),
                 "WHERRY_REGIONS_FD": str(self._regions),
                 "WHERRY_IN_FLIGHT_FD": str(page),
             }
@@ -626,9 +644,13 @@ class WorkerProcess:
                 told = self._told
                 # after a cold hand-over: there was no moment with two
                 finished = self._finish() if answers and self._next is None else None
-        if follows and isinstance(event, Grpc) and event.doing == "served":  # its answers come from there already
-            self._on_event(event, seat.pid)
-        elif follows:
+            if isinstance(event, Grpc):
+                seat.grpc_said, seat.grpc_open = True, not event.socket
+                if answers:
+                    self._lead_grpc_to(seat)
+        if follows:
+            if isinstance(event, Grpc) and event.doing == "served":  # its answers come from there already
+                self._on_event(event, seat.pid)
             self._weigh(seat, event)
         elif answers or isinstance(event, Stats):  # one that leaves has only its last counts to say
             self._on_event(event, seat.pid)
@@ -648,21 +670,26 @@ class WorkerProcess:
                 return  # it hears the newer one
             seat.owes = {model.name for model in serve.models}
             nothing = not serve.models
+            if self._grpc_port and not seat.grpc_said:
+                seat.owes.add(GRPC_OWED)
         self._write(seat, serve)
         if nothing:
             self._promote(seat)
 
     def _weigh(self, seat: _Seat, event: WorkerEvent) -> None:
-        """Take over when the new worker answered for every model of the newest serving set."""
-        if not isinstance(event, Serving):
+        """Take over when the new worker answered for every model of the newest serving set, and for gRPC if it is on."""
+        if not isinstance(event, Serving | Grpc):
             return
         with self._lock:
-            if self._told is None or event.revision != self._told.revision:
+            if self._told is None or (isinstance(event, Serving) and event.revision != self._told.revision):
                 return
-            seat.owes.discard(event.model)
-            seat.answers[event.model] = event
+            if isinstance(event, Serving):
+                seat.owes.discard(event.model)
+                seat.answers[event.model] = event
+            else:
+                seat.owes.discard(GRPC_OWED)
             complete = not seat.owes
-        if not event.ok:
+        if isinstance(event, Serving) and not event.ok:
             self._give_up(seat, f"the new worker cannot serve {event.model}: {event.reason} {event.detail}")
         elif complete:
             self._promote(seat)
@@ -673,6 +700,7 @@ class WorkerProcess:
                 return
             old, self._seat, self._next = self._seat, seat, None
             seat.answered = True
+            self._lead_grpc_to(seat)  # before the old one sends its clients away
             self._leaving.append(old)
             finished = self._finish()
             self._after(STOP_S, old)
@@ -683,6 +711,15 @@ class WorkerProcess:
         if finished is not None:
             finished("")
         self._plan_spare()
+
+    def _lead_grpc_to(self, seat: _Seat) -> None:
+        """Let clients of gRPC's unix socket find the worker of a seat, if it has opened one."""
+        if self._grpc_socket is None or seat.grpc_socket is None or not seat.grpc_open:
+            return
+        try:
+            self._grpc_socket.lead_to(seat.grpc_socket)
+        except (OSError, DeviceError) as error:
+            log.error("%s does not lead to worker %d: %s", self._grpc_socket.path, seat.pid, error)
 
     def _give_up(self, seat: _Seat, trouble: str) -> None:
         with self._lock:

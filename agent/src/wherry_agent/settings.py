@@ -43,7 +43,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     http_port: Port = HTTP_PORT_DEFAULT
     """Loopback port on which models are served; 0 for any free one (see `wherry-agent status`)."""
     grpc_port: Port = 0
-    """Loopback port for gRPC (needs `wherry-agent[grpc]`); 0 leaves it off."""
+    """Loopback port for gRPC, beside which it has the unix socket `run/grpc.sock` (needs `wherry-agent[grpc]`); 0 leaves both off."""
     handle_group: str = ""
     """System group whose members may use models in their own process, by the sockets and the served files in `home`."""
     memory_reserve_mb: Size = 64

@@ -333,8 +333,10 @@ def _grpc(shown: dict[str, Any]) -> str:
     """Say where gRPC is served, or why it is not; nothing where it is off."""
     if not shown.get("grpc"):
         return ""
-    doing = shown.get("grpc_doing", "served")
-    return f", gRPC {shown['grpc']}" + ("" if doing == "served" else f" ({doing})")
+    places = [(shown["grpc"], shown.get("grpc_doing", "served"))]
+    if shown.get("grpc_socket"):
+        places.append((f"unix:{shown['grpc_socket']}", shown.get("grpc_socket_doing", "served")))
+    return "".join(f", gRPC {place}" + ("" if doing == "served" else f" ({doing})") for place, doing in places)
 
 
 def _how(trial: dict[str, Any]) -> str:

@@ -20,6 +20,12 @@ class WherryError(Exception):
     def __str__(self) -> str:
         return f"{self.message} [{self.code}]"
 
+    def sentence(self, chars_max: int = 0) -> str:
+        """Return cause, consequence and next step in one line, for a caller who gets one text; 0: however long."""
+        words = [f"{word}: {text}" for word, text in (("so", self.consequence), ("next", self.next_step)) if text]
+        tail = f" ({'; '.join(words)})" if words else ""
+        return f"{self.message[: max(chars_max - len(tail), 0)] if chars_max else self.message}{tail}"
+
     def diagnostics(self) -> str:
         """Return cause, consequence and next step, each on a line of its own."""
         lines = [f"error: {self.message} [{self.code}]"]

@@ -1,19 +1,22 @@
 """The Open Inference Protocol, version 2, over gRPC: the extra `wherry-agent[grpc]`, imported only where it is on.
 
-gRPC opens its port itself and cannot take an inherited socket or connection. So what REST promises for a change of the
-worker process does not hold here: in-process swaps fail nothing, but at a hand-over or after a crash connections break,
-and the next worker takes the port as soon as it is free. `wherry-agent doctor` says so where gRPC is on.
+gRPC opens its sockets itself and cannot take an inherited socket or connection. So what REST promises for a change of the
+worker process does not hold here: in-process swaps fail nothing, but at a hand-over or after a crash connections break.
+The next worker takes the port as soon as it is free; its unix socket has a name of its own, to which the supervisor leads
+the one that clients know (`socket_name`). `wherry-agent doctor` says so where gRPC is on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -22,7 +25,7 @@ from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 
 from wherry_agent.answering.ask import Ask
-from wherry_agent.children import GrpcDoing
+from wherry_agent.children import Grpc, GrpcDoing
 from wherry_agent.serving import tensors
 from wherry_agent.serving.buffers import fresh
 from wherry_agent.serving.inference import (
@@ -38,6 +41,8 @@ from wherry_agent.serving.inference import (
     check_id,
     classified,
     parameters_of,
+    told,
+    unforeseen,
 )
 from wherry_agent.serving.messages import SERVICE, message
 from wherry_agent.serving.peers import user_of_tcp
@@ -56,6 +61,7 @@ STREAMS_MAX = 16
 """Open streams at once: each keeps one of the calls above."""
 HEADER_BYTES_MAX = 64 * 1024
 """What a message may have beside its tensors."""
+SOCKET_PATH_BYTES_MAX = 107
 BIND_SECONDS = 0.05
 """Between two looks at a port that the worker before still holds: it gives it back soon."""
 SOON_SECONDS = 5.0
@@ -108,34 +114,52 @@ _StreamResponse = message("ModelStreamInferResponse")
 
 
 class GrpcServer:
-    """Answers on a loopback port, from when it is free."""
+    """Answers on a unix socket, and on a loopback port from when it is free."""
 
-    def __init__(self, port: int, inference: Inference, say: Callable[[GrpcDoing], None]) -> None:
+    def __init__(self, port: int, path: str, inference: Inference, say: Callable[[Grpc], None]) -> None:
+        """Prepare; `path` is where the unix socket is made (empty: none), by a name that no other process uses."""
         self.port = port
-        self._say = say
+        self.path = path
+        self._tell = say
+        self._no_socket = "not served yet"
         self._calls = _Calls(inference, port)
         self._lock = threading.Lock()
-        self._server: Any = None
+        self._pool = ThreadPoolExecutor(WORKERS_MAX, thread_name_prefix="grpc")
+        self._servers: list[Any] = []
+        """One for each address: gRPC takes no further one once it answers."""
         self._stopped = threading.Event()
 
     def start(self) -> None:
-        """Begin to answer as soon as the port can be had; returns at once."""
+        """Begin to answer, on the port as soon as it can be had; returns at once."""
         threading.Thread(target=self._bind, name="grpc-bind", daemon=True).start()
 
-    def stop(self, grace_s: float) -> threading.Event:
-        """Give the port back; return what is set when calls in flight are over, or were ended after so long."""
+    def stop(self, grace_s: float) -> list[threading.Event]:
+        """Give port and socket back; return what is set when calls in flight are over, or were ended after so long."""
         self._stopped.set()
         with self._lock:
-            server = self._server
-        if server is not None:
-            over: threading.Event = server.stop(grace_s)
-            return over
-        return self._stopped
+            servers = list(self._servers)
+        return [server.stop(grace_s) for server in servers]
+
+    def _say(self, doing: GrpcDoing) -> None:
+        self._tell(Grpc(doing=doing, socket=self._no_socket))
+
+    def _bind_socket(self) -> str:
+        """Open the unix socket; return why that is not possible."""
+        if not self.path:
+            return "not served"
+        if len(self.path.encode()) > SOCKET_PATH_BYTES_MAX:
+            return f"not served: its path has more than {SOCKET_PATH_BYTES_MAX} bytes"
+        if not os.access(Path(self.path).parent, os.W_OK):
+            return "not served: its folder takes no changes"
+        return "" if self._serve(f"unix:{self.path}") else "not served: gRPC cannot open it"
 
     def _bind(self) -> None:
+        self._no_socket = self._bind_socket()
+        if self._no_socket:
+            log.warning("gRPC's unix socket is %s", self._no_socket)
         since = 0.0
         while not self._stopped.is_set():
-            if _free(self.port) and self._serve():
+            if _free(self.port) and self._serve(f"{HOST}:{self.port}"):
                 log.info("gRPC on port %d", self.port)
                 self._say("served")
                 return
@@ -146,20 +170,18 @@ class GrpcServer:
             soon = time.monotonic() - since < SOON_SECONDS
             self._stopped.wait(BIND_SECONDS if soon else BIND_SECONDS_LATER)
 
-    def _serve(self) -> bool:
-        pool = ThreadPoolExecutor(WORKERS_MAX, thread_name_prefix="grpc")
-        server = grpc.server(pool, options=_OPTIONS)
+    def _serve(self, address: str) -> bool:
+        server = grpc.server(self._pool, options=_OPTIONS)
         server.add_generic_rpc_handlers([self._calls.handlers()])
         try:
-            server.add_insecure_port(f"{HOST}:{self.port}")
+            server.add_insecure_port(address)
         except RuntimeError:  # somebody was faster
-            pool.shutdown(wait=False)
             return False
         with self._lock:
             if self._stopped.is_set():
                 return False
             server.start()
-            self._server = server
+            self._servers.append(server)
         return True
 
 
@@ -383,15 +405,15 @@ def _guarded(call: Callable[[Any, Any], Any], kind: Any) -> Callable[[bytes, Any
 def _told(error: Exception) -> tuple[Any, str]:
     """Return the status of an error, and its message."""
     if isinstance(error, BadInput):
-        return grpc.StatusCode.INVALID_ARGUMENT, error.message[:MESSAGE_CHARS_MAX]
+        return grpc.StatusCode.INVALID_ARGUMENT, told(error)
     if isinstance(error, Refusal):
         return _CODES[error.status], error.message[:MESSAGE_CHARS_MAX]
     if isinstance(error, EngineFault):
-        return grpc.StatusCode.INTERNAL, str(error)[:MESSAGE_CHARS_MAX]
+        return grpc.StatusCode.INTERNAL, told(error)
     if isinstance(error, DecodeError):
         return grpc.StatusCode.INVALID_ARGUMENT, "the request is not the message that this call takes"
     log.error("a call over gRPC", exc_info=error)
-    return grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}"
+    return grpc.StatusCode.INTERNAL, unforeseen(error)
 
 
 def _refusing(status: int, reason: str) -> Callable[[Any, Any], Any]:

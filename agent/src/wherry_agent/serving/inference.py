@@ -20,7 +20,7 @@ from wherry_agent.serving import tensors
 from wherry_agent.serving.regions import Regions
 from wherry_shared.bundle import PLATFORMS, Interface, TensorSpec, axis_bounds
 from wherry_shared.engines import bf16
-from wherry_shared.engines.errors import BadInput
+from wherry_shared.engines.errors import BadInput, EngineFault
 from wherry_shared.engines.session import Array
 from wherry_shared.sketch import Sketch
 
@@ -53,6 +53,20 @@ class Refusal(Exception):  # noqa: N818 - named after what the caller gets
         super().__init__(message)
         self.status = status
         self.message = message
+
+
+def told(error: BadInput | EngineFault) -> str:
+    """Return what a caller is told of an error: cause, consequence, next step."""
+    if isinstance(error, BadInput):
+        return error.sentence(MESSAGE_CHARS_MAX)
+    consequence = error.consequence or "nobody else could answer this request"
+    next_step = error.next_step or "it is counted against this version; see `wherry-agent status`"
+    return EngineFault(error.code, str(error), consequence=consequence, next_step=next_step).sentence(MESSAGE_CHARS_MAX)
+
+
+def unforeseen(error: Exception) -> str:
+    """Return what a caller is told of an error that nobody foresaw; its trace is in the log."""
+    return f"internal error: {type(error).__name__} (so: the request was not answered; next: see the agent's log)"
 
 
 class View:

@@ -39,6 +39,8 @@ from wherry_agent.serving.inference import (
     check_id,
     classified,
     parameters_of,
+    told,
+    unforeseen,
 )
 from wherry_agent.serving.regions import Regions
 from wherry_shared.bundle import TensorSpec
@@ -165,14 +167,14 @@ class Protocol:
                 return self._infer_path(request)
             return self._route(request)
         except BadInput as error:
-            return failure(400, error.message)
+            return failure(400, told(error))
         except (Refusal, BadRequest) as error:
             return failure(error.status, error.message)
         except EngineFault as error:
-            return failure(500, str(error))
+            return failure(500, told(error))
         except Exception as error:  # the border of the process: a caller gets an answer, the log gets the trace
             log.exception("request %s %s", request.method, "/".join(request.path))
-            return failure(500, f"internal error: {type(error).__name__}")
+            return failure(500, unforeseen(error))
 
     # -- inside ----------------------------------------------------------------------------------
 

@@ -179,7 +179,7 @@ class Regions:
         if offset < 0 or not 0 < byte_size <= REGION_BYTES_MAX or offset > REGION_BYTES_MAX:
             raise BadInput(f"a region has 1 to {REGION_BYTES_MAX} bytes at an offset of at most as many")
         if user is None:
-            raise BadInput("shared memory is for clients on this device: who asks is not known")
+            raise _unknown()
         file = _File(self._open(key))
         found = os.fstat(file.descriptor)
         if not stat.S_ISREG(found.st_mode):
@@ -190,7 +190,7 @@ class Regions:
             raise BadInput(f"{key[:80]!r} has {found.st_size} bytes, the region ends at {offset + byte_size}")
         mapping = None
         if found.st_uid in (0, os.geteuid()) and not found.st_mode & 0o022:
-            mapping = mmap.mmap(file.descriptor, offset + byte_size, mmap.MAP_SHARED, mmap.PROT_READ)
+            mapping = _mapped(file.descriptor, offset + byte_size, key)
         region = Region(name, key, offset, byte_size, user, file, mapping)
         with self._lock:
             if name in self._regions:
@@ -203,7 +203,13 @@ class Regions:
         return region
 
     def unregister(self, name: str, user: int | None) -> None:
-        """Forget a region of the client (empty: all of its regions); one that is not there is no error."""
+        """Forget a region of the client (empty: all of its regions); one that is not there is no error.
+
+        Raises:
+            BadInput: who asks is not known.
+        """
+        if user is None:
+            raise _unknown()
         with self._changes:
             self._restore()
             with self._lock:
@@ -222,6 +228,8 @@ class Regions:
         Raises:
             BadInput: there is no such region.
         """
+        if user is None:
+            raise _unknown()
         self.reclaim()
         self._restore()
         chosen = [self.get(name, user)] if name else [one for one in self._all() if may_use(user, one.user)]
@@ -233,6 +241,8 @@ class Regions:
         Raises:
             BadInput: there is no such region, or it is another user's.
         """
+        if user is None:
+            raise _unknown()
         region = self._regions.get(name)
         if region is not None and region.is_removed():
             self.reclaim()
@@ -292,6 +302,25 @@ class Regions:
             if isinstance(error, PermissionError):
                 why = f"{why}{OPENED_FIRST}"
             raise BadInput(f"shared memory key {key[:80]!r} cannot be opened by the agent: {why}") from error
+
+
+def _mapped(descriptor: int, length: int, key: str) -> mmap.mmap:
+    try:
+        return mmap.mmap(descriptor, length, mmap.MAP_SHARED, mmap.PROT_READ)
+    except ValueError as error:
+        raise BadInput(f"{key[:80]!r} became shorter than {length} bytes while it was registered") from error
+    except OSError as error:
+        raise BadInput(
+            f"{length} bytes of {key[:80]!r} cannot be mapped: {error.strerror}",
+            next_step="unregister regions that are not needed, or send the tensor in the request",
+        ) from error
+
+
+def _unknown() -> BadInput:
+    return BadInput(
+        "shared memory belongs to users of this device, and the system does not say whose client this is",
+        next_step="ask over gRPC's port or HTTP, which tell; gRPC's unix socket does not",
+    )
 
 
 def _check_room(region: Region, others: list[Region], whose: str, count_max: int, bytes_max: int) -> None:

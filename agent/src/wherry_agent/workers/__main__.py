@@ -3,8 +3,9 @@
 `WHERRY_CONTROL_FD` is the control channel, `WHERRY_LISTEN_FDS` the listening sockets (comma separated; TCP and unix),
 `WHERRY_MEMORY_RESERVE_BYTES` what a swap leaves free on this machine. `WHERRY_PREPARE` names engines to import at once (a spare). `WHERRY_PASS_FD` is where open connections go when
 this worker makes way for another, `WHERRY_TAKE_FDS` where those of the workers before it come from.
-`WHERRY_GRPC_PORT` is a loopback port for gRPC; 0 or nothing leaves it off. `WHERRY_REGIONS_FD` holds registrations of shared
-memory that the worker before had, `WHERRY_IN_FLIGHT_FD` is where this one notes what it runs.
+`WHERRY_GRPC_PORT` is a loopback port for gRPC, 0 or nothing leaves it off; `WHERRY_GRPC_SOCKET` is where a unix socket for it is
+opened beside the port. `WHERRY_REGIONS_FD` holds registrations of shared memory that the worker before had,
+`WHERRY_IN_FLIGHT_FD` is where this one notes what it runs.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def main() -> int:
     except (KeyError, ValueError, OSError) as error:
         print(f"error: a worker is started by the supervisor ({type(error).__name__}: {error})", file=sys.stderr)  # noqa: T201
         return 2
+    os.umask(0o077)  # gRPC makes its socket itself: nobody else may connect before the supervisor has set its rights
     for engine in filter(None, os.environ.get("WHERRY_PREPARE", "").split(",")):
         try:
             run_tiny(engine)
@@ -55,6 +57,7 @@ def main() -> int:
         pass_on=pass_on[0] if pass_on else None,
         take_over=take_over,
         grpc_port=grpc_port,
+        grpc_socket=os.environ.get("WHERRY_GRPC_SOCKET", ""),
         ledger=ledger,
         page=page,
     )

@@ -58,6 +58,7 @@ STATS_SECONDS_MIN = 0.02
 DRAIN_SECONDS_MAX = 10.0
 GRPC_GRACE_SECONDS = 5.0
 """Calls over gRPC that take longer end with the worker."""
+GRPC_MISSING: GrpcDoing = "not served: its packages are missing"
 
 _commands: msgspec.json.Decoder[WorkerCommand] = msgspec.json.Decoder(WorkerCommand)
 
@@ -74,6 +75,7 @@ class Worker:
         pass_on: socket.socket | None = None,
         take_over: Sequence[socket.socket] = (),
         grpc_port: int = 0,
+        grpc_socket: str = "",
         ledger: Ledger | None = None,
         page: Page = UNREAD,
     ) -> None:
@@ -90,7 +92,7 @@ class Worker:
         protocol = Protocol(self.registry, self._gate, self._helpers, self._flags, self._regions)
         self._http = HttpServer(listeners, protocol, pass_on=pass_on, take_over=take_over)
         self._grpc_port = grpc_port
-        self._grpc = _grpc(grpc_port, protocol, self._say_grpc) if grpc_port else None
+        self._grpc = _grpc(grpc_port, grpc_socket, protocol, self.say) if grpc_port else None
         self._loader = Loader(
             self.registry,
             self.say,
@@ -132,10 +134,7 @@ class Worker:
         if self._grpc is not None:
             self._grpc.start()
         elif self._grpc_port:
-            self._say_grpc("not served: its packages are missing")
-
-    def _say_grpc(self, doing: GrpcDoing) -> None:
-        self.say(Grpc(doing=doing))
+            self.say(Grpc(doing=GRPC_MISSING, socket=GRPC_MISSING))
 
     def _do(self, command: Serve | RunGolden) -> None:
         match command:
@@ -209,24 +208,24 @@ class Worker:
         self._stopping = True
         self._loader.stop()
         # first, since the worker that follows waits for the port
-        over = self._grpc.stop(GRPC_GRACE_SECONDS) if self._grpc is not None else None
+        over = self._grpc.stop(GRPC_GRACE_SECONDS) if self._grpc is not None else []
         self._http.drain(time.monotonic() + DRAIN_SECONDS_MAX, pass_on=hand_over)
-        if over is not None:
-            over.wait(GRPC_GRACE_SECONDS)
+        for calls in over:
+            calls.wait(GRPC_GRACE_SECONDS)
         self._hurry()
         self._ticker.join(STATS_SECONDS)
         self._send_stats()
         self._helpers.close()
 
 
-def _grpc(port: int, protocol: Protocol, say: Callable[[GrpcDoing], None]) -> GrpcServer | None:
+def _grpc(port: int, socket_path: str, protocol: Protocol, say: Callable[[Grpc], None]) -> GrpcServer | None:
     """Return a gRPC server; without its packages REST is served all the same, and `wherry-agent doctor` says why."""
     try:
         from wherry_agent.serving.grpc_server import GrpcServer
     except ImportError as error:
         log.error("gRPC is not served: %s; install wherry-agent[grpc]", error)
         return None
-    return GrpcServer(port, protocol.inference, say)
+    return GrpcServer(port, socket_path, protocol.inference, say)
 
 
 def _parsed(line: bytes) -> WorkerCommand | None:
