@@ -268,6 +268,9 @@ def test_a_plan_file_fills_in_what_options_do_not_say(world: World, tmp_path: Pa
     plan = made["plan"]  # type: ignore[index,call-overload]
     assert (plan["trial"]["min_requests"], plan["trial"]["max_s"]) == (5, 30)
     assert (plan["on_halt"], [stage["soak_s"] for stage in plan["stages"]]) == ("hold", [0, 7])
+    both = wherry(world.server, *given, "--stages", "5,100", "--soak", "0", "--json")
+    assert json.loads(both.stderr)["code"] == "plan_conflict"
+    assert "--stages, --soak" in both.stderr
     file.write_text("on_halt =")
     broken = wherry(
         world.server, "rollout", "create", f"{MODEL}:1.1.0", "--device", "lab-1", "--plan", str(file), "--json"

@@ -25,6 +25,7 @@ POLL_S = 0.5
 EXIT_NOT_DONE = 3
 """Exit status of `watch` for a rollout that ended without being done."""
 FINAL = frozenset({"done", "halted", "aborted", "reverted"})
+STAGES = "5,25,100"
 BAR_CHARS = 24
 BAR_CHARS_MIN = 8
 """Where the other columns leave less, there is no bar."""
@@ -99,9 +100,13 @@ def create(  # one option per wish
     cohort: Annotated[str | None, typer.Option(help="Saved cohort.")] = None,
     selector: Annotated[str | None, typer.Option(help='Selector, such as "all".')] = None,
     device: Annotated[str | None, typer.Option(help="One device, by id or name.")] = None,
-    stages: Annotated[str, typer.Option(help="Shares of the cohort in percent.")] = "5,25,100",
-    soak: Annotated[int, typer.Option(help="Seconds that a stage soaks after its sample stood.")] = 0,
-    confirmed_min: Annotated[int, typer.Option(help="Devices with traffic that each stage needs.")] = 1,
+    stages: Annotated[str | None, typer.Option(help=f"Shares of the cohort in percent [default: {STAGES}].")] = None,
+    soak: Annotated[
+        int | None, typer.Option(help="Seconds that a stage soaks after its sample stood [default: 0].")
+    ] = None,
+    confirmed_min: Annotated[
+        int | None, typer.Option(help="Devices with traffic that each stage needs [default: 1].")
+    ] = None,
     trial: Annotated[int | None, typer.Option(help="Seconds after which a trial without traffic ends.")] = None,
     plan: Annotated[Path | None, typer.Option(help="More of the plan, as TOML or JSON.")] = None,
     start: Annotated[bool, typer.Option("--start", help="Start it at once.")] = False,
@@ -109,7 +114,21 @@ def create(  # one option per wish
     as_json: AsJson = False,
 ) -> None:
     """Create a rollout; it waits until it is started."""
-    wish = {"stages": parse_stages(stages, soak, confirmed_min), **read_plan(plan), "models": [parse_target(target)]}
+    planned = read_plan(plan)
+    if "stages" in planned:
+        given = {"--stages": stages, "--soak": soak, "--confirmed-min": confirmed_min}
+        if both := [name for name, value in given.items() if value is not None]:
+            raise RefusedError(
+                "plan_conflict",
+                f"{plan} has stages, and so has the command: {', '.join(both)}",
+                consequence="nothing was created",
+                next_step="say them in one place",
+            )
+    else:
+        planned["stages"] = parse_stages(
+            STAGES if stages is None else stages, soak or 0, 1 if confirmed_min is None else confirmed_min
+        )
+    wish = {**planned, "models": [parse_target(target)]}
     wish.update(
         {key: value for key, value in (("cohort", cohort), ("selector", selector), ("device", device)) if value}
     )
