@@ -30,6 +30,7 @@ from wherry_agent.answering.arms import Counter
 from wherry_agent.children import ArmStats, ServeModel
 from wherry_agent.handle import Model
 from wherry_agent.handle_server import HandleCrash, HandleServer, HandleVerdict, allowed
+from wherry_agent.telemetry import Context, Windows
 from wherry_shared.engines import BadInput, EngineFault
 from wherry_shared.engines.canonical import BUCKET_BITS
 from wherry_shared.errors import RefusedError, UnreachableError
@@ -194,6 +195,29 @@ def test_a_handle_that_lives_long_keeps_no_counts_of_versions_that_are_gone(tmp_
         assert kept == {versions[-1].digest}
         model.run(ONES)
         until(lambda: drained()[versions[-1].digest] == 4, "the version in use is counted on")
+
+
+def test_a_version_that_comes_back_is_counted_from_nothing(tmp_path: Path, supervisor: Supervisor):
+    one, two = (loadable(models.scale(tmp_path / f"{n}.onnx", n), f"1.{n}.0") for n in (1, 2))
+    supervisor.publish(one)
+    windows, seen = Windows(), [0]
+
+    def told(digest: str) -> int:
+        windows.look("handle", supervisor.server.drain_stats(), 1)
+        seen[0] += sum(window.requests for window in windows.cut(2, lambda _: Context("", 0)))
+        windows.keep_only({digest})
+        return seen[0]
+
+    with supervisor.model() as other, supervisor.model() as model:
+        for version, calls in ((one, 30), (two, 7), (one, 20), (two, 9)):
+            supervisor.publish_and_settle(version)
+            before = told(version.digest)
+            for _ in range(calls):
+                model.run(ONES)
+            other.run(ONES)
+            until(lambda: told(version.digest) == before + calls + 1, "each is told once", 10)  # noqa: B023 - at once
+            until(lambda: supervisor.server.drain_stats() == [], "there is no more to tell")
+    assert told(two.digest) == 70
 
 
 def test_what_one_process_counts_is_bounded(supervisor: Supervisor):

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tests.agent.builders import MODEL, arm, latencies, loadable
 from wherry_agent import telemetry
 from wherry_agent.children import ArmStats
-from wherry_agent.telemetry import Buffer, Context, Windows
+from wherry_agent.telemetry import ARMS_MAX, Buffer, Context, Windows
 from wherry_shared.sketch import Sketch
 from wherry_shared.wire import Telemetry, Window
 
@@ -108,6 +108,35 @@ def test_the_baseline_is_the_fullest_that_the_incumbent_had() -> None:
     assert baseline.requests == 80
     windows.keep_only(set())
     assert windows.baseline(MODEL, loadable().digest) is None
+
+
+def test_what_is_told_late_of_a_version_that_left_is_not_counted_again() -> None:
+    windows = Windows()
+
+    def cut() -> list[int]:
+        return [window.requests for window in windows.cut(9, lambda _: Context("", 0))]
+
+    windows.look("handle", [counted(100)], 1)
+    assert cut() == [100]
+    windows.keep_only(set())
+    windows.look("handle", [counted(103)], 2)
+    assert cut() == [3], "a handle says its last counts after the swap, and they are cumulative"
+    windows.keep_only(set())
+    windows.look("handle", [counted(5)], 3)
+    assert cut() == [5], "it came back, and is counted anew"
+    windows.keep_only(set())
+    windows.restart("handle")
+    windows.look("handle", [counted(7)], 4)
+    assert cut() == [7], "another process counted"
+
+
+def test_counts_that_were_cut_of_versions_that_left_are_remembered_in_bounds() -> None:
+    windows = Windows()
+    for number in range(2 * ARMS_MAX):
+        windows.look("handle", [counted(5, trial=str(number))], 1)
+        windows.cut(2, lambda _: Context("", 0))
+        windows.keep_only(set())
+    assert len(windows._cut) == ARMS_MAX
 
 
 @pytest.fixture

@@ -637,9 +637,14 @@ class Model:
     # -- counting ----------------------------------------------------------------------------------
 
     def _counter(self, loadable: Loadable, arm: ArmName, trial: str) -> Counter:
+        held = {key_of(one.loadable) for one in self._loaded()}
         with self._counters_lock:
             key = (key_of(loadable), arm, trial)
-            counter = self._counters.pop(key, None) or Counter(loadable, arm, trial)
+            counter = self._counters.pop(key, None)
+            if counter is None or (not trial and key[0] not in held and _all_told(counter)):
+                counter = Counter(
+                    loadable, arm, trial
+                )  # of one that comes back, the supervisor knows no counts any more
             self._counters[key] = counter  # the newest last: the oldest is forgotten first
             while len(self._counters) > COUNTERS_MAX:
                 del self._counters[next(iter(self._counters))]
@@ -678,6 +683,11 @@ class Model:
             log.debug("handle of %s: the supervisor did not hear: %s", self.name, error)
             return False
         return True
+
+
+def _all_told(counter: Counter) -> bool:
+    counter.fold()
+    return counter.told_everything()
 
 
 def _declared(contract: Interface | None) -> Contract | None:

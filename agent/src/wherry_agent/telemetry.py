@@ -29,7 +29,7 @@ WINDOWS_MAX = 64
 MESSAGE_BYTES_MAX = 60_000
 MESSAGES_MAX = 10_000
 ARMS_MAX = 256
-"""Counters looked at between two cuts; more belong to variants that are long gone."""
+"""Counters looked at between two cuts, and counters of variants that left; more belong to variants that are long gone."""
 
 _Key = tuple[str, str, str, str, str]
 """(source, model, digest, arm, trial): a handle and the worker may count the same arm side by side."""
@@ -56,10 +56,11 @@ class Windows:
         """Take the newest counts of a source."""
         for stats in arms:
             key = (source, stats.model, stats.digest, stats.arm, stats.trial)
+            before = self._latest.get(key) or self._cut.get(key)
+            if before is not None and stats.requests < before.requests:
+                self._cut.pop(key, None)  # another process, or another life of this variant, counts from nothing
             if key not in self._latest:
                 self._since_us[key] = at_us
-            elif stats.requests < self._latest[key].requests:
-                self._cut.pop(key, None)  # another process counts from nothing
             self._latest[key] = stats
             if stats.arm == "incumbent":
                 known = self._baselines.get((stats.model, stats.digest))
@@ -92,14 +93,20 @@ class Windows:
         return windows
 
     def keep_only(self, digests: set[str]) -> None:
-        """Forget counters of variants that are not served any more; call after a cut."""
+        """Forget counters of variants that are not served any more; call after a cut.
+
+        What was cut of them is remembered: a handle tells its last counts a moment later, and they are cumulative.
+        """
         for key in [key for key in self._latest if key[2] not in digests]:
-            self._drop(key)
+            del self._latest[key], self._since_us[key]
+        left = [key for key in self._cut if key not in self._latest]
+        for key in left[: max(0, len(left) - ARMS_MAX)]:
+            del self._cut[key]
         self._baselines = {key: stats for key, stats in self._baselines.items() if key[1] in digests}
 
     def restart(self, source: str) -> None:
         """The process that counted is gone; call after a cut."""
-        for key in [key for key in self._latest if key[0] == source]:
+        for key in [key for key in {**self._latest, **self._cut} if key[0] == source]:
             self._drop(key)
 
     def _drop(self, key: _Key) -> None:
