@@ -22,7 +22,11 @@ ROWS = [
     ("exposed", ("returned", TO, FROM, "child_failed"), ("excused", True)),
     ("exposed", ("refused", TO, FROM, "below_floor"), ("excused", True)),
     ("exposed", ("refused", TO, FROM, "revoked"), ("excused", True)),
+    ("exposed", ("returned", TO, FROM, "group"), ("excused", True)),  # another model of the group failed
+    ("exposed", ("failed", TO, FROM, "memory_short"), ("excused", True)),
+    ("exposed", ("failed", TO, FROM, "engine_missing"), ("excused", True)),
     ("exposed", ("waiting", TO, FROM, "child_failed"), ("exposed", False)),
+    ("exposed", ("waiting", TO, FROM, "conditions"), ("exposed", False)),
     ("excused", ("confirmed", TO, TO, ""), ("confirmed", True)),
     ("excused", ("trial", FROM, FROM, ""), None),
     ("exposed", ("failed", TO, FROM, "golden_miss"), ("failed", True)),

@@ -2,6 +2,9 @@
 
 A report speaks of an assignment only if it names its rollout; forwards it must also name the assigned bundle and attempt.
 Backwards only one thing counts: what answers requests on the device now.
+
+With a neutral reason (`reasons.NEUTRAL`) the device stays exposed until it settles or is late, or is excused. Any other
+reason, also one that this release does not know, counts as a failure.
 """
 
 from __future__ import annotations
@@ -31,34 +34,17 @@ BACKWARDS = frozenset({"withdrawn", "revert_pending", "reverted"})
 LIVE = ("exposed", "confirmed", "confirmed_idle", *ENDED)
 """Outcomes of devices that a halt or a revert still has to bring back."""
 
-NEUTRAL = frozenset(
+EXCUSES = frozenset(
     {
-        reasons.DISK_FULL,
-        reasons.DISK,
-        reasons.NETWORK,
-        reasons.DIGEST_MISMATCH,
-        reasons.ENGINE_CHANGED,
-        reasons.TRUST_UNSIGNED,
-        reasons.TRUST_EXPIRED,
-        reasons.TRUST_ROLLBACK,
-        reasons.TRUST_INVALID,
-        reasons.TRUST_STALE,
         reasons.BELOW_FLOOR,
         reasons.REVOKED,
-        reasons.CLOCK_UNSET,
-        reasons.OFFER_EXPIRED,
-        reasons.OFFER_INVALID,
-        reasons.OFFER_FOREIGN,
-        reasons.OFFER_OLD,
         reasons.CHILD_FAILED,
-        reasons.WITHDRAWN,
-        reasons.SUPERSEDED,
         reasons.RESTARTS,
+        reasons.GROUP,
+        reasons.MEMORY_SHORT,
+        reasons.ENGINE_MISSING,
     }
 )
-"""Reasons that say nothing against the bundle: the device stays exposed until it settles or is late, or is excused. Any
-other reason, also one that this release does not know, counts as a failure."""
-EXCUSES = frozenset({reasons.BELOW_FLOOR, reasons.REVOKED, reasons.CHILD_FAILED, reasons.RESTARTS})
 """Neutral reasons with which a device ends an attempt for good: it will not try this one again, so nobody waits for it."""
 
 
@@ -92,7 +78,7 @@ def judge(assigned: Assigned, report: Report) -> Change | None:
     match report.state:
         case "confirmed" | "confirmed_idle" if report.running == assigned.to_manifest:
             return Change(report.state, report.reason, settled=True)
-        case "returned" | "failed" | "refused" if report.reason not in NEUTRAL:
+        case "returned" | "failed" | "refused" if report.reason not in reasons.NEUTRAL:
             return Change(report.state, report.reason, settled=True)
         case "returned" | "failed" | "refused" if report.reason in EXCUSES:
             return Change("excused", report.reason, settled=True)

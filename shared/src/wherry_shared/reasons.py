@@ -45,6 +45,8 @@ CONTRACT_BROKEN = "contract_broken"
 UNSUPPORTED = "unsupported"
 BUNDLE_INVALID = "bundle_invalid"
 
+UNUSABLE = frozenset({KNOWN_BAD, NO_VARIANT, CONTRACT_BROKEN, UNSUPPORTED, BUNDLE_INVALID})
+
 # Trouble around the model: never evidence against it.
 DISK_FULL = "disk_full"
 DISK = "disk"
@@ -85,3 +87,36 @@ GROUP = "group"
 RESTARTS = "restarts"
 """The device restarted too often while a candidate was tried, and so it does without one, or nobody knows for which
 candidate: counted, returned, not held against the variant."""
+
+NEUTRAL = frozenset(
+    {
+        DISK_FULL,
+        DISK,
+        NETWORK,
+        DIGEST_MISMATCH,
+        TRUST_UNSIGNED,
+        TRUST_EXPIRED,
+        TRUST_ROLLBACK,
+        TRUST_INVALID,
+        TRUST_STALE,
+        BELOW_FLOOR,
+        REVOKED,
+        CLOCK_UNSET,
+        ENROL_REFUSED,
+        OFFER_EXPIRED,
+        OFFER_INVALID,
+        OFFER_FOREIGN,
+        OFFER_OLD,
+        CHILD_FAILED,
+        READ_ONLY,
+        ENGINE_MISSING,
+        ENGINE_CHANGED,
+        CONDITIONS,
+        MEMORY_SHORT,
+        WITHDRAWN,
+        SUPERSEDED,
+        GROUP,
+        RESTARTS,
+    }
+)
+"""Reasons that say nothing against a bundle. Every code is in one of `VERDICTS`, `UNUSABLE` and `NEUTRAL`."""
