@@ -283,6 +283,21 @@ def running(home: Home, **shown: object) -> Iterator[None]:
         asked.close()
 
 
+def test_what_is_asked_for_and_what_is_given_is_said(home: Home) -> None:
+    assert found(home, "samples") == ("ok", "no inputs are asked for, and none are sent")
+    level, detail = found(home, "samples", samples_consent=["scale"])
+    assert (level, detail.endswith("there is consent for scale")) == ("ok", True)
+    assert home.state.offer is not None
+    home.state = replace(home.state, offer=replace(home.state.offer, flags={"wherry.samples": {"scale": 0.01}}))
+    Journal(Disk(), home.path / "journal.json").write(home.state)
+    level, detail = found(home, "samples")
+    assert (level, "not sent" in detail) == ("note", True)
+    assert found(home, "samples", samples_consent=["scale"]) == (
+        "note",
+        "scale: inputs of 1.00% of the requests are sent, a few in each window",
+    )
+
+
 def test_a_worker_that_does_not_answer_for_its_models_is_bad(home: Home) -> None:
     installed = {"scale": {"doing": "idle", "serves": {"target": "scale/1.0.0"}}}
     codes = {"/v2/health/ready": 200, "/v2/models/scale/ready": 200}

@@ -1,4 +1,7 @@
-"""What an application asks a model stays on the device: nothing of it is in anything that is sent, also when it fails."""
+"""What an application asks a model stays on the device: nothing of it is in anything that is sent, also when it fails.
+
+Unless its offer asks for samples *and* the device's own settings consent: either alone changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import base64
 import contextlib
 import json
 import socket
+import sqlite3
 import struct
 import threading
 from pathlib import Path
@@ -14,11 +18,17 @@ import pytest
 
 from tests.agent.daemon_kit import Agent, Site, site
 from tests.agent.serving_kit import until
+from tests.offering import offer
 from tests.shared.engines import models
-from wherry_agent import identity
+from wherry_agent import identity, sampling, status
 from wherry_agent.answering.withheld import withhold
+from wherry_server.settings import Settings
+from wherry_shared.limits import SAMPLE_SHARE_MAX
 
 SECRET = 987654.0
+SAMPLE = base64.b64encode(struct.pack("<4f", SECRET, 1.0, 2.0, 3.0))
+"""How what is asked below is written in a sample."""
+ASKED = {sampling.FLAG: {"scale": SAMPLE_SHARE_MAX}}
 
 
 class Recorder:
@@ -97,20 +107,73 @@ def test_nothing_that_was_asked_is_in_anything_that_is_sent(tmp_path: Path) -> N
             until(lambda: b"/device/v1/logs" in api.said, "log lines were sent", 60)
             until(lambda: b'"windows":[{' in broker.said, "telemetry was sent", 60)
             assert device.stop() == 0
+            everything = bytes(api.said) + bytes(broker.said)
+            assert b"requests failed" in everything, "the failure itself is told"
+            assert b"out of data bounds" in everything, "in words"
+            assert not leaked(api, broker)
+            check_that_a_sample_needs_the_offer_and_the_owner(server, device, api, broker)
         finally:
             if device.child.poll() is None:
                 device.child.kill()
                 device.child.wait(10)
-    everything = bytes(api.said) + bytes(broker.said)
-    assert b"requests failed" in everything, "the failure itself is told"
-    assert b"out of data bounds" in everything, "in words"
-    for form in forms(SECRET):
-        assert form not in everything
 
 
-def settings(folder: Path) -> Path:
+def check_that_a_sample_needs_the_offer_and_the_owner(
+    server: Site, device: Agent, api: Recorder, broker: Recorder
+) -> None:
+    known = identity.load(device.home)
+    assert known is not None
+
+    def windows() -> int:
+        return bytes(broker.said).count(b'"windows":[{')
+
+    def hears() -> None:
+        """Ask, and wait until what was counted afterwards has left the device."""
+        for _ in range(2):
+            before = windows()
+            for _ in range(15):
+                assert device.infer(SECRET)[0] == 200
+            until(lambda before=before: windows() > before, "a window has left it", 60)
+
+    # the offer asks, and nobody consented
+    offer(Settings(data=server.data), known.device, {}, ASKED)
+    start(server, device, api)
+    device.until("it has its flags", lambda shown: shown["flags"] and shown["models"]["scale"]["doing"] == "idle")
+    hears()
+    assert "asked for, and not sent" in status.render(device.status())
+    assert not leaked(api, broker)
+
+    # both
+    device.stop()
+    settings(server.folder, 'samples_consent = ["scale"]\n')
+    start(server, device, api)
+    until(lambda: device.child.poll() is None and device.status()["running"], "it runs", 60)
+    until(lambda: device.infer(SECRET)[0] == 200 and SAMPLE in bytes(broker.said), "a sample is sent", 60)
+    query = "SELECT 1 FROM telemetry_window WHERE instr(body, ?) > 0"
+    until(lambda: stored(server, query, SAMPLE), "and stored", 60)
+
+    # the owner consented, and the offer does not ask any more
+    offer(Settings(data=server.data), known.device, {}, {})
+    device.until("it has none", lambda shown: not shown["flags"])
+    before = bytes(broker.said).count(SAMPLE)
+    hears()
+    assert bytes(broker.said).count(SAMPLE) == before
+
+
+def stored(server: Site, query: str, *values: bytes) -> list[tuple[int]]:
+    path = server.data / "wherry.sqlite"
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)) as connection:
+        return connection.execute(query, values).fetchall()
+
+
+def leaked(*recorders: Recorder) -> list[bytes]:
+    said = b"".join(bytes(one.said) for one in recorders)
+    return [form for form in (SAMPLE, *forms(SECRET)) if form in said]
+
+
+def settings(folder: Path, more: str = "") -> Path:
     path = folder / "agent.toml"
-    path.write_text("window_s = 0.5\n")
+    path.write_text(f"window_s = 0.5\n{more}")
     return path
 
 
@@ -122,9 +185,14 @@ def use(server: Site, device: Agent, api: Recorder, broker: Recorder) -> None:
     known = json.loads(path.read_bytes())
     changed = {"broker_port": broker.port, "server": f"http://127.0.0.1:{api.port}"}
     path.write_text(json.dumps({**known, **changed}))
+    start(server, device, api)
+    device.until("it is connected", lambda shown: shown["connected"] == "mqtt" and shown["engines"])
+
+
+def start(server: Site, device: Agent, api: Recorder) -> None:
+    """Start the device so that it asks its server through the recorder."""
     real, server.url = server.url, f"http://127.0.0.1:{api.port}"
     try:
         device.start()
     finally:
         server.url = real
-    device.until("it is connected", lambda shown: shown["connected"] == "mqtt" and shown["engines"])

@@ -18,6 +18,7 @@ from wherry_server import hellos, ingest
 from wherry_server.streams import AHEAD_MAX, SEQ_MAX, Position
 from wherry_shared import frames, ids, wire
 from wherry_shared.errors import RefusedError
+from wherry_shared.limits import SAMPLE_BYTES_MAX, SAMPLES_PER_WINDOW_MAX
 
 # --- one stream ---------------------------------------------------------------------------------
 
@@ -88,9 +89,41 @@ def telemetry(device: FakeDevice, seq: int, first: int = 1, **more: Any) -> byte
     return device.frame("telemetry", wire.Telemetry(**{**values, **more}))
 
 
+def window_with(*sizes: int) -> wire.Window:
+    samples = [
+        wire.Sample(inputs=[wire.SampleTensor(name="x", datatype="UINT8", shape=[size], data=b"s" * size)])
+        for size in sizes
+    ]
+    kind: dict[str, Any] = {"model": "m", "manifest": "sha256:1", "variant": "v", "arm": "incumbent"}
+    return wire.Window(**kind, start=1, duration_us=5, requests=3, samples=samples, samples_left_out=2)
+
+
 def report(device: FakeDevice, seq: int, first: int = 1, **more: Any) -> bytes:
     values = {"format": 1, "device": device.id, "epoch": "e1", "seq": seq, "first": first, "at": 1, "model": "m"}
     return device.frame("report", wire.Report(**{**values, "state": "confirmed", "running": "sha256:1", **more}))
+
+
+def test_samples_are_stored_within_their_bounds_and_what_is_beyond_is_counted(tmp_path: Path):
+    fits = window_with(*[SAMPLE_BYTES_MAX] * SAMPLES_PER_WINDOW_MAX)
+    too_large = window_with(1, SAMPLE_BYTES_MAX + 1)
+    too_many = window_with(*[1] * (SAMPLES_PER_WINDOW_MAX + 1))
+
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            (device,) = await found.enrol(1)
+            frame = telemetry(device, 1, windows=[fits, too_large, too_many])
+            acks = await found.ingest.store("telemetry", [(device.id, frame)])
+            assert acked(device, acks) == [("telemetry", "t1", 1)], "its counts are as good as ever"
+            rows = await found.rows("SELECT body FROM telemetry_window ORDER BY position")
+            stored = [wire.parse(wire.Window, row.body) for row in rows]
+            assert stored[0] == fits
+            assert [(one.samples, one.samples_left_out, one.requests) for one in stored[1:]] == [
+                ([], 4, 3),
+                ([], 2 + SAMPLES_PER_WINDOW_MAX + 1, 3),
+            ]
+            assert found.ingest.refused == {"samples_too_large": 2}
+
+    run(work())
 
 
 def test_what_a_shadow_and_a_standby_say_is_stored_whole(tmp_path: Path):

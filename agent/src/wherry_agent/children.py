@@ -15,7 +15,7 @@ from typing import Any, Literal
 import msgspec
 
 from wherry_shared.bundle import Interface, Processing
-from wherry_shared.wire import Mode, Offer, OfferedModel, VariantTried
+from wherry_shared.wire import Mode, Offer, OfferedModel, Sample, VariantTried
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
@@ -323,6 +323,8 @@ class Serve(_Message, tag="serve", frozen=True, kw_only=True):
     models: list[ServeModel]
     flags: dict[str, Any] = {}
     """Feature flags of this device, by key: bool, int, float, str, or an object."""
+    samples: dict[str, float] = {}
+    """Model → share of its requests whose inputs may leave the device; only where offer and settings both say so."""
 
 
 class RunGolden(_Message, tag="run_golden", frozen=True, kw_only=True):
@@ -419,6 +421,18 @@ class Stats(_Message, tag="stats", frozen=True, kw_only=True):
     arms: list[ArmStats]
 
 
+class Sampled(_Message, tag="sampled", frozen=True, kw_only=True):
+    """Inputs of a few requests that one (model, variant) answered since the last of these; sent after the counts."""
+
+    model: str
+    digest: str
+    arm: str
+    trial: str
+    samples: list[Sample]
+    left_out: int = 0
+    """Requests of the share that were too large, or too many."""
+
+
 GrpcDoing = Literal["served", "waiting for the port", "not served: its packages are missing"]
 
 
@@ -432,7 +446,7 @@ class Grpc(_Message, tag="grpc", frozen=True, kw_only=True):
 
 
 WorkerCommand = Serve | RunGolden | Stop
-WorkerEvent = Ready | Serving | GoldenDone | Stats | Grpc
+WorkerEvent = Ready | Serving | GoldenDone | Stats | Sampled | Grpc
 
 
 _encoder = msgspec.json.Encoder()

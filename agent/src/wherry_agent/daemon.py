@@ -31,7 +31,7 @@ from typing import assert_never
 
 import msgspec
 
-from wherry_agent import __version__, cgroups, children, identity, machine, readings, status, timestamp, turn
+from wherry_agent import __version__, cgroups, children, identity, machine, readings, sampling, status, timestamp, turn
 from wherry_agent import state as s
 from wherry_agent.children import ArmStats, Ran
 from wherry_agent.contracts import contract_of
@@ -188,7 +188,9 @@ class Daemon:
 
     def _begin(self, effects: tuple[s.Effect, ...]) -> None:
         """Start everything that the loop watches."""
-        self._buffer = Buffer(self._home / "telemetry.db", self._settings.telemetry_mb * MIB)
+        self._buffer = Buffer(
+            self._home / "telemetry.db", self._settings.telemetry_mb * MIB, lambda model: model in self._sampled()
+        )
         self._listen()
         self._handles.publish_flags(dict(flags_of(self._state)))
         self._link = Link(self._home, self._identity, self._server, self._callbacks())
@@ -1087,7 +1089,9 @@ class Daemon:
         self._look()
         self._cut_windows()
         flags = dict(effect.flags)
-        self._worker.send(children.Serve(revision=effect.revision, models=list(effect.models), flags=flags))
+        self._worker.send(
+            children.Serve(revision=effect.revision, models=list(effect.models), flags=flags, samples=self._sampled())
+        )
         self._handles.publish_flags(flags)
         wanted = {model.name: turn.for_handles(model) for model in effect.models}
         for model in effect.models:
@@ -1096,6 +1100,10 @@ class Daemon:
         for name in self._served | set(wanted):
             self._handles.publish(name, wanted.get(name))
         self._served = set(wanted)
+
+    def _sampled(self) -> dict[str, float]:
+        """Return of which models inputs may leave this device: the offer asks, and the settings consent."""
+        return sampling.shares(flags_of(self._state), self._settings.samples_consent)
 
     def _share(self, loadable: children.Loadable | None) -> None:
         try:
@@ -1126,6 +1134,9 @@ class Daemon:
                 )
             case children.Stats():
                 self._look(event.arms, pid)
+            case children.Sampled():
+                if event.model in self._sampled():
+                    self._windows.sample(f"worker {pid}", event)
             case children.Grpc():
                 if event.doing != "served":
                     log.warning("gRPC on port %d: %s", self._settings.grpc_port, event.doing)
@@ -1366,6 +1377,9 @@ class Daemon:
             {model.active.digest for model in serving}
             | {model.incumbent.digest for model in serving if model.incumbent is not None}
         )
+        if len(self._buffer.held(STREAM_IN_FLIGHT_MAX)) == STREAM_IN_FLIGHT_MAX:
+            # a device that nobody hears keeps its measurements, and not what was asked of it
+            windows = [msgspec.structs.replace(window, samples=[]) for window in windows]
         quiet_s = now.monotonic_ms / 1000 - getattr(self, "_spoke_s", 0.0)
         if not windows and quiet_s < HEARTBEAT_S:
             return
@@ -1409,6 +1423,7 @@ class Daemon:
             "grpc_doing": self._grpc_doing if self._settings.grpc_port else "",
             "grpc_socket": str(self._grpc_name.path) if self._grpc_name is not None else "",
             "grpc_socket_doing": self._grpc_socket_doing if self._grpc_name is not None else "",
+            "samples": sampling.words(flags_of(self._state), self._settings.samples_consent),
             "worker_pid": self._worker.pid,
             "worker_running": sorted(f"{one.model} {one.variant}" for one in self._worker.running()),
             "handles": self._handles.describe(),

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
-from wherry_agent import conditions, identity, journal, machine, readings, status
+from wherry_agent import conditions, identity, journal, machine, readings, sampling, status, turn
 from wherry_agent import state as s
 from wherry_agent.courier_http import Http
 from wherry_agent.disk import Disk
@@ -380,6 +380,15 @@ def _mirrors(patient: Patient) -> Finding:
     return ok(f"{len(bases)} answer")
 
 
+def _samples(patient: Patient) -> Finding:
+    flags = turn.flags_of(patient.state) if patient.state is not None else {}
+    asked = sampling.words(flags, patient.settings.samples_consent)
+    if asked:
+        return note("; ".join(asked))
+    consent = ", ".join(patient.settings.samples_consent)
+    return ok(f"no inputs are asked for, and none are sent{f'; there is consent for {consent}' if consent else ''}")
+
+
 def _conditions(patient: Patient) -> Finding:
     asked = patient.settings.conditions
     power = readings.power(asked.sys)
@@ -641,6 +650,7 @@ QUESTIONS: dict[str, Question] = {
     "journal": _journal,
     "store": _store,
     "telemetry": _telemetry,
+    "samples": _samples,
     "sockets": _sockets,
     "handles": _handles,
     "grpc": _grpc,

@@ -68,6 +68,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Length of a telemetry window."""
     telemetry_mb: Size = 8
     """Telemetry kept while the server cannot be reached."""
+    samples_consent: list[str] = []
+    """Models of which the inputs of a few requests may be sent to the server, where its offer asks for them; empty: none."""
     set_clock: bool = False
     """Set a clock that is behind a verified time forward at start (needs the right to); else it is only reported."""
     contracts: dict[str, Contract] = {}

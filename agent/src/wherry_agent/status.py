@@ -279,6 +279,7 @@ def render(shown: dict[str, Any]) -> str:
         lines.append(f"offer    not acted on: {shown['offer_refused']}")
     for key, value in shown.get("flags", {}).items():
         lines.append(f"flag     {key} = {msgspec.json.encode(value).decode()[:FLAG_CHARS_MAX]}")
+    lines += [f"samples  {words}" for words in shown.get("samples", [])]
     for name, model in shown["models"].items():
         lines.append(f"\n{name}: {model['doing']}")
         for key in ("serves", "candidate"):

@@ -7,6 +7,7 @@ power cut, no space, too long offline); every loss that is known is counted in `
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import secrets
@@ -17,10 +18,12 @@ from pathlib import Path
 
 import msgspec
 
-from wherry_agent.children import ArmStats
+from wherry_agent import sampling
+from wherry_agent.children import ArmStats, Sampled
 from wherry_agent.handle_server import merged
 from wherry_shared import wire
-from wherry_shared.wire import Arm, Telemetry, Window
+from wherry_shared.limits import SAMPLE_BYTES_MAX, SAMPLES_PER_WINDOW_MAX
+from wherry_shared.wire import Arm, Sample, Telemetry, Window
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +54,8 @@ class Windows:
         self._cut: dict[_Key, ArmStats] = {}
         self._since_us: dict[_Key, int] = {}
         self._baselines: dict[tuple[str, str], ArmStats] = {}
+        self._samples: dict[_Key, list[Sample]] = {}
+        self._left_out: dict[_Key, int] = {}
 
     def look(self, source: str, arms: Iterable[ArmStats], at_us: int) -> None:
         """Take the newest counts of a source."""
@@ -68,6 +73,17 @@ class Windows:
                     self._baselines[stats.model, stats.digest] = stats
         while len(self._latest) > ARMS_MAX:
             self._drop(next(iter(self._latest)))
+
+    def sample(self, source: str, sampled: Sampled) -> None:
+        """Take inputs that a source sampled for the window under way, as many as one may have."""
+        key = (source, sampled.model, sampled.digest, sampled.arm, sampled.trial)
+        if key not in self._latest:
+            return  # it is not served any more
+        held = self._samples.setdefault(key, [])
+        fitting = [one for one in sampled.samples if one.bytes <= SAMPLE_BYTES_MAX]
+        taken = fitting[: SAMPLES_PER_WINDOW_MAX - len(held)]
+        held += taken
+        self._left_out[key] = self._left_out.get(key, 0) + sampled.left_out + len(sampled.samples) - len(taken)
 
     def baseline(self, model: str, digest: str) -> ArmStats | None:
         """Return the fullest counts of an incumbent in this life of the agent."""
@@ -87,7 +103,9 @@ class Windows:
             fallbacks = stats.fallbacks - (before.fallbacks if before is not None else 0)
             skipped = stats.skipped - (before.skipped if before is not None else 0)
             if requests > 0 or fallbacks > 0 or skipped > 0:
-                windows.append(_window(stats, before, self._since_us[key], at_us, context(stats)))
+                window = _window(stats, before, self._since_us[key], at_us, context(stats))
+                samples, left_out = self._samples.pop(key, []), self._left_out.pop(key, 0)
+                windows.append(msgspec.structs.replace(window, samples=samples, samples_left_out=left_out))
             self._cut[key] = stats
             self._since_us[key] = at_us
         return windows
@@ -110,7 +128,7 @@ class Windows:
             self._drop(key)
 
     def _drop(self, key: _Key) -> None:
-        for table in (self._latest, self._cut, self._since_us):
+        for table in (self._latest, self._cut, self._since_us, self._samples, self._left_out):
             table.pop(key, None)
 
 
@@ -171,8 +189,16 @@ def _less(now: dict[str, int], before: dict[str, int]) -> dict[str, int]:
 class Buffer:
     """Messages that the server did not acknowledge yet."""
 
-    def __init__(self, path: Path, bytes_max: int) -> None:
+    def __init__(self, path: Path, bytes_max: int, may_sample: Callable[[str], bool] = lambda _: False) -> None:
+        """Open the buffer, or begin it.
+
+        Args:
+            path: of the file.
+            bytes_max: what messages may take.
+            may_sample: tells of a model whether its inputs may leave the device; asked again at each sending.
+        """
         self._path = path
+        self._may_sample = may_sample
         self._bytes_max = bytes_max
         self._database = self._open()
         row = self._database.execute("SELECT epoch, next, dropped FROM stream").fetchone()
@@ -206,7 +232,8 @@ class Buffer:
         row = self._database.execute("SELECT body FROM message WHERE seq = ?", (seq,)).fetchone()
         if row is None:
             return None
-        return msgspec.structs.replace(wire.parse(Telemetry, row[0]), first=self.first)
+        message = sampling.without(wire.parse(Telemetry, row[0]), self._may_sample)
+        return msgspec.structs.replace(message, first=self.first)
 
     def add(self, message: Telemetry) -> None:
         """Number and keep messages with the windows of `message`, split to fit; the oldest give way.
@@ -272,6 +299,10 @@ class Buffer:
         return self._connect(":memory:")
 
     def _connect(self, path: Path | str) -> sqlite3.Connection:
+        if isinstance(path, Path):
+            with contextlib.suppress(OSError):  # a disk that takes no writes: SQLite says so
+                path.touch(0o600)
+                path.chmod(0o600)  # of an older release; its journal is opened with the same mode
         database = sqlite3.connect(path, check_same_thread=False)
         try:
             database.execute("PRAGMA journal_mode = WAL")
@@ -295,13 +326,17 @@ class Buffer:
 
 
 def _split(windows: list[Window]) -> list[list[Window]]:
-    """Divide windows into messages that fit; a window alone too large for one loses its sketches."""
+    """Divide windows into messages that fit; a window alone too large for one loses its samples, then its sketches."""
     found: list[list[Window]] = [[]]
     size = 0
     for whole in windows:
         window, length = whole, len(wire.encode(whole))
+        if length > MESSAGE_BYTES_MAX and window.samples:
+            left_out = window.samples_left_out + len(window.samples)
+            window = msgspec.structs.replace(window, samples=[], samples_left_out=left_out)
+            length = len(wire.encode(window))
         if length > MESSAGE_BYTES_MAX:
-            window = msgspec.structs.replace(whole, latency_us={}, wait_us={}, classes={}, confidence={}, distance={})
+            window = msgspec.structs.replace(window, latency_us={}, wait_us={}, classes={}, confidence={}, distance={})
             length = len(wire.encode(window))
         if found[-1] and (size + length > MESSAGE_BYTES_MAX or len(found[-1]) >= WINDOWS_MAX):
             found.append([])

@@ -38,7 +38,7 @@ from wherry_server.times import now_us
 from wherry_shared import frames, wire
 from wherry_shared.errors import RefusedError
 from wherry_shared.ids import is_device_id
-from wherry_shared.limits import REPORT_DETAIL_CHARS_MAX
+from wherry_shared.limits import REPORT_DETAIL_CHARS_MAX, SAMPLE_BYTES_MAX, SAMPLES_PER_WINDOW_MAX
 
 log = logging.getLogger(__name__)
 
@@ -425,7 +425,8 @@ class Ingest:
                     now,
                 )
             )
-            for position, window in enumerate(message.windows):
+            for position, said in enumerate(message.windows):
+                window = self._bounded(said, device, now)
                 windows.append(
                     (
                         device,
@@ -449,6 +450,15 @@ class Ingest:
                 )
         await bulk.insert_new(connection, table(TelemetryLog), _TELEMETRY_COLUMNS, logs)
         await bulk.insert_new(connection, table(TelemetryWindow), _WINDOW_COLUMNS, windows)
+
+    def _bounded(self, window: wire.Window, device: str, now: int) -> wire.Window:
+        """Return a window without its samples if they are more than a device may send; its counts are as good as ever."""
+        sizes = [sample.bytes for sample in window.samples]
+        if len(sizes) <= SAMPLES_PER_WINDOW_MAX and max(sizes, default=0) <= SAMPLE_BYTES_MAX:
+            return window
+        self.refuse("samples_too_large", now, f"{len(sizes)} samples of {sum(sizes)} bytes in a window of {device}")
+        left_out = window.samples_left_out + len(sizes)
+        return msgspec.structs.replace(window, samples=[], samples_left_out=left_out)
 
     # --- hello ----------------------------------------------------------------------------------
 
@@ -559,7 +569,7 @@ def _check_numbers(message: wire.Hello | wire.Report | wire.Telemetry) -> None:
         texts = (message.epoch,)
         for window in message.windows:
             numbers += (window.start, window.duration_us, window.requests, window.errors, window.fallbacks)
-            numbers += (window.attempt,)
+            numbers += (window.attempt, window.samples_left_out)
             texts += (window.model, window.manifest, window.variant, window.rollout)
     for number in numbers:
         if not 0 <= number <= SEQ_MAX:

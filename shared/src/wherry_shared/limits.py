@@ -46,3 +46,10 @@ REQUEST_BYTES_MAX = 64 * MIB
 """One local inference request."""
 REPORT_DETAIL_CHARS_MAX = 500
 LOG_LINES_MAX = 200
+
+SAMPLE_BYTES_MAX = 16 * KIB
+"""All input tensors of one sample, raw."""
+SAMPLES_PER_WINDOW_MAX = 2
+"""Samples of one telemetry window: with their base64 and the window's sketches they fit a message."""
+SAMPLE_SHARE_MAX = 0.1
+"""Share of a model's requests that may be asked for."""

@@ -191,6 +191,27 @@ class Report(_Wire, frozen=True, kw_only=True):
     """Shadow runs compared with the incumbent's answers, those that agreed, and those the CPU budget did not allow."""
 
 
+class SampleTensor(_Wire, frozen=True, kw_only=True):
+    """One input of a sample, as the interface names it."""
+
+    name: str
+    datatype: str
+    shape: list[Count]
+    data: bytes
+    """Raw, as the Open Inference Protocol's binary extension has it; base64 in JSON."""
+
+
+class Sample(_Wire, frozen=True, kw_only=True):
+    """What one request asked: sent only where the offer asks for samples and the device's owner consented."""
+
+    inputs: list[SampleTensor]
+
+    @property
+    def bytes(self) -> int:
+        """Raw size of all inputs."""
+        return sum(len(tensor.data) for tensor in self.inputs)
+
+
 class Window(_Wire, frozen=True, kw_only=True):
     """Measurements of one (model, bundle, variant, arm) over one stretch of time that never straddles a swap."""
 
@@ -219,6 +240,10 @@ class Window(_Wire, frozen=True, kw_only=True):
     """Of a shadow: runs compared with the incumbent's answers, those that agreed, those the CPU budget did not allow."""
     distance: dict[str, int] = {}
     """Of a shadow: sketch of the largest difference over the range of the incumbent's output."""
+    samples: list[Sample] = []
+    """At most `limits.SAMPLES_PER_WINDOW_MAX` of `limits.SAMPLE_BYTES_MAX` each."""
+    samples_left_out: Count = 0
+    """Requests of the share that was asked for which were too large, or too many."""
 
 
 class Telemetry(_Wire, frozen=True, kw_only=True):

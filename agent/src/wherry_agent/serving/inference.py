@@ -18,6 +18,7 @@ from wherry_agent.answering.published import Answer, Published
 from wherry_agent.answering.registry import Registry
 from wherry_agent.serving import tensors
 from wherry_agent.serving.regions import Regions
+from wherry_agent.serving.samples import Samples
 from wherry_shared.bundle import PLATFORMS, Interface, TensorSpec, axis_bounds
 from wherry_shared.engines import bf16
 from wherry_shared.engines.errors import BadInput, EngineFault
@@ -88,8 +89,16 @@ class View:
 class Inference:
     """Answers from a registry."""
 
-    def __init__(self, registry: Registry, gate: RunGate, helpers: Helpers, regions: Regions | None = None) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        gate: RunGate,
+        helpers: Helpers,
+        regions: Regions | None = None,
+        samples: Samples | None = None,
+    ) -> None:
         self._registry = registry
+        self._samples = samples or Samples()
         self._gate = gate
         self._helpers = helpers
         self.regions = regions or Regions()
@@ -142,6 +151,8 @@ class Inference:
             answer = published.answer_by(loaded, self._gate, inputs, outputs, ask=ask)
         else:
             answer = published.answer(self._gate, self._helpers, inputs, outputs, ask=ask)
+            if self._samples.shares:
+                self._samples.look(published, answer, inputs)
         return replace(answer, generation=published.generation) if published.group else answer
 
     # -- descriptions ----------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from wherry_agent.serving.inference import (
     unforeseen,
 )
 from wherry_agent.serving.regions import Regions
+from wherry_agent.serving.samples import Samples
 from wherry_shared.bundle import TensorSpec
 from wherry_shared.engines.errors import BadInput, EngineFault
 from wherry_shared.engines.session import Array
@@ -155,8 +156,9 @@ class Protocol:
         helpers: Helpers,
         flags: Flags | None = None,
         regions: Regions | None = None,
+        samples: Samples | None = None,
     ) -> None:
-        self.inference = Inference(registry, gate, helpers, regions)
+        self.inference = Inference(registry, gate, helpers, regions, samples)
         self._plans: dict[bytes, _Plan] = {}
         self._flags = flags or Flags()
 

@@ -41,6 +41,7 @@ from wherry_agent.serving.ledger import Ledger
 from wherry_agent.serving.listener import HttpServer
 from wherry_agent.serving.protocol import Protocol
 from wherry_agent.serving.regions import Regions
+from wherry_agent.serving.samples import Samples
 from wherry_agent.workers.loader import Loader
 from wherry_shared import golden, reasons
 from wherry_shared.engines.errors import EngineFault
@@ -89,7 +90,8 @@ class Worker:
         self._helpers = Helpers()
         self._flags = Flags()
         self._regions = Regions(ledger)
-        protocol = Protocol(self.registry, self._gate, self._helpers, self._flags, self._regions)
+        self._samples = Samples()
+        protocol = Protocol(self.registry, self._gate, self._helpers, self._flags, self._regions, self._samples)
         self._http = HttpServer(listeners, protocol, pass_on=pass_on, take_over=take_over)
         self._grpc_port = grpc_port
         self._grpc = _grpc(grpc_port, grpc_socket, protocol, self.say) if grpc_port else None
@@ -140,6 +142,7 @@ class Worker:
         match command:
             case Serve():
                 self._flags.set(command.flags)
+                self._samples.want(command.samples)
                 self._loader.want(command)
             case RunGolden():
                 threading.Thread(target=self._run_golden, args=(command,), name="golden", daemon=True).start()
@@ -202,6 +205,8 @@ class Worker:
         arms = [stats for counter in self._loader.counters() if (stats := counter.news()) is not None]
         if arms:
             self.say(Stats(arms=arms))
+        for sampled in self._samples.drain():
+            self.say(sampled)
         self._loader.settle()
 
     def _stop(self, *, hand_over: bool) -> None:
