@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import socket
 import stat
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -146,3 +148,34 @@ def test_a_name_clears_up_what_others_left_and_leads_to_what_is_there(tmp_path: 
     assert sorted(tmp_path.iterdir()) == sorted([two, tmp_path / "g.sock"])
     name.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_large_tensors_go_past_protobuf_unchanged(tmp_path: Path) -> None:
+    width, path = 50_000, tmp_path / "g.sock"
+    large = loadable(models.scale(tmp_path / "m.onnx", 2.0, width=width), interface=models.interface(width=width))
+    with worker(tmp_path, WHERRY_GRPC_PORT=str(free_ports(1)[0]), WHERRY_GRPC_SOCKET=str(path)) as process:
+        process.serve(ServeModel(name="scale", active=large))
+        process.event(children.Grpc)
+        rng = np.random.default_rng(0)
+        answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+        with triton.InferenceServerClient(f"unix:{path}") as client:
+            client.start_stream(lambda result, error: answers.put((result, error)))
+            for length in range(1, 9):  # of the request's id, so that the tensor begins at any address
+                x = rng.random((2, width), np.float32)
+                tensor = triton.InferInput("x", list(x.shape), "FP32")
+                tensor.set_data_from_numpy(x)
+                found = client.infer("scale", [tensor], request_id="i" * length, client_timeout=20)
+                assert np.array_equal(found.as_numpy("y"), 2 * x)
+                client.async_stream_infer("scale", [tensor], request_id="s" * length)
+                found, error = answers.get(timeout=20)
+                assert error is None
+                assert np.array_equal(found.as_numpy("y"), 2 * x)
+                assert found.get_response().id == "s" * length
+            tensor = triton.InferInput("x", [2, width - 1], "FP32")
+            tensor.set_data_from_numpy(x[:, 1:])
+            client.async_stream_infer("scale", [tensor], request_id="wrong")
+            found, error = answers.get(timeout=20)
+            assert "shape" in error.message()
+            client.stop_stream()
+            with pytest.raises(triton.InferenceServerException, match="shape"):
+                client.infer("scale", [tensor])

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
@@ -27,7 +27,8 @@ from google.protobuf.message import DecodeError
 from wherry_agent.answering.ask import Ask
 from wherry_agent.children import Grpc, GrpcDoing
 from wherry_agent.serving import tensors
-from wherry_agent.serving.buffers import fresh
+from wherry_agent.serving.buffers import ALIGNMENT, Buffer, aligned_start, fresh
+from wherry_agent.serving.http import buffers
 from wherry_agent.serving.inference import (
     CUDA_REFUSED,
     LOAD_REFUSED,
@@ -44,7 +45,7 @@ from wherry_agent.serving.inference import (
     told,
     unforeseen,
 )
-from wherry_agent.serving.messages import SERVICE, message
+from wherry_agent.serving.messages import SERVICE, message, put_in, taken_out
 from wherry_agent.serving.peers import user_of_tcp
 from wherry_shared.engines.errors import BadInput, EngineFault
 from wherry_shared.engines.session import Array
@@ -111,6 +112,40 @@ _REFUSED = {
 _Request = message("ModelInferRequest")
 _Response = message("ModelInferResponse")
 _StreamResponse = message("ModelStreamInferResponse")
+_RAW_IN = _Request.DESCRIPTOR.fields_by_name["raw_input_contents"].number
+_RAW_OUT = _Response.DESCRIPTOR.fields_by_name["raw_output_contents"].number
+_ANSWER = _StreamResponse.DESCRIPTOR.fields_by_name["infer_response"].number
+
+
+class _Asked(NamedTuple):
+    """A request, and its raw tensors beside it."""
+
+    request: Any
+    raw: list[bytes | memoryview]
+    used: list[Buffer]
+    """Buffers that raw tensors were copied to; they serve other requests when this one is over."""
+
+    @classmethod
+    def read(cls, data: bytes) -> _Asked:
+        """Read a message.
+
+        Raises:
+            DecodeError: it is none.
+        """
+        rest, taken = taken_out(data, _RAW_IN)
+        request = _Request.FromString(rest)
+        return cls(request, list(taken or request.raw_input_contents), [])
+
+    def aligned(self, part: bytes | memoryview) -> bytes | memoryview:
+        """Return a raw tensor where engines can read it: in a message it lies anywhere."""
+        if isinstance(part, bytes):
+            return part
+        buffer = buffers.take(len(part) + ALIGNMENT)
+        self.used.append(buffer)
+        start = aligned_start(buffer, 0)
+        view: memoryview = buffer.data[start : start + len(part)]
+        view[:] = part
+        return view
 
 
 class GrpcServer:
@@ -210,7 +245,7 @@ class _Calls:
 
         def unary(name: str, call: Callable[[Any, Any], Any]) -> Any:
             return grpc.unary_unary_rpc_method_handler(
-                _guarded(call, message(f"{name}Request")),
+                _guarded(call, message(f"{name}Request").FromString),
                 response_serializer=message(f"{name}Response").SerializeToString,
             )
 
@@ -220,10 +255,8 @@ class _Calls:
             return unary(name, lambda request, context: json_format.ParseDict(make(request, context), kind()))
 
         methods = {
-            "ModelInfer": unary("ModelInfer", self._infer),
-            "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(
-                self._stream, response_serializer=_StreamResponse.SerializeToString
-            ),
+            "ModelInfer": grpc.unary_unary_rpc_method_handler(_guarded(self._infer, bytes)),
+            "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self._stream),
             "ServerLive": filled("ServerLive", lambda *_: {"live": True}),
             "ServerReady": filled("ServerReady", lambda *_: {"ready": asked.server_ready()}),
             "ModelReady": filled("ModelReady", lambda request, _: {"ready": self._ready(request)}),
@@ -276,30 +309,32 @@ class _Calls:
         self._inference.regions.unregister(request.name, self._user(context))
         return {}
 
-    def _stream(self, requests: Iterator[bytes], context: Any) -> Iterator[Any]:
+    def _stream(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
         if not self._streams.acquire(blocking=False):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"no more than {STREAMS_MAX} streams at once")
         try:
             for data in requests:
-                request = _Request()
                 try:
-                    request = _Request.FromString(data)
-                    answer = _StreamResponse(infer_response=self._infer(request, context))
+                    answer = put_in(b"", _ANSWER, [self._infer(data, context)])
                 except Exception as error:  # the border of the process: a stream goes on after a refused request
-                    _, text = _told(error)
-                    answer = _StreamResponse(error_message=text)
-                    answer.infer_response.id = request.id
-                    answer.infer_response.model_name = request.model_name
+                    answer = _refused(error, data)
                 yield answer
         finally:
             self._streams.release()
 
-    def _infer(self, request: Any, context: Any) -> Any:
-        asked = self._inference
+    def _infer(self, data: bytes, context: Any) -> bytes:
+        taken = _Asked.read(data)
+        answer = self._answer(taken, context)
+        while taken.used:  # its tensors are gone by now, unless somebody still runs on them
+            buffers.give(taken.used.pop())
+        return answer
+
+    def _answer(self, taken: _Asked, context: Any) -> bytes:
+        asked, request = self._inference, taken.request
         version = request.model_version
         published, loaded = asked.find(request.model_name, version)
         view = asked.view(loaded)
-        inputs, shared = self._inputs(request, view, context)
+        inputs, shared = self._inputs(taken, view, context)
         said = request.parameters
         ask = Ask(
             request_id=check_id(request.id),
@@ -317,17 +352,17 @@ class _Calls:
             _set(response.parameters, name, value)
         if "triton_enable_empty_final_response" in said:  # one answer per request: each is the last
             response.parameters["triton_final_response"].bool_param = True
-        self._fill(response, request, answer.outputs, view, context)
-        return response
+        parts = self._fill(response, taken, answer.outputs, view, context)
+        return put_in(response.SerializeToString(), _RAW_OUT, parts)
 
-    def _inputs(self, request: Any, view: View, context: Any) -> tuple[dict[str, Array], bool]:
+    def _inputs(self, taken: _Asked, view: View, context: Any) -> tuple[dict[str, Array], bool]:
         """Return the inputs, and whether the client can still change one of them."""
+        request = taken.request
         if len(request.inputs) > TENSORS_MAX:
             raise BadInput(f"{len(request.inputs)} inputs, at most {TENSORS_MAX}")
         inputs: dict[str, Array] = {}
         any_shared = False
-        raw = iter(request.raw_input_contents)
-        is_raw = bool(request.raw_input_contents)
+        raw = iter(taken.raw)
         for tensor in request.inputs:
             name = tensor.name
             if name in inputs:
@@ -337,7 +372,7 @@ class _Calls:
                 data, shared = region.read(offset, size, fresh)
                 array = tensors.from_bytes(name, tensor.datatype, tensor.shape, data)
                 any_shared |= shared
-            elif not is_raw:
+            elif not taken.raw:
                 array = _typed(name, tensor)
             elif tensor.HasField("contents") and tensor.contents.ByteSize():
                 raise BadInput(f"input {name[:80]!r} has contents beside raw_input_contents")
@@ -345,16 +380,20 @@ class _Calls:
                 found = next(raw, None)
                 if found is None:
                     raise BadInput(f"raw_input_contents has no entry for input {name[:80]!r}")
-                array = tensors.from_bytes(name, tensor.datatype, tensor.shape, found)
+                array = tensors.from_bytes(name, tensor.datatype, tensor.shape, taken.aligned(found))
             inputs[name] = as_declared(name, array, tensor.datatype, view)
         if next(raw, None) is not None:
             raise BadInput("raw_input_contents has more entries than there are inputs")
         return inputs, any_shared
 
-    def _fill(self, response: Any, request: Any, outputs: dict[str, Array], view: View, context: Any) -> None:
-        """Write outputs the way the inputs came: typed contents if those were, raw bytes otherwise."""
+    def _fill(
+        self, response: Any, taken: _Asked, outputs: dict[str, Array], view: View, context: Any
+    ) -> list[bytes | memoryview]:
+        """Write outputs the way the inputs came: typed contents if those were, else return their raw bytes."""
+        request = taken.request
+        parts: list[bytes | memoryview] = []
         wanted = {output.name: output.parameters for output in request.outputs}
-        typed = not request.raw_input_contents and any(tensor.HasField("contents") for tensor in request.inputs)
+        typed = not taken.raw and any(tensor.HasField("contents") for tensor in request.inputs)
         typed = typed and all(view.outputs[name] in _CONTENTS for name in outputs)
         for name, array in outputs.items():
             datatype = view.outputs[name]
@@ -376,7 +415,8 @@ class _Calls:
                     values = [value.encode() if isinstance(value, str) else value for value in values]
                 getattr(row.contents, _CONTENTS[datatype]).extend(values)
             else:
-                response.raw_output_contents.append(bytes(tensors.to_bytes(array)))
+                parts.append(tensors.to_bytes(array))
+        return parts
 
     def _place(self, said: Any, name: str, context: Any) -> tuple[Any, int, int]:
         """Return region, offset and size of a tensor in shared memory."""
@@ -389,12 +429,23 @@ class _Calls:
         return region, _parameter(said, "shared_memory_offset", int, default=0), size
 
 
-def _guarded(call: Callable[[Any, Any], Any], kind: Any) -> Callable[[bytes, Any], Any]:
+def _refused(error: Exception, data: bytes) -> bytes:
+    """Return what a stream says of a request that is not answered, in its place."""
+    answer = _StreamResponse(error_message=_told(error)[1])
+    with contextlib.suppress(DecodeError):
+        request = _Asked.read(data).request
+        answer.infer_response.id = request.id
+        answer.infer_response.model_name = request.model_name
+    whole: bytes = answer.SerializeToString()
+    return whole
+
+
+def _guarded(call: Callable[[Any, Any], Any], read: Callable[[bytes], Any]) -> Callable[[bytes, Any], Any]:
     """Read the request of a call, and turn what the call raises into its status."""
 
     def run(data: bytes, context: Any) -> Any:
         try:
-            return call(kind.FromString(data), context)
+            return call(read(data), context)
         except Exception as error:  # the border of the process: a caller gets an answer, the log gets the trace
             code, text = _told(error)
         return context.abort(code, text)
