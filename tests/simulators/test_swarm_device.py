@@ -133,6 +133,6 @@ def test_a_model_that_takes_the_machine_down_goes_back_after_restarts():
         return "returned" in said(device)
 
     live(device, ended)
-    assert device.state.owed[-1].reason == "restarts"
+    assert device.state.owed[-1].reason == "device_down"
     assert len(boots) > 2
     assert isinstance(device.state.models["m"].phase, s.Idle)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from wherry_simulators import scenarios
-from wherry_simulators.scenarios import behaviours, groups, modes, rollouts, trouble
+from wherry_simulators.scenarios import behaviours, downs, engines, groups, modes, rollouts, trouble, wear
 from wherry_simulators.world import World
 
 SEEDS = 12
@@ -23,7 +23,10 @@ def explain(result):
     return f"{result.scenario}, seed {result.seed}:\n" + "\n".join(str(violation) for violation in result.violations)
 
 
-@pytest.mark.parametrize("scenario", [*behaviours.TABLE, *modes.TABLE, *groups.TABLE], ids=lambda row: row.name)
+QUIET = (*behaviours.TABLE, *modes.TABLE, *groups.TABLE, *downs.TABLE, *wear.TABLE, *engines.MISSING)
+
+
+@pytest.mark.parametrize("scenario", QUIET, ids=lambda row: row.name)
 def test_with_nothing_going_wrong(scenario):
     for seed in range(2):
         result = World(scenario, seed).run()
@@ -35,6 +38,12 @@ def test_through_trouble(scenario):
     for seed in range(2):
         result = World(scenario, seed).run()
         assert not result.violations, explain(result)
+
+
+@pytest.mark.parametrize("scenario", engines.REPLACED, ids=lambda row: row.name)
+def test_while_engines_come_and_go(scenario):
+    result = World(scenario, 0).run()
+    assert not result.violations, explain(result)
 
 
 @pytest.mark.parametrize("scenario", rollouts.TABLE, ids=lambda row: row.name)

@@ -8,16 +8,18 @@ device and the instant; a run goes on, so that one cause does not hide another.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import msgspec
 
 from wherry_agent import state as s
+from wherry_agent import turn
 from wherry_shared import reasons
 from wherry_shared.wire import OfferedModel, Report
 from wherry_simulators.device import Device
 from wherry_simulators.server import Server
+from wherry_simulators.worker import Worker
 
 VIOLATIONS_MAX = 50
 """Beyond this a run only counts."""
@@ -59,6 +61,10 @@ class Checkers:
         """(device, trial) → when the candidate first served in it."""
         self._confirmed: set[tuple[str, str]] = set()
         """(device, model) that ever had a confirmed version."""
+        self._downs: dict[tuple[str, str, s.End], int] = {}
+        """(device, variant digest, attempt) → ends of the agent that nobody ordered while it was tried."""
+        self._took_down: dict[tuple[str, str, s.End], int] = {}
+        """The same → times that it took the whole machine down."""
         self._proved: dict[tuple[str, str], str] = {}
         """(device, model) → manifest that ran or was compared there: a newer offer of it needs no download."""
 
@@ -173,6 +179,8 @@ class Checkers:
             self._confirmed.discard((device.name, report.model))
         if report.state in {"returned", "failed"} and report.reason in reasons.VERDICTS:
             self._remember_bad(device, phase)
+        if report.reason == reasons.DEVICE_DOWN:
+            self._blamed_with_cause(device, phase)
         self._runs_what_it_says(device, report)
 
     def _names_an_offer(self, device: Device, report: Report) -> None:
@@ -215,6 +223,24 @@ class Checkers:
         if isinstance(job, s.Job) and job.candidates:
             key = (device.name, job.loadable.digest)
             self._bad[key] = max(self._bad.get(key, 0), job.offered.attempt)
+
+    def _blamed_with_cause(self, device: Device, phase: s.Phase | None) -> None:
+        for key, job in _tried(device, {"": s.Slot(phase=phase)} if phase is not None else {}):
+            downs, due = self._downs.get(key, 0), max(2, job.offered.trial.restarts_max)
+            if downs < due:
+                self.object("only what a device goes down with is blamed for it", device, f"{downs} times, of {due}")
+
+    def went_down(self, device: Device, held: s.State) -> None:
+        """Count an end that nobody had ordered for what was tried then."""
+        for key, _ in _tried(device, held.models):
+            self._downs[key] = self._downs.get(key, 0) + 1
+
+    def taken_down(self, device: Device) -> None:
+        """Check that nothing takes a device down again and again."""
+        for key, job in _tried(device, device.durable.models):
+            times = self._took_down[key] = self._took_down.get(key, 0) + 1
+            if times > job.offered.trial.restarts_max:
+                self.object("nothing takes a device down for ever", device, f"{job.offered.target}, {times} times")
 
     def _runs_what_it_says(self, device: Device, report: Report) -> None:
         """A report's `running` is what the worker serves, whenever the worker has nothing left to do."""
@@ -270,7 +296,7 @@ class Checkers:
                 pass
 
     def _proved_by_engine(self, device: Device, name: str, digest: str) -> None:
-        engine_version = device.hands.engine
+        engine_version = device.hands.files.engine
         if (digest, engine_version) not in device.hands.proved:
             self.object("a worker takes over only with what its engines proved", device, f"{name}, {engine_version}")
 
@@ -300,7 +326,7 @@ class Checkers:
             for name, loadable in worker.serving.items():
                 if loadable.digest not in device.hands.passed:
                     self.object("only what a canary passed serves", device, f"{loadable.target} serves")
-                if loadable.digest not in device.hands.store and loadable.digest in device.hands.wants:
+                if loadable.digest not in device.hands.files.here and loadable.digest in device.hands.wants:
                     self.object("only what is on disk serves", device, f"{loadable.target} serves")
                 self._old_or_new(device, name, loadable.manifest)
                 trial = worker.trial(name)
@@ -355,8 +381,13 @@ class Checkers:
                 engine_version = worker.engine_version
                 if device.world.engines_change and (loadable.digest, engine_version) not in device.hands.proved:
                     why = f"serves {loadable.target} with engine {engine_version}, which never proved it"
+                elif engine_version != (here := device.hands.files.engine) and _all_proved(worker, device, here):
+                    why = f"has engine {engine_version} in memory, and {here} is proved"
+            slot = device.memory.models.get(name)
+            incumbent = slot.incumbent if slot is not None else None
+            if not why and incumbent is not None and incumbent.loadable.digest in device.hands.files.altered:
+                why = f"the file of {incumbent.loadable.target} is altered"
             if why:
-                slot = device.memory.models.get(name)
                 return f"{name}: {why}, phase {type(slot.phase).__name__ if slot is not None else 'none'}"
         return ""
 
@@ -412,6 +443,18 @@ class Checkers:
             safe = report.state == "safe"
             if (device.name, name) in self._confirmed and not running and not removed and not safe:
                 self.object("what once served keeps serving", device, f"{name} serves nothing")
+
+
+def _all_proved(worker: Worker, device: Device, engine_version: str) -> bool:
+    return all((one.digest, engine_version) in device.hands.proved for one in worker.serving.values())
+
+
+def _tried(device: Device, models: Mapping[str, s.Slot]) -> Iterator[tuple[tuple[str, str, s.End], s.Job]]:
+    """Yield what is tried: the key under which its ends are counted, and its job."""
+    for slot in models.values():
+        if isinstance(slot.phase, (s.Judging, *_TRIED)):
+            job = slot.phase.job
+            yield (device.name, job.loadable.digest, turn.end_of(job.offered)), job
 
 
 def _model_not_settled(desired: OfferedModel, running: str, report: Report | None, about: Report | None) -> str:

@@ -37,6 +37,7 @@ POUR_MS = 5_000
 VERIFY_MS = 200
 PROBE_MS = 3_000
 PROBE_EVERY_MS = 3_600_000
+SCRUB_EVERY_MS = 600_000
 REPEAT_MS = 60_000
 """How much later a repeated answer may come."""
 WRONG_CLOCK_S = 10 * 365 * 86_400
@@ -53,6 +54,12 @@ class Watcher(Protocol):
     def ordered(self, device: Device, effect: s.Effect) -> None:
         """An effect is about to run."""
 
+    def went_down(self, device: Device, held: s.State) -> None:
+        """The agent starts on what its journal held, after an end that nobody had ordered."""
+
+    def taken_down(self, device: Device) -> None:
+        """What is tried on a device takes the whole machine down."""
+
     def happened(self, device: Device, events: tuple[s.Event, ...]) -> None:
         """A child or the worker did something, and says so."""
 
@@ -66,6 +73,10 @@ class World(Protocol):
     @property
     def engines_change(self) -> bool:
         """Whether engines are replaced in this world, so that devices look."""
+
+    @property
+    def disks_rot(self) -> bool:
+        """Whether disks alter what they hold in this world, so that devices look."""
 
     @property
     def watcher(self) -> Watcher:
@@ -95,6 +106,8 @@ class Device:
         self.life = 0
         """Number of the process; whatever belongs to an earlier one is gone."""
         self.boots = 0
+        self._went_down = False
+        """The last life ended without an order."""
         self._boot_began_ms = 0
         self._wrong_until_ms = 0
         self._timer = 0
@@ -137,6 +150,9 @@ class Device:
         self.up = True
         self._resending = self._pouring = False
         before = self.memory = journal.decode(journal.encode(self.durable))
+        if self._went_down:
+            self._went_down = False
+            self.world.watcher.went_down(self, before)
         after, effects = self.brain.resume(before, self.now())
         self.steps += 1
         if self._commit(before, None, after, effects):
@@ -144,12 +160,32 @@ class Device:
             self._connect()
             if self.world.engines_change:
                 self._later(PROBE_MS, self._probe_again)
+            if self.world.disks_rot:
+                self._later(self._random.randrange(SCRUB_EVERY_MS), self._scrub_again)
 
     def crash(self, *, power: bool) -> None:
         """Lose memory, worker and children; the agent starts again after `boot_ms`."""
+        self.crashes += 1
+        self._went_down = True
+        self._end(power=power)
+
+    def cut_power(self) -> None:
+        """Lose the power, whatever is going on."""
+        if self.up:
+            self.crash(power=True)
+
+    def stop(self) -> None:
+        """Be told to end: that becomes durable, and nothing after it."""
+        before, event = self.memory, s.Stopping()
+        after, _ = self.brain.step(before, event, self.now())
+        self.steps += 1
+        self.durable = self.memory = after
+        self.world.watcher.wrote(self, before, event, after)
+        self._end(power=self._random.random() < 0.5)
+
+    def _end(self, *, power: bool) -> None:
         self.up = False
         self.life += 1
-        self.crashes += 1
         self.hands.crash()
         self.world.agenda.after(
             self.world.faults().boot_ms + self._random.randrange(2_000), lambda: self.boot(power=power)
@@ -157,13 +193,28 @@ class Device:
 
     def probe(self) -> None:
         """Find out which engine is there now."""
-        self.turn(s.EnginesProbed({"onnxruntime": self.hands.engine}))
+        self.turn(s.EnginesProbed({"onnxruntime": self.hands.files.engine}))
 
     def _probe_again(self) -> None:
         life = self.life
         self.probe()
         if self.up and self.life == life:
             self._later(PROBE_EVERY_MS, self._probe_again)
+
+    def rot(self) -> None:
+        """Let the disk alter the files of what is trusted."""
+        incumbents = (slot.incumbent for slot in self.durable.models.values())
+        self.hands.files.altered |= {one.loadable.digest for one in incumbents if one is not None}
+
+    def _scrub_again(self) -> None:
+        """Read again what is trusted."""
+        life = self.life
+        for name, slot in self.memory.models.items():
+            for one in (slot.incumbent, slot.last_good):
+                if one is not None and one.loadable.digest in self.hands.files.altered and self.life == life:
+                    self.turn(s.Altered(name, one.manifest, one.loadable.variant, "simulated rot"))
+        if self.up and self.life == life:
+            self._later(self._random.randrange(SCRUB_EVERY_MS), self._scrub_again)
 
     def _unlucky(self, share: float) -> bool:
         """Draw a crash; True if the device is down now."""
@@ -177,6 +228,10 @@ class Device:
     def turn(self, event: s.Event) -> None:
         """Let the machine decide about an event, write, act. A device that is down hears nothing."""
         if not self.up or self._unlucky(self.world.faults().crash_between_events):
+            return
+        stopped = self.world.faults().stopped
+        if stopped and self._random.random() < stopped:
+            self.stop()
             return
         before = self.memory
         after, effects = self.brain.step(before, event, self.now())
@@ -229,7 +284,7 @@ class Device:
         match effect:
             case s.SendReports():
                 self._send_reports()
-            case s.Resolve() | s.Fetch() | s.Refresh():
+            case s.Resolve() | s.Fetch() | s.Refresh() | s.Mend():
                 self._start(effect, self._trouble())
             case s.Serve(_, models):
                 self._start(effect, None)
@@ -258,7 +313,14 @@ class Device:
         if work.loads and self._random.random() < faults.worker_silent:
             self.hands.hang()
             return
-        events = work.act()
+        try:
+            events = work.act()
+        except MachineDownError:
+            self.world.watcher.taken_down(self)
+            self.crash(power=True)
+            return
+        for more in self.hands.more():
+            self._schedule(more)
         self.world.watcher.happened(self, events)
         for event in events:
             if work.model and self._random.random() < faults.child_lost:
@@ -315,6 +377,7 @@ class Device:
         try:
             poured = self.hands.pour(self._requests())
         except MachineDownError:
+            self.world.watcher.taken_down(self)
             self.crash(power=True)
             return
         if poured.start is not None:
@@ -337,6 +400,8 @@ class Device:
 
     def lose_worker(self, detail: str) -> None:
         """The worker dies; the daemon hears of it and starts another."""
+        if not self.up:
+            return
         died, start = self.hands.kill_worker(detail)
         self._schedule(start)
         self.turn(died)

@@ -24,6 +24,8 @@ class Faults:
     """Durable, and not one of its effects ran."""
     crash_between_effects: float = 0.0
     crash_between_events: float = 0.0
+    stopped: float = 0.0
+    """Share of events before which the agent is told to end; it is started again."""
     unsynced_kept: float = 0.5
     """At a crash in the middle of the journal write: share of cases in which the new bytes made it to the disk."""
     child_lost: float = 0.0

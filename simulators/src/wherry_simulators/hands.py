@@ -21,7 +21,7 @@ from wherry_shared.clock import MICROSECONDS, Now
 from wherry_shared.wire import VariantTried
 from wherry_simulators import models
 from wherry_simulators.models import Behaviour, Behaviours
-from wherry_simulators.worker import Ledger, Worker
+from wherry_simulators.worker import Files, Ledger, MachineDownError, Worker
 
 WORKER_START_MS = 600
 TRUST_LIFE_S = 86_400
@@ -29,6 +29,7 @@ REFRESH_MS = 400
 GOLDEN_MS = 250
 SERVE_MS = 150
 HAND_OVER_MS = 1_500
+MEND_MS = 2_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +75,10 @@ class Hands:
         self.device = device
         self._behaviours = behaviours
         self._random = source
-        self.store: set[str] = set()
-        """Digests of variants whose files are on disk, verified. Survives everything."""
+        self.files = Files()
+        self._more: list[Work] = []
         self.passed: set[str] = set()
         """Digests that a canary passed on this device, ever: the truth that checkers compare with."""
-        self.engine = models.ENGINE_VERSION
-        """What is on disk; a worker has in memory what was there when it started."""
         self.proved: set[tuple[str, str]] = set()
         """(digest, engine version) that a canary passed: the truth that checkers compare with."""
         self.worker: Worker | None = None
@@ -120,9 +119,7 @@ class Hands:
         return Work(WORKER_START_MS, act, worker=self.process)
 
     def _new_worker(self) -> Worker:
-        worker = Worker(self.device, self._behaviours, self._random, self.ledger, self.store)
-        worker.engine_version = self.engine
-        return worker
+        return Worker(self.device, self._behaviours, self._random, self.ledger, self.files)
 
     def kill_worker(self, detail: str) -> tuple[s.Event, Work]:
         """End the worker; return the event that says so, and the start of the next one."""
@@ -146,7 +143,12 @@ class Hands:
 
     def has(self, manifest: str, variant: str) -> bool:
         """Tell whether the files of a variant are on disk."""
-        return models.digest_of(f"{manifest}/{variant}") in self.store
+        return models.digest_of(f"{manifest}/{variant}") in self.files.here
+
+    def more(self) -> list[Work]:
+        """Return the work that what was just done leads to."""
+        found, self._more = self._more, []
+        return found
 
     def busy(self, now: Now) -> bool:
         """Tell whether the worker is dead, starting, hung, or still has commands to follow."""
@@ -171,7 +173,7 @@ class Hands:
                 return self._stop(model)
             case s.Serve(revision, wanted):
                 command = self._told = Serve(revision=revision, models=list(wanted))
-                return self._tell(now, SERVE_MS, lambda worker: _served(worker, command), loads=bool(wanted))
+                return self._tell(now, SERVE_MS, lambda worker: self._serve(worker, command), loads=bool(wanted))
             case s.RunGolden(model, digest, trial):
                 golden = RunGoldenCommand(model=model, digest=digest, trial=trial)
                 return self._tell(now, GOLDEN_MS, lambda worker: _golden(worker, golden), loads=True)
@@ -181,10 +183,10 @@ class Hands:
             case s.Refresh():
                 return [self._refresh(now, trouble)]
             case s.Collect(keep):
-                self.store.intersection_update(loadable.digest for loadable in keep)
+                self.files.keep({loadable.digest for loadable in keep})
                 return []
             case s.Mend():
-                return []  # simulated disks keep what they have
+                return [self._mend(effect, trouble)]
             case s.SendReports():
                 return []
 
@@ -206,7 +208,10 @@ class Hands:
             failed = trouble or _own(behaviour.resolve, behaviour)
             if failed is not None:
                 return (_failed(model, offered.manifest, offered.attempt, "resolve", failed),)
-            found = models.candidates(behaviour, model, offered.target, offered.manifest, self.engine)
+            found = models.candidates(behaviour, model, offered.target, offered.manifest, self.files.engine)
+            if not found or self.files.engine == models.NO_ENGINE:
+                none = Trouble(reasons.NO_VARIANT, "no engine that it needs", None)
+                return (_failed(model, offered.manifest, offered.attempt, "resolve", none),)
             over = VariantTried(
                 id="huge", digest=models.digest_of("huge"), outcome="misfit", why="needs 64 GiB of memory"
             )
@@ -230,10 +235,35 @@ class Hands:
             failed = trouble or _own(behaviour.fetch, behaviour)
             if failed is not None:
                 return (_failed(model, manifest, effect.attempt, "fetch", failed),)
-            self.store.add(models.digest_of(f"{manifest}/{effect.variant}"))
+            self.files.put(models.digest_of(f"{manifest}/{effect.variant}"))
             return (s.Fetched(model=model, manifest=manifest, attempt=effect.attempt, variant=effect.variant),)
 
         return Work(self._about(behaviour.fetch_ms), act, model=model, child=self._start(model))
+
+    def _mend(self, effect: s.Mend, trouble: Trouble | None) -> Work:
+        model, manifest, variant = effect.model, effect.manifest, effect.variant
+
+        def act() -> tuple[s.Event, ...]:
+            if trouble is not None:
+                return (s.Mended(model, manifest, variant, trouble.reason, trouble.detail),)
+            self.files.put(models.digest_of(f"{manifest}/{variant}"))
+            return (s.Mended(model, manifest, variant),)
+
+        key = f"mend {manifest}"
+        return Work(self._about(MEND_MS), act, model=key, child=self._start(key))
+
+    def _serve(self, worker: Worker, command: Serve) -> tuple[s.Event, ...]:
+        events = _served(worker, command)
+        for one in worker.serving.values():
+            dies_ms = self._behaviours.variant(self.device, one).dies_ms
+            if dies_ms:
+                self._more.append(Work(dies_ms, self._die, worker=self.process))
+        return events
+
+    def _die(self) -> tuple[s.Event, ...]:
+        died, start = self.kill_worker("simulated death after loading")
+        self._more.append(start)
+        return (died,)
 
     def _judge(self, effect: s.Judge) -> Work:
         loadable = effect.candidate
@@ -244,7 +274,9 @@ class Hands:
             ratio = behaviour.latency_us / before.latency_us
 
         def act() -> tuple[s.Event, ...]:
-            if loadable.digest not in self.store:
+            if behaviour.canary_down:
+                raise MachineDownError
+            if loadable.digest not in self.files.here:
                 gone = Trouble(reasons.DISK, "the candidate's file is not there", None)
                 return (_failed(loadable.model, loadable.manifest, effect.attempt, "judge", gone),)
             reason = self._verdict(loadable)
@@ -254,7 +286,7 @@ class Hands:
                 reason = reasons.OVER_MEMORY
             if not reason:
                 self.passed.add(loadable.digest)
-                self.proved.add((loadable.digest, self.engine))
+                self.proved.add((loadable.digest, self.files.engine))
             result = Judged(
                 passed=not reason,
                 reason=reason,
@@ -275,8 +307,11 @@ class Hands:
 
     def _verdict(self, loadable: Loadable) -> str:
         behaviour = self._behaviours.variant(self.device, loadable)
-        newer = self.engine != models.ENGINE_VERSION
-        return behaviour.canary or (behaviour.canary_newer if newer else "")
+        if self.files.engine == models.NO_ENGINE:
+            return reasons.ENGINE_MISSING
+        newer = self.files.engine == models.NEWER_ENGINE_VERSION
+        trouble = self.files.trouble(loadable.digest)
+        return trouble or behaviour.canary or (behaviour.canary_newer if newer else "")
 
     def _rejudge(self, effect: s.Rejudge) -> Work:
         loadable = effect.candidate
@@ -284,7 +319,7 @@ class Hands:
         def act() -> tuple[s.Event, ...]:
             reason = self._verdict(loadable)
             if not reason:
-                self.proved.add((loadable.digest, self.engine))
+                self.proved.add((loadable.digest, self.files.engine))
             result = Judged(passed=not reason, reason=reason, detail="simulated canary" if reason else "")
             return (s.Rejudged(effect.model, loadable.digest, loadable.engine_version, result),)
 

@@ -51,6 +51,12 @@ class VariantBehaviour(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     crash_per_request: float = 0.0
     down_per_request: float = 0.0
     """Share of requests that take the whole machine down."""
+    canary_down: bool = False
+    """Its canary takes the whole machine down."""
+    dies_ms: int = 0
+    """The worker dies so long after it loaded it, whatever is asked; 0: it does not."""
+    engine_newer: bool = False
+    """It needs the newer engine."""
     peak_memory_bytes: int = 50_000_000
     alone: bool = False
     """It fits into memory only without another version beside it."""
@@ -165,6 +171,8 @@ def digest_of(name: str) -> str:
 
 ENGINE_VERSION = "1.32.0"
 NEWER_ENGINE_VERSION = "1.33.0"
+NO_ENGINE = ""
+"""What is on disk where the engine is gone."""
 
 
 def candidates(
@@ -173,6 +181,8 @@ def candidates(
     """Return what a courier would answer to `Resolve`, best variant first."""
     found: list[Candidate] = []
     for variant in behaviour.variants:
+        if variant.engine_newer and engine_version != NEWER_ENGINE_VERSION:
+            continue
         blob = digest_of(f"{manifest}/{variant.id}")
         loadable = Loadable(
             model=model,

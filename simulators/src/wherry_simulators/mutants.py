@@ -23,7 +23,7 @@ from wherry_shared.wire import Report
 from wherry_simulators import scenarios
 from wherry_simulators.brain import REAL, Brain, Turn
 from wherry_simulators.scenario import Scenario
-from wherry_simulators.scenarios import engines, groups, modes
+from wherry_simulators.scenarios import downs, engines, groups, modes, trouble, wear
 from wherry_simulators.world import World
 
 DEVICES_MAX = 12
@@ -219,6 +219,86 @@ def _uncounted(slot: s.Slot, now: Now) -> s.Slot:  # noqa: ARG001  # the form of
     if isinstance(job, s.Job) and not isinstance(slot.phase, s.Idle | s.Safe):
         return replace(slot, phase=replace(slot.phase, job=replace(job, restarts=0, downs=0)))
     return slot
+
+
+# --- machines that go down -----------------------------------------------------------------------
+
+
+def _at_boot(change: Callable[[s.State], s.State]) -> Brain:
+    """Begin a life with something else than what the journal holds."""
+    return _resume(lambda state, now: machine.resume(change(state), now))
+
+
+def _canary_uncounted(slot: s.Slot, now: Now) -> s.Slot:
+    return _uncounted(slot, now) if isinstance(slot.phase, s.Judging) else slot
+
+
+def _one_is_enough(slot: s.Slot, now: Now) -> s.Slot:  # noqa: ARG001  # the form of `_slots`
+    if not isinstance(slot.phase, _TRIAL):
+        return slot
+    job = slot.phase.job
+    return replace(slot, phase=replace(slot.phase, job=replace(job, downs=max(job.downs, 2))))
+
+
+def _blameless(state: s.State, now: Now) -> Turn:
+    """Take what goes down with a device for something that happens."""
+    after, effects = machine.resume(state, now)
+    models = {
+        name: replace(slot, phase=replace(slot.phase, reason=reasons.RESTARTS))
+        if isinstance(slot.phase, s.Returning) and slot.phase.reason == reasons.DEVICE_DOWN
+        else slot
+        for name, slot in after.models.items()
+    }
+    bad = tuple(one for one in after.known_bad if one.reason != reasons.DEVICE_DOWN)
+    return replace(after, models=models, known_bad=bad), effects
+
+
+def _stopped_for_ever(state: s.State, now: Now) -> Turn:
+    after, effects = machine.resume(state, now)
+    return replace(after, stopped=state.stopped), effects
+
+
+# --- what was confirmed --------------------------------------------------------------------------
+
+
+def _changed_before(change: Callable[[s.Slot, Now], s.Slot], *kinds: type[Any]) -> Brain:
+    """Change all slots before these events are heard."""
+    changed = _slots(change)
+    return _step(
+        lambda state, event, now: machine.step(changed(state, now) if isinstance(event, kinds) else state, event, now)
+    )
+
+
+def _believing(reason: str, instead: str) -> Brain:
+    """Take one reason for which a version could not be served for another."""
+    return _events(
+        lambda _, event: (
+            replace(event, reason=instead) if isinstance(event, s.Served) and event.reason == reason else event
+        )
+    )
+
+
+def _deaf_in_safety(state: s.State, event: s.Event) -> s.Event | None:
+    safe = any(isinstance(slot.phase, s.Safe) for slot in state.models.values())
+    return None if safe and isinstance(event, s.Offered) else event
+
+
+def _undeclared(report: Report) -> Report:
+    return msgspec.structs.replace(report, state="waiting") if report.state == "safe" else report
+
+
+def _impatient(state: s.State, event: s.Event, now: Now) -> Turn:
+    """Take the silence of a canary for a verdict."""
+    after, effects = machine.step(state, event, now)
+    for name, slot in state.models.items():
+        silent = isinstance(event, s.Tick) and isinstance(slot.phase, s.Judging)
+        if silent and isinstance(slot.phase, s.Judging) and isinstance(after.models[name].phase, s.Waiting):
+            job = slot.phase.job
+            late = Judged(passed=False, reason=reasons.TIMEOUT, detail="nothing was heard of it")
+            offered = job.offered
+            done = s.CanaryDone(name, offered.manifest, offered.attempt, job.loadable.digest, late)
+            return machine.step(state, done, now)
+    return after, effects
 
 
 def _sent_is_done(state: s.State, event: s.Event, now: Now) -> Turn:
@@ -430,6 +510,77 @@ ALL: tuple[Mutant, ...] = (
     Mutant(
         "restarts during a trial are not counted",
         _resume(lambda state, now: machine.resume(_slots(_uncounted)(state, now), now)),
+        downs.TABLE,
+    ),
+    Mutant(
+        "what a canary does to the machine is not counted",
+        _resume(lambda state, now: machine.resume(_slots(_canary_uncounted)(state, now), now)),
+        downs.TABLE,
+    ),
+    Mutant(
+        "a single power cut is held against a candidate",
+        _resume(lambda state, now: machine.resume(_slots(_one_is_enough)(state, now), now)),
+        downs.TABLE[5:],
+    ),
+    Mutant("what a device goes down with is held against nobody", _resume(_blameless), downs.TABLE),
+    Mutant(
+        "an end in order is taken for one that nobody ordered",
+        _at_boot(lambda state: replace(state, stopped=False)),
+        downs.TABLE[4:],
+    ),
+    Mutant("an end in order makes those that follow orderly", _resume(_stopped_for_ever), downs.TABLE),
+    Mutant(
+        "a device that goes down anyway blames what it tries",
+        _at_boot(lambda state: replace(state, downs=None)),
+        downs.TABLE[-1:],
+    ),
+    Mutant("the silence of a canary is held against its candidate", _step(_impatient), trouble.CANARY_LOST),
+    Mutant(
+        "deaths of the worker are not counted",
+        _step(lambda state, event, now: machine.step(replace(state, crashes=None), event, now)),
+        wear.DEATHS,
+    ),
+    Mutant(
+        "deaths of the worker are forgotten at a restart",
+        _at_boot(lambda state: replace(state, crashes=None)),
+        wear.DEATHS,
+    ),
+    Mutant(
+        "failures to load what was confirmed are not counted",
+        _changed_before(lambda slot, _: replace(slot, faults=0), s.Served),
+        wear.LOADS,
+    ),
+    Mutant(
+        "the version before the confirmed one is forgotten",
+        _changed_before(lambda slot, _: replace(slot, last_good=None), s.Served, s.WorkerDied),
+        wear.LOADS,
+    ),
+    Mutant("the safe state is not declared", _at_reports(_undeclared), wear.TABLE[-1:]),
+    Mutant("an offer does not lead out of the safe state", _events(_deaf_in_safety), wear.TABLE[-1:]),
+    Mutant(
+        "what a scrub finds is not fetched again",
+        _effects(lambda _, effect: None if isinstance(effect, s.Mend) else effect),
+        wear.FILES,
+    ),
+    Mutant(
+        "an altered file is held against its version",
+        _believing(reasons.DIGEST_MISMATCH, reasons.LOAD_FAILED),
+        wear.FILES,
+    ),
+    Mutant(
+        "an engine that is gone is held against the version",
+        _believing(reasons.ENGINE_MISSING, reasons.LOAD_FAILED),
+        engines.MISSING,
+    ),
+    Mutant(
+        "what came to nothing for want of an engine is not begun again with one",
+        _changed_before(lambda slot, _: replace(slot, unfit=()), s.EnginesProbed),
+        engines.MISSING,
+    ),
+    Mutant(
+        "no other worker takes over when an engine was replaced",
+        _effects(lambda _, effect: None if isinstance(effect, s.HandOver) else effect),
+        engines.TABLE,
     ),
     Mutant(
         "a new worker is not told what to serve",

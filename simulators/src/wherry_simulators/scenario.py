@@ -43,6 +43,9 @@ class Release:
     trial: Trial = TRIAL
     ends: frozenset[str] = frozenset()
     """States in which its rollout may end; empty: any final one."""
+    later: Behaviour | None = None
+    """How it behaves from `later_ms` on; None: as before."""
+    later_ms: int = 0
 
     @property
     def target(self) -> str:
@@ -71,7 +74,15 @@ class Scenario:
     offer_life_s: int = 7 * 86_400
     settle_ms: int = 12 * HOUR_MS
     """How long after the last fault and release everything may take to settle, without anybody's help."""
-    engine_at_ms: int = 0
-    """When the engine on every device is replaced by a newer one; 0: never."""
+    unsaid: frozenset[str] = frozenset()
+    """What no device may have reported, in the same words."""
+    engines: tuple[tuple[int, str], ...] = ()
+    """(when, version): what the engine on every device is replaced by; `models.NO_ENGINE` takes it away."""
+    power_cuts: tuple[int, ...] = ()
+    """When every device loses its power, for as long as a boot takes."""
+    rot_at_ms: int = 0
+    """When the disk of every device alters the file that serves; 0: never."""
+    worker_ends: tuple[int, ...] = ()
+    """When the worker on every device ends, for a reason of its own."""
     restore_at_ms: int = 0
     """When the server is restored from a backup that is two offers old; 0: never."""

@@ -169,9 +169,17 @@ class SwarmDevice:
         asyncio.get_running_loop().call_later(work.wait_ms / 1000 / self._speed, self._done, work)
 
     def _done(self, work: Work) -> None:
-        if self.hands.wanted(work):
-            for event in work.act():
-                self.turn(event)
+        if not self.hands.wanted(work):
+            return
+        try:
+            events = work.act()
+        except MachineDownError:
+            self._restart()
+            return
+        for more in self.hands.more():
+            self._schedule(more)
+        for event in events:
+            self.turn(event)
 
     @property
     def on_trial(self) -> bool:

@@ -62,6 +62,34 @@ class _Arm:
 
 
 @dataclass(slots=True)
+class Files:
+    """What is on one device's disk: the files of variants, by digest, and an engine. Survives everything."""
+
+    here: set[str] = field(default_factory=set)
+    """Those that are on disk."""
+    altered: set[str] = field(default_factory=set)
+    """Those whose bytes are not what was verified."""
+    engine: str = models.ENGINE_VERSION
+    """A worker has in memory what was there when it first loaded something."""
+
+    def put(self, digest: str) -> None:
+        """A courier brought a file, verified."""
+        self.here.add(digest)
+        self.altered.discard(digest)
+
+    def keep(self, digests: AbstractSet[str]) -> None:
+        """Delete all others."""
+        self.here &= digests
+        self.altered &= digests
+
+    def trouble(self, digest: str) -> str:
+        """Return the reason for which a file cannot be loaded; empty if it can."""
+        if digest not in self.here:
+            return reasons.DISK
+        return reasons.DIGEST_MISMATCH if digest in self.altered else ""
+
+
+@dataclass(slots=True)
 class Ledger:
     """What really happened on a device, whatever the machine came to know of it."""
 
@@ -86,18 +114,18 @@ class Worker:
     """Serves by the table. `None` from a method that answers means: it died doing that."""
 
     def __init__(
-        self, device: str, behaviours: Behaviours, source: random.Random, ledger: Ledger, store: AbstractSet[str]
+        self, device: str, behaviours: Behaviours, source: random.Random, ledger: Ledger, files: Files
     ) -> None:
-        """`store`: digests of the files that are on disk; what is in memory outlives its file."""
+        """`files`: what is on disk; what is in memory outlives its file."""
         self._device = device
-        self._store = store
+        self._files = files
         self._behaviours = behaviours
         self._random = source
         self._serving: dict[str, ServeModel] = {}
         self._arms: dict[str, _Arm] = {}
         """By digest of the loaded variant."""
         self._ledger = ledger
-        self.engine_version = models.ENGINE_VERSION
+        self.engine_version = files.engine
         self.told = False
         """Whether it was told what to serve yet."""
         self.well = True
@@ -162,8 +190,10 @@ class Worker:
         """Load what `wanted` needs; return the reason for which the active variant cannot be loaded."""
         arm = self._arms.get(wanted.active.digest)
         if arm is None:
-            here = wanted.active.digest in self._store
-            reason = self._behaviours.variant(self._device, wanted.active).load if here else reasons.DISK
+            self.engine_version = self.engine_version or self._files.engine
+            reason = reasons.ENGINE_MISSING if self.engine_version == models.NO_ENGINE else ""
+            reason = reason or self._files.trouble(wanted.active.digest)
+            reason = reason or self._behaviours.variant(self._device, wanted.active).load
             if reason:
                 return reason
             arm = self._arms[wanted.active.digest] = _Arm(wanted.active)

@@ -24,7 +24,7 @@ from wherry_simulators.clock import Agenda
 from wherry_simulators.device import EPOCH_WALL_S, Device
 from wherry_simulators.faults import NONE, Faults
 from wherry_simulators.hands import Hands
-from wherry_simulators.models import NEWER_ENGINE_VERSION, Behaviours
+from wherry_simulators.models import Behaviours
 from wherry_simulators.network import Network
 from wherry_simulators.scenario import MODEL, Release, Scenario
 from wherry_simulators.server import Server
@@ -97,8 +97,16 @@ class World:
         self.campaigns: dict[str, Campaign] = {}
         self._waiting = sorted(scenario.releases, key=lambda release: release.at_ms)
         self._silent = False
-        last_ms = self._waiting[-1].at_ms if self._waiting else 0
-        self._quiet_from_ms = max(scenario.faults.until_ms, last_ms, scenario.restore_at_ms, scenario.engine_at_ms)
+        self._behaviours = behaviours
+        self._quiet_from_ms = max(
+            scenario.faults.until_ms,
+            scenario.restore_at_ms,
+            scenario.rot_at_ms,
+            *(max(release.at_ms, release.later_ms) for release in scenario.releases),
+            *(at_ms for at_ms, _ in scenario.engines),
+            *scenario.power_cuts,
+            *scenario.worker_ends,
+        )
         self._end_ms = self._quiet_from_ms + scenario.settle_ms
         self._settled_turns = 0
         self._restored = scenario.restore_at_ms == 0
@@ -109,8 +117,7 @@ class World:
         for device in self.devices.values():
             self.agenda.at(self._random.randrange(START_SPREAD_MS), lambda one=device: one.boot(power=True))  # type: ignore[misc]
         self.agenda.at(0, self._turn)
-        if self.scenario.engine_at_ms:
-            self.agenda.at(self.scenario.engine_at_ms, self._replace_engines)
+        self._plan_ahead()
         collecting = gc.isenabled()
         gc.disable()  # frozen values make no cycles, and looking for some in ten thousand devices takes half of a run
         try:
@@ -122,15 +129,40 @@ class World:
         self._check_ends()
         return self._result(time.perf_counter() - began)
 
-    def _replace_engines(self) -> None:
+    def _plan_ahead(self) -> None:
+        """Put down what happens to every device at a time of its own, whatever the seed."""
+        scenario = self.scenario
+        for at_ms, version in scenario.engines:
+            self.agenda.at(at_ms, lambda one=version: self._replace_engines(one))  # type: ignore[misc]
+        for release in scenario.releases:
+            if release.later is not None:
+                changes = {release.manifest: release.later}
+                self.agenda.at(release.later_ms, lambda new=changes: self._behaviours.update(new))  # type: ignore[misc]
+        for at_ms in scenario.power_cuts:
+            self.agenda.at(at_ms, lambda: self._each(lambda device: device.cut_power()))
+        for at_ms in scenario.worker_ends:
+            self.agenda.at(at_ms, lambda: self._each(lambda device: device.lose_worker("simulated end of the worker")))
+        if scenario.rot_at_ms:
+            self.agenda.at(scenario.rot_at_ms, lambda: self._each(lambda device: device.rot()))
+
+    def _each(self, act: Callable[[Device], None]) -> None:
         for device in self.devices.values():
-            device.hands.engine = NEWER_ENGINE_VERSION
+            act(device)
+
+    def _replace_engines(self, version: str) -> None:
+        for device in self.devices.values():
+            device.hands.files.engine = version
             device.probe()
 
     @property
     def engines_change(self) -> bool:
         """Whether engines are replaced in this world, so that devices look."""
-        return self.scenario.engine_at_ms > 0
+        return bool(self.scenario.engines)
+
+    @property
+    def disks_rot(self) -> bool:
+        """Whether disks alter what they hold in this world, so that devices look."""
+        return self.scenario.rot_at_ms > 0
 
     def _take_until_the_end(self) -> None:
         agenda = self.agenda
@@ -261,6 +293,8 @@ class World:
         }
         for word in sorted(self.scenario.said - said):
             self._checkers.object("devices say what they should", first, f"none said {word}")
+        for word in sorted(self.scenario.unsaid & said):
+            self._checkers.object("devices say nothing that they should not", first, f"one said {word}")
         if self.scenario.ends_on:
             for device in self.devices.values():
                 version = self._version_on(device)

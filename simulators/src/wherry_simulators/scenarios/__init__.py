@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from wherry_shared.errors import RefusedError
 from wherry_simulators.scenario import Scenario
-from wherry_simulators.scenarios import behaviours, engines, groups, modes, rollouts, trouble
+from wherry_simulators.scenarios import behaviours, downs, engines, groups, modes, rollouts, trouble, wear
 
 ALL: tuple[Scenario, ...] = (
     *behaviours.TABLE,
@@ -13,6 +13,8 @@ ALL: tuple[Scenario, ...] = (
     *engines.TABLE,
     *modes.TABLE,
     *groups.TABLE,
+    *downs.TABLE,
+    *wear.TABLE,
 )
 
 

@@ -32,7 +32,6 @@ TABLE = (
         "a candidate that is slow on every third request goes back", _one(tail_share=0.33, tail_us=80_000.0), OLD, 20.0
     ),
     _row("a candidate that crashes under traffic goes back", _one(crash_per_request=0.3), OLD),
-    _row("a candidate that takes the whole machine down goes back", _one(down_per_request=0.9), OLD),
     _row("an idle candidate that fails its golden vectors in place goes back", _one(golden=False), OLD, 0.0),
     _row(
         "the second variant serves where the first misses its golden vectors",

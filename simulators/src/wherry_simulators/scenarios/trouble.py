@@ -58,6 +58,13 @@ TABLE = (
         ends_on=frozenset({"", "1.0.0", "1.1.0"}),
     ),
     Scenario(
+        "a canary of which nothing is heard is run again, and its candidate is confirmed",
+        (Release("1.0.0"), Release("1.1.0", at_ms=HOUR_MS)),
+        Faults(from_ms=HOUR_MS, until_ms=2 * HOUR_MS, child_lost=0.5),
+        ends_on=frozenset({"1.1.0"}),
+        devices=6,
+    ),
+    Scenario(
         "verdicts that come late or twice count for nothing else",
         tuple(
             Release(f"1.{number}.0", _TWO if number % 4 else _MISS, at_ms=number * 3 * 60_000, trial=_LONG)
@@ -116,3 +123,4 @@ TABLE = (
         devices=30,
     ),
 )
+CANARY_LOST = tuple(row for row in TABLE if row.name.startswith("a canary of which nothing is heard"))
