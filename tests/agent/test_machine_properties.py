@@ -125,7 +125,9 @@ def events(draw: Any, state: s.State) -> s.Event:
         case 13:
             return s.Acked("stream-1", draw(st.integers(0, 30)))
         case 14:
-            return draw(st.sampled_from([s.Refreshed(trust(3)), s.RefreshFailed("network", "x"), s.Connected()]))
+            return draw(
+                st.sampled_from([s.Refreshed(trust(3)), s.RefreshFailed("network", "x"), s.Connected(), s.Stopping()])
+            )
         case 15:
             engine = draw(st.sampled_from(["1.32.0", "1.33.0"]))
             result = Judged(passed=True) if draw(st.booleans()) else Judged(passed=False, reason=draw(reason))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -359,3 +360,44 @@ def test_a_trial_that_nothing_happened_to_goes_on_when_there_is_room(tmp_path: P
     assert isinstance(phase, s.Swapping)
     assert (phase.crashes, phase.job.restarts) == (0, 0)
     assert served(daemon) == [f"{MODEL}/1.1.0"]
+
+
+def written(home: Path) -> s.State:
+    return journal.decode((home / "journal.json").read_bytes())
+
+
+def test_an_agent_that_is_told_to_end_writes_that_down_first(tmp_path: Path) -> None:
+    daemon = Recorder(tmp_path, Full())
+    daemon._state = on_trial("1.1.0", state=confirmed("1.0.0"), serial=2)
+    daemon._stop()
+    assert written(tmp_path).stopped
+    assert written(tmp_path).models == daemon._state.models
+    assert daemon.effects == []
+
+
+class PortTaken(Recorder):
+    """A supervisor that goes on where its journal stands, and then finds its port taken."""
+
+    def _take_up(self) -> tuple[s.Effect, ...]:
+        return self._resume(written(self._home))
+
+    def _begin(self, effects: tuple[s.Effect, ...]) -> None:
+        raise DeviceError("port_busy", f"somebody else has the port, {len(effects)} effects wait")
+
+
+def test_starts_that_fail_for_a_reason_of_the_agents_own_are_counted_against_no_candidate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wherry_agent.daemon.signal.signal", lambda *_: None)
+    monkeypatch.setattr("wherry_agent.daemon.os.umask", lambda _: None)
+    state = on_trial("1.1.0", state=confirmed("1.0.0"), serial=2)
+    for _ in range(5):
+        daemon = PortTaken(tmp_path, Full())
+        daemon._journal.write(state)
+        with pytest.raises(DeviceError, match="port_busy"):
+            daemon.run()
+        logging.getLogger().removeHandler(daemon._ring)
+        state = written(tmp_path)
+    phase = state.models[MODEL].phase
+    assert isinstance(phase, s.Swapping)
+    assert (phase.job.restarts, phase.job.downs) == (5, 1)  # the first of them followed an end that nobody ordered
