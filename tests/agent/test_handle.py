@@ -26,7 +26,8 @@ from tests.agent.serving_kit import instead, loadable, until, worker
 from tests.shared.engines import models
 from wherry_agent import handle_messages as messages
 from wherry_agent import handle_server
-from wherry_agent.answering.arms import Counter
+from wherry_agent.answering import arms
+from wherry_agent.answering.arms import Counter, load_variant
 from wherry_agent.children import ArmStats, ServeModel
 from wherry_agent.handle import Model
 from wherry_agent.handle_server import HandleCrash, HandleServer, HandleVerdict, allowed
@@ -252,6 +253,32 @@ def test_runs_are_folded_as_if_each_was_counted_alone(tmp_path: Path):
     assert stats.latency_us == {bucket: sketch.to_wire() for bucket, sketch in expected.items()}
     counter.fold()
     assert counter.stats() == stats
+
+
+def test_answers_of_a_worker_are_counted_when_somebody_looks_as_if_each_was_counted_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    loaded = load_variant(loadable(models.scale(tmp_path / "a.onnx", 2.0)))
+    counter = Counter(loaded.loadable, "incumbent")
+    loaded.runs_to_leave_out = 2
+    expected, waits = Sketch(), Sketch()
+    for number in range(300):
+        wait_ns = 5000 if number % 7 == 0 else 0
+        counter.answered(loaded, 3, 1000 + 37 * number, wait_ns, {})
+        waits.add(wait_ns / 1000)
+        if number >= 2:
+            expected.add((1000 + 37 * number) / 1000)
+    assert not counter.told_everything()
+    told = counter.news()
+    assert told is not None
+    assert (told.requests, told.latency_us, told.wait_us) == (300, {"3": expected.to_wire()}, waits.to_wire())
+    assert counter.told_everything()
+    assert counter.news() is None
+    monkeypatch.setattr(arms, "PENDING_MAX", 10)
+    for _ in range(25):
+        counter.answered(loaded, 3, 1000, 0, {})
+    assert len(counter._answered) < 10, "what waits is bounded, also if nobody looks"
+    assert counter.stats().requests == 325
 
 
 def test_the_top_class_of_some_answers_is_counted_outside_the_call(tmp_path: Path, supervisor: Supervisor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import threading
@@ -630,3 +631,35 @@ def test_a_refusal_says_cause_consequence_and_next_step(endpoint: Endpoint, tmp_
     _, body = endpoint.call("POST", path, long)
     assert len(body["error"]) == MESSAGE_CHARS_MAX
     assert body["error"].endswith("next: compare the request with the model's metadata)")
+
+
+def test_a_head_that_was_written_before_is_that_of_this_answer(endpoint: Endpoint):
+    def request(rows: int, *headers: str, version: str = "1.1") -> bytes:
+        raw = np.full((rows, 4), rows, np.float32).tobytes()
+        tensor = {"name": "x", "datatype": "FP32", "shape": [rows, 4], "parameters": {"binary_data_size": len(raw)}}
+        said = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+        lines = [f"POST {INFER} HTTP/{version}", f"Content-Length: {len(said) + len(raw)}", *headers]
+        lines.append(f"Inference-Header-Content-Length: {len(said)}")
+        return "\r\n".join(lines).encode() + b"\r\n\r\n" + said + raw
+
+    asked = [
+        (1, request(1), None),
+        (1, request(1), None),
+        (2, request(2), None),
+        (1, request(1, "Accept-Encoding: gzip"), None),
+        (2, request(2), None),
+        (1, request(1, "Connection: keep-alive", version="1.0"), "keep-alive"),
+        (1, request(1, "Connection: close"), "close"),
+    ]
+    left = endpoint.raw(b"".join(data for _, data, _ in asked))
+    for rows, _, connection in asked:
+        head, _, left = left.partition(b"\r\n\r\n")
+        headers = dict(line.split(": ") for line in head.decode().split("\r\n")[1:])
+        body, left = left[: int(headers["Content-Length"])], left[int(headers["Content-Length"]) :]
+        if "Content-Encoding" in headers:
+            body = gzip.decompress(body)
+        said = json.loads(body[: int(headers["Inference-Header-Content-Length"])])
+        assert said["outputs"][0]["shape"] == [rows, 4]
+        assert np.frombuffer(body[-16 * rows :], np.float32).tolist() == [2.0 * rows] * 4 * rows
+        assert headers.get("Connection") == connection
+    assert left == b""

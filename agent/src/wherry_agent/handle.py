@@ -641,7 +641,7 @@ class Model:
         with self._counters_lock:
             key = (key_of(loadable), arm, trial)
             counter = self._counters.pop(key, None)
-            if counter is None or (not trial and key[0] not in held and _all_told(counter)):
+            if counter is None or (not trial and key[0] not in held and counter.told_everything()):
                 counter = Counter(
                     loadable, arm, trial
                 )  # of one that comes back, the supervisor knows no counts any more
@@ -683,11 +683,6 @@ class Model:
             log.debug("handle of %s: the supervisor did not hear: %s", self.name, error)
             return False
         return True
-
-
-def _all_told(counter: Counter) -> bool:
-    counter.fold()
-    return counter.told_everything()
 
 
 def _declared(contract: Interface | None) -> Contract | None:

@@ -42,6 +42,8 @@ CLASSES_MAX = 64
 CONFIDENCE_ROWS_MAX = 16
 """Rows of one answer, spread evenly, whose top value is looked at; classes are counted over all of them."""
 ERROR_CHARS_MAX = 500
+PENDING_MAX = 16384
+"""Answers of a worker that wait to be counted; whoever leaves one more counts them."""
 
 
 @dataclass(eq=False)
@@ -145,6 +147,8 @@ class Counter:
     """Runs that callers left behind without waiting for the lock, as `canonical.ShortWay` returns them; see `fold`."""
     seen: Mapping[str, Array] | None = None
     """Outputs of the last of them: a sample for the class histogram, a few a second."""
+    _answered: deque[int] = field(default_factory=deque)
+    """The same of a worker, whose runs wait for the run gate; these did not have to."""
     _fold_left_out: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _requests: int = 0
@@ -169,7 +173,12 @@ class Counter:
         )
 
     def answered(self, loaded: Loaded, bucket: int, engine_ns: int, wait_ns: int, outputs: Mapping[str, Array]) -> None:
-        """Count a run that gave an answer."""
+        """Count a run that gave an answer; if there is nothing but its time to count, when somebody looks."""
+        if self._labelled is None and not wait_ns and loaded.runs_to_leave_out <= 0:
+            self._answered.append(engine_ns << BUCKET_BITS | bucket)
+            if len(self._answered) >= PENDING_MAX:
+                self.fold()
+            return
         found = self._top_classes(outputs) if self._labelled is not None else None
         with self._lock:
             self._requests += 1
@@ -216,26 +225,30 @@ class Counter:
             self._fold_left_out = runs
 
     def fold(self) -> None:
-        """Count the runs in `pending`: the handle's way, outside its calls."""
+        """Count the runs that were left behind, outside the calls."""
         seen, self.seen = self.seen, None
         found = self._top_classes(seen) if seen is not None and self._labelled is not None else None
         with self._lock:
             # what callers append meanwhile waits for the next turn
             runs = [self.pending.popleft() for _ in range(len(self.pending))]
-            self._requests += len(runs)
-            self._changes += len(runs)
+            answered = [self._answered.popleft() for _ in range(len(self._answered))]
+            self._requests += len(runs) + len(answered)
+            self._changes += len(runs) + len(answered)
+            if answered:
+                self._wait.add(0.0, len(answered))
             if found is not None:
                 self._add_classes(*found)
             left_out = min(self._fold_left_out, len(runs))
             self._fold_left_out -= left_out
-            if left_out < len(runs):
-                packed = np.array(runs[left_out:], np.int64)
+            if left_out < len(runs) or answered:
+                packed = np.array(runs[left_out:] + answered, np.int64)
                 times_ns, buckets = packed >> BUCKET_BITS, packed & (1 << BUCKET_BITS) - 1
                 for bucket in np.unique(buckets).tolist():
                     self._sketch(bucket).merge(_sketched(times_ns[buckets == bucket] / 1000))
 
     def stats(self) -> ArmStats:
         """Return the counts as they stand."""
+        self.fold()
         with self._lock:
             return ArmStats(
                 model=self.loadable.model,
@@ -261,6 +274,7 @@ class Counter:
 
     def news(self) -> ArmStats | None:
         """Return the counts if they changed since the last call of this."""
+        self.fold()
         with self._lock:
             if self._changes == self._told:
                 return None
@@ -269,6 +283,7 @@ class Counter:
 
     def told_everything(self) -> bool:
         """Tell whether nothing changed since the last `news`."""
+        self.fold()
         with self._lock:
             return self._changes == self._told
 

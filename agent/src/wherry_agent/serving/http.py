@@ -11,6 +11,7 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import unquote
 
@@ -99,8 +100,10 @@ class Response:
 
     status: int
     body: bytes
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
+    head: bytes = b""
+    """Status line and headers as `written_head` writes them on a connection that stays, where that was done before."""
 
 
 class Connection:
@@ -208,23 +211,18 @@ class Connection:
         length = len(body)
         for part in parts:
             length += len(part)
-        head = f"HTTP/1.1 {response.status} {REASONS[response.status]}\r\nContent-Length: {length}\r\n"
-        if "Content-Type" not in response.headers:
-            head += "Content-Type: application/json\r\n"
-        for name, value in response.headers.items():
-            head += f"{name}: {value}\r\n"
         if not keep_alive:
-            head += "Connection: close\r\n\r\n"
+            head = written_head(response, length, "Connection: close\r\n")
         elif request is not None and request.old:
-            head += "Connection: keep-alive\r\n\r\n"
+            head = written_head(response, length, "Connection: keep-alive\r\n")
         else:
-            head += "\r\n"
+            head = response.head or written_head(response, length)
         if request is not None and request.method == "HEAD":
-            self._socket.sendall(head.encode("latin-1"))
+            self._socket.sendall(head)
         elif length <= JOINED_BYTES_MAX:
-            self._socket.sendall(b"".join([head.encode("latin-1"), body, *parts]))
+            self._socket.sendall(b"".join([head, body, *parts]))
         else:
-            self._send([head.encode("latin-1"), body, *parts])
+            self._send([head, body, *parts])
 
     def take(self, length: int) -> Buffer:
         """Return a buffer that belongs to the request read last."""
@@ -313,6 +311,16 @@ class Connection:
     def _limit(self, seconds: float) -> None:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
         self._receive_limit = seconds
+
+
+def written_head(response: Response, length: int, last: str = "") -> bytes:
+    """Return the status line and headers of a response whose body has `length` bytes."""
+    head = f"HTTP/1.1 {response.status} {REASONS[response.status]}\r\nContent-Length: {length}\r\n"
+    if "Content-Type" not in response.headers:
+        head += "Content-Type: application/json\r\n"
+    for name, value in response.headers.items():
+        head += f"{name}: {value}\r\n"
+    return f"{head}{last}\r\n".encode("latin-1")
 
 
 def _timeval(seconds: float) -> bytes:

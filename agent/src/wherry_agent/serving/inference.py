@@ -17,6 +17,7 @@ from wherry_agent.answering.helpers import Helpers
 from wherry_agent.answering.published import Answer, Published
 from wherry_agent.answering.registry import Registry
 from wherry_agent.serving import tensors
+from wherry_agent.serving.http import Response
 from wherry_agent.serving.regions import Regions
 from wherry_agent.serving.samples import Samples
 from wherry_shared.bundle import PLATFORMS, Interface, TensorSpec, axis_bounds
@@ -82,7 +83,7 @@ class View:
         self.outputs = {spec.name: spec.datatype for spec in interface.outputs}
         self.texts = "BYTES" in self.outputs.values()
         self.labels = {spec.name: spec.labels for spec in interface.outputs}
-        self.written: dict[tuple[object, ...], bytes] = {}
+        self.written: dict[tuple[object, ...], Response] = {}
         """What was said beside raw outputs, by all that it says: most answers say the same."""
 
 

@@ -25,7 +25,7 @@ from wherry_agent.serving import tensors
 from wherry_agent.serving.buffers import fresh
 from wherry_agent.serving.compression import asked_coding, compress, decompress
 from wherry_agent.serving.flags import Flags
-from wherry_agent.serving.http import BadRequest, Part, Request, Response
+from wherry_agent.serving.http import BadRequest, Part, Request, Response, written_head
 from wherry_agent.serving.inference import (
     CUDA_REFUSED,
     LOAD_REFUSED,
@@ -294,9 +294,8 @@ class Protocol:
         accepted = headers.get("accept-encoding")
         coding = "" if accepted is None else asked_coding(accepted)
         if coding:
-            response.body = compress(coding, [response.body, *response.parts])
-            response.parts = []
-            response.headers["Content-Encoding"] = coding
+            body = compress(coding, [response.body, *response.parts])
+            response = Response(200, body, {**response.headers, "Content-Encoding": coding})
         return response
 
     def _remember(self, header: bytes, asked: _InferRequest, ask: Ask) -> _Plan | None:
@@ -386,8 +385,8 @@ def _all_raw(name: str, answer: Answer, view: View) -> Response:
     key = (name, answer.fallback, answer.generation, *[array.shape for array in answer.outputs.values()])
     if view.texts:  # the size of raw text does not follow from its shape
         key = (*key, *[len(part) for part in parts])
-    body = view.written.get(key)
-    if body is None:
+    written = view.written.get(key)
+    if written is None:
         rows = [
             _ResponseTensor(output, view.outputs[output], array.shape, parameters={"binary_data_size": len(part)})
             for (output, array), part in zip(answer.outputs.items(), parts, strict=True)
@@ -395,8 +394,10 @@ def _all_raw(name: str, answer: Answer, view: View) -> Response:
         body = _encoder.encode(_InferResponse(name, view.version, parameters_of(view, answer), rows))
         if len(view.written) >= WRITTEN_MAX:
             view.written.clear()
-        view.written[key] = body
-    return _raw_response(body, parts)
+        written = _raw_response(body, [])
+        written.head = written_head(written, len(body) + sum(map(len, parts)))
+        view.written[key] = written
+    return Response(200, written.body, written.headers, parts, written.head)
 
 
 def _raw_response(body: bytes, parts: list[Part]) -> Response:
