@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from wherry_agent import state as s
-from wherry_agent.children import ArmStats, Judged, Loadable, Serve, Trust
+from wherry_agent.children import ArmStats, Judged, Loadable, Ran, Serve, Trust
 from wherry_agent.children import RunGolden as RunGoldenCommand
 from wherry_shared import reasons
 from wherry_shared.clock import MICROSECONDS, Now
@@ -121,9 +121,9 @@ class Hands:
     def _new_worker(self) -> Worker:
         return Worker(self.device, self._behaviours, self._random, self.ledger, self.files)
 
-    def kill_worker(self, detail: str) -> tuple[s.Event, Work]:
-        """End the worker; return the event that says so, and the start of the next one."""
-        return s.WorkerDied(detail), self.start_worker()
+    def kill_worker(self, detail: str, ran: tuple[Ran, ...] = ()) -> tuple[s.Event, Work]:
+        """End the worker, of what it ran or from outside; return the event that says so, and the start of the next one."""
+        return s.WorkerDied(detail, ran=ran), self.start_worker()
 
     def hang(self) -> None:
         """Let the worker do nothing any more until it is ended."""
@@ -380,7 +380,7 @@ class Hands:
             return Poured()
         stats = self.worker.pour(requests)
         if stats is None:
-            died, start = self.kill_worker("simulated crash under traffic")
+            died, start = self.kill_worker("simulated crash under traffic", self.worker.ran)
             return Poured((died,), start)
         baselines = {arm.model: arm for arm in stats.arms if arm.arm == "incumbent"}
         measured = tuple(

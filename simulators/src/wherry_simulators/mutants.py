@@ -660,4 +660,9 @@ ALL: tuple[Mutant, ...] = (
         "what happened is written only when another offer comes",
         replace(REAL, may_wait=lambda old, new: old.offer == new.offer),
     ),
+    Mutant(
+        "what the worker ran when it died is not asked",
+        _events(lambda _, event: replace(event, ran=()) if isinstance(event, s.WorkerDied) else event),
+        groups.TABLE,
+    ),
 )

@@ -11,7 +11,7 @@ import random
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
-from wherry_agent.children import ArmStats, GoldenDone, Loadable, RunGolden, Serve, ServeModel, Serving, Stats
+from wherry_agent.children import ArmStats, GoldenDone, Loadable, Ran, RunGolden, Serve, ServeModel, Serving, Stats
 from wherry_agent.turn import answering
 from wherry_shared import reasons
 from wherry_shared.sketch import Sketch
@@ -128,6 +128,8 @@ class Worker:
         self.engine_version = files.engine
         self.told = False
         """Whether it was told what to serve yet."""
+        self.ran: tuple[Ran, ...] = ()
+        """What it was running when it died."""
         self.well = True
         """Whether everything that it was told last could be loaded."""
 
@@ -265,6 +267,7 @@ class Worker:
             if drawn.down:
                 raise MachineDownError
             if drawn.crashed:
+                self.ran = (Ran(serving.name, serving.active.manifest, serving.active.variant),)
                 return None
             arms.append(active.stats("shadow" if shadow else "candidate" if serving.trial else "incumbent"))
             if incumbent is not None:

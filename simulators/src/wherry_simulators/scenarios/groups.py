@@ -90,10 +90,10 @@ TABLE = (
         said=("returned load_failed", "returned group"),
     ),
     _row(
-        "a group of which one crashes goes back together, and nobody knows which it was",
+        "a group of which one crashes goes back together, and it is known which it was",
         OLD,
         *_pair(_GOOD, _one(crash_per_request=0.3)),
-        said=("returned crash",),
+        said=("returned crash", "returned group"),
     ),
     _row(
         "a group of which one fails in place when it is idle goes back together",
