@@ -149,7 +149,7 @@ class Raw:
         self._socket.close()
 
 
-def grpc_call(stack: contextlib.ExitStack, port: int, model: str, array: np.ndarray) -> Callable[[], Any]:
+def grpc_call(stack: contextlib.ExitStack, address: int | Path, model: str, array: np.ndarray) -> Callable[[], Any]:
     """Return one blocking ModelInfer with a message that is built once."""
     import grpc
     import tritonclient.grpc as triton
@@ -161,7 +161,8 @@ def grpc_call(stack: contextlib.ExitStack, port: int, model: str, array: np.ndar
     message.inputs.extend([tensor._get_tensor()])  # noqa: SLF001 - the message is to be built outside the clock
     message.raw_input_contents.append(tensor._get_content())  # noqa: SLF001
     data = message.SerializeToString()
-    channel = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{port}"))
+    target = f"127.0.0.1:{address}" if isinstance(address, int) else f"unix:{address}"
+    channel = stack.enter_context(grpc.insecure_channel(target))
     call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
     return lambda: call(data, timeout=30)
 
@@ -335,7 +336,10 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
         }
         grpc_port = free_port()
         began = time.monotonic()
-        worker = stack.enter_context(serving_kit.worker(folder, WHERRY_GRPC_PORT=str(grpc_port)))
+        grpc_path = folder / "grpc.sock"
+        worker = stack.enter_context(
+            serving_kit.worker(folder, WHERRY_GRPC_PORT=str(grpc_port), WHERRY_GRPC_SOCKET=str(grpc_path))
+        )
         answers = worker.serve(*(ServeModel(name=key, active=item) for key, item in loadables.items()))
         assert all(answer.ok for answer in answers), answers
         start_s = time.monotonic() - began
@@ -381,6 +385,8 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
             "shm tcp image": post(tcp, "image", shared),
             "grpc small": grpc_call(stack, grpc_port, "small", small),
             "grpc image": grpc_call(stack, grpc_port, "image", image),
+            "grpc uds small": grpc_call(stack, grpc_path, "small", small),
+            "grpc uds image": grpc_call(stack, grpc_path, "image", image),
         }
         for peer in peers:
             client = Raw(peer.http_port)
@@ -447,6 +453,9 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
         "kserve_binary_600k_ratio": round(p50["kserve binary image"] / p50["rest binary image"], 1),
         "grpc_ratio_to_best_peer": round(
             p50["grpc small"] / min(p50["mlserver grpc small"], p50["kserve grpc small"]), 2
+        ),
+        "grpc_600k_ratio_to_best_peer": round(
+            p50["grpc image"] / min(p50["mlserver grpc image"], p50["kserve grpc image"]), 2
         ),
         "idle_pss_ratio_to_best_peer": round(memory["wherry worker"] / best_memory, 2),
         "requests_failed": failed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import MappingProxyType
 
@@ -165,10 +166,34 @@ def test_a_model_of_several_tensors_and_a_fixed_batch_has_a_short_way_too(tmp_pa
         outputs=[TensorSpec(name=name, datatype="FP32", shape=["n"]) for name in ("sum", "less")],
         dims={"n": Bounds()},
     )
-    one = np.ones(1, np.float32)
-    results: dict[str, np.ndarray] = {}
-    _, bucket = unpacked(Bound(load(two, "onnx"), interface).short_way()(results, {"a": one, "b": one}, None))
-    assert ({name: value.tolist() for name, value in results.items()}, bucket) == ({"sum": [2.0], "less": [0.0]}, 1)
+    short = Bound(load(two, "onnx"), interface).short_way()
+    one, bad = np.ones(1, np.float32), np.full(1, np.inf, np.float32)
+    for _ in range(3):
+        results: dict[str, np.ndarray] = {}
+        _, bucket = unpacked(short(results, {"a": one, "b": one}, None))
+        assert ({name: value.tolist() for name, value in results.items()}, bucket) == ({"sum": [2.0], "less": [0.0]}, 1)
+        with pytest.raises(EngineFault, match="'sum' holds NaN or Inf"):
+            short({}, {"a": one, "b": bad}, None)
+        for inputs in (
+            {"a": one},
+            {"a": one, "c": one},
+            {"a": one, "b": np.ones(2, np.float32)},
+            {"a": one, "b": [1.0]},
+        ):
+            with pytest.raises(BadInput):
+                short({}, inputs, None)
+    half = Interface(
+        inputs=[TensorSpec(name="x", datatype="BF16", shape=["n"])],
+        outputs=[TensorSpec(name="same", datatype="BF16", shape=["n"])],
+        dims={"n": Bounds()},
+    )
+    short = Bound(load(models.half(tmp_path / "h.onnx"), "onnx"), half).short_way()
+    for value, good in ((2.0, True), (np.inf, False)) * 2:
+        bits = bf16.narrow(np.array([value], np.float32))
+        with contextlib.nullcontext() if good else pytest.raises(EngineFault, match="not_finite"):
+            results = {}
+            short(results, {"x": bits}, None)
+            assert results["same"].tolist() == bits.tolist()
     batched = bound(models.scale(tmp_path / "m.onnx", 2.0, batch=4), batch=4).short_way()
     results = {}
     batched(results, {"x": np.ones((6, 4), np.float32)}, None)
