@@ -1,0 +1,247 @@
+"""Tests that are valid at every look: exact error probabilities, and the rules that keep a comparison honest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wherry_server.sequential import (
+    CONTROLS_MAX,
+    LANES_MAX,
+    STEPS,
+    Pairs,
+    bounded,
+    bounded_needed,
+    compare,
+    expected_harm,
+    harm_rate_bound,
+    lane_of,
+    lane_share,
+    log_above,
+    log_below,
+    lower_bound,
+    may_expose,
+    merge,
+    outcome,
+    pair_up,
+    sample_needed,
+    upper_bound,
+)
+
+ALPHA = BETA = 0.05
+shares = st.floats(0, 1)
+differences = st.dictionaries(st.integers(-STEPS, STEPS), st.integers(1, 30), max_size=6).map(
+    lambda found: tuple(sorted(found.items()))
+)
+
+
+# --- exact probabilities ------------------------------------------------------------------------
+
+
+def ever_crosses(steps: int, chance: float, crossed: Callable[[int, int], bool]) -> float:
+    """Probability that `crossed(bad, good)` is true at one look at least, of one after each of `steps` devices."""
+    alive, gone = {0: 1.0}, 0.0
+    for judged in range(1, steps + 1):
+        following: dict[int, float] = {}
+        for bad, mass in alive.items():
+            following[bad] = following.get(bad, 0.0) + mass * (1 - chance)
+            following[bad + 1] = following.get(bad + 1, 0.0) + mass * chance
+        alive = {}
+        for bad, mass in following.items():
+            if crossed(bad, judged - bad):
+                gone += mass
+            else:
+                alive[bad] = mass
+    return gone
+
+
+@pytest.mark.parametrize(("tolerated", "harm"), [(0.02, 0.08), (0.1, 0.1), (0.3, 0.2)])
+def test_looking_after_every_device_halts_a_tolerable_bundle_in_at_most_alpha(tolerated: float, harm: float):
+    def breach(bad: int, good: int) -> bool:
+        return log_above([(1.0, bad), (0.0, good)], tolerated, 0.0) >= -math.log(ALPHA)
+
+    def passed(bad: int, good: int) -> bool:
+        return log_below([(1.0, bad), (0.0, good)], tolerated + harm) >= -math.log(BETA)
+
+    steps = 150
+    false_halt = ever_crosses(steps, tolerated, breach)
+    false_pass = ever_crosses(steps, tolerated + harm, passed)
+    assert 0 < false_halt <= ALPHA
+    assert 0 < false_pass <= BETA
+    assert ever_crosses(steps, tolerated + 3 * harm, breach) > 0.9
+
+
+def test_looking_after_every_pair_halts_an_equal_candidate_in_at_most_alpha():
+    """Failures of one in five on both sides: a difference is −1, 0 or 1, and 0 says nothing."""
+
+    def breach(worse: int, better: int) -> bool:
+        return log_above([(1.0, worse), (-1.0, better)], 0.0, -1.0) >= -math.log(ALPHA)
+
+    assert 0 < ever_crosses(200, 0.5, breach) <= ALPHA
+
+
+# --- wealth and intervals -----------------------------------------------------------------------
+
+
+@given(differences, st.floats(-0.99, 0.99), st.floats(-0.99, 0.99))
+def test_wealth_falls_with_what_it_is_bet_against(pairs: Pairs, one: float, other: float):
+    values = [(step / STEPS, count) for step, count in pairs]
+    low, high = sorted((one, other))
+    assert log_above(values, low, -1.0) >= log_above(values, high, -1.0) - 1e-9
+    assert log_below(values, low) <= log_below(values, high) + 1e-9
+
+
+@given(differences.filter(bool), st.floats(0.001, 0.5))
+def test_an_interval_holds_the_mean_and_grows_with_certainty(pairs: Pairs, error: float):
+    values = [(step / STEPS, count) for step, count in pairs]
+    mean = sum(value * count for value, count in values) / sum(count for _, count in values)
+    low, high = lower_bound(values, -1.0, error), upper_bound(values, -1.0, error)
+    assert -1 <= low <= mean + 1e-5
+    assert mean - 1e-5 <= high <= 1
+    assert lower_bound(values, -1.0, error / 2) <= low + 1e-5
+    assert upper_bound(values, -1.0, error / 2) >= high - 1e-5
+
+
+@given(st.lists(differences, max_size=4), st.floats(0.01, 0.9))
+def test_a_verdict_is_what_its_interval_says(lanes: list[Pairs], harm: float):
+    found = compare(lanes, harm, ALPHA, BETA)
+    assert found.outcome == outcome(lanes, harm, ALPHA, BETA)
+    if found.outcome == "breach":
+        assert found.low >= -1e-5
+        assert found.e_halt >= 1 / ALPHA * (1 - 1e-9)
+    elif found.outcome == "pass":
+        assert found.high <= harm + 1e-5
+        assert found.e_pass >= 1 / BETA * (1 - 1e-9)
+    else:
+        assert found.low <= 1e-5
+        assert found.high >= harm - 1e-5
+
+
+@pytest.mark.parametrize("lanes", [[], [()], [()] * LANES_MAX])
+def test_no_data_decide_nothing(lanes: list[Pairs]):
+    found = compare(lanes, 0.2, ALPHA, BETA)
+    assert (found.outcome, found.sample, found.low, found.high) == ("unknown", 0, -1.0, 1.0)
+
+
+# --- pairs and lanes ----------------------------------------------------------------------------
+
+
+def test_lanes_double_in_length():
+    assert [lane_of(age) for age in range(9)] == [0, 1, 1, 2, 2, 2, 2, 3, 3]
+    assert sum(lane_share(lane) for lane in range(LANES_MAX)) < 1
+
+
+@given(st.lists(shares, max_size=20), st.lists(shares, max_size=20))
+def test_no_more_pairs_than_devices_on_the_smaller_side(candidates: list[float], controls: list[float]):
+    pairs = pair_up(candidates, controls)
+    assert sum(count for _, count in pairs) == min(len(candidates), len(controls))
+    assert all(-STEPS <= step <= STEPS for step, _ in pairs)
+
+
+@given(st.lists(shares, min_size=1, max_size=10), st.integers(1, CONTROLS_MAX + 2))
+def test_a_candidate_that_equals_its_control_differs_by_nothing(values: list[float], width: int):
+    constant = [values[0]] * len(values)
+    assert pair_up(constant, constant * width) == ((0, len(values)),)
+
+
+def test_each_device_is_in_one_difference():
+    assert pair_up([1, 0], [0, 0, 1, 1, 1, 1, 0, 0]) == ((-STEPS // 2, 1), (STEPS // 2, 1))
+    assert pair_up([1, 1, 0, 0], [0, 1]) == ((-STEPS, 1), (STEPS, 1))
+    assert pair_up([1, 1, 0], [0]) == ((math.floor(2 / 3 * STEPS), 1),)
+    assert pair_up([0.5], [0.25] * 100) == ((STEPS // 4, 1),)
+
+
+@given(st.lists(differences, max_size=5))
+def test_parts_add_up(parts: list[Pairs]):
+    total = merge(parts)
+    assert sum(count for _, count in total) == sum(count for part in parts for _, count in part)
+    assert outcome([total], 0.2, ALPHA, BETA) == outcome([merge(reversed(parts))], 0.2, ALPHA, BETA)
+
+
+# --- samples ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("harm", [0.02, 0.1, 0.2, 0.5])
+@pytest.mark.parametrize("spread", [0.05, 0.25, 0.4])
+def test_the_sample_that_is_said_to_be_needed_decides(harm: float, spread: float):
+    needed = sample_needed(harm, ALPHA, BETA, spread)
+    for mean, expected in ((harm, "breach"), (0.0, "pass")):
+        low, high = (math.floor((mean + side * spread) * STEPS) for side in (-1, 1))
+        half = needed // 2 + 1
+        pairs = tuple(sorted({max(low, -STEPS): half, min(high, STEPS): half}.items()))
+        mean_held = sum(step * count for step, count in pairs) / (2 * half * STEPS)
+        found = compare([pairs], harm, ALPHA, BETA)
+        assert found.outcome in (expected, "unknown")
+        if harm >= 0.1:  # a step is no small part of less
+            assert found.outcome == expected, (needed, mean_held, found)
+
+
+def test_a_smaller_harm_and_smaller_errors_need_more():
+    assert sample_needed(0.1, 0.05, 0.05) > sample_needed(0.2, 0.05, 0.05)
+    assert sample_needed(0.2, 0.01, 0.05) >= sample_needed(0.2, 0.05, 0.05)
+    assert bounded_needed(0.02, 0.02, 0.05, 0.05) > bounded_needed(0.02, 0.08, 0.05, 0.05)
+    assert sample_needed(0.001, 0.05, 0.05) > 10_000
+
+
+# --- absolute bounds ----------------------------------------------------------------------------
+
+BOUNDED = [
+    # bad, good, under way, outcome, what it says
+    (0, 0, 0, "unknown", "nothing is known"),
+    (0, 0, 500, "unknown", "nobody has ended"),
+    (3, 0, 0, "breach", "the first three fail"),
+    (3, 0, 500, "unknown", "failures are heard before successes, and five hundred are under way"),
+    (60, 0, 440, "breach", "however the others end, these are too many"),
+    (0, 100, 0, "pass", "a hundred ended well"),
+    (0, 100, 100, "unknown", "as many are still under way"),
+    (10, 490, 0, "pass", "two in a hundred fail, as is tolerated"),
+    (100, 900, 0, "breach", "ten in a hundred fail"),
+]
+
+
+@pytest.mark.parametrize(("bad", "good", "under_way", "expected", "why"), BOUNDED)
+def test_a_share_without_control_is_held_to_its_bound(bad: int, good: int, under_way: int, expected: str, why: str):
+    found = bounded(bad=bad, good=good, under_way=under_way, tolerated=0.02, harm=0.08, alpha=ALPHA, beta=BETA)
+    assert found.outcome == expected, why
+
+
+@given(st.integers(0, 30), st.integers(0, 200), st.integers(0, 200))
+def test_devices_under_way_argue_for_neither_side(bad: int, good: int, under_way: int):
+    def e(**counts: int) -> tuple[float, float]:
+        found = bounded(**counts, tolerated=0.05, harm=0.1, alpha=ALPHA, beta=BETA)
+        return found.e_halt, found.e_pass
+
+    now = e(bad=bad, good=good, under_way=under_way)
+    assert now[0] <= e(bad=bad + under_way, good=good, under_way=0)[0] * (1 + 1e-9)
+    assert now[1] <= e(bad=bad, good=good + under_way, under_way=0)[1] * (1 + 1e-9)
+
+
+# --- pace ---------------------------------------------------------------------------------------
+
+
+@given(st.floats(0.5, 50), st.integers(0, 2_000), st.integers(0, 300), st.integers(0, 2_000))
+def test_what_may_be_exposed_keeps_the_expected_harm_bounded(bound: float, under_way: int, bad: int, good: int):
+    exposed = under_way + bad + good
+    more = may_expose(bound=bound, exposed=exposed, bad=bad, good=good, error=BETA)
+    if more:
+        assert expected_harm(exposed=exposed + more, bad=bad, good=good, error=BETA) <= bound + 1e-6
+    assert expected_harm(exposed=exposed + more + 1, bad=bad, good=good, error=BETA) > bound - 1e-6
+
+
+def test_without_data_every_exposed_device_counts_as_harmed():
+    assert harm_rate_bound(0, 0, BETA) == 1
+    assert may_expose(bound=5, exposed=0, bad=0, good=0, error=BETA) == 5
+    assert may_expose(bound=5, exposed=5, bad=0, good=0, error=BETA) == 0
+
+
+def test_good_news_doubles_the_pace_and_bad_news_stops_it():
+    exposed, rounds = 5, 0
+    while exposed < 10_000:
+        exposed += may_expose(bound=5, exposed=exposed, bad=0, good=exposed, error=BETA)
+        rounds += 1
+    assert rounds <= 12
+    assert may_expose(bound=5, exposed=100, bad=50, good=40, error=BETA) == 0
