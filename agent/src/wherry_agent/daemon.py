@@ -144,6 +144,8 @@ class Daemon:
         self._report_box = Outbox()
         self._telemetry_box = Outbox()
         self._windows = Windows()
+        self._spoke_s = 0.0
+        """By the monotonic clock: when the last telemetry message was made."""
         self._ring = LogRing()
         self._lock_file: int | None = None
         self._downloads = Downloads(
@@ -1380,7 +1382,7 @@ class Daemon:
         if len(self._buffer.held(STREAM_IN_FLIGHT_MAX)) == STREAM_IN_FLIGHT_MAX:
             # a device that nobody hears keeps its measurements, and not what was asked of it
             windows = [msgspec.structs.replace(window, samples=[]) for window in windows]
-        quiet_s = now.monotonic_ms / 1000 - getattr(self, "_spoke_s", 0.0)
+        quiet_s = now.monotonic_ms / 1000 - self._spoke_s
         if not windows and quiet_s < HEARTBEAT_S:
             return
         self._spoke_s = now.monotonic_ms / 1000
