@@ -12,7 +12,7 @@ import pytest
 
 from tests.agent.daemon_kit import free_ports
 from tests.agent.serving_kit import alive, until
-from tests.agent.swap_kit import BODY, CALLERS, CLIENTS, HANDED_OVER, Crowd, crowd, supervised, versions
+from tests.agent.swap_kit import BODY, CALLERS, CLIENTS, HANDED_OVER, Crowd, Supervised, crowd, supervised, versions
 from wherry_agent import processes
 from wherry_agent.children import ServeModel
 
@@ -25,6 +25,11 @@ KILLS = 1
 
 def model(active, **more) -> ServeModel:
     return ServeModel(name="scale", active=active, **more)
+
+
+def how(site: Supervised) -> list[tuple[str, bool]]:
+    """Return how workers died, whatever they ran in that moment: that is luck under load."""
+    return [(detail.partition(" while it ran ")[0], ordered) for detail, ordered in site.deaths]
 
 
 def check(people: Crowd) -> None:
@@ -239,7 +244,7 @@ def test_a_killed_worker_fails_only_what_it_held(tmp_path: Path, kind: str, numb
         assert people.wrong == []
         assert len(people.failures) <= CLIENTS * KILLS
         assert not any("Refused" in failure for failure in people.failures)
-        assert site.deaths == [(f"signal {number.value}", False)] * KILLS
+        assert how(site) == [(f"signal {number.value}", False)] * KILLS
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
@@ -265,7 +270,7 @@ def test_a_spare_worker_takes_the_place_of_a_dead_one(
         until(lambda: spare in site.gone, "it has made way")
         assert people.wrong == []
         assert len(people.failures) <= CLIENTS
-        assert site.deaths == [(f"signal {number.value}", False)]
+        assert how(site) == [(f"signal {number.value}", False)]
         assert following not in site.gone, "it never answered"
 
 
