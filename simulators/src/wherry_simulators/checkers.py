@@ -225,10 +225,13 @@ class Checkers:
             self._bad[key] = max(self._bad.get(key, 0), job.offered.attempt)
 
     def _blamed_with_cause(self, device: Device, phase: s.Phase | None) -> None:
-        for key, job in _tried(device, {"": s.Slot(phase=phase)} if phase is not None else {}):
-            downs, due = self._downs.get(key, 0), max(2, job.offered.trial.restarts_max)
-            if downs < due:
-                self.object("only what a device goes down with is blamed for it", device, f"{downs} times, of {due}")
+        job = getattr(phase, "job", None)
+        if not isinstance(job, s.Job) or not job.candidates:
+            self.object("only what a device goes down with is blamed for it", device, type(phase).__name__)
+            return
+        downs, due = self._downs.get(_key(device, job), 0), max(2, job.offered.trial.restarts_max)
+        if downs < due:
+            self.object("only what a device goes down with is blamed for it", device, f"{downs} times, of {due}")
 
     def went_down(self, device: Device, held: s.State) -> None:
         """Count an end that nobody had ordered for what was tried then."""
@@ -453,8 +456,11 @@ def _tried(device: Device, models: Mapping[str, s.Slot]) -> Iterator[tuple[tuple
     """Yield what is tried: the key under which its ends are counted, and its job."""
     for slot in models.values():
         if isinstance(slot.phase, (s.Judging, *_TRIED)):
-            job = slot.phase.job
-            yield (device.name, job.loadable.digest, turn.end_of(job.offered)), job
+            yield _key(device, slot.phase.job), slot.phase.job
+
+
+def _key(device: Device, job: s.Job) -> tuple[str, str, s.End]:
+    return device.name, job.loadable.digest, turn.end_of(job.offered)
 
 
 def _model_not_settled(desired: OfferedModel, running: str, report: Report | None, about: Report | None) -> str:
