@@ -381,6 +381,20 @@ def test_a_request_that_kills_the_worker_is_held_against_the_model_that_ran(tmp_
         assert site.deaths[-1] == (f"signal {signal.SIGFPE:d} while it ran {PITCH} (float)", False)
 
 
+@KILLS
+def test_a_version_that_kills_the_worker_while_it_loads_is_named(tmp_path: Path) -> None:
+    """Its first runs, before anybody's request, are a part of loading it."""
+    harmless = models.scale(tmp_path / "harmless.onnx", 2.0)
+    item = serving_kit.loadable(harmless, model=PITCH, rows=np.full((1, 1, 4), models.DEADLY, np.float32))
+    deadly = serving_kit.instead(item, models.brittle(tmp_path / "brittle.onnx"))
+    with supervised(tmp_path) as site:
+        site.serve(ServeModel(name=MODEL, active=real(harmless, MODEL)))
+        site.tell(ServeModel(name=MODEL, active=real(harmless, MODEL)), ServeModel(name=PITCH, active=deadly))
+        until(lambda: len(site.ran) > 1, "two workers died of it")
+        assert site.ran[:2] == [ran_of(deadly)] * 2
+        site.serve(ServeModel(name=MODEL, active=real(harmless, MODEL)))
+
+
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
 def test_a_kill_from_outside_says_nothing_of_what_ran(tmp_path: Path, number: int) -> None:
     """The kernel takes the largest process when memory is short: that may be whoever's doing."""
