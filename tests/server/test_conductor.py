@@ -7,6 +7,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
 from sqlalchemy import text
 
@@ -618,5 +619,34 @@ def test_a_revert_leaves_alone_what_a_newer_release_has(tmp_path: Path):
             assert running == [manifest_of("1.2.0"), *[manifest_of("1.0.0")] * 3]
             counts = shown["counts"]["real"]
             assert (counts["reverted"], counts["superseded"], counts["confirmed"]) == (3, 1, 0)
+
+    run(work())
+
+
+def test_a_gate_with_stated_errors_halts_by_returns_and_says_why(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            devices = await found.enrol(20, version="1.0.0")
+            for device in devices[::2]:
+                device.behaviours["1.1.0"] = "bad"
+            gate = {"metric": "returned", "tolerated": 0.02, "harm": 0.1}
+            loose = {"failure": {"count": 1000}, "late": {"count": 1000}}
+            number = await found.roll_out("1.1.0", stages=[{"share": 1.0}], gates=[gate], **loose)
+            shown = await found.until(number, "halted")
+            assert shown["reason"] == "returned_bound"
+            assert {device.running for device in devices} == {manifest_of("1.0.0")}
+            decided = [
+                one
+                for row in await found.rows("SELECT decisions FROM decision ORDER BY revision")
+                for one in msgspec.json.decode(row.decisions)
+                if one.get("reason") == "returned_bound"
+            ]
+            verdict = decided[0]["verdicts"][0]
+            assert (verdict["gate"], verdict["bad"], verdict["judged"]) == ("returned", 10, 20)
+            assert verdict["numbers"]["low"] > 0.02
+            assert verdict["numbers"]["e_halt"] >= 20
+            shares = {one["gate"]: one for one in shown["gates"]}
+            assert shares["returned"]["numbers"]["needed"] > 20
 
     run(work())

@@ -62,6 +62,15 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("plan_bound", {"failure": {"count": -1}}),
     ("plan_bound", {"failure": {"share": 1.0}}),
     ("plan_bound", {"silent": {"share": 0.5, "sample_min": 0}}),
+    ("plan_invalid", {"gates": [{"metric": "beauty", "tolerated": 0.02, "harm": 0.05}]}),
+    ("plan_invalid", {"gates": [{"metric": "failed", "harm": 0.05}]}),
+    ("plan_invalid", {"gates": [{"metric": "failed", "tolerated": 0.02, "harm": 0.05, "power": 0.8}]}),
+    ("plan_gate", {"gates": [{"metric": "failed", "tolerated": 0, "harm": 0.05}]}),
+    ("plan_gate", {"gates": [{"metric": "failed", "tolerated": 0.02, "harm": 0}]}),
+    ("plan_gate", {"gates": [{"metric": "failed", "tolerated": 0.5, "harm": 0.5}]}),
+    ("plan_gate", {"gates": [{"metric": "failed", "tolerated": 0.02, "harm": 0.05, "alpha": 0}]}),
+    ("plan_gate", {"gates": [{"metric": "failed", "tolerated": 0.02, "harm": 0.05, "beta": 0.6}]}),
+    ("plan_gate", {"gates": [{"metric": "failed", "tolerated": 0.02, "harm": 0.05}] * 2}),
     ("plan_range", {"sample_min": 0}),
     ("plan_range", {"settled_share": 0}),
     ("plan_range", {"settled_share": 1.01}),
@@ -107,7 +116,8 @@ json_values = st.recursive(
 
 
 @given(
-    st.sampled_from([*GOOD, "failure", "trial", "silent_s", "strategy", "format", "priority", "strata"]), json_values
+    st.sampled_from([*GOOD, "failure", "trial", "silent_s", "strategy", "format", "priority", "strata", "gates"]),
+    json_values,
 )
 def test_any_value_in_any_field_parses_or_is_refused(field: str, value: Any):
     try:

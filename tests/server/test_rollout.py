@@ -114,6 +114,7 @@ class Fleet:
             members=len(self.devices),
             unexposed=len(self.below(self.progress)),
             next_cut_offs=coming,
+            happened={"failed": sum(stage.get("failed", 0) for stage in stages)},
             command=command,  # type: ignore[arg-type]
         )
 
@@ -154,7 +155,7 @@ bounds = st.one_of(
     st.builds(Bound, share=st.sampled_from([0.0, 0.1, 0.3, 0.6]), sample_min=st.integers(1, 6)),
 )
 plans = st.builds(
-    lambda shares, soak, confirmed, failure, silent, late, on_halt, sample, settled: plan_of(
+    lambda shares, soak, confirmed, failure, silent, late, on_halt, sample, settled, gates: plan_of(
         stages=[{"share": share, "soak_s": soak, "confirmed_min": confirmed} for share in sorted(set(shares))],
         failure=msgspec.to_builtins(failure),
         silent=msgspec.to_builtins(silent),
@@ -162,6 +163,7 @@ plans = st.builds(
         on_halt=on_halt,
         sample_min=sample,
         settled_share=settled,
+        gates=gates,
     ),
     st.lists(st.sampled_from([0.05, 0.1, 0.25, 0.5, 1.0]), min_size=1, max_size=4),
     st.sampled_from([0, 0, 30]),
@@ -172,6 +174,7 @@ plans = st.builds(
     st.sampled_from(["hold", "revert_stage", "revert_all"]),
     st.integers(1, 8),
     st.sampled_from([0.5, 0.95, 1.0]),
+    st.sampled_from([[], [], [{"metric": "failed", "tolerated": 0.1, "harm": 0.5, "beta": 0.3}]]),
 )
 commands = st.lists(
     st.tuples(st.integers(0, 60), st.sampled_from(["pause", "resume", "abort", "revert", "start"])), max_size=4
@@ -415,3 +418,38 @@ def test_one_device_is_a_sample_where_there_is_only_one():
     progress = started(plan, members=1)
     assert decide(plan, progress, evidence_of(Counts(confirmed_idle=1)), later(1))[0].state == "done"
     assert decide(plan, progress, evidence_of(Counts(failed=1)), later(1))[0].reason == "failure_bound"
+
+
+GATED = [
+    # counts of the stage, failed devices, state after, reason or what is missing, what happens
+    (Counts(confirmed=25), 0, "running", "gate_failed", "twenty-five good devices do not prove less than 10 %"),
+    (Counts(confirmed=100), 0, "running", "", "a hundred do"),
+    (Counts(confirmed=300, pending=5), 0, "running", "", "three hundred also with five under way"),
+    (Counts(confirmed=100, pending=100), 0, "running", "gate_failed", "but not with a hundred"),
+    (Counts(confirmed=22, failed=4), 4, "returning", "failed_bound", "four of twenty-six are no accident at 2 %"),
+    (Counts(pending=300, failed=4), 4, "running", "gate_failed", "four of three hundred are, whoever answered first"),
+    (Counts(silent=100), 0, "running", "gate_failed", "silence proves nothing"),
+]
+
+
+@pytest.mark.parametrize(("counts", "failed", "state", "code", "why"), GATED)
+def test_a_gate_with_stated_errors_decides_as_its_evidence_allows(
+    counts: Counts, failed: int, state: str, code: str, why: str
+):
+    plan = plan_of(
+        gates=[{"metric": "failed", "tolerated": 0.02, "harm": 0.08}],
+        failure={"count": 1000},
+        silent={"count": 1000},
+        settled_share=0.01,
+    )
+    evidence = evidence_of(counts, Counts(), happened={"failed": failed})
+    after, decisions = decide(plan, started(plan), evidence, later(1))
+    assert after.state == state, why
+    if state == "returning":
+        assert after.reason == code
+        (moved,) = [one for one in decisions if isinstance(one, Moved)]
+        assert moved.verdicts[0].numbers is not None
+        assert moved.verdicts[0].numbers.low > 0.02
+    else:
+        assert after.stage == (0 if code else 1), why
+        assert (code in codes(plan, after, evidence, later(1))) is bool(code)

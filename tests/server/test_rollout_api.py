@@ -309,6 +309,7 @@ def shown(*stages: dict[str, Any]) -> dict[str, Any]:
         "members": 12,
         "stages": list(stages),
         "counts": {"real": {"exposed": 4}, "simulated": {"exposed": 8}},
+        "gates": [{"gate": "failure", "outcome": "pass", "bad": 0, "judged": 3, "needed": 3}],
         "why_not_yet": [{"code": "sample", "have": 3, "need": 5}],
     }
 
@@ -326,6 +327,30 @@ def test_the_view_of_a_rollout_fits_the_window(columns: int, bar: bool):
     with wide.capture() as capture:
         wide.print(progress_view(shown(stage(confirmed=6, reverted=2, revert_pending=4)), 160))
     assert "GOING BACK" in capture.get()
+
+
+def test_the_view_of_a_rollout_says_its_gates_in_numbers():
+    numbers = {
+        "outcome": "unknown",
+        "estimate": 0.1,
+        "low": 0.0123,
+        "high": 0.4,
+        "e_halt": 3.21,
+        "e_pass": 0.5,
+        "sample": 20,
+        "needed": 63,
+    }
+    found = shown(stage(pending=1))
+    found["gates"] += [
+        {"gate": "failed", "outcome": "unknown", "bad": 2, "judged": 20, "needed": 63, "numbers": numbers}
+    ]
+    console = Console(width=200, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(progress_view(found, 200))
+    assert (
+        "gate failed: unknown; 10.00%, between 1.23% and 40.00%; evidence 3.21 for harm, 0.5 against;"
+        " 20 devices, about 63 decide" in capture.get()
+    )
 
 
 def test_without_a_terminal_a_line_says_in_words_what_a_rollout_waits_for():

@@ -52,6 +52,8 @@ RESIGN_S = 60.0
 RESIGN_PER_TURN = 2_000
 COMPOSE_TRIES = 3
 HELLOS_PER_TURN = 2_000
+CONDEMNING = frozenset({"failure_bound", "failed_bound", "returned_bound", "crashed_bound"})
+"""Reasons of a halt after which the hardware on which the bundle failed is not offered it again."""
 
 
 @dataclass(slots=True)
@@ -235,7 +237,7 @@ class Conductor:
                     progress_before=msgspec.to_builtins(before),
                 )
             )
-            if after.reason == "failure_bound" and before.state != "returning":
+            if after.reason in CONDEMNING and before.state != "returning":
                 await self._remember_bad(connection, row, plan, moment)
             await assignments.apply(connection, row, plan, prepared, moment)
 

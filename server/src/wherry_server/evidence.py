@@ -23,6 +23,7 @@ from wherry_server import cohorts
 from wherry_server.plan import Plan
 from wherry_server.rollout import ACTIVE, Command, Counts, Evidence, Progress
 from wherry_server.targeting import cut_offs, exact, exposed, key_of, parse_selector
+from wherry_shared import reasons
 from wherry_shared.errors import RefusedError
 from wherry_shared.facts import DeviceFacts, hardware_class
 
@@ -89,7 +90,7 @@ async def read(
     """Return the evidence for one decision; without a scan nobody is seen as unexposed."""
     stages = await counts(connection, row.id, plan, now)
     command: Command = row.wanted
-    evidence = Evidence(stages=stages, command=command)
+    evidence = Evidence(stages=stages, command=command, happened=await _happened(connection, row.id, plan))
     if found is None:
         return evidence
     share = plan.stages[progress.stage].share if progress.stage >= 0 else 0.0
@@ -118,6 +119,14 @@ async def counts(connection: AsyncConnection, rollout: str, plan: Plan, now: int
         into = stages[row.stage]
         into[row.became] = into.get(row.became, 0) + row.devices
     return [Counts(**stage) for stage in stages]
+
+
+async def _happened(connection: AsyncConnection, rollout: str, plan: Plan) -> dict[str, int]:
+    """Count the devices to which happened what the plan's gates ask for."""
+    if not plan.gates:
+        return {}
+    found = (await connection.execute(_HAPPENED, {"rollout": rollout, "crash": reasons.CRASH})).one()
+    return {gate.metric: getattr(found, gate.metric) or 0 for gate in plan.gates}
 
 
 async def breakdown(connection: AsyncConnection, rollout: str) -> list[dict[str, Any]]:
@@ -252,6 +261,11 @@ _COUNTS = text(
     " WHEN a.exposed_at <= :silent AND (a.noticed_at = 0 OR d.last_seen_at <= :silent) THEN 'silent'"
     " WHEN a.noticed_at > 0 AND a.noticed_at <= :late THEN 'late' ELSE 'pending' END AS became, count(*) AS devices"
     " FROM assignment a JOIN device d ON d.id = a.device_id WHERE a.rollout_id = :rollout GROUP BY a.stage, became"
+)
+_HAPPENED = text(
+    "SELECT count(*) AS failed, sum(CASE WHEN outcome = 'returned' THEN 1 ELSE 0 END) AS returned,"
+    " sum(CASE WHEN reason = :crash THEN 1 ELSE 0 END) AS crashed FROM assignment"
+    " WHERE rollout_id = :rollout AND outcome IN ('returned', 'failed', 'refused')"
 )
 _BREAKDOWN = text(
     "SELECT a.stage, a.outcome, a.reason, d.simulated, count(*) AS devices FROM assignment a"

@@ -1,7 +1,8 @@
-"""Gates turn counts of devices into a verdict. Pure; integers only.
+"""Gates turn counts of devices into a verdict. Pure.
 
 The unit is the device. A gate that has too little to go by says `unknown`, which never widens a rollout: no data is not
-success. Gates that compare arms come later; these have absolute bounds.
+success. A `Bound` is a fixed threshold, right where somebody knows what is too much at once. A `Gate` has stated errors: it
+decides as soon as the evidence allows, at every look, and says in numbers why (`sequential`).
 """
 
 from __future__ import annotations
@@ -10,10 +11,15 @@ from typing import Literal
 
 import msgspec
 
+from wherry_server.sequential import Finding, bounded
 from wherry_server.targeting import exact
 from wherry_shared.errors import RefusedError
 
 COUNT_MAX = 10_000_000
+TOLERATED_MIN = 0.0001
+HARM_MIN = 0.001
+ERROR_MIN, ERROR_MAX = 1e-6, 0.5
+Metric = Literal["failed", "returned", "crashed"]
 
 
 class Bound(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -27,7 +33,25 @@ class Bound(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     sample_min: int = 1
 
 
-class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+class Gate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A share of devices that is held to what is tolerated, with stated errors.
+
+    `failed` are devices that failed for a reason that speaks against the bundle, `returned` those of them that went back
+    from a trial, `crashed` those whose worker or canary crashed.
+    """
+
+    metric: Metric
+    tolerated: float
+    """Share of devices up to which a halt would be false."""
+    harm: float
+    """The smallest harm that matters: how much more than tolerated."""
+    alpha: float = 0.05
+    """Probability of ever halting a bundle that keeps to what is tolerated, at most."""
+    beta: float = 0.05
+    """Probability of ever passing a bundle that does the harm, at most."""
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a gate says, with the counts that decided."""
 
     gate: str
@@ -36,6 +60,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     judged: int
     needed: int
     """The sample that the gate waits for."""
+    numbers: Finding | None = None
+    """Of a gate with stated errors: estimate, interval and evidence."""
 
 
 def check_bound(bound: Bound, what: str) -> None:
@@ -67,3 +93,40 @@ def threshold(gate: str, bound: Bound, *, bad: int, judged: int, population: int
     else:
         outcome = "pass"
     return Verdict(gate=gate, outcome=outcome, bad=bad, judged=judged, needed=needed)
+
+
+def check_gate(gate: Gate) -> None:
+    """Refuse a gate that could not decide.
+
+    Raises:
+        RefusedError: `plan_gate`.
+    """
+    what = f"gate {gate.metric}"
+    if not TOLERATED_MIN <= gate.tolerated < 1:
+        raise RefusedError("plan_gate", f"{what}: tolerated {gate.tolerated} is not {TOLERATED_MIN} to 1")
+    if not (gate.harm >= HARM_MIN and gate.tolerated + gate.harm < 1):
+        raise RefusedError(
+            "plan_gate",
+            f"{what}: harm {gate.harm} is not at least {HARM_MIN}, or above what is left of 1 over tolerated",
+        )
+    for name in ("alpha", "beta"):
+        error = getattr(gate, name)
+        if not ERROR_MIN <= error <= ERROR_MAX:
+            raise RefusedError("plan_gate", f"{what}: {name} {error} is not {ERROR_MIN} to {ERROR_MAX}")
+
+
+def share(gate: Gate, *, bad: int, good: int, under_way: int, quiet: int) -> Verdict:
+    """Judge devices by what became of them; see `sequential.bounded` for what each count means."""
+    found = bounded(
+        bad=bad,
+        good=good,
+        under_way=under_way,
+        quiet=quiet,
+        tolerated=gate.tolerated,
+        harm=gate.harm,
+        alpha=gate.alpha,
+        beta=gate.beta,
+    )
+    return Verdict(
+        gate=gate.metric, outcome=found.outcome, bad=bad, judged=bad + good, needed=found.needed, numbers=found
+    )

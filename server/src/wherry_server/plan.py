@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from wherry_server.gates import Bound, check_bound
+from wherry_server.gates import Bound, Gate, check_bound, check_gate
 from wherry_server.targeting import FAMILIES, FIELDS, parse_selector
 from wherry_shared.digest import check_digest
 from wherry_shared.errors import RefusedError
@@ -25,6 +25,7 @@ SECONDS_MAX = 366 * 86_400
 PRIORITY_MAX = 1_000
 ATTEMPT_MAX = 1_000_000
 STRATA_MAX = 4
+GATES_MAX = 8
 STRATEGIES_LATER = ("shadow", "split", "blue_green")
 
 OnHalt = Literal["hold", "revert_stage", "revert_all"]
@@ -84,6 +85,8 @@ class Plan(_Strict, frozen=True, kw_only=True):
     excused: Bound = Bound(share=0.5, sample_min=5)
     """Devices that ended their attempt without a verdict (restarts, a policy of the publisher): neutral one by one, but a
     release that most devices cannot even judge is not proved by the rest."""
+    gates: list[Gate] = []
+    """Gates with stated errors, beside the bounds above."""
     stage_max_s: int = 7 * 86_400
     """A stage that has not proved itself by then halts the rollout, keeping what is confirmed."""
     revert_s: int = 86_400
@@ -102,7 +105,7 @@ def parse_plan(data: bytes | dict[str, Any]) -> Plan:
 
     Raises:
         RefusedError: `plan_invalid`, `plan_format`, `strategy_unsupported`, `plan_models`, `plan_stages`, `plan_bound`,
-            `plan_range`, `bad_selector`, `bad_name`, `bad_version` or `bad_digest`.
+            `plan_gate`, `plan_range`, `bad_selector`, `bad_name`, `bad_version` or `bad_digest`.
     """
     try:
         raw = msgspec.json.decode(data) if isinstance(data, bytes) else data
@@ -171,6 +174,10 @@ def _check(plan: Plan) -> None:
             raise RefusedError("plan_range", f"strata name an unknown field {field[:40]!r}")
     for name in ("failure", "silent", "late", "excused"):
         check_bound(getattr(plan, name), name)
+    if len(plan.gates) > GATES_MAX or len({gate.metric for gate in plan.gates}) < len(plan.gates):
+        raise RefusedError("plan_gate", f"at most {GATES_MAX} gates, and one per metric")
+    for gate in plan.gates:
+        check_gate(gate)
     _within(plan.sample_min, 1, 1_000_000, "sample_min")
     _within(plan.settled_share, 0.01, 1, "settled_share")
     for name in ("silent_s", "late_s", "stage_max_s", "revert_s"):

@@ -27,7 +27,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from wherry_server.gates import Verdict, threshold
+from wherry_server.gates import Verdict, share, threshold
 from wherry_server.plan import OnHalt, Plan
 from wherry_server.targeting import share_count
 from wherry_shared.clock import Now, Since
@@ -113,6 +113,8 @@ class Evidence(_Value, frozen=True, kw_only=True):
     """Members at or below the cut-offs that another rollout holds, or whose hardware the bundle is known bad on."""
     next_cut_offs: dict[str, int] = {}
     """`targeting.cut_offs` of the next stage over the members now; empty if it was not asked for."""
+    happened: dict[str, int] = {}
+    """Metric of a gate → devices to which it happened, over all stages; those that the plan asks for."""
     command: Command = ""
 
     @property
@@ -180,6 +182,16 @@ def verdicts(plan: Plan, evidence: Evidence) -> list[Verdict]:
             bad=total.excused,
             judged=total.heard + total.excused,
             population=population + total.excused,
+        ),
+        *(
+            share(
+                gate,
+                bad=(bad := evidence.happened.get(gate.metric, 0)),
+                good=max(total.settled - bad, 0),
+                under_way=total.pending,
+                quiet=total.silent + total.late + total.excused,
+            )
+            for gate in plan.gates
         ),
     ]
 

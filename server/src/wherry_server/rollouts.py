@@ -20,7 +20,7 @@ from wherry_server.db.tables import Bundle, Decision, Rollout, table
 from wherry_server.lease import boot_id
 from wherry_server.outcomes import LIVE
 from wherry_server.plan import Plan, parse_plan
-from wherry_server.rollout import Command, Evidence, Progress, State, why_not_yet
+from wherry_server.rollout import Command, Evidence, Progress, State, verdicts, why_not_yet
 from wherry_server.targeting import parse_selector
 from wherry_server.times import now_us
 from wherry_shared.clock import MICROSECONDS, Now
@@ -287,6 +287,7 @@ async def show(connection: AsyncConnection, project: str, number: int) -> dict[s
         "held": found.held,
         "counts": tallies,
         "outcomes": details,
+        "gates": msgspec.to_builtins(verdicts(plan, found)),
         "why_not_yet": msgspec.to_builtins(waits),
     }
 

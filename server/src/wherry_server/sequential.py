@@ -255,7 +255,7 @@ def _steps_until(error: float, mean: float, squares: float) -> int:
 
 
 def bounded(
-    *, bad: int, good: int, under_way: int, tolerated: float, harm: float, alpha: float, beta: float
+    *, bad: int, good: int, under_way: int, quiet: int = 0, tolerated: float, harm: float, alpha: float, beta: float
 ) -> Finding:
     """Judge a share of devices that has no control against a tolerated share.
 
@@ -263,12 +263,13 @@ def bounded(
         bad: devices to which it happened.
         good: devices that ended without it.
         under_way: devices that may still come to either.
+        quiet: devices of which nobody waits to hear: no evidence for passing, and good where it is whether to halt.
         tolerated: a share up to which a halt would be false, above 0.
         harm: how much more than `tolerated` matters; together below 1.
         alpha: bound on the probability of ever halting a bundle with a share of at most `tolerated`.
         beta: bound on the probability of ever passing one with a share of `tolerated + harm` or more.
     """
-    halting = [(1.0, bad), (0.0, good + under_way)]
+    halting = [(1.0, bad), (0.0, good + under_way + quiet)]
     passing = [(1.0, bad + under_way), (0.0, good)]
     judged = bad + good
     halt = log_above(halting, tolerated, 0.0)

@@ -55,6 +55,30 @@ class Why(BaseModel):
     unit: str = "devices"
 
 
+class GateNumbers(BaseModel):
+    """What the evidence of a gate with stated errors says: a share, between `low` and `high` but for those errors."""
+
+    outcome: str
+    estimate: float
+    low: float
+    high: float
+    e_halt: float
+    e_pass: float
+    sample: int
+    needed: int
+
+
+class GateState(BaseModel):
+    """What a gate says: `pass`, `breach` or `unknown`; `needed` is the sample that it waits for."""
+
+    gate: str
+    outcome: str
+    bad: int
+    judged: int
+    needed: int
+    numbers: GateNumbers | None = None
+
+
 class Outcomes(BaseModel):
     """Devices of a stage with one outcome for one reason."""
 
@@ -75,6 +99,7 @@ class RolloutDetail(RolloutSummary):
     held: int
     counts: dict[str, dict[str, int]]
     outcomes: list[Outcomes]
+    gates: list[GateState]
     why_not_yet: list[Why]
 
 

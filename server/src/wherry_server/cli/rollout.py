@@ -298,7 +298,8 @@ def progress_view(found: dict[str, Any], width: int) -> RenderableType:
         if found["state"] in FINAL
         else f" of {found['members']} in the cohort"
     )
-    lines = [Text(f"waits: {_why(why)}") for why in found["why_not_yet"]]
+    gates = [Text(_gate(gate)) for gate in found["gates"] if gate.get("numbers")]
+    lines = [*gates, *(Text(f"waits: {_why(why)}") for why in found["why_not_yet"])]
     return Group(head, table(columns, rows), Text(tail, style="dim"), *lines)
 
 
@@ -328,6 +329,15 @@ def _why(why: dict[str, Any]) -> str:
     said = WAITS.get(why["code"], f"gate {why['code'].removeprefix('gate_')}: devices judged, of the sample")
     amount = f"{why['have']} of {why['need']} " if why["need"] else ""
     return f"{amount}{said} [{why['code']}]"
+
+
+def _gate(gate: dict[str, Any]) -> str:
+    numbers = gate["numbers"]
+    return (
+        f"gate {gate['gate']}: {gate['outcome']}; {numbers['estimate']:.2%}, between {numbers['low']:.2%} and"
+        f" {numbers['high']:.2%}; evidence {numbers['e_halt']:.3g} for harm, {numbers['e_pass']:.3g} against;"
+        f" {numbers['sample']} devices, about {numbers['needed']} decide"
+    )
 
 
 def _said(decision: dict[str, Any]) -> str:
