@@ -476,15 +476,27 @@ def _one_by_one(_: s.Event | None, effect: s.Effect) -> s.Effect:
     return replace(effect, models=tuple(models))
 
 
+def _at(name: str) -> tuple[Scenario, ...]:
+    return (scenarios.find(name),)
+
+
 ALL: tuple[Mutant, ...] = (
     Mutant("effects run before the journal is written", replace(REAL, journal_first=False)),
-    Mutant("a verdict of the canary counts for whatever is being judged", _events(_stale_verdict)),
-    Mutant("counts of an earlier trial count for this one", _events(_stale_counts)),
+    Mutant(
+        "a verdict of the canary counts for whatever is being judged",
+        _events(_stale_verdict),
+        _at("verdicts that come late"),
+    ),
+    Mutant("counts of an earlier trial count for this one", _events(_stale_counts), _at("verdicts that come late")),
     Mutant("a trial has no deadline", _phases_never_overdue(s.OnTrial)),
-    Mutant("proving has no deadline", _phases_never_overdue(s.Proving)),
-    Mutant("resolving and fetching have no deadline", _phases_never_overdue(s.Resolving, s.Fetching)),
-    Mutant("judging has no deadline", _phases_never_overdue(s.Judging)),
-    Mutant("a wait after trouble never ends", _phases_never_overdue(s.Waiting)),
+    Mutant("proving has no deadline", _phases_never_overdue(s.Proving), _at("a worker that hangs")),
+    Mutant(
+        "resolving and fetching have no deadline",
+        _phases_never_overdue(s.Resolving, s.Fetching),
+        _at("three releases reach their ends through a storm"),
+    ),
+    Mutant("judging has no deadline", _phases_never_overdue(s.Judging), _at("children that never answer")),
+    Mutant("a wait after trouble never ends", _phases_never_overdue(s.Waiting), _at("offers that expire")),
     Mutant(
         "what was bad is forgotten",
         _step(lambda state, event, now: machine.step(_forgetful(state, now), event, now)),
@@ -500,7 +512,7 @@ ALL: tuple[Mutant, ...] = (
         _resume(lambda state, now: machine.resume(replace(state, owed=()), now)),
     ),
     Mutant("an offer with a lower serial is accepted", _step(_old_offer)),
-    Mutant("an offer never expires", _events(_eternal)),
+    Mutant("an offer never expires", _events(_eternal), _at("offers that expire")),
     Mutant("a candidate serves before it was judged", _step(_unjudged)),
     Mutant("a restart during a trial confirms the candidate", _resume(_confirming)),
     Mutant(
