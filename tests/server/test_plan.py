@@ -63,7 +63,16 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("plan_bound", {"failure": {"share": 1.0}}),
     ("plan_bound", {"silent": {"share": 0.5, "sample_min": 0}}),
     ("plan_invalid", {"gates": [{"metric": "beauty", "tolerated": 0.02, "harm": 0.05}]}),
-    ("plan_invalid", {"gates": [{"metric": "failed", "harm": 0.05}]}),
+    ("plan_gate", {"gates": [{"metric": "failed", "harm": 0.05}]}),
+    ("plan_gate", {"gates": [{"metric": "failed", "tolerated": 0.02, "harm": 0.05, "cap": 0.5}]}),
+    ("plan_gate", {"gates": [{"metric": "errors", "tolerated": 0.02, "harm": 0.05}]}),
+    ("plan_gate", {"gates": [{"metric": "errors", "harm": 0.95}]}),
+    ("plan_gate", {"gates": [{"metric": "errors", "harm": 0.05, "cap": 0.05}]}),
+    ("plan_gate", {"gates": [{"metric": "errors", "harm": 0.05, "cap": 1.5}]}),
+    ("plan_gate", {"gates": [{"metric": "errors", "harm": 0.05}], "hold_back": 0}),
+    ("plan_range", {"hold_back": 0.6}),
+    ("plan_range", {"hold_back": -0.1}),
+    ("plan_range", {"period_s": 1}),
     ("plan_invalid", {"gates": [{"metric": "failed", "tolerated": 0.02, "harm": 0.05, "power": 0.8}]}),
     ("plan_gate", {"gates": [{"metric": "failed", "tolerated": 0, "harm": 0.05}]}),
     ("plan_gate", {"gates": [{"metric": "failed", "tolerated": 0.02, "harm": 0}]}),
@@ -125,3 +134,11 @@ def test_any_value_in_any_field_parses_or_is_refused(field: str, value: Any):
     except RefusedError:
         return
     assert parse_plan(msgspec.json.encode(plan)) == plan
+
+
+def test_a_comparison_holds_devices_back_and_nothing_else_does():
+    assert [parse_plan(GOOD).share_of(stage) for stage in (0, 1)] == [0.05, 1.0]
+    compared = parse_plan({**GOOD, "gates": [{"metric": "errors", "harm": 0.01}]})
+    assert [compared.share_of(stage) for stage in (0, 1)] == [0.05, 0.95]
+    assert compared.share_of(1, done=True) == 1.0
+    assert parse_plan({**GOOD, "hold_back": 0.2}).share_of(1) == 0.8

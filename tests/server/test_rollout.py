@@ -214,7 +214,7 @@ def test_whatever_happens_a_rollout_is_bounded_final_and_ends(
         assert decide(plan, before, evidence, now) == (after, decisions)
 
         exposing = [one for one in decisions if isinstance(one, Expose)]
-        found = verdicts(plan, evidence)
+        found = verdicts(plan, evidence, after.compared)
         breached = breached or (before.state in ACTIVE and any(one.outcome == "breach" for one in found))
         if breached:
             assert not exposing, "nothing widens after a breach"

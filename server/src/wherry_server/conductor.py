@@ -20,7 +20,7 @@ from sqlalchemy import insert, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server import assignments, evidence, offers
+from wherry_server import assignments, comparison, evidence, offers
 from wherry_server.assignments import EXPOSED_PER_TURN, Prepared
 from wherry_server.db import bulk
 from wherry_server.db.tables import Decision as DecisionRow
@@ -64,6 +64,8 @@ class _Known:
     scan: evidence.Scan | None = None
     scanned_at: float = 0.0
     scan_cost: float = 0.0
+    compared_until: int = -1
+    """The period until which every lane of its comparisons was taken."""
 
     def due(self, minimum: float, now: float) -> bool:
         return self.scan is None or now - self.scanned_at >= max(minimum, SCAN_SHARE * self.scan_cost)
@@ -78,6 +80,8 @@ class Conductor:
     composer: Composer
     outbox: Outbox | None = None
     clock: Callable[[], Now] = field(default_factory=lambda: _clock(boot_id()))
+    moment: Callable[[], int] = now_us
+    """Microseconds UTC: when devices are exposed, and which periods of telemetry have ended."""
     _known: dict[str, _Known] = field(default_factory=dict)
     _woken: asyncio.Event = field(default_factory=asyncio.Event)
     _hellos: dict[str, Behind] = field(default_factory=dict)
@@ -132,9 +136,11 @@ class Conductor:
         if known is None:
             known = self._known[row.id] = _Known(parse_plan(_builtins(row.plan)))
         progress = evidence.load_progress(_builtins(row.progress))
-        now, moment = self.clock(), now_us()
+        now, moment = self.clock(), self.moment()
         if row.state == "done" and not row.wanted and not known.due(DONE_SCAN_MIN_S, time.monotonic()):
-            if not known.scan or not known.scan.unexposed(progress.cut_offs, known.plan.stages[progress.stage].share):
+            if not known.scan or not known.scan.unexposed(
+                progress.cut_offs, known.plan.share_of(progress.stage, done=True)
+            ):
                 return False
         elif row.state in ("created", "running", "done") and known.due(SCAN_MIN_S, time.monotonic()):
             known.scan = None
@@ -165,6 +171,13 @@ class Conductor:
                 known.scanned_at = time.monotonic()
                 known.scan_cost = known.scanned_at - started
             found = await evidence.read(connection, row, known.plan, progress, known.scan, moment)
+            until = comparison.ended(known.plan, moment)
+            if known.plan.compared and row.state in ("running", "paused") and until > known.compared_until:
+                scan = known.scan or await evidence.scan(connection, row, known.plan)
+                taken = await comparison.take(connection, row, known.plan, progress, scan, moment)
+                found = msgspec.structs.replace(found, taken=taken)
+                if not taken:
+                    known.compared_until = until
         after, decisions = decide(known.plan, progress, found, now)
         return found, after, decisions
 

@@ -20,6 +20,7 @@ from sqlalchemy import bindparam, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import cohorts
+from wherry_server.gates import COMPARED
 from wherry_server.plan import Plan
 from wherry_server.rollout import ACTIVE, Command, Counts, Evidence, Progress
 from wherry_server.targeting import cut_offs, exact, exposed, key_of, parse_selector
@@ -93,12 +94,15 @@ async def read(
     evidence = Evidence(stages=stages, command=command, happened=await _happened(connection, row.id, plan))
     if found is None:
         return evidence
-    share = plan.stages[progress.stage].share if progress.stage >= 0 else 0.0
+    done = progress.state == "done"
+    share = plan.share_of(progress.stage, done=done) if progress.stage >= 0 else 0.0
     reached = progress.stage >= 0
     following = progress.stage + 1
     coming: dict[str, int] = {}
     if following < len(plan.stages):
-        coming = cut_offs(found.keys, plan.stages[following].share, progress.cut_offs)
+        coming = cut_offs(found.keys, plan.share_of(following), progress.cut_offs)
+    elif plan.held_back and not done:
+        coming = cut_offs(found.keys, plan.share_of(following - 1, done=True), progress.cut_offs)
     return msgspec.structs.replace(
         evidence,
         members=found.members,
@@ -126,7 +130,7 @@ async def _happened(connection: AsyncConnection, rollout: str, plan: Plan) -> di
     if not plan.gates:
         return {}
     found = (await connection.execute(_HAPPENED, {"rollout": rollout, "crash": reasons.CRASH})).one()
-    return {gate.metric: getattr(found, gate.metric) or 0 for gate in plan.gates}
+    return {gate.metric: getattr(found, gate.metric) or 0 for gate in plan.gates if gate.metric not in COMPARED}
 
 
 async def breakdown(connection: AsyncConnection, rollout: str) -> list[dict[str, Any]]:

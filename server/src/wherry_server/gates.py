@@ -7,19 +7,26 @@ decides as soon as the evidence allows, at every look, and says in numbers why (
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 
-from wherry_server.sequential import Finding, bounded
+from wherry_server.sequential import Finding, Pairs, bounded, compare
 from wherry_server.targeting import exact
 from wherry_shared.errors import RefusedError
 
 COUNT_MAX = 10_000_000
 TOLERATED_MIN = 0.0001
 HARM_MIN = 0.001
+HARM_OF_CAP_MAX = 0.9
 ERROR_MIN, ERROR_MAX = 1e-6, 0.5
-Metric = Literal["failed", "returned", "crashed"]
+CAP_TIMES = 5
+"""Unless a gate says otherwise, a device counts for at most so many times the harm that matters."""
+Metric = Literal["failed", "returned", "crashed", "errors"]
+COMPARED: frozenset[Metric] = frozenset({"errors"})
+"""Metrics that compare devices with the candidate with devices that keep the incumbent."""
 
 
 class Bound(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,21 +41,29 @@ class Bound(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Gate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A share of devices that is held to what is tolerated, with stated errors.
+    """A metric that is held to what is tolerated, or to a control, with stated errors.
 
     `failed` are devices that failed for a reason that speaks against the bundle, `returned` those of them that went back
-    from a trial, `crashed` those whose worker or canary crashed.
+    from a trial, `crashed` those whose worker or canary crashed. `errors` is the share of its requests that a device fails,
+    compared with devices that keep the incumbent.
     """
 
     metric: Metric
-    tolerated: float
-    """Share of devices up to which a halt would be false."""
     harm: float
-    """The smallest harm that matters: how much more than tolerated."""
+    """The smallest harm that matters: how much more than what is tolerated, or than the control."""
+    tolerated: float | None = None
+    """Share of devices up to which a halt would be false; of metrics without a control."""
+    cap: float | None = None
+    """Of metrics with a control: a device that has more counts as if it had this (default: CAP_TIMES × harm)."""
     alpha: float = 0.05
-    """Probability of ever halting a bundle that keeps to what is tolerated, at most."""
+    """Probability of ever halting a bundle that does no harm, at most."""
     beta: float = 0.05
     """Probability of ever passing a bundle that does the harm, at most."""
+
+    @property
+    def unit(self) -> float:
+        """The cap that holds."""
+        return min(CAP_TIMES * self.harm, 1.0) if self.cap is None else self.cap
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -102,13 +117,26 @@ def check_gate(gate: Gate) -> None:
         RefusedError: `plan_gate`.
     """
     what = f"gate {gate.metric}"
-    if not TOLERATED_MIN <= gate.tolerated < 1:
-        raise RefusedError("plan_gate", f"{what}: tolerated {gate.tolerated} is not {TOLERATED_MIN} to 1")
-    if not (gate.harm >= HARM_MIN and gate.tolerated + gate.harm < 1):
-        raise RefusedError(
-            "plan_gate",
-            f"{what}: harm {gate.harm} is not at least {HARM_MIN}, or above what is left of 1 over tolerated",
-        )
+    if gate.metric in COMPARED:
+        if gate.tolerated is not None:
+            raise RefusedError("plan_gate", f"{what}: it has a control, so nothing is tolerated beside it")
+        if (
+            not HARM_MIN <= gate.harm <= HARM_OF_CAP_MAX
+            or not gate.harm <= HARM_OF_CAP_MAX * gate.unit <= HARM_OF_CAP_MAX
+        ):
+            raise RefusedError(
+                "plan_gate",
+                f"{what}: harm {gate.harm} and cap {gate.unit} are not {HARM_MIN} to 1, harm at most {HARM_OF_CAP_MAX} of cap",
+            )
+    else:
+        if gate.cap is not None:
+            raise RefusedError("plan_gate", f"{what}: cap is of metrics with a control")
+        if gate.tolerated is None or not TOLERATED_MIN <= gate.tolerated < 1:
+            raise RefusedError("plan_gate", f"{what}: tolerated {gate.tolerated} is not {TOLERATED_MIN} to 1")
+        if not (gate.harm >= HARM_MIN and gate.tolerated + gate.harm < 1):
+            raise RefusedError(
+                "plan_gate", f"{what}: harm {gate.harm} is not {HARM_MIN} to what is left of 1 over tolerated"
+            )
     for name in ("alpha", "beta"):
         error = getattr(gate, name)
         if not ERROR_MIN <= error <= ERROR_MAX:
@@ -122,7 +150,7 @@ def share(gate: Gate, *, bad: int, good: int, under_way: int, quiet: int) -> Ver
         good=good,
         under_way=under_way,
         quiet=quiet,
-        tolerated=gate.tolerated,
+        tolerated=gate.tolerated or TOLERATED_MIN,
         harm=gate.harm,
         alpha=gate.alpha,
         beta=gate.beta,
@@ -130,3 +158,19 @@ def share(gate: Gate, *, bad: int, good: int, under_way: int, quiet: int) -> Ver
     return Verdict(
         gate=gate.metric, outcome=found.outcome, bad=bad, judged=bad + good, needed=found.needed, numbers=found
     )
+
+
+def control(gate: Gate, lanes: Sequence[Pairs]) -> Verdict:
+    """Judge differences between candidates and controls, by lane; see `sequential.compare`."""
+    unit = gate.unit
+    found = _compare(tuple(lanes), gate.harm / unit, gate.alpha, gate.beta)
+    found = msgspec.structs.replace(found, estimate=found.estimate * unit, low=found.low * unit, high=found.high * unit)
+    return Verdict(
+        gate=gate.metric, outcome=found.outcome, bad=0, judged=found.sample, needed=found.needed, numbers=found
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _compare(lanes: tuple[Pairs, ...], harm: float, alpha: float, beta: float) -> Finding:
+    """Judge; a rollout is looked at every second, and its pairs change once a period."""
+    return compare(lanes, harm, alpha, beta)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from wherry_server.gates import Bound, Gate, check_bound, check_gate
+from wherry_server.gates import COMPARED, Bound, Gate, check_bound, check_gate
 from wherry_server.targeting import FAMILIES, FIELDS, parse_selector
 from wherry_shared.digest import check_digest
 from wherry_shared.errors import RefusedError
@@ -26,6 +26,10 @@ PRIORITY_MAX = 1_000
 ATTEMPT_MAX = 1_000_000
 STRATA_MAX = 4
 GATES_MAX = 8
+PERIOD_S_MIN, PERIOD_S_MAX = 10, 86_400
+HOLD_BACK = 0.05
+"""Share of the cohort that keeps the incumbent until a rollout with a comparison is done, unless the plan says another."""
+HOLD_BACK_MAX = 0.5
 STRATEGIES_LATER = ("shadow", "split", "blue_green")
 
 OnHalt = Literal["hold", "revert_stage", "revert_all"]
@@ -87,6 +91,10 @@ class Plan(_Strict, frozen=True, kw_only=True):
     release that most devices cannot even judge is not proved by the rest."""
     gates: list[Gate] = []
     """Gates with stated errors, beside the bounds above."""
+    period_s: int = 900
+    """Gates with a control compare values of whole periods of this length."""
+    hold_back: float | None = None
+    """Share of the cohort that is not exposed before the rollout is done; by default HOLD_BACK if a gate has a control."""
     stage_max_s: int = 7 * 86_400
     """A stage that has not proved itself by then halts the rollout, keeping what is confirmed."""
     revert_s: int = 86_400
@@ -98,6 +106,23 @@ class Plan(_Strict, frozen=True, kw_only=True):
     attempt: int = 1
     """Above 1: try again also where the bundle is known to be bad."""
     trial: Trial = Trial()
+
+    @property
+    def compared(self) -> list[Gate]:
+        """The gates that have a control."""
+        return [gate for gate in self.gates if gate.metric in COMPARED]
+
+    @property
+    def held_back(self) -> float:
+        """The share that keeps the incumbent until the rollout is done."""
+        if self.hold_back is None:
+            return HOLD_BACK if self.compared else 0.0
+        return self.hold_back
+
+    def share_of(self, stage: int, *, done: bool = False) -> float:
+        """Return the share of the cohort that a stage exposes; the last one exposes its whole share when all is done."""
+        share = self.stages[stage].share
+        return share if done else min(share, 1 - self.held_back)
 
 
 def parse_plan(data: bytes | dict[str, Any]) -> Plan:
@@ -178,6 +203,10 @@ def _check(plan: Plan) -> None:
         raise RefusedError("plan_gate", f"at most {GATES_MAX} gates, and one per metric")
     for gate in plan.gates:
         check_gate(gate)
+    _within(plan.period_s, PERIOD_S_MIN, PERIOD_S_MAX, "period_s")
+    _within(plan.held_back, 0, HOLD_BACK_MAX, "hold_back")
+    if plan.compared and not plan.held_back:
+        raise RefusedError("plan_gate", "hold_back is 0, and a gate compares with devices that are held back")
     _within(plan.sample_min, 1, 1_000_000, "sample_min")
     _within(plan.settled_share, 0.01, 1, "settled_share")
     for name in ("silent_s", "late_s", "stage_max_s", "revert_s"):

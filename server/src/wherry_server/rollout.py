@@ -27,8 +27,9 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from wherry_server.gates import Verdict, share, threshold
+from wherry_server.gates import COMPARED, Verdict, control, share, threshold
 from wherry_server.plan import OnHalt, Plan
+from wherry_server.sequential import LANES_MAX, Pairs, merge
 from wherry_server.targeting import share_count
 from wherry_shared.clock import Now, Since
 
@@ -45,6 +46,37 @@ RESTARTS_MAX = 50
 
 class _Value(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Base of progress and evidence."""
+
+
+class Lane(_Value, frozen=True, kw_only=True):
+    """What a lane of a comparison has seen (`sequential`)."""
+
+    pairs: Pairs = ()
+    spent: dict[str, int] = {}
+    """Stratum → lowest key that was used as a control."""
+
+
+class Compared(_Value, frozen=True, kw_only=True):
+    """What all comparisons have seen so far."""
+
+    lanes: dict[str, list[Lane]] = {}
+    """Metric → lanes."""
+    waves: dict[str, int] = {}
+    """Period in which devices were exposed → the lane that comes next for them."""
+
+    def of(self, metric: str) -> list[Lane]:
+        """The lanes of a metric, all of them."""
+        known = self.lanes.get(metric, [])
+        return [*known, *[Lane()] * (LANES_MAX - len(known))]
+
+
+class Taken(_Value, frozen=True, kw_only=True):
+    """What one lane of one wave adds."""
+
+    wave: int
+    lane: int
+    lanes: dict[str, Lane]
+    """Metric → what is added to it, with what is spent then."""
 
 
 class Progress(_Value, frozen=True, kw_only=True):
@@ -64,6 +96,7 @@ class Progress(_Value, frozen=True, kw_only=True):
     reason: str = ""
     restarts: int = 0
     """Waits of this stage that a reboot started again."""
+    compared: Compared = Compared()
 
 
 class Counts(_Value, frozen=True, kw_only=True):
@@ -115,6 +148,8 @@ class Evidence(_Value, frozen=True, kw_only=True):
     """`targeting.cut_offs` of the next stage over the members now; empty if it was not asked for."""
     happened: dict[str, int] = {}
     """Metric of a gate → devices to which it happened, over all stages; those that the plan asks for."""
+    taken: list[Taken] = []
+    """Lanes of comparisons that ended since the last decision, in the order of waves and lanes."""
     command: Command = ""
 
     @property
@@ -168,8 +203,8 @@ class Why(msgspec.Struct, frozen=True, kw_only=True):
     unit: str = "devices"
 
 
-def verdicts(plan: Plan, evidence: Evidence) -> list[Verdict]:
-    """Judge everything exposed so far."""
+def verdicts(plan: Plan, evidence: Evidence, compared: Compared) -> list[Verdict]:
+    """Judge everything exposed so far; `compared` is what comparisons have seen, `evidence.taken` included."""
     total = evidence.total
     population = total.standing
     return [
@@ -192,13 +227,17 @@ def verdicts(plan: Plan, evidence: Evidence) -> list[Verdict]:
                 quiet=total.silent + total.late + total.excused,
             )
             for gate in plan.gates
+            if gate.metric not in COMPARED
         ),
+        *(control(gate, [lane.pairs for lane in compared.of(gate.metric)]) for gate in plan.compared),
     ]
 
 
 def decide(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> tuple[Progress, tuple[Decision, ...]]:
     """Return the next progress, and what should be so once it is stored."""
     progress = _after_reboot(progress, now)
+    if evidence.taken:
+        progress = msgspec.structs.replace(progress, compared=with_taken(progress.compared, evidence.taken))
     match progress.state:
         case "created":
             return _created(plan, progress, evidence, now)
@@ -248,7 +287,7 @@ def _created(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> tu
 
 
 def _under_way(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> tuple[Progress, tuple[Decision, ...]]:
-    found = verdicts(plan, evidence)
+    found = verdicts(plan, evidence, progress.compared)
     breached = [verdict for verdict in found if verdict.outcome == "breach"]
     if evidence.command == "revert":
         return _return(progress, "reverted", "operator", "all", now)
@@ -279,14 +318,19 @@ def _running(
         last = progress.stage == len(plan.stages) - 1
         if last:
             ended = msgspec.structs.replace(progress, state="done", entered=None, proved=None)
-            return ended, (Moved(state="done", reason="proved", verdicts=found),)
+            moved = Moved(state="done", reason="proved", verdicts=found)
+            if not plan.held_back:
+                return ended, (moved,)
+            ended = msgspec.structs.replace(ended, cut_offs=_raised(progress, evidence))
+            share = plan.share_of(progress.stage, done=True)
+            return ended, (moved, Expose(stage=progress.stage, share=share, cut_offs=ended.cut_offs))
         return _enter_stage(plan, progress, progress.stage + 1, evidence, now)
     if _elapsed_s(progress.entered, now) >= plan.stage_max_s or progress.restarts > RESTARTS_MAX:
         reason = f"stage_deadline:{missing[0].code}"
         return _return(progress, "halted", reason, "unconfirmed", now)
     if evidence.unexposed:
-        stage = plan.stages[progress.stage]
-        return progress, (Expose(stage=progress.stage, share=stage.share, cut_offs=progress.cut_offs),)
+        share = plan.share_of(progress.stage)
+        return progress, (Expose(stage=progress.stage, share=share, cut_offs=progress.cut_offs),)
     return progress, ()
 
 
@@ -307,7 +351,7 @@ def _final(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> tupl
         return _return(progress, "reverted", "operator", "all", now)
     if progress.state == "done" and evidence.unexposed:
         return progress, (
-            Expose(stage=progress.stage, share=plan.stages[progress.stage].share, cut_offs=progress.cut_offs),
+            Expose(stage=progress.stage, share=plan.share_of(progress.stage, done=True), cut_offs=progress.cut_offs),
         )
     return progress, ()
 
@@ -318,13 +362,32 @@ def _final(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> tupl
 def _enter_stage(
     plan: Plan, progress: Progress, index: int, evidence: Evidence, now: Now
 ) -> tuple[Progress, tuple[Decision, ...]]:
-    stage = plan.stages[index]
-    known = progress.cut_offs
-    raised = {name: max(key, known.get(name, 0)) for name, key in {**known, **evidence.next_cut_offs}.items()}
+    raised = _raised(progress, evidence)
     entered = msgspec.structs.replace(
         progress, stage=index, cut_offs=raised, entered=Since.at(now), proved=None, restarts=0, reason=""
     )
-    return entered, (Expose(stage=index, share=stage.share, cut_offs=raised),)
+    return entered, (Expose(stage=index, share=plan.share_of(index), cut_offs=raised),)
+
+
+def _raised(progress: Progress, evidence: Evidence) -> dict[str, int]:
+    """Return the cut-offs of what comes next; none falls."""
+    known = progress.cut_offs
+    return {name: max(key, known.get(name, 0)) for name, key in {**known, **evidence.next_cut_offs}.items()}
+
+
+def with_taken(compared: Compared, taken: Sequence[Taken]) -> Compared:
+    """Return what comparisons have seen with `taken` added; what they have seen already changes nothing."""
+    lanes, waves = dict(compared.lanes), dict(compared.waves)
+    for one in taken:
+        if one.lane != waves.get(str(one.wave), 0):
+            continue
+        waves[str(one.wave)] = one.lane + 1
+        for metric, added in one.lanes.items():
+            every = Compared(lanes=lanes).of(metric)
+            before = every[one.lane]
+            every[one.lane] = Lane(pairs=merge((before.pairs, added.pairs)), spent={**before.spent, **added.spent})
+            lanes[metric] = every
+    return Compared(lanes=lanes, waves=waves)
 
 
 def _return(
@@ -361,7 +424,7 @@ def _missing(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> li
     confirmed = min(stage.confirmed_min, fresh.standing)
     if fresh.confirmed < confirmed:
         found.append(Why(code="traffic", have=fresh.confirmed, need=confirmed))
-    for verdict in verdicts(plan, evidence):
+    for verdict in verdicts(plan, evidence, progress.compared):
         if verdict.outcome != "pass" and total.standing:
             found.append(Why(code=f"gate_{verdict.gate}", have=verdict.judged, need=verdict.needed))
     soaked = _elapsed_s(progress.proved, now)

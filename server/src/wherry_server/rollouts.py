@@ -287,7 +287,7 @@ async def show(connection: AsyncConnection, project: str, number: int) -> dict[s
         "held": found.held,
         "counts": tallies,
         "outcomes": details,
-        "gates": msgspec.to_builtins(verdicts(plan, found)),
+        "gates": msgspec.to_builtins(verdicts(plan, found, progress.compared)),
         "why_not_yet": msgspec.to_builtins(waits),
     }
 

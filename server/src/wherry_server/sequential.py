@@ -160,6 +160,26 @@ def pair_up(candidates: Sequence[float], controls: Sequence[float]) -> Pairs:
     return tuple(sorted(found.items()))
 
 
+def draw(
+    candidates: Sequence[tuple[int, float]], controls: Sequence[tuple[int, float]], spent: int
+) -> tuple[Pairs, int]:
+    """Compare a wave with controls that its lane has not used, those with the highest keys first.
+
+    Args:
+        candidates: (key, value) of the wave.
+        controls: (key, value) of devices that keep the incumbent, over the same periods.
+        spent: the lowest key that the lane has used as a control. Whoever is at or above it is used.
+
+    Returns:
+        The differences, and what is spent then.
+    """
+    mine = [value for key, value in sorted(candidates) if key < spent]
+    fresh = sorted((one for one in controls if one[0] < spent), reverse=True)[: len(mine) * CONTROLS_MAX]
+    if not mine or not fresh:
+        return (), spent
+    return pair_up(mine, [value for _, value in fresh]), fresh[-1][0]
+
+
 def merge(parts: Iterable[Pairs]) -> Pairs:
     """Return the histogram of all parts together."""
     found: Counter[int] = Counter()

@@ -131,6 +131,11 @@ def signed(key: int) -> int:
     return key - _SIGNED
 
 
+def unsigned(held: int) -> int:
+    """Return the key that a database holds as a signed number."""
+    return held + _SIGNED
+
+
 # --- selectors ----------------------------------------------------------------------------------
 
 Operator = Literal["=", "!=", "<", "<=", ">", ">=", "in"]

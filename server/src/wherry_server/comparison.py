@@ -1,0 +1,142 @@
+"""Measures candidates and controls over the same periods: from telemetry windows to differences, a lane of a wave at a time.
+
+A wave is whom a rollout exposed in one period. Its lanes end after 1, 3, 7, … whole periods more (`sequential.lane_of`); a
+lane is taken once, `GRACE_S` after its end, and what arrives later is no evidence. What was taken is in the rollout's
+progress, so a lane is never taken twice, and a decision can be replayed from its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from wherry_server.evidence import SECOND_US, Scan
+from wherry_server.gates import Gate
+from wherry_server.plan import Plan
+from wherry_server.rollout import Compared, Lane, Progress, Taken, with_taken
+from wherry_server.sequential import LANES_MAX, draw, merge
+from wherry_server.targeting import KEY_MAX, unsigned
+
+GRACE_S = 30
+"""How long after a period its telemetry may arrive and count."""
+LANES_PER_TURN = 20
+"""Lanes taken in one turn; more, after a long silence of the director, take more turns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A lane of a wave that has ended."""
+
+    wave: int
+    lane: int
+    begin: int
+    end: int
+    """Microseconds: where its periods begin and end."""
+
+
+def period(plan: Plan, moment: int) -> int:
+    """Return the number of the period that a moment, in microseconds, is in."""
+    return moment // (plan.period_s * SECOND_US)
+
+
+def ended(plan: Plan, moment: int) -> int:
+    """Return the number of the first period that may not be used yet."""
+    return period(plan, moment - GRACE_S * SECOND_US)
+
+
+def due(plan: Plan, compared: Compared, waves: list[int], moment: int) -> list[Due]:
+    """Return the lanes that can be taken now, in the order of waves and lanes."""
+    length, usable = plan.period_s * SECOND_US, ended(plan, moment)
+    found = []
+    for wave in sorted(waves):
+        for lane in range(compared.waves.get(str(wave), 0), LANES_MAX):
+            first = wave + (1 << lane)
+            after = wave + (1 << (lane + 1))
+            if after > usable:
+                break
+            found.append(Due(wave, lane, first * length, after * length))
+    return found[:LANES_PER_TURN]
+
+
+async def take(
+    connection: AsyncConnection, row: Any, plan: Plan, progress: Progress, scan: Scan, moment: int
+) -> list[Taken]:
+    """Measure the lanes that have ended. Controls are members that nobody has exposed to the rollout."""
+    length = plan.period_s * SECOND_US
+    waves = [one.wave for one in await connection.execute(_WAVES, {"rollout": row.id, "length": length})]
+    compared, taken = progress.compared, []
+    for one in due(plan, compared, waves, moment):
+        members = (await connection.execute(_WAVE, {"rollout": row.id, "length": length, "wave": one.wave})).all()
+        lanes: dict[str, Lane] = {}
+        for gate in plan.compared:
+            values = await _values(connection, row, plan, gate, one)
+            lanes[gate.metric] = _lane(compared.of(gate.metric)[one.lane], members, scan, *values)
+        taken.append(Taken(wave=one.wave, lane=one.lane, lanes=lanes))
+        compared = with_taken(compared, taken[-1:])
+    return taken
+
+
+def _lane(
+    known: Lane, members: Sequence[Any], scan: Scan, candidates: dict[str, float], controls: dict[str, float]
+) -> Lane:
+    """Return what a wave adds to a lane: differences within each stratum, of devices that were measured."""
+    mine: dict[str, list[tuple[int, float]]] = {}
+    for member in members:
+        value = candidates.get(member.device_id)
+        if value is not None:
+            mine.setdefault(member.stratum, []).append((unsigned(member.share_key), value))
+    theirs: dict[str, list[tuple[int, float]]] = {}
+    for one in (*scan.free, *scan.held):
+        value = controls.get(one.device)
+        if value is not None:
+            theirs.setdefault(one.stratum, []).append((one.key, value))
+    parts, spent = [], {}
+    for stratum, wave in mine.items():
+        before = known.spent.get(stratum, KEY_MAX + 1)
+        pairs, spent[stratum] = draw(wave, theirs.get(stratum, []), before)
+        parts.append(pairs)
+    return Lane(pairs=merge(parts), spent=spent)
+
+
+async def _values(
+    connection: AsyncConnection, row: Any, plan: Plan, gate: Gate, one: Due
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the value of each device that answered: with the candidate, and with anything else."""
+    (planned,) = plan.models
+    rows = await connection.execute(
+        _ERRORS,
+        {
+            "project": row.project_id,
+            "model": planned.model,
+            "manifest": planned.manifest,
+            "begin": one.begin,
+            "end": one.end,
+            "length": plan.period_s * SECOND_US,
+            "cap": gate.unit,
+        },
+    )
+    candidates: dict[str, float] = {}
+    controls: dict[str, float] = {}
+    for found in rows:
+        (candidates if found.candidate else controls)[found.device_id] = float(found.value)
+    return candidates, controls
+
+
+_WAVES = text("SELECT DISTINCT exposed_at / :length AS wave FROM assignment WHERE rollout_id = :rollout")
+_WAVE = text(
+    "SELECT device_id, stratum, share_key FROM assignment WHERE rollout_id = :rollout"
+    " AND exposed_at >= :wave * :length AND exposed_at < (:wave + 1) * :length AND outcome <> 'superseded'"
+)
+# One value per device: the mean over its periods of the share of failed requests, none above the cap.
+_ERRORS = text(
+    "SELECT device_id, candidate, avg(CASE WHEN errors >= requests * CAST(:cap AS DOUBLE PRECISION) THEN 1.0"
+    " ELSE errors / (requests * CAST(:cap AS DOUBLE PRECISION)) END) AS value"
+    " FROM (SELECT device_id, CASE WHEN manifest = :manifest THEN 1 ELSE 0 END AS candidate, start / :length AS period,"
+    " sum(requests) AS requests, sum(errors) AS errors FROM telemetry_window"
+    " WHERE project_id = :project AND model = :model AND start >= :begin AND start < :end AND arm <> 'shadow'"
+    " AND requests > 0 GROUP BY device_id, candidate, period) AS periods GROUP BY device_id, candidate"
+)

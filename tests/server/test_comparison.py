@@ -1,0 +1,191 @@
+"""Candidates against devices that keep the incumbent: from telemetry to a verdict, through the real director and ingest."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.server.fleet_kit import MODEL, FakeDevice, Fleet, fleet, manifest_of, run
+from wherry_server import comparison
+from wherry_server.gates import Gate
+from wherry_server.plan import parse_plan
+from wherry_server.rollout import Compared, Lane, Taken, with_taken
+from wherry_server.sequential import LANES_MAX
+from wherry_server.targeting import KEY_MAX, signed, unsigned
+from wherry_server.times import now_us
+from wherry_shared import wire
+
+PERIOD_S = 60
+GATE = {"metric": "errors", "harm": 0.1}
+REQUESTS = 200
+PLAN = parse_plan(
+    {
+        "models": [{"model": "m", "version": "1.0.0", "manifest": "sha256:" + "a" * 64}],
+        "selector": "all",
+        "stages": [{"share": 1.0}],
+        "gates": [GATE],
+        "period_s": PERIOD_S,
+    }
+)
+
+
+class Telling:
+    """A fleet whose devices tell, for every period, how many of their requests failed."""
+
+    def __init__(self, found: Fleet, rates: dict[str, float]) -> None:
+        """`rates`: version → share of requests that fail."""
+        self.found, self.rates = found, {manifest_of(version): rate for version, rate in rates.items()}
+        self.random = random.Random(7)
+        self.start = now_us() // (PERIOD_S * 1_000_000) * PERIOD_S * 1_000_000
+        self.seqs: dict[str, int] = {}
+        found.conductor.moment = lambda: self.start + int(found.seconds * 1_000_000)
+
+    async def period(self) -> None:
+        """Let a period pass in which every device answers, then let the director look."""
+        at = self.start + int(self.found.seconds // PERIOD_S) * PERIOD_S * 1_000_000 + 1
+        frames = [(device.id, self._telemetry(device, at)) for device in self.found.devices.values()]
+        await self.found.ingest.store_batch({"telemetry": frames})
+        await self.found.turn(PERIOD_S)
+        for _ in range(3):
+            await self.found.turn(1)
+        self.found.seconds = (self.found.seconds // PERIOD_S) * PERIOD_S + comparison.GRACE_S + 5
+        for _ in range(4):
+            await self.found.turn(1)
+
+    def _telemetry(self, device: FakeDevice, at: int) -> bytes:
+        seq = self.seqs[device.id] = self.seqs.get(device.id, 0) + 1
+        rate = self.rates[device.running]
+        window = wire.Window(
+            model=MODEL,
+            manifest=device.running,
+            variant="v",
+            arm="incumbent",
+            start=at,
+            duration_us=1_000_000,
+            requests=REQUESTS,
+            errors=sum(self.random.random() < rate for _ in range(REQUESTS)),
+        )
+        return device.frame(
+            "telemetry",
+            wire.Telemetry(format=1, device=device.id, epoch="t", seq=seq, first=1, at=at, windows=[window]),
+        )
+
+
+def gate_of(shown: dict[str, Any]) -> dict[str, Any]:
+    (found,) = [one for one in shown["gates"] if one["gate"] == "errors"]
+    return dict(found)
+
+
+def test_a_version_that_fails_requests_its_trial_lets_pass_is_halted_and_taken_back(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            devices = await found.enrol(60, version="1.0.0")
+            telling = Telling(found, {"1.0.0": 0.02, "1.1.0": 0.4})
+            number = await found.roll_out(
+                "1.1.0", stages=[{"share": 0.25}, {"share": 1.0}], gates=[GATE], period_s=PERIOD_S
+            )
+            await found.turn()
+            await found.turn()
+            shown = await found.show(number)
+            assert gate_of(shown)["outcome"] == "unknown"
+            assert "gate_errors" in [why["code"] for why in shown["why_not_yet"]], "no data never widen"
+            assert shown["stage"] == 0
+            for _ in range(3):
+                await telling.period()
+            shown = await found.until(number, "halted")
+            assert shown["reason"] == "errors_bound"
+            assert shown["counts"]["real"]["exposed"] == 15
+            assert {device.running for device in devices} == {manifest_of("1.0.0")}
+            numbers = gate_of(shown)["numbers"]
+            assert 0 < numbers["low"] < numbers["estimate"] < numbers["high"]
+            assert 0.3 < numbers["estimate"] < 0.45
+            assert numbers["sample"] == 15
+
+    run(work())
+
+
+def test_a_version_that_fails_no_more_than_its_control_goes_on_and_the_control_group_comes_last(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            devices = await found.enrol(80, version="1.0.0")
+            telling = Telling(found, {"1.0.0": 0.02, "1.1.0": 0.02})
+            number = await found.roll_out(
+                "1.1.0", stages=[{"share": 0.5}, {"share": 1.0, "soak_s": 70}], gates=[GATE], period_s=PERIOD_S
+            )
+            await found.turn()
+            for _ in range(6):
+                await telling.period()
+                shown = await found.show(number)
+                if shown["stage"] == 1:
+                    break
+            assert gate_of(shown)["outcome"] == "pass"
+            await found.turn()
+            changed = [device for device in devices if device.running == manifest_of("1.1.0")]
+            assert len(changed) == 76, "one in twenty is held back until it is done"
+            shown = await found.show(number)
+            assert (shown["state"], shown["unexposed"]) == ("running", 0)
+            for _ in range(3):
+                await telling.period()
+            await found.until(number, "done")
+            await found.turn()
+            await found.turn()
+            assert {device.running for device in devices} == {manifest_of("1.1.0")}
+            # what the comparison saw can be replayed from the decisions
+            rows = await found.rows("SELECT evidence FROM decision ORDER BY revision")
+            assert sum('"taken"' in row.evidence for row in rows) >= 1
+
+    run(work())
+
+
+def test_a_lane_is_due_once_its_periods_and_the_grace_have_passed():
+    second = 1_000_000
+
+    def lanes(at_s: int, **waves: int) -> list[tuple[int, int, int, int]]:
+        found = comparison.due(
+            PLAN, Compared(waves={name.removeprefix("w"): lane for name, lane in waves.items()}), [100], at_s * second
+        )
+        return [(one.wave, one.lane, one.begin // second, one.end // second) for one in found]
+
+    exposed_s = 100 * PERIOD_S
+    assert lanes(exposed_s + 2 * PERIOD_S + comparison.GRACE_S - 1) == []
+    first = (100, 0, exposed_s + PERIOD_S, exposed_s + 2 * PERIOD_S)
+    second_lane = (100, 1, exposed_s + 2 * PERIOD_S, exposed_s + 4 * PERIOD_S)
+    assert lanes(exposed_s + 2 * PERIOD_S + comparison.GRACE_S) == [first]
+    assert lanes(exposed_s + 4 * PERIOD_S + comparison.GRACE_S) == [first, second_lane]
+    assert lanes(exposed_s + 4 * PERIOD_S + comparison.GRACE_S, w100=1) == [second_lane]
+    assert len(lanes(exposed_s + 10_000 * PERIOD_S)) == LANES_MAX
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(-256, 256), st.integers(0, KEY_MAX)), max_size=12
+    )
+)
+def test_what_was_taken_counts_once(rows: list[tuple[int, int, int, int]]):
+    taken = [
+        Taken(wave=wave, lane=lane, lanes={"errors": Lane(pairs=((step, 1),), spent={"": key})})
+        for wave, lane, step, key in rows
+    ]
+    once = with_taken(Compared(), taken)
+    assert with_taken(once, [one for one in taken if one.lane < once.waves.get(str(one.wave), 0)]) == once
+    assert sum(count for lane in once.of("errors") for _, count in lane.pairs) == sum(once.waves.values())
+    assert len(once.of("errors")) == LANES_MAX
+
+
+@given(st.integers(0, KEY_MAX))
+def test_a_key_comes_back_from_the_database(key: int):
+    assert unsigned(signed(key)) == key
+
+
+@pytest.mark.parametrize(
+    ("gate", "unit"), [({"harm": 0.01}, 0.05), ({"harm": 0.4}, 1.0), ({"harm": 0.01, "cap": 0.2}, 0.2)]
+)
+def test_a_device_counts_for_so_much_and_no_more(gate: dict[str, float], unit: float):
+    assert Gate(metric="errors", **gate).unit == pytest.approx(unit)
