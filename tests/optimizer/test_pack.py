@@ -13,8 +13,10 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from tests.optimizer.models import INT8, blobs, classifier, conv, workshop
+from tests.shared.engines.models import save
 from wherry_agent.disk import Disk
 from wherry_agent.store import Store
 from wherry_optimizer import assets, interface, pack, pipeline
@@ -78,6 +80,17 @@ def test_samples_become_golden_vectors(tmp_path: Path) -> None:
     assert not expected.synthetic
     known = {row.tobytes() for row in points}
     assert all(vector.inputs["x"][0].tobytes() in known for vector in expected.vectors)
+
+
+@pytest.mark.parametrize("kind", [TensorProto.INT64, TensorProto.UINT8, TensorProto.BOOL, TensorProto.BFLOAT16])
+def test_outputs_need_not_be_floats(tmp_path: Path, kind: int) -> None:
+    given, made = (helper.make_tensor_value_info(name, kind, ["n", 3]) for name in "xy")
+    path = save(tmp_path / "m.onnx", [helper.make_node("Identity", ["x"], ["y"])], [given], [made])
+    packed = pack_model(path, name="mine", version="1.0.0", licence="MIT", attribution="the tests", output=tmp_path)
+    expected = vectors_of(packed.path)
+    assert expected.vectors
+    for vector in expected.vectors:
+        np.testing.assert_array_equal(vector.expected["y"].values, vector.inputs["x"])
 
 
 @pytest.mark.parametrize(

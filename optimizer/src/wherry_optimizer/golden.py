@@ -292,8 +292,9 @@ def _tells(variants: Sequence[Runnable], runs: Mapping[str, Runs], indices: Sequ
 
 def _span(values: Sequence[Array]) -> float:
     """Return the range of an output over vectors; of a constant its size, so that a tolerance is never zero."""
-    low = min(float(value.min(initial=np.inf)) for value in values)
-    high = max(float(value.max(initial=-np.inf)) for value in values)
+    filled = [value for value in values if value.size]
+    low = min((float(value.min()) for value in filled), default=np.inf)
+    high = max((float(value.max()) for value in filled), default=-np.inf)
     if not low < high:
         return max(abs(low), 1.0) if np.isfinite(low) else 1.0
     return high - low
