@@ -106,12 +106,12 @@ class Waves:
     waves: list[tuple[int, int, int]] = field(default_factory=list)
     """(hour, from, to) in the order of keys."""
     lanes: list[sequential.Pairs] = field(default_factory=lambda: [()] * sequential.LANES_MAX)
-    top: list[int] = field(default_factory=list)
-    """By lane: controls are taken from the highest key downwards, and never again."""
+    spent: list[int] = field(default_factory=list)
+    """By lane: controls are taken from the highest rank downwards, and never again."""
 
     def __post_init__(self) -> None:
         """Start with no control used."""
-        self.top = [self.world.devices] * sequential.LANES_MAX
+        self.spent = [self.world.devices] * sequential.LANES_MAX
 
     def expose(self, hour: int, count: int, most: int) -> None:
         """Expose the next devices by key."""
@@ -130,17 +130,17 @@ class Waves:
 
     def _lane(self, lane: int, begin: int, end: int, first: int, after: int) -> None:
         """Compare a wave with devices that were not exposed by the end of the lane, and not used in it."""
-        after = min(after, self.top[lane])  # devices that were controls in this lane are no candidates in it
-        available = max(self.top[lane] - self.exposed, 0)
-        wanted = min(available, (after - first) * sequential.CONTROLS_MAX)
-        if after <= first or wanted == 0:
-            return
-        below = self.top[lane] - wanted
-        pairs = sequential.pair_up(
-            _capped(self.world.candidate[first:after, begin:end]),
-            _capped(self.world.incumbent[below : self.top[lane], begin:end])[::-1],
+        mine = _capped(self.world.candidate[first:after, begin:end])
+        theirs = _capped(self.world.incumbent[self.exposed :, begin:end])
+        held_back = self.world.devices - math.ceil(HOLD_BACK * self.world.devices)
+        pairs, self.spent[lane] = sequential.draw(
+            list(enumerate(mine, first)),
+            [
+                (at if at < held_back else at - self.world.devices, value)
+                for at, value in enumerate(theirs, self.exposed)
+            ],
+            self.spent[lane],
         )
-        self.top[lane] = below
         self.lanes[lane] = sequential.merge((self.lanes[lane], pairs))
 
     def judge(self) -> sequential.Outcome:

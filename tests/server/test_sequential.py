@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 from hypothesis import given
@@ -17,6 +17,7 @@ from wherry_server.sequential import (
     bounded,
     bounded_needed,
     compare,
+    draw,
     expected_harm,
     harm_rate_bound,
     lane_of,
@@ -153,6 +154,28 @@ def test_each_device_is_in_one_difference():
     assert pair_up([1, 1, 0, 0], [0, 1]) == ((-STEPS, 1), (STEPS, 1))
     assert pair_up([1, 1, 0], [0]) == ((math.floor(2 / 3 * STEPS), 1),)
     assert pair_up([0.5], [0.25] * 100) == ((STEPS // 4, 1),)
+
+
+WAVES = [
+    # ranks of candidates, of controls, what is spent before, ranks used as controls, why
+    ([1, 2], range(10, 30), 100, range(22, 30), "four controls for each, the highest ranks"),
+    ([1, 2], range(10, 16), 100, [14, 15], "one for each, where more would leave few for later waves"),
+    ([1, 2], [10], 100, [10], "one for both, where there is one"),
+    ([1, 2], range(10, 30), 22, range(16, 22), "nobody twice"),
+    ([1, 25], range(10, 20), 22, range(16, 20), "who was a control is no candidate"),
+    ([25], range(10, 20), 22, [], "so a wave may have nobody"),
+    ([1], range(30, 40), 22, [], "or no control"),
+    ([1, 2], [-3, -2, -1], 10, [-1, -2], "who is held back comes last"),
+]
+
+
+@pytest.mark.parametrize(("candidates", "controls", "spent", "used", "why"), WAVES)
+def test_a_wave_takes_fresh_controls_and_leaves_some(
+    candidates: list[int], controls: Iterable[int], spent: int, used: Iterable[int], why: str
+):
+    pairs, after = draw([(rank, 1.0) for rank in candidates], [(rank, 0.0) for rank in controls], spent)
+    assert after == min([spent, *used]), why
+    assert sum(count for _, count in pairs) == min(len([one for one in candidates if one < spent]), len(list(used)))
 
 
 @given(st.lists(differences, max_size=5))

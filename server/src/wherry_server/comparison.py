@@ -19,7 +19,7 @@ from wherry_server.gates import Gate
 from wherry_server.plan import Plan
 from wherry_server.rollout import Compared, Lane, Progress, Taken, with_taken
 from wherry_server.sequential import LANES_MAX, draw, merge
-from wherry_server.targeting import KEY_MAX, unsigned
+from wherry_server.targeting import KEY_MAX, control_rank, unsigned
 
 GRACE_S = 30
 """How long after a period its telemetry may arrive and count."""
@@ -74,26 +74,33 @@ async def take(
         lanes: dict[str, Lane] = {}
         for gate in plan.compared:
             values = await _values(connection, row, plan, gate, one)
-            lanes[gate.metric] = _lane(compared.of(gate.metric)[one.lane], members, scan, *values)
+            lanes[gate.metric] = _lane(plan, compared.of(gate.metric)[one.lane], members, scan, *values)
         taken.append(Taken(wave=one.wave, lane=one.lane, lanes=lanes))
         compared = with_taken(compared, taken[-1:])
     return taken
 
 
 def _lane(
-    known: Lane, members: Sequence[Any], scan: Scan, candidates: dict[str, float], controls: dict[str, float]
+    plan: Plan,
+    known: Lane,
+    members: Sequence[Any],
+    scan: Scan,
+    candidates: dict[str, float],
+    controls: dict[str, float],
 ) -> Lane:
     """Return what a wave adds to a lane: differences within each stratum, of devices that were measured."""
     mine: dict[str, list[tuple[int, float]]] = {}
     for member in members:
         value = candidates.get(member.device_id)
         if value is not None:
-            mine.setdefault(member.stratum, []).append((unsigned(member.share_key), value))
+            mine.setdefault(member.stratum, []).append(
+                (control_rank(unsigned(member.share_key), plan.held_back), value)
+            )
     theirs: dict[str, list[tuple[int, float]]] = {}
     for one in (*scan.free, *scan.held):
         value = controls.get(one.device)
         if value is not None:
-            theirs.setdefault(one.stratum, []).append((one.key, value))
+            theirs.setdefault(one.stratum, []).append((control_rank(one.key, plan.held_back), value))
     parts, spent = [], {}
     for stratum, wave in mine.items():
         before = known.spent.get(stratum, KEY_MAX + 1)

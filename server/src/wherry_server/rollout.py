@@ -53,7 +53,7 @@ class Lane(_Value, frozen=True, kw_only=True):
 
     pairs: Pairs = ()
     spent: dict[str, int] = {}
-    """Stratum → lowest key that was used as a control."""
+    """Stratum → lowest `targeting.control_rank` that was used as a control."""
 
 
 class Compared(_Value, frozen=True, kw_only=True):

@@ -163,21 +163,25 @@ def pair_up(candidates: Sequence[float], controls: Sequence[float]) -> Pairs:
 def draw(
     candidates: Sequence[tuple[int, float]], controls: Sequence[tuple[int, float]], spent: int
 ) -> tuple[Pairs, int]:
-    """Compare a wave with controls that its lane has not used, those with the highest keys first.
+    """Compare a wave with controls that its lane has not used, those with the highest ranks first.
+
+    A candidate gets several controls only from the upper half of those that are left: later waves need some too.
 
     Args:
-        candidates: (key, value) of the wave.
-        controls: (key, value) of devices that keep the incumbent, over the same periods.
-        spent: the lowest key that the lane has used as a control. Whoever is at or above it is used.
+        candidates: (rank, value) of the wave.
+        controls: (rank, value) of devices that keep the incumbent, over the same periods.
+        spent: the lowest rank that the lane has used as a control. Whoever is at or above it is used.
 
     Returns:
         The differences, and what is spent then.
     """
-    mine = [value for key, value in sorted(candidates) if key < spent]
-    fresh = sorted((one for one in controls if one[0] < spent), reverse=True)[: len(mine) * CONTROLS_MAX]
+    mine = [value for rank, value in sorted(candidates) if rank < spent]
+    fresh = sorted((one for one in controls if one[0] < spent), reverse=True)
     if not mine or not fresh:
         return (), spent
-    return pair_up(mine, [value for _, value in fresh]), fresh[-1][0]
+    width = min(max(len(fresh) // 2 // len(mine), 1), CONTROLS_MAX)
+    used = fresh[: len(mine) * width]
+    return pair_up(mine, [value for _, value in used]), used[-1][0]
 
 
 def merge(parts: Iterable[Pairs]) -> Pairs:

@@ -126,6 +126,14 @@ def key_of(salt: str, device: str) -> int:
     return share_key(salt, device)
 
 
+def control_rank(key: int, held_back: float) -> int:
+    """Return by how much a device is wanted as a control: the last to be exposed first, who is held back last of all.
+
+    Where the hold-back begins is taken from the key space, which is close enough for an order.
+    """
+    return key - KEY_MAX - 1 if key > int((1 - exact(held_back)) * KEY_MAX) else key
+
+
 def signed(key: int) -> int:
     """Return a key as a signed 64-bit number in the same order, as databases hold it."""
     return key - _SIGNED
