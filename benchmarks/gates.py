@@ -6,7 +6,8 @@ the error rate of the devices that have it. Every rule looks once an hour, at ev
 
 - **Wherry** judges request errors of candidates against devices that keep the incumbent (`sequential.compare`; smallest
   harm that matters: half as many errors again) and exposes as many devices as `sequential.may_expose` allows (at most
-  `HARMED_MAX` harmed ones expected) until the gate passes, then all but the hold-back.
+  `HARMED_MAX` harmed ones expected), up to half of the fleet until the gate passes, then all but the hold-back. No device
+  is caught by its own trial, which would only help.
 - **hawkBit** (`ThresholdRolloutGroupErrorCondition`): groups one after the other, the next once the share of finished devices
   reaches the success threshold; halts when failed / *all* devices of a group exceeds the error threshold.
 - **Greengrass** (IoT Jobs abort criteria): devices at a rate that doubles with their successes; halts when at least
@@ -39,6 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wherry_server import sequential
+from wherry_server.rollout import UNPROVED_SHARE_MAX
 
 OUT = Path(__file__).parents[1] / "build" / "bench" / "gates.json"
 DEVICES = 2_000
@@ -163,7 +165,10 @@ def adaptive(world: World) -> Run:
         found = waves.judge()
         if found == "breach":
             return Run(waves.exposed, halted=True, hours=hour + 1)
-        waves.expose(hour + 1, most if found == "pass" else _allowed(waves.exposed, judged), most)
+        if found == "pass":
+            waves.expose(hour + 1, most, most)
+        else:
+            waves.expose(hour + 1, _allowed(waves.exposed, judged), int(UNPROVED_SHARE_MAX * world.devices))
     return Run(waves.exposed, halted=False, hours=world.hours)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -648,5 +649,43 @@ def test_a_gate_with_stated_errors_halts_by_returns_and_says_why(tmp_path: Path)
             assert verdict["numbers"]["e_halt"] >= 20
             shares = {one["gate"]: one for one in shown["gates"]}
             assert shares["returned"]["numbers"]["needed"] > 20
+
+    run(work())
+
+
+def test_an_adaptive_rollout_starts_with_a_handful_and_doubles_while_all_is_well(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            devices = await found.enrol(60, version="1.0.0")
+            number = await found.roll_out("1.1.0", strategy="adaptive", harmed_max=4)
+            sizes = [0]
+            while (await found.show(number))["state"] != "done":
+                await found.turn()
+                exposed_now = (await found.show(number))["counts"]["real"]["exposed"]
+                if exposed_now > sizes[-1]:
+                    sizes.append(exposed_now)
+                assert len(sizes) < 10
+            assert sizes[1] == 4
+            steps = [after - before for before, after in itertools.pairwise(sizes)]
+            assert steps[:-1] == sorted(steps[:-1]), "no step but the last is smaller than the one before"
+            assert sizes[-1] == 60
+            assert {device.running for device in devices} == {manifest_of("1.1.0")}
+
+    run(work())
+
+
+def test_an_adaptive_rollout_of_a_bad_version_reaches_a_handful(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            devices = await found.enrol(60, version="1.0.0")
+            for device in devices:
+                device.behaviours["1.1.0"] = "bad"
+            gate = {"metric": "failed", "tolerated": 0.02, "harm": 0.1}
+            number = await found.roll_out("1.1.0", strategy="adaptive", gates=[gate])
+            shown = await found.until(number, "halted")
+            assert shown["counts"]["real"]["exposed"] == 5
+            assert {device.running for device in devices} == {manifest_of("1.0.0")}
 
     run(work())

@@ -16,6 +16,7 @@ from wherry_server.plan import Plan, parse_plan
 from wherry_server.rollout import (
     ACTIVE,
     FINAL,
+    PACE_ERROR,
     RESTARTS_MAX,
     Counts,
     Decision,
@@ -24,12 +25,16 @@ from wherry_server.rollout import (
     Moved,
     Progress,
     Withdraw,
+    allowed_now,
     decide,
+    next_share,
+    reach,
     verdicts,
     why_not_yet,
 )
+from wherry_server.sequential import expected_harm
 from wherry_server.targeting import cut_offs, exposed, key_of
-from wherry_shared.clock import Now
+from wherry_shared.clock import Now, Since
 
 DIGEST = "sha256:" + "a" * 64
 SALT = "salt"
@@ -105,24 +110,30 @@ class Fleet:
         keys: dict[str, list[int]] = {}
         for device in self.devices:
             keys.setdefault(device.stratum, []).append(key_of(SALT, device.name))
-        following = self.progress.stage + 1
-        coming: dict[str, int] = {}
-        if following < len(self.plan.stages):
-            coming = cut_offs(keys, self.plan.stages[following].share, self.progress.cut_offs)
-        return Evidence(
+        found = Evidence(
             stages=[Counts(**stage) for stage in stages],
             members=len(self.devices),
             unexposed=len(self.below(self.progress)),
-            next_cut_offs=coming,
             happened={"failed": sum(stage.get("failed", 0) for stage in stages)},
             command=command,  # type: ignore[arg-type]
         )
+        following = self.progress.stage + 1
+        adaptive = self.plan.strategy == "adaptive"
+        share = next_share(self.plan, self.progress, found) if adaptive else 0.0
+        coming: dict[str, int] = {}
+        if adaptive and share:
+            coming = cut_offs(keys, share, self.progress.cut_offs)
+        elif not adaptive and following < len(self.plan.stages):
+            coming = cut_offs(keys, self.plan.share_of(following), self.progress.cut_offs)
+        elif not adaptive and self.plan.held_back:
+            coming = cut_offs(keys, self.plan.share_of(following - 1, done=True), self.progress.cut_offs)
+        return msgspec.structs.replace(found, next_cut_offs=coming, next_share=share)
 
     def below(self, progress: Progress) -> list[Device]:
         """Devices that a stage may still expose."""
         if progress.stage < 0:
             return []
-        share = self.plan.stages[progress.stage].share
+        share = reach(self.plan, progress)
         return [
             device
             for device in self.devices
@@ -132,7 +143,8 @@ class Fleet:
     def apply(self, decisions: tuple[Decision, ...], after: Progress, now_s: float) -> None:
         for one in decisions:
             if isinstance(one, Expose):
-                for device in self.below(after)[: self.chunk]:
+                most = self.chunk if one.limit is None else min(self.chunk, one.limit)
+                for device in self.below(after)[:most]:
                     device.state, device.stage, device.exposed_s = "exposed", one.stage, now_s
                     self.ever_exposed.add(device.name)
             elif isinstance(one, Withdraw):
@@ -155,8 +167,10 @@ bounds = st.one_of(
     st.builds(Bound, share=st.sampled_from([0.0, 0.1, 0.3, 0.6]), sample_min=st.integers(1, 6)),
 )
 plans = st.builds(
-    lambda shares, soak, confirmed, failure, silent, late, on_halt, sample, settled, gates: plan_of(
-        stages=[{"share": share, "soak_s": soak, "confirmed_min": confirmed} for share in sorted(set(shares))],
+    lambda shares, soak, confirmed, failure, silent, late, on_halt, sample, settled, gates, how: plan_of(
+        stages=[{"share": share, "soak_s": soak, "confirmed_min": confirmed} for share in sorted(set(shares))][
+            : 1 if "strategy" in how else None
+        ],
         failure=msgspec.to_builtins(failure),
         silent=msgspec.to_builtins(silent),
         late=msgspec.to_builtins(late),
@@ -164,6 +178,7 @@ plans = st.builds(
         sample_min=sample,
         settled_share=settled,
         gates=gates,
+        **how,
     ),
     st.lists(st.sampled_from([0.05, 0.1, 0.25, 0.5, 1.0]), min_size=1, max_size=4),
     st.sampled_from([0, 0, 30]),
@@ -175,6 +190,15 @@ plans = st.builds(
     st.integers(1, 8),
     st.sampled_from([0.5, 0.95, 1.0]),
     st.sampled_from([[], [], [{"metric": "failed", "tolerated": 0.1, "harm": 0.5, "beta": 0.3}]]),
+    st.sampled_from(
+        [
+            {},
+            {},
+            {"hold_back": 0.2},
+            {"strategy": "adaptive", "harmed_max": 2},
+            {"strategy": "adaptive", "hold_back": 0.1},
+        ]
+    ),
 )
 commands = st.lists(
     st.tuples(st.integers(0, 60), st.sampled_from(["pause", "resume", "abort", "revert", "start"])), max_size=4
@@ -229,10 +253,16 @@ def test_whatever_happens_a_rollout_is_bounded_final_and_ends(
             assert one.cut_offs == after.cut_offs
 
         fleet.apply(decisions, after, now_s)
+        if plan.strategy == "adaptive" and exposing and exposing[-1].limit is not None:
+            total = fleet.evidence(now_s, "").total
+            good = total.confirmed + total.confirmed_idle
+            exposed_now = total.settled + total.pending + total.late
+            harm = expected_harm(exposed=exposed_now, bad=total.failed, good=good, error=PACE_ERROR)
+            assert harm <= plan.harm_bound + 1e-6 or not exposing[-1].limit, "more harm is expected than is allowed"
         exposed_then = set(fleet.ever_exposed)
         for device in fleet.devices:
             if device.name in exposed_then:
-                share = plan.stages[after.stage].share
+                share = reach(plan, after)
                 assert exposed(key_of(SALT, device.name), device.stratum, after.cut_offs, share), "above the cut-off"
         if after.state not in FINAL:
             assert why_not_yet(plan, after, evidence, now) or exposing or after != before
@@ -453,3 +483,52 @@ def test_a_gate_with_stated_errors_decides_as_its_evidence_allows(
     else:
         assert after.stage == (0 if code else 1), why
         assert (code in codes(plan, after, evidence, later(1))) is bool(code)
+
+
+def adaptive(**changes: Any) -> Plan:
+    return plan_of(strategy="adaptive", stages=[{"share": 1.0}], **changes)
+
+
+PACES = [
+    # counts, may be exposed now, share to reach of a hundred members, why
+    (Counts(), 5, 0.05, "it starts with a handful"),
+    (Counts(pending=5), 0, 0.05, "which have to answer first"),
+    (Counts(silent=5), 5, 0.1, "or never to have spoken of it: silence has a bound of its own"),
+    (Counts(late=5), 0, 0.05, "who is late may be harmed"),
+    (Counts(confirmed=5), 9, 0.14, "good news let it widen"),
+    (Counts(confirmed=20), 26, 0.46, "faster and faster"),
+    (Counts(confirmed=20, failed=20), 6, 0.46, "bad news slow it down"),
+    (Counts(confirmed_idle=100), 122, 1.0, "until all have it"),
+]
+
+
+@pytest.mark.parametrize(("counts", "allowed", "share", "why"), PACES)
+def test_the_pace_of_an_adaptive_rollout_follows_the_expected_harm(
+    counts: Counts, allowed: int, share: float, why: str
+):
+    plan = adaptive()
+    evidence = evidence_of(counts)
+    assert allowed_now(plan, evidence) == allowed, why
+    assert next_share(plan, Progress(state="running", stage=0), evidence) == pytest.approx(share), why
+
+
+def test_an_adaptive_rollout_goes_to_half_until_its_gates_pass_and_then_to_all():
+    plan = adaptive(gates=[{"metric": "failed", "tolerated": 0.02, "harm": 0.02}])
+    running = Progress(state="running", stage=0, entered=Since.at(NOW), cut_offs={"": 5})
+    unproved = evidence_of(Counts(confirmed=60))
+    assert next_share(plan, running, unproved) == 0.5
+    proved = evidence_of(Counts(confirmed=600))
+    assert next_share(plan, running, proved) == 1.0
+    after, decisions = decide(
+        plan, running, msgspec.structs.replace(proved, next_cut_offs={"": 99}, next_share=1.0, unexposed=0), later(1)
+    )
+    assert after.widened
+    assert decisions == (Expose(stage=0, share=1.0, cut_offs={"": 99}, limit=None),)
+
+
+def test_an_adaptive_rollout_whose_harm_is_used_up_exposes_nobody():
+    plan = adaptive()
+    running = Progress(state="running", stage=0, entered=Since.at(NOW), cut_offs={"": 5})
+    waiting = evidence_of(Counts(pending=5), unexposed=3, next_cut_offs={"": 9}, next_share=0.05)
+    assert decide(plan, running, waiting, later(1)) == (running, ())
+    assert "widening" in codes(plan, running, waiting, later(1))

@@ -30,7 +30,7 @@ from wherry_server.lease import Lease, boot_id
 from wherry_server.offers import Composer, Number
 from wherry_server.outbox import Outbox
 from wherry_server.plan import Plan, parse_plan
-from wherry_server.rollout import Decision, Evidence, Expose, Moved, Progress, Withdraw, decide
+from wherry_server.rollout import Decision, Evidence, Expose, Moved, Progress, Withdraw, decide, reach
 from wherry_server.services import Services
 from wherry_server.times import now_us
 from wherry_shared.clock import Now
@@ -138,9 +138,7 @@ class Conductor:
         progress = evidence.load_progress(_builtins(row.progress))
         now, moment = self.clock(), self.moment()
         if row.state == "done" and not row.wanted and not known.due(DONE_SCAN_MIN_S, time.monotonic()):
-            if not known.scan or not known.scan.unexposed(
-                progress.cut_offs, known.plan.share_of(progress.stage, done=True)
-            ):
+            if not known.scan or not known.scan.unexposed(progress.cut_offs, reach(known.plan, progress)):
                 return False
         elif row.state in ("created", "running", "done") and known.due(SCAN_MIN_S, time.monotonic()):
             known.scan = None
@@ -189,7 +187,8 @@ class Conductor:
         database = self.services.database
         for one in decisions:
             if isinstance(one, Expose) and known.scan is not None:
-                chosen = known.scan.unexposed(after.cut_offs, one.share)[:EXPOSED_PER_TURN]
+                most = EXPOSED_PER_TURN if one.limit is None else min(one.limit, EXPOSED_PER_TURN)
+                chosen = known.scan.unexposed(after.cut_offs, one.share)[:most]
                 async with database.read() as connection:
                     current = await assignments.read_exposing(connection, chosen)
                 await asyncio.to_thread(

@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from wherry_server import cohorts
 from wherry_server.gates import COMPARED
 from wherry_server.plan import Plan
-from wherry_server.rollout import ACTIVE, Command, Counts, Evidence, Progress
+from wherry_server.rollout import ACTIVE, Command, Counts, Evidence, Progress, next_share, reach
 from wherry_server.targeting import cut_offs, exact, exposed, key_of, parse_selector
 from wherry_shared import reasons
 from wherry_shared.errors import RefusedError
@@ -94,21 +94,22 @@ async def read(
     evidence = Evidence(stages=stages, command=command, happened=await _happened(connection, row.id, plan))
     if found is None:
         return evidence
-    done = progress.state == "done"
-    share = plan.share_of(progress.stage, done=done) if progress.stage >= 0 else 0.0
-    reached = progress.stage >= 0
+    evidence = msgspec.structs.replace(evidence, members=found.members)
+    share, reached = reach(plan, progress), progress.stage >= 0
     following = progress.stage + 1
-    coming: dict[str, int] = {}
-    if following < len(plan.stages):
-        coming = cut_offs(found.keys, plan.share_of(following), progress.cut_offs)
-    elif plan.held_back and not done:
-        coming = cut_offs(found.keys, plan.share_of(following - 1, done=True), progress.cut_offs)
+    coming, wanted = 0.0, 0.0
+    if plan.strategy == "adaptive" and progress.state != "done":
+        coming = wanted = next_share(plan, progress, evidence)
+    elif following < len(plan.stages):
+        coming = plan.share_of(following)
+    elif plan.held_back and progress.state != "done":
+        coming = plan.share_of(progress.stage, done=True)
     return msgspec.structs.replace(
         evidence,
-        members=found.members,
         unexposed=len(found.unexposed(progress.cut_offs, share)) if reached else 0,
         held=sum(exposed(one.key, one.stratum, progress.cut_offs, share) for one in found.held) if reached else 0,
-        next_cut_offs=coming,
+        next_cut_offs=cut_offs(found.keys, coming, progress.cut_offs) if coming > 0 else {},
+        next_share=wanted,
     )
 
 

@@ -30,6 +30,7 @@ PERIOD_S_MIN, PERIOD_S_MAX = 10, 86_400
 HOLD_BACK = 0.05
 """Share of the cohort that keeps the incumbent until a rollout with a comparison is done, unless the plan says another."""
 HOLD_BACK_MAX = 0.5
+HARMED_MAX = 5.0
 STRATEGIES_LATER = ("shadow", "split", "blue_green")
 
 OnHalt = Literal["hold", "revert_stage", "revert_all"]
@@ -71,7 +72,9 @@ class Plan(_Strict, frozen=True, kw_only=True):
     selector: str
     cohort: str = ""
     """Name of the saved cohort that the selector came from; the text above is what counts."""
-    strategy: Literal["canary"] = "canary"
+    strategy: Literal["canary", "adaptive"] = "canary"
+    harmed_max: float | None = None
+    """Of `adaptive`: devices that may be harmed, as far as is known (`sequential.expected_harm`); HARMED_MAX by default."""
     stages: list[Stage]
     strata: list[str] = []
     """Fields within each of whose values the share is taken, so that a stage resembles the fleet."""
@@ -119,6 +122,11 @@ class Plan(_Strict, frozen=True, kw_only=True):
             return HOLD_BACK if self.compared else 0.0
         return self.hold_back
 
+    @property
+    def harm_bound(self) -> float:
+        """How much expected harm `adaptive` keeps to."""
+        return HARMED_MAX if self.harmed_max is None else self.harmed_max
+
     def share_of(self, stage: int, *, done: bool = False) -> float:
         """Return the share of the cohort that a stage exposes; the last one exposes its whole share when all is done."""
         share = self.stages[stage].share
@@ -154,7 +162,7 @@ def _check_known(raw: dict[str, Any]) -> None:
             "strategy_unsupported",
             f"strategy {strategy!r} is not in this release",
             consequence="nothing was stored",
-            next_step="use strategy canary",
+            next_step="use strategy canary or adaptive",
         )
     trial = raw.get("trial", {})
     if isinstance(trial, dict):
@@ -205,6 +213,14 @@ def _check(plan: Plan) -> None:
         check_gate(gate)
     _within(plan.period_s, PERIOD_S_MIN, PERIOD_S_MAX, "period_s")
     _within(plan.held_back, 0, HOLD_BACK_MAX, "hold_back")
+    if plan.strategy == "adaptive":
+        if len(plan.stages) != 1:
+            raise RefusedError(
+                "plan_stages", "adaptive widens by itself: give one stage, with the share that it ends at"
+            )
+        _within(plan.harm_bound, 1, 1_000_000, "harmed_max")
+    elif plan.harmed_max is not None:
+        raise RefusedError("plan_range", "harmed_max is of strategy adaptive", consequence="nobody would obey it")
     if plan.compared and not plan.held_back:
         raise RefusedError("plan_gate", "hold_back is 0, and a gate compares with devices that are held back")
     _within(plan.sample_min, 1, 1_000_000, "sample_min")

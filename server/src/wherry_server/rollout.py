@@ -29,7 +29,7 @@ import msgspec
 
 from wherry_server.gates import COMPARED, Verdict, control, share, threshold
 from wherry_server.plan import OnHalt, Plan
-from wherry_server.sequential import LANES_MAX, Pairs, merge
+from wherry_server.sequential import LANES_MAX, Pairs, may_expose, merge
 from wherry_server.targeting import share_count
 from wherry_shared.clock import Now, Since
 
@@ -40,6 +40,10 @@ FINAL: frozenset[State] = frozenset({"halted", "aborted", "reverted", "done"})
 ACTIVE: frozenset[State] = frozenset({"running", "paused", "returning"})
 """States in which a rollout holds its devices against others of the same model."""
 _SCOPES: dict[OnHalt, Scope] = {"hold": "unconfirmed", "revert_stage": "stage", "revert_all": "all"}
+PACE_ERROR = 0.05
+"""Error probability of the bound on the harm rate that sets the pace of `adaptive`."""
+UNPROVED_SHARE_MAX = 0.5
+"""An adaptive rollout goes no further than this before its gates pass, so that there are controls left."""
 RESTARTS_MAX = 50
 """Reboots of the director's machine within one wait; more would keep a stage waiting for ever."""
 
@@ -97,6 +101,8 @@ class Progress(_Value, frozen=True, kw_only=True):
     restarts: int = 0
     """Waits of this stage that a reboot started again."""
     compared: Compared = Compared()
+    widened: bool = False
+    """Whether an adaptive rollout has reached the whole share of its stage."""
 
 
 class Counts(_Value, frozen=True, kw_only=True):
@@ -145,7 +151,9 @@ class Evidence(_Value, frozen=True, kw_only=True):
     held: int = 0
     """Members at or below the cut-offs that another rollout holds, or whose hardware the bundle is known bad on."""
     next_cut_offs: dict[str, int] = {}
-    """`targeting.cut_offs` of the next stage over the members now; empty if it was not asked for."""
+    """`targeting.cut_offs` of `next_share` over the members now; empty if it was not asked for."""
+    next_share: float = 0.0
+    """What `next_share()` asked for, where the strategy is adaptive."""
     happened: dict[str, int] = {}
     """Metric of a gate → devices to which it happened, over all stages; those that the plan asks for."""
     taken: list[Taken] = []
@@ -172,7 +180,10 @@ class Expose(_Decision, tag="expose", frozen=True, kw_only=True):
 
     stage: int
     share: float
+    """Of strata that have no cut-off."""
     cut_offs: dict[str, int]
+    limit: int | None = None
+    """No more devices than this now."""
 
 
 class Withdraw(_Decision, tag="withdraw", frozen=True, kw_only=True):
@@ -247,6 +258,39 @@ def decide(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> tupl
             return _returning(plan, progress, evidence, now)
         case "done" | "halted" | "aborted" | "reverted":
             return _final(plan, progress, evidence, now)
+
+
+def allowed_now(plan: Plan, evidence: Evidence) -> int:
+    """Return how many more devices an adaptive rollout may expose; whoever never spoke of it has not been harmed yet."""
+    total = evidence.total
+    return may_expose(
+        bound=plan.harm_bound,
+        exposed=total.settled + total.pending + total.late,
+        bad=total.failed,
+        good=total.confirmed + total.confirmed_idle,
+        error=PACE_ERROR,
+    )
+
+
+def next_share(plan: Plan, progress: Progress, evidence: Evidence) -> float:
+    """Return the share of the cohort that an adaptive rollout should reach, as far as `evidence` (its counts) allows."""
+    if progress.widened:
+        return plan.share_of(0, done=True)
+    whole = plan.share_of(0)
+    found = verdicts(plan, evidence, progress.compared)
+    if _proved(plan, found):
+        return whole
+    if not evidence.members:
+        return 0.0
+    most = min(whole, UNPROVED_SHARE_MAX) if plan.gates else whole
+    return min(most, (evidence.total.standing + allowed_now(plan, evidence)) / evidence.members)
+
+
+def reach(plan: Plan, progress: Progress) -> float:
+    """Return the share that a stratum without a cut-off is exposed to."""
+    if progress.stage < 0 or (plan.strategy == "adaptive" and not progress.widened):
+        return 0.0
+    return plan.share_of(progress.stage, done=progress.state == "done")
 
 
 def why_not_yet(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> list[Why]:
@@ -328,10 +372,35 @@ def _running(
     if _elapsed_s(progress.entered, now) >= plan.stage_max_s or progress.restarts > RESTARTS_MAX:
         reason = f"stage_deadline:{missing[0].code}"
         return _return(progress, "halted", reason, "unconfirmed", now)
+    if plan.strategy == "adaptive":
+        return _adapt(plan, progress, evidence, found)
     if evidence.unexposed:
         share = plan.share_of(progress.stage)
         return progress, (Expose(stage=progress.stage, share=share, cut_offs=progress.cut_offs),)
     return progress, ()
+
+
+def _adapt(
+    plan: Plan, progress: Progress, evidence: Evidence, found: list[Verdict]
+) -> tuple[Progress, tuple[Decision, ...]]:
+    """Widen as far as the expected harm allows; all at once where every gate has passed."""
+    proved = _proved(plan, found)
+    limit = None if proved else allowed_now(plan, evidence)
+    if limit == 0:
+        return progress, ()
+    if not evidence.unexposed and not progress.widened:
+        raised = _raised(progress, evidence)
+        progress = msgspec.structs.replace(
+            progress, cut_offs=raised, widened=0 < plan.share_of(0) <= evidence.next_share
+        )
+    elif not evidence.unexposed:
+        return progress, ()
+    return progress, (Expose(stage=0, share=reach(plan, progress), cut_offs=progress.cut_offs, limit=limit),)
+
+
+def _proved(plan: Plan, found: list[Verdict]) -> bool:
+    """Tell whether every gate with stated errors passes; without one nothing is proved."""
+    return bool(plan.gates) and all(verdict.outcome == "pass" for verdict in found if verdict.numbers is not None)
 
 
 def _returning(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> tuple[Progress, tuple[Decision, ...]]:
@@ -366,7 +435,8 @@ def _enter_stage(
     entered = msgspec.structs.replace(
         progress, stage=index, cut_offs=raised, entered=Since.at(now), proved=None, restarts=0, reason=""
     )
-    return entered, (Expose(stage=index, share=plan.share_of(index), cut_offs=raised),)
+    limit = allowed_now(plan, evidence) if plan.strategy == "adaptive" else None
+    return entered, (Expose(stage=index, share=reach(plan, entered), cut_offs=raised, limit=limit),)
 
 
 def _raised(progress: Progress, evidence: Evidence) -> dict[str, int]:
@@ -413,6 +483,9 @@ def _missing(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> li
     found: list[Why] = []
     if evidence.unexposed:
         found.append(Why(code="exposing", have=total.standing, need=total.standing + evidence.unexposed))
+    if plan.strategy == "adaptive" and not progress.widened:
+        need = share_count(plan.share_of(0), evidence.members)
+        found.append(Why(code="widening", have=total.standing, need=need))
     if total.standing == 0:
         found.append(Why(code="held" if evidence.held else "no_devices", have=0, need=1))
     sample = min(plan.sample_min, fresh.standing)

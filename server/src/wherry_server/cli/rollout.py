@@ -40,6 +40,7 @@ WAITS = {
     "no_devices": "no device of the cohort is exposed yet",
     "held": "the devices are held by another rollout, or the bundle is known to be bad on their hardware",
     "exposing": "devices are being exposed",
+    "widening": "devices exposed, of those it ends at: it widens as far as the expected harm allows",
     "sample": "devices that have settled, of the minimum sample",
     "in_flight": "devices that have settled or passed a deadline, of those needed",
     "traffic": "devices confirmed with traffic, of those needed",
