@@ -103,6 +103,13 @@ def test_a_graph_is_pruned_layer_by_layer_and_keeps_its_answers(tmp_path: Path) 
     assert (old == new).mean() > 0.95
 
 
+def test_a_model_whose_only_pruned_layer_reads_its_input_is_pruned(tmp_path: Path) -> None:
+    points, _ = blobs(128, seed=4)
+    work = Work(tmp_path, [{"x": point[None]} for point in points])
+    result = prune.apply(classifier(tmp_path / "m.onnx"), prune.Parameters(sparsity=0.3, minimum_elements=1000), work)
+    assert [row["zeros"] for row in result.notes["layers"]] == pytest.approx([0.3], abs=0.01)
+
+
 def test_a_layer_that_would_move_too_far_is_left_alone(tmp_path: Path) -> None:
     path = classifier(tmp_path / "m.onnx")
     points, _ = blobs(64)

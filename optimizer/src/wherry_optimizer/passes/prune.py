@@ -257,8 +257,9 @@ def _hessians(
     present = {output.name for output in probe.graph.output}
     wanted = sorted({layer.input for layer in layers})
     fed = {item.name for item in probe.graph.input}
-    for name in wanted:
-        if name not in present and name not in fed:
+    asked = [name for name in wanted if name not in fed]
+    for name in asked:
+        if name not in present:
             probe.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4
@@ -266,10 +267,8 @@ def _hessians(
     rng = np.random.default_rng(work.seed)
     sums: dict[str, npt.NDArray[np.float32]] = {}
     for sample in work.calibration[: parameters.samples]:
-        asked = [name for name in wanted if name not in fed]
-        values = dict(zip(asked, session.run(asked, dict(sample)), strict=True)) | {
-            name: sample[name] for name in wanted if name in fed
-        }
+        found = session.run(asked, dict(sample)) if asked else []  # asked for none, ONNX Runtime answers with all
+        values = dict(zip(asked, found, strict=True)) | {name: sample[name] for name in wanted if name in fed}
         for layer in layers:
             rows = _rows(values[layer.input], layer, list(weights[layer.weight].dims), parameters.positions, rng)
             product = rows.T @ rows
