@@ -133,6 +133,13 @@ def test_a_pass_for_the_other_format_is_refused(tmp_path: Path) -> None:
         ({"y": np.zeros((80, 48), np.float32), "label": np.zeros(80, int)}, "data_shape", "'x'"),
         ({"x": np.zeros((64, 48), np.float32), "label": np.zeros(64, int)}, "data_short", "64"),
         ({"x": np.zeros((80, 48), np.float32)}, "data_invalid", "label"),
+        ({"x": np.zeros((80, 48), np.float32), "label": np.int64(3)}, "data_shape", "0 labels"),
+        ({"x": np.zeros((80, 48), np.float32), "label": np.full(80, 6)}, "data_invalid", "from 0 to 5"),
+        ({"x": np.zeros((80, 48), np.float32), "label": np.full(80, -1)}, "data_invalid", "from 0 to 5"),
+        ({"x": np.zeros((80, 48), np.float32), "label": np.full(80, 0.5)}, "data_invalid", "class index"),
+        ({"x": np.zeros((80, 48), np.float32), "label": np.zeros((80, 6))}, "data_invalid", "[80, 6]"),
+        ({"x": np.zeros((80, 48), np.float32), "label": np.full(80, "cat")}, "data_invalid", "<U3"),
+        ({"x": np.zeros((80, 48), np.float32), "label": np.full(80, np.nan)}, "data_invalid", "not finite"),
     ],
 )
 def test_data_of_the_wrong_shape_are_refused(
@@ -165,6 +172,16 @@ def test_a_regression_is_scored_by_its_error(tmp_path: Path) -> None:
     assert float_.accuracy.metric == "absolute_error"
     assert -1 < float_.accuracy.value < 0
     assert abs(int8.accuracy.drop) < 0.05
+
+
+def test_a_regression_whose_labels_have_another_size_is_refused(tmp_path: Path) -> None:
+    recipe = workshop(
+        tmp_path / "in", INT8, recipe=RECIPE.replace('kind = "npz"', 'kind = "npz"\nmetric = "absolute_error"')
+    )
+    np.savez(tmp_path / "in" / "data.npz", x=np.zeros((80, 48), np.float32), label=np.zeros((80, 5)))
+    with pytest.raises(RefusedError) as caught:
+        pipeline.build(recipe, tmp_path / "out")
+    assert (caught.value.code, "6, as output 'p'" in caught.value.message) == ("data_invalid", True)
 
 
 def test_builds_of_one_process_evaluate_a_model_once(tmp_path: Path) -> None:

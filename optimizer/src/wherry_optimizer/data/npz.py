@@ -6,6 +6,7 @@ largest entry of the output) and `absolute_error` (score is minus the mean absol
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,16 +30,25 @@ def load(spec: Specification, interface: Interface, folder: Path) -> Dataset:
     arrays = read_arrays(folder / spec.path)
     labels = arrays.pop(spec.label, None)
     if labels is None:
-        raise RefusedError("data_invalid", f"{spec.path} has no array {spec.label!r} of labels")
+        raise RefusedError(
+            "data_invalid", f"{spec.path} has no array {spec.label!r} of labels", next_step="add it, or set data.label"
+        )
     samples = split_samples(arrays, interface)
-    if len(labels) != len(samples):
-        raise RefusedError("data_shape", f"{spec.path} has {len(samples)} samples and {len(labels)} labels")
+    count = len(labels) if labels.ndim else 0
+    if count != len(samples):
+        raise RefusedError(
+            "data_shape",
+            f"{spec.path} has {len(samples)} samples and {count} labels",
+            next_step="give one label per sample, along axis 0",
+        )
     if len(samples) <= spec.calibration:
         raise RefusedError(
             "data_short",
             f"{len(samples)} samples, of which {spec.calibration} are for calibration: none is left to evaluate on",
             next_step="give more samples or lower data.calibration",
         )
+    score = _score(spec, interface)
+    _check_labels(labels, spec, interface)
     order = np.random.default_rng(spec.seed).permutation(len(samples))
     chosen = [Sample(samples[index], labels[index].tolist()) for index in order]
     held_back = chosen[spec.calibration : spec.calibration + spec.evaluation]
@@ -47,7 +57,7 @@ def load(spec: Specification, interface: Interface, folder: Path) -> Dataset:
         description=f"{Path(spec.path).name}: {len(samples)} labelled samples",
         calibration=tuple(chosen[: spec.calibration]),
         evaluation=tuple(held_back),
-        score=_score(spec, interface),
+        score=score,
         notes={"samples": len(samples)},
     )
 
@@ -62,7 +72,9 @@ def read_arrays(path: Path) -> dict[str, Array]:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except FileNotFoundError as error:
-        raise RefusedError("data_missing", f"there is no {path}") from error
+        raise RefusedError(
+            "data_missing", f"there is no {path}", next_step="name an .npz; a recipe's stands beside it"
+        ) from error
     except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise RefusedError(
             "data_invalid", f"{path.name} is not an .npz of plain arrays: {error}", next_step="write it by numpy.savez"
@@ -104,6 +116,32 @@ def _cut(array: Array, index: int, spec: TensorSpec) -> Array:
     )
 
 
+def _check_labels(labels: Array, spec: Specification, interface: Interface) -> None:
+    """Refuse labels that no answer can equal: with them every variant scores the same, and the gate lets all pass."""
+    output = next(item for item in interface.outputs if item.name == (spec.output or interface.outputs[0].name))
+    batches = {item.shape[0] for item in interface.inputs if item.shape and isinstance(item.shape[0], str)}
+    shape = output.shape[1:] if output.shape and output.shape[0] in batches else output.shape
+    size = math.prod(axis if isinstance(axis, int) else 0 for axis in shape)  # 0: not fixed
+    each = math.prod(labels.shape[1:])
+    if labels.dtype.kind not in "biuf" or not np.isfinite(labels).all():
+        wrong, wanted = f"are {labels.dtype} or not finite", "numbers"
+    elif spec.metric == "accuracy":
+        if each == 1 and np.all(labels == np.floor(labels)) and labels.min() >= 0 and (not size or labels.max() < size):
+            return
+        wrong = f"have shape {list(labels.shape)} and lie between {labels.min()} and {labels.max()}"
+        wanted = f"one class index per sample, from 0{f' to {size - 1}' if size else ' on'}"
+    elif not size or each in (1, size):
+        return
+    else:
+        wrong, wanted = f"have {each} entries per sample", f"{size}, as output {output.name!r} has"
+    raise RefusedError(
+        "data_invalid",
+        f"labels of {spec.path} {wrong}; {spec.metric} needs {wanted}",
+        consequence="no variant could be told from another by them, so nothing was built",
+        next_step=f"write array {spec.label!r} so, or set data.output or data.metric",
+    )
+
+
 def _score(spec: Specification, interface: Interface) -> Callable[[Tensors, Any], float]:
     if spec.metric not in METRICS:
         raise RefusedError(
@@ -114,5 +152,5 @@ def _score(spec: Specification, interface: Interface) -> Callable[[Tensors, Any]
     if output not in names or (not spec.output and len(names) > 1):
         raise RefusedError("recipe_invalid", f"recipe: data.output: name one of {', '.join(names)}")
     if spec.metric == "accuracy":
-        return lambda outputs, label: float(int(outputs[output].reshape(-1).argmax()) == int(label))
+        return lambda outputs, label: float(int(outputs[output].reshape(-1).argmax()) == int(np.asarray(label).item()))
     return lambda outputs, label: -float(np.abs(outputs[output].reshape(-1) - np.asarray(label).reshape(-1)).mean())
