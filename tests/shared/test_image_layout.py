@@ -123,6 +123,11 @@ def test_a_damaged_blob_is_refused(tmp_path: Path, damage: object, code: str) ->
     path = Layout(tmp_path / "b").path(layer.digest)
     damage(path)
     assert refusal(tmp_path / "b") == code
+    with pytest.raises(RefusedError) as whole:
+        Layout(tmp_path / "b").verify_all()
+    assert "float of" in whole.value.message
+    assert whole.value.consequence
+    assert whole.value.next_step
     with pytest.raises(RefusedError) as caught:
         verify_blob(path, layer.digest, layer.size)
     assert caught.value.code == code

@@ -17,7 +17,16 @@ from pathlib import Path
 import msgspec
 
 from wherry_shared import limits
-from wherry_shared.bundle import MANIFEST_TYPE, Config, Descriptor, Manifest, parse_config, parse_manifest
+from wherry_shared.bundle import (
+    ANNOTATION_PATH,
+    ANNOTATION_VARIANT,
+    MANIFEST_TYPE,
+    Config,
+    Descriptor,
+    Manifest,
+    parse_config,
+    parse_manifest,
+)
 from wherry_shared.digest import CHUNK_BYTES, Verifier, check_digest, checked, hex_of, of_bytes
 from wherry_shared.errors import RefusedError
 
@@ -110,7 +119,17 @@ class Layout:
         Raises:
             RefusedError: `blob_missing`, `digest_mismatch`, `length_mismatch`.
         """
-        return checked(_file_chunks(self.path(descriptor.digest)), descriptor.digest, descriptor.size)
+        try:
+            yield from checked(_file_chunks(self.path(descriptor.digest)), descriptor.digest, descriptor.size)
+        except RefusedError as error:
+            notes = descriptor.annotations
+            what = notes.get(ANNOTATION_PATH) or notes.get(ANNOTATION_VARIANT) or descriptor.media_type
+            raise RefusedError(
+                error.code,
+                f"{what[:120]} of {self.root}: {error.message}",
+                consequence="the bundle is not whole as it was made, so it is neither signed nor sent",
+                next_step="copy the bundle again, whole, or build it again",
+            ) from error
 
     def read(self, descriptor: Descriptor, bytes_max: int) -> bytes:
         """Return a small blob whole and verified.
@@ -243,9 +262,7 @@ def _file_chunks(path: Path) -> Iterator[bytes]:
     try:
         file = path.open("rb")
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise RefusedError(
-            "blob_missing", f"blob {path.name[:80]} is not there", next_step="copy the bundle again, whole"
-        ) from error
+        raise RefusedError("blob_missing", f"blob {path.name[:80]} is not there") from error
     with file:
         while chunk := file.read(CHUNK_BYTES):
             yield chunk
