@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import click
 import pytest
 import typer
+from rich.text import Text
 
+from wherry_optimizer.cli import app as optimizer
 from wherry_server.cli import app
 
 WITHOUT = {
@@ -36,3 +38,13 @@ def test_a_command_takes_json_and_says_what_it_is_for(name: str) -> None:
     options = {option for parameter in ALL[name].params for option in parameter.opts}
     assert "--json" in options
     assert ALL[name].help
+
+
+OPTIMIZER = {f"optimizer {name}": command for name, command in commands(typer.main.get_command(optimizer))}
+
+
+@pytest.mark.parametrize("name", sorted(ALL | OPTIMIZER))
+def test_no_help_loses_words_as_markup(name: str) -> None:
+    command = (ALL | OPTIMIZER)[name]
+    for text in [command.help or "", *(getattr(parameter, "help", None) or "" for parameter in command.params)]:
+        assert Text.from_markup(text).plain == text

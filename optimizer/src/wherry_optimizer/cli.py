@@ -71,7 +71,7 @@ def pack(
     ] = "",
     source: Annotated[str, typer.Option(help="Where it comes from, e.g. an address.")] = "",
     processing: Annotated[
-        Path | None, typer.Option(help="TOML: [preprocess], [postprocess], labels in [interface].")
+        Path | None, typer.Option(help="TOML: the tables preprocess, postprocess and interface of a recipe.")
     ] = None,
     asset: Annotated[
         list[str] | None,

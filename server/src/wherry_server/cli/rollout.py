@@ -101,12 +101,12 @@ def create(  # one option per wish
     cohort: Annotated[str | None, typer.Option(help="Saved cohort.")] = None,
     selector: Annotated[str | None, typer.Option(help='Selector, such as "all".')] = None,
     device: Annotated[str | None, typer.Option(help="One device, by id or name.")] = None,
-    stages: Annotated[str | None, typer.Option(help=f"Shares of the cohort in percent [default: {STAGES}].")] = None,
+    stages: Annotated[str | None, typer.Option(help=f"Shares of the cohort in percent (default: {STAGES}).")] = None,
     soak: Annotated[
-        int | None, typer.Option(help="Seconds that a stage soaks after its sample stood [default: 0].")
+        int | None, typer.Option(help="Seconds that a stage soaks after its sample stood (default: 0).")
     ] = None,
     confirmed_min: Annotated[
-        int | None, typer.Option(help="Devices with traffic that each stage needs [default: 1].")
+        int | None, typer.Option(help="Devices with traffic that each stage needs (default: 1).")
     ] = None,
     trial: Annotated[int | None, typer.Option(help="Seconds after which a trial without traffic ends.")] = None,
     plan: Annotated[Path | None, typer.Option(help="More of the plan, as TOML or JSON.")] = None,
