@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.server.fleet_kit import MODEL, FakeDevice, Fleet, fleet, manifest_of, run
+from tests.server.fleet_kit import MODEL, PROJECT, FakeDevice, Fleet, fleet, manifest_of, run
 from wherry_server import comparison
+from wherry_server.evidence import Candidate, Scan, load_progress
 from wherry_server.gates import Gate
 from wherry_server.plan import parse_plan
-from wherry_server.rollout import Compared, Lane, Taken, with_taken
+from wherry_server.rollout import Compared, Lane, Progress, Taken, with_taken
 from wherry_server.sequential import LANES_MAX
-from wherry_server.targeting import KEY_MAX, signed, unsigned
+from wherry_server.targeting import KEY_MAX, control_rank, signed, unsigned
 from wherry_server.times import now_us
 from wherry_shared import wire
 
@@ -179,6 +183,23 @@ def test_what_was_taken_counts_once(rows: list[tuple[int, int, int, int]]):
     assert len(once.of("errors")) == LANES_MAX
 
 
+@given(st.integers(0, KEY_MAX), st.sampled_from([0.0, 0.05, 0.5]))
+def test_progress_with_any_rank_comes_back_from_the_database(key: int, held_back: float):
+    lane = Lane(pairs=((-3, 2), (7, 1)), spent={"x": control_rank(key, held_back)})
+    progress = Progress(compared=Compared(lanes={"errors": [lane]}, waves={"7": 1}))
+    stored = msgspec.json.decode(json.dumps(msgspec.to_builtins(progress)))
+    assert load_progress(stored) == progress
+
+
+@given(st.lists(st.integers(0, KEY_MAX), min_size=2, max_size=8, unique=True))
+def test_whoever_is_held_back_is_the_last_control(keys: list[int]):
+    held = [key for key in keys if control_rank(key, 0.05) < 0]
+    assert all(key > 0.94 * KEY_MAX for key in held)
+    assert all(key < 0.96 * KEY_MAX for key in keys if key not in held)
+    for part in (held, [key for key in keys if key not in held]):
+        assert sorted(part, key=lambda key: control_rank(key, 0.05)) == sorted(part)
+
+
 @given(st.integers(0, KEY_MAX))
 def test_a_key_comes_back_from_the_database(key: int):
     assert unsigned(signed(key)) == key
@@ -189,3 +210,78 @@ def test_a_key_comes_back_from_the_database(key: int):
 )
 def test_a_device_counts_for_so_much_and_no_more(gate: dict[str, float], unit: float):
     assert Gate(metric="errors", **gate).unit == pytest.approx(unit)
+
+
+WINDOWS = [
+    # device, with the candidate, period, requests, errors, arm
+    ("a", True, 1, 100, 10, "candidate"),
+    ("b", True, 1, 100, 100, "incumbent"),  # above the cap of 0.5
+    ("c", False, 1, 100, 0, "incumbent"),
+    ("d", False, 1, 50, 10, "incumbent"),
+    ("d", False, 1, 50, 0, "incumbent"),  # the same period: 10 of 100
+    ("e", False, 1, 0, 0, "incumbent"),  # nobody asked it
+    ("f", False, 0, 100, 100, "incumbent"),  # another period
+    ("g", True, 1, 100, 100, "shadow"),  # nobody got its answers
+    ("a", True, 2, 100, 30, "incumbent"),
+    ("a", True, 3, 100, 10, "incumbent"),
+    ("c", False, 2, 100, 5, "incumbent"),  # silent in period 3
+]
+
+
+def test_each_device_has_the_mean_of_its_periods_as_its_value(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            names = sorted({row[0] for row in WINDOWS})
+            devices = dict(zip(names, await found.enrol(len(names)), strict=True))
+            seqs = dict.fromkeys(names, 0)
+            frames = []
+            for name, candidate, period, requests, errors, arm in WINDOWS:
+                seqs[name] += 1
+                at = (1_000 + period) * PERIOD_S * 1_000_000 + 5
+                window = wire.Window(
+                    model="m",
+                    manifest=PLAN.models[0].manifest if candidate else manifest_of("1.0.0"),
+                    variant="v",
+                    arm=arm,  # type: ignore[arg-type]
+                    start=at,
+                    duration_us=1,
+                    requests=requests,
+                    errors=errors,
+                )
+                message = wire.Telemetry(
+                    format=1, device=devices[name].id, epoch="t", seq=seqs[name], first=1, at=at, windows=[window]
+                )
+                frames.append((devices[name].id, devices[name].frame("telemetry", message)))
+            await found.ingest.store_batch({"telemetry": frames})
+
+            async def values(lane: int) -> tuple[dict[str, float], dict[str, float]]:
+                at = (1_000 + (1 << (lane + 1)) + 1) * PERIOD_S * 1_000_000
+                one = comparison.due(PLAN, Compared(waves={"1000": lane}), [1_000], at)[0]
+                async with found.database.read() as connection:
+                    row = SimpleNamespace(project_id=PROJECT)
+                    both = await comparison.values(connection, row, PLAN, PLAN.gates[0], one)
+                known = {device.id: name for name, device in devices.items()}
+                mine, theirs = ({known[device]: round(value, 6) for device, value in side.items()} for side in both)
+                return mine, theirs
+
+            assert await values(0) == ({"a": 0.2, "b": 1.0}, {"c": 0.0, "d": 0.2})
+            assert await values(1) == ({"a": 0.4}, {"c": 0.1})
+
+    run(work())
+
+
+def test_strata_are_compared_apart_and_a_lane_remembers_what_it_used():
+    def member(name: str, stratum: str, key: int) -> Any:
+        return SimpleNamespace(device_id=name, stratum=stratum, share_key=signed(key))
+
+    scan = Scan(free=[Candidate(f"x{at}", 1_000 + at, "x") for at in range(4)], held=[Candidate("y0", 2_000, "y")])
+    controls = {"x0": 0.0, "x1": 0.0, "x2": 0.0, "x3": 0.0, "y0": 1.0}
+    wave = [member("a", "x", 1), member("b", "y", 2), member("c", "z", 3), member("d", "x", 4)]
+    lane = comparison.lane_of(PLAN, Lane(), wave, scan, {"a": 1.0, "b": 1.0, "c": 1.0}, controls)
+    assert lane.pairs == ((0, 1), (256, 1)), "d was not measured, and z has no control"
+    assert lane.spent == {"x": 1_002, "y": 2_000}
+    again = comparison.lane_of(
+        PLAN, lane, [member("d", "x", 4), member("x3", "x", 1_003)], scan, dict.fromkeys(("d", "x3"), 1.0), controls
+    )
+    assert again.pairs == ((256, 1),)
+    assert again.spent == {"x": 1_001}

@@ -268,6 +268,22 @@ def test_a_plan_file_fills_in_what_options_do_not_say(world: World, tmp_path: Pa
     plan = made["plan"]  # type: ignore[index,call-overload]
     assert (plan["trial"]["min_requests"], plan["trial"]["max_s"]) == (5, 30)
     assert (plan["on_halt"], [stage["soak_s"] for stage in plan["stages"]]) == ("hold", [0, 7])
+    gates = tmp_path / "gates.toml"
+    gates.write_text('[[gates]]\nmetric = "errors"\nharm = 0.01\n')
+    wide = said(
+        world.server,
+        "rollout",
+        "create",
+        f"{MODEL}:1.1.0",
+        "--device",
+        "lab-1",
+        "--strategy",
+        "adaptive",
+        "--plan",
+        str(gates),
+    )
+    assert [stage["share"] for stage in wide["plan"]["stages"]] == [1.0]  # type: ignore[index,call-overload]
+    assert [gate["gate"] for gate in wide["gates"] if gate["numbers"]] == ["errors"]  # type: ignore[index,call-overload]
     both = wherry(world.server, *given, "--stages", "5,100", "--soak", "0", "--json")
     assert json.loads(both.stderr)["code"] == "plan_conflict"
     assert "--stages, --soak" in both.stderr

@@ -18,7 +18,7 @@ from wherry_server.evidence import SECOND_US, Scan
 from wherry_server.gates import Gate
 from wherry_server.plan import Plan
 from wherry_server.rollout import Compared, Lane, Progress, Taken, with_taken
-from wherry_server.sequential import LANES_MAX, draw, merge
+from wherry_server.sequential import LANES_MAX, Pairs, draw, merge
 from wherry_server.targeting import KEY_MAX, control_rank, unsigned
 
 GRACE_S = 30
@@ -70,17 +70,18 @@ async def take(
     waves = [one.wave for one in await connection.execute(_WAVES, {"rollout": row.id, "length": length})]
     compared, taken = progress.compared, []
     for one in due(plan, compared, waves, moment):
-        members = (await connection.execute(_WAVE, {"rollout": row.id, "length": length, "wave": one.wave})).all()
+        since = one.wave * length
+        members = (await connection.execute(_WAVE, {"rollout": row.id, "begin": since, "end": since + length})).all()
         lanes: dict[str, Lane] = {}
         for gate in plan.compared:
-            values = await _values(connection, row, plan, gate, one)
-            lanes[gate.metric] = _lane(plan, compared.of(gate.metric)[one.lane], members, scan, *values)
+            measured = await values(connection, row, plan, gate, one)
+            lanes[gate.metric] = lane_of(plan, compared.of(gate.metric)[one.lane], members, scan, *measured)
         taken.append(Taken(wave=one.wave, lane=one.lane, lanes=lanes))
         compared = with_taken(compared, taken[-1:])
     return taken
 
 
-def _lane(
+def lane_of(
     plan: Plan,
     known: Lane,
     members: Sequence[Any],
@@ -101,15 +102,17 @@ def _lane(
         value = controls.get(one.device)
         if value is not None:
             theirs.setdefault(one.stratum, []).append((control_rank(one.key, plan.held_back), value))
-    parts, spent = [], {}
+    parts: list[Pairs] = []
+    spent: dict[str, int] = {}
     for stratum, wave in mine.items():
-        before = known.spent.get(stratum, KEY_MAX + 1)
-        pairs, spent[stratum] = draw(wave, theirs.get(stratum, []), before)
-        parts.append(pairs)
+        pairs, after = draw(wave, theirs.get(stratum, []), known.spent.get(stratum, KEY_MAX + 1))
+        if pairs:
+            parts.append(pairs)
+            spent[stratum] = after
     return Lane(pairs=merge(parts), spent=spent)
 
 
-async def _values(
+async def values(
     connection: AsyncConnection, row: Any, plan: Plan, gate: Gate, one: Due
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the value of each device that answered: with the candidate, and with anything else."""
@@ -136,7 +139,7 @@ async def _values(
 _WAVES = text("SELECT DISTINCT exposed_at / :length AS wave FROM assignment WHERE rollout_id = :rollout")
 _WAVE = text(
     "SELECT device_id, stratum, share_key FROM assignment WHERE rollout_id = :rollout"
-    " AND exposed_at >= :wave * :length AND exposed_at < (:wave + 1) * :length AND outcome <> 'superseded'"
+    " AND exposed_at >= :begin AND exposed_at < :end AND outcome <> 'superseded'"
 )
 # One value per device: the mean over its periods of the share of failed requests, none above the cap.
 _ERRORS = text(

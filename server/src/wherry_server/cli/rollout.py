@@ -102,6 +102,9 @@ def create(  # one option per wish
     selector: Annotated[str | None, typer.Option(help='Selector, such as "all".')] = None,
     device: Annotated[str | None, typer.Option(help="One device, by id or name.")] = None,
     stages: Annotated[str | None, typer.Option(help=f"Shares of the cohort in percent (default: {STAGES}).")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="canary, or adaptive: one stage, as fast as the evidence allows.")
+    ] = None,
     soak: Annotated[
         int | None, typer.Option(help="Seconds that a stage soaks after its sample stood (default: 0).")
     ] = None,
@@ -116,6 +119,8 @@ def create(  # one option per wish
 ) -> None:
     """Create a rollout; it waits until it is started."""
     planned = read_plan(plan)
+    if strategy is not None:
+        planned["strategy"] = strategy
     if "stages" in planned:
         given = {"--stages": stages, "--soak": soak, "--confirmed-min": confirmed_min}
         if both := [name for name, value in given.items() if value is not None]:
@@ -127,7 +132,9 @@ def create(  # one option per wish
             )
     else:
         planned["stages"] = parse_stages(
-            STAGES if stages is None else stages, soak or 0, 1 if confirmed_min is None else confirmed_min
+            stages or ("100" if planned.get("strategy") == "adaptive" else STAGES),
+            soak or 0,
+            1 if confirmed_min is None else confirmed_min,
         )
     wish = {**planned, "models": [parse_target(target)]}
     wish.update(
