@@ -332,6 +332,8 @@ def test_an_offer_that_is_not_acted_on_is_bad(home: Home) -> None:
         said = found(home, "offer")
         assert said[0] == level
         assert refused in said[1]
+    with running(home, offers_not_verified=["1.9: no space left (disk_full)"]):
+        assert found(home, "offer") == ("bad", "1.9: no space left (disk_full), not verified yet")
 
 
 def test_a_handle_group_that_is_not_there_is_bad(home: Home) -> None:

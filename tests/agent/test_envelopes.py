@@ -28,11 +28,21 @@ def test_no_number_of_forgeries_displaces_an_offer_that_waits_to_be_looked_at_ag
     box = Envelopes()
     box.add(REAL, (1, 1), 0.0, from_server=False)
     assert box.take(0.0) == REAL
-    box.again(REAL, 0.0, 0.0)
+    box.again(REAL, 0.0, 0.0, "disk full")
     forge(box, 1000)
     assert len(box) == FROM_BROKER_MAX
     taken = [box.take(WAIT_MIN_S) for _ in range(2)]
     assert REAL in taken, "they take turns with the newcomers"
+
+
+def test_what_could_not_be_verified_is_told_until_it_is_settled() -> None:
+    box = Envelopes()
+    box.add(REAL, (1, 7), 0.0, from_server=False)
+    assert box.troubles() == [], "nobody looked yet"
+    box.again(REAL, 0.0, 0.0, "no space left (disk_full)")
+    assert box.troubles() == ["1.7: no space left (disk_full)"]
+    box.accepted((1, 7))
+    assert box.troubles() == []
 
 
 def test_a_stream_of_forgeries_starts_a_bounded_number_of_couriers_a_minute() -> None:
@@ -75,7 +85,7 @@ def test_looking_again_backs_off() -> None:
     now_s, waits = 0.0, []
     for _ in range(5):
         assert box.take(now_s) == REAL
-        box.again(REAL, now_s, 0.0)
+        box.again(REAL, now_s, 0.0, "disk full")
         wait_s = box.next_s(now_s)
         assert wait_s is not None
         waits.append(wait_s)

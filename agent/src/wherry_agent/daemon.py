@@ -1079,7 +1079,8 @@ class Daemon:
                 if failed.retry_after_s is None:
                     self._envelopes.settle(data)
                 else:
-                    self._envelopes.again(data, time.monotonic(), failed.retry_after_s)
+                    trouble = f"{failed.detail} ({failed.reason})"
+                    self._envelopes.again(data, time.monotonic(), failed.retry_after_s, trouble)
             self._trust_done("!verify")
             self._verify_next()
 
@@ -1432,6 +1433,7 @@ class Daemon:
             "engines": [f"{e.name} {e.version}" for e in self._facts.engines] if self._facts is not None else [],
             "process": readings.process(),
             "downloads": self._downloads.describe(),
+            "offers_not_verified": self._envelopes.troubles(),
             **status.describe(self._state, self._now(), name=self._identity.name),
         }
 

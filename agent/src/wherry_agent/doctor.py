@@ -575,6 +575,11 @@ def _worker(patient: Patient) -> Finding:
 
 def _offer(patient: Patient) -> Finding:
     offer = patient.state.offer if patient.state is not None else None
+    waiting = (patient.running or {}).get("offers_not_verified", [])
+    if waiting:
+        return bad(
+            "; ".join(f"{words}, not verified yet" for words in waiting), "see to the reason; the agent tries again"
+        )
     if offer is None:
         return note("none was accepted yet")
     words = f"epoch {offer.epoch}, serial {offer.serial}"

@@ -33,6 +33,8 @@ class _Waiting:
     from_server: bool
     tries: int = 0
     due_s: float = 0.0
+    trouble: str = ""
+    """Why it could not be verified when it was looked at last."""
 
 
 class Envelopes:
@@ -90,17 +92,22 @@ class Envelopes:
         """It is verified, or never will be: forget it."""
         self._waiting = [item for item in self._waiting if item.data != data]
 
-    def again(self, data: bytes, now_s: float, after_s: float) -> None:
-        """It could not be verified now: look again, ever more rarely, no sooner than in `after_s`."""
+    def again(self, data: bytes, now_s: float, after_s: float, trouble: str) -> None:
+        """It could not be verified now, `trouble` says why: look again, ever more rarely, no sooner than in `after_s`."""
         for item in self._waiting:
             if item.data == data:
                 wait_s = min(WAIT_MAX_S, max(after_s, WAIT_MIN_S * 2 ** min(item.tries, 16)))
                 item.tries += 1
                 item.due_s = now_s + wait_s
+                item.trouble = trouble
 
     def accepted(self, number: Number) -> None:
         """An offer was accepted: what claims to be no newer is not worth a look."""
         self._waiting = [item for item in self._waiting if item.number > number]
+
+    def troubles(self) -> list[str]:
+        """Say which numbers could not be verified so far, and why."""
+        return [f"{item.number[0]}.{item.number[1]}: {item.trouble}" for item in self._waiting if item.trouble]
 
     def crowded(self) -> bool:
         """Tell whether something was left out or held back since the last call."""

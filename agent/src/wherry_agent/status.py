@@ -277,6 +277,7 @@ def render(shown: dict[str, Any]) -> str:
     lines.append(f"trust    {shown['trust']}")
     if shown.get("offer_refused"):
         lines.append(f"offer    not acted on: {shown['offer_refused']}")
+    lines += [f"offer    not verified yet: {words}" for words in shown.get("offers_not_verified", [])]
     for key, value in shown.get("flags", {}).items():
         lines.append(f"flag     {key} = {msgspec.json.encode(value).decode()[:FLAG_CHARS_MAX]}")
     lines += [f"samples  {words}" for words in shown.get("samples", [])]
