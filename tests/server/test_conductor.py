@@ -38,6 +38,21 @@ async def nobody_above_the_cut_off(found: Fleet, number: int) -> None:
         assert exposed(key, one.stratum, progress.cut_offs, share)
 
 
+def test_what_was_ordered_is_not_said_to_wait_for_an_order(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0")
+            await found.enrol(1)
+            idle = await found.roll_out("1.0.0", start=False)
+            assert [why["code"] for why in (await found.show(idle))["why_not_yet"]] == ["not_started"]
+            await found.command(idle, "start")
+            assert [why["code"] for why in (await found.show(idle))["why_not_yet"]] == ["ordered"]
+            await found.turn()
+            assert "ordered" not in [why["code"] for why in (await found.show(idle))["why_not_yet"]]
+
+    run(work())
+
+
 def test_a_good_bundle_goes_through_its_stages_to_everybody(tmp_path: Path):
     async def work() -> None:
         async with fleet(tmp_path) as found:

@@ -20,7 +20,7 @@ from wherry_server.db.tables import Bundle, Decision, Rollout, table
 from wherry_server.lease import boot_id
 from wherry_server.outcomes import LIVE
 from wherry_server.plan import Plan, parse_plan
-from wherry_server.rollout import Command, Evidence, Progress, State, verdicts, why_not_yet
+from wherry_server.rollout import Command, Evidence, Progress, State, Why, verdicts, why_not_yet
 from wherry_server.targeting import parse_selector
 from wherry_server.times import now_us
 from wherry_shared.clock import MICROSECONDS, Now
@@ -269,6 +269,8 @@ async def show(connection: AsyncConnection, project: str, number: int) -> dict[s
     details = await evidence.breakdown(connection, row.id)
     tallies = {kind: _tally(details, simulated=kind == "simulated") for kind in ("real", "simulated")}
     waits = why_not_yet(plan, progress, found, _here(now))
+    if row.wanted:
+        waits = [Why(code="ordered", unit="director"), *(why for why in waits if why.unit != "operator")]
     return {
         **_summary(row),
         "plan": msgspec.to_builtins(plan),

@@ -61,7 +61,8 @@ def rollback(
     api = client()
     found = api.post("/api/v1/rollbacks", {"model": model, "device": device})
     if not watch:
-        words = f"rollout {found['number']} ({found['model']}:{found['version']}): {found['wanted'] or found['state']}"
+        state = f"{found['wanted']} is wanted (now {found['state']})" if found["wanted"] else found["state"]
+        words = f"rollout {found['number']} ({found['model']}:{found['version']}): {state}"
         show(found, as_json, lambda out: out.print(words))
         return
     try:

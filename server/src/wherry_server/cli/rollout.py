@@ -36,6 +36,7 @@ _MEASURE = Console(width=1000)
 Number = Annotated[int, typer.Argument(help="Number of the rollout.")]
 WAITS = {
     "not_started": "it has not been started: wherry rollout start",
+    "ordered": "the director's next turn, which takes up what was ordered",
     "paused": "it is paused: wherry rollout resume",
     "no_devices": "no device of the cohort is exposed yet",
     "held": "the devices are held by another rollout, or the bundle is known to be bad on their hardware",
