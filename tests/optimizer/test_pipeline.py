@@ -184,6 +184,26 @@ def test_a_regression_whose_labels_have_another_size_is_refused(tmp_path: Path) 
     assert (caught.value.code, "6, as output 'p'" in caught.value.message) == ("data_invalid", True)
 
 
+def test_a_licence_text_that_is_not_there_is_missed_before_any_work(tmp_path: Path) -> None:
+    recipe = workshop(
+        tmp_path / "in", INT8, recipe=RECIPE.replace("[licence]", '[licence]\ntext = { path = "LICENCE" }')
+    )
+    (tmp_path / "in" / "data.npz").unlink()
+    with pytest.raises(RefusedError) as caught:
+        pipeline.build(recipe, tmp_path / "out")
+    assert (caught.value.code, "LICENCE" in caught.value.message) == ("licence_missing", True)
+
+
+def test_a_source_that_gives_no_numbers_is_not_told_to_choose_milder_passes(tmp_path: Path) -> None:
+    recipe = workshop(tmp_path / "in")
+    np.savez(tmp_path / "in" / "data.npz", x=np.full((80, 48), np.nan, np.float32), label=np.zeros(80, int))
+    with pytest.raises(RefusedError) as caught:
+        pipeline.build(recipe, tmp_path / "out")
+    assert caught.value.code == "not_finite"
+    assert "passes" not in caught.value.next_step
+    assert "data" in caught.value.next_step
+
+
 def test_builds_of_one_process_evaluate_a_model_once(tmp_path: Path) -> None:
     cache = pipeline.Cache()
     recipe = workshop(tmp_path / "in")

@@ -105,6 +105,8 @@ def test_a_plan_with_a_fault_is_refused_by_its_code(code: str, change: dict[str,
     with pytest.raises(RefusedError) as caught:
         parse_plan({**GOOD, **change})
     assert caught.value.code == code
+    assert caught.value.consequence
+    assert caught.value.next_step
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b'"x"', b"\xff", b"[" * 10_000])

@@ -140,6 +140,7 @@ class _Build:
         parameters = self.pass_parameters()
         own = {name: self.loaded.folder / path for name, path in recipe.assets.items()}
         files_of_assets = assets.layer(own) if own else None
+        licence_text = self.licence_text()
         with contextlib.ExitStack() as stack:
             sources = self.find_sources()
             files = {key: stack.enter_context(single_file(model)) for key, model in sources.items()}
@@ -170,7 +171,7 @@ class _Build:
                     source=recipe.licence.source,
                     attribution=recipe.licence.attribution,
                 ),
-                licence_text=self.licence_text(),
+                licence_text=licence_text,
                 provenance=provenance(
                     sources,
                     recipe_digest=self.loaded.digest,
@@ -461,7 +462,12 @@ class _Build:
         try:
             return path.read_bytes()
         except OSError as error:
-            raise RefusedError("licence_missing", f"{path}: {error.strerror}") from error
+            raise RefusedError(
+                "licence_missing",
+                f"the licence text {path}: {error.strerror}",
+                consequence="nothing was built: nobody may be sent a model without its terms",
+                next_step="correct licence.text of the recipe, or leave it out: then the bundle holds the expression only",
+            ) from error
 
     def _refuse(self, spec: VariantOf, code: str, why: str, accuracy: Accuracy | None = None) -> None:
         if spec.required or not spec.passes:
@@ -469,7 +475,9 @@ class _Build:
                 code,
                 f"variant {spec.id!r}, which the recipe requires: {why}",
                 consequence="nothing was packed",
-                next_step="choose milder passes for it, raise its budget, or drop `required`",
+                next_step="choose milder passes for it, raise its budget, or drop `required`"
+                if spec.passes
+                else "it is the source as it is: look at the model and at the data that it is evaluated on",
             )
         log.info("variant %s refused: %s", spec.id, why)
         self.say(f"{spec.id}: refused, {why}")

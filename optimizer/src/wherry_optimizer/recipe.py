@@ -343,4 +343,9 @@ def _check(recipe: Recipe) -> None:
 
 
 def _invalid(why: str) -> RefusedError:
-    return RefusedError("recipe_invalid", f"recipe: {why}", consequence="nothing was built")
+    return RefusedError(
+        "recipe_invalid",
+        f"recipe: {why}",
+        consequence="nothing was built",
+        next_step="see what a recipe may say: docs/formats/recipe.md",
+    )

@@ -133,6 +133,10 @@ class Plan(_Strict, frozen=True, kw_only=True):
         return share if done else min(share, 1 - self.held_back)
 
 
+NOT_STORED = "nothing was stored"
+SEE_PLANS = "see what a plan may say: docs/formats/plan.md"
+
+
 def parse_plan(data: bytes | dict[str, Any]) -> Plan:
     """Parse and check a plan.
 
@@ -146,9 +150,15 @@ def parse_plan(data: bytes | dict[str, Any]) -> Plan:
             raise RefusedError("plan_invalid", "a plan is an object")
         _check_known(raw)
         plan = msgspec.convert(raw, Plan)
+        _check(plan)
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
-        raise RefusedError("plan_invalid", f"not a plan: {error}", next_step="see docs/formats/plan.md") from error
-    _check(plan)
+        raise RefusedError(
+            "plan_invalid", f"not a plan: {error}", consequence=NOT_STORED, next_step=SEE_PLANS
+        ) from error
+    except RefusedError as error:
+        error.consequence = error.consequence or NOT_STORED
+        error.next_step = error.next_step or SEE_PLANS
+        raise
     return plan
 
 
@@ -161,7 +171,6 @@ def _check_known(raw: dict[str, Any]) -> None:
         raise RefusedError(
             "strategy_unsupported",
             f"strategy {strategy!r} is not in this release",
-            consequence="nothing was stored",
             next_step="use strategy canary or adaptive",
         )
     trial = raw.get("trial", {})
