@@ -23,6 +23,7 @@ from wherry_server.sequential import LANES_MAX
 from wherry_server.targeting import KEY_MAX, control_rank, signed, unsigned
 from wherry_server.times import now_us
 from wherry_shared import wire
+from wherry_shared.sketch import Sketch
 
 PERIOD_S = 60
 GATE = {"metric": "errors", "harm": 0.1}
@@ -47,6 +48,8 @@ class Telling:
         self.random = random.Random(7)
         self.start = now_us() // (PERIOD_S * 1_000_000) * PERIOD_S * 1_000_000
         self.seqs: dict[str, int] = {}
+        self.medians_us: dict[str, float] = {}
+        """Version → median engine time on the fastest device."""
         found.conductor.moment = lambda: self.start + int(found.seconds * 1_000_000)
 
     async def period(self) -> None:
@@ -73,15 +76,25 @@ class Telling:
             duration_us=1_000_000,
             requests=REQUESTS,
             errors=sum(self.random.random() < rate for _ in range(REQUESTS)),
+            latency_us={"3": self._latency(device).to_wire()} if self.medians_us else {},
         )
         return device.frame(
             "telemetry",
             wire.Telemetry(format=1, device=device.id, epoch="t", seq=seq, first=1, at=at, windows=[window]),
         )
 
+    def _latency(self, device: FakeDevice) -> Sketch:
+        """Devices differ tenfold, and are a tenth slower or faster from window to window."""
+        median = {manifest_of(version): value for version, value in self.medians_us.items()}[device.running]
+        own = random.Random(device.id).uniform(1, 10) * self.random.uniform(0.9, 1.1)
+        sketch = Sketch()
+        for _ in range(40):
+            sketch.add(median * own * self.random.uniform(0.8, 1.2))
+        return sketch
 
-def gate_of(shown: dict[str, Any]) -> dict[str, Any]:
-    (found,) = [one for one in shown["gates"] if one["gate"] == "errors"]
+
+def gate_of(shown: dict[str, Any], metric: str = "errors") -> dict[str, Any]:
+    (found,) = [one for one in shown["gates"] if one["gate"] == metric]
     return dict(found)
 
 
@@ -148,6 +161,71 @@ def test_a_version_that_fails_no_more_than_its_control_goes_on_and_the_control_g
     run(work())
 
 
+@pytest.mark.parametrize(("median_us", "outcome"), [(1_600.0, "breach"), (1_000.0, "pass")])
+def test_a_version_is_slower_where_devices_are_slower_than_they_were(tmp_path: Path, median_us: float, outcome: str):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            devices = await found.enrol(80, version="1.0.0")
+            telling = Telling(found, {"1.0.0": 0.0, "1.1.0": 0.0})
+            telling.medians_us = {"1.0.0": 1_000.0, "1.1.0": median_us}
+            for _ in range(2):
+                await telling.period()
+            number = await found.roll_out(
+                "1.1.0",
+                stages=[{"share": 0.5}, {"share": 1.0}],
+                gates=[{"metric": "latency", "harm": 0.4}],
+                period_s=PERIOD_S,
+            )
+            await found.turn()
+            for _ in range(4):
+                await telling.period()
+                shown = await found.show(number)
+                if shown["state"] != "running" or shown["stage"] == 1:
+                    break
+            said = gate_of(shown, "latency")
+            assert said["outcome"] == outcome
+            assert abs(said["numbers"]["estimate"] - (median_us / 1_000 - 1)) < 0.1
+            if outcome == "breach":
+                assert (await found.until(number, "halted"))["reason"] == "latency_bound"
+                assert {device.running for device in devices} == {manifest_of("1.0.0")}
+
+    run(work())
+
+
+RATIOS = [
+    # counts and medians per bucket before and after, ratio, why
+    ({"1": (30, 100)}, {"1": (30, 150)}, 1.5, "one bucket"),
+    ({"1": (30, 100), "2": (40, 400)}, {"1": (30, 150), "2": (99, 400)}, 1.25, "the mean of two"),
+    ({"1": (30, 100), "2": (29, 400)}, {"1": (30, 150), "2": (99, 900)}, 1.5, "too few requests before"),
+    ({"1": (30, 100)}, {"1": (29, 150)}, None, "too few requests after"),
+    ({"1": (30, 100)}, {"2": (30, 150)}, None, "nothing in common"),
+    ({}, {"1": (30, 150)}, None, "no time before"),
+    ({"1": (30, 0)}, {"1": (30, 150)}, None, "a clock that did not move"),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "ratio", "why"), RATIOS)
+def test_latency_is_compared_within_shapes(
+    before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]], ratio: float | None, why: str
+):
+    def sketches(side: dict[str, tuple[int, int]]) -> dict[str, Sketch]:
+        made = {}
+        for bucket, (count, value) in side.items():
+            made[bucket] = Sketch()
+            made[bucket].add(value, count)
+        return made
+
+    found = comparison.ratio_of(sketches(before), sketches(after))
+    assert found == (None if ratio is None else pytest.approx(ratio, rel=0.03)), why
+
+
+@pytest.mark.parametrize("bins", [{"x": 1}, {"5": -1}, {"999999": 1}, {"9999999": 1}])
+def test_a_sketch_that_is_none_stops_nothing(bins: dict[str, int]):
+    assert comparison.sketch_of(bins) is None
+    assert comparison.sketch_of({"5": 3, "z": 1}) is not None
+
+
 def test_a_lane_is_due_once_its_periods_and_the_grace_have_passed():
     second = 1_000_000
 
@@ -206,10 +284,17 @@ def test_a_key_comes_back_from_the_database(key: int):
 
 
 @pytest.mark.parametrize(
-    ("gate", "unit"), [({"harm": 0.01}, 0.05), ({"harm": 0.4}, 1.0), ({"harm": 0.01, "cap": 0.2}, 0.2)]
+    ("gate", "unit"),
+    [
+        (Gate(metric="errors", harm=0.01), 0.05),
+        (Gate(metric="errors", harm=0.4), 1.0),
+        (Gate(metric="errors", harm=0.01, cap=0.2), 0.2),
+        (Gate(metric="latency", harm=0.1), 2.0),
+        (Gate(metric="latency", harm=0.5), 3.5),
+    ],
 )
-def test_a_device_counts_for_so_much_and_no_more(gate: dict[str, float], unit: float):
-    assert Gate(metric="errors", **gate).unit == pytest.approx(unit)
+def test_a_device_counts_for_so_much_and_no_more(gate: Gate, unit: float):
+    assert gate.unit == pytest.approx(unit)
 
 
 WINDOWS = [

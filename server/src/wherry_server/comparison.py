@@ -11,18 +11,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import text
+import msgspec
+from sqlalchemy import bindparam, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server.evidence import SECOND_US, Scan
 from wherry_server.gates import Gate
 from wherry_server.plan import Plan
 from wherry_server.rollout import Compared, Lane, Progress, Taken, with_taken
-from wherry_server.sequential import LANES_MAX, Pairs, draw, merge
+from wherry_server.sequential import CONTROLS_MAX, LANES_MAX, Pairs, draw, merge
 from wherry_server.targeting import KEY_MAX, control_rank, unsigned
+from wherry_shared.sketch import Sketch
 
 GRACE_S = 30
 """How long after a period its telemetry may arrive and count."""
+BASELINE_PERIODS = 4
+"""Whole periods before a wave by which latency with the incumbent is known."""
+LATENCY_DEVICES_MAX = 100
+"""Candidates of a wave whose latency is measured, and CONTROLS_MAX times as many controls: sketches are bulky."""
+LATENCY_REQUESTS_MIN = 30
+"""Requests that a shape bucket needs before and after (contracts.md §4)."""
 LANES_PER_TURN = 20
 """Lanes taken in one turn; more, after a long silence of the director, take more turns."""
 
@@ -74,8 +82,13 @@ async def take(
         members = (await connection.execute(_WAVE, {"rollout": row.id, "begin": since, "end": since + length})).all()
         lanes: dict[str, Lane] = {}
         for gate in plan.compared:
-            measured = await values(connection, row, plan, gate, one)
-            lanes[gate.metric] = lane_of(plan, compared.of(gate.metric)[one.lane], members, scan, *measured)
+            known = compared.of(gate.metric)[one.lane]
+            if gate.metric == "latency":
+                devices = _measurable(plan, known, members, scan)
+                measured = await latencies(connection, row, plan, gate, one, devices)
+            else:
+                measured = await values(connection, row, plan, gate, one)
+            lanes[gate.metric] = lane_of(plan, known, members, scan, *measured)
         taken.append(Taken(wave=one.wave, lane=one.lane, lanes=lanes))
         compared = with_taken(compared, taken[-1:])
     return taken
@@ -136,6 +149,86 @@ async def values(
     return candidates, controls
 
 
+def _measurable(plan: Plan, known: Lane, members: Sequence[Any], scan: Scan) -> list[str]:
+    """Return the candidates and unused controls whose latency is worth reading, by the order of keys."""
+    wave = sorted(members, key=lambda member: int(member.share_key))[:LATENCY_DEVICES_MAX]
+    ranked = (
+        (control_rank(one.key, plan.held_back), known.spent.get(one.stratum, KEY_MAX + 1), one.device)
+        for one in (*scan.free, *scan.held)
+    )
+    fresh = sorted(((rank, device) for rank, spent, device in ranked if rank < spent), reverse=True)
+    return [
+        *(member.device_id for member in wave),
+        *(device for _, device in fresh[: LATENCY_DEVICES_MAX * CONTROLS_MAX]),
+    ]
+
+
+async def latencies(
+    connection: AsyncConnection, row: Any, plan: Plan, gate: Gate, one: Due, devices: list[str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the latency of each device over its own before the wave: with the candidate, and with anything else."""
+    (planned,) = plan.models
+    length = plan.period_s * SECOND_US
+    named = {
+        "project": row.project_id,
+        "model": planned.model,
+        "manifest": planned.manifest,
+        "devices": devices,
+    }
+    spans = {
+        "before": ((one.wave - BASELINE_PERIODS) * length, one.wave * length),
+        "after": (one.begin, one.end),
+    }
+    sketches: dict[tuple[str, str, bool], dict[str, Sketch]] = {}
+    for span, (begin, end) in spans.items():
+        for found in await connection.execute(_BODIES, {**named, "begin": begin, "end": end}):
+            merged = sketches.setdefault((found.device_id, span, bool(found.candidate)), {})
+            for bucket, bins in _timed.decode(found.body).latency_us.items():
+                sketch = sketch_of(bins)
+                if sketch is not None:
+                    merged.setdefault(bucket, Sketch()).merge(sketch)
+    sides: tuple[dict[str, float], dict[str, float]] = ({}, {})
+    for device in devices:
+        before = sketches.get((device, "before", False), {})
+        for side, candidate in zip(sides, (True, False), strict=True):
+            ratio = ratio_of(before, sketches.get((device, "after", candidate), {}))
+            if ratio is not None:
+                side[device] = min(ratio / gate.unit, 1.0)
+    return sides
+
+
+def sketch_of(bins: dict[str, int]) -> Sketch | None:
+    """Return what a device sent as a sketch, None if it is none: what one device says must not stop a rollout."""
+    try:
+        sketch = Sketch.from_wire(bins)
+        sketch.quantile(1.0)
+    except (ValueError, OverflowError):
+        return None
+    return sketch
+
+
+def ratio_of(before: dict[str, Sketch], after: dict[str, Sketch]) -> float | None:
+    """Return the mean ratio of medians over the shape buckets with enough requests on both sides, None without one."""
+    ratios = [
+        (after[bucket].quantile(0.5) or 0.0) / median
+        for bucket, known in before.items()
+        if bucket in after
+        and min(known.count, after[bucket].count) >= LATENCY_REQUESTS_MIN
+        and (median := known.quantile(0.5))
+    ]
+    return sum(ratios) / len(ratios) if ratios else None
+
+
+class _Timed(msgspec.Struct):
+    latency_us: dict[str, dict[str, int]] = {}
+
+
+_timed = msgspec.json.Decoder(_Timed)
+_BODIES = text(
+    "SELECT device_id, CASE WHEN manifest = :manifest THEN 1 ELSE 0 END AS candidate, body FROM telemetry_window"
+    " WHERE project_id = :project AND model = :model AND start >= :begin AND start < :end AND arm <> 'shadow'"
+    " AND requests > 0 AND device_id IN :devices"
+).bindparams(bindparam("devices", expanding=True))
 _WAVES = text("SELECT DISTINCT exposed_at / :length AS wave FROM assignment WHERE rollout_id = :rollout")
 _WAVE = text(
     "SELECT device_id, stratum, share_key FROM assignment WHERE rollout_id = :rollout"

@@ -24,8 +24,11 @@ HARM_OF_CAP_MAX = 0.9
 ERROR_MIN, ERROR_MAX = 1e-6, 0.5
 CAP_TIMES = 5
 """Unless a gate says otherwise, a device counts for at most so many times the harm that matters."""
-Metric = Literal["failed", "returned", "crashed", "errors"]
-COMPARED: frozenset[Metric] = frozenset({"errors"})
+LATENCY_CAP_MIN = 2.0
+"""The same for latency, whose values are ratios around 1: at least this, by default."""
+LATENCY_CAP_MAX = 100.0
+Metric = Literal["failed", "returned", "crashed", "errors", "latency"]
+COMPARED: frozenset[Metric] = frozenset({"errors", "latency"})
 """Metrics that compare devices with the candidate with devices that keep the incumbent."""
 
 
@@ -45,7 +48,8 @@ class Gate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     `failed` are devices that failed for a reason that speaks against the bundle, `returned` those of them that went back
     from a trial, `crashed` those whose worker or canary crashed. `errors` is the share of its requests that a device fails,
-    compared with devices that keep the incumbent.
+    `latency` its median engine time over its own median before the wave; both are compared with devices that keep the
+    incumbent.
     """
 
     metric: Metric
@@ -54,7 +58,7 @@ class Gate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     tolerated: float | None = None
     """Share of devices up to which a halt would be false; of metrics without a control."""
     cap: float | None = None
-    """Of metrics with a control: a device that has more counts as if it had this (default: CAP_TIMES × harm)."""
+    """Of metrics with a control: a device that has more counts as if it had this (default: see `unit`)."""
     alpha: float = 0.05
     """Probability of ever halting a bundle that does no harm, at most."""
     beta: float = 0.05
@@ -63,7 +67,11 @@ class Gate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     @property
     def unit(self) -> float:
         """The cap that holds."""
-        return min(CAP_TIMES * self.harm, 1.0) if self.cap is None else self.cap
+        if self.cap is not None:
+            return self.cap
+        if self.metric == "latency":
+            return max(LATENCY_CAP_MIN, 1 + CAP_TIMES * self.harm)
+        return min(CAP_TIMES * self.harm, 1.0)
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -120,13 +128,12 @@ def check_gate(gate: Gate) -> None:
     if gate.metric in COMPARED:
         if gate.tolerated is not None:
             raise RefusedError("plan_gate", f"{what}: it has a control, so nothing is tolerated beside it")
-        if (
-            not HARM_MIN <= gate.harm <= HARM_OF_CAP_MAX
-            or not gate.harm <= HARM_OF_CAP_MAX * gate.unit <= HARM_OF_CAP_MAX
-        ):
+        base, most = (1.0, LATENCY_CAP_MAX) if gate.metric == "latency" else (0.0, 1.0)
+        if not (gate.harm >= HARM_MIN and base + gate.harm / HARM_OF_CAP_MAX <= gate.unit <= most):
             raise RefusedError(
                 "plan_gate",
-                f"{what}: harm {gate.harm} and cap {gate.unit} are not {HARM_MIN} to 1, harm at most {HARM_OF_CAP_MAX} of cap",
+                f"{what}: harm {gate.harm} is not at least {HARM_MIN}, or cap {gate.unit} not clearly above"
+                f" {base + gate.harm} and at most {most}",
             )
     else:
         if gate.cap is not None:
