@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.agent.daemon_kit import Agent, agent, site
+from tests.agent.daemon_kit import MODEL, Agent, agent, site
 from tests.agent.serving_kit import until
 from tests.services import needs_private_mounts
 from tests.shared.engines import models
+from wherry_agent.handle import Model
 
 pytestmark = pytest.mark.services
 
@@ -54,6 +56,9 @@ def test_an_agent_on_a_disk_that_takes_no_writes_serves_on_and_says_so(tmp_path:
             except AssertionError as error:
                 raise AssertionError(f"{error}\n{stuck.tail()}") from error
             assert stuck.ask(5) == ["1.0.0"] * 5
+            assert stuck.status()["running"], "it is found where its sockets are"
+            with Model(MODEL, socket=stuck.home / "run" / "handle.sock") as model:
+                assert model.run({"x": np.ones((1, 4), np.float32)}).by.version == "1.0.0"
         finally:
             stuck.stop()
         assert (first.home / "journal.json").read_bytes() == journal

@@ -20,7 +20,6 @@ import secrets
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -31,7 +30,19 @@ from typing import assert_never
 
 import msgspec
 
-from wherry_agent import __version__, cgroups, children, identity, machine, readings, sampling, status, timestamp, turn
+from wherry_agent import (
+    __version__,
+    cgroups,
+    children,
+    identity,
+    machine,
+    readings,
+    sampling,
+    shelter,
+    status,
+    timestamp,
+    turn,
+)
 from wherry_agent import state as s
 from wherry_agent.children import ArmStats, Ran
 from wherry_agent.contracts import contract_of
@@ -249,7 +260,7 @@ class Daemon:
                 raise
         if os.access(folder, os.W_OK):
             return folder
-        elsewhere = Path(tempfile.mkdtemp(prefix="wherry-"))
+        elsewhere = shelter.make(self._home)
         log.error("%s takes no writes: the agent's sockets are in %s", folder, elsewhere)
         return elsewhere
 
@@ -418,7 +429,7 @@ class Daemon:
             ) from error
         self.http_port: int = tcp.getsockname()[1]
         sharing = Sharing(self._home, group_id(self._settings.handle_group), self._disk)
-        sharing.open_folders()
+        sharing.open_folders(self._run_folder)
         path = self._run_folder / "worker.sock"
         local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:

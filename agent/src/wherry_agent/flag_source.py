@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from wherry_agent import handle_messages as messages
+from wherry_agent import shelter
 from wherry_agent.lines import LineWriter, read_lines
 from wherry_shared import flags as device_flags
 from wherry_shared.errors import RefusedError, UnreachableError, WherryError
@@ -101,7 +102,7 @@ class FlagSource:
         while not self._closed.is_set():
             connection = sockets.socket(sockets.AF_UNIX)
             try:
-                connection.connect(self.path)
+                shelter.connect(connection, Path(self.path))
                 self._connection = connection
                 if self._closed.is_set():
                     return  # closed in this moment: nobody would shut this connection down

@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from wherry_agent import handle_messages as messages
+from wherry_agent import shelter
 from wherry_agent.answering.arms import RUNS_LEFT_OUT, ArmName, Counter, Loaded, key_of, load_variant, reason_of
 from wherry_agent.answering.ask import Ask
 from wherry_agent.answering.gate import RunGate
@@ -484,7 +485,7 @@ class Model:
         while not self._closed.is_set():
             connection = sockets.socket(sockets.AF_UNIX)
             try:
-                connection.connect(self._path)
+                shelter.connect(connection, Path(self._path))
                 self._connection, self._writer = connection, LineWriter(connection)
                 self._revision = -1
                 self._say(

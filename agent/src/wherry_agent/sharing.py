@@ -30,8 +30,8 @@ class Sharing:
         self._group = group
         self._disk = disk
 
-    def open_folders(self) -> None:
-        """Make the ways to sockets and files passable.
+    def open_folders(self, run: Path) -> None:
+        """Make the ways to sockets (they are in `run`) and files passable.
 
         Raises:
             DeviceError: `group_denied`.
@@ -39,7 +39,7 @@ class Sharing:
         if self._group is None:
             return
         store = self._home / "store"
-        for folder in (self._home, self._home / "run", store, store / "blobs", store / "blobs" / "sha256"):
+        for folder in (self._home, run, store, store / "blobs", store / "blobs" / "sha256"):
             self._disk.mkdir(folder)
             self._open(folder, PASS)
         self._disk.mkdir(store / "assets")

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from wherry_agent import contracts, machine
+from wherry_agent import contracts, machine, shelter
 from wherry_agent import state as s
 from wherry_agent.accepting import accepted
 from wherry_agent.disk import Disk
@@ -242,7 +242,7 @@ def question(home: Path, word: str) -> dict[str, Any] | None:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(SECONDS_MAX)
-            connection.connect(str(home / "run" / SOCKET))
+            shelter.connect(connection, home / "run" / SOCKET)
             connection.sendall(f"{word}\n".encode())
             data = bytearray()
             while chunk := connection.recv(1 << 16):
