@@ -161,6 +161,30 @@ def test_a_version_that_fails_no_more_than_its_control_goes_on_and_the_control_g
     run(work())
 
 
+def test_an_adaptive_rollout_waits_for_the_comparison_and_reaches_few_devices_of_a_bad_version(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            devices = await found.enrol(200, version="1.0.0")
+            telling = Telling(found, {"1.0.0": 0.02, "1.1.0": 0.3})
+            number = await found.roll_out("1.1.0", strategy="adaptive", gates=[GATE], period_s=PERIOD_S)
+            for _ in range(6):
+                await found.turn()
+            shown = await found.show(number)
+            assert shown["counts"]["real"]["confirmed"] == 5, "all are confirmed, and none has been compared"
+            assert shown["counts"]["real"]["exposed"] == 5
+            for _ in range(8):
+                await telling.period()
+                if (await found.show(number))["state"] != "running":
+                    break
+            shown = await found.until(number, "halted")
+            assert shown["reason"] == "errors_bound"
+            assert shown["counts"]["real"]["exposed"] <= 33
+            assert {device.running for device in devices} == {manifest_of("1.0.0")}
+
+    run(work())
+
+
 @pytest.mark.parametrize(("median_us", "outcome"), [(1_600.0, "breach"), (1_000.0, "pass")])
 def test_a_version_is_slower_where_devices_are_slower_than_they_were(tmp_path: Path, median_us: float, outcome: str):
     async def work() -> None:

@@ -126,6 +126,7 @@ def test_a_verdict_is_what_its_interval_says(lanes: list[Pairs], harm: float):
 def test_no_data_decide_nothing(lanes: list[Pairs]):
     found = compare(lanes, 0.2, ALPHA, BETA)
     assert (found.outcome, found.sample, found.low, found.high) == ("unknown", 0, -1.0, 1.0)
+    assert found.e_halt == found.e_pass == 1
 
 
 # --- pairs and lanes ----------------------------------------------------------------------------

@@ -94,7 +94,9 @@ async def read(
     evidence = Evidence(stages=stages, command=command, happened=await _happened(connection, row.id, plan))
     if found is None:
         return evidence
-    evidence = msgspec.structs.replace(evidence, members=found.members)
+    evidence = msgspec.structs.replace(
+        evidence, members=found.members, unmeasured=await _unmeasured(connection, row.id, plan, progress)
+    )
     share, reached = reach(plan, progress), progress.stage >= 0
     following = progress.stage + 1
     coming, wanted = 0.0, 0.0
@@ -132,6 +134,14 @@ async def _happened(connection: AsyncConnection, rollout: str, plan: Plan) -> di
         return {}
     found = (await connection.execute(_HAPPENED, {"rollout": rollout, "crash": reasons.CRASH})).one()
     return {gate.metric: getattr(found, gate.metric) or 0 for gate in plan.gates if gate.metric not in COMPARED}
+
+
+async def _unmeasured(connection: AsyncConnection, rollout: str, plan: Plan, progress: Progress) -> int:
+    """Count the confirmed devices of waves that no comparison has seen, where that sets the pace."""
+    if plan.strategy != "adaptive" or not plan.compared or progress.widened:
+        return 0
+    waves = await connection.execute(_CONFIRMED, {"rollout": rollout, "length": plan.period_s * SECOND_US})
+    return sum(one.devices for one in waves if not progress.compared.waves.get(str(one.wave)))
 
 
 async def breakdown(connection: AsyncConnection, rollout: str) -> list[dict[str, Any]]:
@@ -271,6 +281,10 @@ _HAPPENED = text(
     "SELECT count(*) AS failed, sum(CASE WHEN outcome = 'returned' THEN 1 ELSE 0 END) AS returned,"
     " sum(CASE WHEN reason = :crash THEN 1 ELSE 0 END) AS crashed FROM assignment"
     " WHERE rollout_id = :rollout AND outcome IN ('returned', 'failed', 'refused')"
+)
+_CONFIRMED = text(
+    "SELECT exposed_at / :length AS wave, count(*) AS devices FROM assignment WHERE rollout_id = :rollout"
+    " AND outcome IN ('confirmed', 'confirmed_idle') GROUP BY wave"
 )
 _BREAKDOWN = text(
     "SELECT a.stage, a.outcome, a.reason, d.simulated, count(*) AS devices FROM assignment a"

@@ -156,6 +156,8 @@ class Evidence(_Value, frozen=True, kw_only=True):
     """What `next_share()` asked for, where the strategy is adaptive."""
     happened: dict[str, int] = {}
     """Metric of a gate → devices to which it happened, over all stages; those that the plan asks for."""
+    unmeasured: int = 0
+    """Of the confirmed devices of an adaptive rollout: those whose first lane no comparison has seen yet."""
     taken: list[Taken] = []
     """Lanes of comparisons that ended since the last decision, in the order of waves and lanes."""
     command: Command = ""
@@ -261,13 +263,16 @@ def decide(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> tupl
 
 
 def allowed_now(plan: Plan, evidence: Evidence) -> int:
-    """Return how many more devices an adaptive rollout may expose; whoever never spoke of it has not been harmed yet."""
+    """Return how many more devices an adaptive rollout may expose.
+
+    Whoever never spoke of it has not been harmed yet; who is confirmed is judged once every gate could judge it.
+    """
     total = evidence.total
     return may_expose(
         bound=plan.harm_bound,
         exposed=total.settled + total.pending + total.late,
         bad=total.failed,
-        good=total.confirmed + total.confirmed_idle,
+        good=max(total.confirmed + total.confirmed_idle - evidence.unmeasured, 0),
         error=PACE_ERROR,
     )
 

@@ -231,12 +231,13 @@ def outcome(lanes: Sequence[Pairs], harm: float, alpha: float, beta: float) -> O
 
 def _wealths(lanes: Sequence[Pairs], harm: float) -> tuple[float, float]:
     """Return the logarithms of the largest wealth of a lane against `no harm` and against `harm`, each times its share."""
-    halts, passes = [-_LOG_MAX], [-_LOG_MAX]
+    halts: list[float] = []
+    passes: list[float] = []
     for lane, pairs in enumerate(lanes[:LANES_MAX]):
         if pairs:
             halts.append(log_above(_floors(pairs), 0.0, -1.0) + math.log(lane_share(lane)))
             passes.append(log_below(_ceilings(pairs), harm) + math.log(lane_share(lane)))
-    return max(halts), max(passes)
+    return max(halts, default=0.0), max(passes, default=0.0)
 
 
 def _floors(pairs: Pairs) -> list[tuple[float, int]]:

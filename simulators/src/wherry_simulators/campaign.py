@@ -36,6 +36,8 @@ class Campaign:
     """One rollout of one model."""
 
     def __init__(self, server: Server, plan: Plan, rollout: str) -> None:
+        if plan.gates or plan.held_back or plan.strategy != "canary":
+            raise RuntimeError("a campaign carries canary plans with fixed bounds only")
         self.server = server
         self.plan = plan
         self.rollout = rollout
