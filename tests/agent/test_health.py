@@ -73,6 +73,18 @@ ROWS = [
         outcome="fail",
         reason=reasons.HEALTH_LATENCY,
     ),
+    Row(
+        "a median that grew by some microseconds is another process",
+        {"requests": 40, "latency_us": latencies(4, 44, 40)},
+        baseline=old(latency_us=latencies(4, 19, 100)),
+    ),
+    Row(
+        "a median that grew by as many times and a tenth of a millisecond is not",
+        {"requests": 40, "latency_us": latencies(4, 220, 40)},
+        baseline=old(latency_us=latencies(4, 95, 100)),
+        outcome="fail",
+        reason=reasons.HEALTH_LATENCY,
+    ),
     Row("a median less than twice does not", {"requests": 40, "latency_us": latencies(4, 1900, 40)}),
     Row(
         "a slow median condemns before there are enough requests to confirm",

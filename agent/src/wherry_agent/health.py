@@ -20,6 +20,9 @@ from wherry_shared.wire import Trial
 
 BUCKET_REQUESTS_MIN = 30
 """Requests that a shape bucket needs on each side before its latencies are compared."""
+MEDIAN_GROWN_US_MIN = 100.0
+"""A median that grew by less is no evidence: engine time of a small model depends more on which process ran it (an
+application's own, or the worker that runs its calls in a trial) and on what else wants a core than on the model."""
 TAIL_QUANTILE = 0.9
 
 
@@ -93,7 +96,7 @@ def _latency(terms: Trial, candidate: ArmStats, baseline: ArmStats | None, *, ha
         median_before, tail_before = _quantiles(before[bucket])
         ratio = median / median_before if median_before > 0 else 0.0
         worst = max(worst, ratio)
-        if ratio > terms.latency_ratio_max:
+        if ratio > terms.latency_ratio_max and median - median_before >= MEDIAN_GROWN_US_MIN:
             detail = f"median {median:.0f} µs, incumbent {median_before:.0f} µs (bucket 2^{bucket})"
             return _Latency("fail", detail, worst)
         grown_ms = (tail - tail_before) / 1000
