@@ -158,6 +158,7 @@ class Device:
             variant=arguments.pop("variant", "float"),
             mirrors=arguments.pop("mirrors", []),
             tries_max=2,
+            reserve_bytes=arguments.pop("reserve_bytes", 0),
         )
         return self.run(task, **arguments)
 
@@ -573,13 +574,20 @@ def test_a_disk_that_is_full_is_said_so_and_resumes(device: Device, bundle: Path
 
 
 def test_too_little_space_is_seen_before_the_download(device: Device, bundle: Path):
+    free = courier_blobs.DISK_RESERVE_BYTES + 10
+
     class Small(Disk):
         def free_bytes(self, path: Path) -> int:
-            return courier_blobs.DISK_RESERVE_BYTES + 10
+            return free
 
     manifest = manifest_of(bundle)
     device.resolve(f"{MODEL}/1.0.0", manifest)
-    assert reason(device.fetch(manifest, disk=Small())) == reasons.DISK_FULL
+    answer = device.fetch(manifest, disk=Small())
+    assert reason(answer) == reasons.DISK_FULL
+    assert answer.retry_after_s == 60
+    free = 2 * courier_blobs.DISK_RESERVE_BYTES
+    assert reason(device.fetch(manifest, disk=Small(), reserve_bytes=free)) == reasons.DISK_FULL
+    assert isinstance(device.fetch(manifest, disk=Small()), Fetched)
 
 
 def test_an_archive_that_reaches_outside_is_refused(device, server, key, tmp_path: Path):

@@ -145,6 +145,8 @@ class Fetch(_Message, tag="fetch", frozen=True, kw_only=True):
     tries_max: int = 5
     bytes_per_s_max: int = 0
     """How fast to download; 0 for as fast as it goes."""
+    reserve_bytes: int = 0
+    """What the download leaves free on the disk, beyond what the courier leaves in any case."""
 
 
 class Scrub(_Message, tag="scrub", frozen=True, kw_only=True):

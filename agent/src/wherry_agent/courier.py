@@ -76,7 +76,7 @@ RETRY_AFTER_S = {
     reasons.TRUST_INVALID: 300.0,
     reasons.DIGEST_MISMATCH: 300.0,
     reasons.DISK: 60.0,
-    reasons.DISK_FULL: 300.0,
+    reasons.DISK_FULL: 60.0,
     reasons.READ_ONLY: 300.0,
     reasons.CHILD_FAILED: 60.0,
 }
@@ -281,6 +281,7 @@ def _blobs(task: Resolve | Fetch, disk: Disk, *, tries_max: int) -> Blobs:
         mirrors=mirrors.usable(),
         tries_max=tries_max,
         bucket=Bucket(task.bytes_per_s_max if isinstance(task, Fetch) else 0, time.monotonic()),
+        reserve_bytes=task.reserve_bytes if isinstance(task, Fetch) else 0,
         on_lie=mirrors.lied,
     )
 

@@ -79,6 +79,8 @@ class Blobs:
     sleep: Sleep = time.sleep
     bucket: Bucket = field(default_factory=lambda: Bucket(0, 0.0))
     """Bounds how fast bytes come; by default it does not."""
+    reserve_bytes: int = 0
+    """What stays free on the disk, at least `DISK_RESERVE_BYTES`."""
     on_lie: Callable[[str], None] = field(default=lambda _base: None)
     """Called with the address of a source whose bytes were wrong."""
     clock: Callable[[], float] = time.monotonic
@@ -166,10 +168,11 @@ class Blobs:
 
     def _check_space(self, needed: int) -> None:
         free = self.disk.free_bytes(self.store.path_of("sha256:" + "0" * 64).parent)
-        if free < needed + DISK_RESERVE_BYTES:
+        reserve = max(self.reserve_bytes, DISK_RESERVE_BYTES)
+        if free < needed + reserve:
             raise DeviceError(
                 reasons.DISK_FULL,
-                f"{needed} bytes to fetch, {free} bytes free, {DISK_RESERVE_BYTES} of them reserved",
+                f"{needed} bytes to fetch, {free} bytes free, {reserve} of them reserved",
                 consequence="nothing was fetched; what serves goes on",
                 next_step="free space on the device",
             )

@@ -815,6 +815,7 @@ class Daemon:
             manifest=effect.manifest,
             variant=effect.variant,
             bytes_per_s_max=self._settings.download_bytes_per_s_max,
+            reserve_bytes=self._settings.disk_reserve_mb * MIB,
         )
 
         def done(answer: children.CourierAnswer) -> None:
@@ -954,6 +955,7 @@ class Daemon:
             manifest=effect.manifest,
             variant=effect.variant,
             bytes_per_s_max=self._settings.download_bytes_per_s_max,
+            reserve_bytes=self._settings.disk_reserve_mb * MIB,
         )
 
         def done(answer: children.CourierAnswer) -> None:

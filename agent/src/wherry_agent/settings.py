@@ -54,7 +54,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     canary_memory_mb: Size = 0
     """What a candidate may use in the canary; 0 for half of the memory available when it starts."""
     disk_reserve_mb: Size = 64
-    """Disk space that a download leaves free."""
+    """Disk space that a download leaves free; of less than 16 it leaves 16."""
     disk_budget_mb: Size = 0
     """What all models together may take on the disk; within it, versions that are not needed stay as a cache. 0 for no
     bound, and nothing is kept that is not needed."""
