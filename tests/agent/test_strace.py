@@ -1,4 +1,4 @@
-"""No durable step exists outside the seam: what the system saw of a whole agent is what the seam recorded.
+"""No durable step exists outside the seam, and each of its steps is done: what the system saw of a whole agent is what it recorded.
 
 A real `wherry-agent run` enrols, installs a version whose download is killed and goes on, and goes back from a second one in
 its trial, under strace; every call
@@ -160,7 +160,13 @@ def test_every_durable_step_of_a_whole_agent_goes_through_the_seam(tmp_path: Pat
     opened = {path for step, path in steps if step in ("create", "truncate")}
     checked = Counter[str]()
     strays: list[str] = []
-    for (step, path), count in Counter(agent.seen()).items():
+    seen = Counter(agent.seen())
+    strays += [
+        f"{step} {path}: recorded {count}, seen {seen[step, path]}"
+        for (step, path), count in recorded.items()
+        if step not in ("open", "write") and seen[step, path] < count
+    ]
+    for (step, path), count in seen.items():
         if not path.is_relative_to(home):
             continue
         below = str(path.relative_to(home))
