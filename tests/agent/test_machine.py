@@ -542,6 +542,9 @@ def test_a_withdrawn_candidate_may_come_back_under_the_same_attempt() -> None:
     state, _ = run(state, offer(3, {MODEL: offered("1.0.0")}))
     state, _ = run(state, served(state, "1.0.0"))
     assert told(state)[-2:] == [("returned", reasons.WITHDRAWN), ("confirmed", "")]
+    assert [(one.id, one.outcome) for one in state.owed[-1].variants] == [
+        ("float", "serving")
+    ]  # why it runs is still known
     assert state.known_bad == ()
     state, _ = run(state, offer(4, {MODEL: offered("1.1.0")}))
     assert isinstance(phase(state), s.Resolving)

@@ -206,7 +206,8 @@ def test_a_device_shows_what_runs_and_why(server: Running) -> None:
         server,
         device.device,
         "shower",
-        state="returned",
+        state="confirmed",
+        manifest="sha256:" + "a" * 64,
         running="sha256:" + "a" * 64,
         running_variant="int8",
         reason="health_errors",
@@ -230,6 +231,32 @@ def test_a_device_shows_what_runs_and_why(server: Running) -> None:
     assert (model["reason"], model["detail"], model["peak_memory_bytes"]) == ("health_errors", "3 of 20 failed", 7)
     assert model["latency"]["requests"] == 100
     assert model["latency"]["p50_us"] == pytest.approx(1000, rel=0.05)
+
+
+def test_what_was_tried_of_a_candidate_is_not_said_of_what_serves_in_its_place(server: Running) -> None:
+    device = server.device("gone-back")
+    candidate = {
+        "id": "int8",
+        "outcome": "failed",
+        "why": "41 µs",
+        "engine": "onnxruntime 1.32.0",
+        "peak_memory_bytes": 7,
+    }
+    _say(
+        server,
+        device.device,
+        "shower",
+        state="returned",
+        manifest="sha256:" + "b" * 64,
+        running="sha256:" + "a" * 64,
+        running_variant="int8",
+        reason="health_errors",
+        body={"variants": [candidate]},
+    )
+    with server.http() as http:
+        model = http.get("/api/v1/devices/gone-back").json()["models"][0]
+    assert (model["variant"], model["why"], model["engine"], model["peak_memory_bytes"]) == ("int8", "", "", 0)
+    assert model["variants"] == [candidate]
 
 
 def test_a_device_is_said_to_know_its_offer_once_it_spoke_of_it(server: Running) -> None:

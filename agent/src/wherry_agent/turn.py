@@ -358,7 +358,7 @@ class Turn:
             serial=job.serial if job is not None else serial,
             reason=reason,
             detail=detail[:REPORT_DETAIL_CHARS_MAX],
-            variants=list(job.tried) if job is not None else [],
+            variants=_tried(slot, job, offered),
             requests=counts.requests + counts.earlier_requests,
             errors=counts.errors + counts.earlier_errors,
             fallbacks=counts.fallbacks + counts.earlier_fallbacks,
@@ -700,6 +700,15 @@ class Turn:
             job = Job(incumbent.offered, self.state.offer.serial if self.state.offer is not None else 0)
             end = f"returned:{reasons.GROUP}"
             self.report(name, "returned", job=job, reason=reasons.GROUP, detail=detail, trial_end=end)
+
+
+def _tried(slot: Slot, job: Job | None, offered: OfferedModel | None) -> list[VariantTried]:
+    """Return what a report says of variants; of the incumbent, which one serves: the rest was told in its own trial."""
+    if job is not None:
+        return list(job.tried)
+    if slot.incumbent is None or offered is None or slot.incumbent.manifest != offered.manifest:
+        return []
+    return [variant for variant in slot.incumbent.tried if variant.outcome == "serving"]
 
 
 def _closed(slot: Slot, offered: OfferedModel, *, unfit: bool) -> Slot:

@@ -328,7 +328,8 @@ def _device(row: Any) -> dict[str, Any]:
 
 def _model(row: Any, versions: Mapping[str, str], latency: dict[str, Any] | None) -> dict[str, Any]:
     tried = row.body.get("variants", [])
-    serving = next((variant for variant in tried if variant["id"] == row.running_variant), None)
+    own = tried if row.manifest == row.running else []  # a candidate's variants say nothing of what serves in its place
+    serving = next((variant for variant in own if variant["id"] == row.running_variant), None)
     return {
         "model": row.model,
         "state": row.state,

@@ -126,7 +126,8 @@ def _render_model(console: Console, model: dict[str, Any]) -> None:
     console.print(f"  {model['model']}  runs {version}; state {model['state']}, {when(model['updated_at'])}")
     if model["variant"]:
         memory = f", peak {size(model['peak_memory_bytes'])}" if model["peak_memory_bytes"] else ""
-        console.print(f"    variant  {model['variant']} on {model['engine'] or 'its engine'}{memory}")
+        engine = f" on {model['engine']}" if model["engine"] else ""
+        console.print(f"    variant  {model['variant']}{engine}{memory}")
     if model["why"]:
         console.print(f"    why      {model['why']}")
     latency = model["latency"]
@@ -138,7 +139,7 @@ def _render_model(console: Console, model: dict[str, Any]) -> None:
     if model["reason"]:
         console.print(f"    reason   {model['reason']}: {model['detail']}", markup=False)
     for variant in model["variants"]:
-        if variant["id"] != model["variant"]:
+        if variant["id"] != model["variant"] or model["manifest"] != model["running"]:
             text = f"    {variant['outcome']:<8} {variant['id']} {variant.get('reason', '')} {variant.get('why', '')}"
             console.print(text.rstrip(), markup=False)
 
