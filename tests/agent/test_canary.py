@@ -124,6 +124,7 @@ def test_a_candidate_over_its_memory_budget_is_refused(tmp_path: Path):
     heavy = loadable(models.heavy(tmp_path / "heavy.onnx", 96))
     verdict = judged(Judge(candidate=heavy, memory_bytes_max=32 * MB))
     assert (verdict.passed, verdict.reason) == (False, reasons.OVER_MEMORY), verdict
+    assert verdict.peak_memory_bytes < 64 * MB, "it was stopped at the limit, not measured beyond it"
     verdict = judged(Judge(candidate=heavy, memory_bytes_max=512 * MB))
     assert verdict.passed, verdict
     assert verdict.peak_memory_bytes > 20 * MB
