@@ -210,6 +210,17 @@ def test_enrolling_again_is_the_same_device(device: Device, server: RunningServe
     assert device.run(task) == device.enrolled
 
 
+def test_a_refused_enrolment_says_what_the_server_advises(server: RunningServer, tmp_path: Path):
+    for number in range(2):
+        home = tmp_path / str(number)
+        home.mkdir()
+        task = Enrol(home=str(home), server=server.url, token=server.enrolment_token, name="twice")
+        answer = run(task, print)
+    assert isinstance(answer, Failed)
+    assert "enrolled already" in answer.detail
+    assert "--name" in answer.detail
+
+
 def test_an_enrolment_that_was_cut_short_goes_on_with_the_same_key(server: RunningServer, tmp_path: Path):
     def hook(step, path):
         if step == "rename" and path.name == "device.json":

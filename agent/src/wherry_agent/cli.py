@@ -138,7 +138,11 @@ def _enrol(arguments: argparse.Namespace) -> int:
         processes.courier(task, box.put)
         answer = box.get()
         if isinstance(answer, children.Failed):
-            raise RefusedError("enrol_refused", answer.detail, next_step="check the address, or make a new token")
+            raise RefusedError(
+                "enrol_refused",
+                answer.detail,
+                next_step="do as the server says; check the address, or make a new token",
+            )
         known = identity.load(home)
     assert known is not None
     print(f"{known.device} in project {known.project} of {known.server}")

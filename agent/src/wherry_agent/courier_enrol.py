@@ -158,5 +158,7 @@ def problem(data: bytes, status: int) -> str:
         told = msgspec.json.decode(data)
     except msgspec.DecodeError:
         told = None
-    detail = told.get("detail") if isinstance(told, dict) else None
-    return f"the server answered {status}" + (f": {str(detail)[:300]}" if detail else "")
+    said = told if isinstance(told, dict) else {}
+    detail, step = said.get("detail"), said.get("next_step")
+    words = f": {str(detail)[:300]}" if detail else ""
+    return f"the server answered {status}{words}" + (f" (next: {str(step)[:300]})" if step else "")

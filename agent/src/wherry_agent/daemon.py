@@ -373,7 +373,7 @@ class Daemon:
                     "enrol_refused",
                     f"the server did not take this device: {detail}",
                     consequence="it gets no models",
-                    next_step="make a new token with wherry token create",
+                    next_step="do as the server says, or make a new token with wherry token create",
                 )
             log.warning("enrolment: %s; trying again in %.0f s", detail, wait_s)
             self._notifier.ready()  # as far as it gets without a server
