@@ -9,8 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.agent.builders import MODEL, confirmed, fetched, judged, now, offer, offered, resolved, run, served
+from tests.agent.builders import (
+    MODEL,
+    confirmed,
+    digest_of,
+    fetched,
+    judged,
+    now,
+    offer,
+    offered,
+    resolved,
+    run,
+    served,
+)
 from wherry_agent import machine, status
+from wherry_agent import state as s
 
 
 def test_what_goes_wrong_once_is_not_the_end_of_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,3 +70,10 @@ def test_what_the_canary_measured_of_both_is_shown_and_reported() -> None:
     tried = [one for report in machine.outgoing(state) for one in report.variants if one.latency_ratio]
     assert tried, [report.state for report in machine.outgoing(state)]
     assert all((one.incumbent_p50_us, one.incumbent_p99_us) == (40.0, 58.0) for one in tried)
+
+
+def test_how_long_trouble_waits_is_said_in_its_unit() -> None:
+    state, _ = run(confirmed("1.0.0"), offer(2, {MODEL: offered("1.1.0")}), resolved("1.1.0"))
+    failed = s.TaskFailed(MODEL, digest_of(f"{MODEL}/1.1.0"), 1, "fetch", "disk_full", "no room", 60.0)
+    shown = status.describe(run(state, failed)[0], now())
+    assert "disk_full · no room · waits 60 s" in status.render({"running": False, **shown})

@@ -305,7 +305,8 @@ def render(shown: dict[str, Any]) -> str:
                 lines.append(f"    {agreed}, {trial['skipped']} runs left out for the CPU budget")
         for key in ("trouble", "last_report"):
             if key in model:
-                lines.append(f"  {key.replace('_', ' '):<12}" + " · ".join(str(v) for v in model[key].values()))
+                said = [f"waits {v} s" if k == "again_in_s" else str(v) for k, v in model[key].items()]
+                lines.append(f"  {key.replace('_', ' '):<12}" + " · ".join(said))
     for name, contract in shown.get("contracts", {}).items():
         lines.append(f"\ncontract of {name} (by {contract['by']})")
         for kind in ("inputs", "outputs"):
