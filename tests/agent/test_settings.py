@@ -43,6 +43,7 @@ def test_what_applications_rely_on_can_be_declared(tmp_path: Path) -> None:
         ("colour = 1", "colour"),
         ("this is = = no toml", ""),
         ("[labels]\nsite = 4", "labels"),
+        ('engines = ["onnx"]', "engines[0]"),
         ("download_bytes_per_s_max = 10", "download_bytes_per_s_max"),
         ('[conditions]\nwindows = ["sometimes"]', "conditions.windows[0]"),
         ("[conditions]\nbattery = 10", "battery"),

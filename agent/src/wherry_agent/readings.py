@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ _M_ARENA_MAX = -8
 """`mallopt` parameter of glibc (malloc.h)."""
 
 
-def ask_facts(home: Path, engines: list[str], labels: dict[str, str]) -> DeviceFacts:
+def ask_facts(home: Path, engines: Sequence[str], labels: dict[str, str]) -> DeviceFacts:
     """Ask a child for the facts.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from wherry_agent.conditions import Conditions, parse_window
-from wherry_shared.bundle import Contract, StatePair, TensorSpec, check_interface
+from wherry_shared.bundle import Contract, EngineName, StatePair, TensorSpec, check_interface
 from wherry_shared.errors import RefusedError
 
 FILE = "agent.toml"
@@ -36,7 +36,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Name of the device at enrolment; empty for its host name."""
     labels: dict[str, str] = {}
     """Words by which cohorts choose devices."""
-    engines: list[str] = []
+    engines: list[EngineName] = []
     """Engines that may be used; empty for all that work here."""
     mirrors: list[str] = []
     """Addresses that serve blobs like the server does; tried first, trusted never."""
