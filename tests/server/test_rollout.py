@@ -22,8 +22,10 @@ from wherry_server.rollout import (
     Decision,
     Evidence,
     Expose,
+    Lane,
     Moved,
     Progress,
+    Taken,
     Withdraw,
     allowed_now,
     decide,
@@ -32,7 +34,7 @@ from wherry_server.rollout import (
     verdicts,
     why_not_yet,
 )
-from wherry_server.sequential import expected_harm
+from wherry_server.sequential import Pairs, expected_harm
 from wherry_server.targeting import cut_offs, exposed, key_of
 from wherry_shared.clock import Now, Since
 
@@ -532,3 +534,32 @@ def test_an_adaptive_rollout_whose_harm_is_used_up_exposes_nobody():
     waiting = evidence_of(Counts(pending=5), unexposed=3, next_cut_offs={"": 9}, next_share=0.05)
     assert decide(plan, running, waiting, later(1)) == (running, ())
     assert "widening" in codes(plan, running, waiting, later(1))
+
+
+COMPARISONS = [
+    # lanes taken: (wave, lane, differences), state after, stage after, why
+    ([], "running", 0, "no comparison is no success"),
+    ([(7, 0, ((0, 5),))], "running", 0, "five pairs are too few"),
+    ([(7, 0, ((0, 60),))], "running", 1, "sixty pairs without a difference are enough"),
+    ([(7, 0, ((128, 30),))], "returning", 0, "thirty that are worse by half of the cap are enough as well"),
+    ([(7, 0, ((0, 60),)), (7, 1, ((128, 30),))], "returning", 0, "harm that comes late outweighs a good first period"),
+    ([(7, 1, ((128, 30),))], "running", 0, "a lane before its turn is not counted"),
+    ([(7, 0, ((0, 5),))] * 20, "running", 0, "and none is counted twice"),
+    ([(wave, 0, ((0, 5),)) for wave in range(12)], "running", 1, "but waves add up"),
+]
+
+
+@pytest.mark.parametrize(("taken", "state", "stage", "why"), COMPARISONS)
+def test_a_comparison_decides_as_its_pairs_say(taken: list[tuple[int, int, Pairs]], state: str, stage: int, why: str):
+    plan = plan_of(gates=[{"metric": "errors", "harm": 0.01}])
+    lanes = [Taken(wave=wave, lane=lane, lanes={"errors": Lane(pairs=pairs)}) for wave, lane, pairs in taken]
+    evidence = evidence_of(Counts(confirmed=25), Counts(), taken=lanes)
+    after, decisions = decide(plan, started(plan), evidence, later(1))
+    assert (after.state, after.stage) == (state, stage), why
+    if state == "returning":
+        assert after.reason == "errors_bound"
+        (moved,) = [one for one in decisions if isinstance(one, Moved)]
+        assert [verdict.gate for verdict in moved.verdicts] == ["errors"]
+    # the next turn has nothing new to take and says the same
+    again, _ = decide(plan, after, msgspec.structs.replace(evidence, taken=[]), later(2))
+    assert again.compared == after.compared
