@@ -103,6 +103,8 @@ class Progress(_Value, frozen=True, kw_only=True):
     compared: Compared = Compared()
     widened: bool = False
     """Whether an adaptive rollout has reached the whole share of its stage."""
+    released: bool = False
+    """Whether the hold-back was let go, when all was done."""
 
 
 class Counts(_Value, frozen=True, kw_only=True):
@@ -295,7 +297,7 @@ def reach(plan: Plan, progress: Progress) -> float:
     """Return the share that a stratum without a cut-off is exposed to."""
     if progress.stage < 0 or (plan.strategy == "adaptive" and not progress.widened):
         return 0.0
-    return plan.share_of(progress.stage, done=progress.state == "done")
+    return plan.share_of(progress.stage, done=progress.released)
 
 
 def why_not_yet(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> list[Why]:
@@ -370,7 +372,7 @@ def _running(
             moved = Moved(state="done", reason="proved", verdicts=found)
             if not plan.held_back:
                 return ended, (moved,)
-            ended = msgspec.structs.replace(ended, cut_offs=_raised(progress, evidence))
+            ended = msgspec.structs.replace(ended, cut_offs=_raised(progress, evidence), released=True)
             share = plan.share_of(progress.stage, done=True)
             return ended, (moved, Expose(stage=progress.stage, share=share, cut_offs=ended.cut_offs))
         return _enter_stage(plan, progress, progress.stage + 1, evidence, now)
