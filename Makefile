@@ -5,8 +5,8 @@ VENV ?= .venv
 # where `make dist` puts wheels, and the copy that it builds them from
 DIST ?= dist
 RELEASE ?= build/release
-# tests at a time
-JOBS ?= 2
+# tests at a time: one more than cores, since whole processes are often waited for
+JOBS ?= 3
 BIN := $(VENV)/bin
 MEMBERS := shared optimizer server agent simulators
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' shared/pyproject.toml)
@@ -36,7 +36,7 @@ demo: setup  ## one real model from the optimizer to a fleet and back (KEEP=1 le
 	$(BIN)/wherry-sim demo $(if $(filter-out 0 no false,$(KEEP)),--keep)
 
 test: setup  ## unit, scenario, property, simulator and end-to-end tests
-	$(BIN)/python -m pytest -m "not soak" -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not soak" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: setup  ## the long forms of the suites
 	$(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)

@@ -31,7 +31,7 @@ from wherry_simulators.fleet import Agent, Server
 from wherry_simulators.processes import wait_for
 
 MODEL = "constant"
-WAIT_S = 60.0
+WAIT_S = 120.0
 """How long anything may take on a busy machine; on a quiet one nothing takes a tenth of it."""
 REQUEST_S = 15.0
 PAUSE_S = 0.04

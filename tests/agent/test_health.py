@@ -129,6 +129,18 @@ ROWS = [
         baseline=old(latency_us=latencies(4, 1000, 29)),
         outcome="unknown",
     ),
+    Row(
+        "what ran in an application and what ran in the worker are not compared",
+        {"requests": 40, "latency_us": latencies("h4", 90_000, 40)},
+        outcome="unknown",
+    ),
+    Row(
+        "what ran in applications before and after is",
+        {"requests": 40, "latency_us": latencies("h4", 90_000, 40)},
+        baseline=old(latency_us=latencies(4, 1000, 40) | latencies("h4", 1000, 40)),
+        outcome="fail",
+        reason=reasons.HEALTH_LATENCY,
+    ),
     Row("unknown latency does not hide failures", {"requests": 40, "errors": 9}, None, "fail", reasons.HEALTH_ERRORS),
     Row("a first installation needs no comparison", {"requests": 40}, baseline=None, has_incumbent=False),
     Row("nothing happened yet", {"requests": 0}, outcome="open"),

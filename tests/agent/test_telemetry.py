@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tests.agent.builders import MODEL, arm, latencies, loadable
 from wherry_agent import telemetry
 from wherry_agent.children import ArmStats
-from wherry_agent.telemetry import ARMS_MAX, Buffer, Context, Windows
+from wherry_agent.telemetry import ARMS_MAX, HANDLES, Buffer, Context, Windows
 from wherry_shared.sketch import Sketch
 from wherry_shared.wire import Telemetry, Window
 
@@ -91,7 +91,7 @@ def test_counts_that_fell_without_notice_begin_at_nothing_too() -> None:
 def test_the_worker_and_a_handle_are_counted_apart_and_judged_together() -> None:
     windows = Windows()
     windows.look("worker", [counted(10, trial="t")], 0)
-    windows.look("handle", [counted(5, trial="t", errors=2)], 0)
+    windows.look(HANDLES, [counted(5, trial="t", errors=2)], 0)
     total = windows.total(MODEL, loadable().digest, "candidate", "t")
     assert total is not None
     assert (total.requests, total.errors) == (15, 2)
@@ -110,30 +110,41 @@ def test_the_baseline_is_the_fullest_that_the_incumbent_had() -> None:
     assert windows.baseline(MODEL, loadable().digest) is None
 
 
+def test_what_applications_run_themselves_is_kept_apart_by_its_buckets() -> None:
+    windows = Windows()
+    told = msgspec.structs.replace(counted(80, arm="incumbent"), latency_us={"4": {"1": 80}})
+    windows.look(HANDLES, [told], 0)
+    windows.look("worker 7", [msgspec.structs.replace(told, requests=40, latency_us={"4": {"2": 40}})], 1)
+    baseline = windows.baseline(MODEL, loadable().digest)
+    assert baseline is not None
+    assert (baseline.requests, baseline.latency_us) == (120, {"h4": {"1": 80}, "4": {"2": 40}})
+    assert [set(window.latency_us) for window in windows.cut(9, lambda _: Context("", 0))] == [{"h4"}, {"4"}]
+
+
 def test_what_is_told_late_of_a_version_that_left_is_not_counted_again() -> None:
     windows = Windows()
 
     def cut() -> list[int]:
         return [window.requests for window in windows.cut(9, lambda _: Context("", 0))]
 
-    windows.look("handle", [counted(100)], 1)
+    windows.look(HANDLES, [counted(100)], 1)
     assert cut() == [100]
     windows.keep_only(set())
-    windows.look("handle", [counted(103)], 2)
+    windows.look(HANDLES, [counted(103)], 2)
     assert cut() == [3], "a handle says its last counts after the swap, and they are cumulative"
     windows.keep_only(set())
-    windows.look("handle", [counted(5)], 3)
+    windows.look(HANDLES, [counted(5)], 3)
     assert cut() == [5], "it came back, and is counted anew"
     windows.keep_only(set())
     windows.restart("handle")
-    windows.look("handle", [counted(7)], 4)
+    windows.look(HANDLES, [counted(7)], 4)
     assert cut() == [7], "another process counted"
 
 
 def test_counts_that_were_cut_of_versions_that_left_are_remembered_in_bounds() -> None:
     windows = Windows()
     for number in range(2 * ARMS_MAX):
-        windows.look("handle", [counted(5, trial=str(number))], 1)
+        windows.look(HANDLES, [counted(5, trial=str(number))], 1)
         windows.cut(2, lambda _: Context("", 0))
         windows.keep_only(set())
     assert len(windows._cut) == ARMS_MAX

@@ -62,7 +62,7 @@ from wherry_agent.settings import MIB, Settings
 from wherry_agent.sharing import Sharing
 from wherry_agent.socket_name import SocketName
 from wherry_agent.space import Space
-from wherry_agent.telemetry import Buffer, Context, Windows
+from wherry_agent.telemetry import HANDLES, Buffer, Context, Windows
 from wherry_agent.turn import flags_of
 from wherry_shared import dsse, reasons, topics, wire
 from wherry_shared.bundle import Contract
@@ -1208,7 +1208,7 @@ class Daemon:
         at_us = self._now().wall_us
         handles = self._handles.drain_stats()
         self._windows.look(f"worker {pid}", arms or [], at_us)
-        self._windows.look("handle", handles, at_us)
+        self._windows.look(HANDLES, handles, at_us)
         news = {(stats.model, stats.digest, stats.trial) for stats in (*(arms or []), *handles)}
         for name, slot in self._state.models.items():
             phase = slot.phase

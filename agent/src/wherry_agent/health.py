@@ -3,8 +3,8 @@
 Four kinds of evidence, each with a floor below which it says nothing: failed requests (`errors_min`), answers that the
 application itself called wrong (the same floor and rate), a shadow's agreement with the incumbent (`min_requests`
 comparisons), and engine time against the incumbent, per shape bucket and only in buckets with enough requests on both
-sides (contracts.md §4). Without a common bucket latency is *unknown*,
-never a failure: a device cannot condemn what it could not compare. The floor of failed requests ends with the trial:
+sides (contracts.md §4); what an application ran in its own process compares with its like only. Without a common bucket
+latency is *unknown*, never a failure: a device cannot condemn what it could not compare. The floor of failed requests ends with the trial:
 `machine` confirms nothing of which more failed than the terms allow.
 """
 
@@ -16,7 +16,7 @@ from typing import Literal
 from wherry_agent.children import ArmStats
 from wherry_shared.reasons import APPLICATION, HEALTH_AGREEMENT, HEALTH_ERRORS, HEALTH_LATENCY
 from wherry_shared.sketch import Sketch
-from wherry_shared.wire import Trial
+from wherry_shared.wire import IN_PROCESS, Trial
 
 BUCKET_REQUESTS_MIN = 30
 """Requests that a shape bucket needs on each side before its latencies are compared."""
@@ -87,8 +87,10 @@ def _latency(terms: Trial, candidate: ArmStats, baseline: ArmStats | None, *, ha
             "unknown", f"the incumbent has no shape bucket with {BUCKET_REQUESTS_MIN} requests in this boot"
         )
     after = _buckets(candidate)
-    common = sorted(before.keys() & after.keys(), key=int)
+    common = sorted(before.keys() & after.keys())
     if not common:
+        if after and {_inside(bucket) for bucket in after}.isdisjoint(map(_inside, before)):
+            return _Latency("unknown", "one ran in applications' own processes, the other in the worker")
         return _Latency("open", "no shape bucket has enough requests on both sides")
     worst = 0.0
     for bucket in common:
@@ -97,13 +99,21 @@ def _latency(terms: Trial, candidate: ArmStats, baseline: ArmStats | None, *, ha
         ratio = median / median_before if median_before > 0 else 0.0
         worst = max(worst, ratio)
         if ratio > terms.latency_ratio_max and median - median_before >= MEDIAN_GROWN_US_MIN:
-            detail = f"median {median:.0f} µs, incumbent {median_before:.0f} µs (bucket 2^{bucket})"
+            detail = f"median {median:.0f} µs, incumbent {median_before:.0f} µs ({_words(bucket)})"
             return _Latency("fail", detail, worst)
         grown_ms = (tail - tail_before) / 1000
         if tail > terms.latency_tail_ratio_max * tail_before and grown_ms >= terms.latency_tail_min_ms:
-            detail = f"90th percentile {tail:.0f} µs, incumbent {tail_before:.0f} µs (bucket 2^{bucket})"
+            detail = f"90th percentile {tail:.0f} µs, incumbent {tail_before:.0f} µs ({_words(bucket)})"
             return _Latency("fail", detail, worst)
     return _Latency("pass", ratio=worst)
+
+
+def _inside(bucket: str) -> bool:
+    return bucket.startswith(IN_PROCESS)
+
+
+def _words(bucket: str) -> str:
+    return f"bucket 2^{bucket.removeprefix(IN_PROCESS)}{', in process' if _inside(bucket) else ''}"
 
 
 def _buckets(arm: ArmStats | None) -> dict[str, Sketch]:

@@ -23,7 +23,7 @@ from wherry_agent.children import ArmStats, Sampled
 from wherry_agent.handle_server import merged
 from wherry_shared import wire
 from wherry_shared.limits import SAMPLE_BYTES_MAX, SAMPLES_PER_WINDOW_MAX
-from wherry_shared.wire import Arm, Sample, Telemetry, Window
+from wherry_shared.wire import IN_PROCESS, Arm, Sample, Telemetry, Window
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,9 @@ MESSAGE_BYTES_MAX = 60_000
 MESSAGES_MAX = 10_000
 ARMS_MAX = 256
 """Counters looked at between two cuts, and counters of variants that left; more belong to variants that are long gone."""
+
+HANDLES = "handle"
+"""The source of what applications count in their own processes."""
 
 _Key = tuple[str, str, str, str, str]
 """(source, model, digest, arm, trial): a handle and the worker may count the same arm side by side."""
@@ -53,13 +56,15 @@ class Windows:
         self._latest: dict[_Key, ArmStats] = {}
         self._cut: dict[_Key, ArmStats] = {}
         self._since_us: dict[_Key, int] = {}
-        self._baselines: dict[tuple[str, str], ArmStats] = {}
+        self._baselines: dict[tuple[str, str, bool], ArmStats] = {}
         self._samples: dict[_Key, list[Sample]] = {}
         self._left_out: dict[_Key, int] = {}
 
     def look(self, source: str, arms: Iterable[ArmStats], at_us: int) -> None:
         """Take the newest counts of a source."""
-        for stats in arms:
+        inside = source == HANDLES
+        for told in arms:
+            stats = _in_process(told) if inside else told
             key = (source, stats.model, stats.digest, stats.arm, stats.trial)
             before = self._latest.get(key) or self._cut.get(key)
             if before is not None and stats.requests < before.requests:
@@ -68,9 +73,9 @@ class Windows:
                 self._since_us[key] = at_us
             self._latest[key] = stats
             if stats.arm == "incumbent":
-                known = self._baselines.get((stats.model, stats.digest))
+                known = self._baselines.get((stats.model, stats.digest, inside))
                 if known is None or stats.requests >= known.requests:
-                    self._baselines[stats.model, stats.digest] = stats
+                    self._baselines[stats.model, stats.digest, inside] = stats
         while len(self._latest) > ARMS_MAX:
             self._drop(next(iter(self._latest)))
 
@@ -86,8 +91,9 @@ class Windows:
         self._left_out[key] = self._left_out.get(key, 0) + sampled.left_out + len(sampled.samples) - len(taken)
 
     def baseline(self, model: str, digest: str) -> ArmStats | None:
-        """Return the fullest counts of an incumbent in this life of the agent."""
-        return self._baselines.get((model, digest))
+        """Return the fullest counts of an incumbent in this life of the agent, by the worker and by applications."""
+        found = [self._baselines.get((model, digest, inside)) for inside in (False, True)]
+        return functools.reduce(merged, kept) if (kept := [stats for stats in found if stats is not None]) else None
 
     def total(self, model: str, digest: str, arm: str, trial: str) -> ArmStats | None:
         """Return the newest counts of an arm over all sources."""
@@ -130,6 +136,11 @@ class Windows:
     def _drop(self, key: _Key) -> None:
         for table in (self._latest, self._cut, self._since_us, self._samples, self._left_out):
             table.pop(key, None)
+
+
+def _in_process(stats: ArmStats) -> ArmStats:
+    marked = {f"{IN_PROCESS}{bucket}": bins for bucket, bins in stats.latency_us.items()}
+    return msgspec.structs.replace(stats, latency_us=marked)
 
 
 def _window(stats: ArmStats, before: ArmStats | None, start_us: int, at_us: int, context: Context) -> Window:

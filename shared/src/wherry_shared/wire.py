@@ -212,6 +212,10 @@ class Sample(_Wire, frozen=True, kw_only=True):
         return sum(len(tensor.data) for tensor in self.inputs)
 
 
+IN_PROCESS = "h"
+"""Before a shape bucket: of runs in the process of an application, through a handle."""
+
+
 class Window(_Wire, frozen=True, kw_only=True):
     """Measurements of one (model, bundle, variant, arm) over one stretch of time that never straddles a swap."""
 
@@ -227,7 +231,8 @@ class Window(_Wire, frozen=True, kw_only=True):
     errors: Count = 0
     fallbacks: Count = 0
     latency_us: dict[str, dict[str, int]] = {}
-    """Engine time by shape bucket (log2 of total input elements): a `sketch.Sketch` each."""
+    """Engine time by shape bucket (log2 of total input elements): a `sketch.Sketch` each. `IN_PROCESS` stands before the
+    bucket of runs in an application's own process, which never compare with those of a worker."""
     wait_us: dict[str, int] = {}
     """Time spent waiting for the run gate, a `sketch.Sketch`; never evidence."""
     classes: dict[str, int] = {}
