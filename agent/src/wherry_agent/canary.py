@@ -38,7 +38,8 @@ log = logging.getLogger(__name__)
 
 NICENESS = 10
 TASK_BYTES_MAX = 16 * 1024 * 1024
-RUNS_MAX = 200
+RUNS_MAX = 100
+"""Of each side: enough for a 99th percentile, and no more work than a device can spare."""
 MEASURE_SECONDS_MAX = 3.0
 PAIRS_MIN = 30
 """Runs on each side below which a ratio is no verdict."""

@@ -155,9 +155,6 @@ class Demo:
     def _start(self) -> None:
         self.server.start()
         self.console.print(f"  API {self.server.address}, broker on port {self.server.broker_port}")
-        for release in (self.releases["1.0.0"], self.pitch):
-            assert release is not None
-            self._publish(release)
         self.mirror = Mirror(self.server.address).start()
         with self.server.client() as client:
             client.post("/api/v1/cohorts", {"name": PILOT, "selector": PILOT_MEMBERS})
@@ -174,6 +171,9 @@ class Demo:
             self.swarm = SwarmChild(
                 self.server.address, token, self.outcome.swarm, table, logs, requests_per_s=SWARM_REQUESTS_PER_S
             ).start()
+        for release in (self.releases["1.0.0"], self.pitch):  # while devices start
+            assert release is not None
+            self._publish(release)
         expected = {"real": len(self.agents), "simulated": self.outcome.swarm}
         wait_for("all devices to enrol", lambda: self._counts() == expected, STEP_S, every_s=0.5)
         self.outcome.real = expected["real"]
