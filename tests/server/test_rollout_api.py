@@ -117,6 +117,9 @@ def test_the_first_day_deploy_watch_deploy_again_and_roll_back(world: World):
     back = wherry(world.server, "rollback", MODEL, "--device", "line-1", "--watch")
     assert back.returncode == 0, back.stdout + back.stderr
     assert world.devices[0].device.running == versions["line-2"]
+    again = wherry(world.server, "rollback", MODEL, "--device", "line-1", "--watch")
+    assert "[nothing_to_roll_back]" in again.stderr, "there was nothing before, and it does not go forward again"
+    assert world.devices[0].device.running == versions["line-2"]
 
     # a bundle that fails goes back by itself, and `watch` says so by its status
     failed = wherry(world.server, "deploy", f"{MODEL}:1.2.0", "--selector", "label.site = line", "--watch")

@@ -105,6 +105,8 @@ class Plan(_Strict, frozen=True, kw_only=True):
     on_halt: OnHalt = "revert_all"
     supersede: bool = False
     """Take devices over from an active rollout of the same model and priority."""
+    rollback: bool = False
+    """It takes devices back to what they had: a rollback after it goes back further, and never to what it took away."""
     priority: int = 0
     attempt: int = 1
     """Above 1: try again also where the bundle is known to be bad."""

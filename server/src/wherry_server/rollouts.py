@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import audit, cohorts, evidence, fleet
 from wherry_server.db.database import Database
-from wherry_server.db.tables import Bundle, Decision, Rollout, table
+from wherry_server.db.tables import Assignment, Bundle, Decision, Rollout, table
 from wherry_server.lease import boot_id
 from wherry_server.outcomes import LIVE
 from wherry_server.plan import Plan, parse_plan
@@ -27,7 +27,7 @@ from wherry_shared.clock import MICROSECONDS, Now
 from wherry_shared.errors import RefusedError
 from wherry_shared.ids import check_name
 
-_ROLLOUT, _BUNDLE, _DECISION = table(Rollout), table(Bundle), table(Decision)
+_ROLLOUT, _BUNDLE, _DECISION, _ASSIGNMENT = table(Rollout), table(Bundle), table(Decision), table(Assignment)
 ALLOWED: dict[Command, frozenset[State]] = {
     "start": frozenset({"created"}),
     "pause": frozenset({"running"}),
@@ -200,14 +200,14 @@ async def roll_back(database: Database, project: str, actor: str, model: str, de
     check_name(model, "model")
     if device is None:
         async with database.read() as connection:
-            number = await connection.scalar(_NEWEST, {"project": project, "model": model})
+            number = await _newest(connection, project, model)
         if number is None:
             raise _nothing(f"no rollout of {model[:64]} has reached a device that could go back")
-        return await command(database, project, actor, int(number), "revert")
+        return await command(database, project, actor, number, "revert")
     async with database.write() as connection:
         found = await fleet.find_device(connection, project, device)
-        row = (await connection.execute(_BEFORE, {"device": found.id, "model": model})).one_or_none()
-        if row is None or "/" not in row.from_target:
+        target = await _before(connection, found.id, model)
+        if "/" not in target:
             raise _nothing(f"it is not known what {found.name} ran of {model[:64]} before")
         priority = await connection.scalar(_PRIORITY, {"device": found.id, "model": model}) or 0
         number = await _create(
@@ -215,10 +215,11 @@ async def roll_back(database: Database, project: str, actor: str, model: str, de
             project,
             actor,
             {
-                "models": [{"model": model, "version": row.from_target.split("/", 1)[1]}],
+                "models": [{"model": model, "version": target.split("/", 1)[1]}],
                 "device": found.id,
                 "stages": [{"share": 1.0, "confirmed_min": 0}],
                 "trial": {"max_s": BACK_TRIAL_S},
+                "rollback": True,
                 "supersede": True,
                 "priority": priority,
                 "start": True,
@@ -226,6 +227,28 @@ async def roll_back(database: Database, project: str, actor: str, model: str, de
         )
     async with database.read() as connection:
         return await show(connection, project, number)
+
+
+async def _newest(connection: AsyncConnection, project: str, model: str) -> int | None:
+    """Return the newest rollout of a model that devices could go back from; what a rollback brought is none."""
+    rows = await connection.execute(_REACHED.where(_ROLLOUT.c.project_id == project, _ROLLOUT.c.model == model))
+    return next((int(row.number) for row in rows if not row.plan.get("rollback")), None)
+
+
+async def _before(connection: AsyncConnection, device: str, model: str) -> str:
+    """Return the target that a device had of a model before the one that it has now; empty if that is not known.
+
+    If a rollback brought what it has now, this is what came before that again, and never what the rollback took away.
+    """
+    rows = await connection.execute(_HISTORY.where(_ASSIGNMENT.c.device_id == device, _ASSIGNMENT.c.model == model))
+    back_to = ""
+    for row in rows:
+        returned = bool(row.plan.get("rollback"))
+        if returned and not back_to and row.outcome in _HERE:
+            back_to = row.to_manifest
+        elif not returned and (row.to_manifest == back_to if back_to else row.outcome in _HERE):
+            return str(row.from_target)
+    return ""
 
 
 async def find(connection: AsyncConnection, project: str, number: int) -> Any:
@@ -417,16 +440,30 @@ def _nothing(message: str) -> RefusedError:
     )
 
 
-_NEWEST = text(
-    "SELECT r.number FROM rollout r WHERE r.project_id = :project AND r.model = :model"
-    " AND r.state IN ('running', 'paused', 'done', 'halted', 'aborted') AND EXISTS (SELECT 1 FROM assignment a"
-    " WHERE a.rollout_id = r.id AND a.outcome IN ('exposed', 'confirmed', 'confirmed_idle'))"
-    " ORDER BY r.number DESC LIMIT 1"
+_HERE = ("exposed", "confirmed", "confirmed_idle")
+"""Outcomes of devices that have, or will have, what the rollout brings."""
+_REACHED = (
+    select(_ROLLOUT.c.number, _ROLLOUT.c.plan)
+    .where(_ROLLOUT.c.state.in_(("running", "paused", "done", "halted", "aborted")))
+    .where(
+        select(_ASSIGNMENT.c.device_id)
+        .where(_ASSIGNMENT.c.rollout_id == _ROLLOUT.c.id, _ASSIGNMENT.c.outcome.in_(_HERE))
+        .exists()
+    )
+    .order_by(_ROLLOUT.c.number.desc())
 )
-_BEFORE = text(
-    "SELECT a.from_target FROM assignment a JOIN rollout r ON r.id = a.rollout_id WHERE a.device_id = :device"
-    " AND a.model = :model AND a.from_manifest <> '' AND a.from_manifest <> a.to_manifest"
-    " AND a.outcome IN ('exposed', 'confirmed', 'confirmed_idle') ORDER BY r.number DESC LIMIT 1"
+_HISTORY = (
+    select(
+        _ASSIGNMENT.c.from_target,
+        _ASSIGNMENT.c.from_manifest,
+        _ASSIGNMENT.c.to_manifest,
+        _ASSIGNMENT.c.outcome,
+        _ROLLOUT.c.plan,
+    )
+    .join(_ROLLOUT, _ROLLOUT.c.id == _ASSIGNMENT.c.rollout_id)
+    .where(_ASSIGNMENT.c.outcome.in_((*_HERE, "superseded")), _ASSIGNMENT.c.from_manifest != "")
+    .where(_ASSIGNMENT.c.from_manifest != _ASSIGNMENT.c.to_manifest)
+    .order_by(_ROLLOUT.c.number.desc())
 )
 _PRIORITY = text(
     "SELECT max(r.priority) FROM rollout r JOIN assignment a ON a.rollout_id = r.id WHERE a.device_id = :device"
