@@ -494,7 +494,7 @@ def test_a_moment_without_threads_costs_one_connection_and_not_the_endpoint(endp
     monkeypatch.setattr(threading.Thread, "start", start)
     with endpoint.connect() as unlucky:
         assert unlucky.recv(1) == b"", "its connection is closed, not kept"
-    assert endpoint.server._clients == set()
+    until(lambda: not endpoint.server._clients, "it is forgotten")
     assert endpoint.call("GET", "/v2/health/live") == (200, {"live": True})
     assert refused
 

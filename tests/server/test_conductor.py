@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import msgspec
@@ -409,7 +409,9 @@ def test_roll_back_on_one_device_brings_what_it_ran_before(tmp_path: Path):
                 manifest_of("1.1.0"),
             ]
             back = await rollouts.roll_back(found.database, PROJECT, "test", MODEL, None)
-            assert back["number"] == made["number"]  # the newest that reached a device
+            assert back["number"] == made["number"] - 1  # the newest that took devices forward
+            await found.until(back["number"], "reverted")
+            assert {device.running for device in devices} == {manifest_of("1.0.0")}
             with pytest.raises(RefusedError) as caught:
                 await rollouts.roll_back(found.database, PROJECT, "test", "pitch", None)
             assert caught.value.code == "nothing_to_roll_back"
@@ -526,6 +528,8 @@ def test_running_takes_turns_and_signs_anew_one_after_the_other(tmp_path: Path):
                     break
                 await asyncio.sleep(0.01)
             running.cancel()
+            with suppress(asyncio.CancelledError):
+                await running
             assert serials == {2}
 
     run(work())
