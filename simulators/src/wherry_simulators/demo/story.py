@@ -9,7 +9,8 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ class Demo:
         self.pitch: Release | None = None
         self.special: tuple[int, str] = (0, "")
         self._key = folder / "publisher.pem"
+        self._beside = ThreadPoolExecutor(1)
+        self._starting: Future[None] | None = None
 
     # --- the steps ------------------------------------------------------------------------------
 
@@ -100,6 +103,10 @@ class Demo:
 
     def stop(self) -> None:
         """End every process that was started."""
+        if self._starting is not None:
+            with suppress(Exception):  # told where its result was asked for
+                self._starting.result()
+        self._beside.shutdown()
         for traffic in self.traffic:
             traffic.stop()
         for agent in self.agents.values():
@@ -121,8 +128,9 @@ class Demo:
         # the other model is built beside, by the command that a user would type
         beside = ["wherry_optimizer.cli", "build", f"{PITCH}-1.0.0", "--output", str(makes.folder)]
         builder = Child("build of pitch", beside, self.folder / "logs" / "build-pitch.log").start()
-        for version in ("1.0.0", "1.1.0"):
-            self.releases[version] = makes.build(f"{MODEL}-{version}")
+        self.releases["1.0.0"] = makes.build(f"{MODEL}-1.0.0")
+        self._starting = self._beside.submit(self._start_server_and_agents)
+        self.releases["1.1.0"] = makes.build(f"{MODEL}-1.1.0")
         wait_for("pitch to be built", lambda: not builder.alive(), STEP_S)
         self.pitch = makes.read(makes.folder / f"{PITCH}-1.0.0")
         honest = [*self.releases.values(), self.pitch]
@@ -152,18 +160,23 @@ class Demo:
         )
         self.outcome.check("pitch has variants for both engines", formats == {"onnx", "tflite"})
 
-    def _start(self) -> None:
+    def _start_server_and_agents(self) -> None:
+        """Start what needs no bundle, while the last one is built: by far the most of it is waiting for processes."""
         self.server.start()
-        self.console.print(f"  API {self.server.address}, broker on port {self.server.broker_port}")
         self.mirror = Mirror(self.server.address).start()
         with self.server.client() as client:
             client.post("/api/v1/cohorts", {"name": PILOT, "selector": PILOT_MEMBERS})
-        self.console.print(f"  cohort {PILOT}: {PILOT_MEMBERS}")
         token = self.server.token(8)
         self._agent("cam-1", token, {"role": "camera", "ring": "pilot"}, ["onnxruntime"])
         self._agent("cam-2", token, {"role": "camera", "ring": "pilot"}, ["onnxruntime"])
         self._agent("cam-3", token, {"role": "camera", "ring": "wide"}, ["onnxruntime"], server=self.mirror.address)
         self._agent("mic-1", token, {"role": "microphone", "ring": "wide"}, ["ai-edge-litert"])
+
+    def _start(self) -> None:
+        assert self._starting is not None
+        self._starting.result()
+        self.console.print(f"  API {self.server.address}, broker on port {self.server.broker_port}")
+        self.console.print(f"  cohort {PILOT}: {PILOT_MEMBERS}")
         table = write_json(self.folder / "behaviours.json", self._behaviours())
         if self.outcome.swarm:
             token = self.server.token(self.outcome.swarm, {"role": "camera", "ring": "wide"})
