@@ -115,34 +115,59 @@ def shared_body(shape: tuple[int, ...], size: int, region: str) -> tuple[bytes, 
 
 
 class Raw:
-    """One keep-alive connection that sends prebuilt bytes and reads one answer."""
+    """One keep-alive connection that sends prebuilt bytes and reads one answer.
+
+    Servers close a connection that was idle for some seconds while others had their turn; it is opened anew then.
+    """
 
     def __init__(self, address: int | Path) -> None:
-        if isinstance(address, int):
-            self._socket = socket.create_connection(("127.0.0.1", address), timeout=30)
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        else:
-            self._socket = socket.socket(socket.AF_UNIX)
-            self._socket.settimeout(30)
-            self._socket.connect(str(address))
+        self._address = address
+        self._socket = self._open()
 
     def ask(self, request: bytes) -> bytes:
         """Return the body of a 200 answer.
 
         Raises:
-            RuntimeError: any other answer.
+            RuntimeError: any other answer, or a connection that ends in the middle of one.
         """
-        self._socket.sendall(request)
-        data = self._socket.recv(1 << 16)
+        data = self._send(request)
+        if not data:
+            self._socket.close()
+            self._socket = self._open()
+            data = self._send(request)
         while (end := data.find(b"\r\n\r\n")) < 0:
-            data += self._socket.recv(1 << 16)
+            data += self._more()
         found = re.search(rb"content-length: *(\d+)", data[:end], re.IGNORECASE)
         length = int(found[1]) if found else 0
         while len(data) < end + 4 + length:
-            data += self._socket.recv(1 << 16)
+            data += self._more()
         if not data.startswith(b"HTTP/1.1 200"):
             raise RuntimeError(data[:500].decode(errors="replace"))
         return data[end + 4 :]
+
+    def _open(self) -> socket.socket:
+        if isinstance(self._address, int):
+            made = socket.create_connection(("127.0.0.1", self._address), timeout=30)
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return made
+        made = socket.socket(socket.AF_UNIX)
+        made.settimeout(30)
+        made.connect(str(self._address))
+        return made
+
+    def _send(self, request: bytes) -> bytes:
+        """Send, and return the first bytes of the answer; none if the server had closed the connection."""
+        try:
+            self._socket.sendall(request)
+            return self._socket.recv(1 << 16)
+        except (BrokenPipeError, ConnectionResetError):
+            return b""
+
+    def _more(self) -> bytes:
+        data = self._socket.recv(1 << 16)
+        if not data:
+            raise RuntimeError("the server closed the connection in the middle of an answer")
+        return data
 
     def close(self) -> None:
         """Close the connection."""
