@@ -177,13 +177,18 @@ def test_collecting_spares_what_a_living_process_is_writing(store: Store):
     ended.wait(10)
     unwaited = subprocess.Popen(["true"])
     os.waitid(os.P_PID, unwaited.pid, os.WEXITED | os.WNOWAIT)
-    left = [blobs / f".{DIGEST[7:]}.{pid}.tmp" for pid in (ended.pid, unwaited.pid, os.getpid())]
-    written = blobs / f".{DIGEST[7:]}.{os.getppid()}.tmp"
+    living = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    began = Path(f"/proc/{living.pid}/stat").read_text().split()[21]
+    owners = [f"{ended.pid}-{began}", f"{unwaited.pid}-{began}", f"{os.getpid()}-{began}"]
+    owners.append(f"{living.pid}-{int(began) - 1}")  # of a process that had its number before
+    left = [blobs / f".{DIGEST[7:]}.{owner}.tmp" for owner in owners]
+    written = blobs / f".{DIGEST[7:]}.{living.pid}-{began}.tmp"
     for path in (*left, written):
         path.write_bytes(b"x")
     store.collect({DIGEST})
     assert list(blobs.iterdir()) == [written]
     unwaited.wait(10)
+    living.communicate(timeout=10)
 
 
 def test_an_encoded_object_on_its_way_is_kept_with_its_blob(store: Store):

@@ -312,25 +312,31 @@ class Disk:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    pid = os.getpid()
+    return path.with_name(f".{path.name}.{pid}-{_began(pid)}.tmp")
 
 
 def is_being_written(path: Path) -> bool:
-    """Tell whether a file is what another living process is about to give its name (`write_atomic`)."""
+    """Tell whether a file is what another living process is about to give its name (`write_atomic`).
+
+    Its name holds the process number and when that process began, since numbers are given again, after a restart of the
+    machine above all.
+    """
     process, _, suffix = path.name.rpartition(".")
-    pid = process.rpartition(".")[2]
+    pid, _, began = process.rpartition(".")[2].partition("-")
     if suffix != "tmp" or not path.name.startswith(".") or not pid.isdigit():
         return False
-    return int(pid) != os.getpid() and _lives(int(pid))
+    return int(pid) != os.getpid() and began != "" and _began(int(pid)) == began
 
 
-def _lives(pid: int) -> bool:
-    """Tell whether a process runs; one that has ended and that nobody waited for writes nothing any more."""
+def _began(pid: int) -> str:
+    """Return when a process began, in ticks since the machine did; nothing of one that has ended, awaited or not."""
     try:
         said = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except OSError:
-        return False
-    return said.rpartition(")")[2].split()[0] not in ("Z", "X")
+        return ""
+    fields = said.rpartition(")")[2].split()  # from the third on: proc_pid_stat(5)
+    return "" if fields[0] in ("Z", "X") else fields[19]
 
 
 def disk_of(role: str) -> Disk:
