@@ -14,6 +14,7 @@ import hashlib
 import json
 import mmap
 import os
+import pickle
 import random
 import select
 import shutil
@@ -45,7 +46,7 @@ from wherry_shared.digest import of_bytes
 from wherry_shared.errors import DeviceError, WherryError
 from wherry_shared.facts import DeviceFacts, EngineFacts
 from wherry_shared.wire import Offer, OfferedModel, Report, Trial
-from wherry_simulators.disk import Loss, Recorder, tries
+from wherry_simulators.disk import Loss, Recorder, Taken, tries
 
 MODEL = "thing"
 DEVICE = "d" * 22
@@ -853,28 +854,44 @@ def sample(steps: list[str], mode: str, source: random.Random) -> list[int]:
     return sorted(source.choice(numbers) for numbers in kinds.values())
 
 
+def record(world: World, scenario: Scenario) -> tuple[list[Taken], list[int]]:
+    """Return the steps of an uncut run, and how much the server had heard before each.
+
+    Of a process that is gone afterwards, as the one is that a power cut ended: files that bear its number have no owner.
+    """
+    notes, taken = world.bench / "notes", world.bench / "taken"
+
+    def run() -> None:
+        recorder = Recorder(world.home, lambda: world.heard.stat().st_size if world.heard.exists() else 0)
+        agent = Cut(world, scenario.version, lambda _role: recorder, inline=True)
+        agent.boot()
+        scenario.run(agent)
+        taken.write_bytes(pickle.dumps((recorder.steps, recorder.marks)))
+
+    status = in_child(run, notes)
+    assert status == 0, f"{scenario.name} does not run uncut: {notes.read_text(errors='replace')}"
+    steps, marks = pickle.loads(taken.read_bytes())
+    return steps, marks
+
+
 def losses(world: World, scenario: Scenario, extent: str) -> Iterator[Outcome]:
     """Let a disk keep what it may at every cut of a run (or at some, if `extent` is a seed), and take it up."""
     world.restore(scenario.start)
     before = world.bench / "before"
     shutil.rmtree(before, ignore_errors=True)
     shutil.copytree(world.home, before, symlinks=True)
-    recorder = Recorder(world.home, lambda: world.heard.stat().st_size if world.heard.exists() else 0)
-    agent = Cut(world, scenario.version, lambda _role: recorder, inline=True)
-    agent.boot()
-    scenario.run(agent)
-    os.close(agent._lock_file or -1)
+    steps, marks = record(world, scenario)
     heard = world.heard.read_bytes() if world.heard.exists() else b""
     seen: set[str] = set()
     source = random.Random(f"{extent}/{scenario.name}")
     whole_run = extent == "whole"
-    some = range(len(recorder.steps)) if whole_run else sorted(source.sample(range(len(recorder.steps)), LOSS_CUTS))
+    some = range(len(steps)) if whole_run else sorted(source.sample(range(len(steps)), LOSS_CUTS))
     for cut in some:
-        taken = recorder.steps[cut]
-        loss = Loss(before, world.home, recorder.steps, cut)
-        for variant, chance in tries(recorder.steps, cut, torn=LOSS_TORN if whole_run else 1, seed=scenario.name):
+        taken = steps[cut]
+        loss = Loss(before, world.home, steps, cut)
+        for variant, chance in tries(steps, cut, torn=LOSS_TORN if whole_run else 1, seed=scenario.name):
             loss.materialise(world.home, variant, chance)
-            known = heard[: recorder.marks[cut]]
+            known = heard[: marks[cut]]
             look = fingerprint(world.home) + hashlib.sha256(known).hexdigest()
             if look in seen:
                 continue
