@@ -5,21 +5,30 @@ Plain and on loopback; what a broker with mutual TLS adds comes with the product
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.agent.test_link import identity, nothing
 from tests.end_to_end.test_first_day import dense_model
 from tests.server.harness import Running, free_port, running
 from tests.server.test_cli import said, wherry
 from tests.server.test_director_process import role
 from tests.services import needs
+from wherry_agent import link as link_module
+from wherry_agent.identity import Identity
+from wherry_agent.link import Callbacks
 from wherry_optimizer.pack import pack_model
+from wherry_server import broker, mqtt
 from wherry_server.settings import Settings
+from wherry_shared import frames, topics
 from wherry_shared.limits import MQTT_PAYLOAD_BYTES_MAX
 from wherry_shared.publishing import PublisherKey, push, sign
 from wherry_simulators.processes import Child, wait_for
@@ -79,6 +88,53 @@ def test_a_release_reaches_a_device_and_its_word_the_server_through_mosquitto(tm
             named = f"{device['id']}/{topic}'"  # type: ignore[index]
             lines = [line for line in packets.splitlines() if "PUBLISH" in line and named in line]
             assert any(("Received" if direction == "from" else "Sending") in line for line in lines), (topic, packets)
+
+
+async def _first_heard(port: int, device: Identity) -> bytes:
+    """Return the first hello that a server hears that subscribes now."""
+    link = mqtt.Link("127.0.0.1", port, name="late", filters=[topics.ingest_filter("hello")])
+    heard: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
+    link.on_message = lambda topic, payload: heard.put_nowait((topic, payload))
+    task = asyncio.create_task(link.run())
+    try:
+        topic, frame = await asyncio.wait_for(heard.get(), WAIT_S)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert topic == topics.up(device.device, "hello")
+    return frames.unseal(device.frame_key, "hello", device.device, frame)
+
+
+@contextmanager
+def embedded(folder: Path, port: int) -> Iterator[None]:
+    """Run the broker of `wherry dev`."""
+    settings = Settings(data=folder / "server", broker_port=port)
+    settings.data.mkdir()
+    settings.save()
+    with role("broker", settings):
+        wait_for("the broker", lambda: broker.answers(settings), WAIT_S)
+        yield
+
+
+@pytest.mark.parametrize("started", [mosquitto, embedded], ids=["mosquitto", "embedded"])
+def test_a_server_that_subscribes_late_gets_the_last_hello_of_each_device(started: Any, tmp_path: Path) -> None:
+    port = free_port()
+    with started(tmp_path, port):
+        known = identity(port)
+        up = threading.Event()
+        callbacks = Callbacks(
+            up=up.set, down=nothing, offer=nothing, ack=nothing, reached=nothing, outgoing=lambda _kind: []
+        )
+        link = link_module.Link(tmp_path, known, known.server, callbacks)
+        link.start()
+        try:
+            assert up.wait(WAIT_S)
+            assert link.publish("hello", b"what was")
+            assert link.publish("hello", b"what is")
+            wait_for("the broker to have both", lambda: asyncio.run(_first_heard(port, known)) == b"what is", WAIT_S)
+        finally:
+            link.stop()
+        assert asyncio.run(_first_heard(port, known)) == b"what is", "also when the device is gone"
 
 
 def _saved(server: Running) -> Settings:

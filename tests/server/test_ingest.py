@@ -421,6 +421,10 @@ def test_what_is_played_back_brings_nothing_back(tmp_path: Path):
             (row,) = await found.rows("SELECT offer_serial, last_seen_at FROM device")
             assert tuple(row) == (7, 5)
             assert found.ingest.refused["hello_old"] == 1
+            newest = device.hello()
+            await found.ingest.store("hello", [(device.id, newest)])
+            await found.ingest.store("hello", [(device.id, newest)])
+            assert found.ingest.refused["hello_old"] == 1, "the very last one comes again from the broker"
 
     run(work())
 

@@ -154,7 +154,8 @@ class Link:
         if len(frame) > MQTT_PAYLOAD_BYTES_MAX:
             log.error("a %s of %d bytes is too large to send", kind, len(frame))
             return False
-        sent = client.publish(topics.up(self._identity.device, kind), frame, qos=1)
+        # a hello stays at the broker for a server that subscribes only later; the next one replaces it
+        sent = client.publish(topics.up(self._identity.device, kind), frame, qos=1, retain=kind == "hello")
         return sent.rc == mqtt.MQTT_ERR_SUCCESS
 
     def nudge(self) -> None:

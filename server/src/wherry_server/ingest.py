@@ -473,8 +473,11 @@ class Ingest:
         }
         news: dict[str, _Parsed] = {}
         for parsed in hellos:
+            said = hello_rules.standing(parsed.message)
+            if said == standing[parsed.device]:
+                continue  # the broker keeps the last one for whoever subscribes
             if hello_rules.is_news(parsed.message, standing[parsed.device]):
-                standing[parsed.device] = hello_rules.standing(parsed.message)
+                standing[parsed.device] = said
                 news[parsed.device] = parsed
             else:
                 self.refuse("hello_old", now, f"{parsed.device} said a later one already")
