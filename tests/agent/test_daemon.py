@@ -5,6 +5,7 @@ from __future__ import annotations
 import grp
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -406,3 +407,16 @@ def test_a_device_without_identity_or_token_says_what_to_do(tmp_path: Path) -> N
     assert said.returncode == 1
     assert "not_enrolled" in said.stderr
     assert "--token" in said.stderr
+
+
+def test_a_busy_port_is_found_before_the_token_is_used(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as server:
+        port, url = taken.getsockname()[1], f"http://127.0.0.1:{server.getsockname()[1]}"
+        argv = [sys.executable, "-m", "wherry_agent.cli", "run", "--home", str(tmp_path / "home")]
+        argv += ["--server", url, "--token", "once", "--http-port", str(port)]
+        said = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+        server.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert said.returncode == 1
+    assert "port_busy" in said.stderr

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.agent.builders import (
@@ -24,12 +25,14 @@ from tests.agent.builders import (
 )
 from wherry_agent import journal, machine
 from wherry_agent import state as s
+from wherry_agent.children import Failed
 from wherry_agent.daemon import Daemon
 from wherry_agent.disk import Disk, Step
 from wherry_agent.identity import Identity
 from wherry_agent.settings import Settings
+from wherry_agent.telemetry import Buffer
 from wherry_shared.errors import DeviceError
-from wherry_shared.wire import Trial
+from wherry_shared.wire import Hello, Trial
 
 
 class Full:
@@ -401,3 +404,23 @@ def test_starts_that_fail_for_a_reason_of_the_agents_own_are_counted_against_no_
     phase = state.models[MODEL].phase
     assert isinstance(phase, s.Swapping)
     assert (phase.job.restarts, phase.job.downs) == (5, 1)  # the first of them followed an end that nobody ordered
+
+
+def test_a_disk_that_keeps_an_offer_from_being_verified_is_told_in_a_hello(tmp_path: Path) -> None:
+    daemon = Recorder(tmp_path, Full())
+    daemon._identity = IDENTITY
+    daemon._buffer = Buffer(tmp_path / "telemetry.db", 2**20)
+
+    def told() -> str:
+        return msgspec.json.decode(daemon._hello(), type=Hello).trust_state
+
+    before = told()
+    daemon._tell_of_disk(Failed(reason="disk_full", detail="no space left", retry_after_s=60.0))
+    assert told() == "disk_full"
+    assert "hello" in daemon._timers, "it is said without being asked"
+    del daemon._timers["hello"]
+    daemon._tell_of_disk(Failed(reason="disk_full", detail="no space left", retry_after_s=60.0))
+    assert "hello" not in daemon._timers, "and once"
+    daemon._tell_of_disk(Failed(reason="network", detail="nobody answers", retry_after_s=60.0))
+    assert told() == before
+    assert "hello" in daemon._timers

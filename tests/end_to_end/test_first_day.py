@@ -139,6 +139,7 @@ def test_the_first_day(bench: Bench) -> None:
     screen = server.tail(60)
     assert url in screen
     assert "Admin token, shown this once" in screen
+    assert "Starting the Wherry development server" in screen
     assert re.search(r"wherry-agent run --server \S+ --home \S+ --name bench-1", screen)
 
     # terminal 2

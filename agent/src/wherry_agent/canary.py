@@ -49,7 +49,7 @@ INPUTS_MAX = 4
 
 def main() -> int:
     """Judge the candidate on standard input."""
-    logging.basicConfig(level=logging.INFO, format="canary: %(levelname)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     # what a runtime prints must not pass for the verdict: standard output becomes standard error
     answer = os.dup(1)
     os.dup2(2, 1)

@@ -328,7 +328,7 @@ def _failed(reason: str, detail: str) -> Failed:
 
 def main() -> int:
     """Read a task, do it, say how it went."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="courier: %(message)s")
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     os.umask(0o077)
     data = sys.stdin.buffer.read(TASK_BYTES_MAX + 1)
 

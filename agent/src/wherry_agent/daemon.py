@@ -105,6 +105,7 @@ HELLO_EVERY_S = 600.0
 BACKLOG = 128
 READY_S = 60.0
 """An agent whose worker does not come up says after this long that it is there: it still reports."""
+_OF_DISK = (reasons.DISK_FULL, reasons.READ_ONLY, reasons.DISK)
 _TRIED = (s.Swapping, s.OnTrial, s.Proving, s.Compared, s.Returning)
 """Phases in which counts of a candidate may still come in, for the rollout that brought it."""
 
@@ -126,6 +127,8 @@ class Daemon:
         self._kept: deque[s.Event] = deque(maxlen=EVENTS_KEPT_MAX)
         self._stuck = ""
         """Why the journal cannot be written; empty if it can."""
+        self._unverified = ""
+        """What of the disk keeps the courier from verifying trust or an offer; empty if nothing does."""
         self._unresumed: s.State | None = None
         """What the journal holds, if its continuation could not be written at start."""
         self._withheld = False
@@ -354,6 +357,7 @@ class Daemon:
                     consequence="the agent does not know its server",
                     next_step="run with --server URL --token TOKEN once",
                 )
+            self._check_sockets()
             task = children.Enrol(
                 home=settings.home,
                 server=settings.server,
@@ -414,36 +418,47 @@ class Daemon:
         except OSError as error:
             log.warning("the clock is behind a verified time and cannot be set: %s", error)
 
-    def _listen(self) -> None:
-        """Open the sockets on which models are served; the supervisor owns them, so a dead worker refuses nobody."""
+    def _bound_tcp(self) -> socket.socket:
+        """Take the port; it is looked for before a token is used up, too.
+
+        Raises:
+            DeviceError: `port_busy`.
+        """
         tcp = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             tcp.bind(("127.0.0.1", self._settings.http_port))
         except OSError as error:
+            tcp.close()
             raise DeviceError(
                 "port_busy",
                 f"port {self._settings.http_port} of 127.0.0.1 cannot be used: {error.strerror}",
                 consequence="applications could not reach their models",
                 next_step="choose another with --http-port",
             ) from error
+        return tcp
+
+    def _check_sockets(self) -> None:
+        """Find out whether this agent could serve, before it asks the server for anything.
+
+        Raises:
+            DeviceError: `port_busy` or `socket_path`.
+        """
+        self._bound_tcp().close()
+        path = self._run_folder / "worker.sock"
+        local = _bound_local(path)
+        local.close()
+        path.unlink(missing_ok=True)
+
+    def _listen(self) -> None:
+        """Open the sockets on which models are served; the supervisor owns them, so a dead worker refuses nobody."""
+        tcp = self._bound_tcp()
         self.http_port: int = tcp.getsockname()[1]
         sharing = Sharing(self._home, group_id(self._settings.handle_group), self._disk)
         sharing.open_folders(self._run_folder)
         path = self._run_folder / "worker.sock"
-        local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            path.unlink(missing_ok=True)
-            local.bind(str(path))
-            path.chmod(0o660)
-            sharing.open_socket(path)
-        except OSError as error:
-            raise DeviceError(
-                "socket_path",
-                f"cannot listen on {path}: {error}",
-                consequence="applications could not reach their models",
-                next_step="choose a --home with a shorter path that this user may write",
-            ) from error
+        local = _bound_local(path)
+        sharing.open_socket(path)
         self._sharing = sharing
         self._grpc_name = self._name_grpc_socket()
         self._listeners = [tcp, local]
@@ -1018,6 +1033,7 @@ class Daemon:
         )
 
         def done(answer: children.CourierAnswer) -> None:
+            self._tell_of_disk(answer)
             if isinstance(answer, children.Refreshed):
                 now_us = self._now().wall_us
                 self._etag = etag
@@ -1032,6 +1048,13 @@ class Daemon:
             self._trust_done("!refresh")
 
         self._courier("!refresh", task, done)
+
+    def _tell_of_disk(self, answer: children.CourierAnswer) -> None:
+        """Say in a hello that the disk keeps the courier from verifying what came, or does so no more."""
+        reason = answer.reason if isinstance(answer, children.Failed) and answer.reason in _OF_DISK else ""
+        if reason != self._unverified:
+            self._unverified = reason
+            self._later("hello", HELLO_SOON_S, self._say_hello)
 
     def _offer(self, data: bytes, *, from_server: bool) -> None:
         """Bytes that claim to be an offer: let the courier verify them, unless they are the ones accepted already."""
@@ -1081,6 +1104,7 @@ class Daemon:
         )
 
         def done(answer: children.CourierAnswer) -> None:
+            self._tell_of_disk(answer)
             if isinstance(answer, children.Verified):
                 self._envelopes.settle(data)
                 self._envelopes.accepted((answer.offer.epoch, answer.offer.serial))
@@ -1272,7 +1296,7 @@ class Daemon:
                     "telemetry": (self._buffer.epoch, self._buffer.first, self._buffer.next),
                 },
                 trust_version=state.trust.current if state.trust is not None else 0,
-                trust_state=self._stuck or machine.trust_state(state, self._now()),
+                trust_state=self._stuck or self._unverified or machine.trust_state(state, self._now()),
             )
         )
 
@@ -1449,6 +1473,28 @@ class Daemon:
             "offers_not_verified": self._envelopes.troubles(),
             **status.describe(self._state, self._now(), name=self._identity.name),
         }
+
+
+def _bound_local(path: Path) -> socket.socket:
+    """Return a socket bound to a name in the file system.
+
+    Raises:
+        DeviceError: `socket_path`.
+    """
+    local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.unlink(missing_ok=True)
+        local.bind(str(path))
+        path.chmod(0o660)
+    except OSError as error:
+        local.close()
+        raise DeviceError(
+            "socket_path",
+            f"cannot listen on {path}: {error}",
+            consequence="applications could not reach their models",
+            next_step="choose a --home with a shorter path that this user may write",
+        ) from error
+    return local
 
 
 def _tell_story(before: s.State, after: s.State) -> None:

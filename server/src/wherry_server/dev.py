@@ -74,6 +74,7 @@ def run(settings: Settings, *, quiet: bool) -> None:
             ("broker", settings.broker_host, settings.broker_port, "--broker-port"),
         ):
             _check_free(name, host, port, option)
+        say(f"Starting the Wherry development server on {settings.data} …")
         settings.save()
         prepare(settings)
         services = open_services(settings)

@@ -26,7 +26,7 @@ from wherry_shared.errors import WherryError
 
 def main() -> int:
     """Run a worker until it is told to stop; returns only if it cannot begin."""
-    logging.basicConfig(level=logging.INFO, format="worker: %(levelname)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     try:
         control = socket.socket(fileno=int(os.environ["WHERRY_CONTROL_FD"]))
         listeners, pass_on, take_over = (
