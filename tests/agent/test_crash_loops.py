@@ -30,7 +30,7 @@ from tests.agent.builders import (
 from tests.agent.test_machine_properties import honest
 from wherry_agent import journal, machine
 from wherry_agent import state as s
-from wherry_agent.turn import CRASH_WINDOW_MS, CRASHES_MAX, FAULTS_MAX
+from wherry_agent.turn import CRASH_WINDOW_MS, CRASHES_MAX, FAULTS_MAX, STEADY_MS
 from wherry_shared import reasons
 from wherry_shared.clock import Now
 
@@ -45,7 +45,11 @@ def restarted(state: s.State, ms: int = 0, boot: str = "boot-1", resume: Resume 
 
 
 def two_versions() -> s.State:
-    return confirmed("1.1.0", state=confirmed("1.0.0"), serial=2)
+    """Both confirmed, the newer one for more than a day: how the machine ends says nothing of it."""
+    state, _ = machine.step(
+        confirmed("1.1.0", state=confirmed("1.0.0"), serial=2), s.Tick(), now(2 * STEADY_MS, "boot-1")
+    )
+    return state
 
 
 def fails_to_serve(state: s.State, version: str, reason: str = "load_failed") -> s.State:

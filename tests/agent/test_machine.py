@@ -35,7 +35,7 @@ from tests.agent.builders import (
     trial_of,
     trust,
 )
-from wherry_agent import machine, turn
+from wherry_agent import journal, machine, turn
 from wherry_agent import state as s
 from wherry_shared import reasons
 from wherry_shared.clock import MICROSECONDS
@@ -989,12 +989,22 @@ def test_a_trial_keeps_its_time_over_a_restart_and_begins_it_anew_after_a_reboot
     assert isinstance(phase(other), s.OnTrial)
 
 
-def test_a_wait_that_a_reboot_cut_short_does_not_begin_at_its_longest() -> None:
+def test_a_wait_that_a_reboot_cut_short_is_over_however_often_the_device_reboots() -> None:
     state, _ = run(downloading(), failed("fetch", reasons.NETWORK, after=3000, version="1.1.0"))
     state, _ = restart(state, boot="boot-2")
     current = phase(state)
     assert isinstance(current, s.Waiting)
-    assert current.wait_ms == turn.RETRY_MIN_MS
+    assert machine.next_deadline_ms(state, now(0, "boot-2")) == 0
+    state, effects = machine.step(state, s.Tick(), now(1, "boot-2"))
+    assert "Fetch" in kinds(effects)
+
+
+def test_a_restart_of_the_agent_alone_goes_on_with_a_wait() -> None:
+    state, _ = run(downloading(), failed("fetch", reasons.DISK_FULL, after=60, version="1.1.0"))
+    for ms in range(10_000, 60_000, 10_000):
+        state, _ = machine.resume(journal.decode(journal.encode(state)), now(ms))
+        assert "Fetch" not in kinds(machine.step(state, s.Tick(), now(ms))[1])
+    assert "Fetch" in kinds(machine.step(state, s.Tick(), now(60_001))[1])
 
 
 def test_owed_reports_survive_a_restart_unchanged() -> None:
@@ -1105,3 +1115,14 @@ def test_a_version_at_which_every_worker_hangs_gives_way_to_the_one_before() -> 
     assert told(state, before) == [("returned", reasons.CHILD_FAILED)]
     assert machine.running(state) == {MODEL: digest_of(f"{MODEL}/1.0.0")}
     assert state.known_bad == (), "a hanging process is no verdict on the variant"
+
+
+def test_a_report_of_a_candidate_that_went_back_says_why_what_serves_runs() -> None:
+    state = on_trial("1.1.0", state=confirmed("1.0.0"), serial=2)
+    state, _ = run(state, s.Condemned(MODEL, loadable("1.1.0").digest, trial_of(state), "application", "it says so"))
+    state, _ = run(state, served(state, "1.0.0"))
+    last = state.owed[-1]
+    assert last.state == "returned"
+    assert last.serving is not None
+    assert (last.serving.digest, last.serving.outcome) == (loadable("1.0.0").digest, "serving")
+    assert state.owed[0].serving is None, "the first version says it of itself"

@@ -215,3 +215,66 @@ def test_what_runs_beside_the_incumbent_counts_too(mode: str) -> None:
     state, _ = machine.step(state, s.WorkerReady(), now(0, "boot-4"))
     state, _ = machine.step(state, served(state, BEFORE), now(0, "boot-4"))
     assert last(state) == ("returned", reasons.DEVICE_DOWN, loadable(BEFORE).manifest)
+
+
+# --- what is trusted ---
+
+
+def renewed(state: s.State | None = None) -> s.State:
+    """The newer of two versions was confirmed just now."""
+    return confirmed(TRIED, state=state if state is not None else confirmed(BEFORE), serial=2)
+
+
+def test_a_confirmed_version_under_which_the_machine_goes_down_again_and_again_gives_way() -> None:
+    state = renewed()
+    for number in range(turn.FALLS_MAX - 1):
+        state = boots(state, 2 + number)
+        assert running(state) == loadable(TRIED).manifest
+    state = boots(state, 9)
+    assert last(state) == ("returned", reasons.DEVICE_DOWN, loadable(BEFORE).manifest)
+    assert blamed(state) == [(loadable(TRIED).digest, reasons.DEVICE_DOWN)]
+    for number in range(10, 40):
+        state = boots(state, number)
+        assert running(state) == loadable(BEFORE).manifest, "it was not that one, or nothing is left to go back to"
+
+
+def test_ends_in_order_take_no_versions_place() -> None:
+    state = renewed()
+    for number in range(2, 40):
+        state = boots(state, number, ordered=True)
+    assert running(state) == loadable(TRIED).manifest
+
+
+def test_a_life_that_lasts_ends_the_row_and_a_day_of_it_acquits() -> None:
+    state = renewed()
+    for number in range(2, 1 + turn.FALLS_MAX):
+        state = boots(state, number)
+    at = f"boot-{turn.FALLS_MAX}"
+    assert machine.next_deadline_ms(state, now(0, at)) <= turn.FALL_MS
+    state, _ = machine.step(state, s.Tick(), now(turn.FALL_MS, at))
+    for number in range(20, 20 + turn.FALLS_MAX):
+        state = boots(state, number)
+        assert running(state) == loadable(TRIED).manifest
+    state, _ = machine.step(state, s.Tick(), now(turn.STEADY_MS, f"boot-{19 + turn.FALLS_MAX}"))
+    assert state.falls is None
+    for number in range(40, 60):
+        state = boots(state, number)
+    assert running(state) == loadable(TRIED).manifest
+
+
+def test_a_device_that_went_down_before_blames_nothing_that_it_trusts() -> None:
+    state = confirmed(BEFORE)
+    for number in range(2, 2 + turn.DOWNS_ORDINARY):
+        state = boots(state, number)
+    state = renewed(state)
+    for number in range(10, 40):
+        state = boots(state, number)
+    assert running(state) == loadable(TRIED).manifest
+    assert blamed(state) == []
+
+
+def test_the_only_version_of_a_device_stays_whatever_happens() -> None:
+    state = confirmed(BEFORE)
+    for number in range(2, 30):
+        state = boots(state, number)
+    assert running(state) == loadable(BEFORE).manifest

@@ -24,6 +24,7 @@ from tests.agent.builders import (
 from wherry_agent import journal, machine, upgrades
 from wherry_agent import state as s
 from wherry_agent.children import Judged
+from wherry_agent.turn import DOWNS_ORDINARY, REJUDGE_DOWNS_MAX, STEADY_MS
 from wherry_shared import reasons
 
 OLD, NEW = "1.32.0", "1.33.0"
@@ -304,3 +305,89 @@ def test_what_is_under_way_does_not_outlive_the_agent_and_what_is_installed_does
     state, effects = machine.resume(state, now())
     assert state.engines == s.Engines(installed={"onnxruntime": NEW}, barred=True)
     assert not of(s.Rejudge, list(effects))
+
+
+# --- a canary that the machine does not outlive ---
+
+
+def reboots(state: s.State, number: int, *, ordered: bool = False) -> tuple[s.State, list[s.Effect]]:
+    """The machine goes down and comes again, and the probe finds the new engine."""
+    if ordered:
+        state, _ = machine.step(state, s.Stopping(), now(1000))
+    at = now(0, f"boot-{number}")
+    state, _ = machine.resume(journal.decode(journal.encode(state)), at)
+    state, first = machine.step(state, s.WorkerReady(), at)
+    state, then = machine.step(state, probed(), at)
+    return state, [*first, *then]
+
+
+def test_a_version_that_takes_the_machine_down_in_the_canary_with_a_new_engine_gives_way() -> None:
+    state, _ = run(working("1.1.0", state=confirmed("1.0.0")), s.Tick(), ms=2 * STEADY_MS)
+    state, effects = run(state, probed(), ms=2 * STEADY_MS)
+    assert len(of(s.Rejudge, effects)) == 1
+    for number in range(2, 1 + REJUDGE_DOWNS_MAX):
+        state, effects = reboots(state, number)
+        assert [order.candidate.target for order in of(s.Rejudge, effects)] == [loadable("1.1.0").target]
+    state, effects = reboots(state, 1 + REJUDGE_DOWNS_MAX)
+    assert machine.running(state) == {MODEL: loadable("1.0.0").manifest}
+    assert [bad.reason for bad in state.known_bad] == [reasons.DEVICE_DOWN]
+    assert ("returned", reasons.ENGINE_CHANGED) in said(state)
+    assert [order.candidate.target for order in of(s.Rejudge, effects)] == [loadable("1.0.0").target]
+
+
+def test_on_a_device_that_goes_down_anyway_it_is_judged_no_more_and_keeps_its_place() -> None:
+    state = working()
+    for number in range(2, 2 + DOWNS_ORDINARY):
+        state, _ = machine.resume(state, now(0, f"boot-{number}"))
+    state, effects = run(state, s.WorkerReady(), probed())
+    assert len(of(s.Rejudge, effects)) == 1
+    for number in range(10, 10 + REJUDGE_DOWNS_MAX):
+        state, effects = reboots(state, number)
+    assert of(s.Rejudge, effects) == []
+    assert state.known_bad == ()
+    assert machine.running(state) == {MODEL: loadable("1.0.0").manifest}
+    assert "judged no more" in state.owed[-1].detail
+    assert len(of(s.Rejudge, run(state, probed("1.34.0"))[1])) == 1, "yet another engine is another question"
+
+
+def test_ends_in_order_do_not_count_against_what_is_judged_again() -> None:
+    state, _ = run(working(), probed())
+    for number in range(2, 20):
+        state, effects = reboots(state, number, ordered=True)
+        assert len(of(s.Rejudge, effects)) == 1
+
+
+# --- an engine that the worker misses and the probe finds ---
+
+
+def test_a_worker_that_misses_what_the_probe_finds_is_believed_for_longer_and_longer() -> None:
+    state, ms, waits = working(), 0, []
+    for _ in range(5):
+        state = replace(state, models={MODEL: replace(state.models[MODEL], faults=0)})  # as after another swap
+        missing = served(state, "1.0.0", ok=False, reason=reasons.ENGINE_MISSING)
+        state, _ = run(state, missing, ms=ms)
+        assert "onnxruntime" not in state.engines.installed
+        state, _ = run(state, probed(OLD), ms=ms)
+        if "onnxruntime" in state.engines.installed:
+            waits.append(0)
+            continue
+        waits.append(machine.next_deadline_ms(state, now(ms)))
+        state, _ = run(state, probed(OLD), ms=ms + waits[-1] - 1)
+        assert "onnxruntime" not in state.engines.installed
+        ms += waits[-1]
+        state, _ = run(state, s.Tick(), ms=ms)
+        assert state.engines.installed == {"onnxruntime": OLD}
+    assert waits == [0, 5_000, 10_000, 20_000, 40_000]
+
+
+def test_another_version_of_a_missing_engine_is_tried_at_once_and_one_that_serves_is_forgiven() -> None:
+    state = working()
+    for _ in range(3):
+        state, _ = run(state, served(state, "1.0.0", ok=False, reason=reasons.ENGINE_MISSING), probed(OLD))
+    assert "onnxruntime" not in state.engines.installed
+    state, _ = run(state, probed(NEW))
+    assert state.engines.installed == {"onnxruntime": NEW}
+    fine = working()
+    fine, _ = run(fine, served(fine, "1.0.0", ok=False, reason=reasons.ENGINE_MISSING), probed(OLD))
+    fine, _ = run(fine, served(fine, "1.0.0", engine_version=OLD))
+    assert fine.engines.denied == {}

@@ -259,6 +259,27 @@ def test_what_was_tried_of_a_candidate_is_not_said_of_what_serves_in_its_place(s
     assert model["variants"] == [candidate]
 
 
+def test_why_the_version_runs_that_a_device_went_back_to_is_said_where_it_reports_it(server: Running) -> None:
+    device = server.device("gone-back-told")
+    candidate = {"id": "int8", "outcome": "failed", "why": "41 µs", "engine": "onnxruntime 1.32.0"}
+    serving = {"id": "int8", "outcome": "serving", "why": "52 µs", "engine": "onnxruntime 1.31.0"}
+    _say(
+        server,
+        device.device,
+        "shower",
+        state="returned",
+        manifest="sha256:" + "b" * 64,
+        running="sha256:" + "a" * 64,
+        running_variant="int8",
+        reason="health_errors",
+        body={"variants": [candidate], "serving": serving},
+    )
+    with server.http() as http:
+        model = http.get("/api/v1/devices/gone-back-told").json()["models"][0]
+    assert (model["why"], model["engine"]) == ("52 µs", "onnxruntime 1.31.0")
+    assert model["variants"] == [candidate]
+
+
 def test_a_device_is_said_to_know_its_offer_once_it_spoke_of_it(server: Running) -> None:
     device = server.device("offered")
     offer = {"device_id": device.device, "project_id": "default", "epoch": 5, "serial": 3, "envelope": b"{}"}

@@ -53,6 +53,7 @@ from wherry_agent.state import (
     Engines,
     EnginesProbed,
     Event,
+    Falls,
     Fetched,
     Fetching,
     GoldenChecked,
@@ -101,6 +102,8 @@ from wherry_agent.turn import (
     DECIDING,
     DOWNS_MIN,
     DOWNS_ORDINARY,
+    FALL_MS,
+    FALLS_MAX,
     FAULTS_MAX,
     FETCH_MS,
     GROUP_WAIT_MS,
@@ -182,7 +185,9 @@ def step(state: State, event: Event, now: Now) -> tuple[State, tuple[Effect, ...
         case Stopping():
             return replace(state, stopped=True), ()
         case Tick() | Connected():
-            turn.state = replace(turn.state, downs=_downs_of_steady(turn.state.downs, now))
+            turn.state = replace(
+                turn.state, downs=_downs_of_steady(turn.state.downs, now), falls=_falls_of_steady(turn.state.falls, now)
+            )
             turn.watch_trust(connected=isinstance(event, Connected))
             for name in tuple(turn.state.models):
                 _slot_step(turn, name, event)
@@ -223,10 +228,15 @@ def resume(state: State, now: Now) -> tuple[State, tuple[Effect, ...]]:
     """
     turn = Turn(state, now)
     tried = [name for name, slot in state.models.items() if _is_tried(slot.phase)]
-    turn.state = replace(turn.state, told=None, stopped=False, downs=_downs_after(state, now, tried=bool(tried)))
+    judged = upgrades.being_judged(state)
+    downs = _downs_after(state, now, tried=bool(tried or judged))
+    falls = _falls_after(state, now, tried=bool(tried or judged))
+    turn.state = replace(turn.state, told=None, stopped=False, downs=downs, falls=falls)
     turn.resume_watch()
     turn.state = replace(turn.state, crashes=_crashes_over_boots(turn.state.crashes, now))
-    upgrades.resume(turn)
+    upgrades.resume(turn, tried=bool(tried))
+    _fallen(turn)
+    alone = len(tried) == 1 and not judged
     for name in tuple(turn.state.models):
         slot = turn.state.models[name]  # as it is now: one of its group may have taken it back
         phase = slot.phase
@@ -238,15 +248,15 @@ def resume(state: State, now: Now) -> tuple[State, tuple[Effect, ...]]:
             case Fetching(job):
                 turn.fetch(name, slot, job)  # the download resumes where it was
             case Waiting():
-                # After a reboot the wait begins again, at its shortest: a device that reboots often still gets there.
+                # A reboot ends the wait: how long it was is unknown, and a device that reboots often still gets there.
                 since = turn.since(phase.since)
-                wait_ms = phase.wait_ms if since == phase.since else min(phase.wait_ms, RETRY_MIN_MS)
+                wait_ms = phase.wait_ms if since == phase.since else 0
                 turn.put(name, replace(slot, phase=replace(phase, since=since, wait_ms=wait_ms)))
             case Queued():
                 turn.put(name, replace(slot, phase=replace(phase, since=turn.since(phase.since))))
             case Judging(job):
                 # The canary touches nobody, unless it takes the whole machine down: so it is counted.
-                job = _restarted(job, stopped=state.stopped, alone=len(tried) == 1)
+                job = _restarted(job, stopped=state.stopped, alone=alone)
                 reason, detail = _downed(job, state.downs)
                 if reason in reasons.VERDICTS:
                     turn.variant_failed(name, slot, _unharmed(job), reason, detail)
@@ -256,7 +266,7 @@ def resume(state: State, now: Now) -> tuple[State, tuple[Effect, ...]]:
                     turn.judge(name, slot, job)
             case Swapping(job) | OnTrial(job) | Proving(job):
                 # The candidate passed its canary and a power cut says nothing about it: the trial goes on, counted.
-                job = _restarted(job, stopped=state.stopped, alone=len(tried) == 1)
+                job = _restarted(job, stopped=state.stopped, alone=alone)
                 counts = _carried(phase.counts)
                 reason, detail = _downed(job, state.downs)
                 if reason:
@@ -339,6 +349,8 @@ def next_deadline_ms(state: State, now: Now) -> int:
     left += upgrades.deadlines_ms(state.engines, now)
     if state.downs is not None:
         left.append(STEADY_MS - state.downs.since.elapsed_ms(now))
+    if state.falls is not None:
+        left.append((STEADY_MS if state.falls.lasted else FALL_MS) - state.falls.since.elapsed_ms(now))
     left.append(_watch_ms(state.watch) - state.watch.since.elapsed_ms(now) if state.watch is not None else 0)
     return max(0, min(left))
 
@@ -1216,6 +1228,42 @@ def _downs_after(state: State, now: Now, *, tried: bool) -> Downs | None:
 
 def _downs_of_steady(downs: Downs | None, now: Now) -> Downs | None:
     return None if downs is not None and downs.since.elapsed_ms(now) >= STEADY_MS else downs
+
+
+def _falls_after(state: State, now: Now, *, tried: bool) -> Falls | None:
+    """Count the life before this one if it was short and nobody ended it; one in which something was tried counts there."""
+    falls = state.falls
+    if falls is None:
+        return None
+    if falls.lasted:
+        count = 0
+    else:
+        count = falls.count + (not state.stopped and not tried)
+    return Falls(falls.model, Since.at(now), count)
+
+
+def _falls_of_steady(falls: Falls | None, now: Now) -> Falls | None:
+    """A life that lasts ends the row, and a day of it acquits what was confirmed."""
+    if falls is None or falls.since.elapsed_ms(now) >= STEADY_MS:
+        return None
+    return replace(falls, count=0, lasted=True) if falls.since.elapsed_ms(now) >= FALL_MS else falls
+
+
+def _fallen(turn: Turn) -> None:
+    """What was confirmed last gives way if the machine goes down again and again since; what it cannot give way to stays.
+
+    Only once: if the machine still goes down after that, it was not this version.
+    """
+    falls = turn.state.falls
+    if falls is None or falls.count < FALLS_MAX:
+        return
+    turn.state = replace(turn.state, falls=None)
+    slot = turn.state.models.get(falls.model, Slot())
+    if slot.incumbent is None or slot.last_good is None or isinstance(slot.phase, Safe):
+        return
+    minutes = FALL_MS // 60_000
+    detail = f"the device went down {falls.count} times in a row within {minutes} minutes, and not before it came"
+    turn.give_up(falls.model, slot, reasons.DEVICE_DOWN, detail, anyones=len(serving(turn.state)) > 1)
 
 
 # --- what was confirmed --------------------------------------------------------------------------

@@ -265,6 +265,7 @@ class Slot:
     """Failures in a row to bring the incumbent into service."""
     told: Report | None = None
     """The last report about it, also after the server has it."""
+    rejudging: Rejudging | None = None
 
 
 # --- the device ----------------------------------------------------------------------------------
@@ -339,6 +340,19 @@ class Downs:
 
 
 @dataclass(frozen=True, slots=True)
+class Falls:
+    """Short lives of the agent in a row that nobody ended, since a version was confirmed on a device that was calm."""
+
+    model: str
+    """Whose version was confirmed last: what gives way."""
+    since: Since
+    """When this life began, or the version was confirmed in it."""
+    count: int = 0
+    lasted: bool = False
+    """This life is not a short one any more."""
+
+
+@dataclass(frozen=True, slots=True)
 class Told:
     """A serving set that the worker was told, as long as it has not answered for all of it."""
 
@@ -354,6 +368,31 @@ class Again:
     since: Since
     wait_ms: int
     troubles: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rejudging:
+    """The canary runs a confirmed version with a new engine; counted over boots, since it may take the machine down."""
+
+    digest: str
+    engine_version: str
+    running: bool = True
+    downs: int = 0
+    """Ends of the machine meanwhile that nobody had ordered."""
+    shared: bool = False
+    """In one of them something else was tried or judged, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Denied:
+    """An engine that the worker cannot load; a probe that finds the same version is not believed before the wait is over."""
+
+    version: str
+    since: Since
+    wait_ms: int
+    troubles: int
+    found: bool = False
+    """A probe found it meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,6 +414,8 @@ class Engines:
     """Models whose canary with a new engine came to no verdict."""
     hand_over_again: Again | None = None
     """The last hand-over came to nothing."""
+    denied: Mapping[str, Denied] = field(default_factory=dict)
+    """Engines of which the worker said that they are missing, until it serves with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,6 +440,8 @@ class State:
     confirmations: int = 0
     crashes: Crashes | None = None
     downs: Downs | None = None
+    falls: Falls | None = None
+    """None: how the machine ends is held against nothing that is confirmed here."""
     stopped: bool = False
     """The agent was told to end: what is tried has not taken it down."""
     told: Told | None = None

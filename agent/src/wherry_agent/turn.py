@@ -22,6 +22,7 @@ from wherry_agent.state import (
     Counts,
     Effect,
     End,
+    Falls,
     Fetch,
     Fetching,
     Idle,
@@ -82,6 +83,12 @@ DOWNS_ORDINARY = 2
 """Ends of the machine in a row without a trial, after which one in a trial speaks against nobody."""
 STEADY_MS = 24 * 3600_000
 """An agent that ran for so long is steady: what took the machine down before is over."""
+FALLS_MAX = 4
+"""Short lives of the agent in a row, nothing being tried, after which the version that was confirmed last gives way."""
+FALL_MS = 3600_000
+"""A life of the agent that lasts so long is not a short one."""
+REJUDGE_DOWNS_MAX = 3
+"""Ends of the machine while a confirmed version was judged with a new engine; then it is judged with that no more."""
 RETRY_MIN_MS = 5_000
 ALTERED_RETRY_S = 600.0
 """A candidate whose file the disk altered is fetched again no sooner: a bad disk must not cost a download in a loop."""
@@ -263,6 +270,10 @@ class Turn:
         """Tell whether the accepted offer is too old to start anything."""
         return self.state.offer is not None and self.reference_us() >= self.state.offer.expires_at
 
+    def calm(self) -> bool:
+        """Tell whether this device does not go down by itself."""
+        return self.state.downs is None or self.state.downs.count < DOWNS_ORDINARY
+
     def is_current(self, event: Served) -> bool:
         """Tell whether the worker speaks of the newest serving set."""
         return event.revision == self.state.revision
@@ -359,6 +370,7 @@ class Turn:
             reason=reason,
             detail=detail[:REPORT_DETAIL_CHARS_MAX],
             variants=_tried(slot, job, offered),
+            serving=_beside(slot, serves, offered),
             requests=counts.requests + counts.earlier_requests,
             errors=counts.errors + counts.earlier_errors,
             fallbacks=counts.fallbacks + counts.earlier_fallbacks,
@@ -557,6 +569,10 @@ class Turn:
                 faults=0,
             ),
         )
+        if not self.calm():
+            self.state = replace(self.state, falls=None)
+        elif slot.incumbent is not None:
+            self.state = replace(self.state, falls=Falls(name, Since.at(self.now)))
         state: ModelState = "confirmed_idle" if idle else "confirmed"
         self.report(name, state, job=job, counts=counts, trial_end="idle" if idle else "requests")
         self.effects.append(Collect(kept(self.state)))
@@ -709,6 +725,16 @@ def _tried(slot: Slot, job: Job | None, offered: OfferedModel | None) -> list[Va
     if slot.incumbent is None or offered is None or slot.incumbent.manifest != offered.manifest:
         return []
     return [variant for variant in slot.incumbent.tried if variant.outcome == "serving"]
+
+
+def _beside(slot: Slot, serves: Loadable | None, offered: OfferedModel | None) -> VariantTried | None:
+    """Return how what serves was chosen, where a report is about another bundle."""
+    incumbent = slot.incumbent
+    if serves is None or incumbent is None or incumbent.loadable.manifest != serves.manifest:
+        return None
+    if offered is not None and offered.manifest == serves.manifest:
+        return None
+    return next((variant for variant in incumbent.tried if variant.outcome == "serving"), None)
 
 
 def _closed(slot: Slot, offered: OfferedModel, *, unfit: bool) -> Slot:

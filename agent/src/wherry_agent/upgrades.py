@@ -26,6 +26,7 @@ from wherry_agent.state import (
     Again,
     Cancel,
     Compared,
+    Denied,
     Engines,
     EnginesProbed,
     Fetching,
@@ -39,14 +40,16 @@ from wherry_agent.state import (
     Queued,
     Rejudge,
     Rejudged,
+    Rejudging,
     Resolving,
     Returning,
     Served,
     Slot,
+    State,
     Swapping,
     Waiting,
 )
-from wherry_agent.turn import JUDGE_GRACE_MS, Turn, retry_ms, serving
+from wherry_agent.turn import JUDGE_GRACE_MS, REJUDGE_DOWNS_MAX, Turn, retry_ms, serving
 from wherry_shared import reasons
 from wherry_shared.clock import Now, Since
 
@@ -58,9 +61,10 @@ REJUDGE_S = 120
 def probed(turn: Turn, event: EnginesProbed) -> None:
     """These engines work on this device now."""
     before = turn.state.engines.installed
-    engines = replace(turn.state.engines, installed=dict(event.installed), barred=False)
+    installed = _believed(turn, event.installed)
+    engines = replace(turn.state.engines, installed=installed, barred=False)
     turn.state = replace(turn.state, engines=engines)
-    fresh = any(before.get(engine) != version for engine, version in event.installed.items())
+    fresh = any(before.get(engine) != version for engine, version in installed.items())
     if fresh:
         turn.reopen()
     for name, slot in tuple(turn.state.models.items()):
@@ -90,6 +94,7 @@ def rejudged(turn: Turn, event: Rejudged) -> None:
     incumbent = slot.incumbent if slot is not None else None
     if slot is None or incumbent is None:
         return
+    slot = _pause(turn, event.model, slot)
     if incumbent.loadable.digest != event.digest:
         _rejudge(turn, event.model)  # another version was confirmed meanwhile
         return
@@ -105,6 +110,8 @@ def rejudged(turn: Turn, event: Rejudged) -> None:
         return
     again = {name: one for name, one in engines.again.items() if name != event.model}
     turn.state = replace(turn.state, engines=replace(turn.state.engines, again=again))
+    slot = replace(slot, rejudging=None)
+    turn.put(event.model, slot)
     if result.passed:
         new = msgspec.structs.replace(new, peak_memory_bytes=result.peak_memory_bytes or loadable.peak_memory_bytes)
         turn.put(event.model, replace(slot, incumbent=replace(incumbent, loadable=new)))
@@ -118,13 +125,14 @@ def served(turn: Turn, event: Served) -> None:
     """The worker says which engine it has in memory, or that one is gone from the disk: found again, it is a new one."""
     model = next((one for one in serving(turn.state) if one.name == event.model), None)
     if model is not None and model.active.digest == event.digest and event.reason == reasons.ENGINE_MISSING:
-        here = {
-            engine: version for engine, version in turn.state.engines.installed.items() if engine != model.active.engine
-        }
-        turn.state = replace(turn.state, engines=replace(turn.state.engines, installed=here))
+        _deny(turn, model.active.engine)
     if not event.ok or not event.engine_version or model is None or model.active.digest != event.digest:
         return
     engines, name = turn.state.engines, model.active.engine
+    if name in engines.denied:
+        denied = {other: one for other, one in engines.denied.items() if other != name}
+        engines = replace(engines, denied=denied)
+        turn.state = replace(turn.state, engines=engines)
     if engines.loaded.get(name) != event.engine_version:
         # a worker that has just started has what is on disk: then it is the probe that is old
         barred = engines.barred or (name not in engines.loaded and engines.installed.get(name) != event.engine_version)
@@ -166,6 +174,10 @@ def watch(turn: Turn) -> None:
     later = turn.state.engines.hand_over_again
     if later is not None and _due(turn, later):
         turn.state = replace(turn.state, engines=replace(turn.state.engines, barred=False))
+    believed = {name: one for name, one in turn.state.engines.denied.items() if one.found and _over(turn, one)}
+    if believed:
+        installed = {**turn.state.engines.installed, **{name: one.version for name, one in believed.items()}}
+        probed(turn, EnginesProbed(installed))
 
 
 def settle(turn: Turn) -> None:
@@ -195,12 +207,32 @@ def deadlines_ms(engines: Engines, now: Now) -> list[int]:
     later = [again for name, again in engines.again.items() if name not in engines.judging]
     if engines.hand_over_again is not None and engines.barred and engines.handing_over is None:
         later.append(engines.hand_over_again)
+    left += [one.wait_ms - one.since.elapsed_ms(now) for one in engines.denied.values() if one.found]
     return left + [again.wait_ms - again.since.elapsed_ms(now) for again in later]
 
 
-def resume(turn: Turn) -> None:
-    """The worker, the canaries and what was under way are gone; what is installed may have changed meanwhile."""
+def being_judged(state: State) -> tuple[str, ...]:
+    """Return the models whose confirmed version the canary runs with a new engine."""
+    return tuple(name for name, slot in state.models.items() if slot.rejudging is not None and slot.rejudging.running)
+
+
+def resume(turn: Turn, *, tried: bool) -> None:
+    """The worker, the canaries and what was under way are gone; what is installed may have changed meanwhile.
+
+    A canary that does not outlive the machine as often as it may is run no more with that engine. `tried`: something was
+    on trial besides.
+    """
+    going = being_judged(turn.before)
     turn.state = replace(turn.state, engines=Engines(installed=turn.state.engines.installed, barred=True))
+    for name in going:
+        slot = _pause(turn, name, turn.state.models[name])
+        one = slot.rejudging
+        if turn.before.stopped or one is None:
+            continue
+        one = replace(one, downs=one.downs + 1, shared=one.shared or tried or len(going) > 1)
+        turn.put(name, replace(slot, rejudging=one))
+        if one.downs >= REJUDGE_DOWNS_MAX:
+            _judged_enough(turn, name, one)
 
 
 def asked(turn: Turn, event: HandOverAsked) -> None:
@@ -225,6 +257,12 @@ def _rejudge(turn: Turn, name: str) -> None:
     new = msgspec.structs.replace(loadable, engine_version=engines.installed[loadable.engine])
     if _known_bad(turn, slot, new.engine_version):
         return
+    mark = slot.rejudging
+    if mark is None or (mark.digest, mark.engine_version) != (new.digest, new.engine_version):
+        mark = Rejudging(new.digest, new.engine_version)
+    if mark.downs >= REJUDGE_DOWNS_MAX:
+        return
+    turn.put(name, replace(slot, rejudging=replace(mark, running=True)))
     judging = {**engines.judging, name: Since.at(turn.now)}
     turn.state = replace(turn.state, engines=replace(engines, judging=judging))
     turn.effects.append(Rejudge(name, new, REJUDGE_S))
@@ -232,7 +270,9 @@ def _rejudge(turn: Turn, name: str) -> None:
 
 def _judge_later(turn: Turn, name: str) -> None:
     """The canary came to no verdict on a confirmed version."""
-    engines = turn.state.engines
+    engines, slot = turn.state.engines, turn.state.models.get(name)
+    if slot is not None:
+        _pause(turn, name, slot)
     judging = {other: since for other, since in engines.judging.items() if other != name}
     again = {**engines.again, name: _again(turn, engines.again.get(name))}
     turn.state = replace(turn.state, engines=replace(engines, judging=judging, again=again))
@@ -246,6 +286,56 @@ def _judge_again(turn: Turn, name: str) -> None:
     if name not in engines.judging:
         again = {other: one for other, one in engines.again.items() if other != name}
         turn.state = replace(turn.state, engines=replace(engines, again=again))
+
+
+def _pause(turn: Turn, name: str, slot: Slot) -> Slot:
+    """Note that no canary runs the confirmed version of a model any more."""
+    if slot.rejudging is not None and slot.rejudging.running:
+        slot = replace(slot, rejudging=replace(slot.rejudging, running=False))
+        turn.put(name, slot)
+    return slot
+
+
+def _judged_enough(turn: Turn, name: str, one: Rejudging) -> None:
+    """The machine went down with each canary: a verdict, unless it goes down anyway or for something else."""
+    incumbent = turn.state.models[name].incumbent
+    if incumbent is None or incumbent.loadable.digest != one.digest:
+        return
+    new = msgspec.structs.replace(incumbent.loadable, engine_version=one.engine_version)
+    words = f"with {new.engine} {one.engine_version}: the device went down {one.downs} times while it was judged"
+    if one.shared or not turn.calm():
+        _report(turn, name, f"judged no more {words}, and not only then")
+        return
+    turn.remember(new, reasons.DEVICE_DOWN, incumbent.offered.attempt)
+    _report(turn, name, f"not good {words}")
+
+
+def _deny(turn: Turn, engine: str) -> None:
+    """The worker cannot load an engine that is installed: the first time the next probe is believed, then after a wait."""
+    engines = turn.state.engines
+    version = engines.installed.get(engine)
+    if version is None:
+        return  # said already since the last probe
+    before = engines.denied.get(engine)
+    troubles = before.troubles + 1 if before is not None else 0
+    one = Denied(version, Since.at(turn.now), retry_ms(troubles) if troubles else 0, troubles)
+    here = {name: installed for name, installed in engines.installed.items() if name != engine}
+    turn.state = replace(turn.state, engines=replace(engines, installed=here, denied={**engines.denied, engine: one}))
+
+
+def _believed(turn: Turn, installed: Mapping[str, str]) -> dict[str, str]:
+    """Return what a probe found but for engines that the worker could not load just now; another version is another try."""
+    engines = turn.state.engines
+    denied = {
+        name: replace(one, found=installed.get(name) == one.version and not _over(turn, one))
+        for name, one in engines.denied.items()
+    }
+    turn.state = replace(turn.state, engines=replace(engines, denied=denied))
+    return {name: version for name, version in installed.items() if name not in denied or not denied[name].found}
+
+
+def _over(turn: Turn, one: Denied) -> bool:
+    return one.since.elapsed_ms(turn.now) >= one.wait_ms
 
 
 def _again(turn: Turn, before: Again | None) -> Again:

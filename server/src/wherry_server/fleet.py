@@ -329,6 +329,8 @@ def _device(row: Any) -> dict[str, Any]:
 def _model(row: Any, versions: Mapping[str, str], latency: dict[str, Any] | None) -> dict[str, Any]:
     tried = row.body.get("variants", [])
     own = tried if row.manifest == row.running else []  # a candidate's variants say nothing of what serves in its place
+    beside = row.body.get("serving")
+    own = own if beside is None else [beside]
     serving = next((variant for variant in own if variant["id"] == row.running_variant), None)
     return {
         "model": row.model,

@@ -175,6 +175,8 @@ class Report(_Wire, frozen=True, kw_only=True):
     reason: str = ""
     detail: str = ""
     variants: list[VariantTried] = []
+    serving: VariantTried | None = None
+    """What answers requests, where it is not of the bundle that the report is about: chosen in its own trial, and why."""
     requests: Count = 0
     errors: Count = 0
     fallbacks: Count = 0

@@ -63,6 +63,10 @@ class Checkers:
         """(device, model) that ever had a confirmed version."""
         self._downs: dict[tuple[str, str, s.End], int] = {}
         """(device, variant digest, attempt) → ends of the agent that nobody ordered while it was tried."""
+        self._fell: dict[tuple[str, str], int] = {}
+        """(device, manifest) → ends that nobody had ordered while it was trusted and nothing was tried."""
+        self._took_down_trusted: dict[tuple[str, str], int] = {}
+        """(device, manifest) → times that the machine was taken down while it was trusted and nothing was tried."""
         self._took_down: dict[tuple[str, str, s.End], int] = {}
         """The same → times that it took the whole machine down."""
         self._proved: dict[tuple[str, str], str] = {}
@@ -180,7 +184,7 @@ class Checkers:
         if report.state in {"returned", "failed"} and report.reason in reasons.VERDICTS:
             self._remember_bad(device, phase)
         if report.reason == reasons.DEVICE_DOWN:
-            self._blamed_with_cause(device, phase)
+            self._blamed_with_cause(device, phase, report)
         self._runs_what_it_says(device, report)
 
     def _names_an_offer(self, device: Device, report: Report) -> None:
@@ -224,10 +228,12 @@ class Checkers:
             key = (device.name, job.loadable.digest)
             self._bad[key] = max(self._bad.get(key, 0), job.offered.attempt)
 
-    def _blamed_with_cause(self, device: Device, phase: s.Phase | None) -> None:
+    def _blamed_with_cause(self, device: Device, phase: s.Phase | None, report: Report) -> None:
         job = getattr(phase, "job", None)
-        if not isinstance(job, s.Job) or not job.candidates:
-            self.object("only what a device goes down with is blamed for it", device, type(phase).__name__)
+        if not isinstance(job, s.Job) or not job.candidates or job.offered.manifest != report.manifest:
+            fell = self._fell.get((device.name, report.manifest), 0)
+            if fell < turn.FALLS_MAX:
+                self.object("only what a device goes down with is blamed for it", device, f"{fell} times, trusted")
             return
         downs, due = self._downs.get(_key(device, job), 0), max(2, job.offered.trial.restarts_max)
         if downs < due:
@@ -235,8 +241,13 @@ class Checkers:
 
     def went_down(self, device: Device, held: s.State) -> None:
         """Count an end that nobody had ordered for what was tried then."""
-        for key, _ in _tried(device, held.models):
+        tried = [key for key, _ in _tried(device, held.models)]
+        for key in tried:
             self._downs[key] = self._downs.get(key, 0) + 1
+        for slot in held.models.values() if not tried else ():
+            if slot.incumbent is not None:
+                trusted = (device.name, slot.incumbent.manifest)
+                self._fell[trusted] = self._fell.get(trusted, 0) + 1
 
     def taken_down(self, device: Device) -> None:
         """Check that nothing takes a device down again and again."""
@@ -244,6 +255,13 @@ class Checkers:
             times = self._took_down[key] = self._took_down.get(key, 0) + 1
             if times > job.offered.trial.restarts_max:
                 self.object("nothing takes a device down for ever", device, f"{job.offered.target}, {times} times")
+        for name, slot in device.durable.models.items():
+            if slot.incumbent is None or any(True for _ in _tried(device, device.durable.models)):
+                continue
+            trusted = (device.name, slot.incumbent.manifest)
+            times = self._took_down_trusted[trusted] = self._took_down_trusted.get(trusted, 0) + 1
+            if times > turn.FALLS_MAX + turn.REJUDGE_DOWNS_MAX:
+                self.object("nothing takes a device down for ever", device, f"{name}, {times} times")
 
     def _runs_what_it_says(self, device: Device, report: Report) -> None:
         """A report's `running` is what the worker serves, whenever the worker has nothing left to do."""

@@ -258,7 +258,14 @@ class Hands:
             dies_ms = self._behaviours.variant(self.device, one).dies_ms
             if dies_ms:
                 self._more.append(Work(dies_ms, self._die, worker=self.process))
+        for model in command.models:
+            down_ms = self._behaviours.variant(self.device, model.active).down_ms
+            if down_ms and not model.trial:
+                self._more.append(Work(down_ms, self._go_down, worker=self.process))
         return events
+
+    def _go_down(self) -> tuple[s.Event, ...]:
+        raise MachineDownError
 
     def _die(self) -> tuple[s.Event, ...]:
         died, start = self.kill_worker("simulated death after loading")
@@ -315,8 +322,11 @@ class Hands:
 
     def _rejudge(self, effect: s.Rejudge) -> Work:
         loadable = effect.candidate
+        behaviour = self._behaviours.variant(self.device, loadable)
 
         def act() -> tuple[s.Event, ...]:
+            if behaviour.canary_newer_down and self.files.engine == models.NEWER_ENGINE_VERSION:
+                raise MachineDownError
             reason = self._verdict(loadable)
             if not reason:
                 self.proved.add((loadable.digest, self.files.engine))
@@ -324,7 +334,6 @@ class Hands:
             return (s.Rejudged(effect.model, loadable.digest, loadable.engine_version, result),)
 
         key = f"again {effect.model}"
-        behaviour = self._behaviours.variant(self.device, loadable)
         return Work(self._about(behaviour.canary_ms), act, model=key, child=self._start(key))
 
     def _hand_over(self) -> tuple[s.Event, ...]:

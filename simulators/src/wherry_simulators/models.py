@@ -53,6 +53,10 @@ class VariantBehaviour(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     """Share of requests that take the whole machine down."""
     canary_down: bool = False
     """Its canary takes the whole machine down."""
+    canary_newer_down: bool = False
+    """Its canary with the newer engine takes the whole machine down."""
+    down_ms: int = 0
+    """The whole machine goes down so long after it was loaded as what is trusted; 0: it does not."""
     dies_ms: int = 0
     """The worker dies so long after it loaded it, whatever is asked; 0: it does not."""
     engine_newer: bool = False

@@ -253,6 +253,19 @@ def _blameless(state: s.State, now: Now) -> Turn:
     return replace(after, models=models, known_bad=bad), effects
 
 
+def _shortened(state: s.State) -> s.State:
+    return replace(state, falls=replace(state.falls, lasted=False)) if state.falls is not None else state
+
+
+def _disordered(state: s.State) -> s.State:
+    tried = any(isinstance(slot.phase, (s.Judging, *_TRIAL)) for slot in state.models.values())
+    return state if tried else replace(state, stopped=False)
+
+
+def _unmarked(slot: s.Slot, now: Now) -> s.Slot:  # noqa: ARG001  # the form of `_slots`
+    return replace(slot, rejudging=None)
+
+
 def _stopped_for_ever(state: s.State, now: Now) -> Turn:
     after, effects = machine.resume(state, now)
     return replace(after, stopped=state.stopped), effects
@@ -545,6 +558,23 @@ ALL: tuple[Mutant, ...] = (
         "a device that goes down anyway blames what it tries",
         _at_boot(lambda state: replace(state, downs=None)),
         downs.TABLE[-1:],
+    ),
+    Mutant(
+        "what takes the machine down when it is trusted keeps its place",
+        _at_boot(lambda state: replace(state, falls=None)),
+        downs.TABLE[8:9],
+    ),
+    Mutant("a life that lasted counts as a short one", _at_boot(_shortened), downs.TABLE[10:11]),
+    Mutant("an end in order is held against what is trusted", _at_boot(_disordered), downs.TABLE[11:12]),
+    Mutant(
+        "what is trusted is blamed on a device that went down before it came",
+        _step(lambda state, event, now: machine.step(replace(state, downs=None), event, now)),
+        downs.TABLE[12:13],
+    ),
+    Mutant(
+        "what a canary with a new engine does to the machine is not counted",
+        _resume(lambda state, now: machine.resume(_slots(_unmarked)(state, now), now)),
+        engines.TABLE[-1:],
     ),
     Mutant("the silence of a canary is held against its candidate", _step(_impatient), trouble.CANARY_LOST),
     Mutant(

@@ -14,6 +14,8 @@ OLD, NEW = frozenset({"1.0.0"}), frozenset({"1.1.0"})
 BLAMED, RESTARTED = f"returned {reasons.DEVICE_DOWN}", f"returned {reasons.RESTARTS}"
 MINUTE_MS = 60_000
 _DOWN = Behaviour(variants=[VariantBehaviour(down_per_request=0.9)])
+_TRUSTED = Behaviour(variants=[VariantBehaviour(down_ms=5 * MINUTE_MS)])
+_AFTER = tuple(HOUR_MS + (20 + 3 * number) * MINUTE_MS for number in range(6))
 _LONG = Trial(min_requests=1_000, max_s=1_200, canary_s=60)
 _CUTS = (HOUR_MS + 2 * MINUTE_MS, HOUR_MS + 4 * MINUTE_MS, HOUR_MS + 6 * MINUTE_MS)
 
@@ -99,5 +101,40 @@ TABLE = (
         said=(RESTARTED,),
         unsaid=(BLAMED,),
         cuts=(HOUR_MS // 2, HOUR_MS // 2 + 10 * MINUTE_MS, *_CUTS),
+    ),
+    _row(
+        "a version that takes the whole machine down only when it is trusted gives way to the one before",
+        OLD,
+        Release("1.1.0", _TRUSTED, at_ms=HOUR_MS),
+        Release("1.1.0", _TRUSTED, at_ms=2 * HOUR_MS, rollout="again"),
+        said=(BLAMED, f"refused {reasons.KNOWN_BAD}"),
+    ),
+    _row(
+        "a few power cuts take no version's place that was confirmed just before",
+        NEW,
+        Release("1.1.0", at_ms=HOUR_MS),
+        unsaid=(BLAMED,),
+        cuts=_AFTER[:3],
+    ),
+    _row(
+        "power cuts take no version's place if they come between lives that last",
+        NEW,
+        Release("1.1.0", at_ms=HOUR_MS),
+        unsaid=(BLAMED,),
+        cuts=(*_AFTER[:3], *(at_ms + 2 * HOUR_MS for at_ms in _AFTER[:4])),
+    ),
+    _row(
+        "an agent that is stopped in order again and again keeps what it trusts",
+        NEW,
+        Release("1.1.0", at_ms=HOUR_MS),
+        unsaid=(BLAMED,),
+        faults=Faults(from_ms=HOUR_MS + 20 * MINUTE_MS, until_ms=HOUR_MS + 50 * MINUTE_MS, stopped=0.3),
+    ),
+    _row(
+        "a version that a device went down without keeps its place",
+        NEW,
+        Release("1.1.0", at_ms=HOUR_MS),
+        unsaid=(BLAMED,),
+        cuts=(HOUR_MS // 2, HOUR_MS // 2 + 10 * MINUTE_MS, *_AFTER),
     ),
 )

@@ -13,6 +13,7 @@ _BREAKS = Behaviour(variants=[VariantBehaviour(canary_newer=reasons.GOLDEN_MISS)
 _ONE_OF_TWO = Behaviour(
     variants=[VariantBehaviour(id="int8", canary_newer=reasons.GOLDEN_MISS), VariantBehaviour(id="float")]
 )
+_FELLS = Behaviour(variants=[VariantBehaviour(canary_newer_down=True)])
 _NEEDS_NEWER = Behaviour(variants=[VariantBehaviour(engine_newer=True)])
 _GONE_MS, _BACK_MS = 2 * HOUR_MS, 3 * HOUR_MS
 _MISSED = frozenset({f"returned {reasons.ENGINE_MISSING}", f"safe {reasons.ENGINE_MISSING}"})
@@ -82,6 +83,14 @@ TABLE = (
         engines=((2 * HOUR_MS, NEWER_ENGINE_VERSION),),
         ends_on=frozenset({"1.1.0"}),
         said=frozenset({f"refused {reasons.NO_VARIANT}"}),
+        devices=4,
+    ),
+    Scenario(
+        "what takes the machine down in the canary with a new engine gives way, and is not judged for ever",
+        (Release("1.0.0"), Release("1.1.0", _FELLS, at_ms=HOUR_MS)),
+        engines=((2 * HOUR_MS, NEWER_ENGINE_VERSION),),
+        ends_on=frozenset({"1.0.0"}),
+        said=frozenset({f"returned {reasons.ENGINE_CHANGED}"}),
         devices=4,
     ),
 )
