@@ -21,6 +21,7 @@ from wherry_agent.answering.registry import Registry
 from wherry_agent.children import Serve, ServeModel, Serving
 from wherry_agent.workers.loader import Loader
 from wherry_shared import reasons
+from wherry_shared.bundle import TensorSpec
 from wherry_shared.engines.errors import EngineFault
 from wherry_shared.sketch import Sketch
 
@@ -121,6 +122,19 @@ def test_classes_are_counted_by_label_and_bounded(tmp_path: Path):
     assert classes["other"] == 10
     assert len(classes) == CLASSES_MAX + 1
     assert sum(classes.values()) == len(labels) + 2
+
+
+def test_text_is_counted_only_where_the_bundle_names_it_as_a_class(tmp_path: Path):
+    text = TensorSpec(name="y", datatype="BYTES", shape=["n"], labels=["cat", "dog"])
+    one = loadable(models.scale(tmp_path / "a.onnx", 1.0))
+    loaded = load_variant(one)
+    interface = msgspec.structs.replace(one.interface, outputs=[text])
+    counter = Counter(msgspec.structs.replace(one, interface=interface), "incumbent")
+    counter.answered(loaded, 2, 1000, 0, {"y": np.array(["cat", "my secret", "cat", "dog"], object)})
+    counter.answered(loaded, 2, 1000, 0, {"y": np.array(["dog", "d"], object)})
+    stats = counter.stats()
+    assert stats.classes == {"cat": 2, "dog": 2, "other": 2}
+    assert Sketch.from_wire(stats.confidence).count == 0
 
 
 def test_the_top_class_is_counted_with_its_value(tmp_path: Path):

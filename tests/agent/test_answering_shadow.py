@@ -282,7 +282,8 @@ def interface(*outputs: TensorSpec, state: list[StatePair] | None = None) -> Int
     return Interface(inputs=[], outputs=list(outputs), state=state or [])
 
 
-SCORES = TensorSpec(name="y", datatype="FP32", shape=[2, 3])
+SCORES = TensorSpec(name="y", datatype="FP32", shape=[2, 3], labels=["a", "b", "c"])
+BOXES = TensorSpec(name="y", datatype="FP32", shape=[2, 3])
 LABELLED = TensorSpec(name="y", datatype="FP32", shape=[3], labels=["a", "b", "c"])
 IMAGE = TensorSpec(name="y", datatype="FP32", shape=[1, 2, 3])
 WORDS = TensorSpec(name="y", datatype="BYTES", shape=[2])
@@ -295,6 +296,22 @@ COUNTS = TensorSpec(name="y", datatype="INT64", shape=[3])
         ("same top class of every row", SCORES, [[1, 2, 3], [3, 0, 0]], [[0, 0, 9], [3, 2, 1]], True, 2.0),
         ("another top class of one row", SCORES, [[1, 2, 3], [3, 0, 0]], [[1, 2, 3], [0, 3, 0]], False, 1.0),
         ("labels without a batch", LABELLED, [0.1, 0.7, 0.2], [0.3, 0.4, 0.3], True, 0.5),
+        (
+            "rows without labels, the largest where it was",
+            BOXES,
+            [[1, 2, 3], [3, 0, 0]],
+            [[0, 0, 9], [3, 2, 1]],
+            False,
+            2.0,
+        ),
+        (
+            "rows without labels, within the tolerance",
+            BOXES,
+            [[1, 1.01, 0], [3, 0, 0]],
+            [[1.01, 1, 0], [3, 0, 0]],
+            True,
+            0.01 / 3,
+        ),
         ("an image within the tolerance", IMAGE, [[[0, 1, 2], [3, 4, 10]]], [[[0.1, 1, 2], [3, 4, 10]]], True, 0.01),
         ("an image beyond it in one place", IMAGE, [[[0, 1, 2], [3, 4, 10]]], [[[0.5, 1, 2], [3, 4, 10]]], False, 0.05),
         ("equal words", WORDS, [b"a", b"b"], [b"a", b"b"], True, None),

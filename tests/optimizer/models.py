@@ -149,3 +149,54 @@ def workshop(folder: Path, *variants: str, recipe: str = RECIPE) -> Path:
     path = folder / "recipe.toml"
     path.write_text(recipe + "".join(variants))
     return path
+
+
+def dictionary(path: Path, *, oil: str = "Flüssigkeit") -> Path:
+    """Write a model of text: a word gives its kind (text) and its number."""
+    words = {"keys_strings": ["cat", "Öl"], "domain": "ai.onnx.ml"}
+    kinds = helper.make_node(
+        "LabelEncoder", ["word"], ["kind"], values_strings=["animal", oil], default_string="unknown", **words
+    )
+    numbers = helper.make_node("LabelEncoder", ["word"], ["number"], values_int64s=[3, 7], default_int64=-1, **words)
+    graph = helper.make_graph(
+        [kinds, numbers],
+        "dictionary",
+        [helper.make_tensor_value_info("word", TensorProto.STRING, ["N", 1])],
+        [
+            helper.make_tensor_value_info("kind", TensorProto.STRING, ["N", 1]),
+            helper.make_tensor_value_info("number", TensorProto.INT64, ["N", 1]),
+        ],
+    )
+    return _save_with_ml(graph, path)
+
+
+def judge_of_points(path: Path, names: tuple[str, str] = ("near", "far")) -> Path:
+    """Write what converters make of a classifier with names for classes: numbers in, the name (text) and the scores out."""
+    classify = helper.make_node(
+        "LinearClassifier",
+        ["x"],
+        ["label", "scores"],
+        domain="ai.onnx.ml",
+        coefficients=[1.0, 1.0, -1.0, -1.0],
+        intercepts=[0.0, 0.0],
+        classlabels_strings=list(names),
+        post_transform="SOFTMAX",
+    )
+    graph = helper.make_graph(
+        [classify],
+        "judge",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 2])],
+        [
+            helper.make_tensor_value_info("label", TensorProto.STRING, ["N"]),
+            helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["N", 2]),
+        ],
+    )
+    return _save_with_ml(graph, path)
+
+
+def _save_with_ml(graph: onnx.GraphProto, path: Path) -> Path:
+    opsets = [helper.make_opsetid("", 15), helper.make_opsetid("ai.onnx.ml", 2)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+    return path

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
 
-from tests.optimizer.models import blobs, classifier
+from tests.optimizer.models import blobs, classifier, dictionary
 from wherry_optimizer import interface
-from wherry_optimizer.golden import Runnable, Runs, _cover, _steadiest_first, _telling, budget, configurations, select
+from wherry_optimizer.golden import (
+    RunAll,
+    Runnable,
+    Runs,
+    _cover,
+    _steadiest_first,
+    _telling,
+    budget,
+    configurations,
+    run_all,
+    select,
+)
 from wherry_optimizer.recipe import Hints
 from wherry_shared import golden
 from wherry_shared.errors import RefusedError
@@ -106,6 +120,26 @@ def test_candidates_that_move_between_configurations_come_last() -> None:
     outputs = [{"y": np.array([float(index)])} for index in range(4)]
     runs = {"a": Runs(outputs, {"y": np.array([0.0, 0.5, 0.0, 0.9])}, ("onnxruntime",), {})}
     assert _steadiest_first(runs, 4) == [0, 2, 1, 3]
+
+
+def test_a_candidate_whose_text_another_configuration_answers_otherwise_is_none(tmp_path: Path) -> None:
+    item = runnable("a", dictionary(tmp_path / "m.onnx"))
+    words = [{"word": np.array([[word]], object)} for word in ("cat", "Öl", "x")]
+
+    def run(moved: list[float]) -> RunAll:
+        def ran(subject: Runnable, inputs: Sequence[dict[str, np.ndarray]], available: Sequence[EngineFacts]) -> Runs:
+            own = run_all(subject, inputs, available)
+            return replace(own, moved={**own.moved, "kind": np.array(moved)})
+
+        return ran
+
+    terms: dict[str, Any] = {"vectors": 8, "sampled_above": 99, "synthetic": False, "budgets": {"a": 10**5}}
+    found = select([item], words, ORT, run=run([1.0, 0.0, 1.0]), **terms)
+    (vector,) = golden.decode(found.by_variant["a"].encoded).vectors
+    assert vector.inputs["word"][0, 0] == "Öl"
+    with pytest.raises(RefusedError) as caught:
+        select([item], words, ORT, run=run([1.0, 1.0, 1.0]), **terms)
+    assert caught.value.code == "golden_none"
 
 
 def test_the_steadier_half_is_enough_where_it_tells_all_variants_apart(tmp_path: Path) -> None:

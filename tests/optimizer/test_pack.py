@@ -15,7 +15,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from tests.optimizer.models import INT8, blobs, classifier, conv, workshop
+from tests.optimizer.models import INT8, blobs, classifier, conv, dictionary, judge_of_points, workshop
 from tests.shared.engines.models import save
 from wherry_agent.disk import Disk
 from wherry_agent.store import Store
@@ -444,3 +444,39 @@ def test_the_command_line_tells_cause_consequence_and_next_step(tmp_path: Path) 
     assert "neither an ONNX nor a TFLite model [model_foreign]" in done.stderr
     assert "next:" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+TERMS: dict[str, Any] = {"name": "words", "version": "1.0.0", "licence": "MIT"}
+
+
+def test_text_is_not_made_up_and_the_advice_that_comes_of_it_holds(tmp_path: Path) -> None:
+    path = dictionary(tmp_path / "m.onnx")
+    with pytest.raises(RefusedError) as caught:
+        pack_model(path, output=tmp_path, **TERMS)
+    assert caught.value.code == "interface_unknown"
+    assert "--inputs" in caught.value.next_step
+    assert "'word' as an array of dtype U" in caught.value.next_step
+    np.savez(tmp_path / "objects.npz", word=np.array([["cat"], [None]], object))
+    with pytest.raises(RefusedError) as caught:
+        pack_model(path, output=tmp_path, inputs=tmp_path / "objects.npz", **TERMS)
+    assert caught.value.code == "data_invalid"
+    assert "dtype=str" in caught.value.next_step
+    np.savez(tmp_path / "texts.npz", word=np.array([["cat"], ["Öl"], ["house"], [""]]))
+    packed = pack_model(path, output=tmp_path, inputs=tmp_path / "texts.npz", **TERMS)
+    assert vectors_of(packed.path).tolerances["kind"] == golden.Tolerance(0.0, 0.0)
+    assert not packed.synthetic
+    with pytest.raises(RefusedError) as caught:
+        repack(packed.path, tmp_path, version="1.1.0", files={"float": dictionary(tmp_path / "n.onnx", oil="Oel")})
+    assert caught.value.code == "golden_miss"
+    assert "output kind: text, 1 of its elements differ" in caught.value.message
+
+
+def test_a_classifier_that_names_its_classes_in_text_needs_no_samples(tmp_path: Path) -> None:
+    hints = Hints(outputs={"label": OutputHint(labels=["near", "far"])})
+    packed = pack_model(judge_of_points(tmp_path / "m.onnx"), output=tmp_path, hints=hints, **TERMS)
+    assert packed.synthetic
+    label = packed.config.interface.outputs[0]
+    assert (label.datatype, label.shape, label.labels) == ("BYTES", ["batch"], ["near", "far"])
+    other = judge_of_points(tmp_path / "n.onnx", ("far", "near"))
+    with pytest.raises(RefusedError, match="output label: text"):
+        repack(packed.path, tmp_path, version="1.1.0", files={"float": other})

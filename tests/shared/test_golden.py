@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from wherry_shared import golden
+from wherry_shared import golden, limits
 from wherry_shared.errors import RefusedError
 from wherry_shared.golden import Expected, Golden, Tolerance, Vector
 
@@ -127,7 +127,51 @@ def test_a_cut_file_is_refused(cut: int) -> None:
     assert caught.value.code == "golden_invalid"
 
 
-def test_text_tensors_are_refused() -> None:
+@given(hnp.arrays(np.object_, hnp.array_shapes(max_dims=3, min_side=0), elements=st.text(), fill=st.nothing()))
+def test_text_survives_the_wire_and_is_compared_exactly(array: np.ndarray) -> None:
+    before = Golden((Vector({"in": array}, {"out": Expected(array, array.shape)}),), {"out": Tolerance(0, 0)})
+    after = golden.decode(golden.encode(before))
+    np.testing.assert_array_equal(after.vectors[0].inputs["in"], array)
+    assert golden.check(after, lambda _: {"out": array.copy()}) == []
+    if array.size:
+        other = array.copy()
+        other.flat[-1] += "!"
+        (miss,) = golden.check(after, lambda _: {"out": other})
+        assert (miss.why, miss.difference) == ("text", 1)
+        assert "1 of its elements" in str(miss)
+
+
+def test_text_against_numbers_is_a_miss_and_a_sample_of_it_is_compared() -> None:
+    words = np.array(["a", "b", "c", "d"], object)
+    assert [m.why for m in golden.check(one(words, Tolerance(0, 0)), lambda _: {"y": np.zeros(4)})] == ["dtype"]
+    sampled = golden.decode(golden.encode(one(words, Tolerance(0, 0), sample=golden.Sample(1, 3, 2))))  # b and a
+    assert golden.check(sampled, lambda _: {"y": np.array(["a", "b", "x", "y"], object)}) == []
+    assert [m.difference for m in golden.check(sampled, lambda _: {"y": np.array(["a", "x", "c", "d"], object)})] == [1]
+
+
+@pytest.mark.parametrize("element", [b"bytes", 3, None, "\ud800"])
+def test_what_is_not_text_is_refused_with_a_way_out(element: object) -> None:
     with pytest.raises(RefusedError) as caught:
-        golden.encode(one(np.array(["a"]), Tolerance(0, 0)))
+        golden.encode(one(np.array([element], object), Tolerance(0, 0)))
     assert caught.value.code == "golden_datatype"
+    assert "UINT8" in caught.value.next_step
+
+
+@given(st.data())
+def test_altered_text_is_refused_or_harmless_but_never_crashes(data: st.DataObject) -> None:
+    body = zstandard.decompress(golden.encode(one(np.array(["one", "zwei", "três"], object), Tolerance(0, 0))))
+    start = data.draw(st.integers(0, len(body) - 1))
+    altered = body[:start] + data.draw(st.binary(max_size=12)) + body[start + data.draw(st.integers(0, 12)) :]
+    code = ""
+    try:
+        golden.decode(zstandard.compress(altered))
+    except RefusedError as error:
+        code = error.code
+    assert code in ("", "golden_invalid")
+
+
+def test_no_more_text_is_decoded_than_a_device_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = golden.encode(one(np.array(["", "", ""], object), Tolerance(0, 0)))
+    monkeypatch.setattr(limits, "GOLDEN_TEXTS_MAX", 2)
+    with pytest.raises(RefusedError, match="more than 2 elements of text"):
+        golden.decode(data)

@@ -9,7 +9,8 @@ format that nothing separates are reported (`Selection.unseparated`), since a mi
 
 An engine that cannot load a variant, or answers so differently that a tolerance for both would let anything pass (seen:
 dynamic-range int8 in tflite-runtime 2.14 and LiteRT 2.3 are 0.16 of the range apart), is not one that it was shown on:
-the variant does not name it (`Selection.left_out`).
+the variant does not name it (`Selection.left_out`). Text has no tolerance: a candidate whose text another configuration
+answers otherwise is no golden vector.
 """
 
 from __future__ import annotations
@@ -144,14 +145,22 @@ def select(
         run: in place of `run_all`, for a caller that remembers what it gave.
 
     Raises:
-        RefusedError: `golden_none` if a variant fails on every candidate, `golden_too_large` if not even one vector
+        RefusedError: `golden_none` if no candidate gets the same text every time, `golden_too_large` if not even one vector
             fits into the budget.
         EngineFault: a variant fails on a candidate.
     """
     with ThreadPoolExecutor(WORKERS) as pool:
         jobs = {item.id: pool.submit(run or run_all, item, candidates, available) for item in variants}
         runs = {key: job.result() for key, job in jobs.items()}
-    order = _cover(_telling(variants, runs, _steadiest_first(runs, len(candidates))))
+    ranked = _steadiest_first(runs, len(candidates))
+    if not ranked:
+        raise RefusedError(
+            "golden_none",
+            "on every sample another number of threads or another optimization level changes the text that is answered",
+            consequence="no device could be held to it, so nothing was packed",
+            next_step="give samples that the model decides clearly, by --inputs or as calibration data",
+        )
+    order = _cover(_telling(variants, runs, ranked))
     order = _within_budget(
         order[:vectors], variants, candidates=candidates, runs=runs, sampled_above=sampled_above, budgets=budgets
     )
@@ -240,6 +249,8 @@ def run_all(variant: Runnable, candidates: Sequence[dict[str, Array]], available
 
 def _moved(name: str, first: Sequence[Tensors], other: Sequence[Tensors]) -> npt.NDArray[np.float64]:
     """Return the largest difference of an output per candidate, (candidates,)."""
+    if any(golden.is_text(one[name]) for one in first):
+        return np.array([_text_moved(one[name], two[name]) for one, two in zip(first, other, strict=True)])
     return np.array(
         [
             float(np.abs(one[name].astype(np.float64) - two[name].astype(np.float64)).max(initial=0.0))
@@ -248,14 +259,22 @@ def _moved(name: str, first: Sequence[Tensors], other: Sequence[Tensors]) -> npt
     )
 
 
+def _text_moved(one: Array, two: Array) -> float:
+    """Return 1 if any text differs: there is no nearly."""
+    return float(one.shape != two.shape or golden.text_differences(one, two) > 0)
+
+
 def _steadiest_first(runs: Mapping[str, Runs], count: int) -> list[int]:
-    """Return all candidates, those first that move least over all variants and outputs."""
+    """Return the candidates, those first that move least over all variants and outputs, without those whose text moves."""
     worst = np.zeros(count)
+    stable = np.ones(count, np.bool_)
     for own in runs.values():
         for name, moved in own.moved.items():
             span = _span([outputs[name] for outputs in own.outputs])
             worst = np.maximum(worst, moved / span)
-    return [int(index) for index in np.argsort(worst, kind="stable")]
+            if any(golden.is_text(outputs[name]) for outputs in own.outputs):
+                stable &= moved == 0
+    return [int(index) for index in np.argsort(worst, kind="stable") if stable[index]]
 
 
 def _telling(variants: Sequence[Runnable], runs: Mapping[str, Runs], ranked: Sequence[int]) -> dict[int, set[_Pair]]:
@@ -291,7 +310,9 @@ def _tells(variants: Sequence[Runnable], runs: Mapping[str, Runs], indices: Sequ
 
 
 def _span(values: Sequence[Array]) -> float:
-    """Return the range of an output over vectors; of a constant its size, so that a tolerance is never zero."""
+    """Return the range of an output over vectors; of a constant its size, so that a tolerance is never zero; of text 1."""
+    if any(golden.is_text(value) for value in values):
+        return 1.0
     filled = [value for value in values if value.size]
     low = min((float(value.min()) for value in filled), default=np.inf)
     high = max((float(value.max()) for value in filled), default=-np.inf)
@@ -303,6 +324,9 @@ def _span(values: Sequence[Array]) -> float:
 def _tolerances(variant: Runnable, runs: Runs, indices: Sequence[int]) -> dict[str, Tolerance]:
     found: dict[str, Tolerance] = {}
     for spec in variant.interface.outputs:
+        if spec.datatype == golden.TEXT:
+            found[spec.name] = Tolerance(golden.EXACT, golden.EXACT)
+            continue
         span = _span([runs.outputs[index][spec.name] for index in indices])
         moved = float(runs.moved[spec.name][list(indices)].max())
         atol = max(TOLERANCE_FACTOR * moved, FLOOR_OF_RANGE * span)

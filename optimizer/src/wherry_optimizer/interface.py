@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -27,12 +28,16 @@ from wherry_shared.engines.session import DTYPES, NativeTensor, Session
 from wherry_shared.errors import RefusedError
 
 Array = npt.NDArray[Any]
+_Try: TypeAlias = Callable[[Mapping[str, int]], dict[str, Array]]
+"""Lengths of dynamic axes → the outputs that the model gives for made-up inputs of those."""
 
 BATCH = "batch"
 AXIS_MAX = 4096
 """Largest length that an interface promises for any other dynamic axis, unless samples or the recipe show more."""
 AXIS_TRIED = (1, 2, 4, 8, 16, 32, 64, 128, 224, 256, 512, 1024)
 """Lengths with which dynamic axes are tried until the model runs."""
+TEXT_TRIED = "0"
+"""What text inputs are while axes are tried, if there is no sample: models that take numbers as text run on it as well."""
 _GENERATED = re.compile(r"unk_|\?|dynamic|dyn|axis|dim_?\d|None|-1|\W*$", re.IGNORECASE)
 _BATCH_WORDS = {"batch", "batch_size", "batchsize", "bs", "n", "b"}
 
@@ -46,7 +51,13 @@ class Fitted:
     batch: int
 
 
-def derive(path: Path, format_: Format, tensors: Mapping[str, str], hints: Hints) -> Fitted:
+def derive(
+    path: Path,
+    format_: Format,
+    tensors: Mapping[str, str],
+    hints: Hints,
+    texts: Mapping[str, str] | None = None,
+) -> Fitted:
     """Find the interface of a model file.
 
     Args:
@@ -54,6 +65,7 @@ def derive(path: Path, format_: Format, tensors: Mapping[str, str], hints: Hints
         format_: of the file.
         tensors: canonical → native names; what is left out keeps its native name.
         hints: what is known beyond the file.
+        texts: input → a text that the model takes; `TEXT_TRIED` for the others.
 
     Raises:
         RefusedError: `interface_invalid` (a name that the file lacks), `interface_unknown` (no shape was found on
@@ -61,7 +73,7 @@ def derive(path: Path, format_: Format, tensors: Mapping[str, str], hints: Hints
     """
     session = open_session(path, format_)
     try:
-        return _derive(session, dict(tensors), hints)
+        return _derive(session, dict(tensors), hints, texts or {})
     finally:
         session.close()
 
@@ -94,11 +106,18 @@ def fit(path: Path, format_: Format, tensors: Mapping[str, str], interface: Inte
 
 
 def synthetic(
-    interface: Interface, rng: np.random.Generator, lengths: Mapping[str, int] | None = None
+    interface: Interface,
+    rng: np.random.Generator,
+    lengths: Mapping[str, int] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Draw inputs from the interface's ranges; dynamic axes take `lengths`, else their minimum.
 
-    Without a range: floats from [-1, 1], bytes from [0, 255], other integers from {0, 1}.
+    Without a range: floats from [-1, 1], bytes from [0, 255], other integers from {0, 1}. No text can be drawn: an input
+    of text is filled with that of `texts`.
+
+    Raises:
+        RefusedError: `interface_unknown` for an input of text that `texts` does not name.
     """
     drawn: dict[str, Any] = {}
     for spec in interface.inputs:
@@ -117,11 +136,15 @@ def synthetic(
             drawn[spec.name] = rng.integers(int(low), int(high), shape, endpoint=True).astype(dtype)
         elif dtype.kind == "b":
             drawn[spec.name] = rng.integers(0, 1, shape, endpoint=True).astype(dtype)
+        elif texts is not None and spec.name in texts:
+            drawn[spec.name] = np.full(shape, texts[spec.name], np.object_)
         else:
             raise RefusedError(
                 "interface_unknown",
-                f"input {spec.name!r} is {spec.datatype}: no values can be made up for it",
-                next_step="give samples with --inputs",
+                f"input {spec.name!r} is text: what the model is asked in earnest cannot be made up",
+                consequence="nothing was packed, for golden vectors of random text would prove nothing",
+                next_step=f"give samples with --inputs: an .npz with {spec.name!r} as an array of dtype U, see "
+                "docs/formats/golden.md",
             )
     return drawn
 
@@ -134,7 +157,7 @@ def _only_renamed(tensors: Mapping[str, str]) -> dict[str, str]:
     return {canonical: native for canonical, native in tensors.items() if canonical != native}
 
 
-def _derive(session: Session, tensors: dict[str, str], hints: Hints) -> Fitted:
+def _derive(session: Session, tensors: dict[str, str], hints: Hints, texts: Mapping[str, str]) -> Fitted:
     natives_in, natives_out = session.describe()
     names = {native.name for native in (*natives_in, *natives_out)}
     canonical = {native: name for name, native in tensors.items()}
@@ -145,15 +168,18 @@ def _derive(session: Session, tensors: dict[str, str], hints: Hints) -> Fitted:
         raise RefusedError(
             "interface_invalid",
             f"the model has no tensor {', '.join(stray)}",
-            next_step=f"it has {', '.join(sorted(names))}",
+            consequence="nothing was built",
+            next_step=f"it has {', '.join(sorted(names))}: name those",
         )
     dims: dict[str, Bounds] = {}
     inputs = [_input(native, canonical, hints, dims) for native in natives_in]
     dims |= {name: bounds for name, bounds in hints.dims.items() if name in dims}
     outputs = [_output(native, canonical, hints) for native in natives_out]
     interface = Interface(inputs=inputs, outputs=outputs, dims=dims)
-    lengths = _runnable(session, interface, tensors)
-    outputs, extra = _resolve_outputs(session, interface, tensors, lengths, natives_out, hints.dims)
+    tried = {spec.name: texts.get(spec.name, TEXT_TRIED) for spec in inputs if spec.datatype == "BYTES"}
+    run = partial(_run, session, interface, tensors, tried)
+    lengths = _runnable(run, interface)
+    outputs, extra = _resolve_outputs(run, interface, lengths, natives_out, hints.dims)
     bounded = {
         name: bounds if name in hints.dims else msgspec.structs.replace(bounds, minimum=lengths[name])
         for name, bounds in dims.items()
@@ -188,9 +214,13 @@ def _dim_name(axis: int | str, tensor: str, index: int) -> str:
 def _output(native: NativeTensor, canonical: Mapping[str, str], hints: Hints) -> TensorSpec:
     name = canonical.get(native.name, native.name)
     hint = hints.outputs.get(name, OutputHint())
-    if hint.labels is not None and native.shape and native.shape[-1] != len(hint.labels):
+    by_index = native.datatype != "BYTES"  # labels of text are the texts that it may be
+    if by_index and hint.labels is not None and native.shape and native.shape[-1] != len(hint.labels):
         raise RefusedError(
-            "interface_invalid", f"output {name!r} has {native.shape[-1]} entries, the recipe names {len(hint.labels)}"
+            "interface_invalid",
+            f"output {name!r} has {native.shape[-1]} entries, the recipe names {len(hint.labels)}",
+            consequence="nothing was built: applications would be told wrong names",
+            next_step="name one label per entry, in the order of the model",
         )
     return TensorSpec(
         name=name, datatype=native.datatype, shape=list(native.shape), labels=hint.labels, finite=hint.finite
@@ -213,19 +243,23 @@ def _attempts(interface: Interface) -> Iterator[dict[str, int]]:
 
 
 def _run(
-    session: Session, interface: Interface, tensors: Mapping[str, str], lengths: Mapping[str, int]
+    session: Session,
+    interface: Interface,
+    tensors: Mapping[str, str],
+    texts: Mapping[str, str],
+    lengths: Mapping[str, int],
 ) -> dict[str, Array]:
-    values = synthetic(interface, np.random.default_rng(0), lengths)
+    values = synthetic(interface, np.random.default_rng(0), lengths, texts)
     back = {tensors.get(spec.name, spec.name): spec.name for spec in interface.outputs}
     results = session.run({tensors.get(name, name): value for name, value in values.items()})
     return {back[native]: value for native, value in results.items()}
 
 
-def _runnable(session: Session, interface: Interface, tensors: Mapping[str, str]) -> dict[str, int]:
+def _runnable(run: _Try, interface: Interface) -> dict[str, int]:
     last: Exception | None = None
     for lengths in _attempts(interface):
         try:
-            _run(session, interface, tensors, lengths)
+            run(lengths)
         except (EngineFault, BadInput) as error:
             last = error
             continue
@@ -233,14 +267,15 @@ def _runnable(session: Session, interface: Interface, tensors: Mapping[str, str]
     raise RefusedError(
         "interface_unknown",
         f"the model did not run on made-up input: {last}",
-        next_step="give samples with --inputs, or bounds under [interface.dims]",
+        consequence="its interface is not known, so nothing was built",
+        next_step="give bounds under [interface.dims] and ranges under [interface.inputs.<name>] of a recipe or a --processing "
+        "file; for inputs of text also samples with --inputs",
     )
 
 
 def _resolve_outputs(
-    session: Session,
+    run: _Try,
     interface: Interface,
-    tensors: Mapping[str, str],
     lengths: dict[str, int],
     natives: Sequence[NativeTensor],
     stated: Container[str],
@@ -250,12 +285,12 @@ def _resolve_outputs(
     A batch of which the model takes only one length, whatever its file says, gets that as its bounds, unless it is in `stated`.
     """
     one_only: dict[str, Bounds] = {}
-    base = _run(session, interface, tensors, lengths)
+    base = run(lengths)
     follows: dict[tuple[str, int], str] = {}
     for dim in interface.dims:
         changed = {**lengths, dim: lengths[dim] * 2 if lengths[dim] > 1 else 2}
         try:
-            other = _run(session, interface, tensors, changed)
+            other = run(changed)
         except (EngineFault, BadInput):
             if dim == BATCH and dim not in stated:
                 one_only[dim] = Bounds(minimum=lengths[dim], maximum=lengths[dim])  # free in name only

@@ -19,7 +19,7 @@ import numpy as np
 from wherry_optimizer import assets, measure
 from wherry_optimizer import interface as interfaces
 from wherry_optimizer.data import check_samples
-from wherry_optimizer.data.npz import read_arrays, split_samples
+from wherry_optimizer.data.npz import first_texts, read_arrays, split_samples
 from wherry_optimizer.golden import Chosen, Runnable, budget, select
 from wherry_optimizer.model import Model, author_of, load, read_onnx
 from wherry_optimizer.precision import FLOAT, precision_of
@@ -213,12 +213,20 @@ def pack_model(
     attribution = attribution.strip() or author_of(model) or UNSTATED
     precision = precision_of(model)
     key = "float" if precision.name == FLOAT else precision.name
-    fitted = interfaces.derive(path, model.format, tensors or {}, hints or said.interface)
+    arrays = read_arrays(inputs) if inputs is not None else None
+    fitted = interfaces.derive(
+        path, model.format, tensors or {}, hints or said.interface, first_texts(arrays) if arrays is not None else None
+    )
     candidates: list[dict[str, interfaces.Array]]
-    if inputs is not None:
-        candidates = split_samples(read_arrays(inputs), fitted.interface)
+    if arrays is not None:
+        candidates = split_samples(arrays, fitted.interface)
         if not candidates:
-            raise RefusedError("data_short", f"{inputs} holds no sample")
+            raise RefusedError(
+                "data_short",
+                f"{inputs} holds no sample",
+                consequence="nothing could be proved by them, so nothing was packed",
+                next_step="put samples along axis 0 of its arrays, or leave --inputs out: then they are made up",
+            )
         fitted = interfaces.widened(fitted, candidates)
         check_samples(candidates, fitted.interface, "golden")
         candidates = candidates[: limits.GOLDEN_VECTORS_MAX * 2]

@@ -2,11 +2,13 @@
 
 A device runs them before a variant may serve (contracts.md §7). On the wire they are one zstd frame around
 `WHGOLD01`, the length of a JSON header (uint32, little endian), the header, and the raw tensors one after another in
-header order (little endian, C order). Decoding is bounded in bytes before anything is believed.
+header order (little endian, C order; text as the Open Inference Protocol has it, its length before each element).
+Decoding is bounded in bytes and elements before anything is believed.
 
 An output passes if |y − e| ≤ atol + rtol · |e| everywhere and, where `argmax_margin` is set, if the largest entry of
 each row of the last axis is the expected one wherever the expected row leads by more than that margin. Large outputs
-are kept as samples: flat index (start + i · step) mod size, which needs no random generator to be repeated.
+are kept as samples: flat index (start + i · step) mod size, which needs no random generator to be repeated. Text passes
+if it is the same.
 """
 
 from __future__ import annotations
@@ -44,7 +46,12 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "FP32": np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
 }
-"""Open Inference Protocol datatypes that golden vectors can hold (BF16 is held as its bits, BYTES has no tolerance)."""
+"""Open Inference Protocol datatypes of numbers that golden vectors can hold (BF16 is held as its bits)."""
+TEXT = "BYTES"
+"""The datatype of text: arrays of `str` objects, which are compared exactly."""
+EXACT = 0.0
+"""`atol` and `rtol` of what is text."""
+_LENGTH_BYTES = 4
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -105,9 +112,9 @@ class Miss:
     vector: int
     output: str
     why: str
-    """`missing`, `shape`, `dtype`, `value` or `argmax`."""
+    """`missing`, `shape`, `dtype`, `value`, `argmax` or `text`."""
     difference: float = 0.0
-    """Largest |y − e| over the compared entries, NaN if a NaN or Inf came instead of a number."""
+    """Largest |y − e| over the compared entries, NaN if a NaN or Inf came instead of a number; of text, how many differ."""
     allowed: float = 0.0
     """What was allowed at the entry that is furthest beyond its tolerance."""
 
@@ -115,6 +122,8 @@ class Miss:
         if self.why in ("value", "argmax"):
             figures = f": off by {self.difference:.3g}, allowed {self.allowed:.3g}"
             return f"vector {self.vector}, output {self.output}: {self.why}{figures}"
+        if self.why == "text":
+            return f"vector {self.vector}, output {self.output}: text, {self.difference:.0f} of its elements differ"
         return f"vector {self.vector}, output {self.output}: {self.why}"
 
 
@@ -144,6 +153,9 @@ def compare(vector: int, name: str, expected: Expected, tolerance: Tolerance, ou
     values = output
     if expected.sample is not None:
         values = output.reshape(-1)[expected.sample.indices(output.size)]
+    if is_text(values):
+        differ = text_differences(values, expected.values)
+        return Miss(vector, name, "text", float(differ)) if differ else None
     have, want = values.astype(np.float64), expected.values.astype(np.float64)
     with np.errstate(invalid="ignore"):
         difference = np.where((have == want) | (np.isnan(have) & np.isnan(want)), 0.0, np.abs(have - want))
@@ -160,6 +172,16 @@ def compare(vector: int, name: str, expected: Expected, tolerance: Tolerance, ou
         if bool(moved.any()):
             return Miss(vector, name, "argmax", float(difference.max()), tolerance.argmax_margin)
     return None
+
+
+def is_text(array: Array) -> bool:
+    """Tell whether an array holds text and not numbers."""
+    return array.dtype.kind == "O"
+
+
+def text_differences(one: Array, other: Array) -> int:
+    """Return how many elements of two arrays of text, of one shape, are not the same."""
+    return int(np.count_nonzero(one != other))
 
 
 class _Tensor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -294,9 +316,16 @@ def datatype_of(array: Array) -> str:
     Raises:
         RefusedError: `golden_datatype`.
     """
+    if is_text(array):
+        return TEXT
     name = _NAMES.get(array.dtype.newbyteorder("<"))
     if name is None:
-        raise RefusedError("golden_datatype", f"golden vectors cannot hold {array.dtype}")
+        raise RefusedError(
+            "golden_datatype",
+            f"golden vectors cannot hold {array.dtype}",
+            consequence="the model cannot be proved on a device, so nothing was built",
+            next_step="cast that tensor within the model to a datatype of docs/formats/inference.md",
+        )
     return name
 
 
@@ -317,19 +346,43 @@ class _Cursor:
 
     body: bytes
     at: int = field(default=0)
+    texts: int = field(default=0)
 
     def take(self, tensor: _Tensor) -> Array:
-        dtype, count = tensor.dtype(), tensor.count()
-        if self.at + count * dtype.itemsize > len(self.body):
-            raise _invalid(f"{tensor.name[:80]!r} is cut short")
-        array = np.frombuffer(self.body, dtype=dtype, count=count, offset=self.at)
-        self.at += count * dtype.itemsize
+        array = self._texts(tensor) if tensor.datatype == TEXT else self._numbers(tensor)
         if tensor.sample is not None:
             return array
         try:
             return array.reshape(tensor.shape)
         except (ValueError, OverflowError) as error:  # a zero axis beside one that no array can have
             raise _invalid(f"shape of {tensor.name[:80]!r}") from error
+
+    def _numbers(self, tensor: _Tensor) -> Array:
+        dtype, count = tensor.dtype(), tensor.count()
+        if self.at + count * dtype.itemsize > len(self.body):
+            raise _invalid(f"{tensor.name[:80]!r} is cut short")
+        array = np.frombuffer(self.body, dtype=dtype, count=count, offset=self.at)
+        self.at += count * dtype.itemsize
+        return array
+
+    def _texts(self, tensor: _Tensor) -> Array:
+        count = tensor.count()
+        self.texts += count
+        if self.texts > limits.GOLDEN_TEXTS_MAX:
+            raise _invalid(f"more than {limits.GOLDEN_TEXTS_MAX} elements of text")
+        array = np.empty(count, np.object_)
+        for index in range(count):
+            start = self.at + _LENGTH_BYTES
+            stop = start + int.from_bytes(self.body[self.at : start], "little")
+            if stop > len(self.body):
+                raise _invalid(f"{tensor.name[:80]!r} is cut short")
+            try:
+                array[index] = self.body[start:stop].decode()
+            except UnicodeDecodeError as error:
+                raise _invalid(f"{tensor.name[:80]!r} is not UTF-8") from error
+            self.at = stop
+        array.flags.writeable = False
+        return array
 
 
 def _tolerances(header: _Header) -> dict[str, Tolerance]:
@@ -341,7 +394,24 @@ def _tolerances(header: _Header) -> dict[str, Tolerance]:
 
 
 def _raw(array: Array) -> bytes:
+    if is_text(array):
+        return b"".join(_raw_text(element) for element in array.ravel().tolist())
     return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes()
+
+
+def _raw_text(element: object) -> bytes:
+    try:
+        data = element.encode() if isinstance(element, str) else None
+    except UnicodeEncodeError:  # half of a surrogate pair
+        data = None
+    if data is None:
+        raise RefusedError(
+            "golden_datatype",
+            f"a golden vector holds {type(element).__name__} that is not text",
+            consequence="the model cannot be proved on a device, so nothing was built",
+            next_step="give samples of str; other bytes go in as UINT8 (docs/adr/0015-bytes-are-text.md)",
+        )
+    return len(data).to_bytes(_LENGTH_BYTES, "little") + data
 
 
 def _inflate(data: bytes, bytes_max: int) -> bytes:
@@ -355,4 +425,9 @@ def _inflate(data: bytes, bytes_max: int) -> bytes:
 
 
 def _invalid(why: str) -> RefusedError:
-    return RefusedError("golden_invalid", f"not golden vectors: {why}", consequence="the variant cannot be proved here")
+    return RefusedError(
+        "golden_invalid",
+        f"not golden vectors: {why}",
+        consequence="the variant cannot be proved here",
+        next_step="build the bundle again by this release of wherry-optimizer, or update this reader",
+    )

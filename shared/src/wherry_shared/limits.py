@@ -24,6 +24,8 @@ GOLDEN_BYTES_MIN_BUDGET = 256 * 1000
 """Golden vectors of a variant may take max(this, 10 % of the variant) bytes, compressed (contracts.md §7)."""
 GOLDEN_SHARE_OF_VARIANT = 0.10
 GOLDEN_DECODED_BYTES_MAX = 64 * MIB
+GOLDEN_TEXTS_MAX = 1 << 20
+"""Elements of text in all golden vectors of a variant: each costs some 50 bytes more decoded than encoded."""
 
 ASSETS_BYTES_MAX = 64 * MIB
 """Assets are labels and tables; one of them is in memory at a time."""

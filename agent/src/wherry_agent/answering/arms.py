@@ -6,6 +6,7 @@ that the same variant can be counted as candidate first and as incumbent later, 
 
 from __future__ import annotations
 
+import collections
 import logging
 import threading
 import time
@@ -38,7 +39,8 @@ RUNS_LEFT_OUT = 10
 """Runs after a load whose latency is not evidence (contracts.md §4)."""
 WARM_RUNS = 3
 CLASSES_MAX = 64
-"""Classes that one arm's histogram tells apart; the rest is counted under `other`."""
+"""Classes that one arm's histogram tells apart; the rest is counted under `OTHER_CLASS`."""
+OTHER_CLASS = "other"
 CONFIDENCE_ROWS_MAX = 16
 """Rows of one answer, spread evenly, whose top value is looked at; classes are counted over all of them."""
 ERROR_CHARS_MAX = 500
@@ -296,7 +298,7 @@ class Counter:
     def _add_classes(self, classes: list[tuple[str, int]], confidences: list[float]) -> None:
         for name, times in classes:
             if name not in self._classes and len(self._classes) >= CLASSES_MAX:
-                name = "other"  # noqa: PLW2901 - the histogram is bounded
+                name = OTHER_CLASS  # noqa: PLW2901 - the histogram is bounded
             self._classes[name] = self._classes.get(name, 0) + times
         for value in confidences:
             self._confidence.add(value)
@@ -313,7 +315,12 @@ class Counter:
             return [], []
         name, labels = self._labelled
         values = outputs.get(name)
-        if values is None or not values.size or values.shape[-1] != len(labels):
+        if values is None or not values.size:
+            return [], []
+        if values.dtype.kind == "O":  # text is told where it is a class that the bundle names: it may be what was asked
+            known = collections.Counter(text if text in labels else OTHER_CLASS for text in values.ravel().tolist())
+            return list(known.items()), []
+        if values.shape[-1] != len(labels):
             return [], []
         if values.size == len(labels):  # one row, as most requests have
             top = int(values.argmax())

@@ -1,7 +1,7 @@
 """Whether two versions gave the same answer to one request, and how far apart their answers are.
 
-What an application reads off a classifier is its top class, so where outputs have labels, or are rows of values, the top
-class of every row has to be the same; any other output has to be close in all its values. A state is compared by what
+What an application reads off a classifier is its top class, so where outputs have labels, the top class of every row has to
+be the same; numbers without labels have to be close, all of them, and text the same. A state is compared by what
 it leads to. The distance is the largest difference over the range of the incumbent's values, so that it means the same
 for probabilities and for pixels.
 """
@@ -50,7 +50,7 @@ def _same(spec: TensorSpec, a: Array, b: Array) -> bool:
         return False
     if a.dtype.kind not in "fiu":
         return bool(np.array_equal(a, b))
-    if a.size and (spec.labels or (a.ndim == 2 and a.shape[-1] > 1)):
+    if a.size and spec.labels:
         return bool((a.argmax(axis=-1) == b.argmax(axis=-1)).all())
     if a.dtype.kind != "f":
         return bool(np.array_equal(a, b))

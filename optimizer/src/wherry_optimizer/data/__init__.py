@@ -62,7 +62,8 @@ class Dataset:
                 for name in sorted(sample.inputs):
                     array = sample.inputs[name]
                     sha.update(f"{name};{array.dtype};{array.shape};".encode())
-                    sha.update(np.ascontiguousarray(array).tobytes())
+                    text = array.dtype.kind == "O"  # the bytes of such an array are addresses
+                    sha.update(repr(array.tolist()).encode() if text else np.ascontiguousarray(array).tobytes())
                 sha.update(f"{sample.label!r};".encode())
         return "sha256:" + sha.hexdigest()
 

@@ -1,7 +1,7 @@
 """Data of one's own: a NumPy `.npz` with an array per input and one of labels, all with the samples along axis 0.
 
-A sample keeps a leading axis of 1 where the model has a batch axis. Metrics: `accuracy` (class index against the
-largest entry of the output) and `absolute_error` (score is minus the mean absolute difference).
+A sample keeps a leading axis of 1 where the model has a batch axis. Text is an array of dtype `U`, which needs no pickle.
+Metrics: `accuracy` (class index against the largest entry of the output, or text against text) and `absolute_error` (score is minus the mean absolute difference).
 """
 
 from __future__ import annotations
@@ -77,7 +77,10 @@ def read_arrays(path: Path) -> dict[str, Array]:
         ) from error
     except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise RefusedError(
-            "data_invalid", f"{path.name} is not an .npz of plain arrays: {error}", next_step="write it by numpy.savez"
+            "data_invalid",
+            f"{path.name} is not an .npz of plain arrays: {error}",
+            consequence="nothing was built; what needs pickle is never loaded, since loading it runs code",
+            next_step="write it by numpy.savez; text as numpy.array(texts, dtype=str), not as an array of objects",
         ) from error
 
 
@@ -90,7 +93,12 @@ def split_samples(arrays: dict[str, Array], interface: Interface) -> list[dict[s
     samples: list[dict[str, Array]] = []
     counts = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
     if len(set(counts.values())) > 1:
-        raise RefusedError("data_shape", f"arrays have different numbers of samples: {counts}")
+        raise RefusedError(
+            "data_shape",
+            f"arrays have different numbers of samples: {counts}",
+            consequence="nothing was built",
+            next_step="give every array its samples along axis 0, as many as the others have",
+        )
     for spec in interface.inputs:
         if spec.name not in arrays and not spec.optional:
             raise RefusedError(
@@ -99,8 +107,18 @@ def split_samples(arrays: dict[str, Array], interface: Interface) -> list[dict[s
                 next_step=f"name the arrays {', '.join(item.name for item in interface.inputs)}",
             )
     for index in range(next(iter(counts.values()), 0)):
-        samples.append({spec.name: _cut(arrays[spec.name], index, spec) for spec in interface.inputs})
+        samples.append({spec.name: _cut(as_text(arrays[spec.name], spec), index, spec) for spec in interface.inputs})
     return samples
+
+
+def first_texts(arrays: dict[str, Array]) -> dict[str, str]:
+    """Return the first text of each array of text."""
+    return {name: str(array.flat[0]) for name, array in arrays.items() if array.dtype.kind == "U" and array.size}
+
+
+def as_text(array: Array, spec: TensorSpec) -> Array:
+    """Return an array of dtype `U` as engines take text, an array of `str` objects; any other as it is."""
+    return array.astype(np.object_) if spec.datatype == "BYTES" and array.dtype.kind == "U" else array
 
 
 def _cut(array: Array, index: int, spec: TensorSpec) -> Array:
@@ -113,6 +131,8 @@ def _cut(array: Array, index: int, spec: TensorSpec) -> Array:
         "data_shape",
         f"array {spec.name!r} has shape {list(array.shape)}; with samples along axis 0 it needs rank "
         f"{len(spec.shape) if batched else len(spec.shape) + 1} for an input of shape {spec.shape}",
+        consequence="nothing was built",
+        next_step="stack the samples along axis 0, each as one call takes it",
     )
 
 
@@ -123,7 +143,11 @@ def _check_labels(labels: Array, spec: Specification, interface: Interface) -> N
     shape = output.shape[1:] if output.shape and output.shape[0] in batches else output.shape
     size = math.prod(axis if isinstance(axis, int) else 0 for axis in shape)  # 0: not fixed
     each = math.prod(labels.shape[1:])
-    if labels.dtype.kind not in "biuf" or not np.isfinite(labels).all():
+    if output.datatype == "BYTES":
+        if labels.dtype.kind == "U" and spec.metric == "accuracy" and each == 1:
+            return
+        wrong, wanted = f"are {labels.dtype} of shape {list(labels.shape)}", "one text per sample, and metric accuracy"
+    elif labels.dtype.kind not in "biuf" or not np.isfinite(labels).all():
         wrong, wanted = f"are {labels.dtype} or not finite", "numbers"
     elif spec.metric == "accuracy":
         if each == 1 and np.all(labels == np.floor(labels)) and labels.min() >= 0 and (not size or labels.max() < size):
@@ -151,6 +175,10 @@ def _score(spec: Specification, interface: Interface) -> Callable[[Tensors, Any]
     output = spec.output or names[0]
     if output not in names or (not spec.output and len(names) > 1):
         raise RefusedError("recipe_invalid", f"recipe: data.output: name one of {', '.join(names)}")
+    if next(item for item in interface.outputs if item.name == output).datatype == "BYTES":
+        return lambda outputs, label: float(
+            outputs[output].reshape(-1).tolist() == np.asarray(label).reshape(-1).tolist()
+        )
     if spec.metric == "accuracy":
         return lambda outputs, label: float(int(outputs[output].reshape(-1).argmax()) == int(np.asarray(label).item()))
     return lambda outputs, label: -float(np.abs(outputs[output].reshape(-1) - np.asarray(label).reshape(-1)).mean())

@@ -317,7 +317,7 @@ class Bound:
                 continue
             shape = [axis_bounds(axis, self.interface)[0] for axis in spec.shape]
             dtype = DTYPES[spec.datatype]
-            fill: Any = b"" if spec.datatype == "BYTES" else (spec.low or 0)
+            fill: Any = "" if spec.datatype == "BYTES" else (spec.low or 0)
             made[spec.name] = np.full(shape, fill, dtype)
         return made
 
