@@ -25,9 +25,10 @@ from tests.agent.builders import (
 )
 from wherry_agent import journal, machine
 from wherry_agent import state as s
-from wherry_agent.children import Failed
+from wherry_agent.children import CourierAnswer, CourierTask, Failed
 from wherry_agent.daemon import Daemon
 from wherry_agent.disk import Disk, Step
+from wherry_agent.envelopes import Envelopes
 from wherry_agent.identity import Identity
 from wherry_agent.settings import Settings
 from wherry_agent.telemetry import Buffer
@@ -406,8 +407,32 @@ def test_starts_that_fail_for_a_reason_of_the_agents_own_are_counted_against_no_
     assert (phase.job.restarts, phase.job.downs) == (5, 1)  # the first of them followed an end that nobody ordered
 
 
-def test_a_disk_that_keeps_an_offer_from_being_verified_is_told_in_a_hello(tmp_path: Path) -> None:
-    daemon = Recorder(tmp_path, Full())
+class Answered(Recorder):
+    """Its couriers answer at once."""
+
+    answer: CourierAnswer
+
+    def _courier(
+        self, key: str, task: CourierTask, done: Callable[[CourierAnswer], None], on_progress: object = None
+    ) -> None:
+        done(self.answer)
+
+
+def verifies(daemon: Daemon) -> None:
+    daemon._envelopes = Envelopes()
+    daemon._envelopes.add(b"an offer", (1, 1), 0.5, from_server=True)
+    daemon._trust_task("!verify", daemon._verify)
+
+
+def refreshes(daemon: Daemon) -> None:
+    daemon._trust_task("!refresh", lambda: daemon._refresh_by_courier(""))
+
+
+@pytest.mark.parametrize("ask", [verifies, refreshes])
+def test_a_disk_that_keeps_an_offer_from_being_verified_is_told_in_a_hello(
+    tmp_path: Path, ask: Callable[[Daemon], None]
+) -> None:
+    daemon = Answered(tmp_path, Full())
     daemon._identity = IDENTITY
     daemon._buffer = Buffer(tmp_path / "telemetry.db", 2**20)
 
@@ -415,12 +440,13 @@ def test_a_disk_that_keeps_an_offer_from_being_verified_is_told_in_a_hello(tmp_p
         return msgspec.json.decode(daemon._hello(), type=Hello).trust_state
 
     before = told()
-    daemon._tell_of_disk(Failed(reason="disk_full", detail="no space left", retry_after_s=60.0))
-    assert told() == "disk_full"
-    assert "hello" in daemon._timers, "it is said without being asked"
-    del daemon._timers["hello"]
-    daemon._tell_of_disk(Failed(reason="disk_full", detail="no space left", retry_after_s=60.0))
-    assert "hello" not in daemon._timers, "and once"
-    daemon._tell_of_disk(Failed(reason="network", detail="nobody answers", retry_after_s=60.0))
-    assert told() == before
-    assert "hello" in daemon._timers
+    for answer, wanted, said in (
+        (Failed(reason="disk_full", detail="no space left", retry_after_s=60.0), "disk_full", True),
+        (Failed(reason="disk_full", detail="no space left", retry_after_s=60.0), "disk_full", False),
+        (Failed(reason="network", detail="nobody answers", retry_after_s=60.0), before, True),
+    ):
+        daemon._timers.pop("hello", None)
+        daemon.answer = answer
+        ask(daemon)
+        assert told() == wanted
+        assert ("hello" in daemon._timers) is said, "without being asked, and once"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import msgspec
@@ -391,3 +392,23 @@ def test_another_version_of_a_missing_engine_is_tried_at_once_and_one_that_serve
     fine, _ = run(fine, served(fine, "1.0.0", ok=False, reason=reasons.ENGINE_MISSING), probed(OLD))
     fine, _ = run(fine, served(fine, "1.0.0", engine_version=OLD))
     assert fine.engines.denied == {}
+
+
+def test_a_candidate_whose_engine_the_worker_misses_is_tried_again_after_longer_and_longer_waits() -> None:
+    state, ms, tried = working(), 0, []
+    state, effects = run(state, offer(2, {MODEL: offered("1.1.0")}), ms=ms)
+    while ms < 3_600_000:
+        if of(s.Resolve, effects):
+            tried.append(ms)
+            state, _ = run(state, resolved("1.1.0"), fetched("1.1.0"), judged("1.1.0"), ms=ms)
+            assert isinstance(state.models[MODEL].phase, s.Swapping)
+            state, _ = run(state, served(state, "1.1.0", ok=False, reason=reasons.ENGINE_MISSING), ms=ms)
+            state, _ = run(state, served(state, "1.0.0", engine_version=OLD), ms=ms)
+            assert said(state)[-1] == ("returned", reasons.ENGINE_MISSING)
+            state, effects = run(state, probed(OLD), ms=ms)
+        else:
+            ms += max(1, machine.next_deadline_ms(state, now(ms)))
+            state, effects = run(state, s.Tick(), ms=ms)
+    waits = [later - earlier for earlier, later in itertools.pairwise(tried)]
+    assert waits[:5] == [0, 5_000, 10_000, 20_000, 40_000]
+    assert machine.running(state) == {MODEL: loadable("1.0.0").manifest}

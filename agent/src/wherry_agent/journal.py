@@ -67,6 +67,7 @@ NAMES: dict[type[Any], dict[str, str]] = {
     },
     s.Denied: {
         "version": "version",
+        "digest": "file",
         "since": "since",
         "wait_ms": "wait_ms",
         "troubles": "troubles",

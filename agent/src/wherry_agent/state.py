@@ -388,6 +388,8 @@ class Denied:
     """An engine that the worker cannot load; a probe that finds the same version is not believed before the wait is over."""
 
     version: str
+    digest: str
+    """Of the variant for which the worker missed it."""
     since: Since
     wait_ms: int
     troubles: int
@@ -415,7 +417,7 @@ class Engines:
     hand_over_again: Again | None = None
     """The last hand-over came to nothing."""
     denied: Mapping[str, Denied] = field(default_factory=dict)
-    """Engines of which the worker said that they are missing, until it serves with them."""
+    """Engines of which the worker said that they are missing, until it serves with them what it missed them for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ from wherry_agent.state import (
     Swapping,
     Waiting,
 )
-from wherry_agent.turn import JUDGE_GRACE_MS, REJUDGE_DOWNS_MAX, Turn, retry_ms, serving
+from wherry_agent.turn import JUDGE_GRACE_MS, REJUDGE_DOWNS_MAX, STEADY_MS, Turn, retry_ms, serving
 from wherry_shared import reasons
 from wherry_shared.clock import Now, Since
 
@@ -125,11 +125,11 @@ def served(turn: Turn, event: Served) -> None:
     """The worker says which engine it has in memory, or that one is gone from the disk: found again, it is a new one."""
     model = next((one for one in serving(turn.state) if one.name == event.model), None)
     if model is not None and model.active.digest == event.digest and event.reason == reasons.ENGINE_MISSING:
-        _deny(turn, model.active.engine)
+        _deny(turn, model.active)
     if not event.ok or not event.engine_version or model is None or model.active.digest != event.digest:
         return
     engines, name = turn.state.engines, model.active.engine
-    if name in engines.denied:
+    if name in engines.denied and engines.denied[name].digest == event.digest:
         denied = {other: one for other, one in engines.denied.items() if other != name}
         engines = replace(engines, denied=denied)
         turn.state = replace(turn.state, engines=engines)
@@ -310,15 +310,16 @@ def _judged_enough(turn: Turn, name: str, one: Rejudging) -> None:
     _report(turn, name, f"not good {words}")
 
 
-def _deny(turn: Turn, engine: str) -> None:
+def _deny(turn: Turn, loadable: Loadable) -> None:
     """The worker cannot load an engine that is installed: the first time the next probe is believed, then after a wait."""
-    engines = turn.state.engines
+    engines, engine = turn.state.engines, loadable.engine
     version = engines.installed.get(engine)
     if version is None:
         return  # said already since the last probe
     before = engines.denied.get(engine)
-    troubles = before.troubles + 1 if before is not None else 0
-    one = Denied(version, Since.at(turn.now), retry_ms(troubles) if troubles else 0, troubles)
+    lately = before is not None and before.since.elapsed_ms(turn.now) < STEADY_MS
+    troubles = before.troubles + 1 if before is not None and lately else 0
+    one = Denied(version, loadable.digest, Since.at(turn.now), retry_ms(troubles) if troubles else 0, troubles)
     here = {name: installed for name, installed in engines.installed.items() if name != engine}
     turn.state = replace(turn.state, engines=replace(engines, installed=here, denied={**engines.denied, engine: one}))
 
