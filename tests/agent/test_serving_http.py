@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from http import client as http_client
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from wherry_agent.answering.helpers import Helpers
 from wherry_agent.answering.published import Published
 from wherry_agent.answering.registry import Registry
 from wherry_agent.serving import http, listener, tensors
-from wherry_agent.serving.http import HEAD_BYTES_MAX, BadRequest, Connection, body_length, parse_head
+from wherry_agent.serving.http import HEAD_BYTES_MAX, BadRequest, Connection, body_length, parse_head, read_chunks
 from wherry_agent.serving.inference import MESSAGE_CHARS_MAX
 from wherry_agent.serving.listener import HttpServer
 from wherry_agent.serving.protocol import Protocol
@@ -270,6 +271,11 @@ def test_other_paths_methods_and_types_are_refused(endpoint: Endpoint, method, p
     assert answer["error"]
 
 
+def chunks(framed: bytes, *headers: bytes, path: str = "/v2") -> bytes:
+    lines = [b"POST %b HTTP/1.1" % path.encode(), b"Transfer-Encoding: chunked", *headers]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + framed
+
+
 @pytest.mark.parametrize(
     ("data", "status"),
     [
@@ -285,7 +291,28 @@ def test_other_paths_methods_and_types_are_refused(endpoint: Endpoint, method, p
         (b"POST /v2 HTTP/1.1\r\nContent-Length: -1\r\n\r\n", 400),
         (b"POST /v2 HTTP/1.1\r\nContent-Length: 1e3\r\n\r\n", 400),
         (b"POST /v2 HTTP/1.1\r\nConnection: close\r\n\r\n", 405),
-        (b"POST /v2 HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 501),
+        (chunks(b"0\r\n\r\n", b"Connection: close"), 405),
+        (chunks(b"3\r\nabc\r\n0\r\n\r\n", b"Content-Length: 3"), 400),
+        (chunks(b"0\r\n\r\n", b"Transfer-Encoding: chunked"), 400),
+        (chunks(b"0\r\n\r\n").replace(b"1.1", b"1.0"), 400),
+        (chunks(b"0\r\n\r\n").replace(b": chunked", b": gzip, chunked"), 501),
+        (chunks(b"0\r\n\r\n").replace(b": chunked", b": xchunked"), 501),
+        (chunks(b"3\nabc\n0\n\n" + b" " * 300), 431),
+        (chunks(b"\r\nabc\r\n0\r\n\r\n"), 400),
+        (chunks(b"0x3\r\nabc\r\n0\r\n\r\n"), 400),
+        (chunks(b"-3\r\nabc\r\n0\r\n\r\n"), 400),
+        (chunks(b"+3\r\nabc\r\n0\r\n\r\n"), 400),
+        (chunks(b"3_0\r\nabc\r\n0\r\n\r\n"), 400),
+        (chunks(b" 3\r\nabc\r\n0\r\n\r\n"), 400),
+        (chunks(b"2\r\nabc\r\n0\r\n\r\n"), 400),
+        (chunks(b"3;a\nb\r\nabc\r\n0\r\n\r\n"), 400),
+        (chunks(b"4\r\nabc"), 400),
+        (chunks(b"0\r\nX: a\nb\r\n\r\n"), 400),
+        (chunks(b"0\r\n" + (b"X: " + b"x" * 1000 + b"\r\n") * 20), 431),
+        (chunks(b"3;" + b"x" * 300 + b"\r\nabc\r\n0\r\n\r\n"), 431),
+        (chunks(b"%x\r\n" % (REQUEST_BYTES_MAX + 1)), 413),
+        (chunks(b"ffffffffffffffff\r\n"), 413),
+        (chunks(b"f" * 17 + b"\r\n"), 400),
         (f"POST /v2 HTTP/1.1\r\nContent-Length: {REQUEST_BYTES_MAX + 1}\r\n\r\n".encode() + b"x" * 1000, 413),
         (b"POST /v2 HTTP/1.1\r\nContent-Length: 10\r\n\r\nabc", 400),
         (b"GET /v2 HTTP/1.1\r\nX: " + b"x" * (HEAD_BYTES_MAX + 1) + b"\r\n\r\n", 431),
@@ -422,6 +449,81 @@ def test_a_client_that_expects_a_go_ahead_gets_it(endpoint: Endpoint):
         assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         sock.sendall(body)
         assert read_one(sock)[0] == 200
+
+
+@pytest.mark.parametrize("size", [1, 3, 50, 10_000])
+@pytest.mark.parametrize("piece", [1, 17, 65_536])
+def test_a_body_in_chunks_is_the_body_however_it_is_cut(endpoint: Endpoint, size: int, piece: int):
+    text = json.dumps(ONES).encode()
+    parts = [text[start : start + size] for start in range(0, len(text), size)]
+    framed = b"".join(b"%X;name=value\r\n%b\r\n" % (len(part), part) for part in parts)
+    data = chunks(framed + b"000\r\nContent-Length: 7\r\nX-Sum: 1\r\n\r\n", path=INFER)
+    with endpoint.connect() as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for start in range(0, len(data), piece):
+            sock.sendall(data[start : start + piece])
+        assert read_one(sock)[0] == 200
+        sock.sendall(request(ONES))
+        assert read_one(sock)[0] == 200, "the connection stays usable"
+
+
+def test_what_is_pipelined_behind_chunks_is_the_next_request(endpoint: Endpoint):
+    text = json.dumps(ONES).encode()
+    data = chunks(b"%x\r\n%b\r\n0\r\n\r\n" % (len(text), text), path=INFER)
+    with endpoint.connect() as sock:
+        sock.sendall(data + data + request(ONES, "Connection: close"))
+        answer = b""
+        while part := sock.recv(65536):
+            answer += part
+    assert answer.count(b"HTTP/1.1 200 OK") == 3
+
+
+def test_a_client_that_streams_tensors_may_have_them_unaligned(endpoint: Endpoint):
+    head = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "parameters": {"binary_data_size": 16}}]}
+    text = json.dumps(head).encode()
+    text += b" " * (3 - len(text) % 4)  # the numbers begin at an odd place
+    connection = http_client.HTTPConnection("127.0.0.1", endpoint.port, timeout=20)
+    pieces = iter([text, np.array([1, 2, 3, 4], np.float32).tobytes()])
+    headers = {"Inference-Header-Content-Length": str(len(text)), "Content-Type": "application/octet-stream"}
+    connection.request("POST", INFER, pieces, headers, encode_chunked=True)
+    answer = connection.getresponse()
+    body = json.loads(answer.read())
+    connection.close()
+    assert (answer.status, body["outputs"][0]["data"]) == (200, [2, 4, 6, 8])
+
+
+def test_chunks_that_do_not_end_are_refused_in_time(endpoint: Endpoint, monkeypatch):
+    monkeypatch.setattr(http, "REQUEST_SECONDS_MAX", 0.4)
+    monkeypatch.setattr(http, "LIMIT_SECONDS_OFF", 0.0)
+    with endpoint.connect() as sock:
+        sock.sendall(chunks(b"5\r\nabc"))
+        status, answer = read_one(sock)
+    assert (status, "in time" in answer["error"]) == (408, True)
+
+
+def test_many_chunks_together_are_not_above_the_limit(monkeypatch):
+    monkeypatch.setattr(http, "REQUEST_BYTES_MAX", 10)
+    body, rest = read_chunks(b"5\r\nabcde\r\n5\r\nfghij\r\n0\r\n\r\nrest", lambda: b"")
+    assert (bytes(body), rest) == (b"abcdefghij", b"rest")
+    with pytest.raises(BadRequest) as caught:
+        read_chunks(b"5\r\nabcde\r\n6\r\nfghijk\r\n0\r\n\r\n", lambda: b"")
+    assert caught.value.status == 413
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=60) | st.text("0123456789abcdef;\r\n xX", max_size=40).map(str.encode))
+def test_no_chunks_make_the_reader_raise_anything_but_its_own_refusal(data: bytes):
+    def ended() -> bytes:
+        raise BadRequest(400, "the end")
+
+    status = 0
+    try:
+        body, rest = read_chunks(data, ended)
+    except BadRequest as error:
+        status = error.status
+    else:
+        assert len(body) + len(rest) + 5 <= len(data)
+    assert status in {0, 400, 413, 431}
 
 
 def test_a_large_body_and_answer_pass(tmp_path: Path, endpoint: Endpoint):

@@ -1,17 +1,18 @@
 """HTTP/1.1 as far as a local inference endpoint needs it: read one bounded request, write one response.
 
-RFC 9112, without what makes parsers disagree: no chunked requests, no folded or repeated framing headers, no bare line
+RFC 9112, without what makes parsers disagree: no folded or repeated framing headers, no length beside chunks, no bare line
 feeds; each is refused by name. A thread owns its connection and reads from a blocking socket with a deadline, since the
 hop to another thread would cost more than a small model.
 """
 
 from __future__ import annotations
 
+import re
 import select
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import unquote
 
@@ -29,6 +30,12 @@ LIMIT_SECONDS_OFF = 1.0
 RECEIVE_BYTES = 1 << 16
 JOINED_BYTES_MAX = 1 << 16
 """Smaller responses are joined and sent at once; the pieces of larger ones are gathered by the kernel."""
+CHUNKED = 1 << 62
+"""In place of the length of a body that comes in chunks: longer than anything that was received, so that only the way for bodies
+that are not here yet has to ask."""
+CHUNK_LINE_BYTES_MAX = 256
+"""Size of a chunk with its extensions, which nobody here reads."""
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[^\r\n\0]*)?")
 _TOKEN = frozenset(b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 
 buffers = Buffers()
@@ -75,7 +82,7 @@ class Head:
     keep_alive: bool
     old: bool
     length: int
-    """Bytes of the body."""
+    """Bytes of the body, or `CHUNKED`."""
     binary_start: int
     """Where in the body the raw tensors begin, so that they can be received aligned; 0 if nothing says so."""
 
@@ -197,7 +204,11 @@ class Connection:
             if head.headers.get("expect", "").lower() == "100-continue":
                 self._socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._rest = b""
-            body = self._rest_of_body(head, data[start:], deadline or time.monotonic() + REQUEST_SECONDS_MAX)
+            deadline = deadline or time.monotonic() + REQUEST_SECONDS_MAX
+            if head.length == CHUNKED:
+                body, self._rest = read_chunks(data[start:], lambda: self._receive(deadline, "its chunks"))
+            else:
+                body = self._rest_of_body(head, data[start:], deadline)
         self._begun = bool(self._rest)
         return Request(head.method, head.path, head.headers, body, head.keep_alive, self, head.old)
 
@@ -252,13 +263,16 @@ class Connection:
             return self._head
         method, path, headers, keep_alive = parse_head(data)
         length = body_length(headers)
+        old = data.partition(b"\r\n")[0].endswith(b" HTTP/1.0")
+        if old and length == CHUNKED:
+            raise BadRequest(400, "HTTP/1.0 has no chunks: send Content-Length")
         binary_start = headers.get("inference-header-content-length", "")
         head = Head(
             method,
             path,
             headers,
             keep_alive,
-            data.partition(b"\r\n")[0].endswith(b" HTTP/1.0"),
+            old,
             length,
             int(binary_start) if binary_start.isascii() and binary_start.isdigit() and len(binary_start) < 12 else 0,
         )
@@ -291,14 +305,14 @@ class Connection:
             filled += count
         return view
 
-    def _receive(self, deadline: float) -> bytes:
+    def _receive(self, deadline: float, within: str = "its head") -> bytes:
         self._limit_until(deadline)
         try:
             chunk = self._socket.recv(RECEIVE_BYTES)
         except BlockingIOError as error:
             raise BadRequest(408, "the request did not arrive in time") from error
         if not chunk:
-            raise BadRequest(400, "the request ended within its head")
+            raise BadRequest(400, f"the request ended within {within}")
         return chunk
 
     def _limit_until(self, deadline: float) -> None:
@@ -351,7 +365,9 @@ def parse_head(head: bytes) -> tuple[str, tuple[str, ...], dict[str, str], bool]
             raise BadRequest(400, "a header is not NAME: VALUE")
         key = name.decode("ascii").lower()
         text = value.strip(b" \t").decode("latin-1")
-        if key in ("content-length", "transfer-encoding") and headers.get(key, text) != text:
+        if (key == "content-length" and headers.get(key, text) != text) or (
+            key == "transfer-encoding" and key in headers  # the same twice is chunks in chunks
+        ):
             raise BadRequest(400, f"{key} is given twice")
         headers[key] = text
     connection = headers.get("connection", "").lower()
@@ -375,14 +391,21 @@ def parse_path(target: bytes) -> tuple[str, ...]:
 
 
 def body_length(headers: dict[str, str]) -> int:
-    """Return the length of the body that follows; without a length there is none (RFC 9112 §6.3).
+    """Return the length of the body that follows, or `CHUNKED`; without a length there is none (RFC 9112 §6.3).
 
     Raises:
         BadRequest: 400, 413 or 501.
     """
-    if "transfer-encoding" in headers:
-        raise BadRequest(501, "chunked requests are not supported: send Content-Length")
     text = headers.get("content-length")
+    coding = headers.get("transfer-encoding")
+    if coding is not None:
+        if text is not None:  # whoever stands between may have believed the other one
+            raise BadRequest(400, "Content-Length beside Transfer-Encoding: send one of them")
+        if coding.lower() != "chunked":
+            raise BadRequest(
+                501, f"Transfer-Encoding {coding[:40]!r} is not supported: send Content-Length, or chunked"
+            )
+        return CHUNKED
     if text is None:
         return 0
     if not text.isascii() or not text.isdigit() or len(text) > 18:
@@ -391,3 +414,59 @@ def body_length(headers: dict[str, str]) -> int:
     if length > REQUEST_BYTES_MAX:
         raise BadRequest(413, f"the body has {length} bytes, at most {REQUEST_BYTES_MAX}")
     return length
+
+
+def read_chunks(data: bytes, receive: Callable[[], bytes]) -> tuple[memoryview, bytes]:
+    """Read a body in chunks, of which `data` are the first bytes; return it, and what came behind it.
+
+    Extensions and trailers are bounded and ignored: nothing that arrives behind a body may change what was asked.
+
+    Raises:
+        BadRequest: 400, 413 or 431, and what `receive` raises.
+    """
+    body = bytearray()
+    came = bytearray(data)
+    at = 0
+
+    def line(bytes_max: int) -> bytes:
+        nonlocal at
+        while (end := came.find(b"\r\n", at, at + bytes_max + 2)) < 0:
+            if len(came) - at > bytes_max + 1:
+                raise BadRequest(431, f"a line of more than {bytes_max} bytes between or behind the chunks")
+            fill()
+        found, at = bytes(came[at:end]), end + 2
+        return found
+
+    def fill() -> None:
+        nonlocal at
+        del came[:at]
+        at = 0
+        came.extend(receive())
+
+    while True:
+        said = _CHUNK_LINE.fullmatch(line(CHUNK_LINE_BYTES_MAX))
+        if said is None:
+            raise BadRequest(400, "a chunk does not begin with its size in hexadecimal digits")
+        size = int(said[1], 16)
+        if not size:
+            break
+        if len(body) + size > REQUEST_BYTES_MAX:
+            raise BadRequest(413, f"the body has more than {REQUEST_BYTES_MAX} bytes")
+        while size:
+            if at == len(came):
+                fill()
+            part = came[at : at + size]
+            body += part
+            at += len(part)
+            size -= len(part)
+        while len(came) - at < 2:
+            fill()
+        if came[at : at + 2] != b"\r\n":
+            raise BadRequest(400, "a chunk is not as long as it says")
+        at += 2
+    left = HEAD_BYTES_MAX
+    while trailer := line(left):
+        if b"\n" in trailer or b"\r" in trailer or b"\0" in trailer:
+            raise BadRequest(400, "lines end with CR LF")
+        left = max(left - len(trailer) - 2, 0)
+    return memoryview(body), bytes(came[at:])
