@@ -14,11 +14,14 @@ import pytest
 
 from tests.agent.serving_kit import instead, loadable, until
 from tests.shared.engines import models
+from wherry_agent.answering import memory
+from wherry_agent.answering.arms import load_variant
 from wherry_agent.answering.ask import Ask
 from wherry_agent.answering.gate import RunGate
 from wherry_agent.answering.helpers import Helpers
 from wherry_agent.answering.registry import Registry
 from wherry_agent.children import Loadable, Serve, ServeModel, Serving
+from wherry_agent.workers import loader
 from wherry_agent.workers.loader import Loader
 from wherry_shared import reasons
 
@@ -153,6 +156,17 @@ def test_a_group_without_memory_for_two_versions_is_swapped_cold_as_a_whole_or_c
     answers = kit.serve(msgspec.structs.replace(bad, active=small), big)
     assert [(one.ok, one.incumbent_loaded) for one in answers] == [(True, False)] * 2
     assert (kit.answer("left"), kit.answer("right")) == (2.0, 2.0)
+
+
+def test_a_cold_swap_gives_memory_back_before_it_loads(kit: Kit, monkeypatch: pytest.MonkeyPatch):
+    old = kit.version("one", 1)
+    kit.serve(ServeModel(name="one", active=old))
+    kit.available = 1 << 20
+    said: list[str] = []
+    monkeypatch.setattr(memory, "trim", lambda: said.append("trimmed"))
+    monkeypatch.setattr(loader, "load_variant", lambda *a, **k: (said.append("loaded"), load_variant(*a, **k))[1])
+    kit.serve(ServeModel(name="one", active=kit.version("one", 2, peak_memory_bytes=1 << 30), incumbent=old, trial="t"))
+    assert said[:2] == ["trimmed", "loaded"]
 
 
 def test_standing_by_and_taking_over_load_nothing_and_go_on_counting(kit: Kit):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import subprocess
+import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -15,7 +18,9 @@ from onnx import helper, numpy_helper
 from tests.agent.daemon_kit import agent, children_of, site
 from tests.agent.serving_kit import loadable, until, worker
 from tests.shared.engines.models import floats, save
+from wherry_agent.answering import memory
 from wherry_agent.children import Loadable, ServeModel
+from wherry_agent.workers.worker import Worker
 from wherry_shared import digest
 
 MIB = 1024 * 1024
@@ -46,6 +51,46 @@ def large(path: Path, seed: int, factor: float) -> Path:
     save(path, nodes, [floats("x", ["n", 4])], [floats("y", ["n", 4])], [*weights, *constants])
     assert path.stat().st_size >= MODEL_BYTES
     return path
+
+
+FRAGMENTED = """
+from pathlib import Path
+from wherry_agent.answering import memory
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+blocks = [bytes(4000) for _ in range(12_000)]  # each from the heap, none large enough to be mapped by itself
+pin = blocks[-1]
+blocks.clear()  # the heap's end is in use, so the C library keeps all that is free below it
+kept = resident()
+memory.trim()
+print(kept - resident(), pin is not None)
+"""
+
+
+def test_trimming_gives_back_what_the_heap_would_keep():
+    done = subprocess.run([sys.executable, "-c", FRAGMENTED], capture_output=True, text=True, timeout=60, check=True)
+    assert int(done.stdout.split()[0]) > 24 * MIB
+
+
+def test_a_worker_trims_once_for_what_was_freed(monkeypatch: pytest.MonkeyPatch):
+    turns: list[str] = []
+    loader = SimpleNamespace(freed=threading.Event())
+    teller = SimpleNamespace(_stopping=False, _urgent=True, _tick=threading.Condition(), _loader=loader)
+
+    def sent() -> None:
+        turns.append("sent")
+        teller._urgent, teller._stopping = True, len(turns) > 5
+        if turns.count("sent") == 2:
+            loader.freed.set()
+
+    teller._send_stats = sent
+    teller._regions = SimpleNamespace(reclaim=lambda: None)
+    monkeypatch.setattr("wherry_agent.workers.worker.STATS_SECONDS_MIN", 0)
+    monkeypatch.setattr(memory, "trim", lambda: turns.append("trimmed"))
+    Worker._tell(teller)  # type: ignore[arg-type]
+    assert turns == ["sent", "sent", "trimmed", "sent", "sent", "sent"]
 
 
 def version(of: Loadable, number: int) -> Loadable:
