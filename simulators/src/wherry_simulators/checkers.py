@@ -182,7 +182,7 @@ class Checkers:
         if report.state == "safe":  # declared: whatever fails after it leaves the device as safe as it was
             self._confirmed.discard((device.name, report.model))
         if report.state in {"returned", "failed"} and report.reason in reasons.VERDICTS:
-            self._remember_bad(device, phase)
+            self._remember_bad(device, phase, report)
         if report.reason == reasons.DEVICE_DOWN:
             self._blamed_with_cause(device, phase, report)
         self._runs_what_it_says(device, report)
@@ -222,9 +222,10 @@ class Checkers:
         if lasted_ms < phase.job.offered.trial.max_s * 1000:
             self.object("compared only when its time is over", device, f"{report.target} after {lasted_ms} ms")
 
-    def _remember_bad(self, device: Device, phase: s.Phase | None) -> None:
+    def _remember_bad(self, device: Device, phase: s.Phase | None, report: Report) -> None:
         job = getattr(phase, "job", None)
-        if isinstance(job, s.Job) and job.candidates:
+        # what is trusted may give way while a candidate is on its way: the verdict is not that one's
+        if isinstance(job, s.Job) and job.candidates and job.offered.manifest == report.manifest:
             key = (device.name, job.loadable.digest)
             self._bad[key] = max(self._bad.get(key, 0), job.offered.attempt)
 
