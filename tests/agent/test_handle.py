@@ -317,7 +317,7 @@ def test_a_candidate_is_kept_out_of_the_process_until_it_is_confirmed(tmp_path: 
             assert supervisor.server.leases() == {good.digest, candidate.digest}
             with pytest.raises(BadInput) as refused:
                 model.run({"x": np.ones((1, 5), np.float32)})
-            assert refused.value.message.endswith("expected ['n', 4] where 4 is 4"), "said once, as in this process"
+            assert refused.value.message.endswith("expected ['n', 4]"), "said once, as in this process"
             assert refused.value.next_step == "compare the request with the model's metadata"
             process.serve(ServeModel(name="scale", active=candidate))
             supervisor.publish_and_settle(candidate)

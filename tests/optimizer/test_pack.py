@@ -32,7 +32,7 @@ from wherry_shared.bundle import GOLDEN_TYPE, Bounds, Descriptor
 from wherry_shared.engines import load as open_session
 from wherry_shared.engines.canonical import Bound
 from wherry_shared.errors import RefusedError
-from wherry_shared.image_layout import Layout
+from wherry_shared.image_layout import SIGNED, Layout
 
 
 def vectors_of(path: Path) -> golden.Golden:
@@ -446,23 +446,23 @@ def test_the_command_line_tells_cause_consequence_and_next_step(tmp_path: Path) 
     assert "Traceback" not in done.stderr
 
 
-TERMS: dict[str, Any] = {"name": "words", "version": "1.0.0", "licence": "MIT"}
+WORDS: dict[str, Any] = {"name": "words", "version": "1.0.0", "licence": "MIT"}
 
 
 def test_text_is_not_made_up_and_the_advice_that_comes_of_it_holds(tmp_path: Path) -> None:
     path = dictionary(tmp_path / "m.onnx")
     with pytest.raises(RefusedError) as caught:
-        pack_model(path, output=tmp_path, **TERMS)
+        pack_model(path, output=tmp_path, **WORDS)
     assert caught.value.code == "interface_unknown"
     assert "--inputs" in caught.value.next_step
     assert "'word' as an array of dtype U" in caught.value.next_step
     np.savez(tmp_path / "objects.npz", word=np.array([["cat"], [None]], object))
     with pytest.raises(RefusedError) as caught:
-        pack_model(path, output=tmp_path, inputs=tmp_path / "objects.npz", **TERMS)
+        pack_model(path, output=tmp_path, inputs=tmp_path / "objects.npz", **WORDS)
     assert caught.value.code == "data_invalid"
     assert "dtype=str" in caught.value.next_step
     np.savez(tmp_path / "texts.npz", word=np.array([["cat"], ["Öl"], ["house"], [""]]))
-    packed = pack_model(path, output=tmp_path, inputs=tmp_path / "texts.npz", **TERMS)
+    packed = pack_model(path, output=tmp_path, inputs=tmp_path / "texts.npz", **WORDS)
     assert vectors_of(packed.path).tolerances["kind"] == golden.Tolerance(0.0, 0.0)
     assert not packed.synthetic
     with pytest.raises(RefusedError) as caught:
@@ -473,10 +473,24 @@ def test_text_is_not_made_up_and_the_advice_that_comes_of_it_holds(tmp_path: Pat
 
 def test_a_classifier_that_names_its_classes_in_text_needs_no_samples(tmp_path: Path) -> None:
     hints = Hints(outputs={"label": OutputHint(labels=["near", "far"])})
-    packed = pack_model(judge_of_points(tmp_path / "m.onnx"), output=tmp_path, hints=hints, **TERMS)
+    packed = pack_model(judge_of_points(tmp_path / "m.onnx"), output=tmp_path, hints=hints, **WORDS)
     assert packed.synthetic
     label = packed.config.interface.outputs[0]
     assert (label.datatype, label.shape, label.labels) == ("BYTES", ["batch"], ["near", "far"])
     other = judge_of_points(tmp_path / "n.onnx", ("far", "near"))
     with pytest.raises(RefusedError, match="output label: text"):
         repack(packed.path, tmp_path, version="1.1.0", files={"float": other})
+
+
+def test_a_signed_bundle_is_not_replaced(tmp_path: Path) -> None:
+    path = classifier(tmp_path / "m.onnx")
+    packed = pack_model(path, output=tmp_path, **WORDS)
+    kept = packed.path / SIGNED
+    kept.mkdir(parents=True)
+    with pytest.raises(RefusedError) as caught:
+        pack_model(path, output=tmp_path, **WORDS)
+    assert caught.value.code == "output_signed"
+    assert "raise the version" in caught.value.next_step
+    assert kept.is_dir()
+    assert Layout(packed.path).bundle()[2].version == "1.0.0"
+    pack_model(path, output=tmp_path, **{**WORDS, "version": "1.0.1"})

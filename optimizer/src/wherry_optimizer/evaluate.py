@@ -37,7 +37,12 @@ def estimate(values: Scores) -> Estimate:
         RefusedError: `data_short` with fewer than two.
     """
     if len(values) < 2:
-        raise RefusedError("data_short", f"{len(values)} evaluation samples: no standard error can be told")
+        raise RefusedError(
+            "data_short",
+            f"{len(values)} evaluation samples: no standard error can be told",
+            consequence="the gate cannot judge by them, so nothing was built",
+            next_step="give more samples, or lower data.calibration of the recipe",
+        )
     return Estimate(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
 
 

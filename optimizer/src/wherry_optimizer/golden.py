@@ -195,7 +195,12 @@ def configurations(variant: Runnable, available: Sequence[EngineFacts]) -> list[
     here = {facts.name for facts in available}
     names = [name for name in variant.engines if name in here and variant.format in ENGINES[name]]
     if not names:
-        raise RefusedError("engine_missing", f"no engine here runs {variant.format} variant {variant.id!r}")
+        raise RefusedError(
+            "engine_missing",
+            f"no engine here runs {variant.format} variant {variant.id!r}",
+            consequence="it cannot be proved, so nothing was built",
+            next_step="install wherry-optimizer with its engines again, or correct `engines` of the variant",
+        )
     found = [Configuration(name) for name in names]
     if variant.format == "onnx":
         found.append(Configuration(names[0], (("threads", 2),)))

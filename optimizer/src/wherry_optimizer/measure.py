@@ -129,10 +129,20 @@ def peak(task: PeakTask) -> PeakAnswer:
             env={**os.environ, **ALLOCATOR},
         )
     except subprocess.TimeoutExpired as error:
-        raise RefusedError("measure_failed", f"measuring memory took more than {PEAK_SECONDS_MAX:.0f} s") from error
+        raise RefusedError(
+            "measure_failed",
+            f"measuring memory took more than {PEAK_SECONDS_MAX:.0f} s",
+            consequence="the memory that devices need is not known, so nothing was packed",
+            next_step="build on a machine that is less busy, or make the model smaller",
+        ) from error
     if done.returncode:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise RefusedError("measure_failed", f"measuring memory ended with {done.returncode}: {' '.join(last)[:300]}")
+        raise RefusedError(
+            "measure_failed",
+            f"measuring memory ended with {done.returncode}: {' '.join(last)[:300]}",
+            consequence="the memory that devices need is not known, so nothing was packed",
+            next_step="look at the last line above; free memory on this machine, and build again",
+        )
     return msgspec.json.decode(done.stdout.splitlines()[-1], type=PeakAnswer)
 
 

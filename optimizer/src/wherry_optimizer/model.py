@@ -60,7 +60,12 @@ def load(path: Path) -> Model:
             "model_missing", f"{path}: {error.strerror}", next_step="name an .onnx or .tflite file"
         ) from error
     if size > MODEL_BYTES_MAX:
-        raise RefusedError("model_too_large", f"{path.name} has {size} bytes, at most {MODEL_BYTES_MAX}")
+        raise RefusedError(
+            "model_too_large",
+            f"{path.name} has {size} bytes, at most {MODEL_BYTES_MAX}",
+            consequence="nothing was built",
+            next_step="keep large weights beside the ONNX file (external data), or make the model smaller",
+        )
     if head[4:8] == _TFLITE_IDENTIFIER:
         return _load_tflite(path, size)
     graph = read_onnx(path)
@@ -127,7 +132,12 @@ def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
     try:
         onnx.checker.check_model(prepared)
     except onnx.checker.ValidationError as error:
-        raise RefusedError("model_corrupted", f"the prepared model does not check: {error}") from error
+        raise RefusedError(
+            "model_corrupted",
+            f"the prepared model does not check: {error}",
+            consequence="nothing was built",
+            next_step="run onnx.checker.check_model on the source, and export it again",
+        ) from error
     return prepared
 
 
@@ -155,7 +165,10 @@ def _load_tflite(path: Path, size: int) -> Model:
         open_session(path, "tflite").close()
     except EngineFault as error:
         raise RefusedError(
-            "model_corrupted", f"{path.name} looks like TFLite but does not load: {error.message}"
+            "model_corrupted",
+            f"{path.name} looks like TFLite but does not load: {error.message}",
+            consequence="nothing was built",
+            next_step="convert or download it again; operators that only a delegate has cannot be delivered",
         ) from error
     return Model(path, "tflite", digest.of_file(path), size)
 

@@ -47,7 +47,7 @@ from wherry_shared.engines import ENGINES, probe
 from wherry_shared.errors import RefusedError
 from wherry_shared.facts import EngineFacts
 from wherry_shared.ids import check_name, parse_version
-from wherry_shared.image_layout import Layout, LayoutWriter
+from wherry_shared.image_layout import SIGNED, Layout, LayoutWriter
 
 ENGINE_FLOORS: dict[EngineName, str] = {"onnxruntime": "1.20", "ai-edge-litert": "2.1", "tflite-runtime": "2.14"}
 """The oldest versions that the agent's extras allow."""
@@ -110,21 +110,18 @@ def write_bundle(
 ) -> Packed:
     """Write a bundle to `output`/NAME-VERSION (or to `output`, if that is its name already).
 
-    An older one of that name is replaced when the new one is whole; a folder that is no bundle is not touched.
+    An older one of that name is replaced when the new one is whole; one that is signed, or a folder that is no bundle, is not
+    touched.
 
     Raises:
-        RefusedError: `bad_name`, `bad_version`, `licence_missing`, `output_taken`, `operation_*`, or `config_invalid` for
+        RefusedError: `bad_name`, `bad_version`, `licence_missing`, `output_taken`, `output_signed`, `operation_*`, or `config_invalid` for
             values that no reader would take.
     """
     check_name(name, "name")
     parse_version(version)
     operations.steps_of(preprocess, interface, "preprocess")
     operations.steps_of(postprocess, interface, "postprocess")
-    target = output if output.name == f"{name}-{version}" else output / f"{name}-{version}"
-    if target.exists() and not (target / "oci-layout").is_file():
-        raise RefusedError(
-            "output_taken", f"{target} exists and is no bundle", next_step="choose another folder by --output"
-        )
+    target = check_target(output, name, version)
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -162,6 +159,31 @@ def write_bundle(
         return _finish(writer, config, layers, target, unseparated)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_target(output: Path, name: str, version: str) -> Path:
+    """Return the folder of a bundle that is to be written.
+
+    Raises:
+        RefusedError: `output_taken`, or `output_signed`: what a signature names never changes, so a new bundle in its place
+            could neither be signed nor pushed.
+    """
+    target = output if output.name == f"{name}-{version}" else output / f"{name}-{version}"
+    if target.exists() and not (target / "oci-layout").is_file():
+        raise RefusedError(
+            "output_taken",
+            f"{target} exists and is no bundle",
+            consequence="nothing was written",
+            next_step="choose another folder by --output",
+        )
+    if (target / SIGNED).is_dir():
+        raise RefusedError(
+            "output_signed",
+            f"{target} holds {name} {version} as it was signed",
+            consequence="nothing was written: a signed version stays what it is, and servers refuse another one of its name",
+            next_step="raise the version; or choose another folder by --output to look at the result without releasing it",
+        )
+    return target
 
 
 def pack_model(
@@ -207,6 +229,7 @@ def pack_model(
     check_name(name, "name")
     parse_version(version)
     licences.check_known(licence)
+    check_target(output, name, version)
     said = read_processing(processing) if processing is not None else ProcessingFile()
     packed_files = assets.layer(files) if files else None
     model = load(path)
@@ -339,7 +362,12 @@ def repack(
         if prove:
             misses = golden.check(golden.decode(encoded), runnable.open().run)
             if misses:
-                raise RefusedError("golden_miss", f"variant {key!r}: {misses[0]}", consequence="nothing was packed")
+                raise RefusedError(
+                    "golden_miss",
+                    f"variant {key!r}: {misses[0]}",
+                    consequence="nothing was packed",
+                    next_step="give the file that the golden vectors are of, or pack the new one by `pack` with vectors of its own",
+                )
         chosen = Chosen(encoded, variant.golden.vectors, [], runnable.engines, {})
         pieces.append(
             Piece(

@@ -23,7 +23,7 @@ from wherry_optimizer import interface as interfaces
 from wherry_optimizer.data import Dataset
 from wherry_optimizer.golden import WORKERS, Runnable, Runs, Selection, budget, run_all, select
 from wherry_optimizer.model import Model, load
-from wherry_optimizer.pack import Packed, Piece, engines_of, provenance, single_file, write_bundle
+from wherry_optimizer.pack import Packed, Piece, check_target, engines_of, provenance, single_file, write_bundle
 from wherry_optimizer.precision import precision_of
 from wherry_optimizer.recipe import LoadedRecipe, Recipe, VariantOf, convert_parameters, find_recipe, load_recipe
 from wherry_optimizer.sources import locate
@@ -137,6 +137,7 @@ class _Build:
     def run(self, output: Path) -> BuildResult:
         """Do every step."""
         recipe = self.recipe
+        check_target(output, recipe.name, recipe.version)
         parameters = self.pass_parameters()
         own = {name: self.loaded.folder / path for name, path in recipe.assets.items()}
         files_of_assets = assets.layer(own) if own else None
@@ -250,6 +251,8 @@ class _Build:
                     "interface_invalid",
                     f"recipe: interface.outputs.{spec.name}.labels_from_data: the data have "
                     f"{'none' if labels is None else len(labels)}, the output has {spec.shape}",
+                    consequence="applications would be told wrong names, so nothing was built",
+                    next_step="write the labels into the recipe, one per entry of the output",
                 )
             outputs.append(msgspec.structs.replace(spec, labels=labels))
         return msgspec.structs.replace(interface, outputs=outputs)
@@ -290,7 +293,12 @@ class _Build:
         notes: list[dict[str, Any]] = []
         for number, (info, parameter) in enumerate(steps):
             if model.format not in info.formats:
-                raise RefusedError("pass_unfit", f"pass {info.name} works on {', '.join(info.formats)} only")
+                raise RefusedError(
+                    "pass_unfit",
+                    f"pass {info.name} works on {', '.join(info.formats)} only",
+                    consequence="the variant was not made",
+                    next_step="use a pass for its format, see `wherry-optimizer passes`, or another source",
+                )
             self.say(f"{spec.id}: {info.name}")
             own = folder / str(number)
             own.mkdir()
@@ -316,7 +324,12 @@ class _Build:
     def _engines(self, spec: VariantOf, model: Model) -> tuple[EngineName, ...]:
         chosen = [name for name in engines_of(model) if not spec.engines or name in spec.engines]
         if not chosen:
-            raise RefusedError("engine_missing", f"{', '.join(spec.engines)} run no {model.format} model")
+            raise RefusedError(
+                "engine_missing",
+                f"{', '.join(spec.engines)} run no {model.format} model",
+                consequence="the variant could run nowhere, so nothing was built",
+                next_step="name an engine of that format: onnxruntime for ONNX, ai-edge-litert or tflite-runtime for TFLite",
+            )
         return tuple(chosen)
 
     def judge(self, made: Sequence[_Made], dataset: Dataset) -> list[_Made]:
@@ -352,7 +365,12 @@ class _Build:
             else:
                 self._refuse(item.spec, "over_budget", verdict.why, item.accuracy)
         if not kept:
-            raise RefusedError("build_empty", f"no variant is left: {'; '.join(item.why for item in self.refused)}")
+            raise RefusedError(
+                "build_empty",
+                f"no variant is left: {'; '.join(item.why for item in self.refused)}",
+                consequence="nothing was packed",
+                next_step="choose milder passes, allow a larger drop, or leave a variant without passes in the recipe",
+            )
         return kept
 
     def _scores(self, item: _Made, dataset: Dataset) -> evaluate.Scores:

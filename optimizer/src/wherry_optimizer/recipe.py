@@ -239,7 +239,12 @@ def load_recipe(path: Path) -> LoadedRecipe:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise RefusedError("recipe_missing", f"{path}: {error.strerror}") from error
+        raise RefusedError(
+            "recipe_missing",
+            f"{path}: {error.strerror}",
+            consequence="nothing was built",
+            next_step="name a TOML file that can be read, or one of the packaged recipes",
+        ) from error
     return LoadedRecipe(recipe=parse_recipe(data), folder=path.parent, digest=digest.of_bytes(data))
 
 
@@ -270,11 +275,26 @@ def read_processing(path: Path) -> ProcessingFile:
     try:
         found = msgspec.toml.decode(path.read_bytes(), type=ProcessingFile)
     except OSError as error:
-        raise RefusedError("processing_invalid", f"{path}: {error.strerror}") from error
+        raise RefusedError(
+            "processing_invalid",
+            f"{path}: {error.strerror}",
+            consequence="nothing was packed",
+            next_step="see docs/formats/processing.md",
+        ) from error
     except msgspec.ValidationError as error:
-        raise RefusedError("processing_invalid", f"{path}: {readable(str(error))}") from error
+        raise RefusedError(
+            "processing_invalid",
+            f"{path}: {readable(str(error))}",
+            consequence="nothing was packed",
+            next_step="see docs/formats/processing.md",
+        ) from error
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
-        raise RefusedError("processing_invalid", f"{path} is not TOML: {error}") from error
+        raise RefusedError(
+            "processing_invalid",
+            f"{path} is not TOML: {error}",
+            consequence="nothing was packed",
+            next_step="see docs/formats/processing.md",
+        ) from error
     found.preprocess.chain("preprocess")
     found.postprocess.chain("postprocess")
     return found

@@ -32,4 +32,9 @@ def locate(path: str, *, distribution: str, version: str, folder: Path, what: st
     for file in found.files or []:
         if str(file) == path or (Path(path).name == path and file.name == path):
             return Path(str(file.locate()))
-    raise RefusedError("source_missing", f"{distribution} {found.version} has no file {path}")
+    raise RefusedError(
+        "source_missing",
+        f"{distribution} {found.version} has no file {path}",
+        consequence="nothing was built",
+        next_step="correct sources.<name>.path, or install the version of the distribution that has it",
+    )

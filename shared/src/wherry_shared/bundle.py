@@ -290,7 +290,12 @@ def parse_manifest(data: bytes) -> Manifest:
     try:
         manifest = _manifest_decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RefusedError("manifest_invalid", f"not an OCI image manifest: {error}") from error
+        raise RefusedError(
+            "manifest_invalid",
+            f"not an OCI image manifest: {error}",
+            consequence="the bundle is not taken",
+            next_step="build it again by wherry-optimizer",
+        ) from error
     if (
         manifest.schema_version != 2
         or manifest.artifact_type != ARTIFACT_TYPE
@@ -335,7 +340,12 @@ def parse_config(data: bytes) -> Config:
     try:
         config = _config_decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RefusedError("config_invalid", f"not a bundle config: {error}") from error
+        raise RefusedError(
+            "config_invalid",
+            f"not a bundle config: {error}",
+            consequence="the bundle is not taken",
+            next_step="build it again by wherry-optimizer, or update this program",
+        ) from error
     if config.format != FORMAT:
         raise RefusedError(
             "config_format",

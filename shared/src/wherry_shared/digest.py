@@ -25,7 +25,12 @@ def check_digest(text: str) -> str:
         RefusedError: `bad_digest`.
     """
     if not is_digest(text):
-        raise RefusedError("bad_digest", f"{text[:80]!r} is not a digest of the form sha256:<64 hex digits>")
+        raise RefusedError(
+            "bad_digest",
+            f"{text[:80]!r} is not a digest of the form sha256:<64 hex digits>",
+            consequence="nothing was looked up",
+            next_step="write it as `inspect` shows it",
+        )
     return text
 
 
@@ -65,7 +70,12 @@ class Verifier:
         """
         self.seen += len(chunk)
         if self.seen > self._length:
-            raise RefusedError("length_mismatch", f"{self._digest} is longer than its {self._length} declared bytes")
+            raise RefusedError(
+                "length_mismatch",
+                f"{self._digest} is longer than its {self._length} declared bytes",
+                consequence="what came is thrown away",
+                next_step="fetch or copy it again; if that does not help, build and push it again",
+            )
         self._sha.update(chunk)
 
     def finish(self) -> None:
@@ -76,11 +86,19 @@ class Verifier:
         """
         if self.seen != self._length:
             raise RefusedError(
-                "length_mismatch", f"{self._digest} ended after {self.seen} of its {self._length} declared bytes"
+                "length_mismatch",
+                f"{self._digest} ended after {self.seen} of its {self._length} declared bytes",
+                consequence="what came is thrown away",
+                next_step="fetch or copy it again; if that does not help, build and push it again",
             )
         found = "sha256:" + self._sha.hexdigest()
         if found != self._digest:
-            raise RefusedError("digest_mismatch", f"expected {self._digest}, found {found}")
+            raise RefusedError(
+                "digest_mismatch",
+                f"expected {self._digest}, found {found}",
+                consequence="what came is thrown away",
+                next_step="fetch or copy it again; if that does not help, build and push it again",
+            )
 
 
 def checked(chunks: Iterable[bytes], digest: str, length: int) -> Iterator[bytes]:

@@ -420,7 +420,12 @@ def _inflate(data: bytes, bytes_max: int) -> bytes:
     except zstd.ZstdInvalidError as error:
         raise _invalid(str(error)) from error
     if body is None:
-        raise RefusedError("golden_too_large", f"golden vectors decode to more than {bytes_max} bytes")
+        raise RefusedError(
+            "golden_too_large",
+            f"golden vectors decode to more than {bytes_max} bytes",
+            consequence="the variant cannot be proved here",
+            next_step="give fewer or smaller samples, and build the bundle again",
+        )
     return body
 
 

@@ -33,6 +33,8 @@ from wherry_shared.errors import RefusedError
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 ANNOTATION_REF = "org.opencontainers.image.ref.name"
 LAYOUT_VERSION = "1.0.0"
+SIGNED = Path(".wherry") / "signed"
+"""Where a bundle keeps the bins in which it was signed, below its folder."""
 INDEX_BYTES_MAX = limits.MANIFEST_BYTES_MAX
 
 
@@ -139,7 +141,10 @@ class Layout:
         """
         if descriptor.size > bytes_max:
             raise RefusedError(
-                "blob_too_large", f"{descriptor.digest} claims {descriptor.size} bytes, at most {bytes_max}"
+                "blob_too_large",
+                f"{descriptor.digest} claims {descriptor.size} bytes, at most {bytes_max}",
+                consequence="it is not read",
+                next_step="build the bundle again within the limits of docs/formats/bundle.md",
             )
         return b"".join(self.chunks(descriptor))
 
@@ -255,6 +260,8 @@ def check_layers(manifest: Manifest, config: Config) -> None:
             raise RefusedError(
                 "config_invalid",
                 f"config names {digest} with {size} bytes, the manifest has {sizes.get(digest, 'no such layer')}",
+                consequence="the bundle is neither signed nor sent",
+                next_step="build it again",
             )
 
 
@@ -262,7 +269,12 @@ def _file_chunks(path: Path) -> Iterator[bytes]:
     try:
         file = path.open("rb")
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise RefusedError("blob_missing", f"blob {path.name[:80]} is not there") from error
+        raise RefusedError(
+            "blob_missing",
+            f"blob {path.name[:80]} is not there",
+            consequence="the bundle is not whole, so it is neither signed nor sent",
+            next_step="copy the whole folder again, or build it again",
+        ) from error
     with file:
         while chunk := file.read(CHUNK_BYTES):
             yield chunk

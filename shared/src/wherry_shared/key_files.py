@@ -73,9 +73,19 @@ def load(path: Path) -> CryptoSigner:
     try:
         key = load_pem_private_key(data, None)
     except (ValueError, TypeError) as error:
-        raise RefusedError("key_invalid", f"{path} is not a PEM private key") from error
+        raise RefusedError(
+            "key_invalid",
+            f"{path} is not a PEM private key",
+            consequence="nothing was signed",
+            next_step="give the PEM file of an Ed25519 key without a password, or leave it out: one is made",
+        ) from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise RefusedError("key_invalid", f"{path} is not an Ed25519 key")
+        raise RefusedError(
+            "key_invalid",
+            f"{path} is not an Ed25519 key",
+            consequence="nothing was signed",
+            next_step="give the PEM file of an Ed25519 key without a password, or leave it out: one is made",
+        )
     return CryptoSigner(key)
 
 

@@ -19,7 +19,7 @@ from wherry_shared import ids
 from wherry_shared.bundle import Descriptor
 from wherry_shared.digest import check_digest, of_bytes
 from wherry_shared.errors import RefusedError
-from wherry_shared.image_layout import Layout
+from wherry_shared.image_layout import SIGNED, Layout
 from wherry_shared.publishing_bins import Bin, PublisherKey, Session, expiry, keep, parse, signed_bytes
 from wherry_shared.publishing_remote import Remote
 
@@ -28,8 +28,6 @@ __all__ = ["PublisherKey", "Pushed", "Remote", "Signed", "push", "renew", "repai
 FORMAT = 1
 SIGN_TRIES = 5
 """How often `push` signs again when other releases come between."""
-KEPT = Path(".wherry") / "signed"
-"""Where a bundle keeps the bins in which it was signed, below its folder."""
 
 Progress = Callable[[int, int], None]
 """Called with (bytes sent, bytes in all)."""
@@ -260,7 +258,7 @@ def _hand_in(release: _Bundle, remote: Remote, key: PublisherKey | None) -> Lite
 def _newest_kept(release: _Bundle) -> tuple[str, bytes] | None:
     """Return (role, bytes) of the newest kept bin that names this very bundle."""
     found: tuple[int, str, bytes] | None = None
-    for path in (release.path / KEPT).glob("*.json"):
+    for path in (release.path / SIGNED).glob("*.json"):
         role, _, version = path.stem.rpartition(".")
         data = path.read_bytes()
         target = parse(data).signed.targets.get(release.target)
@@ -314,7 +312,7 @@ def _keep_signed(
     data: bytes,
     outcome: Literal["signed", "already", "cosigned"],
 ) -> Signed:
-    kept = release.path / KEPT / f"{current.role}.{version}.json"
+    kept = release.path / SIGNED / f"{current.role}.{version}.json"
     keep(kept, data)
     return Signed(release.target, release.manifest, current.publisher, current.role, version, outcome, kept)
 

@@ -121,7 +121,12 @@ class Session:
                 )
             return known.name
         if not register:
-            raise RefusedError("publisher_unknown", f"this key does not publish {model}")
+            raise RefusedError(
+                "publisher_unknown",
+                f"this key does not publish {model}",
+                consequence="nothing was signed",
+                next_step=f"use the key that publishes it ({KEY_VARIABLE}); a new model is registered by `wherry-optimizer sign`",
+            )
         mine = [known.name for known in self.state.publishers if self.key.keyid in known.keyids]
         name = wanted or (mine[0] if mine else f"publisher-{self.key.keyid[:8]}")
         self.remote.register(name, self.key.public_pem, [model])

@@ -80,7 +80,12 @@ class Remote:
         try:
             return msgspec.json.decode(answer.body, type=State)
         except msgspec.DecodeError as error:
-            raise RefusedError("answer_invalid", f"{self.server} does not speak this protocol: {error}") from error
+            raise RefusedError(
+                "answer_invalid",
+                f"{self.server} does not speak this protocol: {error}",
+                consequence="nothing was sent",
+                next_step="check that --server is the address of a Wherry server of this release, with no proxy that changes answers",
+            ) from error
 
     def register(self, name: str, public_key_pem: str, models: list[str]) -> None:
         """Have a publisher delegated, where the server can do it at once.
@@ -148,7 +153,12 @@ class Remote:
         version = answer.headers.get("ETag", "").strip('"')
         role = answer.headers.get("Wherry-Role", "")
         if not version.isdigit() or not role:
-            raise RefusedError("answer_invalid", f"{self.server} did not say which version of which role it sent")
+            raise RefusedError(
+                "answer_invalid",
+                f"{self.server} did not say which version of which role it sent",
+                consequence="nothing was sent",
+                next_step="check that --server is the address of a Wherry server of this release, with no proxy that changes answers",
+            )
         return role, int(version), answer.body
 
     def _call(self, method: str, path: str, **arguments: Any) -> _Answer:
@@ -163,7 +173,10 @@ class Remote:
                     body += chunk
                     if len(body) > ANSWER_BYTES_MAX:
                         raise RefusedError(
-                            "answer_invalid", f"{self.server} answered more than {ANSWER_BYTES_MAX} bytes"
+                            "answer_invalid",
+                            f"{self.server} answered more than {ANSWER_BYTES_MAX} bytes",
+                            consequence="nothing was sent",
+                            next_step="check that --server is the address of a Wherry server of this release, with no proxy that changes answers",
                         )
                 return _Answer(answer.status_code, answer.reason_phrase, answer.headers, bytes(body))
         except httpx.HTTPError as error:

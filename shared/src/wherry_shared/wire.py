@@ -388,7 +388,12 @@ def parse(kind: type[T], data: bytes | bytearray | memoryview, *, bytes_max: int
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RefusedError("message_invalid", f"not a {kind.__name__}: {error}") from error
     if getattr(message, "format", FORMAT) != FORMAT:
-        raise RefusedError("message_format", f"{kind.__name__} of a format that this release does not read")
+        raise RefusedError(
+            "message_format",
+            f"{kind.__name__} of a format that this release does not read",
+            consequence="it is not read",
+            next_step="update whichever side is older",
+        )
     return message
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from tests.shared.engines import models
 from wherry_shared.engines import BadInput, EngineFault, bf16, load, probe
@@ -217,3 +218,48 @@ def test_bf16_rounds_to_nearest_even_and_keeps_what_is_special():
     every = np.arange(1 << 16, dtype=np.uint16)
     numbers = every[~np.isnan(bf16.widen(every))]
     assert np.array_equal(bf16.narrow(bf16.widen(numbers)), numbers), "what BF16 can hold comes back unchanged"
+
+
+def one_node(path: Path, node: onnx.NodeProto, domain: str = "", opset: int = 15, ir: int = 8) -> Path:
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 2]) for name in "xy"]
+    graph = helper.make_graph([node], "one", values[:1], values[1:])
+    opsets = [helper.make_opsetid("", opset), *([helper.make_opsetid(domain, 1)] if domain else [])]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=ir), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda p: one_node(p, helper.make_node("Mine", ["x"], ["y"], domain="com.acme"), "com.acme"), "other domains"),
+        (lambda p: one_node(p, helper.make_node("Relu", ["x"], ["y"]), ir=99), "older opset or IR version"),
+        (lambda p: one_node(p, helper.make_node("Relu", ["x"], ["y"]), opset=99), "older opset or IR version"),
+        (lambda p: p.write_bytes(b"junk"), "onnx.checker.check_model"),
+    ],
+)
+def test_a_file_that_does_not_load_says_what_to_do_about_it(tmp_path: Path, make, word: str) -> None:
+    path = tmp_path / "m.onnx"
+    make(path)
+    with pytest.raises(EngineFault) as caught:
+        load(path, "onnx")
+    assert caught.value.code == "load_failed"
+    assert word in caught.value.next_step
+    assert caught.value.consequence
+
+
+def test_a_map_of_scores_is_to_be_exported_as_tensors(tmp_path: Path) -> None:
+    zipped = helper.make_node("ZipMap", ["x"], ["y"], domain="ai.onnx.ml", classlabels_strings=["a", "b"])
+    kind = helper.make_sequence_type_proto(
+        helper.make_map_type_proto(TensorProto.STRING, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+    )
+    graph = helper.make_graph(
+        [zipped],
+        "zipped",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 2])],
+        [helper.make_value_info("y", kind)],
+    )
+    opsets = [helper.make_opsetid("", 15), helper.make_opsetid("ai.onnx.ml", 2)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "m.onnx")
+    with pytest.raises(EngineFault, match="seq\\(map") as caught:
+        load(tmp_path / "m.onnx", "onnx")
+    assert "zipmap" in caught.value.next_step

@@ -88,12 +88,22 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
     """Prune the model; see `passes.Pass`."""
     source = read_onnx(path)
     if is_quantized(source):
-        raise RefusedError("already_quantized", f"{path.name} is quantized; prune before quantizing")
+        raise RefusedError(
+            "already_quantized",
+            f"{path.name} is quantized; prune before quantizing",
+            consequence="the variant was not made",
+            next_step="put the pruning pass before the quantizing one, or prune the float source",
+        )
     model = prepare(source)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     layers = _layers(model.graph, weights, parameters)
     if not layers:
-        raise RefusedError("pass_noop", "pruning changed nothing: no dense or convolution weight is large enough")
+        raise RefusedError(
+            "pass_noop",
+            "pruning changed nothing: no dense or convolution weight is large enough",
+            consequence="the variant would be the source again",
+            next_step="raise error_max of the pass, or take it out of the recipe",
+        )
     gathered = _hessians(path, layers, weights, parameters, work)
     report: list[dict[str, Any]] = []
     for layer in layers:
@@ -111,7 +121,10 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
         report.append({**row, "zeros": round(float((restored == 0).mean()), 4)})
     if all("left_alone" in row for row in report):
         raise RefusedError(
-            "pass_noop", f"pruning changed nothing: every layer would move beyond {parameters.error_max}"
+            "pass_noop",
+            f"pruning changed nothing: every layer would move beyond {parameters.error_max}",
+            consequence="the variant would be the source again",
+            next_step="raise error_max of the pass, or take it out of the recipe",
         )
     target = work.folder / "pruned.onnx"
     onnx.save(model, target)

@@ -52,7 +52,12 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
 
     source = read_onnx(path)
     if is_quantized(source):
-        raise RefusedError("already_quantized", f"{path.name} holds quantized operators already")
+        raise RefusedError(
+            "already_quantized",
+            f"{path.name} holds quantized operators already",
+            consequence="the variant was not made",
+            next_step="take this pass out of the recipe, or name the float file as its source",
+        )
     prepared = prepare(source)
     names = [node.name or f"wherry_node_{index}" for index, node in enumerate(prepared.graph.node)]
     for node, name in zip(prepared.graph.node, names, strict=True):
@@ -79,7 +84,10 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
         )
     except Exception as error:  # the quantizer raises whatever its graph surgery meets
         raise RefusedError(
-            "pass_failed", f"onnxruntime could not quantize {path.name}: {str(error).splitlines()[0]}"
+            "pass_failed",
+            f"onnxruntime could not quantize {path.name}: {str(error).splitlines()[0]}",
+            consequence="the variant was not made",
+            next_step="put `simplify` before it, or leave the operators out that it fails on",
         ) from error
     finally:
         root.setLevel(level)
@@ -96,6 +104,9 @@ def _notes(target: Path, parameters: Parameters, excluded_nodes: int) -> dict[st
     )
     if count == 0:
         raise RefusedError(
-            "pass_noop", f"quantization changed nothing: no {', '.join(parameters.operators)} to quantize"
+            "pass_noop",
+            f"quantization changed nothing: no {', '.join(parameters.operators)} to quantize",
+            consequence="the variant would be the source again",
+            next_step="name operators that the model has, or take this pass out of the recipe",
         )
     return {"quantized_nodes": count, "excluded_nodes": excluded_nodes}

@@ -39,7 +39,10 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
             after = bytes(tool.quantize(enable_progress_bar=False, enable_progress_report=False).quantized_model)
     except Exception as error:  # the tool raises ValueError, RuntimeError and its own
         raise RefusedError(
-            "pass_failed", f"ai-edge-quantizer could not quantize {path.name}: {str(error).splitlines()[0]}"
+            "pass_failed",
+            f"ai-edge-quantizer could not quantize {path.name}: {str(error).splitlines()[0]}",
+            consequence="the variant was not made",
+            next_step="try another recipe of the pass, or take it out",
         ) from error
     if len(after) > len(before) * (1 - SHRINK_MIN):
         raise RefusedError(

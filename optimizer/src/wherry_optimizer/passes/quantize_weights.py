@@ -33,7 +33,12 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
     """Quantize the weights; see `passes.Pass`."""
     source = read_onnx(path)
     if is_quantized(source):
-        raise RefusedError("already_quantized", f"{path.name} holds quantized operators already")
+        raise RefusedError(
+            "already_quantized",
+            f"{path.name} holds quantized operators already",
+            consequence="the variant was not made",
+            next_step="take this pass out of the recipe, or name the float file as its source",
+        )
     model = prepare(source)
     graph = model.graph
     axes = _axes(graph)
@@ -57,7 +62,12 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
         )
         count += 1
     if not count:
-        raise RefusedError("pass_noop", "quantization changed nothing: no weight is large enough")
+        raise RefusedError(
+            "pass_noop",
+            "quantization changed nothing: no weight is large enough",
+            consequence="the variant would be the source again",
+            next_step="take this pass out of the recipe",
+        )
     rest = list(graph.node)
     del graph.node[:]
     graph.node.extend([*nodes, *rest])

@@ -37,10 +37,20 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
         try:
             old, new = load(path, "onnx").run(feed), load(target, "onnx").run(feed)
         except WherryError as error:
-            raise RefusedError("pass_failed", f"the simplified model does not run: {error.message}") from error
+            raise RefusedError(
+                "pass_failed",
+                f"the simplified model does not run: {error.message}",
+                consequence="the variant was not made",
+                next_step="take `simplify` out of the recipe: the model runs without it",
+            ) from error
         for name, value in old.items():
             scale = float(np.abs(value).max()) or 1.0
             moved = float(np.abs(value.astype(np.float64) - new[name]).max()) / scale
             if not moved <= parameters.difference_max:
-                raise RefusedError("pass_failed", f"simplifying moved output {name!r} by {moved:.2g} of its range")
+                raise RefusedError(
+                    "pass_failed",
+                    f"simplifying moved output {name!r} by {moved:.2g} of its range",
+                    consequence="the variant was not made",
+                    next_step="take `simplify` out of the recipe: the model runs without it",
+                )
     return Result(target, {"nodes_before": len(before.graph.node), "nodes_after": len(simplified.graph.node)})

@@ -44,10 +44,20 @@ def load(
     options = options or {}
     path = Path(path)
     if format not in ("onnx", "tflite"):
-        raise DeviceError("engine_missing", f"no engine here runs {format!r} files")
+        raise DeviceError(
+            "engine_missing",
+            f"no engine here runs {format!r} files",
+            consequence="the model cannot run",
+            next_step="give an ONNX or a TFLite file",
+        )
     names = [engine] if engine else [name for name, formats in ENGINES.items() if format in formats]
     if format not in ENGINES.get(names[0], ()):
-        raise DeviceError("engine_missing", f"engine {names[0]!r} does not run {format} files")
+        raise DeviceError(
+            "engine_missing",
+            f"engine {names[0]!r} does not run {format} files",
+            consequence="the model cannot run",
+            next_step="use onnxruntime for ONNX, ai-edge-litert or tflite-runtime for TFLite",
+        )
     if format == "onnx":
         from wherry_shared.engines.ort import OrtSession
 

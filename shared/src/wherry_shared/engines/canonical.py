@@ -122,7 +122,12 @@ class Bound:
         self._same_in = all(name == native for name, native in self._native_in.items())
         unfed = {tensor.name for tensor in inputs} - set(self._native_in.values())
         if unfed:
-            raise EngineFault("interface_mismatch", f"the interface names no input for {', '.join(sorted(unfed))}")
+            raise EngineFault(
+                "interface_mismatch",
+                f"the interface names no input for {', '.join(sorted(unfed))}",
+                consequence="the file is not the one that the bundle describes, so it is not run",
+                next_step="build the bundle again from this very file by wherry-optimizer",
+            )
         self._required = tuple(
             (spec.name, DTYPES[spec.datatype])
             for spec in interface.inputs
@@ -229,9 +234,9 @@ class Bound:
         for (name, finite, finite_bits, good, spec), value in zip(plan, values, strict=True):
             if finite:
                 if not all_finite(value):
-                    raise EngineFault("not_finite", f"output {name!r} holds NaN or Inf")
+                    raise _not_finite(name)
             elif finite_bits and not bf16.finite(value):
-                raise EngineFault("not_finite", f"output {name!r} holds NaN or Inf")
+                raise _not_finite(name)
             if value.shape not in good:
                 _check_result(spec, value, good)
             results[name] = value
@@ -359,9 +364,8 @@ class Bound:
             low, high = axis_bounds(axis, self.interface)
             if length < low or (high and length > high) or (isinstance(axis, int) and length != axis):
                 allowed = f"{low}" if low == high else f"{low} to {high}" if high else f"at least {low}"
-                raise BadInput(
-                    f"input {spec.name!r} has shape {list(shape)}, expected {spec.shape} where {axis} is {allowed}"
-                )
+                where = f" where {axis} is {allowed}" if isinstance(axis, str) else ""
+                raise BadInput(f"input {spec.name!r} has shape {list(shape)}, expected {spec.shape}{where}")
             if isinstance(axis, str) and lengths.setdefault(axis, length) != length:
                 raise BadInput(f"input {spec.name!r}: axis {axis!r} is {length} here and {lengths[axis]} elsewhere")
 
@@ -376,7 +380,12 @@ class Bound:
         try:
             results = self.session.run(feed, native)
         except BadInput as error:  # the interface allowed it, so the file is not what the interface says
-            raise EngineFault("run_failed", f"the model refuses input that its interface allows: {error}") from error
+            raise EngineFault(
+                "run_failed",
+                f"the model refuses input that its interface allows: {error}",
+                consequence="the answer is withheld",
+                next_step="build the bundle again from this very file by wherry-optimizer",
+            ) from error
         return [results[name] for name in native]
 
     def _in_batches(
@@ -414,7 +423,7 @@ class Bound:
 def _look_in_full(output: _Output, value: Array, few: dict[tuple[int, ...], bool]) -> None:
     """Check an output, and remember of a shape that is good whether it is one row of few numbers."""
     if (output.finite and not all_finite(value)) or (output.finite_bits and not bf16.finite(value)):
-        raise EngineFault("not_finite", f"output {output.name!r} holds NaN or Inf")
+        raise _not_finite(output.name)
     shape = value.shape
     if shape not in output.good:
         _check_result(output.spec, value, output.good)
@@ -429,9 +438,21 @@ def _check_result(spec: TensorSpec, value: Array, good: set[tuple[int, ...]]) ->
         raise EngineFault(
             "bad_output",
             f"output {spec.name!r} is {value.dtype} {list(value.shape)}, expected {spec.datatype} {spec.shape}",
+            consequence="the answer is withheld: applications rely on the signed interface",
+            next_step="build the bundle again from this very file by wherry-optimizer",
         )
     if len(good) < SHAPES_REMEMBERED_MAX:
         good.add(value.shape)
+
+
+def _not_finite(name: str) -> EngineFault:
+    return EngineFault(
+        "not_finite",
+        f"output {name!r} holds NaN or Inf",
+        consequence="the answer is withheld, and held against the model",
+        next_step=f"look for what overflows or divides by 0 in the model; where NaN or Inf is meant, pack it with finite = false "
+        f"under [interface.outputs.{name}]",
+    )
 
 
 def all_finite(value: Array) -> bool:
@@ -468,15 +489,25 @@ def _matched(
         if native is None:
             if spec.optional:
                 continue
-            raise EngineFault("interface_mismatch", f"{kind} {spec.name!r} is not in the file: {', '.join(by_name)}")
+            raise EngineFault(
+                "interface_mismatch",
+                f"{kind} {spec.name!r} is not in the file: {', '.join(by_name)}",
+                consequence="the file is not the one that the bundle describes, so it is not run",
+                next_step="build the bundle again from this very file by wherry-optimizer",
+            )
         if spec.datatype != native.datatype or spec.datatype not in DTYPES:
             raise EngineFault(
-                "interface_mismatch", f"{kind} {spec.name!r} is {native.datatype} in the file, not {spec.datatype}"
+                "interface_mismatch",
+                f"{kind} {spec.name!r} is {native.datatype} in the file, not {spec.datatype}",
+                consequence="the file is not the one that the bundle describes, so it is not run",
+                next_step="build the bundle again from this very file by wherry-optimizer",
             )
         if len(spec.shape) != len(native.shape):
             raise EngineFault(
                 "interface_mismatch",
                 f"{kind} {spec.name!r} has shape {list(native.shape)} in the file, not {spec.shape}",
+                consequence="the file is not the one that the bundle describes, so it is not run",
+                next_step="build the bundle again from this very file by wherry-optimizer",
             )
         for position, (axis, own) in enumerate(zip(spec.shape, native.shape, strict=True)):
             if isinstance(own, str) or own < 0 or axis_bounds(axis, interface) == (own, own):
@@ -486,6 +517,8 @@ def _matched(
                 raise EngineFault(
                     "interface_mismatch",
                     f"{kind} {spec.name!r} has shape {list(native.shape)} in the file, not {spec.shape}",
+                    consequence="the file is not the one that the bundle describes, so it is not run",
+                    next_step="build the bundle again from this very file by wherry-optimizer",
                 )
         found[spec.name] = native.name
     return found

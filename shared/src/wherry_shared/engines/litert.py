@@ -153,7 +153,12 @@ def _threads(options: Mapping[str, str | int | float | bool]) -> int:
         )
     threads = options.get("threads", 1)
     if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= THREADS_MAX:
-        raise RefusedError("engine_option", f"threads is {threads!r}, expected 1 to {THREADS_MAX}")
+        raise RefusedError(
+            "engine_option",
+            f"threads is {threads!r}, expected 1 to {THREADS_MAX}",
+            consequence="the model was not loaded",
+            next_step="set options.threads of the variant within that",
+        )
     return threads
 
 
@@ -180,8 +185,13 @@ def _indices(details: Mapping[str, Any]) -> set[int]:
 
 def _native(name: str, details: Any) -> NativeTensor:
     datatype: Datatype | None = DATATYPES.get(np.dtype(details["dtype"]))
-    if datatype is None or datatype == "BYTES":
-        raise EngineFault("load_failed", f"tensor {name!r} is {details['dtype']}, which is not supported in TFLite")
+    if datatype is None or datatype == "BYTES":  # these runtimes give strings as packed bytes without their shape
+        raise EngineFault(
+            "load_failed",
+            f"tensor {name!r} is {details['dtype']}, which is not supported in TFLite",
+            consequence="the model cannot be served",
+            next_step="text and other such tensors are not for TFLite here: look words up before the model and give it their numbers, or deliver it as ONNX",
+        )
     signature = details.get("shape_signature")
     shape = signature if signature is not None and len(signature) else details["shape"]
     return NativeTensor(name, datatype, tuple(int(axis) for axis in shape))
@@ -196,4 +206,11 @@ def _converted(error: Exception, code: str, what: str) -> EngineFault:
     text = str(error)
     if isinstance(error, MemoryError) or any(sign in text.lower() for sign in _NO_MEMORY):
         return OutOfMemory(f"{what}: {text}")
+    if code == "load_failed":
+        return EngineFault(
+            code,
+            f"{what}: {text}",
+            consequence="the model cannot be served",
+            next_step="convert it again with built-in operators only (no Flex, no custom ones), or for an older runtime",
+        )
     return EngineFault(code, f"{what}: {text}")

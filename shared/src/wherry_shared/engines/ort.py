@@ -41,6 +41,10 @@ _ONNX_BF16 = 16
 _NO_MEMORY = ("failed to allocate", "bad_alloc", "out of memory", "bad allocation")
 """How onnxruntime says that memory ran out; it has no exception of its own for it."""
 
+_FOREIGN = ("is not a registered function/op", "no opset import for domain")
+_NEWER = ("unsupported model ir version", "current official support for domain")
+"""How it says that an operator is of a domain that it does not have, or the file newer than itself."""
+
 
 def _runtime() -> Any:
     try:
@@ -82,7 +86,12 @@ class OrtSession:
         """`run_checked` in one call of the engine, under the engine's own exceptions; `fault` makes ours of them."""
         if any(tensor.datatype == "BF16" for tensor in (*self._inputs, *self._outputs)):
             if any(tensor.datatype == "BYTES" for tensor in self._inputs):
-                raise EngineFault("load_failed", "onnxruntime takes no text from Python in a model that has BF16 too")
+                raise EngineFault(
+                    "load_failed",
+                    "onnxruntime takes no text from Python in a model that has BF16 too",
+                    consequence="the model cannot be served",
+                    next_step="cast its BF16 inputs and outputs to FP32 within the model",
+                )
             halves = frozenset(tensor.name for tensor in self._inputs if tensor.datatype == "BF16")
             self.direct = _by_values(runtime.OrtValue, session, halves)
 
@@ -161,7 +170,12 @@ def _settings(runtime: Any, options: Mapping[str, str | int | float | bool]) -> 
         )
     threads = options.get("threads", 1)
     if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= THREADS_MAX:
-        raise RefusedError("engine_option", f"threads is {threads!r}, expected 1 to {THREADS_MAX}")
+        raise RefusedError(
+            "engine_option",
+            f"threads is {threads!r}, expected 1 to {THREADS_MAX}",
+            consequence="the model was not loaded",
+            next_step="set options.threads of the variant within that",
+        )
     level = options.get("graph_optimization", "all")
     levels = runtime.GraphOptimizationLevel
     known = {
@@ -171,10 +185,20 @@ def _settings(runtime: Any, options: Mapping[str, str | int | float | bool]) -> 
         "all": levels.ORT_ENABLE_ALL,
     }
     if level not in known:
-        raise RefusedError("engine_option", f"graph_optimization is {level!r}, expected one of {', '.join(known)}")
+        raise RefusedError(
+            "engine_option",
+            f"graph_optimization is {level!r}, expected one of {', '.join(known)}",
+            consequence="the model was not loaded",
+            next_step="correct the options of the variant",
+        )
     disable_qdq = options.get("disable_quant_qdq", False)
     if not isinstance(disable_qdq, bool):
-        raise RefusedError("engine_option", f"disable_quant_qdq is {disable_qdq!r}, expected true or false")
+        raise RefusedError(
+            "engine_option",
+            f"disable_quant_qdq is {disable_qdq!r}, expected true or false",
+            consequence="the model was not loaded",
+            next_step="correct the options of the variant",
+        )
     settings = runtime.SessionOptions()
     settings.intra_op_num_threads = threads
     settings.inter_op_num_threads = 1
@@ -191,7 +215,12 @@ def _settings(runtime: Any, options: Mapping[str, str | int | float | bool]) -> 
 def _native(argument: Any) -> NativeTensor:
     datatype = _DATATYPES.get(argument.type)
     if datatype is None:
-        raise EngineFault("load_failed", f"tensor {argument.name!r} is {argument.type}, which is not supported")
+        raise EngineFault(
+            "load_failed",
+            f"tensor {argument.name!r} is {argument.type}, which is not supported",
+            consequence="the model cannot be served",
+            next_step=_unsupported(str(argument.type)),
+        )
     shape = tuple(axis if isinstance(axis, int | str) else -1 for axis in argument.shape or ())
     return NativeTensor(argument.name, datatype, shape)
 
@@ -200,4 +229,25 @@ def _converted(error: Exception, code: str, what: str) -> EngineFault:
     text = str(error)
     if isinstance(error, MemoryError) or any(sign in text.lower() for sign in _NO_MEMORY):
         return OutOfMemory(f"{what}: {text}")
+    if code == "load_failed":
+        return EngineFault(code, f"{what}: {text}", consequence="the model cannot be served", next_step=_way_out(text))
     return EngineFault(code, f"{what}: {text}")
+
+
+def _unsupported(kind: str) -> str:
+    if kind.startswith(("seq(", "map(")):
+        return "export it with plain tensors: converters of classifiers have an option for it (skl2onnx: zipmap=False)"
+    return "cast that tensor within the model to a datatype of docs/formats/inference.md"
+
+
+def _way_out(text: str) -> str:
+    """Say what to do about a file that does not load, by what onnxruntime says of it."""
+    low = text.lower()
+    if any(sign in low for sign in _FOREIGN):
+        return (
+            "export the model without operators of other domains: none but those of ONNX, ai.onnx.ml and onnxruntime itself "
+            "can be delivered, since libraries of custom operators are code that nobody here has proved"
+        )
+    if any(sign in low for sign in _NEWER):
+        return "export it for an older opset or IR version, or update onnxruntime"
+    return "check the file by onnx.checker.check_model, and export it again"
