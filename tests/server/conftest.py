@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.postgres import Postgres
 from tests.server.harness import Running, running
+from wherry_server.settings import Settings
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server that the tests of one module share; each uses names of its own."""
-    with running(tmp_path_factory.mktemp("server")) as started:
+@pytest.fixture(scope="module", params=["sqlite", "postgres"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server that the tests of one module share, on each of the databases; each uses names of its own."""
+    database = request.getfixturevalue("postgres").database() if request.param == "postgres" else ""
+    with running(tmp_path_factory.mktemp("server"), database=database) as started:
         yield started
 
 
@@ -23,3 +26,27 @@ def no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("WHERRY_SERVER", "WHERRY_TOKEN", "WHERRY_DATA", "WHERRY_PUBLISHER_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server that the tests of one process share."""
+    started = Postgres()
+    yield started
+    started.close()
+
+
+@pytest.fixture(autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the test keeps its data: SQLite, and with the mark `backends` PostgreSQL as well."""
+    found: str = getattr(request, "param", "sqlite")
+    if found == "postgres":
+        server: Postgres = request.getfixturevalue("postgres")
+        monkeypatch.setattr(Settings, "database_url", property(lambda settings: server.of(settings.data)))
+    return found
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what is marked `backends` on both."""
+    if metafunc.definition.get_closest_marker("backends"):
+        metafunc.parametrize("backend", ["sqlite", "postgres"], indirect=True)

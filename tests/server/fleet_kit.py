@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import namedtuple
 from collections.abc import AsyncIterator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -246,8 +248,25 @@ class Fleet:
         await rollouts.command(self.database, PROJECT, "test", number, command)
 
     async def rows(self, sql: str, **named: Any) -> list[Any]:
+        """Read; JSON is text, as SQLite keeps it."""
         async with self.database.read() as connection:
-            return list((await connection.execute(text(sql), named)).all())
+            result = await connection.execute(text(sql), named)
+            kind = namedtuple("Row", result.keys(), rename=True)  # type: ignore[misc]  # noqa: PYI024 - known only now
+            return [kind(*(_text(value) for value in row)) for row in result]
+
+    def elsewhere(self, sql: str, **named: Any) -> None:
+        """Write as another process would, while this one is in the middle of something."""
+
+        async def write() -> None:
+            other = Database.open(self.services.settings.database_url)
+            try:
+                async with other.write() as connection:
+                    await connection.execute(text(sql), named)
+            finally:
+                await other.close()
+
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(lambda: asyncio.run(write())).result()
 
     async def turn(self, seconds: float = 1.0) -> None:
         """Let time pass, the director take a turn, and every device that is online obey and report."""
@@ -280,6 +299,10 @@ class Fleet:
                 return found
             await self.turn()
         raise AssertionError(f"after {turns} turns: {found['state']} {found['reason']} {found['why_not_yet']}")
+
+
+def _text(value: Any) -> Any:
+    return msgspec.json.encode(value).decode() if isinstance(value, dict | list) else value
 
 
 async def enrol_rows(

@@ -25,6 +25,8 @@ from wherry_server.times import now_us
 from wherry_shared import wire
 from wherry_shared.sketch import Sketch
 
+pytestmark = pytest.mark.backends
+
 PERIOD_S = 60
 GATE = {"metric": "errors", "harm": 0.1}
 REQUESTS = 200

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import sqlite3
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -20,6 +19,8 @@ from wherry_server.lease import Lease
 from wherry_server.offers import Composer
 from wherry_server.targeting import exposed, key_of, signed
 from wherry_shared.errors import RefusedError, UnreachableError
+
+pytestmark = pytest.mark.backends
 
 SHORT = {"trial": {"max_s": 30}, "late_s": 60, "silent_s": 60, "stage_max_s": 600}
 
@@ -315,7 +316,10 @@ def test_quiet_devices_are_counted_apart_after_their_deadline(tmp_path: Path):
             async with found.database.write() as connection:  # an hour ago
                 hour = 3_600_000_000
                 await connection.execute(
-                    text("UPDATE assignment SET exposed_at = exposed_at - :h, noticed_at = max(0, noticed_at - :h)"),
+                    text(
+                        "UPDATE assignment SET exposed_at = exposed_at - :h,"
+                        " noticed_at = CASE WHEN noticed_at > :h THEN noticed_at - :h ELSE 0 END"
+                    ),
                     {"h": hour},
                 )
             shown = await found.until(number, "done")
@@ -437,14 +441,13 @@ def test_a_large_stage_takes_several_turns_each_of_which_judges_first(tmp_path: 
 class Interrupting(Composer):
     """Signs offers, and at the first one somebody else aborts the rollout."""
 
-    def __init__(self, file: Path, inner: Composer) -> None:
-        self.file, self.inner, self.done = file, inner, False
+    def __init__(self, found: Fleet, inner: Composer) -> None:
+        self.found, self.inner, self.done = found, inner, False
 
     def compose(self, *arguments):
         if not self.done:
             self.done = True
-            with closing(sqlite3.connect(self.file)) as other, other:
-                other.execute("UPDATE rollout SET wanted = 'abort', revision = revision + 1")
+            self.found.elsewhere("UPDATE rollout SET wanted = 'abort', revision = revision + 1")
         return self.inner.compose(*arguments)
 
 
@@ -454,7 +457,7 @@ def test_a_decision_made_on_what_is_no_longer_so_is_thrown_away(tmp_path: Path):
             await found.publish("1.1.0")
             await found.enrol(5)
             number = await found.roll_out("1.1.0")
-            found.conductor.composer = Interrupting(tmp_path / "wherry.sqlite", found.conductor.composer)
+            found.conductor.composer = Interrupting(found, found.conductor.composer)
             await found.conductor.turn()
             assert await found.rows("SELECT 1 FROM assignment") == []
             assert await found.rows("SELECT 1 FROM offer") == []
@@ -466,15 +469,14 @@ def test_a_decision_made_on_what_is_no_longer_so_is_thrown_away(tmp_path: Path):
 class Racing(Composer):
     """Signs offers, and after the first one somebody else has given the device another."""
 
-    def __init__(self, file: Path, inner: Composer) -> None:
-        self.file, self.inner, self.done = file, inner, False
+    def __init__(self, found: Fleet, inner: Composer) -> None:
+        self.found, self.inner, self.done = found, inner, False
 
     def compose(self, device, *arguments):
         made = self.inner.compose(device, *arguments)
         if not self.done:
             self.done = True
-            with closing(sqlite3.connect(self.file)) as other, other:
-                other.execute("UPDATE offer SET serial = serial + 1 WHERE device_id = ?", (device,))
+            self.found.elsewhere("UPDATE offer SET serial = serial + 1 WHERE device_id = :device", device=device)
         return made
 
 
@@ -485,7 +487,7 @@ def test_an_offer_that_changed_meanwhile_takes_the_assignment_back_and_both_come
             devices = await found.enrol(5)
             await found.until(await found.roll_out("1.0.0"), "done")
             number = await found.roll_out("1.1.0")
-            found.conductor.composer = Racing(tmp_path / "wherry.sqlite", found.conductor.composer)
+            found.conductor.composer = Racing(found, found.conductor.composer)
             await found.conductor.turn()
             assigned = "SELECT 1 FROM assignment a JOIN rollout r ON r.id = a.rollout_id WHERE r.number = :n"
             assert await found.rows(assigned, n=number) == []
@@ -504,7 +506,7 @@ def test_offers_signed_anew_are_composed_again_if_they_changed_meanwhile(tmp_pat
             await found.until(await found.roll_out("1.0.0"), "done")
             async with found.database.write() as connection:
                 await connection.execute(text("UPDATE offer SET issued_at = 1"))
-            found.conductor.composer = Racing(tmp_path / "wherry.sqlite", found.conductor.composer)
+            found.conductor.composer = Racing(found, found.conductor.composer)
             assert await found.conductor.resign() == 3
             rows = await found.rows("SELECT serial FROM offer ORDER BY serial")
             assert [row.serial for row in rows] == [2, 2, 3]

@@ -16,8 +16,11 @@ from wherry_server.settings import Settings
 from wherry_shared.errors import DeviceError, RefusedError
 
 
-def test_migrations_make_the_tables_that_the_code_uses(tmp_path: Path) -> None:
+@pytest.mark.backends
+def test_migrations_make_the_tables_that_the_code_uses(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     url = f"sqlite+aiosqlite:///{tmp_path / 'new.sqlite'}"
+    if request.getfixturevalue("backend") == "postgres":
+        url = request.getfixturevalue("postgres").empty()
     migrate.upgrade(url)
     command.check(migrate.config(url))  # raises if a migration is missing
 

@@ -20,6 +20,8 @@ from wherry_shared import frames, ids, wire
 from wherry_shared.errors import RefusedError
 from wherry_shared.limits import SAMPLE_BYTES_MAX, SAMPLES_PER_WINDOW_MAX
 
+pytestmark = pytest.mark.backends
+
 # --- one stream ---------------------------------------------------------------------------------
 
 STREAMS = [

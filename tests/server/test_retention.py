@@ -14,6 +14,8 @@ from wherry_server.settings import Settings
 from wherry_shared import wire
 from wherry_shared.errors import RefusedError
 
+pytestmark = pytest.mark.backends
+
 
 def telemetry(device: FakeDevice, seq: int) -> bytes:
     window = wire.Window(

@@ -12,8 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 
-from sqlalchemy.exc import DBAPIError, OperationalError
-
+from wherry_server.db.database import DATABASE_ERRORS, transient
 from wherry_server.ingest import Frame, Ingest, Kind, Stored
 from wherry_server.times import now_us
 from wherry_shared import topics
@@ -72,12 +71,12 @@ class Collector:
         while True:
             try:
                 result = await self._ingest.store_batch(_by_kind(batch))
-            except OperationalError as error:
-                log.warning("the database does not take messages now, trying again: %s", error.orig)
-                await asyncio.sleep(wait)
-                wait = min(wait * 2, RETRY_MAX_S)
-                continue
-            except (DBAPIError, ValueError, TypeError, OverflowError, UnicodeError) as error:
+            except (*DATABASE_ERRORS, ValueError, TypeError, OverflowError) as error:
+                if transient(error):
+                    log.warning("the database does not take messages now, trying again: %s", error)
+                    await asyncio.sleep(wait)
+                    wait = min(wait * 2, RETRY_MAX_S)
+                    continue
                 if len(batch) == 1:
                     self._ingest.refuse("store_failed", now_us(), f"{batch[0][0]} of {batch[0][1]}: {error}")
                     return

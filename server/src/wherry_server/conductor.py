@@ -17,12 +17,12 @@ from typing import Any
 
 import msgspec
 from sqlalchemy import insert, text, update
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import assignments, comparison, evidence, offers
 from wherry_server.assignments import EXPOSED_PER_TURN, Prepared
 from wherry_server.db import bulk
+from wherry_server.db.database import DATABASE_ERRORS
 from wherry_server.db.tables import Decision as DecisionRow
 from wherry_server.db.tables import KnownBad, Rollout, table
 from wherry_server.ingest import Behind, Stored
@@ -288,7 +288,7 @@ class Conductor:
             return
         try:
             await self._answer(hellos)
-        except (WherryError, DBAPIError):
+        except (WherryError, *DATABASE_ERRORS):
             for hello in hellos:
                 self._hellos.setdefault(hello.device, hello)  # a newer one came meanwhile, or this one waits again
             raise

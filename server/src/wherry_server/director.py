@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 
 import uvloop
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
 
 from wherry_server import retention
 from wherry_server.collector import Collector
 from wherry_server.conductor import Conductor
+from wherry_server.db.database import DATABASE_ERRORS
 from wherry_server.ingest import LOGS_FOR_US, Ingest
 from wherry_server.lease import RENEW_S, Lease
 from wherry_server.mqtt import Link
@@ -107,7 +107,7 @@ class Process:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            with contextlib.suppress(DBAPIError):
+            with contextlib.suppress(*DATABASE_ERRORS):
                 await lease.release()
             await services.close()
 
@@ -119,7 +119,7 @@ async def _for_ever(work: Callable[[], Awaitable[None]]) -> None:
         started = time.monotonic()
         try:
             await work()
-        except (WherryError, DBAPIError, OSError) as error:
+        except (WherryError, *DATABASE_ERRORS) as error:
             log.warning("going on after: %s", error)
         except Exception:
             log.exception("going on after a fault")
@@ -132,7 +132,7 @@ async def _every(seconds: float, work: Callable[[], Awaitable[None]], *, once: b
     while True:
         try:
             await work()
-        except (WherryError, DBAPIError, OSError) as error:
+        except (WherryError, *DATABASE_ERRORS) as error:
             log.warning("going on after: %s", error)
             await asyncio.sleep(FAULT_MIN_S)
         except Exception:

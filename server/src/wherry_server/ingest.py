@@ -705,8 +705,8 @@ _CHANGE = text(
     " WHERE rollout_id = :rollout AND device_id = :device AND model = :model"
 )
 _LEARN = text(
-    "UPDATE assignment SET from_manifest = :manifest, from_target = COALESCE((SELECT b.model || '/' || b.version"
-    " FROM bundle b WHERE b.manifest = :manifest AND b.project_id = assignment.project_id), '')"
+    "UPDATE assignment SET from_manifest = CAST(:manifest AS VARCHAR(80)), from_target = COALESCE((SELECT b.model || '/' || b.version"
+    " FROM bundle b WHERE b.manifest = CAST(:manifest AS VARCHAR(80)) AND b.project_id = assignment.project_id), '')"
     " WHERE rollout_id = :rollout AND device_id = :device AND model = :model"
 )
 _RUNNING = text(

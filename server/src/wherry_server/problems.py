@@ -13,9 +13,10 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import IntegrityError
 from starlette.exceptions import HTTPException
 
+from wherry_server.db.database import DATABASE_ERRORS, transient
 from wherry_shared.errors import RefusedError, UnreachableError, WherryError
 
 log = logging.getLogger(__name__)
@@ -167,6 +168,11 @@ async def _busy(_request: Request, error: Exception) -> Response:
     )
 
 
+async def _database(request: Request, error: Exception) -> Response:
+    """The database could not, or it was asked what it cannot do."""
+    return await (_busy if transient(error) else _failed)(request, error)
+
+
 async def _failed(request: Request, error: Exception) -> Response:
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return _answer(
@@ -188,7 +194,8 @@ def install(app: FastAPI) -> None:
         HTTPException: _http,
         RequestValidationError: _invalid,
         IntegrityError: _collided,
-        OperationalError: _busy,
+        **{kind: _database for kind in DATABASE_ERRORS if kind is not OSError},
+        ConnectionError: _database,  # other OSErrors are of the disk under the blobs
         Exception: _failed,
     }
     for kind, handler in handlers.items():

@@ -9,12 +9,15 @@ from pydantic import BaseModel
 from sqlalchemy import select
 
 from wherry_server import audit
+from wherry_server.api.again import Again
 from wherry_server.auth import ServicesDep, Viewer
 from wherry_server.db.tables import AuditEntry, table
 
-router = APIRouter(prefix="/api/v1/audit", tags=["audit"])
+router = APIRouter(prefix="/api/v1/audit", tags=["audit"], route_class=Again)
 
 _entries = table(AuditEntry)
+ID_MAX = 2**31 - 1
+"""Of an entry, as PostgreSQL's INTEGER holds it."""
 
 
 class Entry(BaseModel):
@@ -41,7 +44,7 @@ class Verdict(BaseModel):
 async def list_audit(
     services: ServicesDep,
     _viewer: Viewer,
-    before: Annotated[int, Query(ge=1, le=2**63 - 1, description="entries older than this id")] = 2**63 - 1,
+    before: Annotated[int, Query(ge=1, le=ID_MAX, description="entries older than this id")] = ID_MAX,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> list[Entry]:
     """List entries, the newest first."""

@@ -8,11 +8,12 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from wherry_server import catalogue
+from wherry_server.api.again import Again
 from wherry_server.api.shapes import BundleDetail, BundleSummary, ModelSummary
 from wherry_server.auth import Publisher, ServicesDep, Viewer
 from wherry_server.encodings import Encoder
 
-router = APIRouter(prefix="/api/v1", tags=["bundles"])
+router = APIRouter(prefix="/api/v1", tags=["bundles"], route_class=Again)
 
 
 class PublishRequest(BaseModel):

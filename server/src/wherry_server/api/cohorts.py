@@ -8,9 +8,10 @@ from fastapi import APIRouter, Path
 from pydantic import BaseModel, Field
 
 from wherry_server import cohorts
+from wherry_server.api.again import Again
 from wherry_server.auth import Operator, ServicesDep, Viewer
 
-router = APIRouter(prefix="/api/v1", tags=["cohorts"])
+router = APIRouter(prefix="/api/v1", tags=["cohorts"], route_class=Again)
 PREVIEW_MAX = 50
 Name = Annotated[str, Path(max_length=64)]
 

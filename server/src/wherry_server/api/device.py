@@ -9,6 +9,7 @@ from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import StreamingResponse
 
 from wherry_server import enrolment, fleet, ranges
+from wherry_server.api.again import Again
 from wherry_server.auth import CurrentDevice, ServicesDep
 from wherry_server.reading import Readers
 from wherry_shared import wire
@@ -16,7 +17,7 @@ from wherry_shared.digest import check_digest
 from wherry_shared.errors import RefusedError
 from wherry_shared.limits import LOG_LINES_MAX
 
-router = APIRouter(prefix="/device/v1", tags=["device"])
+router = APIRouter(prefix="/device/v1", tags=["device"], route_class=Again)
 
 JSON = "application/json"
 LOG_LINE_CHARS_MAX = 2000

@@ -8,11 +8,12 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel
 
 from wherry_server import audit, cohorts, fleet
+from wherry_server.api.again import Again
 from wherry_server.api.shapes import DeviceDetail, DeviceList, DeviceLogs, FleetState
 from wherry_server.auth import Operator, ServicesDep, Viewer
 from wherry_server.targeting import parse_selector
 
-router = APIRouter(prefix="/api/v1", tags=["fleet"])
+router = APIRouter(prefix="/api/v1", tags=["fleet"], route_class=Again)
 
 
 class LogsRequested(BaseModel):

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from wherry_server import offers
+from wherry_server.api.again import Again
 from wherry_server.auth import CurrentDevice, DeviceIdentity, ServicesDep
 from wherry_server.ingest import Ingest, Kind
 from wherry_server.services import Services
@@ -15,7 +16,7 @@ from wherry_server.times import now_us
 from wherry_shared.errors import RefusedError
 from wherry_shared.limits import STREAM_IN_FLIGHT_MAX
 
-router = APIRouter(prefix="/device/v1", tags=["device"])
+router = APIRouter(prefix="/device/v1", tags=["device"], route_class=Again)
 FRAMES = "application/vnd.wherry.frames"
 
 

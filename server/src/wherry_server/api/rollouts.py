@@ -8,9 +8,10 @@ from fastapi import APIRouter, Body, Path, Query
 from pydantic import BaseModel
 
 from wherry_server import rollouts
+from wherry_server.api.again import Again
 from wherry_server.auth import Operator, ServicesDep, Viewer
 
-router = APIRouter(prefix="/api/v1", tags=["rollouts"])
+router = APIRouter(prefix="/api/v1", tags=["rollouts"], route_class=Again)
 Number = Annotated[int, Path(ge=1, le=1 << 53)]
 
 

@@ -7,11 +7,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import delete, select
 
 from wherry_server import audit, auth, enrolment
+from wherry_server.api.again import Again
 from wherry_server.auth import Admin, Operator, Role, ServicesDep
 from wherry_server.db.tables import ApiToken, table
 from wherry_shared.errors import RefusedError
 
-router = APIRouter(prefix="/api/v1", tags=["access"])
+router = APIRouter(prefix="/api/v1", tags=["access"], route_class=Again)
 
 _tokens = table(ApiToken)
 

@@ -13,13 +13,14 @@ from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from wherry_server import audit
+from wherry_server.api.again import Again
 from wherry_server.auth import Identity, ServicesDep, require
 from wherry_server.services import Services
 from wherry_server.trust import MODELS_MAX
 from wherry_shared.errors import RefusedError
 from wherry_shared.limits import TUF_METADATA_BYTES_MAX
 
-router = APIRouter(prefix="/api/v1/trust", tags=["trust"])
+router = APIRouter(prefix="/api/v1/trust", tags=["trust"], route_class=Again)
 _ETAG = re.compile(r'"(0|[1-9][0-9]{0,14})"')
 KEYS_MAX = 16
 

@@ -1,7 +1,8 @@
 """One way to read and one way to write.
 
 A write is one transaction that sees and changes a consistent state: SQLite `BEGIN IMMEDIATE` (one writer, WAL,
-`synchronous=FULL`), PostgreSQL `REPEATABLE READ` with bounded retry on serialization failure by the caller.
+`synchronous=FULL`), PostgreSQL `REPEATABLE READ` with bounded retry on serialization failure by the caller: the director
+takes another turn, ingest stores its batch again, the API runs the request again (`api.again`).
 """
 
 from __future__ import annotations
@@ -10,11 +11,40 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import asyncpg
 from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 BUSY_TIMEOUT_MS = 15_000
 """How long a SQLite writer waits for another process's transaction."""
+
+_CONFLICTS = frozenset({"40001", "40P01"})
+"""SQLSTATE of PostgreSQL for a transaction that lost against another one: serialization_failure, deadlock_detected."""
+_AWAY = ("08", "53", "57P")
+"""SQLSTATE beginnings of a server that is not there for us now: connection, insufficient resources, shutting down."""
+DATABASE_ERRORS = (DBAPIError, PoolTimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError)
+"""Everything by which a database says no; a connection that cannot be made at all comes as the driver's own or the system's."""
+
+
+def lost(error: BaseException) -> bool:
+    """Tell whether a transaction lost against another one, so that the same again can succeed at once."""
+    return isinstance(error, DBAPIError) and _sqlstate(error) in _CONFLICTS
+
+
+def transient(error: BaseException) -> bool:
+    """Tell whether the database, and not what it was asked, is why something failed: the same can succeed later."""
+    if isinstance(error, OSError | OperationalError | PoolTimeoutError | asyncpg.InterfaceError):
+        return True
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        return True
+    return _sqlstate(error) in _CONFLICTS or _sqlstate(error).startswith(_AWAY)
+
+
+def _sqlstate(error: BaseException) -> str:
+    said = getattr(error, "orig", None) if isinstance(error, DBAPIError) else error
+    return str(getattr(said, "sqlstate", "") or "")
 
 
 class Database:
