@@ -315,6 +315,21 @@ def test_an_operation_that_is_unknown_or_wrong_is_refused_by_its_name(
     assert f"({row['op']})" in caught.value.message
 
 
+@pytest.mark.parametrize(("stage", "op"), [("preprocess", "normalise"), ("postprocess", "softmax")])
+def test_no_operation_works_on_text(stage: operations.Stage, op: str) -> None:
+    word = TensorSpec(name="word", datatype="BYTES", shape=["n"])
+    number = TensorSpec(name="number", datatype="FP32", shape=["n"])
+    texts = Interface(inputs=[word, number], outputs=[word, number])
+
+    def steps(tensor: str) -> list[operations.Step]:
+        made = Processing(operations=[Operation(op=op, parameters={"tensor": tensor})])
+        return operations.steps_of(made, texts, stage)
+
+    with pytest.raises(RefusedError, match="'word' is text"):
+        steps("word")
+    assert [step.tensor for step in steps("number")] == ["number"]
+
+
 def test_nothing_follows_a_choice_and_a_chain_is_bounded() -> None:
     with pytest.raises(RefusedError, match="already turned into choices"):
         chain({"op": "argmax"}, {"op": "softmax"}, stage="postprocess")

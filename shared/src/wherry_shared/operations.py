@@ -156,7 +156,9 @@ def steps_of(processing: Processing, interface: Interface, stage: Stage) -> list
     Raises:
         RefusedError: `operation_unknown` (an operation, or a version of it), or `operation_invalid`; both name it.
     """
-    names = [spec.name for spec in (interface.inputs if stage == "preprocess" else interface.outputs)]
+    specs = interface.inputs if stage == "preprocess" else interface.outputs
+    names = [spec.name for spec in specs]
+    texts = {spec.name for spec in specs if spec.datatype == "BYTES"}
     plain = [name for name in names if name not in state_of(interface, stage)]
     steps: list[Step] = []
     chosen: set[str] = set()
@@ -166,6 +168,8 @@ def steps_of(processing: Processing, interface: Interface, stage: Stage) -> list
         if tensor not in names:
             which = f"tensor {tensor!r} is not one of" if tensor else "tensor: has to be named, there are"
             raise _invalid(f"{where}: {which} {', '.join(names)}")
+        if tensor in texts:
+            raise _invalid(f"{where}: {tensor!r} is text, operations work on numbers")
         if tensor in chosen:
             raise _invalid(f"{where}: {tensor!r} was already turned into choices")
         if known.chooses:
