@@ -82,11 +82,10 @@ class Fleet:
 
 
 @contextmanager
-def role(name: str, settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
+def role(name: str, settings: Settings, *more: str) -> Iterator[subprocess.Popen[bytes]]:
     """A role of the server as a process of its own."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "wherry_server.cli", "serve", name, "--data", str(settings.data)], stdin=subprocess.PIPE
-    )
+    command = [sys.executable, "-m", "wherry_server.cli", "serve", name, "--data", str(settings.data), *more]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE)
     try:
         yield process
     finally:
@@ -123,12 +122,8 @@ def rows(settings: Settings, sql: str) -> list[Any]:
     return in_database(settings, work)
 
 
-@pytest.fixture
-def prepared(tmp_path: Path) -> tuple[Settings, list[FakeDevice]]:
-    """A data folder with one bundle and enrolled devices."""
-    settings = Settings.load(tmp_path / "data", broker_port=free_port(), project=PROJECT)
-    settings.save()
-    prepare(settings)
+def stocked(settings: Settings) -> list[FakeDevice]:
+    """Put one bundle and devices into what was prepared, and return the devices."""
     master = settings.master_key_file.read_bytes()
     devices = [
         FakeDevice(name, frames.device_key(master, name)) for name in (ids.new_device_id() for _ in range(DEVICES))
@@ -154,7 +149,16 @@ def prepared(tmp_path: Path) -> tuple[Settings, list[FakeDevice]]:
 
     in_database(settings, publish)
     asked(settings, lambda database: enrol_rows(database, list({d.id for d in devices})))
-    return settings, devices
+    return devices
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> tuple[Settings, list[FakeDevice]]:
+    """A data folder with one bundle and enrolled devices."""
+    settings = Settings.load(tmp_path / "data", broker_port=free_port(), project=PROJECT)
+    settings.save()
+    prepare(settings)
+    return settings, stocked(settings)
 
 
 def test_killed_in_the_middle_of_a_stage_it_loses_nothing_acknowledged_and_exposes_nobody_twice(prepared):

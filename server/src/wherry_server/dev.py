@@ -25,6 +25,7 @@ import msgspec
 from sqlalchemy import select
 
 from wherry_server import auth, broker, enrolment
+from wherry_server.db.database import DATABASE_ERRORS, transient
 from wherry_server.db.tables import ApiToken, EnrolmentToken, table
 from wherry_server.secret_files import write_secret
 from wherry_server.services import Services, open_services, prepare
@@ -40,6 +41,8 @@ TURN_S = 0.2
 TOKEN_DAYS = 365
 ENROLMENT_USES = 100_000
 ROLES = ("broker", "api", "director")
+NO_ENTRY = ("28000", "28P01", "3D000")
+"""SQLSTATE of PostgreSQL: no such user, wrong password, no such database."""
 
 _tokens = table(ApiToken)
 _enrolments = table(EnrolmentToken)
@@ -88,7 +91,7 @@ def run(settings: Settings, *, quiet: bool) -> None:
                 command=[sys.executable, "-m", "wherry_server.cli", "serve", role, "--data", str(settings.data)],
                 log=logs / f"{role}.log",
             )
-            for role in ROLES
+            for role in (*ROLES, *(["ingest"] if settings.ingest == "separate" else []))
         ]
         supervisor = Supervisor(children, lambda text: print(text, file=sys.stderr, flush=True))  # noqa: T201
         stop = _stop_on_signals()
@@ -102,6 +105,31 @@ def run(settings: Settings, *, quiet: bool) -> None:
         finally:
             supervisor.stop()
         say("stopped; the data stay in " + str(settings.data))
+
+
+def init(settings: Settings) -> Shown:
+    """Make a data folder and its database ready.
+
+    Raises:
+        RefusedError: `already_running`.
+        UnreachableError: `database_unreachable`.
+    """
+    settings.data.mkdir(parents=True, exist_ok=True)
+    with _alone(settings.data):
+        try:
+            prepare(settings)
+            shown = asyncio.run(_ensure_access(open_services(settings)))
+        except DATABASE_ERRORS as error:
+            if not transient(error) and getattr(error, "sqlstate", "") not in NO_ENTRY:
+                raise
+            raise UnreachableError(
+                "database_unreachable",
+                f"the database does not let us in: {error}",
+                consequence="nothing was made ready",
+                next_step="see that it runs and that user, password and name of the database are right",
+            ) from error
+        settings.save()
+    return shown
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The director's process: rollouts, ingest, publishing and trust's online roles, in one loop.
+"""The director's process: rollouts, publishing, trust's online roles, and ingest unless that is separate, in one loop.
 
 It may be killed at any moment and started again. Each job runs for ever and is begun again after a fault; none waits for
 another. What a device says wakes the rollouts at once.
@@ -9,9 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
-import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import uvloop
@@ -21,7 +18,8 @@ from wherry_server import retention
 from wherry_server.collector import Collector
 from wherry_server.conductor import Conductor
 from wherry_server.db.database import DATABASE_ERRORS
-from wherry_server.ingest import LOGS_FOR_US, Ingest
+from wherry_server.ingest import KINDS, LOGS_FOR_US, Ingest, Stored
+from wherry_server.jobs import every, for_ever, stop_on_signals, until_stopped
 from wherry_server.lease import RENEW_S, Lease
 from wherry_server.mqtt import Link
 from wherry_server.offers import Composer
@@ -30,7 +28,7 @@ from wherry_server.services import Services, open_services
 from wherry_server.settings import Settings
 from wherry_server.times import now_us
 from wherry_shared import topics
-from wherry_shared.errors import WherryError
+from wherry_shared.errors import RefusedError
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +37,6 @@ FORGET_S = 600.0
 """Old telemetry and reports are looked for this often."""
 LOGS_S = 2.0
 """An open request for logs is repeated this often to devices that have nothing to say."""
-FAULT_MIN_S = 0.5
-FAULT_MAX_S = 10.0
 
 
 @dataclass(slots=True)
@@ -53,6 +49,7 @@ class Process:
     async def run(self) -> None:
         """Run until `stopping` is set."""
         services, trust = self.services, self.services.trust
+        separate = services.settings.ingest == "separate"
         ingest = Ingest(services.database, services.master_key, services.project)
         lease = Lease(services.database, services.project, "director")
         conductor = Conductor(services, lease, Composer(services.project, trust.director_keyid, trust.director_sign))
@@ -61,10 +58,16 @@ class Process:
             services.settings.broker_host,
             services.settings.broker_port,
             name="director",
-            filters=[topics.ingest_filter(kind) for kind in ("hello", "report", "telemetry")],
+            filters=[topics.ingest_filter(kind) for kind in (("hello",) if separate else KINDS)],
         )
         collector = Collector(ingest, link.publish, conductor.stored)
-        link.on_message, link.on_connect = collector.received, came_back.set
+
+        def hello(topic: str, payload: bytes) -> None:
+            """Answer a hello that others store."""
+            with contextlib.suppress(RefusedError):  # whoever stores it counts it
+                conductor.stored(Stored(hellos=ingest.behind([(topics.parse_up(topic).device, payload)])))
+
+        link.on_message, link.on_connect = hello if separate else collector.received, came_back.set
         outbox = conductor.outbox = Outbox(services.database, services.project, link)
 
         async def hold() -> None:
@@ -85,62 +88,26 @@ class Process:
             if lease.epoch:
                 await retention.forget(services.database, services.project, services.settings)
 
-        await _every(0, hold, once=True)
-        tasks = [
-            asyncio.create_task(work, name=name)
-            for name, work in (
-                ("link", _for_ever(link.run)),
-                ("ingest", _for_ever(collector.run)),
-                ("outbox", _for_ever(outbox.run)),
-                ("rollouts", _for_ever(conductor.run)),
-                ("lease", _every(RENEW_S, hold)),
-                ("again", _every(0, publish_again)),
-                ("trust", _every(TRUST_S, renew_trust)),
-                ("forget", _every(FORGET_S, forget)),
-                ("logs", _every(LOGS_S, ask_logs)),
-            )
-        ]
+        await every(0, hold, once=True)
         log.info("directing project %s", services.project)
+        jobs = {
+            "link": for_ever(link.run),
+            "outbox": for_ever(outbox.run),
+            "rollouts": for_ever(conductor.run),
+            "lease": every(RENEW_S, hold),
+            "again": every(0, publish_again),
+            "trust": every(TRUST_S, renew_trust),
+            "forget": every(FORGET_S, forget),
+            "logs": every(LOGS_S, ask_logs),
+        }
+        if not separate:
+            jobs["ingest"] = for_ever(collector.run)
         try:
-            await self.stopping.wait()
+            await until_stopped(jobs, self.stopping)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             with contextlib.suppress(*DATABASE_ERRORS):
                 await lease.release()
             await services.close()
-
-
-async def _for_ever(work: Callable[[], Awaitable[None]]) -> None:
-    """Run `work`, which does not end; if it fails, say so and begin again with back-off."""
-    wait = FAULT_MIN_S
-    while True:
-        started = time.monotonic()
-        try:
-            await work()
-        except (WherryError, *DATABASE_ERRORS) as error:
-            log.warning("going on after: %s", error)
-        except Exception:
-            log.exception("going on after a fault")
-        wait = FAULT_MIN_S if time.monotonic() - started > FAULT_MAX_S else min(wait * 2, FAULT_MAX_S)
-        await asyncio.sleep(wait)
-
-
-async def _every(seconds: float, work: Callable[[], Awaitable[None]], *, once: bool = False) -> None:
-    """Do `work` now and every so often; one failure is logged and does not end it."""
-    while True:
-        try:
-            await work()
-        except (WherryError, *DATABASE_ERRORS) as error:
-            log.warning("going on after: %s", error)
-            await asyncio.sleep(FAULT_MIN_S)
-        except Exception:
-            log.exception("going on after a fault")
-            await asyncio.sleep(FAULT_MIN_S)
-        if once:
-            return
-        await asyncio.sleep(seconds)
 
 
 async def _ask_logs(services: Services, ingest: Ingest, link: Link) -> None:
@@ -160,9 +127,7 @@ def run(settings: Settings) -> None:
 
     async def main() -> None:
         process = Process(services)
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, process.stopping.set)
+        stop_on_signals(process.stopping)
         await process.run()
 
     uvloop.run(main())

@@ -43,6 +43,7 @@ from wherry_shared.limits import REPORT_DETAIL_CHARS_MAX, SAMPLE_BYTES_MAX, SAMP
 log = logging.getLogger(__name__)
 
 Kind: TypeAlias = Literal["hello", "report", "telemetry"]
+KINDS: tuple[Kind, ...] = ("hello", "report", "telemetry")
 Frame: TypeAlias = tuple[str, bytes]
 """(device by topic or by authentication, frame)."""
 KEYS_CACHED_MAX = 200_000
@@ -139,6 +140,11 @@ class Ingest:
             for (device, stream, epoch), position in positions.items()
         ]
         return result
+
+    def behind(self, received: Sequence[Frame]) -> list[Behind]:
+        """Open hellos that another process stores, and return which offers they name."""
+        opened = self._open("hello", wire.Hello, received, now_us())
+        return [Behind(p.device, p.message.offer_epoch, p.message.offer_serial) for p in opened]
 
     def ack(self, device: str, stream: wire.StreamName, epoch: str, seq: int, logs: int) -> bytes:
         """Return a sealed acknowledgement, also one that only carries a request for logs."""

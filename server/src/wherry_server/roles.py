@@ -1,4 +1,4 @@
-"""The bodies of the processes of a server: api, director, broker. One program, started with the role's name."""
+"""The bodies of the processes of a server: api, director, ingest, broker. One program, started with the role's name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 
 from wherry_server.settings import Settings
 
-Role = Literal["api", "director", "broker"]
+Role = Literal["api", "director", "ingest", "broker"]
 PARENT = "WHERRY_PARENT"
 """Environment: the process id of the parent with which this process ends."""
 GRACE_S = 5
@@ -23,7 +23,7 @@ CHATTY = ("alembic", "gmqtt", "httpx", "tracing")
 _PR_SET_PDEATHSIG = 1
 
 
-def run(role: Role, settings: Settings) -> None:
+def run(role: Role, settings: Settings, part: str = "1/1") -> None:
     """Be one role until told to end by SIGTERM."""
     die_with_parent()
     logging.basicConfig(
@@ -37,6 +37,10 @@ def run(role: Role, settings: Settings) -> None:
         from wherry_server import director
 
         director.run(settings)
+    elif role == "ingest":
+        from wherry_server import ingest_process
+
+        ingest_process.run(settings, ingest_process.Part.parse(part))
     else:
         from wherry_server import broker
 

@@ -7,7 +7,7 @@ name here.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -34,6 +34,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     project: str = "default"
     database: str = ""
     """SQLAlchemy URL; empty: SQLite in the data folder."""
+    ingest: Literal["director", "separate"] = "director"
+    """Who stores what devices say: the director, or processes of their own (`wherry serve ingest`)."""
     certificate_days: Annotated[float, msgspec.Meta(gt=0, le=CERTIFICATE_DAYS_MAX)] = 30
     """Life of a device certificate; devices renew theirs after two thirds of it."""
     telemetry_days: Annotated[int, msgspec.Meta(ge=1)] = 90

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
+from wherry_server.cli.common import AsJson, show
 from wherry_server.settings import Settings
 from wherry_shared.access import DEFAULT_DATA
 from wherry_shared.errors import RefusedError
@@ -36,18 +38,66 @@ def dev(
 
 
 @commands.command()
-def serve(
-    role: Annotated[str, typer.Argument(help="api, director or broker")],
+def init(
     data: Data = None,
+    database: Annotated[
+        str | None,
+        typer.Option(help="SQLAlchemy URL, as postgresql+asyncpg://USER:PASSWORD@HOST/NAME.", show_default="SQLite"),
+    ] = None,
+    broker_host: Annotated[str | None, typer.Option(help="Host of the MQTT broker.", show_default="127.0.0.1")] = None,
+    broker_port: BrokerPort = None,
+    host: Annotated[str | None, typer.Option(help="Where the API listens.", show_default="127.0.0.1")] = None,
+    port: Port = None,
+    separate_ingest: Annotated[
+        bool | None,
+        typer.Option(help="Whether processes of their own store what devices say.", show_default="the director does"),
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Run one role of a server on a data folder that `wherry dev` made ready."""
+    """Make a data folder and a database ready for `wherry serve`; doing it again brings the schema to this release."""
+    from wherry_server import dev as development
+
+    ingest = {None: None, True: "separate", False: "director"}[separate_ingest]
+    settings = Settings.load(
+        data, database=database, broker_host=broker_host, broker_port=broker_port, host=host, port=port, ingest=ingest
+    )
+    shown = development.init(settings)
+    roles = ["api", "director", *(["ingest"] if settings.ingest == "separate" else [])]
+    made = {
+        "project": settings.project,
+        "data": str(settings.data),
+        "api": settings.url,
+        "admin_token": shown.admin if shown.fresh else "",
+        "enrolment_token": shown.enrolment,
+        "start": [f"wherry serve {role} --data {settings.data}" for role in roles],
+    }
+
+    def render(console: Console) -> None:
+        console.print(f"Ready: project {settings.project}, data in {settings.data}, API at {settings.url}")
+        if shown.fresh:
+            console.print(f"Admin token, shown this once: {shown.admin}\n  (kept in {settings.client_file}, mode 0600)")
+        console.print(f"Enrolment token of devices: {shown.enrolment}")
+        console.print("Start, any number of each:", *made["start"], sep="\n  ")
+
+    show(made, as_json, render)
+
+
+@commands.command()
+def serve(
+    role: Annotated[str, typer.Argument(help="api, director, ingest or broker")],
+    data: Data = None,
+    host: Annotated[str | None, typer.Option(help="Where this API listens.", show_default="as it was made")] = None,
+    port: Port = None,
+    part: Annotated[str, typer.Option(help="Of ingest: which part of the devices, as 1/4.")] = "1/1",
+) -> None:
+    """Run one role of a server on a data folder that `wherry init` or `wherry dev` made ready."""
     from wherry_server import roles
 
-    settings = Settings.load(data)
+    settings = Settings.load(data, host=host, port=port)
     match role:
-        case "api" | "director" | "broker":
-            roles.run(role, settings)
+        case "api" | "director" | "ingest" | "broker":
+            roles.run(role, settings, part)
         case _:
             raise RefusedError(
-                "role_unknown_here", f"there is no role {role[:40]!r}", next_step="say api, director or broker"
+                "role_unknown_here", f"there is no role {role[:40]!r}", next_step="say api, director, ingest or broker"
             )
