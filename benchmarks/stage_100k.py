@@ -70,7 +70,7 @@ async def fill(services: Services, count: int) -> None:
                     "version": "1.1.0",
                     "manifest": MANIFEST,
                     "manifest_bytes": 1,
-                    "config": {},
+                    "config": {"licence": {"expression": "Apache-2.0"}, "variants": []},
                     "total_bytes": 1,
                     "created_at": 1,
                     "created_by": "bench",

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of one's own for tests: on a unix socket in a folder of its own, without fsync, ended with the run."""
+"""A PostgreSQL server of one's own for tests and benchmarks: on a unix socket in a folder of its own, ended with the run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def _program(name: str) -> str:
 class Postgres:
     """A running server; `database` makes an empty database with the newest schema."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, durable: bool = False) -> None:
+        """Start; `durable` as it is installed, else without fsync, which tests need not wait for."""
         initdb, postgres = _program("initdb"), _program("postgres")
         self._made = 0
         self._urls: dict[Path, str] = {}
@@ -57,15 +58,10 @@ class Postgres:
             **self._user,  # type: ignore[call-overload]
         )
         assert made.returncode == 0, made.stderr
-        arguments = [postgres, "-D", data, "-k", self._folder, "-c", "listen_addresses=", "-c", "fsync=off"]
-        arguments += [
-            "-c",
-            f"max_connections={CONNECTIONS_MAX}",
-            "-c",
-            "synchronous_commit=off",
-            "-c",
-            "shared_buffers=64MB",
-        ]
+        arguments = [postgres, "-D", data, "-k", self._folder, "-c", "listen_addresses="]
+        arguments += ["-c", f"max_connections={CONNECTIONS_MAX}"]
+        if not durable:
+            arguments += ["-c", "fsync=off", "-c", "synchronous_commit=off", "-c", "shared_buffers=64MB"]
         self._log = (self._folder / "log").open("wb")
         self._process = subprocess.Popen(
             arguments, stdout=self._log, stderr=subprocess.STDOUT, cwd=self._folder, **self._user

@@ -14,6 +14,7 @@ from sqlalchemy import bindparam, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import offers
+from wherry_server.db import bulk
 from wherry_server.evidence import Candidate
 from wherry_server.offers import Composed, Composer
 from wherry_server.outcomes import LIVE
@@ -145,10 +146,7 @@ async def _insert(connection: AsyncConnection, row: Any, plan: Plan, prepared: P
     if connection.dialect.name == "sqlite":
         await connection.exec_driver_sql("INSERT INTO exposing VALUES (?, ?, ?)", rows)
     else:
-        await connection.execute(
-            text("INSERT INTO exposing VALUES (:device, :stratum, :key)"),
-            [{"device": device, "stratum": stratum, "key": key} for device, stratum, key in rows],
-        )
+        await bulk.copy(connection, "exposing", ("device_id", "stratum", "share_key"), rows)
     for planned in plan.models:
         named = {
             "rollout": row.id,

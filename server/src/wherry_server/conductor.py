@@ -102,16 +102,17 @@ class Conductor:
         """Take turns until cancelled. Whatever writes offers is called from here, one after the other."""
         while True:
             started = time.monotonic()
+            moved = False
             if self.lease.epoch:
                 await self.reconcile()
                 await self._resign_in_time()
-                await self.turn()
+                moved = await self.turn()
             spent = time.monotonic() - started
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TURN_MAX_S):
                     await self._woken.wait()
             self._woken.clear()
-            await asyncio.sleep(max(TURN_MIN_S, spent))
+            await asyncio.sleep(TURN_MIN_S if moved else max(TURN_MIN_S, spent))  # where much is to do, it goes on
 
     async def turn(self) -> bool:
         """Look at every rollout once, the one that outranks the others first; tell whether anything was decided."""

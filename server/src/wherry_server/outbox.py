@@ -13,6 +13,7 @@ import logging
 from collections.abc import Sequence
 
 from sqlalchemy import bindparam, text
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server.db.database import Database
 from wherry_server.mqtt import Link
@@ -22,7 +23,7 @@ from wherry_shared.errors import UnreachableError
 
 log = logging.getLogger(__name__)
 
-WINDOW = 200
+WINDOW = 2000
 """Offers on their way to the broker at a time."""
 ACKNOWLEDGED_S = 15.0
 IDLE_S = 1.0
@@ -80,20 +81,33 @@ class Outbox:
         there = []
         for row, future in sent:
             if future.done() and future.exception() is None:
-                there.append({"device": row.device_id, "epoch": row.epoch, "serial": row.serial})
+                there.append((row.device_id, row.epoch, row.serial))
             else:
                 future.cancel()
         if there:
             async with self._database.write() as connection:
-                await connection.execute(_PUBLISHED, there)
+                await _mark(connection, there)
         return len(there)
+
+
+async def _mark(connection: AsyncConnection, there: Sequence[tuple[str, int, int]]) -> None:
+    """Mark offers (device, epoch, serial) as published, where the row is still that one."""
+    if connection.dialect.name == "sqlite":
+        await connection.exec_driver_sql(_MARK_EACH, list(there))
+    else:
+        devices, epochs, serials = (list(column) for column in zip(*there, strict=True))
+        await connection.exec_driver_sql(_MARK_ALL, (devices, epochs, serials))
 
 
 _PENDING = text(
     "SELECT o.device_id, o.epoch, o.serial, o.envelope FROM offer o JOIN device d ON d.id = o.device_id"
     " WHERE o.published = false AND o.project_id = :project AND o.expires_at > :now AND d.state = 'active' LIMIT :limit"
 )
-_PUBLISHED = text("UPDATE offer SET published = true WHERE device_id = :device AND epoch = :epoch AND serial = :serial")
+_MARK_EACH = "UPDATE offer SET published = true WHERE device_id = ? AND epoch = ? AND serial = ?"
+_MARK_ALL = (
+    "UPDATE offer AS o SET published = true FROM unnest($1::varchar[], $2::bigint[], $3::bigint[]) AS t (device, epoch, serial)"
+    " WHERE o.device_id = t.device AND o.epoch = t.epoch AND o.serial = t.serial"
+)
 _AGAIN = text("UPDATE offer SET published = false WHERE device_id IN :devices").bindparams(
     bindparam("devices", expanding=True)
 )
