@@ -1,0 +1,108 @@
+"""A database of an older release, as it was, brought to the newest schema by `wherry init`.
+
+`dumps/NNNN.jsonl` holds the rows of a small server (devices that enrolled, a bundle with its trust, rollouts that were done
+and one that halted) as release NNNN kept them; a file is never changed once it is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic import command
+from alembic.script import ScriptDirectory
+from sqlalchemy import JSON, Boolean, Connection, MetaData, func, select
+
+from wherry_server import rollouts
+from wherry_server.db import migrate
+from wherry_server.db.database import Database
+
+DUMPS = sorted((Path(__file__).parent / "dumps").glob("*.jsonl"))
+PROJECT = "default"
+
+
+def bytes_of(value: Any) -> Any:
+    return base64.b64decode(value["base64"]) if isinstance(value, dict) and "base64" in value else value
+
+
+def load(connection: Connection, file: Path) -> Counter[str]:
+    """Insert the rows of a dump into the tables as they are now; JSON columns take their text decoded."""
+    found = MetaData()
+    found.reflect(connection)
+    counted: Counter[str] = Counter()
+    for line in file.read_text().splitlines():
+        one = json.loads(line)
+        table = found.tables[one["table"]]
+        row = {name: bytes_of(value) for name, value in one["row"].items()}
+        for name, value in row.items():
+            if isinstance(table.c[name].type, JSON) and value is not None:
+                row[name] = json.loads(value)
+            elif isinstance(table.c[name].type, Boolean):
+                row[name] = bool(value)
+        connection.execute(table.insert().values(row))
+        counted[table.name] += 1
+    return counted
+
+
+def count(connection: Connection) -> Counter[str]:
+    found = MetaData()
+    found.reflect(connection)
+    return Counter(
+        {
+            table.name: number
+            for table in found.sorted_tables
+            if (number := connection.scalar(select(func.count()).select_from(table)))
+        }
+    )
+
+
+@pytest.mark.backends
+@pytest.mark.parametrize("file", DUMPS, ids=lambda file: file.stem)
+def test_an_older_database_is_upgraded_with_all_that_is_in_it(
+    file: Path, tmp_path: Path, backend: str, request: pytest.FixtureRequest
+) -> None:
+    url = f"sqlite+aiosqlite:///{tmp_path / 'old.sqlite'}"
+    if backend == "postgres":
+        url = request.getfixturevalue("postgres").empty()
+    configured = migrate.config(url)
+    command.upgrade(configured, file.stem)
+
+    async def fill() -> Counter[str]:
+        database = Database.open(url)
+        try:
+            async with database.write() as connection:
+                return await connection.run_sync(load, file)
+        finally:
+            await database.close()
+
+    before = asyncio.run(fill())
+    assert before["device"] > 5
+    migrate.upgrade(url)
+    command.check(configured)
+
+    async def look() -> tuple[Counter[str], list[dict[str, Any]]]:
+        database = Database.open(url)
+        try:
+            async with database.read() as connection:
+                shown = [await rollouts.show(connection, PROJECT, number) for number in (1, 2, 3)]
+                return await connection.run_sync(count), shown
+        finally:
+            await database.close()
+
+    after, shown = asyncio.run(look())
+    after.pop("alembic_version")
+    assert {name: after[name] for name in before} == dict(before), "no row was lost"
+    assert [one["state"] for one in shown] == ["done", "done", "halted"]
+    assert shown[2]["counts"]["real"]["returned"] > 0
+    assert shown[2]["reason"] == "failure_bound"
+
+
+def test_every_schema_that_was_released_has_a_dump() -> None:
+    revisions = {found.revision for found in ScriptDirectory.from_config(migrate.config("")).walk_revisions()}
+    assert {file.stem for file in DUMPS} <= revisions
+    assert "0001" in {file.stem for file in DUMPS}
