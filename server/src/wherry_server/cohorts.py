@@ -5,7 +5,7 @@ Membership is live: it is worked out from facts and labels whenever somebody ask
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from wherry_server import audit
 from wherry_server.db.database import Database
 from wherry_server.db.tables import Cohort, table
-from wherry_server.targeting import And, Compare, Everything, Not, Or, Selector, View, matches, parse_selector
+from wherry_server.targeting import And, Compare, Everything, Not, Or, Selector, Value, View, matches, parse_selector
 from wherry_server.times import now_us
 from wherry_shared.errors import RefusedError
 from wherry_shared.ids import check_name
@@ -38,39 +38,117 @@ class Member(NamedTuple):
 # --- views --------------------------------------------------------------------------------------
 
 
-def view(row: Any, runs: Mapping[str, str], now: int) -> View:
-    """Return what selectors see of a device row (`id, name, state, labels, facts, simulated, last_seen_at, enrolled_at`).
+class Seen(Mapping[str, Value | Sequence[str]]):
+    """What selectors see of a device row (`id, name, state, labels, facts, simulated, last_seen_at, enrolled_at`).
 
+    A field is worked out when somebody looks at it: most selectors look at two, of thousands of devices.
     Labels that an operator set win over those that the device reports about itself.
     """
-    facts = msgspec.json.decode(row.facts) if isinstance(row.facts, str) else row.facts
-    labels = msgspec.json.decode(row.labels) if isinstance(row.labels, str) else row.labels
-    facts = facts if isinstance(facts, dict) else {}
-    made: dict[str, Any] = {
-        "id": row.id,
-        "name": row.name,
-        "state": row.state,
-        "simulated": "true" if row.simulated else "false",
-        "enrolled": (now - row.enrolled_at) // SECOND_US,
-    }
-    if row.last_seen_at:
-        made["last_seen"] = (now - row.last_seen_at) // SECOND_US
-    for field in ("arch", "os", "python", "agent", "cpu_model", "accelerator", "timezone"):
-        if isinstance(facts.get(field), str) and facts[field]:
-            made[field] = facts[field]
-    for field in ("cores", "memory_bytes", "disk_free_bytes"):
-        if isinstance(facts.get(field), int):
-            made[field] = facts[field]
-    made["cpu_feature"] = [str(feature) for feature in facts.get("cpu_features") or []]
-    engines = [engine for engine in facts.get("engines") or [] if isinstance(engine, dict)]
-    made["engine"] = [str(engine.get("name")) for engine in engines]
-    for engine in engines:
-        made[f"engine.{engine.get('name')}"] = str(engine.get("version"))
-    for name, value in {**(facts.get("labels") or {}), **(labels or {})}.items():
-        made[f"label.{name}"] = str(value)
-    for model, version in runs.items():
-        made[f"runs.{model}"] = version
-    return made
+
+    __slots__ = ("_facts", "_now", "_row", "_runs")
+
+    def __init__(self, row: Any, runs: Mapping[str, str], now: int) -> None:
+        self._row, self._runs, self._now = row, runs, now
+        self._facts: dict[str, Any] | None = None
+
+    def __getitem__(self, field: str) -> Value | Sequence[str]:
+        """Return a field.
+
+        Raises:
+            KeyError: the device does not have it.
+        """
+        found: Value | Sequence[str] | None = self.get(field)
+        if found is None:
+            raise KeyError(field)
+        return found
+
+    def get(self, field: str, default: Any = None) -> Any:
+        """Return a field, or `default`."""
+        if field in _OF_ROW:
+            return getattr(self._row, field)
+        family, dot, rest = field.partition(".")
+        found = self._in_family(family, rest) if dot else self._plain(field)
+        return default if found is None else found
+
+    def __iter__(self) -> Iterator[str]:
+        """Name the fields that the device has."""
+        named = [*_OF_ROW, *_PLAIN, *(f"{family}.{rest}" for family in _IN_FAMILIES for rest in self._members(family))]
+        return (field for field in named if self.get(field) is not None)
+
+    def __len__(self) -> int:
+        """Count the fields that the device has."""
+        return sum(1 for _ in self)
+
+    def _plain(self, field: str) -> Any:
+        row, facts = self._row, self.facts
+        if field in _TEXTS:
+            value = facts.get(field)
+            return value if isinstance(value, str) and value else None
+        if field in _NUMBERS:
+            value = facts.get(field)
+            return value if isinstance(value, int) else None
+        match field:
+            case "simulated":
+                return "true" if row.simulated else "false"
+            case "enrolled":
+                return (self._now - row.enrolled_at) // SECOND_US
+            case "last_seen":
+                return (self._now - row.last_seen_at) // SECOND_US if row.last_seen_at else None
+            case "cpu_feature":
+                return [str(feature) for feature in facts.get("cpu_features") or []]
+            case "engine":
+                return [str(engine.get("name")) for engine in self._engines()]
+            case _:
+                return None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Facts of the device; none if they are not an object."""
+        if self._facts is None:
+            found = _decoded(self._row.facts)
+            self._facts = found if isinstance(found, dict) else {}
+        return self._facts
+
+    def _engines(self) -> list[dict[str, Any]]:
+        return [engine for engine in self.facts.get("engines") or [] if isinstance(engine, dict)]
+
+    def _engine(self, name: str) -> str | None:
+        return next(
+            (str(one.get("version")) for one in reversed(self._engines()) if str(one.get("name")) == name), None
+        )
+
+    def _label(self, name: str) -> str | None:
+        for labels in (_decoded(self._row.labels), self.facts.get("labels")):
+            if labels and name in labels:
+                return str(labels[name])
+        return None
+
+    def _in_family(self, family: str, rest: str) -> str | None:
+        match family:
+            case "engine":
+                return self._engine(rest)
+            case "label":
+                return self._label(rest)
+            case "runs":
+                return self._runs.get(rest)
+            case _:
+                return None
+
+    def _members(self, family: str) -> Iterable[str]:
+        if family == "label":
+            return {**(self.facts.get("labels") or {}), **(_decoded(self._row.labels) or {})}
+        return self._runs if family == "runs" else [str(one.get("name")) for one in self._engines()]
+
+
+def _decoded(value: Any) -> Any:
+    return msgspec.json.decode(value) if isinstance(value, str) else value
+
+
+_OF_ROW = ("id", "name", "state")
+_TEXTS = ("arch", "os", "python", "agent", "cpu_model", "accelerator", "timezone")
+_NUMBERS = ("cores", "memory_bytes", "disk_free_bytes")
+_PLAIN = (*_TEXTS, *_NUMBERS, "simulated", "enrolled", "last_seen", "cpu_feature", "engine")
+_IN_FAMILIES = ("engine", "label", "runs")
 
 
 def looks(selector: Selector) -> set[str]:
@@ -101,7 +179,7 @@ async def members(
     now = now_us()
     found = []
     for row in rows:
-        seen = view(row, runs.get(row.id, {}), now)
+        seen = Seen(row, runs.get(row.id, {}), now)
         if matches(selector, seen):
             found.append(Member(row.id, seen, row.facts))
     return found
