@@ -15,8 +15,10 @@ from wherry_server.api import (
     blobs,
     bundles,
     cohorts,
+    description,
     device,
     devices,
+    events,
     health,
     messages,
     rollouts,
@@ -25,12 +27,13 @@ from wherry_server.api import (
     tuf,
 )
 from wherry_server.encodings import Encoder
+from wherry_server.rates import Rates
 from wherry_server.reading import Readers
 from wherry_server.services import Services
 from wherry_shared.errors import RefusedError
 from wherry_shared.limits import BLOB_BYTES_MAX, MIB
 
-ROUTERS = (bundles, blobs, trust, devices, cohorts, rollouts, tokens, audit, health, device, messages, tuf)
+ROUTERS = (bundles, blobs, trust, devices, cohorts, rollouts, events, tokens, audit, health, device, messages, tuf)
 """In the order in which the description of the API shows them."""
 BODY_BYTES_MAX = 4 * MIB
 """Any request body but a blob: room for TUF metadata (2 MiB) and for twenty frames of 100 KB."""
@@ -103,10 +106,13 @@ def create_app(services: Services) -> FastAPI:
         responses={"4XX": {"description": "Problem", "content": {problems.MEDIA_TYPE: {"schema": problems.SCHEMA}}}},
     )
     app.state.services = services
+    app.state.rates = Rates(services.settings.api_reads_per_s, services.settings.api_changes_per_s)
+    app.state.streams = set()
     app.state.encoder = None
     app.state.readers = Readers(services.blobs)
     problems.install(app)
     app.add_middleware(BodyLimit)
     for module in ROUTERS:
         app.include_router(module.router)
+    description.install(app)
     return app

@@ -19,6 +19,7 @@ from sqlalchemy import insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server.db.tables import ApiToken, Device, table
+from wherry_server.rates import Rates
 from wherry_server.services import Services
 from wherry_server.times import now_us
 from wherry_shared.errors import RefusedError
@@ -42,6 +43,8 @@ class Identity:
     name: str
     role: Role
     project: str
+    id: str
+    """Of the token: its hash."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,11 @@ async def identify(request: Request, services: ServicesDep) -> Identity:
 
     Raises:
         RefusedError: `unauthenticated` or `token_expired`.
+        TooManyError: `rate_limited`.
     """
+    known: Identity | None = getattr(request.state, "identity", None)
+    if known is not None:
+        return known
     secret = _bearer(request)
     async with services.database.read() as connection:
         row = (
@@ -125,7 +132,11 @@ async def identify(request: Request, services: ServicesDep) -> Identity:
             consequence="nothing was done",
             next_step="have an admin make a new one: wherry token api NAME",
         )
-    return Identity(name=row.name, role=row.role, project=services.project)
+    hashed = hash_secret(secret)
+    rates: Rates = request.app.state.rates
+    rates.take(hashed, request.method)
+    request.state.identity = Identity(name=row.name, role=row.role, project=services.project, id=hashed)
+    return request.state.identity  # type: ignore[no-any-return]  # just set
 
 
 def require(role: Role) -> Callable[[Identity], Awaitable[Identity]]:

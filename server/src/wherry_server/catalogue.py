@@ -26,7 +26,7 @@ from wherry_shared.image_layout import check_layers
 from wherry_shared.limits import CONFIG_BYTES_MAX, MANIFEST_BYTES_MAX
 
 MISSING_LISTED_MAX = 20
-BUNDLES_LISTED_MAX = 500
+BUNDLES_LISTED_MAX = 10_000
 
 _bundles = table(Bundle)
 _owners = table(BlobOwner)

@@ -5,7 +5,7 @@ Membership is live: it is worked out from facts and labels whenever somebody ask
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -199,9 +199,16 @@ _RUNS = text(
 
 
 async def save(
-    database: Database, project: str, actor: str, name: str, selector: str, *, replace: bool
+    database: Database,
+    project: str,
+    actor: str,
+    name: str,
+    selector: str,
+    *,
+    replace: bool,
+    check: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Save a cohort and return it.
+    """Save a cohort and return it; `check` sees the one that is replaced, and may refuse.
 
     Raises:
         RefusedError: `bad_name`, `bad_selector`, `name_taken` (without `replace`) or `cohort_unknown` (with it).
@@ -210,6 +217,8 @@ async def save(
     parse_selector(selector)
     async with database.write() as connection:
         if replace:
+            if check is not None:
+                check(await find(connection, project, name))
             changed = await connection.execute(
                 update(_COHORT).where(_COHORT.c.project_id == project, _COHORT.c.name == name).values(selector=selector)
             )
@@ -254,13 +263,17 @@ async def every(connection: AsyncConnection, project: str) -> list[dict[str, Any
     return [_public(row) for row in rows]
 
 
-async def remove(database: Database, project: str, actor: str, name: str) -> None:
-    """Forget a cohort. Rollouts keep the selector that they were created with.
+async def remove(
+    database: Database, project: str, actor: str, name: str, check: Callable[[dict[str, Any]], None] | None = None
+) -> None:
+    """Forget a cohort, unless `check` refuses. Rollouts keep the selector that they were created with.
 
     Raises:
         RefusedError: `cohort_unknown`.
     """
     async with database.write() as connection:
+        if check is not None:
+            check(await find(connection, project, name))
         gone = await connection.execute(delete(_COHORT).where(_COHORT.c.project_id == project, _COHORT.c.name == name))
         if gone.rowcount != 1:
             raise _unknown(name)

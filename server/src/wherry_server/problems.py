@@ -17,6 +17,7 @@ from sqlalchemy.exc import IntegrityError
 from starlette.exceptions import HTTPException
 
 from wherry_server.db.database import DATABASE_ERRORS, transient
+from wherry_server.rates import TooManyError
 from wherry_shared.errors import RefusedError, UnreachableError, WherryError
 
 log = logging.getLogger(__name__)
@@ -55,10 +56,15 @@ STATUS: dict[str, int] = {
     "rollout_state": 409,
     "rollout_conflict": 409,
     "conflict": 409,
+    "idempotency_conflict": 409,
+    "idempotency_pending": 409,
     "bin_changed": 412,
+    "cohort_changed": 412,
+    "rollout_changed": 412,
     "body_too_large": 413,
     "range_invalid": 416,
     "precondition_missing": 428,
+    "rate_limited": 429,
     # shapes
     "request_invalid": 422,
 }
@@ -94,6 +100,8 @@ def problem(error: WherryError) -> Response:
     """Return the answer for an error."""
     status = status_of(error)
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+    if isinstance(error, TooManyError):
+        headers["Retry-After"] = str(error.retry_after_s)
     return _answer(
         status, error.code, error.message, consequence=error.consequence, next_step=error.next_step, headers=headers
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import msgspec
@@ -162,14 +163,23 @@ async def _planned(connection: AsyncConnection, project: str, one: dict[str, Any
     return {"model": model, "version": version, "manifest": manifest}
 
 
-async def command(database: Database, project: str, actor: str, number: int, wanted: Command) -> dict[str, Any]:
-    """Write a command down for the director and return the rollout.
+async def command(
+    database: Database,
+    project: str,
+    actor: str,
+    number: int,
+    wanted: Command,
+    check: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Write a command down for the director and return the rollout; `check` sees its revision, and may refuse.
 
     Raises:
         RefusedError: `rollout_unknown`, or `rollout_state` where the command makes no sense.
     """
     async with database.write() as connection:
         row = await find(connection, project, number)
+        if check is not None:
+            check(row.revision)
         progress = evidence.load_progress(row.progress)
         pending = row.wanted and row.wanted != wanted and wanted not in ("abort", "revert")
         pointless = wanted == "revert" and (progress.stage < 0 or progress.ending == "reverted")
@@ -268,15 +278,23 @@ async def find(connection: AsyncConnection, project: str, number: int) -> Any:
 
 
 async def every(
-    connection: AsyncConnection, project: str, model: str | None, state: str | None
+    connection: AsyncConnection,
+    project: str,
+    model: str | None,
+    state: str | None,
+    *,
+    before: int | None = None,
+    limit: int = LISTED_MAX,
 ) -> list[dict[str, Any]]:
-    """Return the newest rollouts, newest first."""
+    """Return the newest rollouts, newest first; `before`: of those with a smaller number."""
     query = select(_ROLLOUT).where(_ROLLOUT.c.project_id == project).order_by(_ROLLOUT.c.number.desc())
     if model:
         query = query.where(_ROLLOUT.c.model == model)
     if state:
         query = query.where(_ROLLOUT.c.state == state)
-    return [_summary(row) for row in (await connection.execute(query.limit(LISTED_MAX))).all()]
+    if before is not None:
+        query = query.where(_ROLLOUT.c.number < before)
+    return [_summary(row) for row in (await connection.execute(query.limit(limit))).all()]
 
 
 async def show(connection: AsyncConnection, project: str, number: int) -> dict[str, Any]:
@@ -359,7 +377,9 @@ def _remember(row: Any, found: Evidence, started: float) -> None:
         _sizes.popitem(last=False)
 
 
-async def decisions(connection: AsyncConnection, project: str, number: int, after: int) -> list[dict[str, Any]]:
+async def decisions(
+    connection: AsyncConnection, project: str, number: int, after: int, limit: int = DECISIONS_MAX
+) -> list[dict[str, Any]]:
     """Return what was decided on a rollout and on what evidence, oldest first, behind a revision.
 
     Raises:
@@ -370,7 +390,7 @@ async def decisions(connection: AsyncConnection, project: str, number: int, afte
         select(_DECISION)
         .where(_DECISION.c.rollout_id == row.id, _DECISION.c.revision > after)
         .order_by(_DECISION.c.revision)
-        .limit(DECISIONS_MAX)
+        .limit(limit)
     )
     return [
         {

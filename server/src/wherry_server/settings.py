@@ -42,6 +42,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Days that measurements are kept."""
     reports_days: Annotated[int, msgspec.Meta(ge=1)] = 365
     """Days that reports are kept; what each device runs and what became of each rollout is kept for ever."""
+    api_reads_per_s: Annotated[float, msgspec.Meta(ge=0)] = 200
+    """What one API token may read in a second (five seconds' worth at once); 0: as much as it likes."""
+    api_changes_per_s: Annotated[float, msgspec.Meta(ge=0)] = 50
+    """What one API token may change in a second (five seconds' worth at once); 0: as much as it likes."""
     encode_blobs: bool = True
     """Whether accepted weights are also stored as zstd."""
 

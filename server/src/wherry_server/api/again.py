@@ -1,6 +1,6 @@
-"""Requests that lost against another transaction run again, as PostgreSQL asks of whoever uses `REPEATABLE READ`.
+"""Creates that are repeated are answered and not done twice; requests that lost against another transaction run again.
 
-Nothing of a lost transaction was kept, so the second run is the first that happens. Only for requests whose body is read
+PostgreSQL asks for the second of whoever uses `REPEATABLE READ`. Nothing of a lost transaction was kept, so the second run is the first that happens. Only for requests whose body is read
 whole: FastAPI keeps it, and what is streamed into a file is gone.
 """
 
@@ -15,6 +15,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from sqlalchemy.exc import DBAPIError
 
+from wherry_server import idempotency
 from wherry_server.db.database import lost
 
 TRIES_MAX = 8
@@ -30,7 +31,7 @@ class Again(APIRoute):
         """Return the handler that FastAPI calls."""
         once = super().get_route_handler()
 
-        async def handle(request: Request) -> Response:
+        async def again(request: Request) -> Response:
             for number in range(1, TRIES_MAX):
                 try:
                     return await once(request)
@@ -39,5 +40,10 @@ class Again(APIRoute):
                         raise
                 await asyncio.sleep(random.uniform(0, PAUSE_S_MAX * 2 ** (number - 1)))  # noqa: S311 - no secret
             return await once(request)
+
+        async def handle(request: Request) -> Response:
+            if request.method == "POST" and idempotency.HEADER in request.headers:
+                return await idempotency.keep(request, again)
+            return await again(request)
 
         return handle

@@ -10,6 +10,7 @@ from sqlalchemy import select
 
 from wherry_server import audit
 from wherry_server.api.again import Again
+from wherry_server.api.pages import CursorId, Paging, check_text
 from wherry_server.auth import ServicesDep, Viewer
 from wherry_server.db.tables import AuditEntry, table
 
@@ -44,18 +45,22 @@ class Verdict(BaseModel):
 async def list_audit(
     services: ServicesDep,
     _viewer: Viewer,
+    page: Paging,
     before: Annotated[int, Query(ge=1, le=ID_MAX, description="entries older than this id")] = ID_MAX,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    actor: Annotated[str, Query(max_length=128, description="whose")] = "",
+    action: Annotated[str, Query(max_length=64, description="such as rollout.create")] = "",
+    subject: Annotated[str, Query(max_length=128, description="of what")] = "",
 ) -> list[Entry]:
     """List entries, the newest first."""
+    older = min(before, page.behind(CursorId) or ID_MAX)
+    wanted = select(_entries).where(_entries.c.project_id == services.project, _entries.c.id < older)
+    for column, value in ((_entries.c.actor, actor), (_entries.c.action, action), (_entries.c.subject, subject)):
+        if value:
+            check_text(value)
+            wanted = wanted.where(column == value)
     async with services.database.read() as connection:
-        rows = await connection.execute(
-            select(_entries)
-            .where(_entries.c.project_id == services.project, _entries.c.id < before)
-            .order_by(_entries.c.id.desc())
-            .limit(limit)
-        )
-        return [Entry.model_validate(row, from_attributes=True) for row in rows]
+        rows = (await connection.execute(wanted.order_by(_entries.c.id.desc()).limit(page.limit + 1))).all()
+    return [Entry.model_validate(row, from_attributes=True) for row in page.full(rows, lambda row: row.id)]
 
 
 @router.get("/verify")

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from wherry_server import catalogue
 from wherry_server.api.again import Again
+from wherry_server.api.pages import Paging
 from wherry_server.api.shapes import BundleDetail, BundleSummary, ModelSummary
 from wherry_server.auth import Publisher, ServicesDep, Viewer
 from wherry_server.encodings import Encoder
@@ -42,11 +43,15 @@ async def publish_bundle(
 
 @router.get("/bundles")
 async def list_bundles(
-    services: ServicesDep, _viewer: Viewer, model: Annotated[str | None, Query(max_length=64)] = None
+    services: ServicesDep,
+    _viewer: Viewer,
+    page: Paging,
+    model: Annotated[str | None, Query(max_length=64)] = None,
 ) -> list[BundleSummary]:
     """List bundles, the newest version of each model first."""
     async with services.database.read() as connection:
-        return _each(BundleSummary, await catalogue.list_bundles(connection, services.project, model))
+        found = await catalogue.list_bundles(connection, services.project, model)
+    return _each(BundleSummary, page.listed(found, lambda one: [one["model"], one["version"]]))
 
 
 @router.get("/bundles/{model}/{version}")
@@ -58,10 +63,17 @@ async def show_bundle(model: str, version: str, services: ServicesDep, _viewer: 
 
 
 @router.get("/models")
-async def list_models(services: ServicesDep, _viewer: Viewer) -> list[ModelSummary]:
+async def list_models(
+    services: ServicesDep,
+    _viewer: Viewer,
+    page: Paging,
+    name: Annotated[str, Query(max_length=64, description="part of the name")] = "",
+) -> list[ModelSummary]:
     """List models."""
     async with services.database.read() as connection:
-        return _each(ModelSummary, await catalogue.list_models(connection, services.project))
+        found = await catalogue.list_models(connection, services.project)
+    taken = page.cut([one for one in found if name in one["name"]], lambda one: [one["name"]])
+    return _each(ModelSummary, taken)
 
 
 Shape = TypeVar("Shape", bound=BaseModel)

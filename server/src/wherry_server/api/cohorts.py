@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Path
+from fastapi import APIRouter, Path, Query, Response
 from pydantic import BaseModel, Field
 
 from wherry_server import cohorts
+from wherry_server.api import etags
 from wherry_server.api.again import Again
+from wherry_server.api.pages import Paging
 from wherry_server.auth import Operator, ServicesDep, Viewer
 
 router = APIRouter(prefix="/api/v1", tags=["cohorts"], route_class=Again)
@@ -55,16 +58,26 @@ class CohortDetail(CohortShown):
 
 
 @router.get("/cohorts")
-async def list_cohorts(services: ServicesDep, _viewer: Viewer) -> list[CohortShown]:
+async def list_cohorts(
+    services: ServicesDep,
+    _viewer: Viewer,
+    page: Paging,
+    name: Annotated[str, Query(max_length=64, description="part of the name")] = "",
+) -> list[CohortShown]:
     """List the saved cohorts."""
     async with services.database.read() as connection:
-        return [CohortShown.model_validate(one) for one in await cohorts.every(connection, services.project)]
+        found = await cohorts.every(connection, services.project)
+    taken = page.cut([one for one in found if name in one["name"]], lambda one: [one["name"]])
+    return [CohortShown.model_validate(one) for one in taken]
 
 
 @router.post("/cohorts", status_code=201)
-async def create_cohort(wish: CohortWish, services: ServicesDep, operator: Operator) -> CohortShown:
+async def create_cohort(wish: CohortWish, response: Response, services: ServicesDep, operator: Operator) -> CohortShown:
     """Save a cohort under a new name."""
-    return await _save(services, f"token:{operator.name}", wish.name, wish.selector, replace=False)
+    actor = f"token:{operator.name}"
+    saved = await cohorts.save(services.database, services.project, actor, wish.name, wish.selector, replace=False)
+    response.headers["ETag"] = etags.etag(saved)
+    return CohortShown.model_validate(saved)
 
 
 @router.post("/cohorts/preview")
@@ -76,26 +89,39 @@ async def preview_cohort(wish: SelectorWish, services: ServicesDep, _viewer: Vie
 
 
 @router.get("/cohorts/{name}")
-async def show_cohort(name: Name, services: ServicesDep, _viewer: Viewer) -> CohortDetail:
+async def show_cohort(name: Name, response: Response, services: ServicesDep, _viewer: Viewer) -> CohortDetail:
     """Show a cohort and whom it takes now."""
     async with services.database.read() as connection:
         found = await cohorts.find(connection, services.project, name)
         taken = await cohorts.preview(connection, services.project, found["selector"], PREVIEW_MAX)
+    response.headers["ETag"] = etags.etag(found)
     return CohortDetail.model_validate({**found, **taken})
 
 
 @router.put("/cohorts/{name}")
-async def change_cohort(name: Name, wish: SelectorWish, services: ServicesDep, operator: Operator) -> CohortShown:
+async def change_cohort(
+    name: Name,
+    wish: SelectorWish,
+    response: Response,
+    services: ServicesDep,
+    operator: Operator,
+    if_match: etags.IfMatch = "",
+) -> CohortShown:
     """Give a cohort another selector; rollouts that are there keep the one they were created with."""
-    return await _save(services, f"token:{operator.name}", name, wish.selector, replace=True)
+    actor = f"token:{operator.name}"
+    saved = await cohorts.save(
+        services.database, services.project, actor, name, wish.selector, replace=True, check=_unchanged(name, if_match)
+    )
+    response.headers["ETag"] = etags.etag(saved)
+    return CohortShown.model_validate(saved)
 
 
 @router.delete("/cohorts/{name}", status_code=204)
-async def delete_cohort(name: Name, services: ServicesDep, operator: Operator) -> None:
+async def delete_cohort(name: Name, services: ServicesDep, operator: Operator, if_match: etags.IfMatch = "") -> None:
     """Forget a cohort; rollouts that are there keep its selector."""
-    await cohorts.remove(services.database, services.project, f"token:{operator.name}", name)
+    actor = f"token:{operator.name}"
+    await cohorts.remove(services.database, services.project, actor, name, check=_unchanged(name, if_match))
 
 
-async def _save(services: ServicesDep, actor: str, name: str, selector: str, *, replace: bool) -> CohortShown:
-    saved = await cohorts.save(services.database, services.project, actor, name, selector, replace=replace)
-    return CohortShown.model_validate(saved)
+def _unchanged(name: str, if_match: str) -> Callable[[dict[str, Any]], None]:
+    return lambda now: etags.check(if_match, etags.etag(now), "cohort_changed", f"cohort {name}")

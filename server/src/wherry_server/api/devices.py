@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from wherry_server import audit, cohorts, fleet
 from wherry_server.api.again import Again
+from wherry_server.api.pages import Paging
 from wherry_server.api.shapes import DeviceDetail, DeviceList, DeviceLogs, FleetState
 from wherry_server.auth import Operator, ServicesDep, Viewer
 from wherry_server.targeting import parse_selector
@@ -40,7 +41,7 @@ async def list_devices(
     model: Annotated[str, Query(description="has said something about it", max_length=64)] = "",
     cohort: Annotated[str, Query(description="members of this cohort", max_length=64)] = "",
     after: Annotated[str, Query(description="names behind this one", max_length=64)] = "",
-    limit: Annotated[int, Query(ge=1, le=fleet.LISTED_MAX)] = fleet.LISTED_MAX,
+    page: Paging,
 ) -> DeviceList:
     """List devices by name."""
     async with services.database.read() as connection:
@@ -49,8 +50,12 @@ async def list_devices(
             saved = await cohorts.find(connection, services.project, cohort)
             taken = await cohorts.members(connection, services.project, parse_selector(saved["selector"]))
             ids = frozenset(member.id for member in taken)
+        after = max(after, page.behind(str) or "")
+        limit = min(page.limit, fleet.LISTED_MAX)
         wanted = fleet.Filter(name=name, state=state, model=model, ids=ids, after=after, limit=limit)
         rows, following = await fleet.list_devices(connection, services.project, wanted)
+    if following:
+        page.end(following)
     return DeviceList.model_validate({"devices": rows, "next": following})
 
 

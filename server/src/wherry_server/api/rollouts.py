@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Path, Query
+from fastapi import APIRouter, Body, Path, Query, Response
 from pydantic import BaseModel
 
 from wherry_server import rollouts
+from wherry_server.api import etags
 from wherry_server.api.again import Again
+from wherry_server.api.pages import CursorId, Paging
 from wherry_server.auth import Operator, ServicesDep, Viewer
 
 router = APIRouter(prefix="/api/v1", tags=["rollouts"], route_class=Again)
@@ -125,13 +127,16 @@ class Rollback(BaseModel):
 async def list_rollouts(
     services: ServicesDep,
     _viewer: Viewer,
+    page: Paging,
     model: Annotated[str | None, Query(max_length=64)] = None,
     state: Annotated[str | None, Query(max_length=32)] = None,
 ) -> list[RolloutSummary]:
     """List the newest rollouts, newest first."""
     async with services.database.read() as connection:
-        found = await rollouts.every(connection, services.project, model, state)
-    return [RolloutSummary.model_validate(one) for one in found]
+        found = await rollouts.every(
+            connection, services.project, model, state, before=page.behind(CursorId), limit=page.limit + 1
+        )
+    return [RolloutSummary.model_validate(one) for one in page.full(found, lambda one: one["number"])]
 
 
 @router.post("/rollouts", status_code=201)
@@ -146,34 +151,52 @@ async def create_rollout(
 
 
 @router.get("/rollouts/{number}")
-async def show_rollout(number: Number, services: ServicesDep, _viewer: Viewer) -> RolloutDetail:
+async def show_rollout(number: Number, response: Response, services: ServicesDep, _viewer: Viewer) -> RolloutDetail:
     """Show a rollout: counts per stage, reasons, and why it is not further yet."""
     async with services.database.read() as connection:
-        return RolloutDetail.model_validate(await rollouts.show(connection, services.project, number))
+        found = await rollouts.show(connection, services.project, number)
+    response.headers["ETag"] = _etag(found["revision"])
+    return RolloutDetail.model_validate(found)
 
 
 @router.get("/rollouts/{number}/decisions")
 async def list_decisions(
-    number: Number, services: ServicesDep, _viewer: Viewer, after: Annotated[int, Query(ge=0, le=1 << 53)] = 0
+    number: Number,
+    services: ServicesDep,
+    _viewer: Viewer,
+    page: Paging,
+    after: Annotated[int, Query(ge=0, le=1 << 53)] = 0,
 ) -> list[DecisionShown]:
     """List what was decided and on what evidence, oldest first, behind revision `after`."""
     async with services.database.read() as connection:
-        found = await rollouts.decisions(connection, services.project, number, after)
-    return [DecisionShown.model_validate(one) for one in found]
+        found = await rollouts.decisions(
+            connection, services.project, number, max(after, page.behind(CursorId) or 0), page.limit + 1
+        )
+    return [DecisionShown.model_validate(one) for one in page.full(found, lambda one: one["revision"])]
 
 
 @router.post("/rollouts/{number}/{command}", status_code=202)
 async def command_rollout(
     number: Number,
     command: Literal["start", "pause", "resume", "abort", "revert"],
+    response: Response,
     services: ServicesDep,
     operator: Operator,
+    if_match: etags.IfMatch = "",
 ) -> RolloutDetail:
     """Write a command down; the director applies it in its next turn, within about a second."""
     actor = f"token:{operator.name}"
-    return RolloutDetail.model_validate(
-        await rollouts.command(services.database, services.project, actor, number, command)
-    )
+
+    def unchanged(revision: int) -> None:
+        etags.check(if_match, _etag(revision), "rollout_changed", f"rollout {number}")
+
+    found = await rollouts.command(services.database, services.project, actor, number, command, check=unchanged)
+    response.headers["ETag"] = _etag(found["revision"])
+    return RolloutDetail.model_validate(found)
+
+
+def _etag(revision: int) -> str:
+    return f'"{revision}"'
 
 
 @router.post("/rollbacks", status_code=202)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from typing import Annotated
+
+from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import delete, select
 
 from wherry_server import audit, auth, enrolment
 from wherry_server.api.again import Again
+from wherry_server.api.pages import Paging
 from wherry_server.auth import Admin, Operator, Role, ServicesDep
 from wherry_server.db.tables import ApiToken, table
 from wherry_shared.errors import RefusedError
@@ -70,13 +73,19 @@ async def create_token(body: TokenRequest, services: ServicesDep, admin: Admin) 
 
 
 @router.get("/tokens")
-async def list_tokens(services: ServicesDep, _admin: Admin) -> list[TokenSummary]:
-    """List API tokens."""
+async def list_tokens(
+    services: ServicesDep,
+    _admin: Admin,
+    page: Paging,
+    name: Annotated[str, Query(max_length=64, description="part of the name")] = "",
+    role: Annotated[Role | None, Query()] = None,
+) -> list[TokenSummary]:
+    """List API tokens, the oldest first."""
     async with services.database.read() as connection:
         rows = await connection.execute(
             select(_tokens).where(_tokens.c.project_id == services.project).order_by(_tokens.c.created_at)
         )
-        return [
+        found = [
             TokenSummary(
                 id=row.token_hash[:12],
                 name=row.name,
@@ -85,7 +94,9 @@ async def list_tokens(services: ServicesDep, _admin: Admin) -> list[TokenSummary
                 expires_at=row.expires_at,
             )
             for row in rows
+            if name in row.name and role in (None, row.role)
         ]
+    return page.cut(found, lambda one: [one.created_at, one.id])
 
 
 @router.delete("/tokens/{token_id}", status_code=204)

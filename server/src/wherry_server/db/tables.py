@@ -353,6 +353,22 @@ class ApiToken(SQLModel, table=True):
     created_at: int = _time()
 
 
+class Idempotency(SQLModel, table=True):
+    """The answer to a create, for whoever sends it again with the same key."""
+
+    __tablename__ = "idempotency"
+    project_id: str = Field(primary_key=True)
+    key_hash: str = Field(primary_key=True)
+    """Of the token's hash and the key."""
+    fingerprint: str
+    """Of method, path and body."""
+    status: int = 0
+    """0 until the answer is here."""
+    answer: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    """Sealed: it may hold a secret that is shown once."""
+    created_at: int = _time(index=True)
+
+
 class Lease(SQLModel, table=True):
     """Who does a job now: saves work; correctness is compare-and-set on revisions and `epoch`."""
 

@@ -1,0 +1,98 @@
+"""The description of the API, with what holds for many operations said once: keys of creates, limits, examples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from wherry_server.idempotency import HEADER
+from wherry_server.problems import MEDIA_TYPE
+
+_PROBLEM = {
+    "type": "about:blank",
+    "title": "Not Found",
+    "status": 404,
+    "detail": "there is no cohort 'berlin'",
+    "code": "cohort_unknown",
+    "consequence": "",
+    "next_step": "see them with: wherry cohort list",
+}
+_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": "Sent again with the same key within 24 hours, the request is answered as the first time.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 128, "pattern": "^[!-~]+$"},
+}
+_LIMITED = {
+    "description": "This token asked too much.",
+    "headers": {"Retry-After": {"schema": {"type": "integer", "minimum": 1}, "description": "seconds"}},
+}
+BODIES: dict[str, dict[str, Any]] = {
+    "create_rollout": {
+        "models": [{"model": "file-type", "version": "1.1.0"}],
+        "cohort": "berlin",
+        "stages": [{"share": 0.05}, {"share": 0.25}, {"share": 1.0}],
+        "start": True,
+    },
+    "roll_back": {"model": "file-type", "device": "bench-1"},
+    "create_cohort": {"name": "berlin", "selector": "label.site = berlin"},
+    "change_cohort": {"selector": "label.site = berlin and not name = lab-*"},
+    "preview_cohort": {"selector": "arch = aarch64"},
+    "create_token": {"name": "ci", "role": "publisher", "days": 30},
+    "create_enrolment_token": {"uses": 10, "days": 7, "labels": {"site": "north"}},
+    "publish_bundle": {"model": "file-type", "version": "1.1.0", "manifest": "sha256:" + "0" * 64},
+    "add_publisher": {"name": "lab", "public_key_pem": "-----BEGIN PUBLIC KEY-----…", "models": ["file-type"]},
+}
+"""An example of each body, by operation."""
+PARAMETERS: dict[str, Any] = {
+    "model": "file-type",
+    "version": "1.1.0",
+    "device": "bench-1",
+    "number": 1,
+    "name": "berlin",
+    "digest": "sha256:" + "0" * 64,
+}
+"""An example of each parameter in a path."""
+OPERATIONS = frozenset({"get", "put", "post", "delete", "patch", "head"})
+
+
+def install(app: FastAPI) -> None:
+    """Have `app` describe itself so."""
+
+    def describe() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = complete(
+                get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+            )
+        return app.openapi_schema
+
+    app.openapi = describe  # type: ignore[method-assign]  # the way that FastAPI documents
+
+
+def complete(schema: dict[str, Any]) -> dict[str, Any]:
+    """Add to a description what is common to its operations."""
+    for path, item in schema["paths"].items():
+        for method, operation in item.items():
+            if method not in OPERATIONS:
+                continue
+            for parameter in operation.get("parameters", []):
+                if parameter["in"] == "path" and parameter["name"] in PARAMETERS:
+                    parameter.setdefault("example", PARAMETERS[parameter["name"]])
+            for status, answer in operation["responses"].items():
+                if status == "4XX":
+                    answer["content"][MEDIA_TYPE]["example"] = _PROBLEM
+            operation["responses"].pop("422", None)  # FastAPI's own words for what a problem says here
+            body = operation.get("requestBody", {}).get("content", {}).get("application/json")
+            if body is not None and operation["operationId"] in BODIES:
+                body["example"] = BODIES[operation["operationId"]]
+            if not path.startswith("/api/v1/") or path == "/api/v1/health":
+                continue
+            problem = operation["responses"]["4XX"]["content"]
+            operation["responses"]["429"] = {**_LIMITED, "content": problem}
+            if method == "post":
+                assert str(_KEY["name"]).lower() == HEADER
+                operation.setdefault("parameters", []).append(_KEY)
+    return schema

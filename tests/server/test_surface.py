@@ -1,0 +1,272 @@
+"""What every operation of the API keeps to: pages, keys of creates, tags of changes, limits, streams; fuzzed as described."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import checks, openapi
+from schemathesis.core.failures import Failure, FailureGroup
+
+from tests.server.harness import Running, in_database, release, running
+from wherry_server import idempotency, problems
+from wherry_server.rates import BURST_S, Rates, TooManyError
+
+
+@pytest.fixture(scope="module")
+def surface(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("surface")
+    with running(folder / "data", api_reads_per_s=0, api_changes_per_s=0) as server:
+        release(server, folder, "thing")
+        for name in ("one", "two", "three"):
+            server.device(name)
+        yield server
+
+
+def rollout(server: Running, **fields: Any) -> dict[str, Any]:
+    wish = {"models": [{"model": "thing", "version": "1.0.0"}], "selector": "all", "stages": [{"share": 1.0}], **fields}
+    with server.http() as http:
+        answer = http.post("/api/v1/rollouts", json=wish)
+    assert answer.status_code == 201, answer.text
+    made: dict[str, Any] = answer.json()
+    return made
+
+
+def listed(answer: httpx.Response) -> list[Any]:
+    found = answer.json()
+    return list(found["devices"] if isinstance(found, dict) else found)
+
+
+@pytest.mark.parametrize("path", ["cohorts", "tokens", "devices", "rollouts", "audit", "bundles", "models"])
+def test_a_list_read_in_pages_of_one_is_the_list(surface: Running, path: str) -> None:
+    with surface.http() as http:
+        for name in ("a", "b"):
+            http.post("/api/v1/cohorts", json={"name": f"paged-{name}", "selector": "all"})
+            http.post("/api/v1/tokens", json={"name": f"paged-{name}", "role": "viewer"})
+        rollout(surface)
+        rollout(surface)
+        whole = listed(http.get(f"/api/v1/{path}"))
+        found, following, pages = [], f"/api/v1/{path}?limit=1", 0
+        while following:
+            answer = http.get(following)
+            assert answer.status_code == 200, answer.text
+            assert len(listed(answer)) <= 1
+            found += listed(answer)
+            following = answer.links.get("next", {}).get("url", "")
+            pages += 1
+        assert [json.dumps(one) for one in found] == [json.dumps(one) for one in whole]
+        assert pages == len(whole)
+        for wrong in ("x", "!", "e30", "W10"):
+            refused = http.get(f"/api/v1/{path}", params={"cursor": wrong})
+            assert refused.status_code in (200, 422)
+        assert http.get(f"/api/v1/{path}", params={"cursor": "!"}).json()["code"] == "cursor_invalid"
+
+
+def test_a_create_that_is_sent_again_with_its_key_is_answered_and_not_done_again(surface: Running) -> None:
+    with surface.http() as http, surface.http(surface.token("admin")) as other:
+        key = {"Idempotency-Key": "k-1"}
+        body = {"name": "keyed", "role": "viewer"}
+        first = http.post("/api/v1/tokens", json=body, headers=key)
+        again = http.post("/api/v1/tokens", json=body, headers=key)
+        assert (first.status_code, again.status_code) == (201, 201)
+        assert again.json() == first.json()
+        assert "idempotent-replayed" not in first.headers
+        assert again.headers["idempotent-replayed"] == "true"
+        conflict = http.post("/api/v1/tokens", json={**body, "role": "admin"}, headers=key)
+        assert (conflict.status_code, conflict.json()["code"]) == (409, "idempotency_conflict")
+        assert other.post("/api/v1/tokens", json=body, headers=key).json() != first.json()
+        refused = http.post("/api/v1/cohorts", json={"name": "K", "selector": "("}, headers={"Idempotency-Key": "k-2"})
+        assert refused.status_code == 422
+        better = http.post("/api/v1/cohorts", json={"name": "k", "selector": "all"}, headers={"Idempotency-Key": "k-2"})
+        assert better.status_code == 201, "what was refused did not use the key up"
+        odd = http.post("/api/v1/tokens", json=body, headers={"Idempotency-Key": "a b"})
+        assert odd.json()["code"] == "idempotency_key_invalid"
+        names = [token["name"] for token in http.get("/api/v1/tokens").json()]
+        assert names.count("keyed") == 2  # one by each token
+    rows = in_database(surface.settings, lambda c: c.exec_driver_sql("SELECT key_hash, answer FROM idempotency")).all()
+    stored = b"".join(str(row.key_hash).encode() + bytes(row.answer) for row in rows)
+    assert len(rows) == 3
+    assert first.json()["token"].encode() not in stored
+
+
+def test_a_create_whose_end_was_lost_is_not_done_again(surface: Running) -> None:
+    with surface.http() as http:
+        body, key = {"name": "lost", "role": "viewer"}, {"Idempotency-Key": "k-lost"}
+        assert http.post("/api/v1/tokens", json=body, headers=key).status_code == 201
+        in_database(
+            surface.settings,
+            lambda c: c.exec_driver_sql("UPDATE idempotency SET status = 0, answer = '' WHERE status > 0"),
+        )
+        pending = http.post("/api/v1/tokens", json=body, headers=key)
+        assert (pending.status_code, pending.json()["code"]) == (409, "idempotency_pending")
+        old = idempotency.now_us() - idempotency.KEPT_US - 1
+        in_database(surface.settings, lambda c: c.exec_driver_sql(f"UPDATE idempotency SET created_at = {old}"))
+        assert http.post("/api/v1/tokens", json=body, headers=key).status_code == 201
+
+
+def test_a_change_of_a_cohort_holds_only_for_what_was_read(surface: Running) -> None:
+    with surface.http() as http:
+        made = http.post("/api/v1/cohorts", json={"name": "tagged", "selector": "all"})
+        tag = http.get("/api/v1/cohorts/tagged").headers["etag"]
+        assert made.headers["etag"] == tag
+        good = http.put("/api/v1/cohorts/tagged", json={"selector": "arch = x"}, headers={"If-Match": tag})
+        assert good.status_code == 200
+        for method, body in (("PUT", {"selector": "all"}), ("DELETE", None)):
+            late = http.request(method, "/api/v1/cohorts/tagged", json=body, headers={"If-Match": tag})
+            assert (late.status_code, late.json()["code"]) == (412, "cohort_changed")
+        now = http.get("/api/v1/cohorts/tagged")
+        assert now.json()["selector"] == "arch = x"
+        assert now.headers["etag"] == good.headers["etag"] != tag
+        gone = http.delete("/api/v1/cohorts/tagged", headers={"If-Match": f'"x", {now.headers["etag"]}'})
+        assert gone.status_code == 204
+
+
+def test_a_command_holds_only_for_the_revision_that_was_read(surface: Running) -> None:
+    number = rollout(surface)["number"]
+    with surface.http() as http:
+        tag = http.get(f"/api/v1/rollouts/{number}").headers["etag"]
+        assert http.post(f"/api/v1/rollouts/{number}/start", headers={"If-Match": tag}).status_code == 202
+        late = http.post(f"/api/v1/rollouts/{number}/abort", headers={"If-Match": tag})
+        assert (late.status_code, late.json()["code"]) == (412, "rollout_changed")
+        assert http.post(f"/api/v1/rollouts/{number}/abort", headers={"If-Match": "*"}).status_code == 202
+
+
+def test_a_bucket_gives_a_burst_and_then_its_rate() -> None:
+    now = [0.0]
+    rates = Rates(2, 0, lambda: now[0])
+    for _ in range(int(2 * BURST_S)):
+        rates.take("t", "GET")
+    with pytest.raises(TooManyError) as caught:
+        rates.take("t", "GET")
+    assert caught.value.retry_after_s == 1
+    rates.take("other", "GET")
+    for _ in range(100):
+        rates.take("t", "POST")
+    now[0] = 0.5
+    rates.take("t", "HEAD")
+    with pytest.raises(TooManyError):
+        rates.take("t", "GET")
+
+
+def test_a_token_that_asks_too_much_is_told_when_to_come_back(tmp_path: Path) -> None:
+    with running(tmp_path / "data", api_reads_per_s=0.2) as server, server.http() as http:
+        assert http.get("/api/v1/fleet").status_code == 200
+        told = http.get("/api/v1/fleet")
+        assert (told.status_code, told.json()["code"]) == (429, "rate_limited")
+        assert told.headers["content-type"] == problems.MEDIA_TYPE
+        assert 1 <= int(told.headers["retry-after"]) <= 6
+        assert http.post("/api/v1/tokens", json={"name": "x", "role": "viewer"}).status_code == 201
+
+
+def events(answer: httpx.Response) -> list[dict[str, Any]]:
+    found = []
+    for block in answer.text.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith((":", "retry")))
+        if fields:
+            found.append({**fields, "data": json.loads(fields["data"])})
+    return found
+
+
+def test_a_stream_tells_decisions_once_and_goes_on_where_it_was_cut(surface: Running) -> None:
+    made = rollout(surface)
+    number = made["number"]
+
+    def decide(revision: int) -> None:
+        statement = (
+            "INSERT INTO decision (rollout_id, revision, project_id, at, decisions, evidence, progress_before)"
+            f" VALUES ('{made['id']}', {revision}, 'default', 1, '[]', '{{}}', '{{}}')"
+        )
+        in_database(surface.settings, lambda c: c.exec_driver_sql(statement))
+
+    decide(2)
+    decide(3)
+    with surface.http() as http:
+        path = f"/api/v1/rollouts/{number}/events"
+        first = events(http.get(path, params={"seconds": 1}))
+        assert [(one["event"], one["id"]) for one in first] == [("decision", "2"), ("decision", "3"), ("progress", "3")]
+        assert first[-1]["data"]["number"] == number
+        decide(4)
+        second = events(http.get(path, params={"seconds": 1}, headers={"Last-Event-ID": "3"}))
+        assert [(one["event"], one["id"]) for one in second] == [("decision", "4"), ("progress", "4")]
+        in_database(
+            surface.settings, lambda c: c.exec_driver_sql(f"UPDATE rollout SET state = 'done' WHERE number = {number}")
+        )
+        last = events(http.get(path, headers={"Last-Event-ID": "4"}))
+        assert [one["event"] for one in last] == ["progress", "end"]
+        assert http.get(path, headers={"Last-Event-ID": last[-1]["id"]}).status_code == 204
+        assert http.get(path, headers={"Last-Event-ID": "x"}).json()["code"] == "event_id_invalid"
+        assert http.get("/api/v1/rollouts/99999/events").status_code == 404
+
+
+def test_every_body_and_path_of_the_description_has_an_example(surface: Running) -> None:
+    described = httpx.get(f"{surface.url}/openapi.json", trust_env=False).json()
+    for path, item in described["paths"].items():
+        for method, operation in item.items():
+            if not path.startswith("/api/v1/"):
+                continue
+            body = operation.get("requestBody", {}).get("content", {}).get("application/json")
+            assert body is None or "example" in body, operation["operationId"]
+            names = {parameter["name"] for parameter in operation.get("parameters", [])}
+            if method == "post":
+                assert "Idempotency-Key" in names
+            shape = (
+                operation["responses"].get("200", {}).get("content", {}).get("application/json", {}).get("schema", {})
+            )
+            if method == "get" and (shape.get("type") == "array" or path.rsplit("/", 1)[-1] == "devices"):
+                assert {"cursor", "limit"} <= names, path
+
+
+@schemathesis.serializer("application/vnd.wherry.frames")
+def as_it_is(_context: Any, value: Any) -> bytes:
+    """Frames are bytes already."""
+    return value if isinstance(value, bytes) else json.dumps(value).encode()
+
+
+CHECKS = [
+    checks.not_a_server_error,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_headers_conformance,
+    checks.response_schema_conformance,
+]
+FUZZED = settings(
+    max_examples=4,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def test_nothing_that_the_description_allows_is_answered_otherwise_than_it_says(surface: Running) -> None:
+    schema = openapi.from_dict(httpx.get(f"{surface.url}/openapi.json", trust_env=False).json())
+    wrong, seen = [], set()
+    with requests.Session() as session:
+        session.trust_env = False
+        session.headers["Authorization"] = f"Bearer {surface.admin}"
+        for found in schema.get_all_operations():
+            operation = found.ok()
+            seen.add(operation.label)
+
+            @FUZZED
+            @given(case=operation.as_strategy())
+            def fuzz(case: Any) -> None:
+                if case.path.endswith("/events"):
+                    case.query = {**(case.query or {}), "seconds": 1}  # a stream has no other end here
+                answer = case.call(base_url=surface.url, session=session, timeout=20)
+                case.validate_response(answer, checks=CHECKS)
+
+            try:
+                fuzz()
+            except (FailureGroup, Failure) as failure:
+                wrong.append(f"{operation.label}: {failure}")
+    assert not wrong, "\n".join(wrong)
+    assert len(seen) > 35
