@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.server.harness import Running, enrol, release, write_bundle
+from wherry_server import calls
 from wherry_server.client import Client
 from wherry_shared.access import Access, find_access
 from wherry_shared.errors import RefusedError, UnreachableError
@@ -165,11 +166,11 @@ def test_a_damaged_file_is_said_to_be_so(tmp_path: Path) -> None:
 def test_problems_come_back_as_the_errors_that_were_raised(server: Running) -> None:
     with Client(Access(server=server.url, token=server.admin)) as client:
         with pytest.raises(RefusedError) as refused:
-            client.get("/api/v1/devices/nobody")
+            client.send(calls.show_device("nobody"))
         assert refused.value.code == "device_unknown"
         assert refused.value.next_step
-        assert client.has(f"/api/v1/blobs/sha256:{'0' * 64}") is False
+        assert client.send(calls.has_blob(f"sha256:{'0' * 64}")) is False
     with Client(Access(server="http://127.0.0.1:9", token="x")) as client:
         with pytest.raises(UnreachableError) as unreachable:
-            client.get("/api/v1/fleet")
+            client.send(calls.fleet_state())
         assert unreachable.value.code == "server_unreachable"

@@ -96,9 +96,8 @@ async def _events(request: Request, services: Services, number: int, seen: int, 
             yield _event("decision", seen, one)
         if made:
             spoke = time.monotonic()
-        state = {name: value for name, value in found.items() if name != "why_not_yet"}
-        if state != last:
-            last, spoke = state, time.monotonic()
+        if found != last:
+            last, spoke = found, time.monotonic()
             yield _event("progress", seen, found)
         if found["state"] in FINAL and not found["wanted"] and not made:
             yield _event("end", "end", {"state": found["state"], "reason": found["reason"]})

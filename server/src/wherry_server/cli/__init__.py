@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from wherry_server import __version__
-from wherry_server.cli import bundle, cohort, deploy, device, fleet, model, rollout, serve, token, trust
+from wherry_server.cli import audit, bundle, cohort, deploy, device, fleet, model, rollout, serve, token, trust
 from wherry_server.cli.common import GLOBALS, AsJson
 from wherry_shared.errors import WherryError
 
@@ -20,7 +20,6 @@ app = typer.Typer(
     help="Carry machine-learning models to fleets of edge devices: small, signed, staged, reversible.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
 
@@ -43,9 +42,9 @@ def root(
     GLOBALS.server, GLOBALS.token, GLOBALS.as_json = server, token, as_json
 
 
-for alone in (serve.commands, deploy.commands, fleet.commands):
+for alone in (serve.commands, deploy.commands, fleet.commands, audit.commands):
     app.registered_commands.extend(alone.registered_commands)
-for group in (bundle, model, device, cohort, rollout, token, trust):
+for group in (bundle, model, device, cohort, rollout, token, trust, audit):
     app.add_typer(group.app)
 
 

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from wherry_server import calls
 from wherry_server.cli.common import GLOBALS, AsJson, client, show, size, table, when
 from wherry_shared.access import find_access
 from wherry_shared.errors import RefusedError
@@ -66,7 +67,7 @@ def list_bundles(
 ) -> None:
     """List bundles, the newest version of each model first."""
     with client() as server:
-        found = server.get("/api/v1/bundles", model=model)
+        found = server.plain(calls.list_bundles(model))
 
     def render(console: Console) -> None:
         rows = [
@@ -92,7 +93,7 @@ def show_bundle(bundle: Annotated[str, typer.Argument(help="MODEL:VERSION")], as
     """Show a bundle: its variants with size, accuracy and latency, its interface, its licence."""
     model, version = split_bundle(bundle)
     with client() as server:
-        found = server.get(f"/api/v1/bundles/{model}/{version}")
+        found = server.plain(calls.show_bundle(model, version))
     show(found, as_json, lambda console: _render_bundle(console, found))
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from wherry_server import calls
 from wherry_server.cli.common import AsJson, client, show, table, when
 
 app = typer.Typer(name="cohort", help="Saved selectors: who a rollout is for.", no_args_is_help=True)
@@ -18,7 +19,7 @@ Selector = Annotated[str, typer.Argument(help='Such as: label.site = berlin and 
 @app.command("list")
 def list_cohorts(as_json: AsJson = False) -> None:
     """List the saved cohorts."""
-    found = client().get("/api/v1/cohorts")
+    found = client().plain(calls.list_cohorts())
 
     def render(console: Console) -> None:
         rows = [(one["name"], one["selector"], when(one["created_at"]), one["created_by"]) for one in found]
@@ -30,35 +31,35 @@ def list_cohorts(as_json: AsJson = False) -> None:
 @app.command()
 def create(name: Name, selector: Selector, as_json: AsJson = False) -> None:
     """Save a selector under a name."""
-    made = client().post("/api/v1/cohorts", {"name": name, "selector": selector})
+    made = client().plain(calls.create_cohort(name, selector))
     show(made, as_json, lambda console: console.print(f"saved cohort {made['name']}: {made['selector']}"))
 
 
 @app.command()
 def change(name: Name, selector: Selector, as_json: AsJson = False) -> None:
     """Give a cohort another selector; rollouts that are there keep theirs."""
-    made = client().put(f"/api/v1/cohorts/{name}", {"selector": selector})
+    made = client().plain(calls.change_cohort(name, selector))
     show(made, as_json, lambda console: console.print(f"changed cohort {made['name']}: {made['selector']}"))
 
 
 @app.command("show")
 def show_cohort(name: Name, as_json: AsJson = False) -> None:
     """Show a cohort and whom it takes now."""
-    found = client().get(f"/api/v1/cohorts/{name}")
+    found = client().plain(calls.show_cohort(name))
     show(found, as_json, lambda console: _whom(console, found))
 
 
 @app.command()
 def preview(selector: Selector, as_json: AsJson = False) -> None:
     """Say whom a selector takes now, without saving it."""
-    found = client().post("/api/v1/cohorts/preview", {"selector": selector})
+    found = client().plain(calls.preview_cohort(selector))
     show(found, as_json, lambda console: _whom(console, found))
 
 
 @app.command()
 def delete(name: Name, as_json: AsJson = False) -> None:
     """Forget a cohort; rollouts that are there keep its selector."""
-    client().delete(f"/api/v1/cohorts/{name}")
+    client().send(calls.delete_cohort(name))
     show({"name": name, "deleted": True}, as_json, lambda console: console.print(f"cohort {name} is forgotten"))
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from wherry_server import calls
 from wherry_server.cli import rollout
 from wherry_server.cli.common import AsJson, client, show
 from wherry_shared.errors import RefusedError
@@ -59,7 +60,7 @@ def rollback(
 ) -> None:
     """Bring a model back to what ran before: where its newest rollout reached, or on one device."""
     api = client()
-    found = api.post("/api/v1/rollbacks", {"model": model, "device": device})
+    found = api.plain(calls.roll_back(model, device))
     if not watch:
         state = f"{found['wanted']} is wanted (now {found['state']})" if found["wanted"] else found["state"]
         words = f"rollout {found['number']} ({found['model']}:{found['version']}): {state}"
@@ -68,5 +69,5 @@ def rollback(
     try:
         rollout.follow(api, found["number"], as_json=as_json)
     except typer.Exit:
-        if api.get(f"/api/v1/rollouts/{found['number']}")["state"] != "reverted":
+        if api.send(calls.show_rollout(found["number"])).state != "reverted":
             raise

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
+from wherry_server import calls
 from wherry_server.cli.common import AsJson, client, show, size, table, when
 from wherry_server.client import Client
 from wherry_shared.errors import UnreachableError
@@ -32,15 +33,8 @@ def list_devices(
     as_json: AsJson = False,
 ) -> None:
     """List devices and what runs on them."""
-    found: list[dict[str, Any]] = []
     with client() as server:
-        after = ""
-        while True:
-            page = server.get("/api/v1/devices", name=name, state=state, model=model, cohort=cohort, after=after)
-            found += page["devices"]
-            after = page["next"]
-            if not after:
-                break
+        found = server.plain(calls.list_devices(name, state, model, cohort))["devices"]
 
     def render(console: Console) -> None:
         rows = [
@@ -81,7 +75,7 @@ def show_device(
     with client() as server:
         if logs:
             _fetch_logs(server, device, LOGS_WAIT_S)
-        found = server.get(f"/api/v1/devices/{device}")
+        found = server.plain(calls.show_device(device))
 
     def render(console: Console) -> None:
         _render(console, found)
@@ -156,9 +150,9 @@ def decommission_device(device: Device, as_json: AsJson = False) -> None:
     _end(device, "decommission", as_json)
 
 
-def _end(device: str, ending: str, as_json: bool) -> None:
+def _end(device: str, ending: Literal["revoke", "decommission"], as_json: bool) -> None:
     with client() as server:
-        found = server.post(f"/api/v1/devices/{device}/{ending}")
+        found = server.plain(calls.end_device(device, ending))
     show(found, as_json, lambda console: console.print(f"{device} is {found['state']}"))
 
 
@@ -180,10 +174,10 @@ def device_logs(
 
 
 def _fetch_logs(server: Client, device: str, wait_s: float) -> dict[str, Any]:
-    requested_at = server.post(f"/api/v1/devices/{device}/logs")["requested_at"]
+    requested_at = server.send(calls.request_logs(device)).requested_at
     deadline = time.monotonic() + wait_s
     while True:
-        found: dict[str, Any] = server.get(f"/api/v1/devices/{device}/logs")
+        found: dict[str, Any] = server.plain(calls.show_logs(device))
         if found["received_at"] >= requested_at:
             return found
         if time.monotonic() >= deadline:

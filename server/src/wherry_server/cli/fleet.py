@@ -7,6 +7,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from wherry_server import calls
 from wherry_server.cli.common import AsJson, client, show, table
 
 commands = typer.Typer()
@@ -16,7 +17,7 @@ commands = typer.Typer()
 def fleet(as_json: AsJson = False) -> None:
     """Count devices by model, version and state; simulated ones apart."""
     with client() as server:
-        found = server.get("/api/v1/fleet")
+        found = server.plain(calls.fleet_state())
     show(found, as_json, lambda console: _render(console, found))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 from rich.console import Console
 
+from wherry_server import calls
 from wherry_server.cli.common import AsJson, client, show, table, when
 
 app = typer.Typer(name="model", help="Models and their versions.", no_args_is_help=True)
@@ -14,7 +15,7 @@ app = typer.Typer(name="model", help="Models and their versions.", no_args_is_he
 def list_models(as_json: AsJson = False) -> None:
     """List models with their versions, the newest first."""
     with client() as server:
-        found = server.get("/api/v1/models")
+        found = server.plain(calls.list_models())
 
     def render(console: Console) -> None:
         rows = [

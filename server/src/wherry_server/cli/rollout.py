@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,13 +14,13 @@ from rich.live import Live
 from rich.measure import Measurement
 from rich.text import Text
 
+from wherry_server import calls
 from wherry_server.cli.common import GLOBALS, AsJson, client, console, show, table, when
 from wherry_server.client import Client
 from wherry_shared.errors import RefusedError
 
 app = typer.Typer(name="rollout", help="Move devices to a bundle in stages.", no_args_is_help=True)
 
-POLL_S = 0.5
 EXIT_NOT_DONE = 3
 """Exit status of `watch` for a rollout that ended without being done."""
 FINAL = frozenset({"done", "halted", "aborted", "reverted"})
@@ -150,7 +149,7 @@ def create(  # one option per wish
 
 def run(api: Client, wish: dict[str, Any], *, watch: bool, as_json: bool) -> None:
     """Create the rollout of a wish, and watch it if that was asked for."""
-    made = api.post("/api/v1/rollouts", wish)
+    made = api.plain(calls.create_rollout(wish))
     if watch:
         follow(api, made["number"], as_json=as_json)
     else:
@@ -170,7 +169,7 @@ def list_rollouts(
     as_json: AsJson = False,
 ) -> None:
     """List the newest rollouts."""
-    found = client().get("/api/v1/rollouts", model=model, state=state)
+    found = client().plain(calls.list_rollouts(model, state))
 
     def render(out: Console) -> None:
         rows = [
@@ -192,14 +191,14 @@ def list_rollouts(
 @app.command("show")
 def show_rollout(number: Number, as_json: AsJson = False) -> None:
     """Show a rollout: stages, counts, reasons, and why it is not further yet."""
-    found = client().get(f"/api/v1/rollouts/{number}")
+    found = client().plain(calls.show_rollout(number))
     show(found, as_json, lambda out: _details(out, found))
 
 
 @app.command()
 def decisions(number: Number, as_json: AsJson = False) -> None:
     """List what was decided on a rollout."""
-    found = client().get(f"/api/v1/rollouts/{number}/decisions")
+    found = client().plain(calls.list_decisions(number))
 
     def render(out: Console) -> None:
         rows = [(one["revision"], when(one["at"]), "; ".join(_said(d) for d in one["decisions"])) for one in found]
@@ -214,9 +213,9 @@ def watch(number: Number, as_json: AsJson = False) -> None:
     follow(client(), number, as_json=as_json)
 
 
-def _command(name: str, help_text: str) -> None:
+def _command(name: calls.Command, help_text: str) -> None:
     def run_command(number: Number, as_json: AsJson = False) -> None:
-        found = client().post(f"/api/v1/rollouts/{number}/{name}")
+        found = client().plain(calls.command_rollout(number, name))
         show(found, as_json, lambda out: out.print(f"rollout {number}: {name} is wanted (now {found['state']})"))
 
     app.command(name, help=help_text)(run_command)
@@ -237,23 +236,19 @@ def follow(api: Client, number: int, *, as_json: bool) -> None:
     """
     machine = as_json or GLOBALS.as_json
     found: dict[str, Any] = {}
+    shown = (event.data for event in api.follow(number) if event.kind == "progress")
     if machine or not sys.stdout.isatty():
         last: Any = None
-        while found.get("state") not in FINAL or found.get("wanted"):
-            found = api.get(f"/api/v1/rollouts/{number}")
-            line = json.dumps(found) if machine else _line(found)
+        for found in shown:
             said = (found["revision"], found["counts"], found["state"])
             if said != last:
-                sys.stdout.write(line + "\n")
+                sys.stdout.write((json.dumps(found) if machine else _line(found)) + "\n")
                 sys.stdout.flush()
                 last = said
-            time.sleep(POLL_S)
     else:
         with Live(console=console(), refresh_per_second=4) as live:
-            while found.get("state") not in FINAL or found.get("wanted"):
-                found = api.get(f"/api/v1/rollouts/{number}")
+            for found in shown:
                 live.update(progress_view(found, live.console.width))
-                time.sleep(POLL_S)
     if found["state"] != "done":
         raise typer.Exit(EXIT_NOT_DONE)
 

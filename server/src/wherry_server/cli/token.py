@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from wherry_server import calls
 from wherry_server.cli.common import AsJson, client, date, show, table, when
 from wherry_shared.errors import RefusedError
 
@@ -29,7 +30,7 @@ def create_enrolment_token(
             raise RefusedError("labels_invalid", f"label {item[:80]!r} is not KEY=VALUE", next_step="write site=north")
         labels[key] = value
     with client() as server:
-        made = server.post("/api/v1/enrolment-tokens", {"uses": uses, "days": days, "labels": labels})
+        made = server.plain(calls.create_enrolment_token(uses, days, labels))
         address = server.server
 
     def render(console: Console) -> None:
@@ -52,7 +53,7 @@ def create_api_token(
 ) -> None:
     """Make a token for a person or machine; it is shown this once."""
     with client() as server:
-        made = server.post("/api/v1/tokens", {"name": name, "role": role, "days": days})
+        made = server.plain(calls.create_token(name, role, days))
     show(made, as_json, lambda console: console.print(made["token"], soft_wrap=True))
 
 
@@ -60,7 +61,7 @@ def create_api_token(
 def list_tokens(as_json: AsJson = False) -> None:
     """List the tokens of people and machines, without their secrets."""
     with client() as server:
-        found = server.get("/api/v1/tokens")
+        found = server.plain(calls.list_tokens())
 
     def render(console: Console) -> None:
         rows = [
@@ -78,7 +79,7 @@ def revoke_token(
 ) -> None:
     """Revoke a token; from then on it opens nothing."""
     with client() as server:
-        server.delete(f"/api/v1/tokens/{token_id}")
+        server.send(calls.revoke_token(token_id))
     show(
         {"id": token_id, "revoked": True}, as_json, lambda console: console.print(f"{token_id} opens nothing any more")
     )

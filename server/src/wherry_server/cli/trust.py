@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from wherry_server import calls
 from wherry_server.cli.common import GLOBALS, AsJson, client, date, show, table
 from wherry_shared.access import find_access
 from wherry_shared.errors import RefusedError
@@ -29,8 +31,47 @@ def trust() -> None:
 def trust_status(as_json: AsJson = False) -> None:
     """Show roles with version and expiry, publishers with their models."""
     with client() as server:
-        found = server.get("/api/v1/trust")
+        found = server.plain(calls.trust_state())
     show(found, as_json, lambda console: _render(console, found))
+
+
+@app.command("publisher")
+def add_publisher(
+    name: Annotated[str, typer.Argument(help="Whom to trust.")],
+    key: Annotated[list[Path], typer.Option(help="File with a public key (PEM); may be repeated.", exists=True)],
+    model: Annotated[list[str], typer.Option(help="Model that the publisher may release; may be repeated.")],
+    threshold: Annotated[int, typer.Option(help="How many of the keys have to sign.", min=1)] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Delegate models to a publisher; where the targets key is offline this needs a ceremony."""
+    pems = [file.read_text(encoding="ascii", errors="replace") for file in key]
+    with client() as server:
+        found = server.plain(calls.add_publisher(name, pems, model, threshold))
+    show(found, as_json, lambda console: console.print(f"{name} may release {', '.join(found['models'])}"))
+
+
+@app.command("role")
+def show_role(
+    role: Annotated[str, typer.Argument(help="Bin or publisher's role, or MODEL/VERSION for the bin of a release.")],
+    proposed: Annotated[bool, typer.Option("--proposed", help="What waits for more signatures instead.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the signed metadata of a bin or publisher's role."""
+    with client() as server:
+        if proposed:
+            found = server.send(calls.proposal(role))
+        else:
+            found = server.send(calls.bin_of_target(role) if "/" in role else calls.bin_by_role(role))
+    decoded = json.loads(found) if found else None  # nobody signed it yet
+    show(decoded, as_json, lambda console: console.print(found.decode(), markup=False, soft_wrap=True))
+
+
+@app.command("withdraw")
+def withdraw(role: Annotated[str, typer.Argument(help="Role of the proposal.")], as_json: AsJson = False) -> None:
+    """Drop a proposal, so that another can be made."""
+    with client() as server:
+        server.send(calls.withdraw_proposal(role))
+    show({"role": role, "withdrawn": True}, as_json, lambda console: console.print(f"the proposal for {role} is gone"))
 
 
 KeyFile = Annotated[Path | None, typer.Option(help="Publisher's key (WHERRY_PUBLISHER_KEY).")]

@@ -1,0 +1,289 @@
+"""Every operation of the API as a value: what to send, and the type of what comes back.
+
+Each function has the name of an operation in `/openapi.json` and makes no call itself: `Client.send` and `AsyncClient.send` do, so
+that both know the whole API from one list. A test compares this module with the description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, Literal, TypeVar
+from urllib.parse import quote
+
+import msgspec
+
+from wherry_server import answers
+
+T = TypeVar("T")
+Command = Literal["start", "pause", "resume", "abort", "revert"]
+API = "/api/v1"
+
+
+class Call(msgspec.Struct, Generic[T], frozen=True, kw_only=True):
+    """One operation with its arguments."""
+
+    method: str
+    path: str
+    result: Any
+    """The type of the answer: of JSON; `bytes` as it is; None: there is none."""
+    params: Mapping[str, Any] = {}
+    body: Any = None
+    content: bytes | None = None
+    if_match: str = ""
+
+
+def _get(path: str, result: type[T], **params: Any) -> Call[T]:
+    given = {name: value for name, value in params.items() if value not in (None, "")}
+    return Call(method="GET", path=API + path, result=result, params=given)
+
+
+def _post(path: str, result: type[T], body: Any = None, if_match: str = "") -> Call[T]:
+    return Call(method="POST", path=API + path, result=result, body={} if body is None else body, if_match=if_match)
+
+
+def _delete(path: str, if_match: str = "") -> Call[None]:
+    return Call(method="DELETE", path=API + path, result=None, if_match=if_match)
+
+
+def _q(part: object) -> str:
+    return quote(str(part), safe=":")
+
+
+# --- bundles ------------------------------------------------------------------------------------
+
+
+def publish_bundle(model: str, version: str, manifest: str) -> Call[answers.BundleDetail]:
+    """Release a bundle whose blobs are uploaded and whose bin is signed."""
+    return _post("/bundles", answers.BundleDetail, {"model": model, "version": version, "manifest": manifest})
+
+
+def list_bundles(model: str | None = None, limit: int | None = None) -> Call[list[answers.BundleSummary]]:
+    """List bundles, the newest version of each model first."""
+    return _get("/bundles", list[answers.BundleSummary], model=model, limit=limit)
+
+
+def show_bundle(model: str, version: str) -> Call[answers.BundleDetail]:
+    """Show a bundle with its signed config."""
+    return _get(f"/bundles/{_q(model)}/{_q(version)}", answers.BundleDetail)
+
+
+def list_models(name: str = "", limit: int | None = None) -> Call[list[answers.ModelSummary]]:
+    """List models."""
+    return _get("/models", list[answers.ModelSummary], name=name, limit=limit)
+
+
+def upload_blob(digest: str, content: bytes) -> Call[answers.Uploaded]:
+    """Upload a blob; `wherry_shared.publishing.push` streams large ones."""
+    return Call(method="PUT", path=f"{API}/blobs/{_q(digest)}", result=answers.Uploaded, content=content)
+
+
+def has_blob(digest: str) -> Call[bool]:
+    """Tell whether a blob is here."""
+    return Call(method="HEAD", path=f"{API}/blobs/{_q(digest)}", result=bool)
+
+
+# --- trust --------------------------------------------------------------------------------------
+
+
+def trust_state() -> Call[dict[str, Any]]:
+    """Roles, versions, publishers and their bins."""
+    return _get("/trust", dict[str, Any])
+
+
+def add_publisher(
+    name: str, public_keys_pem: Sequence[str], models: Sequence[str], threshold: int = 1
+) -> Call[dict[str, Any]]:
+    """Delegate models to a publisher."""
+    body = {"name": name, "public_keys_pem": list(public_keys_pem), "models": list(models), "threshold": threshold}
+    return _post("/trust/publishers", dict[str, Any], body)
+
+
+def bin_of_target(target: str) -> Call[bytes]:
+    """The bin into which MODEL/VERSION falls, as it was signed."""
+    return _get("/trust/bins", bytes, target=target)
+
+
+def bin_by_role(role: str) -> Call[bytes]:
+    """The current bytes of a bin or publisher role."""
+    return _get(f"/trust/bins/{_q(role)}", bytes)
+
+
+def put_bin(role: str, content: bytes, replaces: int) -> Call[dict[str, Any]]:
+    """Hand in the next version of a bin, signed by its publisher."""
+    return Call(
+        method="PUT",
+        path=f"{API}/trust/bins/{_q(role)}",
+        result=dict[str, Any],
+        content=content,
+        if_match=f'"{replaces}"',
+    )
+
+
+def proposal(role: str) -> Call[bytes]:
+    """What stands as proposed for a bin."""
+    return _get(f"/trust/proposals/{_q(role)}", bytes)
+
+
+def withdraw_proposal(role: str) -> Call[None]:
+    """Drop a proposal."""
+    return _delete(f"/trust/proposals/{_q(role)}")
+
+
+# --- fleet --------------------------------------------------------------------------------------
+
+
+def list_devices(
+    name: str | None = None,
+    state: str | None = None,
+    model: str | None = None,
+    cohort: str | None = None,
+    limit: int | None = None,
+) -> Call[answers.DeviceList]:
+    """List devices by name."""
+    return _get("/devices", answers.DeviceList, name=name, state=state, model=model, cohort=cohort, limit=limit)
+
+
+def show_device(device: str) -> Call[answers.DeviceDetail]:
+    """Show a device by id or name."""
+    return _get(f"/devices/{_q(device)}", answers.DeviceDetail)
+
+
+def show_logs(device: str) -> Call[answers.DeviceLogs]:
+    """Show the last log lines that a device sent."""
+    return _get(f"/devices/{_q(device)}/logs", answers.DeviceLogs)
+
+
+def request_logs(device: str) -> Call[answers.LogsRequested]:
+    """Ask a device for its last log lines."""
+    return _post(f"/devices/{_q(device)}/logs", answers.LogsRequested)
+
+
+def end_device(device: str, ending: Literal["revoke", "decommission"]) -> Call[answers.Ended]:
+    """Shut a device out."""
+    return _post(f"/devices/{_q(device)}/{ending}", answers.Ended)
+
+
+def fleet_state() -> Call[answers.FleetState]:
+    """Count devices by model, version and state."""
+    return _get("/fleet", answers.FleetState)
+
+
+# --- cohorts ------------------------------------------------------------------------------------
+
+
+def list_cohorts(name: str = "", limit: int | None = None) -> Call[list[answers.CohortShown]]:
+    """List the saved cohorts."""
+    return _get("/cohorts", list[answers.CohortShown], name=name, limit=limit)
+
+
+def create_cohort(name: str, selector: str) -> Call[answers.CohortShown]:
+    """Save a cohort under a new name."""
+    return _post("/cohorts", answers.CohortShown, {"name": name, "selector": selector})
+
+
+def preview_cohort(selector: str) -> Call[answers.Preview]:
+    """Say whom a selector takes now."""
+    return _post("/cohorts/preview", answers.Preview, {"selector": selector})
+
+
+def show_cohort(name: str) -> Call[answers.CohortDetail]:
+    """Show a cohort and whom it takes now."""
+    return _get(f"/cohorts/{_q(name)}", answers.CohortDetail)
+
+
+def change_cohort(name: str, selector: str, if_match: str = "") -> Call[answers.CohortShown]:
+    """Give a cohort another selector."""
+    return Call(
+        method="PUT",
+        path=f"{API}/cohorts/{_q(name)}",
+        result=answers.CohortShown,
+        body={"selector": selector},
+        if_match=if_match,
+    )
+
+
+def delete_cohort(name: str, if_match: str = "") -> Call[None]:
+    """Forget a cohort."""
+    return _delete(f"/cohorts/{_q(name)}", if_match)
+
+
+# --- rollouts -----------------------------------------------------------------------------------
+
+
+def list_rollouts(
+    model: str | None = None, state: str | None = None, limit: int | None = None
+) -> Call[list[answers.RolloutSummary]]:
+    """List rollouts, newest first."""
+    return _get("/rollouts", list[answers.RolloutSummary], model=model, state=state, limit=limit)
+
+
+def create_rollout(wish: Mapping[str, Any]) -> Call[answers.RolloutDetail]:
+    """Create a rollout from the fields of a plan."""
+    return _post("/rollouts", answers.RolloutDetail, dict(wish))
+
+
+def show_rollout(number: int) -> Call[answers.RolloutDetail]:
+    """Show a rollout."""
+    return _get(f"/rollouts/{number}", answers.RolloutDetail)
+
+
+def list_decisions(number: int, after: int = 0, limit: int | None = None) -> Call[list[answers.DecisionShown]]:
+    """List what was decided and on what evidence, oldest first."""
+    return _get(f"/rollouts/{number}/decisions", list[answers.DecisionShown], after=after or None, limit=limit)
+
+
+def command_rollout(number: int, command: Command, if_match: str = "") -> Call[answers.RolloutDetail]:
+    """Write a command down for the director."""
+    return _post(f"/rollouts/{number}/{command}", answers.RolloutDetail, if_match=if_match)
+
+
+def roll_back(model: str, device: str | None = None) -> Call[answers.RolloutDetail]:
+    """Bring a model back to what ran before."""
+    return _post("/rollbacks", answers.RolloutDetail, {"model": model, "device": device})
+
+
+def follow_rollout(number: int, seconds: int | None = None) -> Call[bytes]:
+    """Follow a rollout; `Client.follow` reads the stream and reconnects."""
+    return _get(f"/rollouts/{number}/events", bytes, seconds=seconds)
+
+
+# --- access, audit, health ----------------------------------------------------------------------
+
+
+def create_token(name: str, role: str, days: int = 90) -> Call[answers.TokenMade]:
+    """Make an API token; it is shown this once."""
+    return _post("/tokens", answers.TokenMade, {"name": name, "role": role, "days": days})
+
+
+def list_tokens(name: str = "", role: str | None = None, limit: int | None = None) -> Call[list[answers.TokenSummary]]:
+    """List API tokens, the oldest first."""
+    return _get("/tokens", list[answers.TokenSummary], name=name, role=role, limit=limit)
+
+
+def revoke_token(token_id: str) -> Call[None]:
+    """Revoke an API token."""
+    return _delete(f"/tokens/{_q(token_id)}")
+
+
+def create_enrolment_token(
+    uses: int = 1, days: int = 7, labels: Mapping[str, str] | None = None
+) -> Call[answers.TokenMade]:
+    """Make a token by which devices enrol."""
+    return _post("/enrolment-tokens", answers.TokenMade, {"uses": uses, "days": days, "labels": dict(labels or {})})
+
+
+def list_audit(
+    actor: str = "", action: str = "", subject: str = "", before: int | None = None, limit: int | None = None
+) -> Call[list[answers.Entry]]:
+    """List entries of the audit log, the newest first."""
+    return _get("/audit", list[answers.Entry], actor=actor, action=action, subject=subject, before=before, limit=limit)
+
+
+def verify_audit() -> Call[answers.Verdict]:
+    """Compute the whole chain of the audit log again."""
+    return _get("/audit/verify", answers.Verdict)
+
+
+def health() -> Call[answers.Health]:
+    """Tell whether the server and its database answer."""
+    return _get("/health", answers.Health)
