@@ -25,6 +25,7 @@ from wherry_server.rollout import (
     Lane,
     Moved,
     Progress,
+    Retry,
     Taken,
     Withdraw,
     allowed_now,
@@ -72,6 +73,7 @@ class Device:
     stage: int = -1
     exposed_s: float = 0.0
     changed: bool = False
+    timezone: str = "UTC"
 
     def settle(self, now_s: float) -> None:
         """Let time pass on the device."""
@@ -91,10 +93,12 @@ class Fleet:
     plan: Plan
     devices: list[Device]
     chunk: int
+    now_s: float = 0.0
     progress: Progress = field(default_factory=Progress)
     ever_exposed: set[str] = field(default_factory=set)
 
     def evidence(self, now_s: float, command: str) -> Evidence:
+        self.now_s = now_s
         stages: list[dict[str, int]] = [{} for _ in self.plan.stages]
         for device in self.devices:
             if not device.state:
@@ -119,6 +123,14 @@ class Fleet:
             happened={"failed": sum(stage.get("failed", 0) for stage in stages)},
             command=command,  # type: ignore[arg-type]
         )
+        below = self.below(self.progress)
+        open_now = [device for device in below if self.window_open(device)]
+        found = msgspec.structs.replace(
+            found,
+            unexposed=len(open_now),
+            closed=len(below) - len(open_now),
+            approvals={str(stage): 1 for stage in range(len(self.plan.stages)) if now_s >= 40 * (stage + 1)},
+        )
         following = self.progress.stage + 1
         adaptive = self.plan.strategy == "adaptive"
         share = next_share(self.plan, self.progress, found) if adaptive else 0.0
@@ -126,10 +138,13 @@ class Fleet:
         if adaptive and share:
             coming = cut_offs(keys, share, self.progress.cut_offs)
         elif not adaptive and following < len(self.plan.stages):
-            coming = cut_offs(keys, self.plan.share_of(following), self.progress.cut_offs)
+            coming = self.plan.cut_offs(following, keys, self.progress.cut_offs)
         elif not adaptive and self.plan.held_back:
-            coming = cut_offs(keys, self.plan.share_of(following - 1, done=True), self.progress.cut_offs)
+            coming = self.plan.cut_offs(following - 1, keys, self.progress.cut_offs, done=True)
         return msgspec.structs.replace(found, next_cut_offs=coming, next_share=share)
+
+    def window_open(self, device: Device) -> bool:
+        return self.plan.window is None or self.plan.window.open_at(int(self.now_s * 1e6), device.timezone)
 
     def below(self, progress: Progress) -> list[Device]:
         """Devices that a stage may still expose."""
@@ -146,9 +161,13 @@ class Fleet:
         for one in decisions:
             if isinstance(one, Expose):
                 most = self.chunk if one.limit is None else min(self.chunk, one.limit)
-                for device in self.below(after)[:most]:
+                for device in [device for device in self.below(after) if self.window_open(device)][:most]:
                     device.state, device.stage, device.exposed_s = "exposed", one.stage, now_s
                     self.ever_exposed.add(device.name)
+            elif isinstance(one, Retry):
+                for device in self.devices:
+                    if one.failed and device.state == "failed":
+                        device.state, device.exposed_s = "exposed", now_s
             elif isinstance(one, Withdraw):
                 for device in self.devices:
                     confirmed = device.state in ("confirmed", "confirmed_idle")
@@ -169,10 +188,11 @@ bounds = st.one_of(
     st.builds(Bound, share=st.sampled_from([0.0, 0.1, 0.3, 0.6]), sample_min=st.integers(1, 6)),
 )
 plans = st.builds(
-    lambda shares, soak, confirmed, failure, silent, late, on_halt, sample, settled, gates, how: plan_of(
-        stages=[{"share": share, "soak_s": soak, "confirmed_min": confirmed} for share in sorted(set(shares))][
-            : 1 if "strategy" in how else None
-        ],
+    lambda shares, soak, confirmed, failure, silent, late, on_halt, sample, settled, gates, how, counted, pace: plan_of(
+        stages=[
+            *({"count": count, "confirmed_min": confirmed} for count in counted if "strategy" not in how),
+            *({"share": share, "soak_s": soak, "confirmed_min": confirmed} for share in sorted(set(shares))),
+        ][: 1 if "strategy" in how else None],
         failure=msgspec.to_builtins(failure),
         silent=msgspec.to_builtins(silent),
         late=msgspec.to_builtins(late),
@@ -181,6 +201,7 @@ plans = st.builds(
         settled_share=settled,
         gates=gates,
         **how,
+        **pace,
     ),
     st.lists(st.sampled_from([0.05, 0.1, 0.25, 0.5, 1.0]), min_size=1, max_size=4),
     st.sampled_from([0, 0, 30]),
@@ -201,14 +222,27 @@ plans = st.builds(
             {"strategy": "adaptive", "hold_back": 0.1},
         ]
     ),
+    st.sampled_from([[], [], [2], [1, 4]]),
+    st.sampled_from(
+        [
+            {},
+            {},
+            {"rate": {"per_minute": 20}},
+            {"rate": {"per_minute": 5, "ramp_to": 60, "ramp_s": 60}},
+            {"window": {"from": "00:05", "until": "00:20"}},
+            {"window": {"from": "00:01", "until": "23:59"}, "rate": {"per_minute": 30}},
+            {"start_at": "1970-01-01T00:01:00+00:00", "approval": {"stages": [1]}},
+        ]
+    ),
 )
 commands = st.lists(
-    st.tuples(st.integers(0, 60), st.sampled_from(["pause", "resume", "abort", "revert", "start"])), max_size=4
+    st.tuples(st.integers(0, 60), st.sampled_from(["pause", "resume", "abort", "revert", "start", "retry_failed"])),
+    max_size=4,
 )
 
 
 @given(plans, devices, commands, st.integers(0, 2**32), st.integers(1, 10), st.integers(0, 3))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_whatever_happens_a_rollout_is_bounded_final_and_ends(
     plan: Plan, members: list[Device], orders: list[tuple[int, str]], seed: int, chunk: int, reboots: int
 ):
@@ -218,8 +252,9 @@ def test_whatever_happens_a_rollout_is_bounded_final_and_ends(
     wanted = {0: "start", **{turn + 1: command for turn, command in orders}}
     boots = {chance.randrange(1, 80) for _ in range(reboots)}
     now_s, boot, boot_s = 0.0, 0, 0.0
-    breached = False
-    limit_s = (len(plan.stages) + 1) * (STAGE_MAX_S + 60) * (reboots + 2) + 2 * REVERT_S + 1000
+    breached, anchors, stage_s = False, 0, 0.0
+    window_s = 86_400 if plan.window is not None else 0
+    limit_s = window_s + (len(plan.stages) + 1) * (STAGE_MAX_S + 60) * (reboots + 2) + 2 * REVERT_S + 1000
     turn = 0
     while True:
         if turn in boots:
@@ -251,6 +286,17 @@ def test_whatever_happens_a_rollout_is_bounded_final_and_ends(
             assert not exposing or before.state == "done"
         if before.state in ("paused", "returning", "halted", "aborted", "reverted"):
             assert not exposing or command == "resume"
+        if after.stage > before.stage:
+            assert now_s >= 40 * (after.stage + 1) or not plan.approvers(after.stage), "it began unapproved"
+            assert now.wall_us >= plan.start_us, "it began before its date"
+        if after.stage > before.stage:
+            anchors, stage_s = 0, now_s
+        anchors += after.paced is not None and after.paced != before.paced
+        if plan.rate is not None and exposing and after.state == "running":
+            assert exposing[-1].limit is not None
+            fastest = max(plan.rate.per_minute, plan.rate.ramp_to or 0) / 60
+            here = evidence.stage(after.stage).ever + exposing[-1].limit
+            assert here <= anchors + fastest * (now_s - stage_s) + 1e-6, "faster than the rate"
         for one in exposing:
             assert one.cut_offs == after.cut_offs
 
@@ -270,7 +316,7 @@ def test_whatever_happens_a_rollout_is_bounded_final_and_ends(
             assert why_not_yet(plan, after, evidence, now) or exposing or after != before
 
         turn += 1
-        now_s += chance.choice([1, 2, 5, 13])
+        now_s += chance.choice([1, 2, 5, 13]) + (300 if evidence.closed else 0)
         if after.state in FINAL and turn > max([0, *wanted]) and not newcomers:
             break
         if after.state in FINAL and turn > 400:

@@ -251,6 +251,7 @@ class StageState(msgspec.Struct, frozen=True, kw_only=True):
     """A stage, and the devices that it exposed by what became of them."""
 
     share: float
+    count: int = 0
     soak_s: int
     confirmed_min: int
     state: str
@@ -308,6 +309,7 @@ class RolloutDetail(RolloutSummary, frozen=True, kw_only=True):
     members: int
     unexposed: int
     held: int
+    closed: int = 0
     counts: dict[str, dict[str, int]]
     outcomes: list[Outcomes]
     gates: list[GateState]
@@ -322,6 +324,41 @@ class DecisionShown(msgspec.Struct, frozen=True, kw_only=True):
     decisions: list[dict[str, Any]]
     evidence: dict[str, Any]
     progress_before: dict[str, Any]
+
+
+class Quarantined(msgspec.Struct, frozen=True, kw_only=True):
+    """A device on which a bundle failed."""
+
+    device: str
+    name: str
+    model: str
+    target: str
+    manifest: str
+    attempt: int
+    outcome: str
+    reason: str
+    settled_at: int
+    rollout: int
+
+
+class KnownBad(msgspec.Struct, frozen=True, kw_only=True):
+    """A bundle that failed on a hardware class beyond the bound."""
+
+    manifest: str
+    hardware_class: str
+    reason: str
+    devices: int
+    updated_at: int
+    target: str
+
+
+class Released(msgspec.Struct, frozen=True, kw_only=True):
+    """How many failures stand in the way no more."""
+
+    device: str
+    name: str
+    model: str
+    released: int
 
 
 class TokenMade(msgspec.Struct, frozen=True, kw_only=True):

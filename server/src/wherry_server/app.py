@@ -21,6 +21,7 @@ from wherry_server.api import (
     events,
     health,
     messages,
+    quarantine,
     rollouts,
     tokens,
     trust,
@@ -33,7 +34,22 @@ from wherry_server.services import Services
 from wherry_shared.errors import RefusedError
 from wherry_shared.limits import BLOB_BYTES_MAX, MIB
 
-ROUTERS = (bundles, blobs, trust, devices, cohorts, rollouts, events, tokens, audit, health, device, messages, tuf)
+ROUTERS = (
+    bundles,
+    blobs,
+    trust,
+    devices,
+    cohorts,
+    rollouts,
+    quarantine,
+    events,
+    tokens,
+    audit,
+    health,
+    device,
+    messages,
+    tuf,
+)
 """In the order in which the description of the API shows them."""
 BODY_BYTES_MAX = 4 * MIB
 """Any request body but a blob: room for TUF metadata (2 MiB) and for twenty frames of 100 KB."""

@@ -17,7 +17,7 @@ from wherry_server import offers
 from wherry_server.db import bulk
 from wherry_server.evidence import Candidate
 from wherry_server.offers import Composed, Composer
-from wherry_server.outcomes import LIVE
+from wherry_server.outcomes import ENDED, LIVE
 from wherry_server.plan import Plan
 from wherry_server.rollout import Scope
 from wherry_server.targeting import signed
@@ -36,6 +36,8 @@ class Prepared:
     withdrawn: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     """Devices in scope that a newer rollout has: left alone, and counted as superseded."""
+    retried: list[tuple[str, str]] = field(default_factory=list)
+    """(device, model) of those that try once more."""
     composed: list[Composed] = field(default_factory=list)
     refused: list[RefusedError] = field(default_factory=list)
     """Offers that could not be made; their devices are left as they are."""
@@ -57,12 +59,12 @@ def expose(
     now: int,
 ) -> None:
     """Compose the offers of a stage's devices. Signs, so call it outside of the event loop's thread."""
-    models = offers.forwards(plan, row.id)
     prepared.stage = stage
     for one in candidates:
         known = current.get(one.device)
         if known is None:
             continue  # removed since the scan
+        models = offers.forwards(plan, row.id, one.attempt)
         try:
             prepared.composed.append(composer.compose(one.device, known, {**known.models, **models}, now))
         except RefusedError as error:
@@ -116,6 +118,38 @@ def withdraw(
         prepared.withdrawn.append(device)
 
 
+async def read_retrying(connection: AsyncConnection, rollout: str, *, failed: bool) -> list[Any]:
+    """Return the assignments that ended without success and that nobody else took over: (device_id, model, attempt)."""
+    outcomes = list(ENDED) if failed else ["excused"]
+    rows = await connection.execute(
+        _WITHDRAWING, {"rollout": rollout, "outcomes": outcomes, "all": False, "in_stage": False, "stage": -1}
+    )
+    return [row for row in rows if row.owned]
+
+
+def retry(
+    prepared: Prepared,
+    row: Any,
+    plan: Plan,
+    rows: Sequence[Any],
+    current: dict[str, offers.Current],
+    composer: Composer,
+    now: int,
+) -> None:
+    """Compose the offers of the next attempts. Signs, so call it outside of the event loop's thread."""
+    for one in rows:
+        known = current.get(one.device_id)
+        if known is None:
+            continue
+        again = offers.forwards(plan, row.id, one.attempt + 1)[one.model]
+        try:
+            prepared.composed.append(composer.compose(one.device_id, known, {**known.models, one.model: again}, now))
+        except RefusedError as error:
+            prepared.refused.append(error)
+            continue
+        prepared.retried.append((one.device_id, one.model))
+
+
 async def apply(connection: AsyncConnection, row: Any, plan: Plan, prepared: Prepared, now: int) -> None:
     """Write what was prepared, inside the caller's transaction."""
     if prepared.exposed:
@@ -129,6 +163,11 @@ async def apply(connection: AsyncConnection, row: Any, plan: Plan, prepared: Pre
             await connection.execute(
                 _OTHERS_PENDING, {"rollout": row.id, "devices": part, "now": now, "model": planned.model}
             )
+    if prepared.retried:
+        await connection.execute(
+            _RETRY,
+            [{"rollout": row.id, "device": device, "model": model, "now": now} for device, model in prepared.retried],
+        )
     if prepared.lost:
         await connection.execute(_LOST, [{"rollout": row.id, "device": device, "now": now} for device in prepared.lost])
     await offers.write(connection, row.project_id, prepared.composed)
@@ -138,15 +177,16 @@ async def _insert(connection: AsyncConnection, row: Any, plan: Plan, prepared: P
     """Insert the assignments of a stage by one statement over the devices and what they run at this moment."""
     await connection.execute(
         text(
-            "CREATE TEMPORARY TABLE IF NOT EXISTS exposing (device_id TEXT PRIMARY KEY, stratum TEXT, share_key BIGINT)"
+            "CREATE TEMPORARY TABLE IF NOT EXISTS exposing (device_id TEXT PRIMARY KEY, stratum TEXT, share_key BIGINT,"
+            " attempt INTEGER)"
         )
     )
     await connection.execute(text("DELETE FROM exposing"))
-    rows = [(one.device, one.stratum, signed(one.key)) for one in prepared.exposed]
+    rows = [(one.device, one.stratum, signed(one.key), one.attempt or plan.attempt) for one in prepared.exposed]
     if connection.dialect.name == "sqlite":
-        await connection.exec_driver_sql("INSERT INTO exposing VALUES (?, ?, ?)", rows)
+        await connection.exec_driver_sql("INSERT INTO exposing VALUES (?, ?, ?, ?)", rows)
     else:
-        await bulk.copy(connection, "exposing", ("device_id", "stratum", "share_key"), rows)
+        await bulk.copy(connection, "exposing", ("device_id", "stratum", "share_key", "attempt"), rows)
     for planned in plan.models:
         named = {
             "rollout": row.id,
@@ -155,7 +195,6 @@ async def _insert(connection: AsyncConnection, row: Any, plan: Plan, prepared: P
             "stage": prepared.stage,
             "to": planned.manifest,
             "target": planned.target,
-            "attempt": plan.attempt,
             "now": now,
         }
         await connection.execute(_SUPERSEDE, named)
@@ -164,7 +203,7 @@ async def _insert(connection: AsyncConnection, row: Any, plan: Plan, prepared: P
 
 # A device belongs to the rollout that exposed it last, unless that one gave it back.
 _WITHDRAWING = text(
-    "SELECT a.device_id, a.model, a.from_manifest, a.from_target, NOT EXISTS (SELECT 1 FROM assignment n"
+    "SELECT a.device_id, a.model, a.attempt, a.from_manifest, a.from_target, NOT EXISTS (SELECT 1 FROM assignment n"
     " JOIN rollout r ON r.id = n.rollout_id WHERE n.device_id = a.device_id AND n.model = a.model"
     " AND n.rollout_id <> a.rollout_id AND n.exposed_at > a.exposed_at"
     " AND n.outcome NOT IN ('withdrawn', 'revert_pending', 'reverted', 'superseded')"
@@ -173,6 +212,11 @@ _WITHDRAWING = text(
     " WHERE a.rollout_id = :rollout AND a.outcome IN :outcomes"
     " AND (a.outcome NOT IN ('confirmed', 'confirmed_idle') OR :all OR (:in_stage AND a.stage = :stage))"
 ).bindparams(bindparam("outcomes", expanding=True))
+_RETRY = text(
+    "UPDATE assignment SET outcome = 'exposed', attempt = attempt + 1, exposed_at = :now, noticed_at = 0, settled_at = 0,"
+    " reason = 'retry', detail = '', released_at = 0 WHERE rollout_id = :rollout AND device_id = :device AND model = :model"
+    " AND outcome IN ('returned', 'failed', 'refused', 'excused')"
+)
 _LOST = text(
     "UPDATE assignment SET outcome = 'superseded', settled_at = :now WHERE rollout_id = :rollout AND device_id = :device"
     " AND outcome IN ('exposed', 'confirmed', 'confirmed_idle')"
@@ -198,13 +242,13 @@ _SUPERSEDE = text(
 _ASSIGN = text(
     "INSERT INTO assignment (rollout_id, device_id, model, project_id, stage, stratum, share_key, from_manifest,"
     " from_target, to_manifest, to_target, attempt, exposed_at, noticed_at, outcome, reason, detail, settled_at, requests,"
-    " errors, latency_ratio)"
+    " errors, latency_ratio, released_at)"
     " SELECT :rollout, e.device_id, :model, :project, :stage, e.stratum, e.share_key,"
     # A device that runs the bundle already goes back to where its last assignment came from, else it stays.
     " CASE WHEN m.running = :to THEN COALESCE(NULLIF(p.from_manifest, ''), :to) ELSE COALESCE(m.running, '') END,"
     " CASE WHEN m.running = :to THEN COALESCE(NULLIF(p.from_target, ''), :target)"
     " ELSE COALESCE(b.model || '/' || b.version, '') END,"
-    " :to, :target, :attempt, :now, 0, 'exposed', '', '', 0, 0, 0, 0"
+    " :to, :target, e.attempt, :now, 0, 'exposed', '', '', 0, 0, 0, 0, 0"
     " FROM exposing e JOIN device d ON d.id = e.device_id AND d.state = 'active'"
     " LEFT JOIN device_model m ON m.device_id = e.device_id AND m.model = :model"
     " LEFT JOIN bundle b ON b.project_id = :project AND b.manifest = m.running"

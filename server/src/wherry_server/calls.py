@@ -15,7 +15,7 @@ import msgspec
 from wherry_server import answers
 
 T = TypeVar("T")
-Command = Literal["start", "pause", "resume", "abort", "revert"]
+Command = Literal["start", "pause", "resume", "abort", "revert", "retry", "retry_failed"]
 API = "/api/v1"
 
 
@@ -230,6 +230,34 @@ def show_rollout(number: int) -> Call[answers.RolloutDetail]:
 def list_decisions(number: int, after: int = 0, limit: int | None = None) -> Call[list[answers.DecisionShown]]:
     """List what was decided and on what evidence, oldest first."""
     return _get(f"/rollouts/{number}/decisions", list[answers.DecisionShown], after=after or None, limit=limit)
+
+
+def approve_rollout(number: int, stage: int = 1) -> Call[answers.RolloutDetail]:
+    """Agree that a stage begins."""
+    return _post(f"/rollouts/{number}/approvals", answers.RolloutDetail, {"stage": stage})
+
+
+def list_quarantine(
+    model: str = "", reason: str = "", device: str = "", limit: int | None = None
+) -> Call[list[answers.Quarantined]]:
+    """List the devices in quarantine, with the reason."""
+    return _get("/quarantine", list[answers.Quarantined], model=model, reason=reason, device=device, limit=limit)
+
+
+def release_device(device: str, model: str) -> Call[answers.Released]:
+    """Let a device out of quarantine."""
+    return _post("/quarantine/release", answers.Released, {"device": device, "model": model})
+
+
+def list_hardware(limit: int | None = None) -> Call[list[answers.KnownBad]]:
+    """List the bundles that are known to be bad, by hardware class."""
+    return _get("/quarantine/hardware", list[answers.KnownBad], limit=limit)
+
+
+def clear_hardware(manifest: str, hardware_class: str) -> Call[None]:
+    """Forget that a bundle is bad on a hardware class."""
+    body = {"manifest": manifest, "hardware_class": hardware_class}
+    return Call(method="POST", path=API + "/quarantine/hardware/clear", result=None, body=body)
 
 
 def command_rollout(number: int, command: Command, if_match: str = "") -> Call[answers.RolloutDetail]:

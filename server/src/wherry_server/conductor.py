@@ -30,7 +30,7 @@ from wherry_server.lease import Lease, boot_id
 from wherry_server.offers import Composer, Number
 from wherry_server.outbox import Outbox
 from wherry_server.plan import Plan, parse_plan
-from wherry_server.rollout import Decision, Evidence, Expose, Moved, Progress, Withdraw, decide, reach
+from wherry_server.rollout import Decision, Evidence, Expose, Moved, Progress, Retry, Withdraw, decide, reach
 from wherry_server.services import Services
 from wherry_server.times import now_us
 from wherry_shared.clock import Now
@@ -139,7 +139,9 @@ class Conductor:
         progress = evidence.load_progress(_builtins(row.progress))
         now, moment = self.clock(), self.moment()
         if row.state == "done" and not row.wanted and not known.due(DONE_SCAN_MIN_S, time.monotonic()):
-            if not known.scan or not known.scan.unexposed(progress.cut_offs, reach(known.plan, progress)):
+            if not known.scan or not known.scan.open(
+                known.plan, progress.cut_offs, reach(known.plan, progress), moment
+            ):
                 return False
         elif row.state in ("created", "running", "done") and known.due(SCAN_MIN_S, time.monotonic()):
             known.scan = None
@@ -177,6 +179,7 @@ class Conductor:
                 found = msgspec.structs.replace(found, taken=taken)
                 if not taken:
                     known.compared_until = until
+        found = msgspec.structs.replace(found, at=now)
         after, decisions = decide(known.plan, progress, found, now)
         return found, after, decisions
 
@@ -189,7 +192,7 @@ class Conductor:
         for one in decisions:
             if isinstance(one, Expose) and known.scan is not None:
                 most = EXPOSED_PER_TURN if one.limit is None else min(one.limit, EXPOSED_PER_TURN)
-                chosen = known.scan.unexposed(after.cut_offs, one.share)[:most]
+                chosen = known.scan.open(known.plan, after.cut_offs, one.share, moment)[:most]
                 async with database.read() as connection:
                     current = await assignments.read_exposing(connection, chosen)
                 await asyncio.to_thread(
@@ -201,6 +204,13 @@ class Conductor:
                     current = await offers.current(connection, sorted({found.device_id for found in rows}))
                 await asyncio.to_thread(
                     assignments.withdraw, prepared, row, known.plan, rows, current, self.composer, moment
+                )
+            elif isinstance(one, Retry):
+                async with database.read() as connection:
+                    rows = await assignments.read_retrying(connection, row.id, failed=one.failed)
+                    current = await offers.current(connection, sorted({found.device_id for found in rows}))
+                await asyncio.to_thread(
+                    assignments.retry, prepared, row, known.plan, rows, current, self.composer, moment
                 )
         for refused in prepared.refused:
             log.error("%s: %s", _name(row), refused)

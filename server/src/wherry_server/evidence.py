@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from sqlalchemy import bindparam, text
@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import cohorts
 from wherry_server.gates import COMPARED
+from wherry_server.outcomes import FAILURES
 from wherry_server.plan import Plan
 from wherry_server.rollout import ACTIVE, Command, Counts, Evidence, Progress, next_share, reach
 from wherry_server.targeting import cut_offs, exact, exposed, key_of, parse_selector
@@ -42,6 +43,10 @@ class Candidate:
     device: str
     key: int
     stratum: str
+    timezone: str = ""
+    """Where the plan has a window."""
+    attempt: int = 0
+    """The attempt to make it with; 0 for that of the plan."""
 
 
 @dataclass(slots=True)
@@ -54,7 +59,7 @@ class Scan:
     free: list[Candidate] = field(default_factory=list)
     """Members that this rollout has not exposed and may expose, whatever their key."""
     held: list[Candidate] = field(default_factory=list)
-    """Members that another rollout holds, or whose hardware the bundle is known to be bad on."""
+    """Members that another rollout holds, on whose hardware the bundle is known to be bad, or that are in quarantine."""
 
     def unexposed(self, stored: Mapping[str, int], share: float) -> list[Candidate]:
         """Return the free members at or below the cut-offs, lowest key first."""
@@ -62,13 +67,20 @@ class Scan:
         found.sort(key=lambda one: one.key)
         return found
 
+    def open(self, plan: Plan, stored: Mapping[str, int], share: float, now: int) -> list[Candidate]:
+        """Return those of `unexposed` whose maintenance window is open."""
+        found = self.unexposed(stored, share)
+        return [one for one in found if plan.window.open_at(now, one.timezone)] if plan.window else found
+
 
 async def scan(connection: AsyncConnection, row: Any, plan: Plan) -> Scan:
     """Read the members of a rollout and what holds them. `row` is the rollout's."""
     strata = tuple(plan.strata)
-    members = await cohorts.members(connection, row.project_id, parse_selector(plan.selector), also=frozenset(strata))
+    also = frozenset({*strata, "timezone"} if plan.window else strata)
+    members = await cohorts.members(connection, row.project_id, parse_selector(plan.selector), also=also)
     taken = await _taken(connection, row, plan)
     bad = await _known_bad(connection, row.project_id, plan)
+    failures = await _failures(connection, row, plan)
     found = Scan(members=len(members))
     for member in members:
         stratum = "/".join(_text(member.view.get(name)) for name in strata) if member.view is not None else ""
@@ -77,8 +89,16 @@ async def scan(connection: AsyncConnection, row: Any, plan: Plan) -> Scan:
         holder = taken.get(member.id)
         if holder == row.id:
             continue
-        candidate = Candidate(member.id, key, stratum)
-        if holder is not None or (bad and not bad.isdisjoint(classes(member.facts))):
+        timezone = _text(member.view.get("timezone")) if plan.window and member.view is not None else ""
+        failed = failures.get(member.id)
+        attempt = max(plan.attempt, failed.attempt + 1) if failed is not None else 0
+        candidate = Candidate(member.id, key, stratum, timezone, attempt)
+        quarantined = failed is not None and not failed.released and failed.attempt >= plan.attempt
+        if (
+            holder is not None
+            or (quarantined and not plan.rollback)
+            or (bad and not bad.isdisjoint(classes(member.facts)))
+        ):
             found.held.append(candidate)
         else:
             found.free.append(candidate)
@@ -91,7 +111,12 @@ async def read(
     """Return the evidence for one decision; without a scan nobody is seen as unexposed."""
     stages = await counts(connection, row.id, plan, now)
     command: Command = row.wanted
-    evidence = Evidence(stages=stages, command=command, happened=await _happened(connection, row.id, plan))
+    evidence = Evidence(
+        stages=stages,
+        command=command,
+        happened=await _happened(connection, row.id, plan),
+        approvals=await _approvals(connection, row, plan),
+    )
     if found is None:
         return evidence
     evidence = msgspec.structs.replace(
@@ -99,18 +124,22 @@ async def read(
     )
     share, reached = reach(plan, progress), progress.stage >= 0
     following = progress.stage + 1
-    coming, wanted = 0.0, 0.0
+    wanted, ahead = 0.0, dict[str, int]()
     if plan.strategy == "adaptive" and progress.state != "done":
-        coming = wanted = next_share(plan, progress, evidence)
+        wanted = next_share(plan, progress, evidence)
+        ahead = cut_offs(found.keys, wanted, progress.cut_offs) if wanted > 0 else {}
     elif following < len(plan.stages):
-        coming = plan.share_of(following)
+        ahead = plan.cut_offs(following, found.keys, progress.cut_offs)
     elif plan.held_back and progress.state != "done":
-        coming = plan.share_of(progress.stage, done=True)
+        ahead = plan.cut_offs(progress.stage, found.keys, progress.cut_offs, done=True)
+    below = found.unexposed(progress.cut_offs, share) if reached else []
+    free = found.open(plan, progress.cut_offs, share, now) if reached else []
     return msgspec.structs.replace(
         evidence,
-        unexposed=len(found.unexposed(progress.cut_offs, share)) if reached else 0,
+        unexposed=len(free),
+        closed=len(below) - len(free),
         held=sum(exposed(one.key, one.stratum, progress.cut_offs, share) for one in found.held) if reached else 0,
-        next_cut_offs=cut_offs(found.keys, coming, progress.cut_offs) if coming > 0 else {},
+        next_cut_offs=ahead,
         next_share=wanted,
     )
 
@@ -229,6 +258,28 @@ async def _taken(connection: AsyncConnection, row: Any, plan: Plan) -> dict[str,
     return taken
 
 
+async def _approvals(connection: AsyncConnection, row: Any, plan: Plan) -> dict[str, int]:
+    """Count the people who agreed to each stage."""
+    if plan.approval is None:
+        return {}
+    found = await connection.execute(_APPROVALS, {"rollout": row.id})
+    return {str(one.stage): one.people for one in found}
+
+
+async def _failures(connection: AsyncConnection, row: Any, plan: Plan) -> dict[str, _Failure]:
+    """Return on which devices a bundle of the plan failed, in their last attempt: device → failure."""
+    manifests = [planned.manifest for planned in plan.models]
+    rows = await connection.execute(
+        _FAILED, {"project": row.project_id, "manifests": manifests, "outcomes": list(FAILURES), "me": row.id}
+    )
+    found: dict[str, _Failure] = {}
+    for one in rows:
+        known = found.get(one.device_id)
+        if known is None or one.attempt > known.attempt:
+            found[one.device_id] = _Failure(one.attempt, bool(one.released_at))
+    return found
+
+
 async def _known_bad(connection: AsyncConnection, project: str, plan: Plan) -> set[str]:
     """Return the hardware classes to leave out; a plan with a higher attempt tries again on purpose."""
     if plan.attempt > 1:
@@ -258,6 +309,11 @@ def load_progress(raw: Any) -> Progress:
 
 
 _facts = msgspec.json.Decoder(DeviceFacts)
+
+
+class _Failure(NamedTuple):
+    attempt: int
+    released: bool
 
 
 class _Tried(msgspec.Struct):
@@ -301,6 +357,13 @@ _TAKEN = text(
 _BAD = text("SELECT hardware_class FROM known_bad WHERE project_id = :project AND manifest IN :manifests").bindparams(
     bindparam("manifests", expanding=True)
 )
+_APPROVALS = text("SELECT stage, count(*) AS people FROM approval WHERE rollout_id = :rollout GROUP BY stage")
+_FAILED = text(
+    "SELECT a.device_id, a.attempt, a.released_at FROM assignment a WHERE a.project_id = :project"
+    " AND a.to_manifest IN :manifests AND a.outcome IN :outcomes AND a.rollout_id <> :me AND NOT EXISTS (SELECT 1 FROM"
+    " assignment n WHERE n.device_id = a.device_id AND n.model = a.model AND n.to_manifest = a.to_manifest"
+    " AND n.exposed_at > a.exposed_at AND n.outcome IN ('confirmed', 'confirmed_idle'))"
+).bindparams(bindparam("manifests", expanding=True), bindparam("outcomes", expanding=True))
 _SETTLED = text(
     "SELECT a.device_id, a.outcome, a.reason, CAST(d.facts AS TEXT) AS facts, CAST(m.body AS TEXT) AS body"
     " FROM assignment a JOIN device d ON d.id = a.device_id"

@@ -67,13 +67,13 @@ def next_number(stored: Number, known: Number) -> Number:
     return Number(max(top.epoch, 1), top.serial + 1)
 
 
-def forwards(plan: Plan, rollout: str) -> dict[str, wire.OfferedModel]:
-    """Return what a rollout offers to the devices that it exposes."""
+def forwards(plan: Plan, rollout: str, attempt: int = 0) -> dict[str, wire.OfferedModel]:
+    """Return what a rollout offers to the devices that it exposes, with the plan's attempt or a later one."""
     return {
         planned.model: wire.OfferedModel(
             target=planned.target,
             manifest=planned.manifest,
-            attempt=plan.attempt,
+            attempt=attempt or plan.attempt,
             rollout=rollout,
             trial=plan.trial,
         )

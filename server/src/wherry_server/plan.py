@@ -6,12 +6,15 @@ ever meets a bound that it cannot read.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import msgspec
 
+from wherry_server import pacing
 from wherry_server.gates import COMPARED, Bound, Gate, check_bound, check_gate
-from wherry_server.targeting import FAMILIES, FIELDS, parse_selector
+from wherry_server.pacing import Approval, Rate, Window
+from wherry_server.targeting import FAMILIES, FIELDS, counted_cut_offs, cut_offs, parse_selector
 from wherry_shared.digest import check_digest
 from wherry_shared.errors import RefusedError
 from wherry_shared.ids import target_path
@@ -25,6 +28,8 @@ SECONDS_MAX = 366 * 86_400
 PRIORITY_MAX = 1_000
 ATTEMPT_MAX = 1_000_000
 STRATA_MAX = 4
+COUNT_MAX = 100_000_000
+"""Devices of a stage that is given as a count."""
 GATES_MAX = 8
 PERIOD_S_MIN, PERIOD_S_MAX = 10, 86_400
 HOLD_BACK = 0.05
@@ -54,9 +59,13 @@ class PlannedModel(_Strict, frozen=True, kw_only=True):
 
 
 class Stage(_Strict, frozen=True, kw_only=True):
-    """A share of the cohort, and what it has to prove before the next one starts."""
+    """A share or a number of the cohort's devices, and what it has to prove before the next one starts."""
 
-    share: float
+    share: float = 0.0
+    count: int = 0
+    """Devices instead of a share, divided among the strata by their size, rounded up in each."""
+    per_stratum: bool = False
+    """Whether `count` is of each stratum."""
     soak_s: int = 0
     """Seconds that the stage stays as it is after its sample stood, for trouble that comes late."""
     confirmed_min: int = 1
@@ -111,6 +120,22 @@ class Plan(_Strict, frozen=True, kw_only=True):
     attempt: int = 1
     """Above 1: try again also where the bundle is known to be bad."""
     trial: Trial = Trial()
+    rate: Rate | None = None
+    """How fast devices are exposed inside a stage."""
+    window: Window | None = None
+    """When devices are exposed, by the clock of their own time zone."""
+    start_at: str = ""
+    """A date with a zone, before which the first stage does not begin."""
+    approval: Approval | None = None
+
+    @property
+    def start_us(self) -> int:
+        """When the first stage may begin, microseconds UTC; 0 where nothing is said."""
+        return pacing.start_us(self.start_at)
+
+    def approvers(self, stage: int) -> int:
+        """Return how many people have to agree before a stage begins."""
+        return self.approval.approvers if self.approval is not None and stage + 1 in self.approval.stages else 0
 
     @property
     def compared(self) -> list[Gate]:
@@ -129,8 +154,21 @@ class Plan(_Strict, frozen=True, kw_only=True):
         """How much expected harm `adaptive` keeps to."""
         return HARMED_MAX if self.harmed_max is None else self.harmed_max
 
+    def cut_offs(
+        self, stage: int, keys: Mapping[str, Iterable[int]], stored: Mapping[str, int], *, done: bool = False
+    ) -> dict[str, int]:
+        """Return the cut-offs with which a stage begins; when all is done the last one has its whole share."""
+        told = self.stages[stage]
+        if told.count:
+            most = 1.0 if done else 1 - self.held_back
+            return counted_cut_offs(keys, told.count, each=told.per_stratum, most=most, stored=stored)
+        return cut_offs(keys, self.share_of(stage, done=done), stored)
+
     def share_of(self, stage: int, *, done: bool = False) -> float:
-        """Return the share of the cohort that a stage exposes; the last one exposes its whole share when all is done."""
+        """Return the share of the cohort that a stage exposes; the last one exposes its whole share when all is done.
+
+        A stage that is a count has no share (0); it goes no further than 1 − `held_back` either.
+        """
         share = self.stages[stage].share
         return share if done else min(share, 1 - self.held_back)
 
@@ -144,7 +182,7 @@ def parse_plan(data: bytes | dict[str, Any]) -> Plan:
 
     Raises:
         RefusedError: `plan_invalid`, `plan_format`, `strategy_unsupported`, `plan_models`, `plan_stages`, `plan_bound`,
-            `plan_gate`, `plan_range`, `bad_selector`, `bad_name`, `bad_version` or `bad_digest`.
+            `plan_gate`, `plan_range`, `plan_rate`, `plan_window`, `plan_date`, `plan_approval`, `bad_selector`, `bad_name`, `bad_version` or `bad_digest`.
     """
     try:
         raw = msgspec.json.decode(data) if isinstance(data, bytes) else data
@@ -200,14 +238,27 @@ def _check(plan: Plan) -> None:
     parse_selector(plan.selector)
     if not 1 <= len(plan.stages) <= STAGES_MAX:
         raise RefusedError("plan_stages", f"{len(plan.stages)} stages, expected 1 to {STAGES_MAX}")
-    before = 0.0
+    before, counted = 0.0, 0
     for number, stage in enumerate(plan.stages, 1):
-        if not before < stage.share <= 1:
+        if stage.count:
+            if stage.share or before or stage.count <= counted or plan.strategy == "adaptive":
+                raise RefusedError(
+                    "plan_stages",
+                    f"stage {number} has count {stage.count}: counts ascend, come before shares, and are not of adaptive",
+                )
+            counted = stage.count
+            _within(stage.count, 1, COUNT_MAX, f"count of stage {number}")
+        elif not before < stage.share <= 1:
             raise RefusedError(
                 "plan_stages", f"stage {number} has share {stage.share}, expected above {before} up to 1"
             )
-        before = stage.share
-        _within(stage.share, 1e-6, 1, f"share of stage {number}")
+        else:
+            before = stage.share
+            _within(stage.share, 1e-6, 1, f"share of stage {number}")
+        if stage.per_stratum and not (stage.count and plan.strata):
+            raise RefusedError(
+                "plan_stages", f"stage {number} is per_stratum without a count, or the plan has no strata"
+            )
         _within(stage.soak_s, 0, SECONDS_MAX, f"soak_s of stage {number}")
         _within(stage.confirmed_min, 0, 1_000_000, f"confirmed_min of stage {number}")
     if len(plan.strata) > STRATA_MAX:
@@ -240,6 +291,7 @@ def _check(plan: Plan) -> None:
         _within(getattr(plan, name), 1, SECONDS_MAX, name)
     _within(plan.priority, -PRIORITY_MAX, PRIORITY_MAX, "priority")
     _within(plan.attempt, 1, ATTEMPT_MAX, "attempt")
+    pacing.check(plan.rate, plan.window, plan.approval, plan.start_at, len(plan.stages))
     _check_trial(plan.trial)
     if plan.late_s <= plan.trial.max_s:
         raise RefusedError(

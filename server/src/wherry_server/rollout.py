@@ -13,8 +13,10 @@ Rules for whoever edits this:
 2. Deciding twice is harmless: the director commits progress and decisions in one transaction that compares the
    revision, and a decision says what should be so (devices at or below the cut-off are exposed), never what to add.
 3. Every state that is not final has an exit that needs no device: `running` has `stage_max_s`, `returning` has
-   `revert_s`; `created` and `paused` wait for a person and say so. Waits are by the monotonic clock and start again after
-   a reboot of the director's machine; that is counted, and `RESTARTS_MAX` ends it.
+   `revert_s`; `created` and `paused` wait for a person and say so, and so does `running` before a stage that a date or
+   an approval holds back. No deadline runs while a date, people, a rate or windows are what is missing. Waits are by
+   the monotonic clock and start again after a reboot of the director's machine; that is counted, and `RESTARTS_MAX`
+   ends it.
 4. Counts come in, counts are compared as integers, and a share becomes a count in `targeting.share_count` only.
 5. `done`, `halted`, `aborted` and `reverted` are final: evidence never moves them. A release that is done stays desired:
    newcomers of the cohort below the stored cut-off are still exposed. Only a person's `revert` leaves a final state.
@@ -31,10 +33,10 @@ from wherry_server.gates import COMPARED, Verdict, control, share, threshold
 from wherry_server.plan import OnHalt, Plan
 from wherry_server.sequential import LANES_MAX, Pairs, may_expose, merge
 from wherry_server.targeting import share_count
-from wherry_shared.clock import Now, Since
+from wherry_shared.clock import MICROSECONDS, Now, Since
 
 State = Literal["created", "running", "paused", "returning", "halted", "aborted", "reverted", "done"]
-Command = Literal["", "start", "pause", "resume", "abort", "revert"]
+Command = Literal["", "start", "pause", "resume", "abort", "revert", "retry", "retry_failed"]
 Scope = Literal["unconfirmed", "stage", "all"]
 FINAL: frozenset[State] = frozenset({"halted", "aborted", "reverted", "done"})
 ACTIVE: frozenset[State] = frozenset({"running", "paused", "returning"})
@@ -92,7 +94,7 @@ class Progress(_Value, frozen=True, kw_only=True):
     cut_offs: dict[str, int] = {}
     """Stratum → key; never falls."""
     entered: Since | None = None
-    """Start of the stage, or of the return."""
+    """Start of the stage, or of the return; none while rate or windows hold the stage up."""
     proved: Since | None = None
     """When the stage's sample first stood: its soak counts from here."""
     ending: Literal["", "halted", "aborted", "reverted"] = ""
@@ -105,6 +107,12 @@ class Progress(_Value, frozen=True, kw_only=True):
     """Whether an adaptive rollout has reached the whole share of its stage."""
     released: bool = False
     """Whether the hold-back was let go, when all was done."""
+    paced: Since | None = None
+    """Since when the plan's rate counts: the stage's start, or the last time that nothing could be exposed."""
+    paced_from: int = 0
+    """Devices that the stage had exposed by then."""
+    reached: int = 0
+    """Devices that the stage had exposed when its deadline last began anew; of plans with a rate or a window."""
 
 
 class Counts(_Value, frozen=True, kw_only=True):
@@ -140,6 +148,12 @@ class Counts(_Value, frozen=True, kw_only=True):
         """Devices that are exposed now."""
         return self.heard + self.pending
 
+    @property
+    def ever(self) -> int:
+        """Devices that were ever exposed."""
+        gone = self.excused + self.withdrawn + self.reverted + self.revert_pending + self.superseded
+        return self.standing + gone
+
 
 class Evidence(_Value, frozen=True, kw_only=True):
     """What the director read for one decision."""
@@ -150,6 +164,12 @@ class Evidence(_Value, frozen=True, kw_only=True):
     """Devices of the cohort now."""
     unexposed: int = 0
     """Members at or below the stored cut-offs that may be exposed and are not yet."""
+    closed: int = 0
+    """Members that are free and at or below the cut-offs, and whose maintenance window is shut."""
+    approvals: dict[str, int] = {}
+    """Index of a stage → people who agreed to it."""
+    at: Now | None = None
+    """When it was decided; written down with the decision, so that it can be made again."""
     held: int = 0
     """Members at or below the cut-offs that another rollout holds, or whose hardware the bundle is known bad on."""
     next_cut_offs: dict[str, int] = {}
@@ -206,7 +226,14 @@ class Moved(_Decision, tag="moved", frozen=True, kw_only=True):
     verdicts: list[Verdict] = []
 
 
-Decision: TypeAlias = Expose | Withdraw | Moved
+class Retry(_Decision, tag="retry", frozen=True, kw_only=True):
+    """Every device that ended its attempt without a verdict should try once more, as the attempt after it."""
+
+    failed: bool
+    """Those that failed for a reason that speaks against the bundle as well."""
+
+
+Decision: TypeAlias = Expose | Withdraw | Moved | Retry
 
 
 class Why(msgspec.Struct, frozen=True, kw_only=True):
@@ -315,7 +342,9 @@ def why_not_yet(plan: Plan, progress: Progress, evidence: Evidence, now: Now) ->
                 Why(code="revert_deadline", have=waited, need=plan.revert_s, unit="s"),
             ]
         case "running":
-            return _missing(plan, progress, evidence, now)
+            missing = _missing(plan, progress, evidence, now)
+            last = progress.stage == len(plan.stages) - 1
+            return missing if missing or last else _entry(plan, progress.stage + 1, evidence, now)
         case "done" | "halted" | "aborted" | "reverted":
             return []
 
@@ -333,6 +362,8 @@ def _created(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> tu
     if evidence.command != "start":
         return progress, ()
     started = msgspec.structs.replace(progress, state="running")
+    if _entry(plan, 0, evidence, now):
+        return started, (Moved(state="running", reason="operator"),)
     entered, decisions = _enter_stage(plan, started, 0, evidence, now)
     return entered, (Moved(state="running", reason="operator"), *decisions)
 
@@ -350,17 +381,26 @@ def _under_way(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> 
     if progress.state == "paused":
         if evidence.command != "resume":
             return progress, ()
-        resumed = msgspec.structs.replace(progress, state="running", entered=Since.at(now), reason="", restarts=0)
+        resumed = msgspec.structs.replace(
+            progress, state="running", entered=Since.at(now), reason="", restarts=0, paced=None
+        )
         return resumed, (Moved(state="running", reason="operator"),)
     if evidence.command == "pause":
         paused = msgspec.structs.replace(progress, state="paused", reason="operator", entered=None)
         return paused, (Moved(state="paused", reason="operator"),)
+    if evidence.command in ("retry", "retry_failed"):
+        again = msgspec.structs.replace(progress, entered=Since.at(now), proved=None)
+        return again, (Retry(failed=evidence.command == "retry_failed"),)
     return _running(plan, progress, evidence, found, now)
 
 
 def _running(
     plan: Plan, progress: Progress, evidence: Evidence, found: list[Verdict], now: Now
 ) -> tuple[Progress, tuple[Decision, ...]]:
+    if progress.stage < 0:
+        waits = _entry(plan, 0, evidence, now)
+        return (progress, ()) if waits else _enter_stage(plan, progress, 0, evidence, now)
+    progress, pace = _pace(plan, progress, evidence, now)
     missing = _missing(plan, progress, evidence, now)
     if all(why.code == "soak" for why in missing) and progress.proved is None:
         progress = msgspec.structs.replace(progress, proved=Since.at(now))
@@ -374,25 +414,32 @@ def _running(
                 return ended, (moved,)
             ended = msgspec.structs.replace(ended, cut_offs=_raised(progress, evidence), released=True)
             share = plan.share_of(progress.stage, done=True)
-            return ended, (moved, Expose(stage=progress.stage, share=share, cut_offs=ended.cut_offs))
+            first = plan.rate.within(0) if plan.rate else None
+            return ended, (moved, Expose(stage=progress.stage, share=share, cut_offs=ended.cut_offs, limit=first))
+        if _entry(plan, progress.stage + 1, evidence, now):
+            return progress, ()
         return _enter_stage(plan, progress, progress.stage + 1, evidence, now)
+    if evidence.closed or (pace == 0 and evidence.unexposed):  # only time is missing: the deadline stands still
+        progress = msgspec.structs.replace(progress, entered=None)
+    elif progress.entered is None:
+        progress = msgspec.structs.replace(progress, entered=Since.at(now))
     if _elapsed_s(progress.entered, now) >= plan.stage_max_s or progress.restarts > RESTARTS_MAX:
         reason = f"stage_deadline:{missing[0].code}"
         return _return(progress, "halted", reason, "unconfirmed", now)
     if plan.strategy == "adaptive":
-        return _adapt(plan, progress, evidence, found)
-    if evidence.unexposed:
+        return _adapt(plan, progress, evidence, found, pace)
+    if evidence.unexposed and pace != 0:
         share = plan.share_of(progress.stage)
-        return progress, (Expose(stage=progress.stage, share=share, cut_offs=progress.cut_offs),)
+        return progress, (Expose(stage=progress.stage, share=share, cut_offs=progress.cut_offs, limit=pace),)
     return progress, ()
 
 
 def _adapt(
-    plan: Plan, progress: Progress, evidence: Evidence, found: list[Verdict]
+    plan: Plan, progress: Progress, evidence: Evidence, found: list[Verdict], pace: int | None
 ) -> tuple[Progress, tuple[Decision, ...]]:
     """Widen as far as the expected harm allows; all at once where every gate has passed."""
     proved = _proved(plan, found)
-    limit = None if proved else allowed_now(plan, evidence)
+    limit = _least(pace, None if proved else allowed_now(plan, evidence))
     if limit == 0:
         return progress, ()
     if not evidence.unexposed and not progress.widened:
@@ -425,10 +472,13 @@ def _returning(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> 
 def _final(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> tuple[Progress, tuple[Decision, ...]]:
     if evidence.command == "revert" and progress.state != "reverted" and progress.stage >= 0:
         return _return(progress, "reverted", "operator", "all", now)
+    if progress.state == "done" and evidence.command in ("retry", "retry_failed"):
+        return progress, (Retry(failed=evidence.command == "retry_failed"),)
     if progress.state == "done" and evidence.unexposed:
-        return progress, (
-            Expose(stage=progress.stage, share=plan.share_of(progress.stage, done=True), cut_offs=progress.cut_offs),
-        )
+        progress, pace = _pace(plan, progress, evidence, now)
+        share = plan.share_of(progress.stage, done=True)
+        expose = Expose(stage=progress.stage, share=share, cut_offs=progress.cut_offs, limit=pace)
+        return progress, () if pace == 0 else (expose,)
     return progress, ()
 
 
@@ -442,8 +492,52 @@ def _enter_stage(
     entered = msgspec.structs.replace(
         progress, stage=index, cut_offs=raised, entered=Since.at(now), proved=None, restarts=0, reason=""
     )
-    limit = allowed_now(plan, evidence) if plan.strategy == "adaptive" else None
+    entered = msgspec.structs.replace(entered, paced=Since.at(now) if plan.rate else None, paced_from=0, reached=0)
+    limit = _least(
+        plan.rate.within(0) if plan.rate else None,
+        allowed_now(plan, evidence) if plan.strategy == "adaptive" else None,
+    )
     return entered, (Expose(stage=index, share=reach(plan, entered), cut_offs=raised, limit=limit),)
+
+
+def _entry(plan: Plan, index: int, evidence: Evidence, now: Now) -> list[Why]:
+    """Say what a stage waits for before it begins: a date, people."""
+    found = []
+    if index == 0 and now.wall_us < plan.start_us:
+        found.append(Why(code="start_at", need=-(-(plan.start_us - now.wall_us) // MICROSECONDS), unit="s"))
+    agreed, needed = evidence.approvals.get(str(index), 0), plan.approvers(index)
+    if agreed < needed:
+        found.append(Why(code="approval", have=agreed, need=needed, unit="people"))
+    return found
+
+
+def _pace(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> tuple[Progress, int | None]:
+    """Return how many devices the rate lets expose now, None for any number.
+
+    Where there is a rate or a window, the stage's deadline begins anew with whatever it exposed.
+    """
+    if plan.rate is None and plan.window is None:
+        return progress, None
+    ever = evidence.stage(progress.stage).ever
+    if ever > progress.reached:
+        progress = msgspec.structs.replace(
+            progress, reached=ever, entered=Since.at(now) if progress.entered is not None else None
+        )
+    if plan.rate is None:
+        return progress, None
+    widening = plan.strategy == "adaptive" and not progress.widened
+    if not evidence.unexposed and not widening:  # what nobody could use is not saved up
+        return (msgspec.structs.replace(progress, paced=None) if progress.paced is not None else progress), None
+    if progress.paced is None or progress.paced.boot != now.boot:
+        progress = msgspec.structs.replace(progress, paced=Since.at(now), paced_from=ever)
+        return progress, plan.rate.within(0)
+    waited_s = progress.paced.elapsed_ms(now) / 1000
+    return progress, max(progress.paced_from + plan.rate.within(waited_s) - ever, 0)
+
+
+def _least(*limits: int | None) -> int | None:
+    """Return the lowest of limits, None where there is none."""
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _raised(progress: Progress, evidence: Evidence) -> dict[str, int]:
@@ -485,11 +579,15 @@ def _return(
 
 def _missing(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> list[Why]:
     """What the current stage still has to prove, most telling first; `soak` is last and stands alone at the end."""
+    if progress.stage < 0:
+        return _entry(plan, 0, evidence, now)
     stage = plan.stages[progress.stage]
     fresh, total = evidence.stage(progress.stage), evidence.total
     found: list[Why] = []
     if evidence.unexposed:
         found.append(Why(code="exposing", have=total.standing, need=total.standing + evidence.unexposed))
+    if evidence.closed:
+        found.append(Why(code="window", have=total.standing, need=total.standing + evidence.closed))
     if plan.strategy == "adaptive" and not progress.widened:
         need = share_count(plan.share_of(0), evidence.members)
         found.append(Why(code="widening", have=total.standing, need=need))

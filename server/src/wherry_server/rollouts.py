@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import audit, cohorts, evidence, fleet
 from wherry_server.db.database import Database
-from wherry_server.db.tables import Assignment, Bundle, Decision, Rollout, table
+from wherry_server.db.tables import Approval, Assignment, Bundle, Decision, Rollout, table
 from wherry_server.lease import boot_id
 from wherry_server.outcomes import LIVE
 from wherry_server.plan import Plan, parse_plan
@@ -29,12 +29,16 @@ from wherry_shared.errors import RefusedError
 from wherry_shared.ids import check_name
 
 _ROLLOUT, _BUNDLE, _DECISION, _ASSIGNMENT = table(Rollout), table(Bundle), table(Decision), table(Assignment)
+_APPROVAL = table(Approval)
+APPROVABLE: frozenset[State] = frozenset({"created", "running", "paused"})
 ALLOWED: dict[Command, frozenset[State]] = {
     "start": frozenset({"created"}),
     "pause": frozenset({"running"}),
     "resume": frozenset({"paused"}),
     "abort": frozenset({"created", "running", "paused"}),
     "revert": frozenset({"running", "paused", "returning", "done", "halted", "aborted"}),
+    "retry": frozenset({"running", "done"}),
+    "retry_failed": frozenset({"running", "done"}),
 }
 """In which states a command may be given."""
 TALLIED = ("exposed", "pending", *LIVE[1:], "withdrawn", "revert_pending", "reverted", "superseded")
@@ -201,6 +205,47 @@ async def command(
         return await show(connection, project, number)
 
 
+async def approve(database: Database, project: str, actor: str, number: int, stage: int) -> dict[str, Any]:
+    """Agree that a stage (from 1) begins, and return the rollout. Twice is as good as once.
+
+    Raises:
+        RefusedError: `rollout_unknown`, `rollout_state`, `approval_pointless` or `approval_refused`.
+    """
+    async with database.write() as connection:
+        row = await find(connection, project, number)
+        plan, progress = parse_plan(row.plan), evidence.load_progress(row.progress)
+        if row.state not in APPROVABLE:
+            raise RefusedError("rollout_state", f"rollout {number} is {row.state}: nothing waits for approval")
+        if not plan.approvers(stage - 1) or progress.stage >= stage - 1:
+            raise RefusedError(
+                "approval_pointless",
+                f"stage {stage} of rollout {number} does not wait for approval",
+                consequence="nothing was changed",
+                next_step="see what it waits for: wherry rollout show",
+            )
+        allowed = plan.approval
+        if allowed is None or (actor == row.created_by and not allowed.creator):
+            raise RefusedError(
+                "approval_refused", "who made a rollout does not approve it", next_step="ask somebody else"
+            )
+        if allowed.names and actor.removeprefix("token:") not in allowed.names:
+            raise RefusedError(
+                "approval_refused", "the plan names who may approve", next_step=f"ask {', '.join(allowed.names)[:200]}"
+            )
+        known = select(_APPROVAL.c.at).where(
+            _APPROVAL.c.rollout_id == row.id, _APPROVAL.c.stage == stage - 1, _APPROVAL.c.actor == actor
+        )
+        if await connection.scalar(known) is None:
+            await connection.execute(
+                insert(_APPROVAL).values(
+                    rollout_id=row.id, stage=stage - 1, actor=actor, project_id=project, at=now_us()
+                )
+            )
+            await audit.append(connection, project, actor, "rollout.approve", str(number), stage=stage)
+    async with database.read() as connection:
+        return await show(connection, project, number)
+
+
 async def roll_back(database: Database, project: str, actor: str, model: str, device: str | None) -> dict[str, Any]:
     """Bring a model back to what ran before: of its newest rollout, or on one device only. Returns the rollout that does it.
 
@@ -318,6 +363,7 @@ async def show(connection: AsyncConnection, project: str, number: int) -> dict[s
         "stages": [
             {
                 "share": stage.share,
+                "count": stage.count,
                 "soak_s": stage.soak_s,
                 "confirmed_min": stage.confirmed_min,
                 "state": _stage_state(index, progress),
@@ -328,6 +374,7 @@ async def show(connection: AsyncConnection, project: str, number: int) -> dict[s
         "members": found.members,
         "unexposed": found.unexposed,
         "held": found.held,
+        "closed": found.closed,
         "counts": tallies,
         "outcomes": details,
         "gates": msgspec.to_builtins(verdicts(plan, found, progress.compared)),
@@ -343,6 +390,7 @@ class _Sizes(NamedTuple):
     members: int
     unexposed: int
     held: int
+    closed: int
 
 
 _sizes: OrderedDict[str, _Sizes] = OrderedDict()
@@ -354,7 +402,9 @@ async def _evidence(connection: AsyncConnection, row: Any, plan: Plan, progress:
     known = _sizes.get(row.id)
     if known is not None and known.revision == row.revision and time.monotonic() < known.until:
         found = await evidence.read(connection, row, plan, progress, None, now)
-        return msgspec.structs.replace(found, members=known.members, unexposed=known.unexposed, held=known.held)
+        return msgspec.structs.replace(
+            found, members=known.members, unexposed=known.unexposed, held=known.held, closed=known.closed
+        )
     started = time.monotonic()
     if row.state not in ("created", "running", "paused"):  # nobody is exposed any more; the cohort still has a size
         found = await evidence.read(connection, row, plan, progress, None, now)
@@ -371,7 +421,7 @@ async def _evidence(connection: AsyncConnection, row: Any, plan: Plan, progress:
 def _remember(row: Any, found: Evidence, started: float) -> None:
     ended = time.monotonic()
     until = ended + max(SIZES_FRESH_S, SIZES_SHARE * (ended - started))
-    _sizes[row.id] = _Sizes(row.revision, until, found.members, found.unexposed, found.held)
+    _sizes[row.id] = _Sizes(row.revision, until, found.members, found.unexposed, found.held, found.closed)
     _sizes.move_to_end(row.id)
     while len(_sizes) > SIZES_MAX:
         _sizes.popitem(last=False)

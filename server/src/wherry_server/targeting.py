@@ -109,6 +109,29 @@ def cut_offs(
     return result
 
 
+def counted_cut_offs(
+    keys: Mapping[str, Iterable[int]], count: int, *, each: bool, most: float, stored: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Return the cut-offs of a stage that is a number of devices.
+
+    Args:
+        keys: the keys of the members of each stratum.
+        count: devices of the whole cohort, divided among the strata by their size, rounded up in each.
+        each: whether `count` is of each stratum instead.
+        most: the share of a stratum beyond which it does not go.
+        stored: cut-offs of the stage before; a cut-off never falls below them.
+    """
+    result = dict(stored or {})
+    ranked = {stratum: sorted(members) for stratum, members in keys.items()}
+    population = sum(map(len, ranked.values()))
+    for stratum, members in ranked.items():
+        wanted = count if each else -(-count * len(members) // population) if population else 0
+        rank = min(wanted, share_count(most, len(members)), len(members))
+        if rank:
+            result[stratum] = max(members[rank - 1], result.get(stratum, 0))
+    return result
+
+
 def exposed(key: int, stratum: str, stored: Mapping[str, int], share: float) -> bool:
     """Tell whether a device with `key` belongs to the stages so far.
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from wherry_server import offers, outcomes
 from wherry_server.plan import Plan
-from wherry_server.rollout import Command, Counts, Evidence, Expose, Moved, Progress, Scope, Withdraw, decide
-from wherry_server.targeting import cut_offs, exposed, key_of
+from wherry_server.rollout import Command, Counts, Evidence, Expose, Moved, Progress, Retry, Scope, Withdraw, decide
+from wherry_server.targeting import exposed, key_of
 from wherry_shared.clock import Now
 from wherry_shared.wire import OfferedModel, Report
 from wherry_simulators.server import Server
@@ -38,6 +38,8 @@ class Campaign:
     def __init__(self, server: Server, plan: Plan, rollout: str) -> None:
         if plan.gates or plan.held_back or plan.strategy != "canary":
             raise RuntimeError("a campaign carries canary plans with fixed bounds only")
+        if plan.window or plan.strata:
+            raise RuntimeError("a campaign's devices are of one kind and one time zone")
         self.server = server
         self.plan = plan
         self.rollout = rollout
@@ -67,10 +69,12 @@ class Campaign:
         changes: list[tuple[str, OfferedModel]] = []
         for decision in decisions:
             match decision:
-                case Expose(stage=stage):
-                    changes += self._expose(stage, now)
+                case Expose(stage=stage, limit=limit):
+                    changes += self._expose(stage, limit, now)
                 case Withdraw(scope=scope, stage=stage):
                     changes += self._withdraw(scope, stage)
+                case Retry():
+                    raise RuntimeError("nobody orders a retry here")
                 case Moved():
                     self.moves.append(decision)
         return changes
@@ -99,10 +103,10 @@ class Campaign:
 
     # --- what is done ------------------------------------------------------------------------------
 
-    def _expose(self, stage: int, now: Now) -> list[tuple[str, OfferedModel]]:
+    def _expose(self, stage: int, limit: int | None, now: Now) -> list[tuple[str, OfferedModel]]:
         offered = offers.forwards(self.plan, self.rollout)[self.model]
         changes: list[tuple[str, OfferedModel]] = []
-        for device in self._due(stage):
+        for device in sorted(self._due(stage), key=self._keys.__getitem__)[:limit]:
             manifest, target = self._runs(device)
             self.assigned[device] = Assignment(stage, now.monotonic_ms, target, manifest)
             changes.append((device, offered))
@@ -149,7 +153,7 @@ class Campaign:
         ahead: dict[str, int] = {}
         if following < len(self.plan.stages):
             keys = {STRATUM: list(self._keys.values())}
-            ahead = cut_offs(keys, self.plan.stages[following].share, self.progress.cut_offs)
+            ahead = self.plan.cut_offs(following, keys, self.progress.cut_offs)
         return Evidence(
             stages=[Counts(**counts) for counts in stages],
             members=len(self._keys),

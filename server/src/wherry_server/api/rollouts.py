@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Path, Query, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from wherry_server import rollouts
 from wherry_server.api import etags
@@ -43,6 +43,7 @@ class StageState(BaseModel):
     """A stage, and the devices that it exposed by what became of them."""
 
     share: float
+    count: int = 0
     soak_s: int
     confirmed_min: int
     state: str
@@ -100,6 +101,7 @@ class RolloutDetail(RolloutSummary):
     members: int
     unexposed: int
     held: int
+    closed: int = 0
     counts: dict[str, dict[str, int]]
     outcomes: list[Outcomes]
     gates: list[GateState]
@@ -114,6 +116,12 @@ class DecisionShown(BaseModel):
     decisions: list[dict[str, Any]]
     evidence: dict[str, Any]
     progress_before: dict[str, Any]
+
+
+class ApprovalWish(BaseModel):
+    """The stage that may begin, from 1."""
+
+    stage: Annotated[int, Field(ge=1, le=1000)] = 1
 
 
 class Rollback(BaseModel):
@@ -175,10 +183,21 @@ async def list_decisions(
     return [DecisionShown.model_validate(one) for one in page.full(found, lambda one: one["revision"])]
 
 
+@router.post("/rollouts/{number}/approvals", status_code=202)
+async def approve_rollout(
+    number: Number, wish: ApprovalWish, services: ServicesDep, operator: Operator
+) -> RolloutDetail:
+    """Agree that a stage begins; how many people have to is the plan's."""
+    actor = f"token:{operator.name}"
+    return RolloutDetail.model_validate(
+        await rollouts.approve(services.database, services.project, actor, number, wish.stage)
+    )
+
+
 @router.post("/rollouts/{number}/{command}", status_code=202)
 async def command_rollout(
     number: Number,
-    command: Literal["start", "pause", "resume", "abort", "revert"],
+    command: Literal["start", "pause", "resume", "abort", "revert", "retry", "retry_failed"],
     response: Response,
     services: ServicesDep,
     operator: Operator,

@@ -9,7 +9,20 @@ from typing import Annotated
 import typer
 
 from wherry_server import __version__
-from wherry_server.cli import audit, bundle, cohort, deploy, device, fleet, model, rollout, serve, token, trust
+from wherry_server.cli import (
+    audit,
+    bundle,
+    cohort,
+    deploy,
+    device,
+    fleet,
+    model,
+    quarantine,
+    rollout,
+    serve,
+    token,
+    trust,
+)
 from wherry_server.cli.common import GLOBALS, AsJson
 from wherry_shared.errors import WherryError
 
@@ -44,7 +57,7 @@ def root(
 
 for alone in (serve.commands, deploy.commands, fleet.commands, audit.commands):
     app.registered_commands.extend(alone.registered_commands)
-for group in (bundle, model, device, cohort, rollout, token, trust, audit):
+for group in (bundle, model, device, cohort, rollout, quarantine, token, trust, audit):
     app.add_typer(group.app)
 
 

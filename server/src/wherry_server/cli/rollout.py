@@ -38,7 +38,10 @@ WAITS = {
     "ordered": "the director's next turn, which takes up what was ordered",
     "paused": "it is paused: wherry rollout resume",
     "no_devices": "no device of the cohort is exposed yet",
-    "held": "the devices are held by another rollout, or the bundle is known to be bad on their hardware",
+    "start_at": "seconds until its date",
+    "approval": "people who agreed that the next stage begins: wherry rollout approve",
+    "window": "devices are exposed, the others' maintenance windows are shut",
+    "held": "the devices are in quarantine, held by another rollout, or the bundle is known to be bad on their hardware",
     "exposing": "devices are being exposed",
     "widening": "devices exposed, of those it ends at: it widens as far as the expected harm allows",
     "sample": "devices that have settled, of the minimum sample",
@@ -213,18 +216,29 @@ def watch(number: Number, as_json: AsJson = False) -> None:
     follow(client(), number, as_json=as_json)
 
 
-def _command(name: calls.Command, help_text: str) -> None:
+def _command(name: calls.Command, help_text: str, typed: str = "") -> None:
     def run_command(number: Number, as_json: AsJson = False) -> None:
         found = client().plain(calls.command_rollout(number, name))
         show(found, as_json, lambda out: out.print(f"rollout {number}: {name} is wanted (now {found['state']})"))
 
-    app.command(name, help=help_text)(run_command)
+    app.command(typed or name, help=help_text)(run_command)
+
+
+@app.command()
+def approve(
+    number: Number, stage: Annotated[int, typer.Option(help="The stage that may begin.")] = 1, as_json: AsJson = False
+) -> None:
+    """Agree that a stage begins, where the plan asks for approval."""
+    found = client().plain(calls.approve_rollout(number, stage))
+    show(found, as_json, lambda out: out.print(f"rollout {number}: stage {stage} is approved (now {found['state']})"))
 
 
 _command("start", "Start a rollout.")
 _command("pause", "Expose no further devices; those exposed go on, and a breach still halts.")
 _command("resume", "Go on after a pause.")
 _command("abort", "End a rollout: what is not confirmed is withdrawn, what is confirmed stays.")
+_command("retry", "Let devices that ended without a verdict try once more.")
+_command("retry_failed", "Let those that failed try once more as well: their failures no longer count.", "retry-failed")
 _command("revert", "Bring every device that it changed back to what it ran before.")
 
 
@@ -274,7 +288,7 @@ def progress_view(found: dict[str, Any], width: int) -> RenderableType:
         rows.append(
             [
                 index,
-                f"{stage['share']:.4g}".rstrip() if stage["share"] < 0.0001 else f"{stage['share'] * 100:g} %",
+                _size(stage),
                 stage["state"],
                 everyone,
                 good,
@@ -350,8 +364,16 @@ def _said(decision: dict[str, Any]) -> str:
             return f"expose stage {decision['stage'] + 1} ({decision['share'] * 100:g} %)"
         case "withdraw":
             return f"withdraw ({decision['scope']})"
+        case "retry":
+            return "try again" + (", also those that failed" if decision["failed"] else "")
         case _:
             return f"{decision['state']}: {decision['reason']}"
+
+
+def _size(stage: dict[str, Any]) -> str:
+    if stage.get("count"):
+        return str(stage["count"])
+    return f"{stage['share']:.4g}".rstrip() if stage["share"] < 0.0001 else f"{stage['share'] * 100:g} %"
 
 
 def _line(found: dict[str, Any]) -> str:

@@ -301,6 +301,19 @@ class Assignment(SQLModel, table=True):
     requests: int = _time(default=0)
     errors: int = _time(default=0)
     latency_ratio: float = 0.0
+    released_at: int = Field(default=0, sa_column=Column(BigInteger, nullable=False, server_default="0"))
+    """When an operator let the device out of the quarantine that its failure put it in."""
+
+
+class Approval(SQLModel, table=True):
+    """Somebody agreed that a stage begins."""
+
+    __tablename__ = "approval"
+    rollout_id: str = Field(primary_key=True)
+    stage: int = Field(primary_key=True)
+    actor: str = Field(primary_key=True)
+    project_id: str
+    at: int = _time()
 
 
 class Decision(SQLModel, table=True):

@@ -1,0 +1,100 @@
+"""Quarantine: where a bundle is not offered again, why, and letting it be offered once more."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, Field
+
+from wherry_server import quarantine
+from wherry_server.api.again import Again
+from wherry_server.api.pages import Paging
+from wherry_server.auth import Operator, ServicesDep, Viewer
+
+router = APIRouter(prefix="/api/v1", tags=["quarantine"], route_class=Again)
+Filter = Annotated[str, Query(max_length=128)]
+
+
+class Quarantined(BaseModel):
+    """A device on which a bundle failed."""
+
+    device: str
+    name: str
+    model: str
+    target: str
+    manifest: str
+    attempt: int
+    outcome: str
+    reason: str
+    settled_at: int
+    rollout: int
+
+
+class KnownBad(BaseModel):
+    """A bundle that failed on a hardware class beyond the bound."""
+
+    manifest: str
+    hardware_class: str
+    reason: str
+    devices: int
+    updated_at: int
+    target: str
+
+
+class ReleaseWish(BaseModel):
+    """A device, by id or name, and the model for which it is let out."""
+
+    device: Annotated[str, Field(max_length=128)]
+    model: Annotated[str, Field(max_length=64)]
+
+
+class Released(BaseModel):
+    """How many failures stand in the way no more."""
+
+    device: str
+    name: str
+    model: str
+    released: int
+
+
+class ClearWish(BaseModel):
+    """A bundle and a hardware class, as the list names them."""
+
+    manifest: Annotated[str, Field(max_length=128)]
+    hardware_class: Annotated[str, Field(max_length=512)]
+
+
+@router.get("/quarantine")
+async def list_quarantine(
+    services: ServicesDep, _viewer: Viewer, page: Paging, model: Filter = "", reason: Filter = "", device: Filter = ""
+) -> list[Quarantined]:
+    """List the devices in quarantine, with the reason."""
+    async with services.database.read() as connection:
+        found = await quarantine.devices(connection, services.project, model=model, reason=reason, device=device)
+    taken = page.cut(found, lambda one: [one["device"], one["model"], one["manifest"]])
+    return [Quarantined.model_validate(one) for one in taken]
+
+
+@router.post("/quarantine/release")
+async def release_device(wish: ReleaseWish, services: ServicesDep, operator: Operator) -> Released:
+    """Let a device out of quarantine; nothing is offered until a rollout does so."""
+    actor = f"token:{operator.name}"
+    done = await quarantine.release(services.database, services.project, actor, wish.device, wish.model)
+    return Released.model_validate(done)
+
+
+@router.get("/quarantine/hardware")
+async def list_hardware(services: ServicesDep, _viewer: Viewer, page: Paging) -> list[KnownBad]:
+    """List the bundles that are known to be bad, by hardware class."""
+    async with services.database.read() as connection:
+        found = await quarantine.hardware(connection, services.project)
+    taken = page.cut(found, lambda one: [one["manifest"], one["hardware_class"]])
+    return [KnownBad.model_validate(one) for one in taken]
+
+
+@router.post("/quarantine/hardware/clear", status_code=204)
+async def clear_hardware(wish: ClearWish, services: ServicesDep, operator: Operator) -> None:
+    """Forget that a bundle is bad on a hardware class."""
+    actor = f"token:{operator.name}"
+    await quarantine.clear(services.database, services.project, actor, wish.manifest, wish.hardware_class)

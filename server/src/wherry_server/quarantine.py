@@ -1,0 +1,116 @@
+"""Where a bundle is not offered again: devices on which it failed, and hardware on which it failed beyond the bound.
+
+A device is in quarantine for a bundle while the last attempt that a rollout made with it there failed, nobody released it,
+and no other version of the model was confirmed since. Nothing is stored for that but the assignment itself and when it was
+released. Hardware is condemned by a halt (`known_bad`) and cleared by an operator only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import bindparam, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from wherry_server import audit, fleet
+from wherry_server.db.database import Database
+from wherry_server.outcomes import FAILURES
+from wherry_server.times import now_us
+from wherry_shared.errors import RefusedError
+
+LISTED_MAX = 100_000
+
+
+async def devices(
+    connection: AsyncConnection, project: str, *, model: str = "", reason: str = "", device: str = ""
+) -> list[dict[str, Any]]:
+    """Return the devices in quarantine, with the reason.
+
+    Raises:
+        RefusedError: `device_unknown`.
+    """
+    found = (await fleet.find_device(connection, project, device)).id if device else ""
+    rows = await connection.execute(
+        _DEVICES,
+        {
+            "project": project,
+            "outcomes": list(FAILURES),
+            "model": model,
+            "reason": reason,
+            "device": found,
+            "limit": LISTED_MAX,
+        },
+    )
+    return [dict(row) for row in rows.mappings()]
+
+
+async def release(database: Database, project: str, actor: str, device: str, model: str) -> dict[str, Any]:
+    """Let a device out, for every bundle of a model; what is offered there next is a new attempt.
+
+    Raises:
+        RefusedError: `device_unknown`, or `not_quarantined`.
+    """
+    async with database.write() as connection:
+        found = await fleet.find_device(connection, project, device)
+        changed = await connection.execute(
+            _RELEASE, {"device": found.id, "model": model, "outcomes": list(FAILURES), "now": now_us()}
+        )
+        if not changed.rowcount:
+            raise RefusedError(
+                "not_quarantined",
+                f"{found.name} is not in quarantine for {model[:64]}",
+                consequence="nothing was changed",
+                next_step="see who is: wherry quarantine list",
+            )
+        await audit.append(connection, project, actor, "quarantine.release", found.id, model=model)
+    return {"device": found.id, "name": found.name, "model": model, "released": changed.rowcount}
+
+
+async def hardware(connection: AsyncConnection, project: str) -> list[dict[str, Any]]:
+    """Return the bundles that are known to be bad, by hardware class."""
+    rows = await connection.execute(_HARDWARE, {"project": project})
+    return [dict(row) for row in rows.mappings()]
+
+
+async def clear(database: Database, project: str, actor: str, manifest: str, hardware_class: str) -> None:
+    """Forget that a bundle is bad on a hardware class; devices on which it failed stay in quarantine.
+
+    Raises:
+        RefusedError: `not_known_bad`.
+    """
+    async with database.write() as connection:
+        gone = await connection.execute(
+            _CLEAR, {"project": project, "manifest": manifest, "hardware_class": hardware_class}
+        )
+        if gone.rowcount != 1:
+            raise RefusedError(
+                "not_known_bad",
+                "that bundle is not known to be bad on that hardware",
+                consequence="nothing was changed",
+                next_step="see what is: wherry quarantine hardware",
+            )
+        await audit.append(connection, project, actor, "known_bad.clear", manifest, hardware_class=hardware_class)
+
+
+_DEVICES = text(
+    "SELECT a.device_id AS device, d.name, a.model, a.to_target AS target, a.to_manifest AS manifest, a.attempt, a.outcome,"
+    " a.reason, a.settled_at, r.number AS rollout FROM assignment a JOIN device d ON d.id = a.device_id"
+    " JOIN rollout r ON r.id = a.rollout_id WHERE a.project_id = :project AND a.outcome IN :outcomes AND a.released_at = 0"
+    " AND (:model = '' OR a.model = :model) AND (:reason = '' OR a.reason = :reason)"
+    " AND (:device = '' OR a.device_id = :device) AND NOT EXISTS (SELECT 1 FROM assignment n"
+    " WHERE n.device_id = a.device_id AND n.model = a.model AND n.exposed_at > a.exposed_at"
+    " AND (n.to_manifest = a.to_manifest OR n.outcome IN ('confirmed', 'confirmed_idle')))"
+    " ORDER BY a.device_id, a.model, a.to_manifest LIMIT :limit"
+).bindparams(bindparam("outcomes", expanding=True))
+_RELEASE = text(
+    "UPDATE assignment SET released_at = :now WHERE device_id = :device AND model = :model AND outcome IN :outcomes"
+    " AND released_at = 0"
+).bindparams(bindparam("outcomes", expanding=True))
+_HARDWARE = text(
+    "SELECT k.manifest, k.hardware_class, k.reason, k.devices, k.updated_at, COALESCE(b.model || '/' || b.version, '') AS"
+    " target FROM known_bad k LEFT JOIN bundle b ON b.project_id = k.project_id AND b.manifest = k.manifest"
+    " WHERE k.project_id = :project ORDER BY k.manifest, k.hardware_class"
+)
+_CLEAR = text(
+    "DELETE FROM known_bad WHERE project_id = :project AND manifest = :manifest AND hardware_class = :hardware_class"
+)

@@ -1,0 +1,279 @@
+"""Dates, people, rates and maintenance windows: pure, then over a database."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import text
+
+from tests.server.fleet_kit import MODEL, PROJECT, FakeDevice, Fleet, fleet, manifest_of, run
+from wherry_server import quarantine, rollouts
+from wherry_server.pacing import DAYS, Rate, Window, start_us
+from wherry_server.plan import parse_plan
+from wherry_server.targeting import counted_cut_offs
+from wherry_shared.errors import RefusedError
+
+GOOD: dict[str, Any] = {
+    "models": [{"model": "m", "version": "1.0.0", "manifest": "sha256:" + "a" * 64}],
+    "selector": "all",
+    "stages": [{"share": 0.5}, {"share": 1.0}],
+}
+BAD = [
+    ("plan_rate", {"rate": {"per_minute": 0}}),
+    ("plan_rate", {"rate": {"per_minute": 5, "ramp_to": 50}}),
+    ("plan_rate", {"rate": {"per_minute": 5, "ramp_s": 50}}),
+    ("plan_window", {"window": {"from": "22:00", "until": "25:00"}}),
+    ("plan_window", {"window": {"from": "9", "until": "10:00"}}),
+    ("plan_window", {"window": {"from": "09:00", "until": "09:05"}}),
+    ("plan_window", {"window": {"from": "09:00", "until": "10:00", "days": []}}),
+    ("plan_invalid", {"window": {"from": "09:00", "until": "10:00", "days": ["someday"]}}),
+    ("plan_date", {"start_at": "tomorrow"}),
+    ("plan_date", {"start_at": "2026-12-01T22:00:00"}),
+    ("plan_approval", {"approval": {"approvers": 0}}),
+    ("plan_approval", {"approval": {"stages": [3]}}),
+    ("plan_approval", {"approval": {"approvers": 2, "names": ["eve"]}}),
+    ("plan_stages", {"stages": [{"share": 0.1}, {"count": 5}]}),
+    ("plan_stages", {"stages": [{"count": 5}, {"count": 5}]}),
+    ("plan_stages", {"stages": [{"count": 5, "share": 0.1}]}),
+    ("plan_stages", {"stages": [{"count": 5, "per_stratum": True}]}),
+    ("plan_stages", {"stages": [{"count": 5}], "strategy": "adaptive"}),
+]
+
+
+@pytest.mark.parametrize(("code", "change"), BAD)
+def test_what_cannot_be_kept_to_is_not_stored(code: str, change: dict[str, Any]):
+    with pytest.raises(RefusedError) as caught:
+        parse_plan({**GOOD, **change})
+    assert caught.value.code == code
+
+
+def at(text_: str) -> int:
+    return int(datetime.fromisoformat(text_).replace(tzinfo=UTC).timestamp() * 1e6)
+
+
+WINDOWS = [
+    ("22:00", "05:00", DAYS, "2026-01-05T22:00", "UTC", True),
+    ("22:00", "05:00", DAYS, "2026-01-06T04:59", "UTC", True),
+    ("22:00", "05:00", DAYS, "2026-01-06T05:00", "UTC", False),
+    ("22:00", "05:00", DAYS, "2026-01-05T21:00", "Europe/Berlin", True),
+    ("22:00", "05:00", DAYS, "2026-07-05T20:00", "Europe/Berlin", True),  # in summer it is two hours
+    ("22:00", "05:00", DAYS, "2026-07-05T19:59", "Europe/Berlin", False),
+    ("22:00", "05:00", ["mon"], "2026-01-06T04:00", "UTC", True),  # Tuesday, of the window that Monday opened
+    ("22:00", "05:00", ["mon"], "2026-01-06T23:00", "UTC", False),
+    ("09:00", "17:00", DAYS, "2026-01-05T12:00", "Not/AZone", True),
+]
+
+
+@pytest.mark.parametrize(("opens", "until", "days", "moment", "zone", "is_open"), WINDOWS)
+def test_a_window_is_read_on_the_devices_own_clock(
+    opens: str, until: str, days: Any, moment: str, zone: str, is_open: bool
+):
+    assert Window(from_=opens, until=until, days=list(days)).open_at(at(moment), zone) is is_open
+
+
+@given(st.floats(0.01, 1e4), st.floats(0.01, 1e4), st.integers(1, 5_000), st.floats(0, 1e5), st.floats(0, 1e4))
+def test_a_rate_never_gives_back_and_never_gives_faster_than_its_fastest(
+    first: float, last: float, ramp_s: int, waited_s: float, more_s: float
+):
+    rate = Rate(per_minute=first, ramp_to=last, ramp_s=ramp_s)
+    now, then = rate.within(waited_s), rate.within(waited_s + more_s)
+    assert now <= then <= now + 1 + max(first, last) / 60 * more_s + 1e-6
+    assert rate.within(0) == 1
+    even = 1 + (first + last) / 120 * ramp_s
+    assert even - 1 <= rate.within(ramp_s) <= even + 1e-6
+
+
+@given(st.lists(st.integers(1, 1 << 63), min_size=1, max_size=40, unique=True), st.integers(1, 50), st.booleans())
+def test_a_count_is_a_count(keys: list[int], count: int, each: bool):
+    split = {"a": keys[::2], "b": keys[1::2]}
+    found = counted_cut_offs(split, count, each=each, most=1.0)
+    taken = {name: sum(key <= found.get(name, 0) for key in members) for name, members in split.items()}
+    if each:
+        assert taken == {name: min(count, len(members)) for name, members in split.items()}
+    else:
+        assert min(count, len(keys)) <= sum(taken.values()) <= min(count, len(keys)) + 1
+        assert all(taken[name] for name, members in split.items() if members)
+
+
+def test_a_date_has_a_zone():
+    assert start_us("2026-12-01T22:00:00+01:00") == at("2026-12-01T21:00:00")
+    assert start_us("") == 0
+
+
+# --- over a database -----------------------------------------------------------------------------
+
+
+@pytest.mark.backends
+def test_a_stage_of_so_many_devices_then_a_rate(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            await found.enrol(20, version="1.0.0")
+            number = await found.roll_out(
+                "1.1.0", stages=[{"count": 3}, {"share": 1.0}], rate={"per_minute": 60}, late_s=60, trial={"max_s": 30}
+            )
+            sizes = []
+            for _ in range(30):
+                await found.turn()
+                sizes.append(len(await found.rows("SELECT 1 FROM assignment")))
+                if (await found.show(number))["state"] == "done":
+                    break
+            assert (await found.show(number))["state"] == "done"
+            assert sizes[:3] == [1, 2, 3]
+            assert all(after - before <= 2 for before, after in itertools.pairwise(sizes))
+            assert sizes[-1] == 20
+
+    run(work())
+
+
+async def set_timezones(found: Fleet, devices: list[FakeDevice], zone: str) -> None:
+    async with found.database.write() as connection:
+        for device in devices:
+            facts = json.dumps({"arch": "x86_64", "timezone": zone, "engines": []})
+            await connection.execute(
+                text("UPDATE device SET facts = :facts WHERE id = :id"), {"facts": facts, "id": device.id}
+            )
+
+
+def test_a_device_is_exposed_in_its_own_night_and_nothing_is_late_meanwhile(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            found.conductor.moment = lambda: at("2026-01-05T00:00") + int(found.seconds * 1e6)
+            await found.publish("1.0.0", "1.1.0")
+            berlin = await found.enrol(4, version="1.0.0")
+            tokyo = await found.enrol(4, version="1.0.0")
+            await set_timezones(found, berlin, "Europe/Berlin")
+            await set_timezones(found, tokyo, "Asia/Tokyo")
+            number = await found.roll_out(
+                "1.1.0",
+                window={"from": "01:00", "until": "04:00"},
+                stage_max_s=3600,
+                late_s=600,
+                silent_s=600,
+                trial={"max_s": 60},
+            )
+            await found.turn()
+            await found.turn()
+            assert {one.running for one in berlin} == {manifest_of("1.1.0")}  # 01:00 there, 09:00 in Tokyo
+            assert {one.running for one in tokyo} == {manifest_of("1.0.0")}
+            await found.turn(seconds=10 * 3600)
+            await found.turn()
+            (row,) = await found.rows("SELECT state, reason FROM rollout WHERE number = :n", n=number)
+            assert tuple(row) == ("running", ""), "the stage's deadline does not run while windows are shut"
+            await found.turn(seconds=6 * 3600)
+            await found.turn()
+            await found.turn()
+            assert {one.running for one in tokyo} == {manifest_of("1.1.0")}
+            assert (await found.show(number))["state"] == "done"
+
+    run(work())
+
+
+def test_a_stage_waits_for_its_date_and_for_other_people(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            await found.enrol(4, version="1.0.0")
+            soon = datetime.fromtimestamp(1_700_000_000 + 100, UTC).isoformat()
+            number = await found.roll_out(
+                "1.1.0",
+                start_at=soon,
+                stages=[{"share": 0.5}, {"share": 1.0}],
+                approval={"approvers": 2, "stages": [2], "names": ["ann", "bob", "cy"]},
+            )
+            await found.turn()
+            shown = await found.show(number)
+            assert (shown["state"], shown["stage"]) == ("running", -1)
+            await found.turn(seconds=100)
+            for _ in range(4):
+                await found.turn()
+            shown = await found.show(number)
+            assert shown["stage"] == 0
+            assert shown["why_not_yet"] == [{"code": "approval", "have": 0, "need": 2, "unit": "people"}]
+            for who, code in (("test", "approval_refused"), ("token:eve", "approval_refused")):
+                with pytest.raises(RefusedError) as caught:
+                    await rollouts.approve(found.database, PROJECT, who, number, 2)
+                assert caught.value.code == code
+            for who in ("token:ann", "token:ann"):
+                await rollouts.approve(found.database, PROJECT, who, number, 2)
+            await found.turn(seconds=10 * 86_400)
+            assert (await found.show(number))["stage"] == 0, "twice by one is once, and no deadline runs"
+            await rollouts.approve(found.database, PROJECT, "token:bob", number, 2)
+            assert (await found.until(number, "done"))["counts"]["real"]["confirmed"] == 4
+            actors = await found.rows("SELECT actor FROM audit_entry WHERE action = 'rollout.approve' ORDER BY id")
+            assert [one.actor for one in actors] == ["token:ann", "token:bob"]
+
+    run(work())
+
+
+@pytest.mark.backends
+def test_devices_that_failed_are_in_quarantine_until_they_are_released(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            devices = await found.enrol(10, version="1.0.0")
+            bad, floor = devices[0], devices[1]
+            bad.behaviours["1.1.0"], floor.behaviours["1.1.0"] = "bad", "floor"
+            wide = {"failure": {"share": 0.9}, "excused": {"share": 0.9}}
+            number = await found.roll_out("1.1.0", **wide)
+            await found.until(number, "done")
+            async with found.database.read() as connection:
+                listed = await quarantine.devices(connection, PROJECT, model=MODEL)
+                assert await quarantine.devices(connection, PROJECT, reason="crash") == []
+            assert [(one["device"], one["reason"]) for one in listed] == [(bad.id, "health_errors")]
+
+            # who ended without a verdict tries again alone; who failed only on explicit order
+            floor.behaviours.clear()
+            offered = dict(bad.offered)
+            await found.command(number, "retry")
+            await found.turn()
+            await found.turn()
+            assert floor.running == manifest_of("1.1.0")
+            assert bad.offered == offered
+            attempts = await found.rows("SELECT device_id FROM assignment WHERE attempt = 2")
+            assert [one.device_id for one in attempts] == [floor.id]
+
+            # another rollout of the same bundle leaves it alone, until it is released
+            again = await found.roll_out("1.1.0", **wide)
+            await found.until(again, "done")
+            counts = (await found.show(again))["counts"]["real"]
+            assert (counts["exposed"], bad.offered) == (9, offered)
+            bad.behaviours.clear()
+            await quarantine.release(found.database, PROJECT, "test", bad.id, MODEL)
+            await found.turn()
+            await found.turn()
+            assert bad.running == manifest_of("1.1.0")
+            with pytest.raises(RefusedError) as caught:
+                await quarantine.release(found.database, PROJECT, "test", bad.id, MODEL)
+            assert caught.value.code == "not_quarantined"
+
+    run(work())
+
+
+def test_hardware_that_was_condemned_is_cleared_by_an_order_only(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            devices = await found.enrol(10, version="1.0.0")
+            for device in devices[:5]:
+                device.behaviours["1.1.0"] = "bad"
+            await found.until(await found.roll_out("1.1.0"), "halted")
+            async with found.database.read() as connection:
+                (known,) = await quarantine.hardware(connection, PROJECT)
+            assert known["target"] == f"{MODEL}/1.1.0"
+            await quarantine.clear(found.database, PROJECT, "test", known["manifest"], known["hardware_class"])
+            with pytest.raises(RefusedError) as caught:
+                await quarantine.clear(found.database, PROJECT, "test", known["manifest"], known["hardware_class"])
+            assert caught.value.code == "not_known_bad"
+            number = await found.roll_out("1.1.0")
+            await found.until(number, "done")
+            assert (await found.show(number))["counts"]["real"]["confirmed"] == 5  # the others are in quarantine
+
+    run(work())
