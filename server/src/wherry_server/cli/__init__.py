@@ -10,6 +10,7 @@ import typer
 
 from wherry_server import __version__
 from wherry_server.cli import (
+    apply,
     audit,
     bundle,
     cohort,
@@ -55,7 +56,7 @@ def root(
     GLOBALS.server, GLOBALS.token, GLOBALS.as_json = server, token, as_json
 
 
-for alone in (serve.commands, deploy.commands, fleet.commands, audit.commands):
+for alone in (serve.commands, deploy.commands, fleet.commands, audit.commands, apply.commands):
     app.registered_commands.extend(alone.registered_commands)
 for group in (bundle, model, device, cohort, rollout, quarantine, token, trust, audit):
     app.add_typer(group.app)

@@ -7,14 +7,13 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import msgspec
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.measure import Measurement
 from rich.text import Text
 
-from wherry_server import calls
+from wherry_server import calls, desired
 from wherry_server.cli.common import GLOBALS, AsJson, client, console, show, table, when
 from wherry_server.client import Client
 from wherry_shared.errors import RefusedError
@@ -82,20 +81,12 @@ def parse_stages(text: str, soak_s: int, confirmed_min: int) -> list[dict[str, A
 
 
 def read_plan(file: Path | None) -> dict[str, Any]:
-    """Return the fields of a plan file, TOML or JSON.
+    """Return the fields of a plan file: TOML, YAML or JSON.
 
     Raises:
         RefusedError: `plan_file`.
     """
-    if file is None:
-        return {}
-    try:
-        data = file.read_bytes()
-        decode = msgspec.toml.decode if file.suffix == ".toml" else msgspec.json.decode
-        found = decode(data, type=dict[str, Any])
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise RefusedError("plan_file", f"{file}: {error}", next_step="see docs/formats/plan.md") from error
-    return found
+    return {} if file is None else desired.decode(file)
 
 
 @app.command()
@@ -115,7 +106,7 @@ def create(  # one option per wish
         int | None, typer.Option(help="Devices with traffic that each stage needs (default: 1).")
     ] = None,
     trial: Annotated[int | None, typer.Option(help="Seconds after which a trial without traffic ends.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="More of the plan, as TOML or JSON.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="More of the plan, as TOML, YAML or JSON.")] = None,
     start: Annotated[bool, typer.Option("--start", help="Start it at once.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Start it and watch it to its end.")] = False,
     as_json: AsJson = False,
@@ -208,6 +199,15 @@ def decisions(number: Number, as_json: AsJson = False) -> None:
         out.print(table(["#REVISION", "WHEN", "DECIDED"], rows))
 
     show(found, as_json, render)
+
+
+@app.command()
+def schema(as_json: AsJson = False) -> None:
+    """Print the JSON schema of plan files, for editors and for checks in git."""
+    from wherry_server.plan_schema import wish_schema
+
+    found = wish_schema()
+    show(found, as_json, lambda out: out.print_json(data=found))
 
 
 @app.command()

@@ -1,0 +1,100 @@
+"""`wherry apply`: bring the server to what files say, so that a fleet can live in git."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from wherry_server import calls, desired
+from wherry_server.cli.common import GLOBALS, AsJson, client, console, show
+from wherry_server.client import Client
+from wherry_shared.errors import RefusedError
+
+commands = typer.Typer()
+EXIT_DIFFERENT = 2
+"""Exit status of `--dry-run` where something would be done."""
+SIGN = {"create": "+", "change": "~", "delete": "-", "start": ">"}
+STYLE = {"create": "green", "change": "yellow", "delete": "red", "start": "cyan"}
+
+
+@commands.command()
+def apply(
+    folder: Annotated[Path, typer.Option("--file", "-f", help="Folder of TOML, YAML or JSON files.", exists=True)],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show only; exits with 2 if something would be done.")
+    ] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Forget cohorts that no file names.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Bring cohorts and rollouts to what files say, after showing what would be done.
+
+    Doing it again changes nothing; nothing is deleted without --prune.
+    """
+    wanted = desired.read(folder)
+    machine = as_json or GLOBALS.as_json
+    with client() as server:
+        todo = desired.changes(wanted, *_there(server, wanted), prune=prune)
+        asked = bool(todo) and not dry_run and not yes
+        if asked and (machine or not sys.stdin.isatty()):
+            raise RefusedError(
+                "confirmation_missing",
+                f"{len(todo)} changes, and nobody to ask",
+                consequence="nothing was changed",
+                next_step="look at them with --dry-run, then say --yes",
+            )
+        if asked:
+            _render(console(), todo)
+            typer.confirm("do that?", abort=True)
+        if not dry_run:
+            for change in todo:
+                _do(server, change)
+    found = {"changes": msgspec.to_builtins(todo), "applied": not dry_run}
+    show(found, as_json, lambda out: _render(out, todo) if not asked else out.print("done"))
+    if dry_run and todo:
+        raise typer.Exit(EXIT_DIFFERENT)
+
+
+def _there(server: Client, wanted: desired.Desired) -> tuple[dict[str, str], list[dict[str, object]]]:
+    """Return the cohorts that are there, and the rollouts that files speak of with their plans, newest first."""
+    cohorts = {one.name: one.selector for one in server.each(calls.list_cohorts())}
+    bundles = {desired.key(wish)[0] for wish in wanted.rollouts}
+    rollouts: list[dict[str, object]] = [
+        server.plain(calls.show_rollout(one.number))
+        for model in sorted({bundle.split(":", 1)[0] for bundle in bundles})
+        for one in server.each(calls.list_rollouts(model))
+        if "+".join(f"{part['model']}:{part['version']}" for part in one.models) in bundles
+    ]
+    return cohorts, rollouts
+
+
+def _do(server: Client, change: desired.Change) -> None:
+    selector = (change.after or {}).get("selector", "")
+    match (change.kind, change.do):
+        case ("cohort", "create"):
+            server.send(calls.create_cohort(change.name, selector))
+        case ("cohort", "change"):
+            server.send(calls.change_cohort(change.name, selector))
+        case ("cohort", "delete"):
+            server.send(calls.delete_cohort(change.name))
+        case ("rollout", "create"):
+            server.send(calls.create_rollout(change.after or {}))
+        case _:
+            server.send(calls.command_rollout(change.number, "start"))
+
+
+def _render(out: Console, todo: list[desired.Change]) -> None:
+    if not todo:
+        out.print("everything is as the files say")
+    for change in todo:
+        out.print(Text(f"{SIGN[change.do]} {change.do} {change.kind} {change.name}", style=STYLE[change.do]))
+        for sign, side, style in (("-", change.before, "red"), ("+", change.after, "green")):
+            for name, value in sorted((side or {}).items()):
+                out.print(Text(f"    {sign} {name} = {json.dumps(value, ensure_ascii=False)}", style=style))

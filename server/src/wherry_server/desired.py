@@ -1,0 +1,176 @@
+"""What files say that a fleet should have, and what has to change for it. Nothing here calls a server.
+
+A cohort is changed into what the files say. A rollout never changes: it is known by its bundle, by whom it is for and by its attempt,
+and is created once; files that now say otherwise about one that is there are refused. What no file names stays, unless pruning
+is asked for, which forgets cohorts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from wherry_shared.errors import RefusedError
+
+SUFFIXES = (".toml", ".yaml", ".yml", ".json")
+FILES_MAX = 1000
+Do = Literal["create", "change", "delete", "start"]
+
+
+class Cohort(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A cohort that should be there."""
+
+    name: str
+    selector: str
+
+
+class Desired(msgspec.Struct, forbid_unknown_fields=True):
+    """What one file says, or all together."""
+
+    cohorts: list[Cohort] = []
+    rollouts: list[dict[str, Any]] = []
+    """Fields of plans, as `POST /rollouts` takes them."""
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing to do."""
+
+    do: Do
+    kind: Literal["cohort", "rollout"]
+    name: str
+    before: dict[str, Any] | None = None
+    after: dict[str, Any] | None = None
+    number: int = 0
+
+
+def decode(file: Path) -> dict[str, Any]:
+    """Return the fields of a TOML, YAML or JSON file.
+
+    Raises:
+        RefusedError: `plan_file`.
+    """
+    try:
+        data = file.read_bytes()
+        if file.suffix == ".toml":
+            return msgspec.toml.decode(data, type=dict[str, Any])
+        if file.suffix in (".yaml", ".yml"):
+            return msgspec.yaml.decode(data, type=dict[str, Any])
+        return msgspec.json.decode(data, type=dict[str, Any])
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RefusedError(
+            "plan_file",
+            f"{file}: {error}",
+            consequence="nothing was changed",
+            next_step="see docs/formats/plan.md, and the schema: wherry rollout schema",
+        ) from error
+
+
+def read(folder: Path) -> Desired:
+    """Return what all files of a folder and the folders below it say together.
+
+    Raises:
+        RefusedError: `plan_file`, or `apply_invalid` for what is no such file, said twice, or nothing at all.
+    """
+    whole = Desired()
+    files = sorted(file for file in folder.rglob("*") if file.suffix in SUFFIXES and file.is_file())[: FILES_MAX + 1]
+    if not files or len(files) > FILES_MAX:
+        raise _invalid(f"{folder} has {len(files)} files ({', '.join(SUFFIXES)}), expected 1 to {FILES_MAX}")
+    for file in files:
+        try:
+            found = msgspec.convert(decode(file), Desired)
+        except msgspec.ValidationError as error:
+            raise _invalid(f"{file}: {error}") from error
+        whole.cohorts += found.cohorts
+        whole.rollouts += found.rollouts
+    names = [f"cohort {cohort.name}" for cohort in whole.cohorts]
+    names += [f"rollout {' '.join(key(rollout))}" for rollout in whole.rollouts]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise _invalid(f"said twice: {', '.join(twice)[:300]}")
+    return whole
+
+
+def key(wish: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return by what a rollout is known: bundle, whom it is for, attempt.
+
+    Raises:
+        RefusedError: `apply_invalid`.
+    """
+    models = wish.get("models")
+    whom = [f"{kind}={wish[kind]}" for kind in ("cohort", "selector") if wish.get(kind)]
+    if not isinstance(models, list) or not models or not isinstance(models[0], dict) or len(whom) != 1:
+        raise _invalid("a rollout has models = [{model, version}] and one of cohort or selector")
+    bundles = "+".join(f"{one.get('model')}:{one.get('version')}" for one in models)
+    return bundles, whom[0], str(wish.get("attempt", 1))
+
+
+def differs(wished: Any, there: Any) -> bool:
+    """Tell whether something is not as wished; what the wish does not say may be anything."""
+    if isinstance(wished, dict) and isinstance(there, dict):
+        return any(differs(value, there.get(name)) for name, value in wished.items())
+    if isinstance(wished, list) and isinstance(there, list):
+        return len(wished) != len(there) or any(differs(a, b) for a, b in zip(wished, there, strict=True))
+    return bool(wished != there)
+
+
+def changes(
+    desired: Desired, cohorts: Mapping[str, str], rollouts: Sequence[Mapping[str, Any]], *, prune: bool = False
+) -> list[Change]:
+    """Return what has to be done, in the order in which it can be done.
+
+    Args:
+        desired: what the files say.
+        cohorts: selectors of the cohorts that are there, by name.
+        rollouts: those that are there, newest first, with their plans.
+        prune: whether cohorts that no file names are forgotten.
+
+    Raises:
+        RefusedError: `apply_conflict`, if a rollout that is there is not as the files say; `apply_invalid`.
+    """
+    found: list[Change] = []
+    for cohort in desired.cohorts:
+        after = {"selector": cohort.selector}
+        if cohort.name not in cohorts:
+            found.append(Change(do="create", kind="cohort", name=cohort.name, after=after))
+        elif cohorts[cohort.name] != cohort.selector:
+            before = {"selector": cohorts[cohort.name]}
+            found.append(Change(do="change", kind="cohort", name=cohort.name, before=before, after=after))
+    there: dict[tuple[str, str, str], Mapping[str, Any]] = {}
+    for one in rollouts:
+        plan = one["plan"]
+        whom = {"cohort": plan["cohort"]} if plan["cohort"] else {"selector": plan["selector"]}
+        there.setdefault(key({**whom, "models": plan["models"], "attempt": plan["attempt"]}), one)
+    for wish in desired.rollouts:
+        name = " ".join(key(wish))
+        known = there.get(key(wish))
+        if known is None:
+            found.append(Change(do="create", kind="rollout", name=name, after=dict(wish)))
+            continue
+        said = {field: value for field, value in wish.items() if field != "start"}
+        wrong = sorted(field for field, value in said.items() if differs(value, known["plan"].get(field)))
+        if wrong:
+            raise RefusedError(
+                "apply_conflict",
+                f"rollout {known['number']} ({name}) has another {', '.join(wrong)}",
+                consequence="nothing was changed: a rollout keeps the plan that it was created with",
+                next_step="raise its attempt in the file, or take back the edit",
+            )
+        if wish.get("start") is True and known["state"] == "created" and not known["wanted"]:
+            found.append(Change(do="start", kind="rollout", name=name, number=known["number"]))
+    if prune:
+        named = {cohort.name for cohort in desired.cohorts}
+        found += [
+            Change(do="delete", kind="cohort", name=name, before={"selector": selector})
+            for name, selector in cohorts.items()
+            if name not in named
+        ]
+    return found
+
+
+def _invalid(text: str) -> RefusedError:
+    return RefusedError(
+        "apply_invalid", text, consequence="nothing was changed", next_step="see what files may say: docs/cli.md"
+    )

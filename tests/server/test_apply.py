@@ -1,0 +1,109 @@
+"""A folder of files brings a server to what it says, once; and the schema of plan files says what plans may."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema_rs
+import pytest
+
+from tests.server.harness import Running, release
+from tests.server.test_cli import said, wherry
+from wherry_server import desired
+from wherry_server.plan_schema import wish_schema
+from wherry_shared.errors import RefusedError
+
+TOML = """
+[[cohorts]]
+name = "applied"
+selector = "label.site = berlin"
+
+[[rollouts]]
+models = [{ model = "applied", version = "1.0.0" }]
+cohort = "applied"
+stages = [{ share = 0.1 }, { share = 1 }]
+"""
+YAML = "cohorts:\n  - {name: applied-lab, selector: name = lab-*}\n"
+
+
+def test_files_are_applied_once_and_show_what_they_change(server: Running, tmp_path: Path) -> None:
+    release(server, tmp_path, "applied")
+    fleet = tmp_path / "fleet"
+    (fleet / "below").mkdir(parents=True)
+    (fleet / "one.toml").write_text(TOML)
+    (fleet / "below" / "two.yaml").write_text(YAML)
+    wherry(server, "cohort", "create", "applied-other", "all")
+    command = ("apply", "-f", str(fleet))
+
+    nobody = wherry(server, *command)
+    assert (nobody.returncode, "[confirmation_missing]" in nobody.stderr) == (1, True), nobody.stderr
+    dry = wherry(server, *command, "--dry-run")
+    assert dry.returncode == 2, dry.stderr
+    assert "+ create cohort applied-lab" in dry.stdout
+    assert '+ selector = "label.site = berlin"' in dry.stdout
+    names = {one["name"] for one in said(server, "cohort", "list")}  # type: ignore[attr-defined]
+    assert not {"applied", "applied-lab"} & names
+
+    done: Any = said(server, *command, "--yes")
+    assert [(one["do"], one["kind"]) for one in done["changes"]] == [
+        ("create", "cohort"),
+        ("create", "cohort"),
+        ("create", "rollout"),
+    ]
+    again = wherry(server, *command, "--dry-run")
+    assert (again.returncode, again.stdout.strip()) == (0, "everything is as the files say")
+
+    (fleet / "one.toml").write_text(TOML.replace("berlin", "bonn").replace("stages", "start = true\nstages"))
+    done = said(server, *command, "--yes")
+    assert [(one["do"], one["kind"]) for one in done["changes"]] == [("change", "cohort"), ("start", "rollout")]
+    assert wherry(server, *command, "--dry-run").returncode == 0
+
+    (fleet / "one.toml").write_text(TOML.replace("0.1", "0.2"))
+    refused = wherry(server, *command, "--yes")
+    assert (refused.returncode, "[apply_conflict]" in refused.stderr) == (1, True), refused.stderr
+
+    (fleet / "one.toml").unlink()
+    assert wherry(server, *command, "--dry-run").returncode == 0, "what no file names stays"
+    pruned: Any = said(server, *command, "--yes", "--prune")
+    assert {(one["do"], one["name"]) for one in pruned["changes"]} == {
+        ("delete", "applied"),
+        ("delete", "applied-other"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("files", "code"),
+    [
+        ({}, "apply_invalid"),
+        ({"a.toml": "cohort = 1"}, "apply_invalid"),
+        ({"a.toml": "x"}, "plan_file"),
+        ({"a.yaml": "a: [b"}, "plan_file"),
+        ({"a.yaml": YAML, "b.yml": YAML}, "apply_invalid"),
+        ({"a.json": '{"rollouts": [{"models": []}]}'}, "apply_invalid"),
+        ({"a.json": '{"cohorts": [{"name": "x"}]}'}, "apply_invalid"),
+    ],
+)
+def test_files_that_make_no_sense_are_refused(tmp_path: Path, files: dict[str, str], code: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(RefusedError) as caught:
+        desired.read(tmp_path)
+    assert caught.value.code == code
+
+
+def test_the_schema_takes_plans_and_refuses_what_plans_refuse(server: Running) -> None:
+    schema: Any = said(server, "rollout", "schema")
+    assert schema == json.loads(json.dumps(wish_schema()))
+    jsonschema_rs.meta.validate(schema)
+    good = {
+        "models": [{"model": "m", "version": "1.0.0"}],
+        "selector": "all",
+        "stages": [{"share": 0.1}],
+        "start": True,
+    }
+    jsonschema_rs.validate(schema, {**good, "trial": {"max_s": 5}, "failure": {"share": 0.1}})
+    for wrong in ({"stage": []}, {"stages": [{"shares": 1}]}, {"strategy": "brave"}, {"sample_min": "x"}):
+        with pytest.raises(jsonschema_rs.ValidationError):
+            jsonschema_rs.validate(schema, {**good, **wrong})
