@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from tests.server.fleet_kit import MODEL, PROJECT, FakeDevice, Fleet, fleet, manifest_of, run
 from wherry_server import comparison
 from wherry_server.evidence import Candidate, Scan, load_progress
-from wherry_server.gates import Gate
+from wherry_server.gates import QUANTILES, Gate
 from wherry_server.plan import parse_plan
 from wherry_server.rollout import Compared, Lane, Progress, Taken, with_taken
-from wherry_server.sequential import LANES_MAX
+from wherry_server.sequential import LANES_MAX, Pairs, merge, outcome, pair_up
 from wherry_server.targeting import KEY_MAX, control_rank, signed, unsigned
 from wherry_server.times import now_us
 from wherry_shared import wire
@@ -242,8 +242,62 @@ def test_latency_is_compared_within_shapes(
             made[bucket].add(value, count)
         return made
 
-    found = comparison.ratio_of(sketches(before), sketches(after))
+    found = comparison.ratio_of(sketches(before), sketches(after), 0.5)
     assert found == (None if ratio is None else pytest.approx(ratio, rel=0.03)), why
+
+
+def drawn(rng: random.Random, median_us: float, slow_share: float, slower: float, requests: int) -> dict[str, Sketch]:
+    """Return the engine times of a device, of which a share is so many times slower than the others."""
+    sketch = Sketch()
+    for _ in range(requests):
+        sketch.add(median_us * rng.lognormvariate(0, 0.2) * (slower if rng.random() < slow_share else 1.0))
+    return {"4": sketch}
+
+
+def test_a_slower_tail_is_seen_where_the_median_is_not():
+    rng = random.Random(5)
+    before, after = drawn(rng, 900, 0, 1, 2_000), drawn(rng, 900, 0.05, 6, 2_000)
+    median, p90, p99 = (comparison.ratio_of(before, after, quantile) for quantile in QUANTILES.values())
+    assert median == pytest.approx(1, rel=0.05)
+    assert p90 == pytest.approx(1, rel=0.2)
+    assert p99 is not None
+    assert p99 > 3
+
+
+@pytest.mark.parametrize(("quantile", "needed"), [(0.5, 30), (0.9, 30), (0.99, 300)])
+def test_a_quantile_needs_requests_beyond_it(quantile: float, needed: int):
+    rng = random.Random(6)
+    few, enough = drawn(rng, 900, 0, 1, needed - 1), drawn(rng, 900, 0, 1, needed)
+    assert comparison.ratio_of(enough, few, quantile) is None
+    assert comparison.ratio_of(few, enough, quantile) is None
+    assert comparison.ratio_of(enough, enough, quantile) == 1
+
+
+@pytest.mark.parametrize("metric", ["latency_p90", "latency_p99"])
+def test_a_gate_on_the_tail_halts_falsely_no_more_often_than_it_says(metric: Any):
+    """Devices differ in speed and in their tail, and hours in load; every device is looked at as it comes."""
+    rng = random.Random(7)
+    gate = Gate(metric=metric, harm=0.5, alpha=0.1, beta=0.1)
+    quantile, runs, devices = QUANTILES[gate.metric], 30, 25
+
+    def value(hour: float, slower: float) -> float:
+        median_us, slow_share = rng.uniform(300, 5_000), rng.uniform(0.12, 0.3)
+        before = drawn(rng, median_us, slow_share, 3, 300)
+        ratio = comparison.ratio_of(before, drawn(rng, median_us * hour, slow_share, 3 * slower, 300), quantile)
+        assert ratio is not None
+        return min(ratio / gate.unit, 1.0)
+
+    def halted(slower: float) -> bool:
+        lane: Pairs = ()
+        for _ in range(devices):
+            hour = rng.uniform(0.7, 1.6)
+            lane = merge([lane, pair_up([value(hour, slower)], [value(hour, 1.0)])])
+            if outcome([lane], gate.harm / gate.unit, gate.alpha, gate.beta) == "breach":
+                return True
+        return False
+
+    assert sum(halted(1.0) for _ in range(runs)) <= gate.alpha * runs
+    assert all(halted(3.0) for _ in range(5))
 
 
 @pytest.mark.parametrize("bins", [{"x": 1}, {"5": -1}, {"999999": 1}, {"9999999": 1}])
@@ -317,6 +371,7 @@ def test_a_key_comes_back_from_the_database(key: int):
         (Gate(metric="errors", harm=0.01, cap=0.2), 0.2),
         (Gate(metric="latency", harm=0.1), 2.0),
         (Gate(metric="latency", harm=0.5), 3.5),
+        (Gate(metric="latency_p99", harm=0.5), 3.5),
     ],
 )
 def test_a_device_counts_for_so_much_and_no_more(gate: Gate, unit: float):

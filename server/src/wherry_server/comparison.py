@@ -16,7 +16,7 @@ from sqlalchemy import bindparam, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server.evidence import SECOND_US, Scan
-from wherry_server.gates import Gate
+from wherry_server.gates import QUANTILES, Gate
 from wherry_server.plan import Plan
 from wherry_server.rollout import Compared, Lane, Progress, Taken, with_taken
 from wherry_server.sequential import CONTROLS_MAX, LANES_MAX, Pairs, draw, merge
@@ -30,7 +30,9 @@ BASELINE_PERIODS = 4
 LATENCY_DEVICES_MAX = 100
 """Candidates of a wave whose latency is measured, and CONTROLS_MAX times as many controls: sketches are bulky."""
 LATENCY_REQUESTS_MIN = 30
-"""Requests that a shape bucket needs before and after (contracts.md §4)."""
+"""Requests that a shape bucket needs before and after (contracts.md §4), whatever the quantile."""
+TAIL_REQUESTS_MIN = 3
+"""Of those, beyond the quantile: fewer, and it is the slowest request that is compared."""
 LANES_PER_TURN = 20
 """Lanes taken in one turn; more, after a long silence of the director, take more turns."""
 
@@ -83,7 +85,7 @@ async def take(
         lanes: dict[str, Lane] = {}
         for gate in plan.compared:
             known = compared.of(gate.metric)[one.lane]
-            if gate.metric == "latency":
+            if gate.metric in QUANTILES:
                 devices = _measurable(plan, known, members, scan)
                 measured = await latencies(connection, row, plan, gate, one, devices)
             else:
@@ -191,7 +193,7 @@ async def latencies(
     for device in devices:
         before = sketches.get((device, "before", False), {})
         for side, candidate in zip(sides, (True, False), strict=True):
-            ratio = ratio_of(before, sketches.get((device, "after", candidate), {}))
+            ratio = ratio_of(before, sketches.get((device, "after", candidate), {}), QUANTILES[gate.metric])
             if ratio is not None:
                 side[device] = min(ratio / gate.unit, 1.0)
     return sides
@@ -207,14 +209,18 @@ def sketch_of(bins: dict[str, int]) -> Sketch | None:
     return sketch
 
 
-def ratio_of(before: dict[str, Sketch], after: dict[str, Sketch]) -> float | None:
-    """Return the mean ratio of medians over the shape buckets with enough requests on both sides, None without one."""
+def requests_min(quantile: float) -> int:
+    """Return the requests that a shape bucket needs on both sides for a quantile to be told from chance."""
+    return max(LATENCY_REQUESTS_MIN, round(TAIL_REQUESTS_MIN / (1 - quantile)))
+
+
+def ratio_of(before: dict[str, Sketch], after: dict[str, Sketch], quantile: float) -> float | None:
+    """Return the mean ratio of quantiles over the shape buckets with enough requests on both sides, None without one."""
+    needed = requests_min(quantile)
     ratios = [
-        (after[bucket].quantile(0.5) or 0.0) / median
+        (after[bucket].quantile(quantile) or 0.0) / former
         for bucket, known in before.items()
-        if bucket in after
-        and min(known.count, after[bucket].count) >= LATENCY_REQUESTS_MIN
-        and (median := known.quantile(0.5))
+        if bucket in after and min(known.count, after[bucket].count) >= needed and (former := known.quantile(quantile))
     ]
     return sum(ratios) / len(ratios) if ratios else None
 

@@ -27,8 +27,10 @@ CAP_TIMES = 5
 LATENCY_CAP_MIN = 2.0
 """The same for latency, whose values are ratios around 1: at least this, by default."""
 LATENCY_CAP_MAX = 100.0
-Metric = Literal["failed", "returned", "crashed", "errors", "latency"]
-COMPARED: frozenset[Metric] = frozenset({"errors", "latency"})
+Metric = Literal["failed", "returned", "crashed", "errors", "latency", "latency_p90", "latency_p99"]
+QUANTILES: dict[Metric, float] = {"latency": 0.5, "latency_p90": 0.9, "latency_p99": 0.99}
+"""Metrics of engine time, with the quantile that each one compares."""
+COMPARED: frozenset[Metric] = frozenset({"errors", *QUANTILES})
 """Metrics that compare devices with the candidate with devices that keep the incumbent."""
 
 
@@ -48,8 +50,8 @@ class Gate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     `failed` are devices that failed for a reason that speaks against the bundle, `returned` those of them that went back
     from a trial, `crashed` those whose worker or canary crashed. `errors` is the share of its requests that a device fails,
-    `latency` its median engine time over its own median before the wave; both are compared with devices that keep the
-    incumbent.
+    `latency` its median engine time over its own median before the wave, `latency_p90` and `latency_p99` the same of the
+    time within which 90 and 99 of 100 requests are done; all are compared with devices that keep the incumbent.
     """
 
     metric: Metric
@@ -69,7 +71,7 @@ class Gate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """The cap that holds."""
         if self.cap is not None:
             return self.cap
-        if self.metric == "latency":
+        if self.metric in QUANTILES:
             return max(LATENCY_CAP_MIN, 1 + CAP_TIMES * self.harm)
         return min(CAP_TIMES * self.harm, 1.0)
 
@@ -128,7 +130,7 @@ def check_gate(gate: Gate) -> None:
     if gate.metric in COMPARED:
         if gate.tolerated is not None:
             raise RefusedError("plan_gate", f"{what}: it has a control, so nothing is tolerated beside it")
-        base, most = (1.0, LATENCY_CAP_MAX) if gate.metric == "latency" else (0.0, 1.0)
+        base, most = (1.0, LATENCY_CAP_MAX) if gate.metric in QUANTILES else (0.0, 1.0)
         if not (gate.harm >= HARM_MIN and base + gate.harm / HARM_OF_CAP_MAX <= gate.unit <= most):
             raise RefusedError(
                 "plan_gate",
