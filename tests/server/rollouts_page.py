@@ -81,6 +81,15 @@ takes the offer when it is back, also outside of its window: for a hard bound gi
 A device on which a bundle failed is in quarantine for that bundle: no rollout offers it there again, unless its plan has a higher
 `attempt`, or an operator released it. Another version is not concerned. Hardware on which it failed beyond the bound is
 left out as a whole (`known_bad`), also devices that never had it.
+
+## Why not yet, and what if
+
+`wherry rollout explain N [--device D]` says what the rollout, or a device in it, waits for, and asks the engine every recorded decision
+again with its recorded evidence and moment: one that does not follow is named. `wherry rollout simulate PLAN` runs the same engine over
+the fleet as it stands, or over `--devices N`, where each device fails, is silent or late with stated probabilities (`--failed`, `--silent`,
+`--late`), independent of the others, and settles in `--settle` seconds, half or half as much again; people approve at once, and
+devices are back at once. It says when runs end and how, how many devices were exposed, and when the breach was noticed. Gates
+that compare with a control are refused there: telemetry is not invented.
 """
 
 

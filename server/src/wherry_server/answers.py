@@ -326,6 +326,34 @@ class DecisionShown(msgspec.Struct, frozen=True, kw_only=True):
     progress_before: dict[str, Any]
 
 
+class Explained(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a rollout is where it is; `differing` names decisions that do not follow from their evidence: there are none."""
+
+    number: int
+    state: str
+    reason: str
+    why_not_yet: list[Why]
+    gates: list[GateState]
+    decided: list[dict[str, Any]]
+    replayed: int
+    differing: list[int]
+    device: dict[str, Any] | None
+
+
+class Forecast(msgspec.Struct, frozen=True, kw_only=True):
+    """What a plan would do; a spread has the values that a tenth, half and nine tenths of the runs stayed below."""
+
+    devices: int
+    runs: int
+    outcomes: dict[str, Any]
+    ends: dict[str, int]
+    duration_s: dict[str, int]
+    exposed: dict[str, int]
+    failed: dict[str, int]
+    detected_s: dict[str, int] | None
+    stages_s: list[int]
+
+
 class Quarantined(msgspec.Struct, frozen=True, kw_only=True):
     """A device on which a bundle failed."""
 

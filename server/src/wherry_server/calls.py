@@ -232,6 +232,16 @@ def list_decisions(number: int, after: int = 0, limit: int | None = None) -> Cal
     return _get(f"/rollouts/{number}/decisions", list[answers.DecisionShown], after=after or None, limit=limit)
 
 
+def explain_rollout(number: int, device: str = "") -> Call[answers.Explained]:
+    """Explain where a rollout, and a device in it, is, and replay what was decided."""
+    return _get(f"/rollouts/{number}/explain", answers.Explained, device=device)
+
+
+def simulate_rollout(wish: dict[str, Any]) -> Call[answers.Forecast]:
+    """Forecast a plan over the fleet as it stands, or over a synthetic one."""
+    return _post("/forecasts", answers.Forecast, wish)
+
+
 def approve_rollout(number: int, stage: int = 1) -> Call[answers.RolloutDetail]:
     """Agree that a stage begins."""
     return _post(f"/rollouts/{number}/approvals", answers.RolloutDetail, {"stage": stage})

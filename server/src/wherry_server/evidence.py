@@ -83,7 +83,7 @@ async def scan(connection: AsyncConnection, row: Any, plan: Plan) -> Scan:
     failures = await _failures(connection, row, plan)
     found = Scan(members=len(members))
     for member in members:
-        stratum = "/".join(_text(member.view.get(name)) for name in strata) if member.view is not None else ""
+        stratum = stratum_of(plan, member)
         key = key_of(row.salt, member.id)
         found.keys.setdefault(stratum, []).append(key)
         holder = taken.get(member.id)
@@ -103,6 +103,11 @@ async def scan(connection: AsyncConnection, row: Any, plan: Plan) -> Scan:
         else:
             found.free.append(candidate)
     return found
+
+
+def stratum_of(plan: Plan, member: cohorts.Member) -> str:
+    """Return the stratum of a member."""
+    return "/".join(_text(member.view.get(name)) for name in plan.strata) if member.view is not None else ""
 
 
 async def read(

@@ -38,6 +38,11 @@ BODIES: dict[str, dict[str, Any]] = {
         "start": True,
     },
     "roll_back": {"model": "file-type", "device": "bench-1"},
+    "simulate_rollout": {
+        "plan": {"selector": "all", "stages": [{"share": 0.05}, {"share": 1.0}]},
+        "devices": 1000,
+        "outcomes": {"failed": 0.05, "settle_s": 120},
+    },
     "approve_rollout": {"stage": 2},
     "release_device": {"device": "bench-1", "model": "file-type"},
     "clear_hardware": {"manifest": "sha256:" + "0" * 64, "hardware_class": "x86_64/onnxruntime"},

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Body, Path, Query, Response
 from pydantic import BaseModel, Field
 
-from wherry_server import rollouts
+from wherry_server import explaining, rollouts
 from wherry_server.api import etags
 from wherry_server.api.again import Again
 from wherry_server.api.pages import CursorId, Paging
@@ -124,6 +124,34 @@ class ApprovalWish(BaseModel):
     stage: Annotated[int, Field(ge=1, le=1000)] = 1
 
 
+class Explained(BaseModel):
+    """Why a rollout is where it is; `differing` names decisions that do not follow from their evidence: there are none."""
+
+    number: int
+    state: str
+    reason: str
+    why_not_yet: list[Why]
+    gates: list[GateState]
+    decided: list[dict[str, Any]]
+    replayed: int
+    differing: list[int]
+    device: dict[str, Any] | None
+
+
+class Forecast(BaseModel):
+    """What a plan would do; a spread has the values that a tenth, half and nine tenths of the runs stayed below."""
+
+    devices: int
+    runs: int
+    outcomes: dict[str, Any]
+    ends: dict[str, int]
+    duration_s: dict[str, int]
+    exposed: dict[str, int]
+    failed: dict[str, int]
+    detected_s: dict[str, int] | None
+    stages_s: list[int]
+
+
 class Rollback(BaseModel):
     """Bring a model back to what ran before, on one device or where its newest rollout reached."""
 
@@ -181,6 +209,27 @@ async def list_decisions(
             connection, services.project, number, max(after, page.behind(CursorId) or 0), page.limit + 1
         )
     return [DecisionShown.model_validate(one) for one in page.full(found, lambda one: one["revision"])]
+
+
+@router.get("/rollouts/{number}/explain")
+async def explain_rollout(
+    number: Number, services: ServicesDep, _viewer: Viewer, device: Annotated[str, Query(max_length=128)] = ""
+) -> Explained:
+    """Explain where a rollout, and a device in it, is, and replay what was decided."""
+    async with services.database.read() as connection:
+        found = await explaining.explain(connection, services.project, number, device)
+    return Explained.model_validate(found)
+
+
+@router.post("/forecasts")
+async def simulate_rollout(
+    wish: Annotated[dict[str, Any], Body(description="plan, devices, outcomes, runs: see docs/rollouts.md")],
+    services: ServicesDep,
+    _viewer: Viewer,
+) -> Forecast:
+    """Forecast a plan over the fleet as it stands, or over a synthetic one; nothing is stored."""
+    async with services.database.read() as connection:
+        return Forecast.model_validate(await explaining.simulate(connection, services.project, wish))
 
 
 @router.post("/rollouts/{number}/approvals", status_code=202)

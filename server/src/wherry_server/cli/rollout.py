@@ -32,6 +32,14 @@ GAP_CHARS = 2
 _MEASURE = Console(width=1000)
 """Wide enough to ask a table how wide it is by itself."""
 Number = Annotated[int, typer.Argument(help="Number of the rollout.")]
+PLACES = {
+    "exposed": "it was exposed",
+    "not_member": "it is no active member of the cohort",
+    "held": "it is in quarantine, held by another rollout, or of hardware on which the bundle is known to be bad",
+    "ahead": "it belongs to a later stage: its key is above the cut-off",
+    "window": "its maintenance window is shut",
+    "next": "it is exposed in one of the next turns",
+}
 WAITS = {
     "not_started": "it has not been started: wherry rollout start",
     "ordered": "the director's next turn, which takes up what was ordered",
@@ -208,6 +216,77 @@ def schema(as_json: AsJson = False) -> None:
 
     found = wish_schema()
     show(found, as_json, lambda out: out.print_json(data=found))
+
+
+@app.command()
+def explain(
+    number: Number,
+    device: Annotated[str | None, typer.Option(help="Where this device stands, by id or name.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say why a rollout or a device is where it is, and replay what was decided."""
+    found = client().plain(calls.explain_rollout(number, device or ""))
+
+    def render(out: Console) -> None:
+        out.print(f"rollout {number} is {found['state']}" + (f" ({found['reason']})" if found["reason"] else ""))
+        for why in found["why_not_yet"]:
+            out.print(f"waits: {_why(why)}", markup=False)
+        rows = [
+            (
+                one["revision"],
+                when(one["at"]),
+                "; ".join(_said(d) for d in one["decisions"]),
+                {True: "yes", False: "NO", None: "unknown"}[one["follows"]],
+            )
+            for one in found["decided"]
+        ]
+        out.print(table(["#REVISION", "WHEN", "DECIDED", "FOLLOWS"], rows))
+        differ = f"; these do not follow: {found['differing']}" if found["differing"] else ", all follow"
+        out.print(f"{found['replayed']} decisions replayed from their evidence{differ}", markup=False)
+        if found["device"]:
+            said = {**found["device"]}
+            code, name = said.pop("code"), said.pop("name")
+            more = ", ".join(f"{key} {value}" for key, value in said.items() if value not in (None, "", 0))
+            out.print(f"{name}: {PLACES[code]} [{code}]; {more}", markup=False)
+
+    show(found, as_json, render)
+
+
+@app.command()
+def simulate(
+    plan: Annotated[Path, typer.Argument(help="Plan, as TOML or JSON.")],
+    devices: Annotated[
+        int | None, typer.Option(help="So many devices of one kind, instead of the fleet as it stands.")
+    ] = None,
+    failed: Annotated[float, typer.Option(help="Probability that a device fails.")] = 0.01,
+    silent: Annotated[float, typer.Option(help="Probability that a device stays silent.")] = 0.01,
+    late: Annotated[float, typer.Option(help="Probability that a device is late.")] = 0.0,
+    idle: Annotated[float, typer.Option(help="Of those confirmed, the share without traffic.")] = 0.0,
+    settle: Annotated[float, typer.Option(help="Seconds in which a device settles, in the middle.")] = 120.0,
+    runs: Annotated[int, typer.Option(help="How many times.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Forecast a plan by the real engine over devices whose outcomes are stated; nothing is stored."""
+    outcomes = {"failed": failed, "silent": silent, "late": late, "idle": idle, "settle_s": settle}
+    wish = {"plan": read_plan(plan), "devices": devices or 0, "outcomes": outcomes, "runs": runs}
+    found = client().plain(calls.simulate_rollout(wish))
+
+    def render(out: Console) -> None:
+        ends = ", ".join(f"{count}× {state}" for state, count in found["ends"].items())
+        out.print(f"{found['runs']} runs over {found['devices']} devices: {ends}")
+        rows = [
+            (words, *found[name].values())
+            for name, words in (
+                ("duration_s", "seconds to the end"),
+                ("detected_s", "seconds to the breach"),
+                ("exposed", "devices exposed"),
+                ("failed", "devices failed"),
+            )
+            if found[name]
+        ]
+        out.print(table(["", "#10 %", "#50 %", "#90 %"], rows))
+
+    show(found, as_json, render)
 
 
 @app.command()

@@ -1,0 +1,160 @@
+"""Why a rollout or a device is where it is, and whether what was decided follows from what was known.
+
+Every decision is written down with its evidence and its moment; asking the engine again with the same has to give the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+from sqlalchemy import select, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from wherry_server import cohorts, evidence, fleet, forecast, rollouts
+from wherry_server.db.tables import Decision, table
+from wherry_server.plan import Plan, parse_plan
+from wherry_server.rollout import Evidence, Progress, decide, reach
+from wherry_server.targeting import exposed, key_of, parse_selector
+from wherry_server.times import now_us
+from wherry_shared.errors import RefusedError
+
+_DECISION = table(Decision)
+REPLAYED_MAX = 2_000
+"""The newest decisions of a rollout are replayed, no more than these."""
+
+
+def follows(plan: Plan, before: Any, known: Any, decided: Any) -> bool | None:
+    """Tell whether a recorded decision follows from its evidence; None if the record does not say when it was."""
+    found = msgspec.convert(known, Evidence)
+    if found.at is None:
+        return None
+    _, again = decide(plan, msgspec.convert(before, Progress), found, found.at)
+    return msgspec.json.encode(msgspec.to_builtins(again), order="sorted") == msgspec.json.encode(
+        decided, order="sorted"
+    )
+
+
+async def explain(connection: AsyncConnection, project: str, number: int, device: str) -> dict[str, Any]:
+    """Return what a rollout waits for, what was decided and on what, and where a device stands, if one is given.
+
+    Raises:
+        RefusedError: `rollout_unknown` or `device_unknown`.
+    """
+    row = await rollouts.find(connection, project, number)
+    shown = await rollouts.show(connection, project, number)
+    plan = parse_plan(row.plan)
+    query = select(_DECISION).where(_DECISION.c.rollout_id == row.id).order_by(_DECISION.c.revision.desc())
+    rows = (await connection.execute(query.limit(REPLAYED_MAX))).all()[::-1]
+    decided = [
+        {
+            "revision": one.revision,
+            "at": one.at,
+            "decisions": one.decisions,
+            "known": {name: value for name, value in one.evidence.items() if name not in ("at", "taken")},
+            "follows": follows(plan, one.progress_before, one.evidence, one.decisions),
+        }
+        for one in rows
+    ]
+    return {
+        "number": number,
+        "state": shown["state"],
+        "reason": shown["reason"],
+        "why_not_yet": shown["why_not_yet"],
+        "gates": shown["gates"],
+        "decided": decided,
+        "replayed": sum(one["follows"] is not None for one in decided),
+        "differing": [one["revision"] for one in decided if one["follows"] is False],
+        "device": await _device(connection, row, plan, device) if device else None,
+    }
+
+
+async def _device(connection: AsyncConnection, row: Any, plan: Plan, device: str) -> dict[str, Any]:
+    found = await fleet.find_device(connection, row.project_id, device)
+    progress = evidence.load_progress(row.progress)
+    key = key_of(row.salt, found.id)
+    said: dict[str, Any] = {"device": found.id, "name": found.name, "share_key": f"{key:016x}", "cut_off": None}
+    assigned = (await connection.execute(_ASSIGNED, {"rollout": row.id, "device": found.id})).one_or_none()
+    if assigned is not None:
+        detail = {
+            name: getattr(assigned, name) for name in ("outcome", "reason", "attempt", "exposed_at", "settled_at")
+        }
+        return {**said, "code": "exposed", "stage": assigned.stage + 1, **detail}
+    scan = await evidence.scan(connection, row, plan)
+    held = next((one for one in scan.held if one.device == found.id), None)
+    free = next((one for one in scan.free if one.device == found.id), None)
+    one = held or free
+    if one is None:
+        return {**said, "code": "not_member"}
+    share = reach(plan, progress)
+    at = progress.cut_offs.get(one.stratum)
+    said |= {"stratum": one.stratum, "cut_off": f"{at:016x}" if at is not None else None}
+    if held is not None:
+        return {**said, "code": "held"}
+    if progress.stage < 0 or not exposed(key, one.stratum, progress.cut_offs, share):
+        return {**said, "code": "ahead"}
+    if plan.window is not None and not plan.window.open_at(now_us(), one.timezone):
+        return {**said, "code": "window", "timezone": one.timezone}
+    return {**said, "code": "next"}
+
+
+async def simulate(connection: AsyncConnection, project: str, wish: dict[str, Any]) -> dict[str, Any]:
+    """Forecast a plan: over the fleet as it stands, or over so many devices of one kind.
+
+    Args:
+        connection: where the fleet is.
+        project: whose.
+        wish: `plan` (its models may be left out), `devices` (synthetic ones), `outcomes` (`forecast.Outcomes`), `runs`.
+
+    Raises:
+        RefusedError: as `plan.parse_plan` and `forecast.check`; `forecast_range`.
+    """
+    try:
+        outcomes = msgspec.convert(wish.get("outcomes") or {}, forecast.Outcomes)
+        devices = msgspec.convert(wish.get("devices") or 0, int)
+        runs = msgspec.convert(wish.get("runs") or 20, int)
+        plan_wish = msgspec.convert(wish.get("plan") or {}, dict[str, Any])
+    except msgspec.ValidationError as error:
+        raise RefusedError("forecast_range", f"not a wish for a forecast: {error}") from error
+    known = {name: value for name, value in plan_wish.items() if name not in ("models", "start", "device", "cohort")}
+    selector = known.get("selector") or "all"
+    if plan_wish.get("cohort"):
+        selector = (await cohorts.find(connection, project, str(plan_wish["cohort"])))["selector"]
+    plan = parse_plan({**known, "selector": selector, "models": [_ANY]})
+    forecast.check(plan, outcomes, devices)
+    if devices:
+        members = forecast.synthetic(devices)
+    else:
+        also = frozenset({*plan.strata, "timezone"})
+        found = await cohorts.members(connection, project, parse_selector(plan.selector), also=also)
+        members = [
+            forecast.Member(one.id, evidence.stratum_of(plan, one), str((one.view or {}).get("timezone", "")))
+            for one in found
+        ]
+    done = await asyncio.to_thread(forecast.forecast, plan, members, outcomes, runs)
+    detected = [run.detected_s for run in done if run.detected_s is not None]
+    return {
+        "devices": len(members),
+        "runs": len(done),
+        "outcomes": msgspec.to_builtins(outcomes),
+        "ends": {state: sum(run.state == state for run in done) for state in sorted({run.state for run in done})},
+        "duration_s": _spread([run.duration_s for run in done]),
+        "exposed": _spread([run.exposed for run in done]),
+        "failed": _spread([run.failed for run in done]),
+        "detected_s": _spread(detected) if detected else None,
+        "stages_s": msgspec.to_builtins(done[0].stages),
+    }
+
+
+def _spread(values: list[int]) -> dict[str, int]:
+    ranked = sorted(values)
+    return {name: ranked[round(at * (len(ranked) - 1))] for name, at in (("low", 0.1), ("middle", 0.5), ("high", 0.9))}
+
+
+_ANY = {"model": "model", "version": "1.0.0", "manifest": "sha256:" + "0" * 64}
+"""Which bundle it is makes no difference to a forecast."""
+_ASSIGNED = text(
+    "SELECT stage, outcome, reason, attempt, exposed_at, settled_at FROM assignment WHERE rollout_id = :rollout"
+    " AND device_id = :device ORDER BY model LIMIT 1"
+)
