@@ -12,10 +12,11 @@ from tests.server.harness import Running, running
 from wherry_server.settings import Settings
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgres"])
+@pytest.fixture(scope="module")
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server that the tests of one module share, on each of the databases; each uses names of its own."""
-    database = request.getfixturevalue("postgres").database() if request.param == "postgres" else ""
+    """A server that the tests of one module share; each uses names of its own. With the mark `backends`, on PostgreSQL too."""
+    postgres = getattr(request, "param", "sqlite") == "postgres"
+    database = request.getfixturevalue("postgres").database() if postgres else ""
     with running(tmp_path_factory.mktemp("server"), database=database) as started:
         yield started
 
@@ -47,6 +48,10 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run what is marked `backends` on both."""
+    """Run what is marked `backends` on both: with the server of its module, or with data folders of its own."""
     if metafunc.definition.get_closest_marker("backends"):
-        metafunc.parametrize("backend", ["sqlite", "postgres"], indirect=True)
+        both = ["sqlite", "postgres"]
+        if "server" in metafunc.fixturenames:
+            metafunc.parametrize("server", both, indirect=True, scope="module")
+        else:
+            metafunc.parametrize("backend", both, indirect=True)

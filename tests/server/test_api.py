@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from schemathesis import openapi
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import SQLModel
 
 from tests.server.harness import Running, in_database, running
 from wherry_server import auth, problems
 from wherry_server.app import BODY_BYTES_MAX
 from wherry_shared.errors import DeviceError, RefusedError, UnreachableError
+
+pytestmark = pytest.mark.backends
 
 READS = ("/models", "/bundles", "/devices", "/fleet", "/audit", "/audit/verify")
 
@@ -80,8 +84,15 @@ def test_the_database_holds_no_secret_in_clear(tmp_path: Path) -> None:
         device = server.device("quiet")
         enrolment = server.enrolment_token()
         secrets = [server.admin, device.bearer, device.mac_key, enrolment.split(".")[1]]
-    for file in (tmp_path / "data").glob("wherry.sqlite*"):
-        content = file.read_bytes()
+
+        async def everything(connection: AsyncConnection) -> str:
+            tables = SQLModel.metadata.sorted_tables
+            return repr([list((await connection.execute(select(table))).all()) for table in tables])
+
+        rows = in_database(server.settings, everything)
+        assert device.device in rows
+    files = [file.read_bytes() for file in (tmp_path / "data").glob("wherry.sqlite*")]  # deleted pages, too
+    for content in (rows.encode(), *files):
         for secret in secrets:
             assert secret.encode() not in content
 
@@ -154,6 +165,13 @@ def test_the_description_of_the_api_is_valid_and_names_every_operation_once(serv
         assert problems.MEDIA_TYPE in operation["responses"]["4XX"]["content"]
 
 
+def by_hand(server: Running, sql: str) -> None:
+    async def write(connection: AsyncConnection) -> None:
+        await connection.exec_driver_sql(sql)
+
+    in_database(server.settings, write)
+
+
 def test_the_audit_log_shows_a_changed_and_a_removed_entry(tmp_path: Path) -> None:
     with running(tmp_path / "data") as server, server.http() as http:
         for number in range(4):
@@ -165,9 +183,7 @@ def test_the_audit_log_shows_a_changed_and_a_removed_entry(tmp_path: Path) -> No
         assert http.get("/api/v1/audit", params={"before": entries[3]["id"], "limit": 1}).json() == [entries[4]]
         assert http.get("/api/v1/audit/verify").json() == {"whole": True, "broken_at": None}
         victim = entries[4]["id"]
-        with sqlite3.connect(tmp_path / "data" / "wherry.sqlite") as raw:
-            raw.execute("UPDATE audit_entry SET subject = 'somebody else' WHERE id = ?", (victim,))
+        by_hand(server, f"UPDATE audit_entry SET subject = 'somebody else' WHERE id = {victim}")
         assert http.get("/api/v1/audit/verify").json() == {"whole": False, "broken_at": victim}
-        with sqlite3.connect(tmp_path / "data" / "wherry.sqlite") as raw:
-            raw.execute("DELETE FROM audit_entry WHERE id = ?", (victim,))
+        by_hand(server, f"DELETE FROM audit_entry WHERE id = {victim}")
         assert http.get("/api/v1/audit/verify").json() == {"whole": False, "broken_at": entries[3]["id"]}

@@ -26,6 +26,8 @@ from wherry_shared.digest import of_bytes
 from wherry_shared.errors import RefusedError, WherryError
 from wherry_shared.limits import ZSTD_WINDOW_BYTES_MAX
 
+pytestmark = pytest.mark.backends
+
 DATA = bytes(range(256)) * 2000
 
 

@@ -14,6 +14,8 @@ from wherry_shared.errors import RefusedError
 from wherry_shared.image_layout import Layout, LayoutWriter
 from wherry_shared.publishing import PublisherKey, sign
 
+pytestmark = pytest.mark.backends
+
 
 def upload(http: httpx.Client, root: Path, *, leave: str = "") -> None:
     """Upload the blobs of a layout, but one."""

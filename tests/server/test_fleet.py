@@ -25,6 +25,8 @@ from wherry_shared.frames import device_key
 from wherry_shared.ids import is_device_id
 from wherry_shared.sketch import Sketch
 
+pytestmark = pytest.mark.backends
+
 
 def test_a_device_gets_an_identity_of_its_own(server: Running) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
