@@ -674,6 +674,29 @@ def test_a_gate_with_stated_errors_halts_by_returns_and_says_why(tmp_path: Path)
     run(work())
 
 
+def test_a_rollout_all_at_once_exposes_everybody_and_takes_everybody_back(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0", "1.2.0")
+            devices = await found.enrol(40, version="1.0.0")
+            number = await found.roll_out("1.1.0", strategy="all_at_once")
+            exposed_by_turn: set[int] = set()
+            while (await found.show(number))["state"] != "done":
+                await found.turn()
+                exposed_by_turn.add((await found.show(number))["counts"]["real"]["exposed"])
+                assert len(exposed_by_turn) < 10
+            assert exposed_by_turn <= {0, 40}
+            assert {device.running for device in devices} == {manifest_of("1.1.0")}
+            for device in devices[::2]:
+                device.behaviours["1.2.0"] = "bad"
+            halted = await found.until(await found.roll_out("1.2.0", strategy="all_at_once"), "halted")
+            assert halted["reason"] == "failure_bound"
+            assert halted["counts"]["real"]["exposed"] == 40
+            assert {device.running for device in devices} == {manifest_of("1.1.0")}
+
+    run(work())
+
+
 def test_an_adaptive_rollout_starts_with_a_handful_and_doubles_while_all_is_well(tmp_path: Path):
     async def work() -> None:
         async with fleet(tmp_path) as found:

@@ -81,7 +81,7 @@ class Plan(_Strict, frozen=True, kw_only=True):
     selector: str
     cohort: str = ""
     """Name of the saved cohort that the selector came from; the text above is what counts."""
-    strategy: Literal["canary", "adaptive"] = "canary"
+    strategy: Literal["canary", "adaptive", "all_at_once"] = "canary"
     harmed_max: float | None = None
     """Of `adaptive`: devices that may be harmed, as far as is known (`sequential.expected_harm`); HARMED_MAX by default."""
     stages: list[Stage]
@@ -211,7 +211,7 @@ def _check_known(raw: dict[str, Any]) -> None:
         raise RefusedError(
             "strategy_unsupported",
             f"strategy {strategy!r} is not in this release",
-            next_step="use strategy canary or adaptive",
+            next_step="use strategy canary, adaptive or all_at_once",
         )
     trial = raw.get("trial", {})
     if isinstance(trial, dict):
@@ -283,6 +283,8 @@ def _check(plan: Plan) -> None:
         _within(plan.harm_bound, 1, 1_000_000, "harmed_max")
     elif plan.harmed_max is not None:
         raise RefusedError("plan_range", "harmed_max is of strategy adaptive", consequence="nobody would obey it")
+    if plan.strategy == "all_at_once" and (len(plan.stages) != 1 or plan.stages[0].share != 1):
+        raise RefusedError("plan_stages", "all_at_once has no steps: give one stage with share 1, or use canary")
     if plan.compared and not plan.held_back:
         raise RefusedError("plan_gate", "hold_back is 0, and a gate compares with devices that are held back")
     _within(plan.sample_min, 1, 1_000_000, "sample_min")

@@ -36,8 +36,8 @@ class Campaign:
     """One rollout of one model."""
 
     def __init__(self, server: Server, plan: Plan, rollout: str) -> None:
-        if plan.gates or plan.held_back or plan.strategy != "canary":
-            raise RuntimeError("a campaign carries canary plans with fixed bounds only")
+        if plan.gates or plan.held_back or plan.strategy == "adaptive":
+            raise RuntimeError("a campaign carries plans with stages and fixed bounds only")
         if plan.window or plan.strata:
             raise RuntimeError("a campaign's devices are of one kind and one time zone")
         self.server = server

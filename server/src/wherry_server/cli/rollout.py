@@ -105,7 +105,7 @@ def create(  # one option per wish
     device: Annotated[str | None, typer.Option(help="One device, by id or name.")] = None,
     stages: Annotated[str | None, typer.Option(help=f"Shares of the cohort in percent (default: {STAGES}).")] = None,
     strategy: Annotated[
-        str | None, typer.Option(help="canary, or adaptive: one stage, as fast as the evidence allows.")
+        str | None, typer.Option(help="canary; adaptive: one stage, as fast as the evidence allows; all_at_once.")
     ] = None,
     soak: Annotated[
         int | None, typer.Option(help="Seconds that a stage soaks after its sample stood (default: 0).")
@@ -134,7 +134,7 @@ def create(  # one option per wish
             )
     else:
         planned["stages"] = parse_stages(
-            stages or ("100" if planned.get("strategy") == "adaptive" else STAGES),
+            stages or ("100" if planned.get("strategy") in ("adaptive", "all_at_once") else STAGES),
             soak or 0,
             1 if confirmed_min is None else confirmed_min,
         )
