@@ -90,6 +90,10 @@ the fleet as it stands, or over `--devices N`, where each device fails, is silen
 `--late`), independent of the others, and settles in `--settle` seconds, half or half as much again; people approve at once, and
 devices are back at once. It says when runs end and how, how many devices were exposed, and when the breach was noticed. Gates
 that compare with a control are refused there: telemetry is not invented.
+
+`wherry-sim rollout PLAN --failed 0.1` rehearses a canary plan on the real machine (devices, offers, reports, decisions; models by a table)
+in virtual time, and prints the forecast with the settling time that it measured. A test holds the two to the same end, the same
+exposure, and times that differ by no more than four looks of the director per stage and one settling time.
 """
 
 

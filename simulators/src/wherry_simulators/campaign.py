@@ -30,6 +30,7 @@ class Assignment:
     from_target: str
     from_manifest: str
     outcome: str = "exposed"
+    settled_ms: int = 0
 
 
 class Campaign:
@@ -38,8 +39,8 @@ class Campaign:
     def __init__(self, server: Server, plan: Plan, rollout: str) -> None:
         if plan.gates or plan.held_back or plan.strategy == "adaptive":
             raise RuntimeError("a campaign carries plans with stages and fixed bounds only")
-        if plan.window or plan.strata:
-            raise RuntimeError("a campaign's devices are of one kind and one time zone")
+        if plan.window or plan.strata or plan.approval:
+            raise RuntimeError("a campaign's devices are of one kind and one time zone, and nobody approves")
         self.server = server
         self.plan = plan
         self.rollout = rollout
@@ -47,6 +48,8 @@ class Campaign:
         self.command: Command = "start"
         self.assigned: dict[str, Assignment] = {}
         self.moves: list[Moved] = []
+        self.moved_ms: list[int] = []
+        self._now_ms = 0
         self._keys = {device: key_of(rollout, device) for device in server.records}
         self._heard_ms: dict[str, int] = {}
         self._last: dict[str, int] = {}
@@ -59,7 +62,7 @@ class Campaign:
 
     def heard(self, device: str, now_ms: int) -> None:
         """Note that a device was heard of."""
-        self._heard_ms[device] = now_ms
+        self._heard_ms[device] = self._now_ms = now_ms
 
     def turn(self, now: Now) -> list[tuple[str, OfferedModel]]:
         """Decide once; return the devices whose desired model changes."""
@@ -77,6 +80,7 @@ class Campaign:
                     raise RuntimeError("nobody orders a retry here")
                 case Moved():
                     self.moves.append(decision)
+                    self.moved_ms.append(now.monotonic_ms)
         return changes
 
     def on_report(self, device: str, report: Report) -> None:
@@ -100,6 +104,8 @@ class Campaign:
         )
         if change is not None:
             assignment.outcome = change.outcome
+            if change.settled and not assignment.settled_ms:
+                assignment.settled_ms = self._now_ms
 
     # --- what is done ------------------------------------------------------------------------------
 

@@ -67,6 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     swarm.add_argument("--seconds", type=float, default=0.0, help="end after this long; 0: until interrupted")
     swarm.set_defaults(run=_swarm)
 
+    rollout = commands.add_parser("rollout", help="rehearse a plan on the real machine, beside its forecast")
+    rollout.add_argument("plan", type=Path, help="plan file, as of wherry rollout create --plan")
+    rollout.add_argument("--devices", type=int, default=100, help="how many devices (default 100)")
+    rollout.add_argument("--failed", type=float, default=0.0, help="share of devices on which the new version fails")
+    rollout.add_argument("--seed", type=int, default=0)
+    rollout.add_argument("--json", action="store_true", help="one JSON object")
+    rollout.set_defaults(run=_rollout)
+
     demo = commands.add_parser("demo", help="the whole path in one command: optimizer, server, agents, swarm, rollouts")
     demo.add_argument("--keep", action="store_true", help="leave the server running at the end")
     demo.set_defaults(run=_demo)
@@ -173,6 +181,28 @@ def _swarm(options: argparse.Namespace) -> int:
             lived_s += options.every
             if options.seconds and lived_s >= options.seconds:
                 return 0
+
+
+def _rollout(options: argparse.Namespace) -> int:
+    from wherry_server.cli.rollout import read_plan
+    from wherry_simulators.rehearsal import plan_of, rehearse
+
+    plan = plan_of(read_plan(options.plan))
+    if plan.gates or plan.held_back or plan.strategy == "adaptive" or plan.window or plan.strata or plan.approval:
+        raise RefusedError(
+            "rehearsal_plan",
+            "a rehearsal carries plans with stages and fixed bounds, without strata, windows and approval",
+            next_step="leave those out, or forecast the plan: wherry rollout simulate",
+        )
+    found = rehearse(plan, options.devices, options.failed, options.seed)
+    if options.json:
+        print(msgspec.json.encode(found).decode())
+        return EXIT_FOUND if found.violations else 0
+    for words, one in [("the real machine", found.real), *(("forecast", one) for one in found.forecast)]:
+        detected = f", breach after {one.detected_s} s" if one.detected_s is not None else ""
+        print(f"{words}: {one.state} after {one.duration_s} s, {one.exposed} of {found.devices} exposed{detected}")
+    print(f"devices settled in {found.settle_s:.0f} s; {found.violations} rules broken")
+    return EXIT_FOUND if found.violations else 0
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from wherry_server.gates import Bound
-from wherry_server.plan import Stage
+from wherry_server.plan import Plan, Stage
 from wherry_shared.wire import Mode, Trial
 from wherry_simulators import models
 from wherry_simulators.faults import NONE, Faults
@@ -40,6 +40,8 @@ class Release:
     stages: tuple[Stage, ...] = ()
     """Empty: offered to every device at once, without a rollout."""
     failure: Bound = FAILURE
+    plan: Plan | None = None
+    """The whole plan of its rollout; None: one of its stages, with wide bounds on silence."""
     trial: Trial = TRIAL
     ends: frozenset[str] = frozenset()
     """States in which its rollout may end; empty: any final one."""

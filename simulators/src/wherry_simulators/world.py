@@ -215,7 +215,7 @@ class World:
             release = self._waiting.pop(0)
             if release.stages:
                 rollout = f"r{len(self.campaigns) + 1}-{self.seed}"
-                self.campaigns[release.version] = Campaign(self._server, _plan(release), rollout)
+                self.campaigns[release.version] = Campaign(self._server, release.plan or _plan(release), rollout)
             else:
                 together = [release, *(other for other in self._waiting if _belongs(other, release))]
                 self._waiting = [other for other in self._waiting if other not in together]

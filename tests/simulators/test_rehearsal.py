@@ -1,0 +1,36 @@
+"""What is forecast of a plan is what the real machine makes of it, within what is stated here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from wherry_simulators.rehearsal import plan_of, rehearse
+from wherry_simulators.world import TURN_MS
+
+STAGES = [{"share": 0.1, "soak_s": 600}, {"share": 1.0}]
+TURNS = 4
+"""Looks of the director that a stage may take longer here than in the forecast, which looks more often."""
+
+
+@pytest.mark.parametrize(
+    ("wish", "failed", "state"),
+    [
+        ({"stages": STAGES}, 0.0, "done"),
+        ({"stages": [{"count": 4}, {"share": 1.0}], "rate": {"per_minute": 4}}, 0.0, "done"),
+        ({"stages": STAGES}, 1.0, "halted"),
+    ],
+)
+def test_a_forecast_is_close_to_the_real_machine(wish: dict[str, Any], failed: float, state: str) -> None:
+    found = rehearse(plan_of(wish), 40, failed, seed=1, runs=5)
+    assert found.violations == 0
+    assert found.real.state == state
+    assert {one.state for one in found.forecast} == {state}
+    assert {one.exposed for one in found.forecast} == {found.real.exposed}
+    slack_s = TURNS * len(wish["stages"]) * TURN_MS / 1000 + found.settle_s
+    if state == "halted":
+        assert found.real.detected_s is not None
+        assert all(abs((one.detected_s or 0) - found.real.detected_s) <= slack_s for one in found.forecast)
+    else:
+        assert all(abs(one.duration_s - found.real.duration_s) <= slack_s for one in found.forecast)
