@@ -176,9 +176,9 @@ def list_cohorts(name: str = "", limit: int | None = None) -> Call[list[answers.
     return _get("/cohorts", list[answers.CohortShown], name=name, limit=limit)
 
 
-def create_cohort(name: str, selector: str) -> Call[answers.CohortShown]:
-    """Save a cohort under a new name."""
-    return _post("/cohorts", answers.CohortShown, {"name": name, "selector": selector})
+def create_cohort(name: str, selector: str, *, static: bool = False) -> Call[answers.CohortShown]:
+    """Save a cohort under a new name; a static one keeps whom the selector takes now."""
+    return _post("/cohorts", answers.CohortShown, {"name": name, "selector": selector, "static": static})
 
 
 def preview_cohort(selector: str) -> Call[answers.Preview]:

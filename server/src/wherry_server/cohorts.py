@@ -23,6 +23,8 @@ from wherry_shared.ids import check_name
 
 _COHORT = table(Cohort)
 SECOND_US = 1_000_000
+STATIC_MAX = 80
+"""Devices of a static cohort: their ids are its selector, which has 2,000 characters."""
 
 
 class Member(NamedTuple):
@@ -196,6 +198,23 @@ _RUNS = text(
 
 
 # --- saved cohorts ------------------------------------------------------------------------------
+
+
+async def frozen(connection: AsyncConnection, project: str, selector: str) -> str:
+    """Return the selector of exactly those devices that `selector` takes now.
+
+    Raises:
+        RefusedError: `bad_selector`, or `cohort_static` for nobody, or for more than STATIC_MAX.
+    """
+    found = await members(connection, project, parse_selector(selector))
+    if not 1 <= len(found) <= STATIC_MAX:
+        raise RefusedError(
+            "cohort_static",
+            f"the selector takes {len(found)} devices now, a static cohort has 1 to {STATIC_MAX}",
+            consequence="nothing was stored",
+            next_step="give the devices a label, and save a cohort of that",
+        )
+    return f"id in ({', '.join(sorted(member.id for member in found))})"
 
 
 async def save(

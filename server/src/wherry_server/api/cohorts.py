@@ -38,6 +38,8 @@ class CohortWish(SelectorWish):
     """A cohort to save."""
 
     name: str = Field(max_length=64)
+    static: bool = False
+    """Keep whom the selector takes now, whatever becomes of them; else membership is live."""
 
 
 class Preview(BaseModel):
@@ -75,7 +77,11 @@ async def list_cohorts(
 async def create_cohort(wish: CohortWish, response: Response, services: ServicesDep, operator: Operator) -> CohortShown:
     """Save a cohort under a new name."""
     actor = f"token:{operator.name}"
-    saved = await cohorts.save(services.database, services.project, actor, wish.name, wish.selector, replace=False)
+    selector = wish.selector
+    if wish.static:
+        async with services.database.read() as connection:
+            selector = await cohorts.frozen(connection, services.project, selector)
+    saved = await cohorts.save(services.database, services.project, actor, wish.name, selector, replace=False)
     response.headers["ETag"] = etags.etag(saved)
     return CohortShown.model_validate(saved)
 

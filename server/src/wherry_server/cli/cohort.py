@@ -29,9 +29,14 @@ def list_cohorts(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def create(name: Name, selector: Selector, as_json: AsJson = False) -> None:
+def create(
+    name: Name,
+    selector: Selector,
+    static: Annotated[bool, typer.Option("--static", help="Keep whom it takes now, whatever becomes of them.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Save a selector under a name."""
-    made = client().plain(calls.create_cohort(name, selector))
+    made = client().plain(calls.create_cohort(name, selector, static=static))
     show(made, as_json, lambda console: console.print(f"saved cohort {made['name']}: {made['selector']}"))
 
 
