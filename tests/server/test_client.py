@@ -37,6 +37,8 @@ ARGUMENTS: dict[str, Any] = {
     "content": b"",
     "replaces": 1,
     "wish": {},
+    "event": 3,
+    "types": [],
 }
 
 

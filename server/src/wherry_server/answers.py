@@ -431,3 +431,39 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     status: str
     version: str
     project: str
+
+
+class WebhookShown(msgspec.Struct, frozen=True, kw_only=True):
+    """A webhook, and how many events have not arrived."""
+
+    name: str
+    url: str
+    types: list[str]
+    created_at: int
+    created_by: str
+    waiting: int = 0
+    dead: int = 0
+
+
+class WebhookMade(WebhookShown, frozen=True, kw_only=True):
+    """A new webhook with the secret of its signatures."""
+
+    secret: str
+
+
+class Delivery(msgspec.Struct, frozen=True, kw_only=True):
+    """An event that has not arrived."""
+
+    event: int
+    state: str
+    tries: int
+    next_at: int
+    error: str
+    created_at: int
+
+
+class Redelivered(msgspec.Struct, frozen=True, kw_only=True):
+    """An event that will be sent again now."""
+
+    webhook: str
+    event: int

@@ -26,6 +26,7 @@ from wherry_server.api import (
     tokens,
     trust,
     tuf,
+    webhooks,
 )
 from wherry_server.encodings import Encoder
 from wherry_server.rates import Rates
@@ -43,6 +44,7 @@ ROUTERS = (
     rollouts,
     quarantine,
     events,
+    webhooks,
     tokens,
     audit,
     health,

@@ -285,6 +285,34 @@ def follow_rollout(number: int, seconds: int | None = None) -> Call[bytes]:
     return _get(f"/rollouts/{number}/events", bytes, seconds=seconds)
 
 
+# --- webhooks -----------------------------------------------------------------------------------
+
+
+def list_webhooks(limit: int | None = None) -> Call[list[answers.WebhookShown]]:
+    """List the webhooks."""
+    return _get("/webhooks", list[answers.WebhookShown], limit=limit)
+
+
+def create_webhook(name: str, url: str, types: Sequence[str] = ("*",)) -> Call[answers.WebhookMade]:
+    """Make a webhook; its secret is shown this once."""
+    return _post("/webhooks", answers.WebhookMade, {"name": name, "url": url, "types": list(types)})
+
+
+def delete_webhook(name: str) -> Call[None]:
+    """Forget a webhook."""
+    return _delete(f"/webhooks/{_q(name)}")
+
+
+def list_deliveries(name: str, state: str | None = None, limit: int | None = None) -> Call[list[answers.Delivery]]:
+    """List what has not arrived at a webhook."""
+    return _get(f"/webhooks/{_q(name)}/deliveries", list[answers.Delivery], state=state, limit=limit)
+
+
+def redeliver_event(name: str, event: int) -> Call[answers.Redelivered]:
+    """Send an event that has not arrived once more."""
+    return _post(f"/webhooks/{_q(name)}/deliveries/{event}/redeliver", answers.Redelivered)
+
+
 # --- access, audit, health ----------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ import msgspec
 from sqlalchemy import insert, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server import assignments, comparison, evidence, offers
+from wherry_server import assignments, audit, comparison, evidence, offers
 from wherry_server.assignments import EXPOSED_PER_TURN, Prepared
 from wherry_server.db import bulk
 from wherry_server.db.database import DATABASE_ERRORS
@@ -260,6 +260,10 @@ class Conductor:
                     progress_before=msgspec.to_builtins(before),
                 )
             )
+            if (after.state, after.stage) != (before.state, before.stage):
+                action = "rollout.stage" if after.state == before.state else f"rollout.{after.state}"
+                said = {"model": row.model, "stage": after.stage, "reason": after.reason}
+                await audit.append(connection, row.project_id, "director", action, str(row.number), **said)
             if after.reason in CONDEMNING and before.state != "returning":
                 await self._remember_bad(connection, row, plan, moment)
             await assignments.apply(connection, row, plan, prepared, moment)

@@ -11,6 +11,7 @@ import contextlib
 import logging
 from dataclasses import dataclass, field
 
+import httpx
 import uvloop
 from sqlalchemy import text
 
@@ -27,6 +28,7 @@ from wherry_server.outbox import Outbox
 from wherry_server.services import Services, open_services
 from wherry_server.settings import Settings
 from wherry_server.times import now_us
+from wherry_server.webhooks import ANSWER_S, Postman
 from wherry_shared import topics
 from wherry_shared.errors import RefusedError
 
@@ -35,6 +37,8 @@ log = logging.getLogger(__name__)
 TRUST_S = 600.0
 FORGET_S = 600.0
 """Old telemetry and reports are looked for this often."""
+WEBHOOKS_S = 1.0
+"""What happened is looked for this often, to tell it."""
 LOGS_S = 2.0
 """An open request for logs is repeated this often to devices that have nothing to say."""
 
@@ -54,6 +58,8 @@ class Process:
         lease = Lease(services.database, services.project, "director")
         conductor = Conductor(services, lease, Composer(services.project, trust.director_keyid, trust.director_sign))
         came_back = asyncio.Event()
+        http = httpx.AsyncClient(timeout=ANSWER_S, trust_env=False)
+        postman = Postman(services.database, services.project, services.master_key, http)
         link = Link(
             services.settings.broker_host,
             services.settings.broker_port,
@@ -84,6 +90,10 @@ class Process:
         async def ask_logs() -> None:
             await _ask_logs(services, ingest, link)
 
+        async def tell() -> None:
+            while lease.epoch and await postman.turn():
+                pass
+
         async def forget() -> None:
             if lease.epoch:
                 await retention.forget(services.database, services.project, services.settings)
@@ -97,6 +107,7 @@ class Process:
             "lease": every(RENEW_S, hold),
             "again": every(0, publish_again),
             "trust": every(TRUST_S, renew_trust),
+            "webhooks": every(WEBHOOKS_S, tell),
             "forget": every(FORGET_S, forget),
             "logs": every(LOGS_S, ask_logs),
         }
@@ -107,6 +118,7 @@ class Process:
         finally:
             with contextlib.suppress(*DATABASE_ERRORS):
                 await lease.release()
+            await http.aclose()
             await services.close()
 
 

@@ -43,6 +43,8 @@ STATUS: dict[str, int] = {
     "publisher_unknown": 404,
     "proposal_unknown": 404,
     "token_unknown": 404,
+    "webhook_unknown": 404,
+    "delivery_unknown": 404,
     # what stands against it
     "version_taken": 409,
     "name_taken": 409,

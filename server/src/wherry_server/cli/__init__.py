@@ -23,6 +23,7 @@ from wherry_server.cli import (
     serve,
     token,
     trust,
+    webhook,
 )
 from wherry_server.cli.common import GLOBALS, AsJson
 from wherry_shared.errors import WherryError
@@ -58,7 +59,7 @@ def root(
 
 for alone in (serve.commands, deploy.commands, fleet.commands, audit.commands, apply.commands):
     app.registered_commands.extend(alone.registered_commands)
-for group in (bundle, model, device, cohort, rollout, quarantine, token, trust, audit):
+for group in (bundle, model, device, cohort, rollout, quarantine, token, trust, audit, webhook):
     app.add_typer(group.app)
 
 

@@ -382,6 +382,40 @@ class Idempotency(SQLModel, table=True):
     created_at: int = _time(index=True)
 
 
+class Webhook(SQLModel, table=True):
+    """Another system that is told what the audit log says."""
+
+    __tablename__ = "webhook"
+    __table_args__ = (UniqueConstraint("project_id", "name"),)
+    id: str = Field(primary_key=True)
+    project_id: str
+    name: str
+    url: str
+    types: list[Any] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))
+    """Patterns of actions."""
+    position: int = _time(default=0)
+    """The last entry of the audit log that was taken up."""
+    created_at: int = _time()
+    created_by: str
+
+
+class WebhookDelivery(SQLModel, table=True):
+    """An entry that has not arrived at a webhook."""
+
+    __tablename__ = "webhook_delivery"
+    __table_args__ = (Index("ix_webhook_delivery_due", "project_id", "state", "next_at"),)
+    webhook_id: str = Field(primary_key=True)
+    event: int = Field(primary_key=True)
+    """Id of the entry."""
+    project_id: str
+    state: str
+    """`waiting` or `dead`"""
+    tries: int = 0
+    next_at: int = _time(default=0)
+    error: str = ""
+    created_at: int = _time()
+
+
 class Lease(SQLModel, table=True):
     """Who does a job now: saves work; correctness is compare-and-set on revisions and `epoch`."""
 
