@@ -38,6 +38,7 @@ HOLD_BACK_MAX = 0.5
 HARMED_MAX = 5.0
 STRATEGIES_LATER = ("shadow", "split", "blue_green")
 
+Strategy = Literal["canary", "adaptive", "all_at_once"]
 OnHalt = Literal["hold", "revert_stage", "revert_all"]
 
 
@@ -81,7 +82,7 @@ class Plan(_Strict, frozen=True, kw_only=True):
     selector: str
     cohort: str = ""
     """Name of the saved cohort that the selector came from; the text above is what counts."""
-    strategy: Literal["canary", "adaptive", "all_at_once"] = "canary"
+    strategy: Strategy = "canary"
     harmed_max: float | None = None
     """Of `adaptive`: devices that may be harmed, as far as is known (`sequential.expected_harm`); HARMED_MAX by default."""
     stages: list[Stage]

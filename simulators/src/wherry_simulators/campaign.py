@@ -9,10 +9,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from wherry_server import offers, outcomes
 from wherry_server.plan import Plan
-from wherry_server.rollout import Command, Counts, Evidence, Expose, Moved, Progress, Retry, Scope, Withdraw, decide
-from wherry_server.targeting import exposed, key_of
+from wherry_server.rollout import (
+    Command,
+    Counts,
+    Evidence,
+    Expose,
+    Moved,
+    Progress,
+    Retry,
+    Scope,
+    Withdraw,
+    decide,
+    next_share,
+    reach,
+)
+from wherry_server.targeting import cut_offs, exposed, key_of
+from wherry_shared import reasons
 from wherry_shared.clock import Now
 from wherry_shared.wire import OfferedModel, Report
 from wherry_simulators.server import Server
@@ -31,14 +47,15 @@ class Assignment:
     from_manifest: str
     outcome: str = "exposed"
     settled_ms: int = 0
+    reason: str = ""
 
 
 class Campaign:
     """One rollout of one model."""
 
     def __init__(self, server: Server, plan: Plan, rollout: str) -> None:
-        if plan.gates or plan.held_back or plan.strategy == "adaptive":
-            raise RuntimeError("a campaign carries plans with stages and fixed bounds only")
+        if plan.compared or plan.held_back:
+            raise RuntimeError("a campaign's devices send no telemetry, so nothing can be compared")
         if plan.window or plan.strata or plan.approval:
             raise RuntimeError("a campaign's devices are of one kind and one time zone, and nobody approves")
         self.server = server
@@ -103,7 +120,7 @@ class Campaign:
             report,
         )
         if change is not None:
-            assignment.outcome = change.outcome
+            assignment.outcome, assignment.reason = change.outcome, change.reason
             if change.settled and not assignment.settled_ms:
                 assignment.settled_ms = self._now_ms
 
@@ -112,7 +129,7 @@ class Campaign:
     def _expose(self, stage: int, limit: int | None, now: Now) -> list[tuple[str, OfferedModel]]:
         offered = offers.forwards(self.plan, self.rollout)[self.model]
         changes: list[tuple[str, OfferedModel]] = []
-        for device in sorted(self._due(stage), key=self._keys.__getitem__)[:limit]:
+        for device in sorted(self._due(), key=self._keys.__getitem__)[:limit]:
             manifest, target = self._runs(device)
             self.assigned[device] = Assignment(stage, now.monotonic_ms, target, manifest)
             changes.append((device, offered))
@@ -131,8 +148,8 @@ class Campaign:
                 one.outcome = "withdrawn" if back else "revert_pending"
         return changes
 
-    def _due(self, stage: int) -> list[str]:
-        share = self.plan.stages[stage].share
+    def _due(self) -> list[str]:
+        share = reach(self.plan, self.progress)
         return [
             device
             for device, key in self._keys.items()
@@ -155,18 +172,32 @@ class Campaign:
         stages = [dict.fromkeys(Counts.__struct_fields__, 0) for _ in self.plan.stages]
         for device, assignment in self.assigned.items():
             stages[assignment.stage][self._count(device, assignment, now)] += 1
-        following = self.progress.stage + 1
-        ahead: dict[str, int] = {}
-        if following < len(self.plan.stages):
-            keys = {STRATUM: list(self._keys.values())}
-            ahead = self.plan.cut_offs(following, keys, self.progress.cut_offs)
-        return Evidence(
+        evidence = Evidence(
             stages=[Counts(**counts) for counts in stages],
+            happened=self._happened(),
             members=len(self._keys),
-            unexposed=len(self._due(self.progress.stage)) if self.progress.stage >= 0 else 0,
-            next_cut_offs=ahead,
+            unexposed=len(self._due()) if self.progress.stage >= 0 else 0,
             command=self.command,
         )
+        keys = {STRATUM: list(self._keys.values())}
+        following = self.progress.stage + 1
+        wanted, ahead = 0.0, dict[str, int]()
+        if self.plan.strategy == "adaptive" and self.progress.state != "done":
+            wanted = next_share(self.plan, self.progress, evidence)
+            ahead = cut_offs(keys, wanted, self.progress.cut_offs) if wanted > 0 else {}
+        elif following < len(self.plan.stages):
+            ahead = self.plan.cut_offs(following, keys, self.progress.cut_offs)
+        return msgspec.structs.replace(evidence, next_cut_offs=ahead, next_share=wanted)
+
+    def _happened(self) -> dict[str, int]:
+        """Count the devices to which happened what the plan's gates ask for."""
+        failed = [one for one in self.assigned.values() if one.outcome in outcomes.FAILURES]
+        found = {
+            "failed": len(failed),
+            "returned": sum(one.outcome == "returned" for one in failed),
+            "crashed": sum(one.reason == reasons.CRASH for one in failed),
+        }
+        return {gate.metric: found[gate.metric] for gate in self.plan.gates}
 
     def _count(self, device: str, assignment: Assignment, now: Now) -> str:
         """Return the one count that a device is in."""

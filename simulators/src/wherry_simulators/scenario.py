@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from wherry_server.gates import Bound
-from wherry_server.plan import Plan, Stage
+from wherry_server.gates import Bound, Gate
+from wherry_server.plan import Plan, Stage, Strategy
 from wherry_shared.wire import Mode, Trial
 from wherry_simulators import models
 from wherry_simulators.faults import NONE, Faults
@@ -42,6 +42,9 @@ class Release:
     failure: Bound = FAILURE
     plan: Plan | None = None
     """The whole plan of its rollout; None: one of its stages, with wide bounds on silence."""
+    gates: tuple[Gate, ...] = ()
+    """Gates of its rollout, of metrics without a control."""
+    strategy: Strategy = "canary"
     trial: Trial = TRIAL
     ends: frozenset[str] = frozenset()
     """States in which its rollout may end; empty: any final one."""

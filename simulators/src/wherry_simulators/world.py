@@ -345,6 +345,8 @@ def _plan(release: Release) -> Plan:
         selector="all",
         stages=list(release.stages),
         failure=release.failure,
+        gates=list(release.gates),
+        strategy=release.strategy,
         trial=release.trial,
         attempt=release.attempt,
         silent_s=4 * 3600,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from wherry_server.gates import Bound, Gate
 from wherry_server.plan import Stage
 from wherry_shared import reasons
 from wherry_simulators.faults import MODERATE
@@ -9,6 +10,10 @@ from wherry_simulators.models import Behaviour, VariantBehaviour
 from wherry_simulators.scenario import HOUR_MS, Release, Scenario
 
 STAGES = (Stage(share=0.1), Stage(share=0.5), Stage(share=1.0))
+WHOLE = (Stage(share=1.0),)
+_GATES = (Gate(metric="failed", tolerated=0.05, harm=0.3),)
+_UNBOUNDED = Bound(share=0.99, sample_min=60)
+"""Leaves the verdict to gates."""
 DONE, HALTED = frozenset({"done"}), frozenset({"halted"})
 _FAILING = Behaviour(variants=[VariantBehaviour(error_rate=0.8)])
 _PARTLY = Behaviour(affected=0.5, variants=[VariantBehaviour(error_rate=0.8)])
@@ -41,6 +46,48 @@ TABLE = (
                 Behaviour(variants=[VariantBehaviour(canary=reasons.GOLDEN_MISS)]),
                 at_ms=HOUR_MS,
                 stages=STAGES,
+                ends=HALTED,
+            ),
+        ),
+        ends_on=frozenset({"1.0.0"}),
+        devices=60,
+    ),
+    Scenario(
+        "a good release all at once is done",
+        (Release("1.0.0"), Release("1.1.0", at_ms=HOUR_MS, stages=WHOLE, strategy="all_at_once", ends=DONE)),
+        ends_on=frozenset({"1.1.0"}),
+        devices=60,
+    ),
+    Scenario(
+        "a release that fails on devices all at once halts, and everyone is on the old one again",
+        (
+            Release("1.0.0"),
+            Release("1.1.0", _FAILING, at_ms=HOUR_MS, stages=WHOLE, strategy="all_at_once", ends=HALTED),
+        ),
+        ends_on=frozenset({"1.0.0"}),
+        devices=60,
+    ),
+    Scenario(
+        "a good release widens by itself until it is done",
+        (
+            Release("1.0.0"),
+            Release("1.1.0", at_ms=HOUR_MS, stages=WHOLE, strategy="adaptive", gates=_GATES, ends=DONE),
+        ),
+        ends_on=frozenset({"1.1.0"}),
+        devices=60,
+    ),
+    Scenario(
+        "a release that fails on half of the devices is halted by a gate while it widens",
+        (
+            Release("1.0.0"),
+            Release(
+                "1.1.0",
+                _PARTLY,
+                at_ms=HOUR_MS,
+                stages=WHOLE,
+                strategy="adaptive",
+                gates=_GATES,
+                failure=_UNBOUNDED,
                 ends=HALTED,
             ),
         ),
