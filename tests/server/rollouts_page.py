@@ -91,9 +91,19 @@ the fleet as it stands, or over `--devices N`, where each device fails, is silen
 devices are back at once. It says when runs end and how, how many devices were exposed, and when the breach was noticed. Gates
 that compare with a control are refused there: telemetry is not invented.
 
-`wherry-sim rollout PLAN --failed 0.1` rehearses a canary plan on the real machine (devices, offers, reports, decisions; models by a table)
+`wherry-sim rollout PLAN --failed 0.1` rehearses a plan on the real machine (devices, offers, reports, decisions; models by a table)
 in virtual time, and prints the forecast with the settling time that it measured. A test holds the two to the same end, the same
 exposure, and times that differ by no more than four looks of the director per stage and one settling time.
+
+## Strategies
+
+`canary` takes its stages one after the other. `adaptive` has one stage and widens by itself ([gates.md](gates.md#adaptive-widening)).
+`all_at_once` has one stage with share 1: every device has the bundle before any has proved it. The trial on each device, the
+bounds, gates, halt and revert are the same; what differs is how many devices a bad bundle reaches. One that fails on half of 60
+devices, rehearsed with `stages = [{share = 1.0}]` and either strategy (`wherry-sim rollout PLAN --devices 60 --failed 0.5 --seed 1`):
+
+    all_at_once   the real machine: halted after 40 s, 60 of 60 exposed, breach after 20 s
+    adaptive      the real machine: halted after 40 s, 5 of 60 exposed, breach after 20 s
 """
 
 
