@@ -199,3 +199,14 @@ def test_a_rollout_is_followed_over_a_cut_by_both_clients(server: Running, clien
             return [event async for event in other.follow(made.number)]
 
     assert [one.kind for one in asyncio.run(same())] == ["decision", "progress", "end"]
+
+
+def test_answers_have_the_fields_of_the_description(server: Running) -> None:
+    described = httpx.get(f"{server.url}/openapi.json", trust_env=False).json()["components"]["schemas"]
+    known = {
+        name: one for name, one in vars(answers).items() if inspect.isclass(one) and hasattr(one, "__struct_fields__")
+    }
+    shared = set(known) & set(described)
+    assert len(shared) > 30
+    for name in shared:
+        assert set(known[name].__struct_fields__) == set(described[name]["properties"]), name
