@@ -190,7 +190,7 @@ class Watch:
         for slot in after.models.values():
             assert len(slot.ends) <= turn.ENDS_MAX
             at_rest = isinstance(slot.phase, s.Idle | s.Compared | s.Safe | s.Queued)
-            assert at_rest or machine.limit_ms(slot.phase)
+            assert at_rest or machine.limit_ms(slot.phase) is not None
             if isinstance(slot.phase, s.Compared):
                 assert slot.incumbent is not None, "compared with nothing"
                 assert slot.phase.job.loadable in machine.kept(after)

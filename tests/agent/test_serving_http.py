@@ -722,7 +722,7 @@ def test_a_refusal_says_cause_consequence_and_next_step(endpoint: Endpoint, tmp_
     path = "/v2/models/scale/infer"
     for row, status, rest in (
         ([1.0, 2.0], 400, "the model was not run; next: compare the request with the model's metadata)"),
-        ([-1.0] * 4, 500, "nobody else could answer this request; next: it is counted against this version; see"),
+        ([-1.0] * 4, 500, "the answer is withheld, and held against the model; next: look for what overflows"),
     ):
         got, body = endpoint.call("POST", path, infer_body([row]))
         assert got == status

@@ -88,6 +88,17 @@ def test_counts_that_fell_without_notice_begin_at_nothing_too() -> None:
     assert [window.requests for window in windows.cut(3 * SECOND, context)] == [7]
 
 
+def test_another_life_begins_at_nothing_also_when_it_counts_more_at_once() -> None:
+    windows = Windows()
+    windows.look("handle", [counted(8, life=1)], 1)
+    assert [window.requests for window in windows.cut(2, context)] == [8]
+    windows.keep_only(set())
+    windows.look("handle", [counted(10, life=2)], 3)
+    assert [window.requests for window in windows.cut(4, context)] == [10]
+    windows.look("handle", [counted(13, life=2)], 5)
+    assert [window.requests for window in windows.cut(6, context)] == [3]
+
+
 def test_the_worker_and_a_handle_are_counted_apart_and_judged_together() -> None:
     windows = Windows()
     windows.look("worker", [counted(10, trial="t")], 0)

@@ -415,6 +415,8 @@ class ArmStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     distance: dict[str, int] = {}
     """Sketch of the distance between the two answers: largest difference over the range of the incumbent's output."""
     last_error: str = ""
+    life: int = 0
+    """Changes when the counts begin from nothing, as they do when a version comes back: whoever takes differences must know."""
 
 
 class Stats(_Message, tag="stats", frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import grp
+import itertools
 import logging
 import os
 import pwd
@@ -123,6 +124,9 @@ class HandleServer:
         self._crashed: dict[tuple[str, str, str], None] = {}
         self._gone: dict[tuple[str, str, str, str], ArmStats] = {}
         self._drained: dict[tuple[str, str, str, str], ArmStats] = {}
+        self._life = itertools.count(1)
+        self._lives: dict[tuple[str, str, str, str], int] = {}
+        """Of each sum of counts, for as long as there is one."""
         self._closed = False
         self._listener = self._listen()
         self._outgoing: SimpleQueue[_Peer | None] = SimpleQueue()
@@ -191,6 +195,9 @@ class HandleServer:
                 for key, stats in peer.counts.items():
                     whole = (peer.model, *key)
                     totals[whole] = merged(totals[whole], stats) if whole in totals else stats
+            for whole, stats in totals.items():  # a sum has a life of its own: from the first handle to the last
+                life = self._lives.setdefault(whole, next(self._life))
+                totals[whole] = msgspec.structs.replace(stats, life=life)
             changed = {key: stats for key, stats in totals.items() if self._drained.get(key) != stats}
             self._drained = totals
             self._forget(changed)
@@ -314,7 +321,9 @@ class HandleServer:
                     for stats in message.arms[:ARMS_MAX]:
                         if stats.model == peer.model:
                             key = (stats.digest, stats.arm, stats.trial)
-                            peer.counts.pop(key, None)
+                            before = peer.counts.pop(key, None)
+                            if before is not None and before.life != stats.life:
+                                self._add_gone((peer.model, *key), before)
                             peer.counts[key] = stats  # the newest last: the oldest is forgotten first
                     while len(peer.counts) > COUNTS_MAX:
                         del peer.counts[next(iter(peer.counts))]
@@ -398,10 +407,7 @@ class HandleServer:
         with self._lock:
             self._peers.discard(peer)
             for key, stats in peer.counts.items():
-                whole = (peer.model, *key)
-                self._gone[whole] = merged(self._gone.pop(whole), stats) if whole in self._gone else stats
-            while len(self._gone) > COUNTS_GONE_MAX:
-                del self._gone[next(iter(self._gone))]
+                self._add_gone((peer.model, *key), stats)
             crash = None
             if peer.candidate is not None and not peer.said_goodbye and not self._closed:
                 digest, trial = peer.candidate
@@ -413,6 +419,12 @@ class HandleServer:
             log.warning("process %d ended without goodbye on candidate %s of %s", peer.pid, crash.digest, crash.model)
             self._on_crash(crash)
         self._tell_settled(peer.model)
+
+    def _add_gone(self, whole: tuple[str, str, str, str], stats: ArmStats) -> None:
+        """Keep the counts of a handle, or of a life of a variant in it, that has ended."""
+        self._gone[whole] = merged(self._gone.pop(whole), stats) if whole in self._gone else stats
+        while len(self._gone) > COUNTS_GONE_MAX:
+            del self._gone[next(iter(self._gone))]
 
     def _forget(self, news: Container[tuple[str, str, str, str]]) -> None:
         """Drop counts of variants that no assignment names and no handle holds, once nothing new comes of them.
@@ -433,6 +445,8 @@ class HandleServer:
         self._gone = {key: stats for key, stats in self._gone.items() if kept(*key)}
         for peer in self._peers:
             peer.counts = {key: stats for key, stats in peer.counts.items() if kept(peer.model, *key)}
+        counted = {*self._gone, *((peer.model, *key) for peer in self._peers for key in peer.counts)}
+        self._lives = {whole: life for whole, life in self._lives.items() if whole in counted}
 
 
 def _digests(serve: ServeModel | None) -> list[str]:

@@ -67,7 +67,7 @@ class Windows:
             stats = _in_process(told) if inside else told
             key = (source, stats.model, stats.digest, stats.arm, stats.trial)
             before = self._latest.get(key) or self._cut.get(key)
-            if before is not None and stats.requests < before.requests:
+            if before is not None and (stats.life != before.life or stats.requests < before.requests):
                 self._cut.pop(key, None)  # another process, or another life of this variant, counts from nothing
             if key not in self._latest:
                 self._since_us[key] = at_us

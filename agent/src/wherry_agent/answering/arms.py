@@ -7,6 +7,7 @@ that the same variant can be counted as candidate first and as incumbent later, 
 from __future__ import annotations
 
 import collections
+import itertools
 import logging
 import threading
 import time
@@ -151,6 +152,8 @@ class Counter:
     """Outputs of the last of them: a sample for the class histogram, a few a second."""
     _answered: deque[int] = field(default_factory=deque)
     """The same of a worker, whose runs wait for the run gate; these did not have to."""
+    life: int = field(default_factory=itertools.count(1).__next__)
+    """Which counter of this process it is."""
     _fold_left_out: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _requests: int = 0
@@ -272,6 +275,7 @@ class Counter:
                 skipped=self._skipped,
                 distance=self._distance.to_wire(),
                 last_error=self._last_error,
+                life=self.life,
             )
 
     def news(self) -> ArmStats | None:
