@@ -86,12 +86,25 @@ def made(folder: Path, url: str) -> Settings:
     return settings
 
 
-def telemetry(folder: Path, url: str, devices: int, messages: int) -> tuple[int, str]:
-    """Return messages per second, and through which broker."""
+async def kept_bytes(settings: Settings) -> int:
+    """Return how large the database is."""
+    database = Database.open(settings.database_url)
+    try:
+        if not database.is_sqlite:
+            return await scalar(database, "SELECT pg_database_size(current_database())")
+        return await scalar(database, "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size")
+    finally:
+        await database.close()
+
+
+def telemetry(folder: Path, url: str, devices: int, messages: int) -> tuple[int, str, int]:
+    """Return messages per second, through which broker, and what one takes in the database in bytes."""
     settings = made(folder / "telemetry", url)
+    before = asyncio.run(kept_bytes(settings))
     with broker(settings, folder) as kind, role("director", settings):
         seconds, stored = uvloop.run(telemetry_per_s.measure(settings, devices, messages))
-    return round(stored / seconds), kind
+    taken = asyncio.run(kept_bytes(settings)) - before
+    return round(stored / seconds), kind, round(taken / (devices * messages))
 
 
 async def scalar(database: Database, sql: str) -> int:
@@ -201,8 +214,8 @@ def memory(process: subprocess.Popen[bytes]) -> dict[str, float]:
 
 def measure(folder: Path, urls: tuple[str, str], options: argparse.Namespace) -> dict[str, Any]:
     """Measure one database: `urls` of an empty one for telemetry and of another for everything else."""
-    rate, kind = telemetry(folder, urls[0], options.senders, options.messages)
-    print(f"  telemetry: {rate} messages per second through {kind}", flush=True)
+    rate, kind, size = telemetry(folder, urls[0], options.senders, options.messages)
+    print(f"  telemetry: {rate} messages per second through {kind}, {size} bytes each in the database", flush=True)
     settings = made(folder / "fleet", urls[1])
     asyncio.run(fill(settings, options.devices, options.windows))
     with broker(settings, folder), role("director", settings) as director, role("api", settings) as api:
@@ -223,6 +236,7 @@ def measure(folder: Path, urls: tuple[str, str], options: argparse.Namespace) ->
         print(f"  memory: {rss}", flush=True)
     return {
         "telemetry_per_s": rate,
+        "telemetry_bytes": size,
         "broker": kind,
         "stage_s": round(seconds, 2),
         "calls_ms": answered,
