@@ -39,6 +39,18 @@ def test_every_tensor_survives_the_wire(array: np.ndarray, synthetic: bool) -> N
     assert after.vectors[0].expected["out"].values.dtype == array.dtype
 
 
+@pytest.mark.parametrize("length", range(8))
+def test_decoded_tensors_are_aligned_whatever_is_before_them(length: int) -> None:
+    """Engines sum memory that is not in another order, and some machines cannot read it at all."""
+    name = "x" * (length + 1)
+    inputs = {name: np.arange(3, dtype=np.uint8), "wide": np.arange(4, dtype=np.float64)}
+    made = Golden((Vector(inputs, {"y": Expected(np.ones(2, np.float32), (2,))}),), {"y": Tolerance(0.0, 0.0)})
+    (vector,) = golden.decode(golden.encode(made)).vectors
+    arrays = [*vector.inputs.values(), vector.expected["y"].values]
+    assert all(array.flags.aligned and not array.flags.writeable for array in arrays)
+    np.testing.assert_array_equal(vector.inputs["wide"], np.arange(4))
+
+
 def test_encoding_the_same_vectors_twice_gives_the_same_bytes() -> None:
     subject = one(np.linspace(0, 1, 7, dtype=np.float32), Tolerance(1e-4, 0))
     assert golden.encode(subject) == golden.encode(subject)

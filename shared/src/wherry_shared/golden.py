@@ -269,7 +269,7 @@ def encode(golden: Golden) -> bytes:
 
 
 def decode(data: bytes, *, decoded_bytes_max: int = limits.GOLDEN_DECODED_BYTES_MAX) -> Golden:
-    """Decode golden vectors; the arrays are read-only views.
+    """Decode golden vectors; the arrays are read-only, and aligned as an application's are.
 
     Raises:
         RefusedError: `golden_invalid`, or `golden_too_large` beyond `decoded_bytes_max`.
@@ -363,6 +363,9 @@ class _Cursor:
             raise _invalid(f"{tensor.name[:80]!r} is cut short")
         array = np.frombuffer(self.body, dtype=dtype, count=count, offset=self.at)
         self.at += count * dtype.itemsize
+        if not array.flags.aligned:  # engines sum such memory in another order, or cannot read it at all
+            array = array.copy()
+            array.flags.writeable = False
         return array
 
     def _texts(self, tensor: _Tensor) -> Array:
