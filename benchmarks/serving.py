@@ -8,9 +8,12 @@ is our JSON over the best way of the best peer, `rps_binary_ratio_to_best_peer` 
 environments of their own (`peers/environments.py`), with the same ONNX Runtime, one thread a run and no more than one
 server process.
 
-Memory is the proportional set (PSS) when nothing is asked any more. `idle_pss_ratio_to_best_peer` counts the process that
-serves, alone; `idle_pss_with_supervisor_ratio` adds the agent's supervisor, which peers have no counterpart of and without
-which nothing is delivered, as `supervisor_rss` measured it (left out with `--quick`).
+Memory is the set of a server in proportion among its own processes, when nothing is asked any more: what the files mapped
+by several of them hold counts once, and what anybody else maps counts whole. PSS of the kernel would give away half of the
+worker's libraries, since this script maps the same files, and nothing of the peers', which have files of their own.
+`idle_pss_ratio_to_best_peer` counts the process that serves, alone; `idle_pss_with_supervisor_ratio` adds the resident set of
+the agent's supervisor, which peers have no counterpart of and without which nothing is delivered, as `supervisor_rss` measured
+it (left out with `--quick`); what both map counts twice there.
 
 Run: `make bench NAME=serving`. Writes `build/bench/serving.json`, with the figures of `supervisor_rss`, `swap_gap`,
 `rollback` and `crash_points` in it, each measured by its own script in the same run (`--quick` leaves those out).
@@ -299,14 +302,34 @@ def tree(pid: int) -> list[int]:
     return found
 
 
-def pss_mb(pid: int) -> float:
-    """Return the proportional set of a process and all below it, in MiB."""
-    total = 0
+def set_mb(pid: int) -> float:
+    """Return what a process and all below it hold, as if nobody else mapped their files, in MiB."""
+    own_kb, files = 0, dict[tuple[str, str, str], int]()
     for one in tree(pid):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            text = Path(f"/proc/{one}/smaps_rollup").read_text(encoding="ascii")
-            total += int(re.search(r"^Pss: *(\d+)", text, re.MULTILINE)[1])  # type: ignore[index]
-    return total / 1024
+            for mapping, fields in mappings(Path(f"/proc/{one}/smaps").read_text(encoding="utf-8", errors="replace")):
+                private_kb = fields["Anonymous"]
+                own_kb += fields["Pss"] if mapping is None else private_kb
+                if mapping is not None:  # of a file that several map, as much as the one that has most of it
+                    files[mapping] = max(files.get(mapping, 0), fields["Rss"] - private_kb)
+    return (own_kb + sum(files.values())) / 1024
+
+
+def mappings(smaps: str) -> Iterator[tuple[tuple[str, str, str] | None, dict[str, int]]]:
+    """Yield each mapping of /proc/PID/smaps: device, inode and offset of its file (None without one), and its fields in kB."""
+    mapping: tuple[str, str, str] | None = None
+    fields: dict[str, int] = {}
+    for line in smaps.splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            if fields:
+                yield mapping, fields
+            mapping = None if words[4] == "0" else (words[3], words[4], words[2])
+            fields = {}
+        elif words[-1] == "kB":
+            fields[words[0][:-1]] = int(words[1])
+    if fields:
+        yield mapping, fields
 
 
 def wrk(port: int, path: str, body: bytes, headers: dict[str, str], folder: Path, seconds: float) -> dict[str, float]:
@@ -451,8 +474,8 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
                 failed += int(result["failed"])
         time.sleep(2.0)  # what was freed has time to go back
         memory = {
-            "wherry worker": pss_mb(worker.process.pid),
-            **{peer.name: pss_mb(peer.process.pid) for peer in peers},
+            "wherry worker": set_mb(worker.process.pid),
+            **{peer.name: set_mb(peer.process.pid) for peer in peers},
         }
 
     p50 = {key: statistics.median(values) for key, values in found.items()}
@@ -513,10 +536,10 @@ def other(name: str) -> dict[str, Any]:
 
 def with_supervisor(result: dict[str, Any]) -> dict[str, float]:
     """Return the ratio of idle memory with the supervisor counted, where that was measured."""
-    if "supervisor_pss_mb" not in result:
+    if "supervisor_rss_mb" not in result:
         return {}
     idle = dict(result["idle_pss_mb"])
-    ours = idle.pop("wherry worker") + result["supervisor_pss_mb"]
+    ours = idle.pop("wherry worker") + result["supervisor_rss_mb"]
     return {"idle_pss_with_supervisor_ratio": round(ours / min(idle.values()), 2)}
 
 

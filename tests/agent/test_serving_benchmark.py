@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,7 +40,35 @@ def test_figures_of_an_earlier_run_are_none_of_this_one(folder: Path):
 
 def test_the_supervisor_counts_into_the_memory_of_a_device():
     idle = {"wherry worker": 30.0, "mlserver": 100.0, "kserve": 80.0}
-    assert serving.with_supervisor({"idle_pss_mb": idle, "supervisor_pss_mb": 10.0}) == {
+    assert serving.with_supervisor({"idle_pss_mb": idle, "supervisor_rss_mb": 10.0}) == {
         "idle_pss_with_supervisor_ratio": 0.5
     }
     assert serving.with_supervisor({"idle_pss_mb": idle}) == {}, "not measured, so not said"
+
+
+def waiting(text: str) -> subprocess.Popen[bytes]:
+    """Start a process that runs some lines, says so, and waits for its standard input to end."""
+    text += "; print(flush=True); sys.stdin.read()"
+    process = subprocess.Popen([sys.executable, "-c", text], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"\n"
+    return process
+
+
+def test_a_server_pays_for_libraries_that_the_benchmark_has_as_well():
+    with waiting("import sys, numpy") as server, waiting("import sys, numpy"):
+        rollup = Path(f"/proc/{server.pid}/smaps_rollup").read_text(encoding="ascii")
+        found = {name: int(kb) / 1024 for name, kb in re.findall(r"^(Rss|Pss): *(\d+)", rollup, re.MULTILINE)}
+        assert found["Pss"] < 0.9 * found["Rss"], "this process maps the same files"
+        assert serving.set_mb(server.pid) == pytest.approx(found["Rss"], rel=0.03)
+
+
+def test_a_library_of_several_processes_of_one_server_counts_once():
+    one = "import sys, numpy"
+    child = f"{one}; print(flush=True); sys.stdin.read()"
+    pipes = "stdin=subprocess.PIPE, stdout=subprocess.PIPE"
+    many = f"{one}, subprocess; child = subprocess.Popen([sys.executable, '-c', '{child}'], {pipes}); child.stdout.readline()"
+    with waiting(one) as single, waiting(many) as pair:
+        alone, both = serving.set_mb(single.pid), serving.set_mb(pair.pid)
+        assert len(serving.tree(pair.pid)) == 2
+        assert alone < both < 1.8 * alone
