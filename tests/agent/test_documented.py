@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -68,17 +69,13 @@ def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
     assert example == block((DOCS / "README.md").read_text(encoding="utf-8"), "python", "def frames")
     (tmp_path / "camera.toml").write_text(block(PAGE, "toml", "[[preprocess.operations]]"))
     flat = np.linspace(0, 1, 4, dtype=np.float32).reshape(4, 1, 1, 1) * np.ones((3, 224, 224), np.float32)
-    np.savez(tmp_path / "samples.npz", image=flat)  # made-up images do not compress, and this model is tiny
-    packed = pack_model(
-        detector(tmp_path / "detector.onnx"),
-        name="defect-detector",
-        version="1.0.0",
-        licence="Apache-2.0",
-        attribution="the tests",
-        output=tmp_path,
-        processing=tmp_path / "camera.toml",
-        inputs=tmp_path / "samples.npz",
-    )
+    np.savez(tmp_path / "frames.npz", image=flat)
+    program, command, model, *options = shlex.split(block(PAGE, "console", "pack detector.onnx").removeprefix("$ "))
+    assert (program, command, model) == ("wherry-optimizer", "pack", "detector.onnx")
+    asked = dict(zip(options[::2], options[1::2], strict=True))
+    files = {key: tmp_path / asked.pop(f"--{key}") for key in ("output", "processing", "inputs") if f"--{key}" in asked}
+    words = {key.removeprefix("--"): value for key, value in asked.items()}
+    packed = pack_model(detector(tmp_path / model), **words, **files)
     server = HandleServer(tmp_path / "handle.sock")
     server.publish("defect-detector", ServeModel(name="defect-detector", active=loadable_of(packed)))
     environment = {"WHERRY_HANDLE_SOCKET": str(tmp_path / "handle.sock"), "PATH": "/usr/bin"}

@@ -421,6 +421,7 @@ def _within_budget(
             "golden_too_large",
             f"not one golden vector fits into {min(budgets.values())} bytes",
             consequence="the variants cannot be proved on a device",
-            next_step="give samples that compress better, or lower golden.sampled_above",
+            next_step="give samples that compress better (`pack --inputs`, or a recipe's calibration data; what is made up "
+            "hardly does); where it is outputs that are large, lower a recipe's golden.sampled_above",
         )
     return kept
