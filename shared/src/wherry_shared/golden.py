@@ -50,6 +50,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
 TEXT = "BYTES"
 """The datatype of text: arrays of `str` objects, which are compared exactly."""
 EXACT = 0.0
+ALIGNED_BYTES = 16
+"""How NumPy's own memory begins, and with it what applications ask with; vector units sum from there."""
 """`atol` and `rtol` of what is text."""
 _LENGTH_BYTES = 4
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -363,7 +365,9 @@ class _Cursor:
             raise _invalid(f"{tensor.name[:80]!r} is cut short")
         array = np.frombuffer(self.body, dtype=dtype, count=count, offset=self.at)
         self.at += count * dtype.itemsize
-        if not array.flags.aligned:  # engines sum such memory in another order, or cannot read it at all
+        if (
+            array.__array_interface__["data"][0] % ALIGNED_BYTES
+        ):  # engines sum such memory in another order, or cannot read it at all
             array = array.copy()
             array.flags.writeable = False
         return array
