@@ -50,9 +50,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
 TEXT = "BYTES"
 """The datatype of text: arrays of `str` objects, which are compared exactly."""
 EXACT = 0.0
+"""`atol` and `rtol` of what is text."""
 ALIGNED_BYTES = 16
 """How NumPy's own memory begins, and with it what applications ask with; vector units sum from there."""
-"""`atol` and `rtol` of what is text."""
 _LENGTH_BYTES = 4
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
