@@ -7,6 +7,7 @@ import asyncio
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -203,10 +204,8 @@ def test_a_rollout_is_followed_over_a_cut_by_both_clients(server: Running, clien
 
 def test_answers_have_the_fields_of_the_description(server: Running) -> None:
     described = httpx.get(f"{server.url}/openapi.json", trust_env=False).json()["components"]["schemas"]
-    known = {
-        name: one for name, one in vars(answers).items() if inspect.isclass(one) and hasattr(one, "__struct_fields__")
-    }
+    known = {name: one for name, one in vars(answers).items() if inspect.isclass(one) and is_dataclass(one)}
     shared = set(known) & set(described)
     assert len(shared) > 30
     for name in shared:
-        assert set(known[name].__struct_fields__) == set(described[name]["properties"]), name
+        assert {field.name for field in fields(known[name])} == set(described[name]["properties"]), name

@@ -1,16 +1,26 @@
-"""What the API answers, as values: the shapes of `wherry_server.api`, for whoever calls it.
+"""What the API answers, as values: what `wherry_server.api` answers with and describes, and what its callers get.
 
-Fields that a newer server adds are ignored. Times are integer microseconds UTC.
+Plain dataclasses, so that FastAPI knows them, and a client decodes them without it. Fields that a newer server adds are
+ignored. Times are integer microseconds UTC.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import msgspec
 
+T = TypeVar("T")
 
-class VariantSummary(msgspec.Struct, frozen=True, kw_only=True):
+
+def shaped(kind: type[T], found: Any) -> T:
+    """Return what was read, a mapping or a row, as an answer."""
+    return msgspec.convert(found, kind, strict=False, from_attributes=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantSummary:
     """A variant of a bundle; `download_bytes` is the best encoding served now."""
 
     id: str
@@ -24,7 +34,8 @@ class VariantSummary(msgspec.Struct, frozen=True, kw_only=True):
     figures: dict[str, dict[str, Any]]
 
 
-class BundleSummary(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class BundleSummary:
     """A bundle that the server accepted."""
 
     model: str
@@ -38,13 +49,15 @@ class BundleSummary(msgspec.Struct, frozen=True, kw_only=True):
     variants: list[VariantSummary]
 
 
-class BundleDetail(BundleSummary, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class BundleDetail(BundleSummary):
     """A bundle with its signed config."""
 
     config: dict[str, Any]
 
 
-class ModelSummary(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class ModelSummary:
     """A model, its versions from the newest, and how many devices run one of them."""
 
     name: str
@@ -53,14 +66,16 @@ class ModelSummary(msgspec.Struct, frozen=True, kw_only=True):
     published_at: int
 
 
-class Uploaded(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Uploaded:
     """A blob that is here."""
 
     digest: str
     bytes: int
 
 
-class RunningModel(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class RunningModel:
     """What a device runs of one model."""
 
     model: str
@@ -70,7 +85,8 @@ class RunningModel(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
-class DeviceSummary(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class DeviceSummary:
     """A device in a list."""
 
     id: str
@@ -86,14 +102,16 @@ class DeviceSummary(msgspec.Struct, frozen=True, kw_only=True):
     models: list[RunningModel]
 
 
-class DeviceList(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class DeviceList:
     """A page of devices by name; `next` is empty on the last page, else what to give as `after`."""
 
     devices: list[DeviceSummary]
     next: str
 
 
-class OfferState(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class OfferState:
     """What the device should have; `known_serial` is what it said it knows."""
 
     epoch: int
@@ -104,7 +122,8 @@ class OfferState(msgspec.Struct, frozen=True, kw_only=True):
     models: dict[str, Any]
 
 
-class Latency(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Latency:
     """Engine time over the newest telemetry windows of what runs."""
 
     requests: int
@@ -114,7 +133,8 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
     p99_us: float | None
 
 
-class ModelOnDevice(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class ModelOnDevice:
     """The newest word of a device about one model; `why` says why this variant serves."""
 
     model: str
@@ -141,7 +161,8 @@ class ModelOnDevice(msgspec.Struct, frozen=True, kw_only=True):
     updated_at: int
 
 
-class DeviceLogs(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class DeviceLogs:
     """The last log lines that the device sent, and when an operator last asked for them."""
 
     requested_at: int
@@ -149,7 +170,8 @@ class DeviceLogs(msgspec.Struct, frozen=True, kw_only=True):
     lines: list[str]
 
 
-class DeviceDetail(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class DeviceDetail:
     """All that is known about a device."""
 
     id: str
@@ -164,42 +186,49 @@ class DeviceDetail(msgspec.Struct, frozen=True, kw_only=True):
     last_seen_at: int
     certificate_expires_at: int
     trust_version: int
+    """The trust set that the device uses; 0 before it has one."""
     trust_state: str
+    """Empty, or `trust_stale` / `clock_unset`: why it changes nothing now."""
     facts: dict[str, Any]
     offer: OfferState | None
     models: list[ModelOnDevice]
     logs: DeviceLogs | None
 
 
-class LogsRequested(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class LogsRequested:
     """The request stands; the device sends its lines with its next acknowledgement."""
 
     device: str
     requested_at: int
 
 
-class Ended(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Ended:
     """A device that gets nothing more from this server."""
 
     device: str
     state: str
 
 
-class FleetModel(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class FleetModel:
     """Devices by version that answers (`none`: nothing does) and by state; each as {real, simulated}."""
 
     versions: dict[str, dict[str, int]]
     states: dict[str, dict[str, int]]
 
 
-class FleetState(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class FleetState:
     """Counts over all devices, real and simulated apart."""
 
     devices: dict[str, dict[str, int]]
     models: dict[str, FleetModel]
 
 
-class CohortShown(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class CohortShown:
     """A saved selector."""
 
     name: str
@@ -208,7 +237,8 @@ class CohortShown(msgspec.Struct, frozen=True, kw_only=True):
     created_by: str
 
 
-class Preview(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Preview:
     """Whom a selector takes now; the first names only."""
 
     selector: str
@@ -217,7 +247,8 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True):
     names: list[str]
 
 
-class CohortDetail(CohortShown, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class CohortDetail(CohortShown):
     """A cohort and whom it takes now."""
 
     devices: int
@@ -225,7 +256,8 @@ class CohortDetail(CohortShown, frozen=True, kw_only=True):
     names: list[str]
 
 
-class RolloutSummary(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class RolloutSummary:
     """A rollout in a list; `stage` is an index, −1 before the first."""
 
     number: int
@@ -247,7 +279,8 @@ class RolloutSummary(msgspec.Struct, frozen=True, kw_only=True):
     updated_at: int
 
 
-class StageState(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class StageState:
     """A stage, and the devices that it exposed by what became of them."""
 
     share: float
@@ -258,7 +291,8 @@ class StageState(msgspec.Struct, frozen=True, kw_only=True):
     counts: dict[str, int]
 
 
-class Outcomes(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Outcomes:
     """Devices of a stage with one outcome for one reason."""
 
     stage: int
@@ -268,7 +302,8 @@ class Outcomes(msgspec.Struct, frozen=True, kw_only=True):
     devices: int
 
 
-class GateNumbers(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class GateNumbers:
     """What the evidence of a gate with stated errors says: a share, between `low` and `high` but for those errors."""
 
     outcome: str
@@ -281,7 +316,8 @@ class GateNumbers(msgspec.Struct, frozen=True, kw_only=True):
     needed: int
 
 
-class GateState(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class GateState:
     """What a gate says: `pass`, `breach` or `unknown`; `needed` is the sample that it waits for."""
 
     gate: str
@@ -292,7 +328,8 @@ class GateState(msgspec.Struct, frozen=True, kw_only=True):
     numbers: GateNumbers | None = None
 
 
-class Why(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Why:
     """What a rollout waits for."""
 
     code: str
@@ -301,7 +338,8 @@ class Why(msgspec.Struct, frozen=True, kw_only=True):
     unit: str = "devices"
 
 
-class RolloutDetail(RolloutSummary, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class RolloutDetail(RolloutSummary):
     """A rollout with counts per stage; `counts` has `real` and `simulated` devices apart, by outcome."""
 
     plan: dict[str, Any]
@@ -316,7 +354,8 @@ class RolloutDetail(RolloutSummary, frozen=True, kw_only=True):
     why_not_yet: list[Why]
 
 
-class DecisionShown(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class DecisionShown:
     """What was decided at a revision, and on what evidence."""
 
     revision: int
@@ -326,7 +365,8 @@ class DecisionShown(msgspec.Struct, frozen=True, kw_only=True):
     progress_before: dict[str, Any]
 
 
-class Explained(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Explained:
     """Why a rollout is where it is; `differing` names decisions that do not follow from their evidence: there are none."""
 
     number: int
@@ -340,7 +380,8 @@ class Explained(msgspec.Struct, frozen=True, kw_only=True):
     device: dict[str, Any] | None
 
 
-class Forecast(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
     """What a plan would do; a spread has the values that a tenth, half and nine tenths of the runs stayed below."""
 
     devices: int
@@ -354,7 +395,8 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     stages_s: list[int]
 
 
-class Quarantined(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Quarantined:
     """A device on which a bundle failed."""
 
     device: str
@@ -369,7 +411,8 @@ class Quarantined(msgspec.Struct, frozen=True, kw_only=True):
     rollout: int
 
 
-class KnownBad(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class KnownBad:
     """A bundle that failed on a hardware class beyond the bound."""
 
     manifest: str
@@ -380,7 +423,8 @@ class KnownBad(msgspec.Struct, frozen=True, kw_only=True):
     target: str
 
 
-class Released(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Released:
     """How many failures stand in the way no more."""
 
     device: str
@@ -389,13 +433,15 @@ class Released(msgspec.Struct, frozen=True, kw_only=True):
     released: int
 
 
-class TokenMade(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class TokenMade:
     """A token, this once in clear."""
 
     token: str
 
 
-class TokenSummary(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class TokenSummary:
     """A token without its secret; `id` is the beginning of its hash."""
 
     id: str
@@ -405,7 +451,8 @@ class TokenSummary(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: int
 
 
-class Entry(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Entry:
     """One entry, with the hash that the next one repeats."""
 
     id: int
@@ -418,14 +465,16 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     hash: str
 
 
-class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
     """Whether every entry follows from the one before it; else the first that does not."""
 
     whole: bool
     broken_at: int | None
 
 
-class Health(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Health:
     """A server that answers, and its database with it."""
 
     status: str
@@ -433,7 +482,8 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     project: str
 
 
-class WebhookShown(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class WebhookShown:
     """A webhook, and how many events have not arrived."""
 
     name: str
@@ -445,14 +495,16 @@ class WebhookShown(msgspec.Struct, frozen=True, kw_only=True):
     dead: int = 0
 
 
-class WebhookMade(WebhookShown, frozen=True, kw_only=True):
-    """A new webhook with the secret of its signatures."""
+@dataclass(frozen=True, kw_only=True)
+class WebhookMade(WebhookShown):
+    """A new webhook with the secret of its signatures, this once in clear."""
 
     secret: str
 
 
-class Delivery(msgspec.Struct, frozen=True, kw_only=True):
-    """An event that has not arrived."""
+@dataclass(frozen=True, kw_only=True)
+class Delivery:
+    """An event that has not arrived: `waiting` for its next try, or `dead`."""
 
     event: int
     state: str
@@ -462,7 +514,8 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     created_at: int
 
 
-class Redelivered(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Redelivered:
     """An event that will be sent again now."""
 
     webhook: str

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel
 from sqlalchemy import select
 
 from wherry_server import audit
+from wherry_server.answers import Entry, Verdict, shaped
 from wherry_server.api.again import Again
 from wherry_server.api.pages import CursorId, Paging, check_text
 from wherry_server.auth import ServicesDep, Viewer
@@ -19,26 +19,6 @@ router = APIRouter(prefix="/api/v1/audit", tags=["audit"], route_class=Again)
 _entries = table(AuditEntry)
 ID_MAX = 2**31 - 1
 """Of an entry, as PostgreSQL's INTEGER holds it."""
-
-
-class Entry(BaseModel):
-    """One entry, with the hash that the next one repeats."""
-
-    id: int
-    at: int
-    actor: str
-    action: str
-    subject: str
-    detail: dict[str, Any]
-    previous_hash: str
-    hash: str
-
-
-class Verdict(BaseModel):
-    """Whether every entry follows from the one before it; else the first that does not."""
-
-    whole: bool
-    broken_at: int | None
 
 
 @router.get("")
@@ -60,7 +40,7 @@ async def list_audit(
             wanted = wanted.where(column == value)
     async with services.database.read() as connection:
         rows = (await connection.execute(wanted.order_by(_entries.c.id.desc()).limit(page.limit + 1))).all()
-    return [Entry.model_validate(row, from_attributes=True) for row in page.full(rows, lambda row: row.id)]
+    return [shaped(Entry, row) for row in page.full(rows, lambda row: row.id)]
 
 
 @router.get("/verify")

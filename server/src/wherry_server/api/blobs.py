@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
-from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
+from wherry_server.answers import Uploaded
 from wherry_server.auth import Publisher, ServicesDep, Viewer
 from wherry_server.blobs import unknown
 from wherry_shared.digest import check_digest
@@ -17,13 +17,6 @@ from wherry_shared.errors import RefusedError
 router = APIRouter(prefix="/api/v1/blobs", tags=["bundles"])
 
 Digest = Annotated[str, Path(pattern="^sha256:[0-9a-f]{64}$")]
-
-
-class Uploaded(BaseModel):
-    """A blob that is here."""
-
-    digest: str
-    bytes: int
 
 
 async def body_chunks(request: Request) -> AsyncIterator[bytes]:

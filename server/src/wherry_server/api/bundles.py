@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from wherry_server import catalogue
+from wherry_server.answers import BundleDetail, BundleSummary, ModelSummary, shaped
 from wherry_server.api.again import Again
 from wherry_server.api.pages import Paging
-from wherry_server.api.shapes import BundleDetail, BundleSummary, ModelSummary
 from wherry_server.auth import Publisher, ServicesDep, Viewer
 from wherry_server.encodings import Encoder
 
@@ -51,7 +51,7 @@ async def list_bundles(
     """List bundles, the newest version of each model first."""
     async with services.database.read() as connection:
         found = await catalogue.list_bundles(connection, services.project, model)
-    return _each(BundleSummary, page.listed(found, lambda one: [one["model"], one["version"]]))
+    return [shaped(BundleSummary, one) for one in page.listed(found, lambda one: [one["model"], one["version"]])]
 
 
 @router.get("/bundles/{model}/{version}")
@@ -59,7 +59,7 @@ async def show_bundle(model: str, version: str, services: ServicesDep, _viewer: 
     """Show a bundle with its signed config."""
     async with services.database.read() as connection:
         found = await catalogue.show_bundle(connection, services.project, model, version)
-    return BundleDetail.model_validate(found)
+    return shaped(BundleDetail, found)
 
 
 @router.get("/models")
@@ -73,11 +73,4 @@ async def list_models(
     async with services.database.read() as connection:
         found = await catalogue.list_models(connection, services.project)
     taken = page.cut([one for one in found if name in one["name"]], lambda one: [one["name"]])
-    return _each(ModelSummary, taken)
-
-
-Shape = TypeVar("Shape", bound=BaseModel)
-
-
-def _each(shape: type[Shape], rows: list[dict[str, Any]]) -> list[Shape]:
-    return [shape.model_validate(row) for row in rows]
+    return [shaped(ModelSummary, one) for one in taken]

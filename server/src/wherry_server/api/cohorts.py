@@ -9,6 +9,7 @@ from fastapi import APIRouter, Path, Query, Response
 from pydantic import BaseModel, Field
 
 from wherry_server import cohorts
+from wherry_server.answers import CohortDetail, CohortShown, Preview, shaped
 from wherry_server.api import etags
 from wherry_server.api.again import Again
 from wherry_server.api.pages import Paging
@@ -17,15 +18,6 @@ from wherry_server.auth import Operator, ServicesDep, Viewer
 router = APIRouter(prefix="/api/v1", tags=["cohorts"], route_class=Again)
 PREVIEW_MAX = 50
 Name = Annotated[str, Path(max_length=64)]
-
-
-class CohortShown(BaseModel):
-    """A saved selector."""
-
-    name: str
-    selector: str
-    created_at: int
-    created_by: str
 
 
 class SelectorWish(BaseModel):
@@ -42,23 +34,6 @@ class CohortWish(SelectorWish):
     """Keep whom the selector takes now, whatever becomes of them; else membership is live."""
 
 
-class Preview(BaseModel):
-    """Whom a selector takes now; the first names only."""
-
-    selector: str
-    devices: int
-    simulated: int
-    names: list[str]
-
-
-class CohortDetail(CohortShown):
-    """A cohort and whom it takes now."""
-
-    devices: int
-    simulated: int
-    names: list[str]
-
-
 @router.get("/cohorts")
 async def list_cohorts(
     services: ServicesDep,
@@ -70,7 +45,7 @@ async def list_cohorts(
     async with services.database.read() as connection:
         found = await cohorts.every(connection, services.project)
     taken = page.cut([one for one in found if name in one["name"]], lambda one: [one["name"]])
-    return [CohortShown.model_validate(one) for one in taken]
+    return [shaped(CohortShown, one) for one in taken]
 
 
 @router.post("/cohorts", status_code=201)
@@ -83,7 +58,7 @@ async def create_cohort(wish: CohortWish, response: Response, services: Services
             selector = await cohorts.frozen(connection, services.project, selector)
     saved = await cohorts.save(services.database, services.project, actor, wish.name, selector, replace=False)
     response.headers["ETag"] = etags.etag(saved)
-    return CohortShown.model_validate(saved)
+    return shaped(CohortShown, saved)
 
 
 @router.post("/cohorts/preview")
@@ -91,7 +66,7 @@ async def preview_cohort(wish: SelectorWish, services: ServicesDep, _viewer: Vie
     """Say whom a selector takes now, without saving it."""
     async with services.database.read() as connection:
         found = await cohorts.preview(connection, services.project, wish.selector, PREVIEW_MAX)
-    return Preview.model_validate(found)
+    return shaped(Preview, found)
 
 
 @router.get("/cohorts/{name}")
@@ -101,7 +76,7 @@ async def show_cohort(name: Name, response: Response, services: ServicesDep, _vi
         found = await cohorts.find(connection, services.project, name)
         taken = await cohorts.preview(connection, services.project, found["selector"], PREVIEW_MAX)
     response.headers["ETag"] = etags.etag(found)
-    return CohortDetail.model_validate({**found, **taken})
+    return shaped(CohortDetail, {**found, **taken})
 
 
 @router.put("/cohorts/{name}")
@@ -119,7 +94,7 @@ async def change_cohort(
         services.database, services.project, actor, name, wish.selector, replace=True, check=_unchanged(name, if_match)
     )
     response.headers["ETag"] = etags.etag(saved)
-    return CohortShown.model_validate(saved)
+    return shaped(CohortShown, saved)
 
 
 @router.delete("/cohorts/{name}", status_code=204)

@@ -5,30 +5,15 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel
 
 from wherry_server import audit, cohorts, fleet
+from wherry_server.answers import DeviceDetail, DeviceList, DeviceLogs, Ended, FleetState, LogsRequested, shaped
 from wherry_server.api.again import Again
 from wherry_server.api.pages import Paging
-from wherry_server.api.shapes import DeviceDetail, DeviceList, DeviceLogs, FleetState
 from wherry_server.auth import Operator, ServicesDep, Viewer
 from wherry_server.targeting import parse_selector
 
 router = APIRouter(prefix="/api/v1", tags=["fleet"], route_class=Again)
-
-
-class LogsRequested(BaseModel):
-    """The request stands; the device sends its lines with its next acknowledgement."""
-
-    device: str
-    requested_at: int
-
-
-class Ended(BaseModel):
-    """A device that gets nothing more from this server."""
-
-    device: str
-    state: str
 
 
 @router.get("/devices")
@@ -56,14 +41,14 @@ async def list_devices(
         rows, following = await fleet.list_devices(connection, services.project, wanted)
     if following:
         page.end(following)
-    return DeviceList.model_validate({"devices": rows, "next": following})
+    return shaped(DeviceList, {"devices": rows, "next": following})
 
 
 @router.get("/devices/{device}")
 async def show_device(device: str, services: ServicesDep, _viewer: Viewer) -> DeviceDetail:
     """Show a device by id or name: what runs and why, what it should have, latency, memory, last reason."""
     async with services.database.read() as connection:
-        return DeviceDetail.model_validate(await fleet.show_device(connection, services.project, device))
+        return shaped(DeviceDetail, await fleet.show_device(connection, services.project, device))
 
 
 @router.get("/devices/{device}/logs")
@@ -71,7 +56,7 @@ async def show_logs(device: str, services: ServicesDep, _viewer: Viewer) -> Devi
     """Show the last log lines that a device sent."""
     async with services.database.read() as connection:
         found = await fleet.show_device(connection, services.project, device)
-    return DeviceLogs.model_validate(found["logs"] or {"requested_at": 0, "received_at": 0, "lines": []})
+    return shaped(DeviceLogs, found["logs"] or {"requested_at": 0, "received_at": 0, "lines": []})
 
 
 @router.post("/devices/{device}/logs", status_code=202)
@@ -108,4 +93,4 @@ async def end_device(
 async def fleet_state(services: ServicesDep, _viewer: Viewer) -> FleetState:
     """Count devices by model, version and state."""
     async with services.database.read() as connection:
-        return FleetState.model_validate(await fleet.fleet_state(connection, services.project))
+        return shaped(FleetState, await fleet.fleet_state(connection, services.project))

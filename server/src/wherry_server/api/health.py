@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
-from pydantic import BaseModel
 from sqlalchemy import text
 
 from wherry_server import __version__
+from wherry_server.answers import Health
 from wherry_server.auth import ServicesDep
 
 router = APIRouter(prefix="/api/v1", tags=["server"])
-
-
-class Health(BaseModel):
-    """A server that answers, and its database with it."""
-
-    status: str
-    version: str
-    project: str
 
 
 @router.get("/health")

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
 from wherry_server import quarantine
+from wherry_server.answers import KnownBad, Quarantined, Released, shaped
 from wherry_server.api.again import Again
 from wherry_server.api.pages import Paging
 from wherry_server.auth import Operator, ServicesDep, Viewer
@@ -16,46 +17,11 @@ router = APIRouter(prefix="/api/v1", tags=["quarantine"], route_class=Again)
 Filter = Annotated[str, Query(max_length=128)]
 
 
-class Quarantined(BaseModel):
-    """A device on which a bundle failed."""
-
-    device: str
-    name: str
-    model: str
-    target: str
-    manifest: str
-    attempt: int
-    outcome: str
-    reason: str
-    settled_at: int
-    rollout: int
-
-
-class KnownBad(BaseModel):
-    """A bundle that failed on a hardware class beyond the bound."""
-
-    manifest: str
-    hardware_class: str
-    reason: str
-    devices: int
-    updated_at: int
-    target: str
-
-
 class ReleaseWish(BaseModel):
     """A device, by id or name, and the model for which it is let out."""
 
     device: Annotated[str, Field(max_length=128)]
     model: Annotated[str, Field(max_length=64)]
-
-
-class Released(BaseModel):
-    """How many failures stand in the way no more."""
-
-    device: str
-    name: str
-    model: str
-    released: int
 
 
 class ClearWish(BaseModel):
@@ -73,7 +39,7 @@ async def list_quarantine(
     async with services.database.read() as connection:
         found = await quarantine.devices(connection, services.project, model=model, reason=reason, device=device)
     taken = page.cut(found, lambda one: [one["device"], one["model"], one["manifest"]])
-    return [Quarantined.model_validate(one) for one in taken]
+    return [shaped(Quarantined, one) for one in taken]
 
 
 @router.post("/quarantine/release")
@@ -81,7 +47,7 @@ async def release_device(wish: ReleaseWish, services: ServicesDep, operator: Ope
     """Let a device out of quarantine; nothing is offered until a rollout does so."""
     actor = f"token:{operator.name}"
     done = await quarantine.release(services.database, services.project, actor, wish.device, wish.model)
-    return Released.model_validate(done)
+    return shaped(Released, done)
 
 
 @router.get("/quarantine/hardware")
@@ -90,7 +56,7 @@ async def list_hardware(services: ServicesDep, _viewer: Viewer, page: Paging) ->
     async with services.database.read() as connection:
         found = await quarantine.hardware(connection, services.project)
     taken = page.cut(found, lambda one: [one["manifest"], one["hardware_class"]])
-    return [KnownBad.model_validate(one) for one in taken]
+    return [shaped(KnownBad, one) for one in taken]
 
 
 @router.post("/quarantine/hardware/clear", status_code=204)

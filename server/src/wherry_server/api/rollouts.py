@@ -8,6 +8,7 @@ from fastapi import APIRouter, Body, Path, Query, Response
 from pydantic import BaseModel, Field
 
 from wherry_server import explaining, rollouts
+from wherry_server.answers import DecisionShown, Explained, Forecast, RolloutDetail, RolloutSummary, shaped
 from wherry_server.api import etags
 from wherry_server.api.again import Again
 from wherry_server.api.pages import CursorId, Paging
@@ -17,139 +18,10 @@ router = APIRouter(prefix="/api/v1", tags=["rollouts"], route_class=Again)
 Number = Annotated[int, Path(ge=1, le=1 << 53)]
 
 
-class RolloutSummary(BaseModel):
-    """A rollout in a list; `stage` is an index, −1 before the first."""
-
-    number: int
-    id: str
-    model: str
-    version: str
-    models: list[dict[str, Any]]
-    cohort: str
-    selector: str
-    state: str
-    reason: str
-    wanted: str
-    stage: int
-    stages_total: int
-    priority: int
-    revision: int
-    created_at: int
-    created_by: str
-    updated_at: int
-
-
-class StageState(BaseModel):
-    """A stage, and the devices that it exposed by what became of them."""
-
-    share: float
-    count: int = 0
-    soak_s: int
-    confirmed_min: int
-    state: str
-    counts: dict[str, int]
-
-
-class Why(BaseModel):
-    """What a rollout waits for."""
-
-    code: str
-    have: int = 0
-    need: int = 0
-    unit: str = "devices"
-
-
-class GateNumbers(BaseModel):
-    """What the evidence of a gate with stated errors says: a share, between `low` and `high` but for those errors."""
-
-    outcome: str
-    estimate: float
-    low: float
-    high: float
-    e_halt: float
-    e_pass: float
-    sample: int
-    needed: int
-
-
-class GateState(BaseModel):
-    """What a gate says: `pass`, `breach` or `unknown`; `needed` is the sample that it waits for."""
-
-    gate: str
-    outcome: str
-    bad: int
-    judged: int
-    needed: int
-    numbers: GateNumbers | None = None
-
-
-class Outcomes(BaseModel):
-    """Devices of a stage with one outcome for one reason."""
-
-    stage: int
-    outcome: str
-    reason: str
-    simulated: bool
-    devices: int
-
-
-class RolloutDetail(RolloutSummary):
-    """A rollout with counts per stage; `counts` has `real` and `simulated` devices apart, by outcome."""
-
-    plan: dict[str, Any]
-    stages: list[StageState]
-    members: int
-    unexposed: int
-    held: int
-    closed: int = 0
-    counts: dict[str, dict[str, int]]
-    outcomes: list[Outcomes]
-    gates: list[GateState]
-    why_not_yet: list[Why]
-
-
-class DecisionShown(BaseModel):
-    """What was decided at a revision, and on what evidence."""
-
-    revision: int
-    at: int
-    decisions: list[dict[str, Any]]
-    evidence: dict[str, Any]
-    progress_before: dict[str, Any]
-
-
 class ApprovalWish(BaseModel):
     """The stage that may begin, from 1."""
 
     stage: Annotated[int, Field(ge=1, le=1000)] = 1
-
-
-class Explained(BaseModel):
-    """Why a rollout is where it is; `differing` names decisions that do not follow from their evidence: there are none."""
-
-    number: int
-    state: str
-    reason: str
-    why_not_yet: list[Why]
-    gates: list[GateState]
-    decided: list[dict[str, Any]]
-    replayed: int
-    differing: list[int]
-    device: dict[str, Any] | None
-
-
-class Forecast(BaseModel):
-    """What a plan would do; a spread has the values that a tenth, half and nine tenths of the runs stayed below."""
-
-    devices: int
-    runs: int
-    outcomes: dict[str, Any]
-    ends: dict[str, int]
-    duration_s: dict[str, int]
-    exposed: dict[str, int]
-    failed: dict[str, int]
-    detected_s: dict[str, int] | None
-    stages_s: list[int]
 
 
 class Rollback(BaseModel):
@@ -172,7 +44,7 @@ async def list_rollouts(
         found = await rollouts.every(
             connection, services.project, model, state, before=page.behind(CursorId), limit=page.limit + 1
         )
-    return [RolloutSummary.model_validate(one) for one in page.full(found, lambda one: one["number"])]
+    return [shaped(RolloutSummary, one) for one in page.full(found, lambda one: one["number"])]
 
 
 @router.post("/rollouts", status_code=201)
@@ -183,7 +55,7 @@ async def create_rollout(
 ) -> RolloutDetail:
     """Create a rollout; a plan that does not parse is not stored."""
     made = await rollouts.create(services.database, services.project, f"token:{operator.name}", wish)
-    return RolloutDetail.model_validate(made)
+    return shaped(RolloutDetail, made)
 
 
 @router.get("/rollouts/{number}")
@@ -192,7 +64,7 @@ async def show_rollout(number: Number, response: Response, services: ServicesDep
     async with services.database.read() as connection:
         found = await rollouts.show(connection, services.project, number)
     response.headers["ETag"] = _etag(found["revision"])
-    return RolloutDetail.model_validate(found)
+    return shaped(RolloutDetail, found)
 
 
 @router.get("/rollouts/{number}/decisions")
@@ -208,7 +80,7 @@ async def list_decisions(
         found = await rollouts.decisions(
             connection, services.project, number, max(after, page.behind(CursorId) or 0), page.limit + 1
         )
-    return [DecisionShown.model_validate(one) for one in page.full(found, lambda one: one["revision"])]
+    return [shaped(DecisionShown, one) for one in page.full(found, lambda one: one["revision"])]
 
 
 @router.get("/rollouts/{number}/explain")
@@ -218,7 +90,7 @@ async def explain_rollout(
     """Explain where a rollout, and a device in it, is, and replay what was decided."""
     async with services.database.read() as connection:
         found = await explaining.explain(connection, services.project, number, device)
-    return Explained.model_validate(found)
+    return shaped(Explained, found)
 
 
 @router.post("/forecasts")
@@ -229,7 +101,7 @@ async def simulate_rollout(
 ) -> Forecast:
     """Forecast a plan over the fleet as it stands, or over a synthetic one; nothing is stored."""
     async with services.database.read() as connection:
-        return Forecast.model_validate(await explaining.simulate(connection, services.project, wish))
+        return shaped(Forecast, await explaining.simulate(connection, services.project, wish))
 
 
 @router.post("/rollouts/{number}/approvals", status_code=202)
@@ -238,9 +110,7 @@ async def approve_rollout(
 ) -> RolloutDetail:
     """Agree that a stage begins; how many people have to is the plan's."""
     actor = f"token:{operator.name}"
-    return RolloutDetail.model_validate(
-        await rollouts.approve(services.database, services.project, actor, number, wish.stage)
-    )
+    return shaped(RolloutDetail, await rollouts.approve(services.database, services.project, actor, number, wish.stage))
 
 
 @router.post("/rollouts/{number}/{command}", status_code=202)
@@ -260,7 +130,7 @@ async def command_rollout(
 
     found = await rollouts.command(services.database, services.project, actor, number, command, check=unchanged)
     response.headers["ETag"] = _etag(found["revision"])
-    return RolloutDetail.model_validate(found)
+    return shaped(RolloutDetail, found)
 
 
 def _etag(revision: int) -> str:
@@ -271,6 +141,6 @@ def _etag(revision: int) -> str:
 async def roll_back(wish: Rollback, services: ServicesDep, operator: Operator) -> RolloutDetail:
     """Bring a model back to what ran before, and return the rollout that does it."""
     actor = f"token:{operator.name}"
-    return RolloutDetail.model_validate(
-        await rollouts.roll_back(services.database, services.project, actor, wish.model, wish.device)
+    return shaped(
+        RolloutDetail, await rollouts.roll_back(services.database, services.project, actor, wish.model, wish.device)
     )

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import delete, select
 
 from wherry_server import audit, auth, enrolment
+from wherry_server.answers import TokenMade, TokenSummary
 from wherry_server.api.again import Again
 from wherry_server.api.pages import Paging
 from wherry_server.auth import Admin, Operator, Role, ServicesDep
@@ -27,22 +28,6 @@ class TokenRequest(BaseModel):
     name: str = Field(pattern="^[a-zA-Z0-9][a-zA-Z0-9._@-]{0,63}$")
     role: Role
     days: int = Field(default=90, ge=1, le=auth.TOKEN_DAYS_MAX)
-
-
-class TokenMade(BaseModel):
-    """A token, this once in clear."""
-
-    token: str
-
-
-class TokenSummary(BaseModel):
-    """A token without its secret; `id` is the beginning of its hash."""
-
-    id: str
-    name: str
-    role: str
-    created_at: int
-    expires_at: int
 
 
 class EnrolmentTokenRequest(BaseModel):

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from wherry_server import webhooks
+from wherry_server.answers import Delivery, Redelivered, WebhookMade, WebhookShown, shaped
 from wherry_server.api.again import Again
 from wherry_server.api.pages import Paging
 from wherry_server.auth import Admin, Operator, ServicesDep, Viewer
@@ -26,48 +27,12 @@ class WebhookWish(BaseModel):
     types: list[str] = Field(default=["*"], max_length=webhooks.TYPES_MAX)
 
 
-class WebhookShown(BaseModel):
-    """A webhook, and how many events have not arrived."""
-
-    name: str
-    url: str
-    types: list[str]
-    created_at: int
-    created_by: str
-    waiting: int = 0
-    dead: int = 0
-
-
-class WebhookMade(WebhookShown):
-    """A new webhook with the secret of its signatures, this once in clear."""
-
-    secret: str
-
-
-class Delivery(BaseModel):
-    """An event that has not arrived: `waiting` for its next try, or `dead`."""
-
-    event: int
-    state: str
-    tries: int
-    next_at: int
-    error: str
-    created_at: int
-
-
-class Redelivered(BaseModel):
-    """An event that will be sent again now."""
-
-    webhook: str
-    event: int
-
-
 @router.get("")
 async def list_webhooks(services: ServicesDep, _viewer: Viewer, page: Paging) -> list[WebhookShown]:
     """List the webhooks."""
     async with services.database.read() as connection:
         found = await webhooks.every(connection, services.project)
-    return [WebhookShown.model_validate(one) for one in page.cut(found, lambda one: [one["name"]])]
+    return [shaped(WebhookShown, one) for one in page.cut(found, lambda one: [one["name"]])]
 
 
 @router.post("", status_code=201)
@@ -82,7 +47,7 @@ async def create_webhook(wish: WebhookWish, services: ServicesDep, admin: Admin)
         wish.url,
         wish.types,
     )
-    return WebhookMade.model_validate(made)
+    return shaped(WebhookMade, made)
 
 
 @router.delete("/{name}", status_code=204)
@@ -102,7 +67,7 @@ async def list_deliveries(
     """List what has not arrived, the oldest first."""
     async with services.database.read() as connection:
         found = await webhooks.deliveries(connection, services.project, name, state or "")
-    return [Delivery.model_validate(one) for one in page.cut(found, lambda one: [one["event"]])]
+    return [shaped(Delivery, one) for one in page.cut(found, lambda one: [one["event"]])]
 
 
 @router.post("/{name}/deliveries/{event}/redeliver", status_code=202)
