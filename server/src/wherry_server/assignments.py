@@ -23,9 +23,6 @@ from wherry_server.rollout import Scope
 from wherry_server.targeting import signed
 from wherry_shared.errors import RefusedError
 
-EXPOSED_PER_TURN = 10_000
-"""Devices of one exposing transaction; a larger stage takes several turns, each of which judges first."""
-
 
 @dataclass(slots=True)
 class Prepared:

@@ -20,7 +20,7 @@ from sqlalchemy import insert, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import assignments, audit, comparison, evidence, offers
-from wherry_server.assignments import EXPOSED_PER_TURN, Prepared
+from wherry_server.assignments import Prepared
 from wherry_server.db import bulk
 from wherry_server.db.database import DATABASE_ERRORS
 from wherry_server.db.tables import Decision as DecisionRow
@@ -30,7 +30,18 @@ from wherry_server.lease import Lease, boot_id
 from wherry_server.offers import Composer, Number
 from wherry_server.outbox import Outbox
 from wherry_server.plan import Plan, parse_plan
-from wherry_server.rollout import Decision, Evidence, Expose, Moved, Progress, Retry, Withdraw, decide, reach
+from wherry_server.rollout import (
+    EXPOSED_PER_TURN,
+    Decision,
+    Evidence,
+    Expose,
+    Moved,
+    Progress,
+    Retry,
+    Withdraw,
+    decide,
+    reach,
+)
 from wherry_server.services import Services
 from wherry_server.times import now_us
 from wherry_shared.clock import Now

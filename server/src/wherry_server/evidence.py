@@ -23,8 +23,8 @@ from wherry_server import cohorts
 from wherry_server.gates import COMPARED
 from wherry_server.outcomes import FAILURES
 from wherry_server.plan import Plan
-from wherry_server.rollout import ACTIVE, Command, Counts, Evidence, Progress, next_share, reach
-from wherry_server.targeting import cut_offs, exact, exposed, key_of, parse_selector
+from wherry_server.rollout import ACTIVE, Command, Counts, Evidence, Progress, ahead, reach
+from wherry_server.targeting import exact, exposed, key_of, parse_selector
 from wherry_shared import reasons
 from wherry_shared.errors import RefusedError
 from wherry_shared.facts import DeviceFacts, hardware_class
@@ -69,8 +69,12 @@ class Scan:
 
     def open(self, plan: Plan, stored: Mapping[str, int], share: float, now: int) -> list[Candidate]:
         """Return those of `unexposed` whose maintenance window is open."""
-        found = self.unexposed(stored, share)
-        return [one for one in found if plan.window.open_at(now, one.timezone)] if plan.window else found
+        return in_window(plan, self.unexposed(stored, share), now)
+
+
+def in_window(plan: Plan, candidates: list[Candidate], now: int) -> list[Candidate]:
+    """Return the candidates whose maintenance window is open."""
+    return [one for one in candidates if plan.window.open_at(now, one.timezone)] if plan.window else candidates
 
 
 async def scan(connection: AsyncConnection, row: Any, plan: Plan) -> Scan:
@@ -128,25 +132,15 @@ async def read(
         evidence, members=found.members, unmeasured=await _unmeasured(connection, row.id, plan, progress)
     )
     share, reached = reach(plan, progress), progress.stage >= 0
-    following = progress.stage + 1
-    wanted, ahead = 0.0, dict[str, int]()
-    if plan.strategy == "adaptive" and progress.state != "done":
-        wanted = next_share(plan, progress, evidence)
-        ahead = cut_offs(found.keys, wanted, progress.cut_offs) if wanted > 0 else {}
-    elif following < len(plan.stages):
-        ahead = plan.cut_offs(following, found.keys, progress.cut_offs)
-    elif plan.held_back and progress.state != "done":
-        ahead = plan.cut_offs(progress.stage, found.keys, progress.cut_offs, done=True)
     below = found.unexposed(progress.cut_offs, share) if reached else []
-    free = found.open(plan, progress.cut_offs, share, now) if reached else []
-    return msgspec.structs.replace(
+    free = in_window(plan, below, now)
+    evidence = msgspec.structs.replace(
         evidence,
         unexposed=len(free),
         closed=len(below) - len(free),
         held=sum(exposed(one.key, one.stratum, progress.cut_offs, share) for one in found.held) if reached else 0,
-        next_cut_offs=ahead,
-        next_share=wanted,
     )
+    return ahead(plan, progress, evidence, found.keys)
 
 
 async def counts(connection: AsyncConnection, rollout: str, plan: Plan, now: int) -> list[Counts]:

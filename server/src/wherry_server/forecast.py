@@ -13,8 +13,20 @@ from collections.abc import Sequence
 import msgspec
 
 from wherry_server.plan import Plan
-from wherry_server.rollout import FINAL, Counts, Evidence, Expose, Moved, Progress, Withdraw, decide, next_share, reach
-from wherry_server.targeting import cut_offs, exposed, key_of
+from wherry_server.rollout import (
+    EXPOSED_PER_TURN,
+    FINAL,
+    Counts,
+    Evidence,
+    Expose,
+    Moved,
+    Progress,
+    Withdraw,
+    ahead,
+    decide,
+    reach,
+)
+from wherry_server.targeting import exposed, key_of
 from wherry_shared.clock import MICROSECONDS, Now
 from wherry_shared.errors import RefusedError
 from wherry_shared.ids import share_key
@@ -26,7 +38,6 @@ DEVICE_RUNS_MAX = 200_000
 TURNS_MAX = 200_000
 STEPS_PER_SETTLING = 20
 IDLE_STEP_S = 60
-EXPOSED_PER_TURN = 10_000
 _WHOLE = 1 << 64
 
 
@@ -173,18 +184,7 @@ class _Fleet:
             },
             command=command,  # type: ignore[arg-type]
         )
-        following = progress.stage + 1
-        if plan.strategy == "adaptive":
-            wanted = next_share(plan, progress, found)
-            ahead = cut_offs(self.keys, wanted, progress.cut_offs) if wanted else {}
-            return msgspec.structs.replace(found, next_share=wanted, next_cut_offs=ahead)
-        if following < len(plan.stages):
-            ahead = plan.cut_offs(following, self.keys, progress.cut_offs)
-        elif plan.held_back:
-            ahead = plan.cut_offs(progress.stage, self.keys, progress.cut_offs, done=True)
-        else:
-            ahead = {}
-        return msgspec.structs.replace(found, next_cut_offs=ahead)
+        return ahead(plan, progress, found, self.keys)
 
     def _expose(self, one: Expose, now: Now, now_s: float) -> None:
         most = EXPOSED_PER_TURN if one.limit is None else min(one.limit, EXPOSED_PER_TURN)

@@ -24,7 +24,7 @@ Rules for whoever edits this:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -32,7 +32,7 @@ import msgspec
 from wherry_server.gates import COMPARED, Verdict, control, share, threshold
 from wherry_server.plan import OnHalt, Plan
 from wherry_server.sequential import LANES_MAX, Pairs, may_expose, merge
-from wherry_server.targeting import share_count
+from wherry_server.targeting import cut_offs, share_count
 from wherry_shared.clock import MICROSECONDS, Now, Since
 
 State = Literal["created", "running", "paused", "returning", "halted", "aborted", "reverted", "done"]
@@ -42,6 +42,8 @@ FINAL: frozenset[State] = frozenset({"halted", "aborted", "reverted", "done"})
 ACTIVE: frozenset[State] = frozenset({"running", "paused", "returning"})
 """States in which a rollout holds its devices against others of the same model."""
 _SCOPES: dict[OnHalt, Scope] = {"hold": "unconfirmed", "revert_stage": "stage", "revert_all": "all"}
+EXPOSED_PER_TURN = 10_000
+"""Devices of one exposing transaction; a larger stage takes several turns, each of which judges first."""
 PACE_ERROR = 0.05
 """Error probability of the bound on the harm rate that sets the pace of `adaptive`."""
 UNPROVED_SHARE_MAX = 0.5
@@ -318,6 +320,19 @@ def next_share(plan: Plan, progress: Progress, evidence: Evidence) -> float:
         return 0.0
     most = min(whole, UNPROVED_SHARE_MAX) if plan.gates else whole
     return min(most, (evidence.total.standing + allowed_now(plan, evidence)) / evidence.members)
+
+
+def ahead(plan: Plan, progress: Progress, evidence: Evidence, keys: Mapping[str, Iterable[int]]) -> Evidence:
+    """Return `evidence` with what comes next over the `keys` of each stratum: the next stage, more of it, or the hold-back."""
+    following, wanted, found = progress.stage + 1, 0.0, dict[str, int]()
+    if plan.strategy == "adaptive" and progress.state != "done":
+        wanted = next_share(plan, progress, evidence)
+        found = cut_offs(keys, wanted, progress.cut_offs) if wanted > 0 else {}
+    elif following < len(plan.stages):
+        found = plan.cut_offs(following, keys, progress.cut_offs)
+    elif plan.held_back and progress.state != "done":
+        found = plan.cut_offs(progress.stage, keys, progress.cut_offs, done=True)
+    return msgspec.structs.replace(evidence, next_cut_offs=found, next_share=wanted)
 
 
 def reach(plan: Plan, progress: Progress) -> float:

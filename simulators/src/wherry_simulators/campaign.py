@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import msgspec
-
 from wherry_server import offers, outcomes
 from wherry_server.plan import Plan
 from wherry_server.rollout import (
@@ -23,11 +21,11 @@ from wherry_server.rollout import (
     Retry,
     Scope,
     Withdraw,
+    ahead,
     decide,
-    next_share,
     reach,
 )
-from wherry_server.targeting import cut_offs, exposed, key_of
+from wherry_server.targeting import exposed, key_of
 from wherry_shared import reasons
 from wherry_shared.clock import Now
 from wherry_shared.wire import OfferedModel, Report
@@ -179,15 +177,7 @@ class Campaign:
             unexposed=len(self._due()) if self.progress.stage >= 0 else 0,
             command=self.command,
         )
-        keys = {STRATUM: list(self._keys.values())}
-        following = self.progress.stage + 1
-        wanted, ahead = 0.0, dict[str, int]()
-        if self.plan.strategy == "adaptive" and self.progress.state != "done":
-            wanted = next_share(self.plan, self.progress, evidence)
-            ahead = cut_offs(keys, wanted, self.progress.cut_offs) if wanted > 0 else {}
-        elif following < len(self.plan.stages):
-            ahead = self.plan.cut_offs(following, keys, self.progress.cut_offs)
-        return msgspec.structs.replace(evidence, next_cut_offs=ahead, next_share=wanted)
+        return ahead(self.plan, self.progress, evidence, {STRATUM: self._keys.values()})
 
     def _happened(self) -> dict[str, int]:
         """Count the devices to which happened what the plan's gates ask for."""
