@@ -135,11 +135,12 @@ def test_every_durable_step_of_a_whole_agent_goes_through_the_seam(tmp_path: Pat
             until(lambda: agent.partial() > STALLED_BYTES - SYNC_BYTES // 4, "the download stalls", 60)
             (courier,) = agent.couriers()
             os.kill(courier, signal.SIGKILL)
-            agent.line.flow()
+            until(lambda: not Path(f"/proc/{courier}").exists(), "strace lets the courier die, and its buffers with it", 60)
             agent.line.answered_bytes = 0
+            agent.line.flow()
             agent.until_serves("1.0.0", deadline_s=120)
-            wherry.deploy("2.0.0", "lamp")
             assert agent.line.answered_bytes < WEIGHTS_BYTES, "it went on where the dead courier had synced"
+            wherry.deploy("2.0.0", "lamp")
             agent.until_doing("on trial", deadline_s=120)
             until(lambda: agent.infer(7.0)[0] != 200 or agent.model()["doing"] != "on trial", "its trial ends", 60)
             agent.until_serves("1.0.0", deadline_s=120)
