@@ -135,7 +135,11 @@ def test_every_durable_step_of_a_whole_agent_goes_through_the_seam(tmp_path: Pat
             until(lambda: agent.partial() > STALLED_BYTES - SYNC_BYTES // 4, "the download stalls", 60)
             (courier,) = agent.couriers()
             os.kill(courier, signal.SIGKILL)
-            until(lambda: not Path(f"/proc/{courier}").exists(), "strace lets the courier die, and its buffers with it", 60)
+            until(
+                lambda: not Path(f"/proc/{courier}").exists(),
+                "strace lets the courier die, and its buffers with it",
+                60,
+            )
             agent.line.answered_bytes = 0
             agent.line.flow()
             agent.until_serves("1.0.0", deadline_s=120)

@@ -561,6 +561,8 @@ class Daemon:
         _tell_story(before, state)
         if state.contracts is not before.contracts:
             self._later("hello", HELLO_SOON_S, self._say_hello)  # contracts are facts
+        elif state.offer is not before.offer and (flags_of(before) or flags_of(state)):
+            self._later("hello", HELLO_SOON_S, self._say_hello)  # no report tells that an offer's flags are here
         for effect in effects:
             self._run(self._serving() if self._withheld and isinstance(effect, s.Serve) else effect)
 

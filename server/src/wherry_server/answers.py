@@ -6,7 +6,7 @@ ignored. Times are integer microseconds UTC.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
@@ -120,6 +120,7 @@ class OfferState:
     published: bool
     expires_at: int
     models: dict[str, Any]
+    flags: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +255,75 @@ class CohortDetail(CohortShown):
     devices: int
     simulated: int
     names: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlagRule:
+    """Who gets a variant by a flag's definition."""
+
+    when: str = "all"
+    share: float = 1.0
+    variant: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlagShown:
+    """A feature flag."""
+
+    name: str
+    type: str
+    description: str
+    variants: dict[str, Any]
+    default: str
+    rules: list[FlagRule]
+    revision: int
+    created_at: int
+    created_by: str
+    updated_at: int
+    updated_by: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlagSpread:
+    """Devices that should have a variant now, by what gives it: `default`, `rule` or `rollout`, with its number."""
+
+    variant: str
+    by: str
+    number: int
+    devices: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlagDetail(FlagShown):
+    """A feature flag and who should have what."""
+
+    spread: list[FlagSpread]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlagPreview:
+    """What a definition would do; `changed` devices would get another value."""
+
+    name: str
+    devices: int
+    changed: int
+    spread: list[FlagSpread]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlagExplained:
+    """A flag on one device: what it should have and why, what its offer says, whether it knows that offer."""
+
+    device: str
+    name: str
+    flag: str
+    variant: str
+    value: Any
+    by: str
+    number: int
+    offered: bool
+    offered_value: Any
+    known: bool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -207,6 +207,45 @@ def delete_cohort(name: str, if_match: str = "") -> Call[None]:
     return _delete(f"/cohorts/{_q(name)}", if_match)
 
 
+# --- flags --------------------------------------------------------------------------------------
+
+
+def list_flags(name: str = "", limit: int | None = None) -> Call[list[answers.FlagShown]]:
+    """List the flags by name."""
+    return _get("/flags", list[answers.FlagShown], name=name, limit=limit)
+
+
+def create_flag(wish: Mapping[str, Any]) -> Call[answers.FlagShown]:
+    """Make a flag; the wish has the fields of docs/flags.md."""
+    return _post("/flags", answers.FlagShown, dict(wish))
+
+
+def preview_flag(wish: Mapping[str, Any]) -> Call[answers.FlagPreview]:
+    """Say who would have which variant, without saving it."""
+    return _post("/flags/preview", answers.FlagPreview, dict(wish))
+
+
+def show_flag(flag: str) -> Call[answers.FlagDetail]:
+    """Show a flag, and how many devices should have which variant by what."""
+    return _get(f"/flags/{_q(flag)}", answers.FlagDetail)
+
+
+def change_flag(flag: str, wish: Mapping[str, Any], if_match: str = "") -> Call[answers.FlagShown]:
+    """Give a flag another definition."""
+    body = {name: value for name, value in wish.items() if name != "name"}
+    return Call(method="PUT", path=f"{API}/flags/{_q(flag)}", result=answers.FlagShown, body=body, if_match=if_match)
+
+
+def delete_flag(flag: str, if_match: str = "") -> Call[None]:
+    """Delete a flag that no rollout gives."""
+    return _delete(f"/flags/{_q(flag)}", if_match)
+
+
+def explain_flag(flag: str, device: str) -> Call[answers.FlagExplained]:
+    """Say which variant a device should have and why, and whether it knows."""
+    return _get(f"/flags/{_q(flag)}/devices/{_q(device)}", answers.FlagExplained)
+
+
 # --- rollouts -----------------------------------------------------------------------------------
 
 

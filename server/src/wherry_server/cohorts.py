@@ -14,6 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import audit
+from wherry_server.db import bulk
 from wherry_server.db.database import Database
 from wherry_server.db.tables import Cohort, table
 from wherry_server.targeting import And, Compare, Everything, Not, Or, Selector, Value, View, matches, parse_selector
@@ -167,11 +168,28 @@ def looks(selector: Selector) -> set[str]:
 
 
 async def members(
-    connection: AsyncConnection, project: str, selector: Selector, *, also: frozenset[str] = frozenset()
+    connection: AsyncConnection,
+    project: str,
+    selector: Selector,
+    *,
+    also: frozenset[str] = frozenset(),
+    devices: Sequence[str] | None = None,
 ) -> list[Member]:
-    """Return the active devices that a selector takes; `also` names fields that the caller wants to see as well."""
+    """Return the active devices that a selector takes.
+
+    Args:
+        connection: where.
+        project: whose.
+        selector: whom.
+        also: fields that the caller wants to see as well.
+        devices: ids (of this project) of the only ones to look at.
+    """
     fields = looks(selector) | also
-    rows = await connection.execute(_DEVICES, {"project": project})
+    rows: Iterable[Any]
+    if devices is None:
+        rows = await connection.execute(text(_DEVICES + _OF_PROJECT), {"project": project})
+    else:
+        rows = await bulk.select_in(connection, _DEVICES + _NAMED, devices)
     if not fields:
         return [Member(row.id, None, row.facts) for row in rows]
     runs: dict[str, dict[str, str]] = {}
@@ -187,10 +205,11 @@ async def members(
     return found
 
 
-_DEVICES = text(
+_DEVICES = (
     "SELECT id, name, state, CAST(labels AS TEXT) AS labels, CAST(facts AS TEXT) AS facts, simulated, last_seen_at,"
-    " enrolled_at FROM device WHERE project_id = :project AND state = 'active'"
+    " enrolled_at FROM device WHERE state = 'active'"
 )
+_OF_PROJECT, _NAMED = " AND project_id = :project", " AND id IN :keys"
 _RUNS = text(
     "SELECT m.device_id, m.model, b.version FROM device_model m JOIN bundle b"
     " ON b.project_id = m.project_id AND b.manifest = m.running WHERE m.project_id = :project"

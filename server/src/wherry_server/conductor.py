@@ -25,6 +25,7 @@ from wherry_server.db import bulk
 from wherry_server.db.database import DATABASE_ERRORS
 from wherry_server.db.tables import Decision as DecisionRow
 from wherry_server.db.tables import KnownBad, Rollout, table
+from wherry_server.flag_bearer import Bearer
 from wherry_server.ingest import Behind, Stored
 from wherry_server.lease import Lease, boot_id
 from wherry_server.offers import Composer, Number
@@ -97,6 +98,7 @@ class Conductor:
     _woken: asyncio.Event = field(default_factory=asyncio.Event)
     _hellos: dict[str, Behind] = field(default_factory=dict)
     _resign_at: float = 0.0
+    _bearer: Bearer | None = None
 
     # --- what ingest tells ----------------------------------------------------------------------
 
@@ -117,7 +119,8 @@ class Conductor:
             if self.lease.epoch:
                 await self.reconcile()
                 await self._resign_in_time()
-                moved = await self.turn()
+                moved = await self.bear_flags() > 0
+                moved = await self.turn() or moved
             spent = time.monotonic() - started
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TURN_MAX_S):
@@ -304,6 +307,15 @@ class Conductor:
         if prepared.composed and self.outbox is not None:
             self.outbox.wake()
         self._woken.set()
+
+    # --- flags ----------------------------------------------------------------------------------
+
+    async def bear_flags(self) -> int:
+        """Bring devices the flags that they should have; return how many offers that took."""
+        if self._bearer is None:
+            self._bearer = Bearer(self.services, self.lease, self.composer)
+        self._bearer.outbox = self.outbox
+        return await self._bearer.turn()
 
     # --- hellos ---------------------------------------------------------------------------------
 

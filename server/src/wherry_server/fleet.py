@@ -114,7 +114,7 @@ async def show_device(connection: AsyncConnection, project: str, name: str) -> d
     models = (
         await connection.execute(select(_models).where(_models.c.device_id == row.id).order_by(_models.c.model))
     ).all()
-    offer = (await connection.execute(select(_offers).where(_offers.c.device_id == row.id))).one_or_none()
+    offer = await offer_of(connection, row.id)
     logs = (await connection.execute(select(_logs).where(_logs.c.device_id == row.id))).one_or_none()
     latency = {model.model: await _latency(connection, row.id, model.model, model.running) for model in models}
     return {
@@ -132,12 +132,18 @@ async def show_device(connection: AsyncConnection, project: str, name: str) -> d
             "published": bool(offer.published),
             "expires_at": offer.expires_at,
             "models": offer.models,
+            "flags": offer.flags,
         },
         "models": [_model(model, versions, latency[model.model]) for model in models],
         "logs": None
         if logs is None
         else {"requested_at": logs.requested_at, "received_at": logs.received_at, "lines": logs.lines},
     }
+
+
+async def offer_of(connection: AsyncConnection, device: str) -> Any:
+    """Return the row of a device's current offer, None before its first."""
+    return (await connection.execute(select(_offers).where(_offers.c.device_id == device))).one_or_none()
 
 
 def _known_serial(device: Any, offer: Any, models: Sequence[Any]) -> int:

@@ -8,6 +8,7 @@ forgotten. The epoch is the device's, else the row's, else 1; it is raised by no
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -18,6 +19,7 @@ from wherry_server.db import bulk
 from wherry_server.db.tables import Offer, table
 from wherry_server.plan import Plan
 from wherry_shared import dsse, wire
+from wherry_shared import flags as device_flags
 from wherry_shared.errors import RefusedError, UnreachableError
 from wherry_shared.limits import MQTT_PAYLOAD_BYTES_MAX
 
@@ -42,6 +44,7 @@ class Current(NamedTuple):
     """(0, 0) before its first offer."""
     known: Number
     models: dict[str, wire.OfferedModel]
+    flags: Mapping[str, Any] = MappingProxyType({})
 
 
 class Composed(NamedTuple):
@@ -53,6 +56,7 @@ class Composed(NamedTuple):
     """The stored number that it was composed from: it replaces this one or nothing."""
     envelope: bytes
     models: str
+    flags: str
     issued_at: int
     expires_at: int
 
@@ -98,8 +102,15 @@ class Composer:
         self._keyid = keyid
         self._sign = sign
 
-    def compose(self, device: str, current: Current, models: Mapping[str, wire.OfferedModel], now: int) -> Composed:
-        """Return the next offer of a device.
+    def compose(
+        self,
+        device: str,
+        current: Current,
+        models: Mapping[str, wire.OfferedModel],
+        now: int,
+        flags: Mapping[str, Any] | None = None,
+    ) -> Composed:
+        """Return the next offer of a device; without `flags` it carries those of the current one.
 
         Raises:
             RefusedError: `offer_too_large`, if a device has more models than one message can carry.
@@ -114,6 +125,7 @@ class Composer:
             issued_at=now,
             expires_at=now + LIFE_US,
             models=dict(models),
+            flags=dict(current.flags if flags is None else flags),
         )
         envelope = dsse.sign(dsse.OFFER_TYPE, _encoder.encode(offer), self._keyid, self._sign)
         if len(envelope) > MQTT_PAYLOAD_BYTES_MAX:
@@ -121,10 +133,17 @@ class Composer:
                 "offer_too_large",
                 f"the offer of {device} has {len(envelope)} bytes, at most {MQTT_PAYLOAD_BYTES_MAX}",
                 consequence="this device gets no new offer",
-                next_step="give it fewer models",
+                next_step="give it fewer models, or smaller flags",
             )
         return Composed(
-            device, number, current.number, envelope, _encoder.encode(offer.models).decode(), now, now + LIFE_US
+            device,
+            number,
+            current.number,
+            envelope,
+            _encoder.encode(offer.models).decode(),
+            device_flags.encode(offer.flags).decode(),
+            now,
+            now + LIFE_US,
         )
 
 
@@ -134,7 +153,9 @@ async def current(connection: AsyncConnection, devices: Sequence[str]) -> dict[s
     for at in range(0, len(devices), DEVICES_PER_READ):
         for row in await bulk.select_in(connection, _CURRENT, devices[at : at + DEVICES_PER_READ]):
             models = _models.decode(row.models) if row.models else {}
-            found[row.id] = Current(Number(row.epoch, row.serial), Number(row.known_epoch, row.known_serial), models)
+            flags = msgspec.json.decode(row.flags) if row.flags else {}
+            known = Number(row.known_epoch, row.known_serial)
+            found[row.id] = Current(Number(row.epoch, row.serial), known, models, flags)
     return found
 
 
@@ -149,7 +170,7 @@ async def write(connection: AsyncConnection, project: str, composed: Sequence[Co
     """
     await _check_unchanged(connection, composed)
     rows = [
-        (one.device, project, *one.number, one.envelope, one.models, one.issued_at, one.expires_at, False)
+        (one.device, project, *one.number, one.envelope, one.models, one.flags, one.issued_at, one.expires_at, False)
         for one in composed
     ]
     await bulk.upsert(
@@ -194,6 +215,7 @@ _COLUMNS = (
     "serial",
     "envelope",
     "models",
+    "flags",
     "issued_at",
     "expires_at",
     "published",
@@ -201,6 +223,6 @@ _COLUMNS = (
 _NUMBERS = "SELECT device_id, epoch, serial FROM offer WHERE device_id IN :keys"
 _CURRENT = (
     "SELECT d.id, d.offer_epoch AS known_epoch, d.offer_serial AS known_serial, COALESCE(o.epoch, 0) AS epoch,"
-    " COALESCE(o.serial, 0) AS serial, CAST(o.models AS TEXT) AS models"
+    " COALESCE(o.serial, 0) AS serial, CAST(o.models AS TEXT) AS models, CAST(o.flags AS TEXT) AS flags"
     " FROM device d LEFT JOIN offer o ON o.device_id = d.id WHERE d.id IN :keys"
 )

@@ -30,6 +30,13 @@ _LIMITED = {
     "description": "This token asked too much.",
     "headers": {"Retry-After": {"schema": {"type": "integer", "minimum": 1}, "description": "seconds"}},
 }
+_FLAG: dict[str, Any] = {
+    "type": "number",
+    "description": "score from which a part is thrown out",
+    "variants": {"old": 0.8, "new": 0.65},
+    "default": "old",
+    "rules": [{"when": "label.site = berlin", "share": 0.25, "variant": "new"}],
+}
 BODIES: dict[str, dict[str, Any]] = {
     "create_rollout": {
         "models": [{"model": "file-type", "version": "1.1.0"}],
@@ -49,6 +56,9 @@ BODIES: dict[str, dict[str, Any]] = {
     "create_cohort": {"name": "berlin", "selector": "label.site = berlin"},
     "change_cohort": {"selector": "label.site = berlin and not name = lab-*"},
     "preview_cohort": {"selector": "arch = aarch64"},
+    "create_flag": {"name": "new-threshold", **_FLAG},
+    "preview_flag": {"name": "new-threshold", **_FLAG},
+    "change_flag": _FLAG,
     "create_token": {"name": "ci", "role": "publisher", "days": 30},
     "create_enrolment_token": {"uses": 10, "days": 7, "labels": {"site": "north"}},
     "create_webhook": {"name": "chat", "url": "https://chat.example/hook", "types": ["rollout.*"]},
@@ -62,6 +72,7 @@ PARAMETERS: dict[str, Any] = {
     "device": "bench-1",
     "number": 1,
     "name": "berlin",
+    "flag": "new-threshold",
     "digest": "sha256:" + "0" * 64,
 }
 """An example of each parameter in a path."""

@@ -16,6 +16,7 @@ from wherry_server.cli import (
     cohort,
     deploy,
     device,
+    flag,
     fleet,
     model,
     quarantine,
@@ -59,7 +60,7 @@ def root(
 
 for alone in (serve.commands, deploy.commands, fleet.commands, audit.commands, apply.commands):
     app.registered_commands.extend(alone.registered_commands)
-for group in (bundle, model, device, cohort, rollout, quarantine, token, trust, audit, webhook):
+for group in (bundle, model, device, cohort, rollout, flag, quarantine, token, trust, audit, webhook):
     app.add_typer(group.app)
 
 

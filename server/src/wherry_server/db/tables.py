@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BigInteger, Column, Index, LargeBinary, Table, UniqueConstraint
+from sqlalchemy import BigInteger, Column, Index, LargeBinary, Table, UniqueConstraint, text
 from sqlalchemy.types import JSON
 from sqlmodel import Field, SQLModel
 
@@ -225,6 +225,10 @@ class Offer(SQLModel, table=True):
     envelope: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
     models: dict[str, Any] = _json()
     """Offered models as builtins, to compose the next offer from."""
+    flags: dict[str, Any] = Field(
+        default_factory=dict, sa_column=Column("flags", JSON, nullable=False, server_default=text("'{}'"))
+    )
+    """Offered flags, as `wherry_shared.flags.encode` has them."""
     issued_at: int = _time()
     expires_at: int = _time()
     published: bool = False
@@ -241,6 +245,21 @@ class Cohort(SQLModel, table=True):
     selector: str
     created_at: int = _time()
     created_by: str
+
+
+class Flag(SQLModel, table=True):
+    """A feature flag as an operator defined it."""
+
+    __tablename__ = "flag"
+    project_id: str = Field(primary_key=True)
+    name: str = Field(primary_key=True)
+    definition: dict[str, Any] = _json()
+    salt: str
+    revision: int = _time(default=1)
+    created_at: int = _time()
+    created_by: str
+    updated_at: int = _time()
+    updated_by: str
 
 
 class Rollout(SQLModel, table=True):

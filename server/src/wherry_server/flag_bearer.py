@@ -1,0 +1,142 @@
+"""Brings every device the flags it should have: compares what offers carry with what they should, and composes anew.
+
+Level-triggered: it forgets nothing that a restart would miss. A change of a definition is noticed in the next turn; facts,
+labels and newcomers are looked at again after `LOOK_S`, or 20 times what a look took. What rollouts expose and withdraw is
+in the offers of their own transactions (`assignments`); a look finds the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from wherry_server import flag_values, offers
+from wherry_server.db import bulk
+from wherry_server.flag_values import Definitions
+from wherry_server.lease import Lease
+from wherry_server.offers import Composer
+from wherry_server.outbox import Outbox
+from wherry_server.services import Services
+from wherry_server.times import now_us
+from wherry_shared import flags as device_flags
+from wherry_shared.errors import RefusedError, UnreachableError
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 2.0
+LOOK_SHARE = 20
+"""A look at every device is repeated at the earliest after this many times what it took: at most 5 % of a core."""
+DEVICES_PER_TURN = 5_000
+"""Offers composed for flags in one turn."""
+NONE = b"{}"
+
+
+@dataclass(slots=True)
+class Bearer:
+    """What the director's process remembers of flags: when it looked, and at what."""
+
+    services: Services
+    lease: Lease
+    composer: Composer
+    outbox: Outbox | None = None
+    _known: tuple[tuple[str, int], ...] | None = None
+    _look_at: float = 0.0
+    _due: set[str] = field(default_factory=set)
+
+    def owe(self, devices: set[str]) -> None:
+        """Have these devices looked at in the next turn."""
+        self._due |= devices
+
+    async def turn(self) -> int:
+        """Compose the offers whose flags are not as they should be, as many as fit; return how many."""
+        async with self.services.database.read() as connection:
+            known = await flag_values.revisions(connection, self.services.project)
+            if known == self._known and not self._due and time.monotonic() < self._look_at:
+                return 0
+            if not known and not await self._any(connection):
+                self._known, self._look_at = known, time.monotonic() + LOOK_S
+                self._due.clear()
+                return 0
+            started = time.monotonic()
+            only = sorted(self._due) if known == self._known and started < self._look_at else None
+            found = await flag_values.definitions(connection, self.services.project)
+            wanted = await self._wanted(connection, found, only)
+            took = time.monotonic() - started
+        try:
+            done = await self._bring(dict(list(wanted.items())[:DEVICES_PER_TURN]))
+        except UnreachableError as error:
+            log.info("flags: %s", error.message)  # the next turn composes from what is stored then
+            return 0
+        self._due.clear()
+        if len(wanted) > DEVICES_PER_TURN:
+            self._known = None  # the rest in the next turn
+        elif only is None:
+            self._known, self._look_at = found.revisions, time.monotonic() + max(LOOK_S, LOOK_SHARE * took)
+        return done
+
+    async def _any(self, connection: AsyncConnection) -> bool:
+        """Tell whether any offer still carries a flag."""
+        found = await connection.execute(_CARRIED, {"project": self.services.project})
+        return found.one_or_none() is not None
+
+    async def _wanted(
+        self, connection: AsyncConnection, found: Definitions, only: list[str] | None
+    ) -> dict[str, Mapping[str, Any]]:
+        """Return the flags of the devices whose offers do not carry them."""
+        sources = await flag_values.sources(connection, self.services.project, found.flags, only)
+        carried: dict[str, bytes] = {}
+        if only is None:
+            rows = (await connection.execute(text(_CARRY + _OF_PROJECT), {"project": self.services.project})).all()
+        else:
+            rows = list(await bulk.select_in(connection, _CARRY + _NAMED, only))
+        for row in rows:
+            carried[row.device_id] = (row.flags or "{}").encode()
+        encoded: dict[tuple[str, ...], tuple[dict[str, Any], bytes]] = {}
+        wanted: dict[str, Mapping[str, Any]] = {}
+        for device, mine in sources.items():
+            key = tuple(source.variant for source in mine.values())
+            if key not in encoded:
+                values = found.values(mine)
+                encoded[key] = (values, device_flags.encode(values))
+            values, as_carried = encoded[key]
+            if carried.get(device, NONE) != as_carried:
+                wanted[device] = values
+        return wanted
+
+    async def _bring(self, wanted: Mapping[str, Mapping[str, Any]]) -> int:
+        if not wanted:
+            return 0
+        moment = now_us()
+        async with self.services.database.read() as connection:
+            current = await offers.current(connection, list(wanted))
+        composed = await asyncio.to_thread(self._compose, wanted, current, moment)
+        async with self.services.database.write() as connection:
+            await self.lease.check(connection)
+            await offers.write(connection, self.services.project, composed)
+        if self.outbox is not None:
+            self.outbox.wake()
+        log.info("flags: %d offers", len(composed))
+        return len(composed)
+
+    def _compose(
+        self, wanted: Mapping[str, Mapping[str, Any]], current: Mapping[str, offers.Current], moment: int
+    ) -> list[offers.Composed]:
+        composed = []
+        for device, found in current.items():
+            try:
+                composed.append(self.composer.compose(device, found, found.models, moment, wanted[device]))
+            except RefusedError as error:
+                log.error("%s", error)
+        return composed
+
+
+_CARRY = "SELECT device_id, CAST(flags AS TEXT) AS flags FROM offer WHERE"
+_OF_PROJECT, _NAMED = " project_id = :project", " device_id IN :keys"
+_CARRIED = text("SELECT 1 FROM offer WHERE project_id = :project AND CAST(flags AS TEXT) <> '{}' LIMIT 1")
