@@ -84,7 +84,8 @@ async def measure(services: Services, count: int) -> float:
     await fill(services, count)
     lease = Lease(services.database, services.project, "director")
     trust = services.trust
-    conductor = Conductor(services, lease, Composer(services.project, trust.director_keyid, trust.director_sign))
+    composer = Composer(services.project, trust.director_keyid, trust.director_sign, trust.director_key_file)
+    conductor = Conductor(services, lease, composer)
     wish = {
         "models": [{"model": "file-type", "version": "1.1.0"}],
         "selector": "all",
@@ -103,6 +104,7 @@ async def measure(services: Services, count: int) -> float:
         offered = await connection.scalar(text("SELECT count(*) FROM offer WHERE serial = 1"))
     if not assigned == offered == count:
         raise SystemExit(f"{assigned} assigned and {offered} offered of {count}")
+    composer.close()
     await services.close()
     return seconds
 

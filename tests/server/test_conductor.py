@@ -444,11 +444,11 @@ class Interrupting(Composer):
     def __init__(self, found: Fleet, inner: Composer) -> None:
         self.found, self.inner, self.done = found, inner, False
 
-    def compose(self, *arguments):
+    def compose_all(self, *arguments):
         if not self.done:
             self.done = True
             self.found.elsewhere("UPDATE rollout SET wanted = 'abort', revision = revision + 1")
-        return self.inner.compose(*arguments)
+        return self.inner.compose_all(*arguments)
 
 
 def test_a_decision_made_on_what_is_no_longer_so_is_thrown_away(tmp_path: Path):
@@ -467,15 +467,16 @@ def test_a_decision_made_on_what_is_no_longer_so_is_thrown_away(tmp_path: Path):
 
 
 class Racing(Composer):
-    """Signs offers, and after the first one somebody else has given the device another."""
+    """Signs offers, and after that somebody else has given the first device another."""
 
     def __init__(self, found: Fleet, inner: Composer) -> None:
         self.found, self.inner, self.done = found, inner, False
 
-    def compose(self, device, *arguments):
-        made = self.inner.compose(device, *arguments)
+    def compose_all(self, wanted, *arguments):
+        made = self.inner.compose_all(wanted, *arguments)
         if not self.done:
             self.done = True
+            device = wanted[0].device
             self.found.elsewhere("UPDATE offer SET serial = serial + 1 WHERE device_id = :device", device=device)
         return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ from hypothesis import strategies as st
 from sqlalchemy import text
 
 from tests.server.fleet_kit import MODEL, fleet, manifest_of, run
-from wherry_server import offers
+from wherry_server import offers, signing
 from wherry_server.offers import Composer, Current, Number, next_number
-from wherry_shared import dsse, wire
+from wherry_shared import dsse, key_files, wire
 from wherry_shared.errors import RefusedError, UnreachableError
 
 numbers = st.builds(Number, st.integers(0, 5), st.integers(0, 50))
@@ -67,6 +68,36 @@ def test_an_offer_is_signed_over_its_exact_bytes():
         dsse.verify("application/other", made.envelope, {"kid": check})
 
 
+def test_a_large_batch_is_signed_by_another_process_and_by_this_one_once_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    file = tmp_path / "keys" / "director.pem"
+    signer = key_files.create(file)
+    here: list[bytes] = []
+
+    def sign(data: bytes) -> bytes:
+        here.append(data)
+        return bytes.fromhex(signer.sign(data).signature)
+
+    none = Current(Number(0, 0), Number(0, 0), {})
+    entry = wire.OfferedModel(target="m/1.0.0", manifest=manifest_of("1.0.0"), rollout="r")
+    wanted = [offers.Wanted(f"{number:022}", none, {"m": entry}) for number in range(signing.APART_MIN)]
+    composer = Composer("default", "kid", sign, file)
+    try:
+        made = composer.compose_all(wanted, 1_000)
+        assert (len(made[0]), made[1], here) == (signing.APART_MIN, [], [])
+        assert made == Composer("default", "kid", sign).compose_all(wanted, 1_000)
+        here.clear()
+        process = composer._signer._process
+        assert process is not None
+        process.kill()
+        assert composer.compose_all(wanted, 1_000) == made
+        assert len(here) == len(wanted)
+    finally:
+        composer.close()
+
+
 def test_an_offer_that_no_message_can_carry_is_refused():
     composer = Composer("default", "kid", lambda data: b"s" * 64)
     entry = wire.OfferedModel(target="m/1.0.0", manifest=manifest_of("1.0.0"), rollout="r" * 500)
@@ -104,12 +135,12 @@ def test_a_hello_with_a_higher_number_is_answered_above_it_and_a_lower_one_by_th
             await found.until(await found.roll_out("1.0.0"), "done")
             ahead.known = (1, 500)
             async with found.database.write() as connection:
-                await connection.execute(text("UPDATE offer SET published = true"))
+                await connection.execute(text("DELETE FROM unpublished"))
             await found.say_hello([behind, ahead])
             await found.turn()
-            rows = {row.device_id: row for row in await found.rows("SELECT device_id, serial, published FROM offer")}
-            assert (rows[behind.id].serial, rows[behind.id].published) == (1, 1)
-            assert (rows[ahead.id].serial, rows[ahead.id].published) == (501, 0)
+            rows = {row.device_id: row for row in await found.rows(_SERIALS)}
+            assert (rows[behind.id].serial, rows[behind.id].waiting) == (1, None)
+            assert (rows[ahead.id].serial, rows[ahead.id].waiting) == (501, 501)
             assert ahead.known == (1, 501)
             assert ahead.running == manifest_of("1.0.0")
             behind.known = (0, 0)
@@ -119,6 +150,12 @@ def test_a_hello_with_a_higher_number_is_answered_above_it_and_a_lower_one_by_th
             assert found.conductor.outbox.devices == [behind.id]  # type: ignore[union-attr]
 
     run(work())
+
+
+_SERIALS = (
+    "SELECT o.device_id, o.serial, o.models, u.serial AS waiting FROM offer o"
+    " LEFT JOIN unpublished u ON u.device_id = o.device_id"
+)
 
 
 class Recorder:
@@ -146,8 +183,8 @@ def test_an_offer_past_half_of_its_life_is_signed_anew_with_the_same_content(tmp
                     text("UPDATE offer SET issued_at = issued_at - :half"), {"half": offers.HALF_LIFE_US + 1}
                 )
             assert await found.conductor.resign() == 1
-            (row,) = await found.rows("SELECT serial, models, published FROM offer")
-            assert (row.serial, row.published) == (2, 0)
+            (row,) = await found.rows(_SERIALS)
+            assert (row.serial, row.waiting) == (2, 2)
             assert manifest_of("1.0.0") in row.models
             await found.exchange()
             assert device.offered == {manifest_of("1.0.0"): 2}

@@ -6,7 +6,7 @@ the writing only; the transaction then holds the caller's comparison of revision
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +16,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from wherry_server import offers
 from wherry_server.db import bulk
 from wherry_server.evidence import Candidate
-from wherry_server.offers import Composed, Composer
+from wherry_server.offers import Composed, Composer, Wanted
 from wherry_server.outcomes import ENDED, LIVE
 from wherry_server.plan import Plan
 from wherry_server.rollout import Scope
 from wherry_server.targeting import signed
 from wherry_shared.errors import RefusedError
+from wherry_shared.wire import OfferedModel
 
 
 @dataclass(slots=True)
@@ -50,24 +51,21 @@ def expose(
     row: Any,
     plan: Plan,
     stage: int,
-    candidates: Iterable[Candidate],
+    candidates: Sequence[Candidate],
     current: dict[str, offers.Current],
     composer: Composer,
     now: int,
 ) -> None:
     """Compose the offers of a stage's devices. Signs, so call it outside of the event loop's thread."""
     prepared.stage = stage
+    forwards: dict[int, dict[str, OfferedModel]] = {}
+    wanted: dict[str, dict[str, OfferedModel]] = {}
     for one in candidates:
-        known = current.get(one.device)
-        if known is None:
-            continue  # removed since the scan
-        models = offers.forwards(plan, row.id, one.attempt)
-        try:
-            prepared.composed.append(composer.compose(one.device, known, {**known.models, **models}, now))
-        except RefusedError as error:
-            prepared.refused.append(error)
-            continue
-        prepared.exposed.append(one)
+        if one.attempt not in forwards:
+            forwards[one.attempt] = offers.forwards(plan, row.id, one.attempt)
+        wanted[one.device] = forwards[one.attempt]
+    offered = _compose(prepared, wanted, current, composer, now)
+    prepared.exposed += [one for one in candidates if one.device in offered]
 
 
 async def read_withdrawing(connection: AsyncConnection, rollout: str, scope: Scope, stage: int) -> list[Any]:
@@ -95,7 +93,7 @@ def withdraw(
     now: int,
 ) -> None:
     """Compose the offers that name each device's own `from`. Signs, so call it outside of the event loop's thread."""
-    changed: dict[str, dict[str, Any]] = {}
+    changed: dict[str, dict[str, OfferedModel]] = {}
     for one in rows:
         if not one.owned:
             prepared.lost.append(one.device_id)
@@ -103,16 +101,8 @@ def withdraw(
         changed.setdefault(one.device_id, {})[one.model] = offers.backwards(
             plan, row.id, one.from_target, one.from_manifest
         )
-    for device, models in changed.items():
-        known = current.get(device)
-        if known is None:
-            continue
-        try:
-            prepared.composed.append(composer.compose(device, known, {**known.models, **models}, now))
-        except RefusedError as error:
-            prepared.refused.append(error)
-            continue
-        prepared.withdrawn.append(device)
+    offered = _compose(prepared, changed, current, composer, now)
+    prepared.withdrawn += [device for device in changed if device in offered]
 
 
 async def read_retrying(connection: AsyncConnection, rollout: str, *, failed: bool) -> list[Any]:
@@ -134,17 +124,31 @@ def retry(
     now: int,
 ) -> None:
     """Compose the offers of the next attempts. Signs, so call it outside of the event loop's thread."""
+    wanted: dict[str, dict[str, OfferedModel]] = {}
     for one in rows:
-        known = current.get(one.device_id)
-        if known is None:
-            continue
-        again = offers.forwards(plan, row.id, one.attempt + 1)[one.model]
-        try:
-            prepared.composed.append(composer.compose(one.device_id, known, {**known.models, one.model: again}, now))
-        except RefusedError as error:
-            prepared.refused.append(error)
-            continue
-        prepared.retried.append((one.device_id, one.model))
+        wanted.setdefault(one.device_id, {})[one.model] = offers.forwards(plan, row.id, one.attempt + 1)[one.model]
+    offered = _compose(prepared, wanted, current, composer, now)
+    prepared.retried += [(one.device_id, one.model) for one in rows if one.device_id in offered]
+
+
+def _compose(
+    prepared: Prepared,
+    wanted: Mapping[str, Mapping[str, OfferedModel]],
+    current: dict[str, offers.Current],
+    composer: Composer,
+    now: int,
+) -> set[str]:
+    """Compose one offer a device, with `wanted` put over what it is offered already; return who can be offered it.
+
+    Who was removed since it was read is left out; whose offer cannot be made is named in `prepared.refused`.
+    """
+    known = [(device, current[device], models) for device, models in wanted.items() if device in current]
+    made, refused = composer.compose_all(
+        [Wanted(device, one, {**one.models, **models}) for device, one, models in known], now
+    )
+    prepared.composed += made
+    prepared.refused += refused
+    return {one.device for one in made}
 
 
 async def apply(connection: AsyncConnection, row: Any, plan: Plan, prepared: Prepared, now: int) -> None:
@@ -180,10 +184,7 @@ async def _insert(connection: AsyncConnection, row: Any, plan: Plan, prepared: P
     )
     await connection.execute(text("DELETE FROM exposing"))
     rows = [(one.device, one.stratum, signed(one.key), one.attempt or plan.attempt) for one in prepared.exposed]
-    if connection.dialect.name == "sqlite":
-        await connection.exec_driver_sql("INSERT INTO exposing VALUES (?, ?, ?, ?)", rows)
-    else:
-        await bulk.copy(connection, "exposing", ("device_id", "stratum", "share_key", "attempt"), rows)
+    await bulk.fill(connection, "exposing", ("device_id", "stratum", "share_key", "attempt"), rows)
     for planned in plan.models:
         named = {
             "rollout": row.id,

@@ -99,6 +99,8 @@ class Conductor:
     _hellos: dict[str, Behind] = field(default_factory=dict)
     _resign_at: float = 0.0
     _bearer: Bearer | None = None
+    _full: bool = False
+    """Whether the last turn exposed as many as one may, so that there is more to do at once."""
 
     # --- what ingest tells ----------------------------------------------------------------------
 
@@ -126,13 +128,14 @@ class Conductor:
                 async with asyncio.timeout(TURN_MAX_S):
                     await self._woken.wait()
             self._woken.clear()
-            await asyncio.sleep(TURN_MIN_S if moved else max(TURN_MIN_S, spent))  # where much is to do, it goes on
+            if not self._full:
+                await asyncio.sleep(TURN_MIN_S if moved else max(TURN_MIN_S, spent))  # where much is to do, it goes on
 
     async def turn(self) -> bool:
         """Look at every rollout once, the one that outranks the others first; tell whether anything was decided."""
         async with self.services.database.read() as connection:
             rows = (await connection.execute(_UNDER_WAY, {"project": self.services.project})).all()
-        moved = False
+        moved = self._full = False
         for row in rows:
             try:
                 moved = await self._look(row) or moved
@@ -299,6 +302,7 @@ class Conductor:
 
     def _after(self, known: _Known, prepared: Prepared) -> None:
         exposed = {one.device for one in prepared.exposed}
+        self._full = self._full or len(exposed) >= EXPOSED_PER_TURN
         if exposed:
             models = {planned.model for planned in known.plan.models}
             for other in self._known.values():  # of what it exposed, no rollout of the model takes anything newly
@@ -398,12 +402,10 @@ class Conductor:
 
     def _compose_all(self, current: dict[str, offers.Current], moment: int) -> list[offers.Composed]:
         """Compose what is offered already under new numbers; who cannot get an offer stops nobody else."""
-        composed = []
-        for device, found in current.items():
-            try:
-                composed.append(self.composer.compose(device, found, found.models, moment))
-            except RefusedError as error:
-                log.error("%s", error)
+        wanted = [offers.Wanted(device, found, found.models) for device, found in current.items()]
+        composed, refused = self.composer.compose_all(wanted, moment)
+        for error in refused:
+            log.error("%s", error)
         return composed
 
 

@@ -56,7 +56,8 @@ class Process:
         separate = services.settings.ingest == "separate"
         ingest = Ingest(services.database, services.master_key, services.project)
         lease = Lease(services.database, services.project, "director")
-        conductor = Conductor(services, lease, Composer(services.project, trust.director_keyid, trust.director_sign))
+        composer = Composer(services.project, trust.director_keyid, trust.director_sign, trust.director_key_file)
+        conductor = Conductor(services, lease, composer)
         came_back = asyncio.Event()
         http = httpx.AsyncClient(timeout=ANSWER_S, trust_env=False)
         postman = Postman(services.database, services.project, services.master_key, http)
@@ -119,6 +120,7 @@ class Process:
             with contextlib.suppress(*DATABASE_ERRORS):
                 await lease.release()
             await http.aclose()
+            composer.close()
             await services.close()
 
 

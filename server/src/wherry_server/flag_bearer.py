@@ -26,7 +26,7 @@ from wherry_server.outbox import Outbox
 from wherry_server.services import Services
 from wherry_server.times import now_us
 from wherry_shared import flags as device_flags
-from wherry_shared.errors import RefusedError, UnreachableError
+from wherry_shared.errors import UnreachableError
 
 log = logging.getLogger(__name__)
 
@@ -128,12 +128,10 @@ class Bearer:
     def _compose(
         self, wanted: Mapping[str, Mapping[str, Any]], current: Mapping[str, offers.Current], moment: int
     ) -> list[offers.Composed]:
-        composed = []
-        for device, found in current.items():
-            try:
-                composed.append(self.composer.compose(device, found, found.models, moment, wanted[device]))
-            except RefusedError as error:
-                log.error("%s", error)
+        changed = [offers.Wanted(device, found, found.models, wanted[device]) for device, found in current.items()]
+        composed, refused = self.composer.compose_all(changed, moment)
+        for error in refused:
+            log.error("%s", error)
         return composed
 
 

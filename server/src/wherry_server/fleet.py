@@ -9,7 +9,17 @@ import msgspec
 from sqlalchemy import ColumnElement, and_, case, exists, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server.db.tables import Assignment, Bundle, Device, DeviceModel, LogRequest, Offer, TelemetryWindow, table
+from wherry_server.db.tables import (
+    Assignment,
+    Bundle,
+    Device,
+    DeviceModel,
+    LogRequest,
+    Offer,
+    TelemetryWindow,
+    Unpublished,
+    table,
+)
 from wherry_server.times import now_us
 from wherry_shared.errors import RefusedError
 from wherry_shared.sketch import Sketch
@@ -25,6 +35,7 @@ _devices = table(Device)
 _models = table(DeviceModel)
 _bundles = table(Bundle)
 _offers = table(Offer)
+_unpublished = table(Unpublished)
 _logs = table(LogRequest)
 _windows = table(TelemetryWindow)
 _assignments = table(Assignment)
@@ -115,6 +126,7 @@ async def show_device(connection: AsyncConnection, project: str, name: str) -> d
         await connection.execute(select(_models).where(_models.c.device_id == row.id).order_by(_models.c.model))
     ).all()
     offer = await offer_of(connection, row.id)
+    waiting = await connection.scalar(select(_unpublished.c.serial).where(_unpublished.c.device_id == row.id))
     logs = (await connection.execute(select(_logs).where(_logs.c.device_id == row.id))).one_or_none()
     latency = {model.model: await _latency(connection, row.id, model.model, model.running) for model in models}
     return {
@@ -129,7 +141,7 @@ async def show_device(connection: AsyncConnection, project: str, name: str) -> d
             "epoch": offer.epoch,
             "serial": offer.serial,
             "known_serial": _known_serial(row, offer, models),
-            "published": bool(offer.published),
+            "published": waiting is None,
             "expires_at": offer.expires_at,
             "models": offer.models,
             "flags": offer.flags,

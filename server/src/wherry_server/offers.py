@@ -8,6 +8,7 @@ forgotten. The epoch is the device's, else the row's, else 1; it is raised by no
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -16,8 +17,9 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server.db import bulk
-from wherry_server.db.tables import Offer, table
+from wherry_server.db.tables import Offer, Unpublished, table
 from wherry_server.plan import Plan
+from wherry_server.signing import Signer
 from wherry_shared import dsse, wire
 from wherry_shared import flags as device_flags
 from wherry_shared.errors import RefusedError, UnreachableError
@@ -94,13 +96,31 @@ def backwards(plan: Plan, rollout: str, from_target: str, from_manifest: str) ->
     )
 
 
-class Composer:
-    """Makes signed offers of one project."""
+class Wanted(NamedTuple):
+    """What a device is to be offered next."""
 
-    def __init__(self, project: str, keyid: str, sign: Callable[[bytes], bytes]) -> None:
+    device: str
+    current: Current
+    models: Mapping[str, wire.OfferedModel]
+    flags: Mapping[str, Any] | None = None
+    """None: those of the current offer."""
+
+    @property
+    def carried(self) -> Mapping[str, Any]:
+        """The flags that the next offer carries."""
+        return self.current.flags if self.flags is None else self.flags
+
+
+class Composer:
+    """Makes signed offers of one project; large batches are signed in another process where `key_file` is given."""
+
+    def __init__(self, project: str, keyid: str, sign: Callable[[bytes], bytes], key_file: Path | None = None) -> None:
         self._project = project
-        self._keyid = keyid
-        self._sign = sign
+        self._signer = Signer(dsse.OFFER_TYPE, keyid, sign, key_file)
+
+    def close(self) -> None:
+        """End the signing process if there is one."""
+        self._signer.close()
 
     def compose(
         self,
@@ -115,36 +135,52 @@ class Composer:
         Raises:
             RefusedError: `offer_too_large`, if a device has more models than one message can carry.
         """
-        number = next_number(current.number, current.known)
-        offer = wire.Offer(
-            format=wire.FORMAT,
-            device=device,
-            project=self._project,
-            epoch=number.epoch,
-            serial=number.serial,
-            issued_at=now,
-            expires_at=now + LIFE_US,
-            models=dict(models),
-            flags=dict(current.flags if flags is None else flags),
-        )
-        envelope = dsse.sign(dsse.OFFER_TYPE, _encoder.encode(offer), self._keyid, self._sign)
-        if len(envelope) > MQTT_PAYLOAD_BYTES_MAX:
-            raise RefusedError(
-                "offer_too_large",
-                f"the offer of {device} has {len(envelope)} bytes, at most {MQTT_PAYLOAD_BYTES_MAX}",
-                consequence="this device gets no new offer",
-                next_step="give it fewer models, or smaller flags",
+        made, refused = self.compose_all([Wanted(device, current, models, flags)], now)
+        if refused:
+            raise refused[0]
+        return made[0]
+
+    def compose_all(self, wanted: Sequence[Wanted], now: int) -> tuple[list[Composed], list[RefusedError]]:
+        """Return the next offers, and why some devices get none (`offer_too_large`), which stops nobody else's.
+
+        Signs, so call it outside of the event loop's thread.
+        """
+        expires = now + LIFE_US
+        numbers = [next_number(one.current.number, one.current.known) for one in wanted]
+        payloads = [
+            _encoder.encode(
+                wire.Offer(
+                    format=wire.FORMAT,
+                    device=one.device,
+                    project=self._project,
+                    epoch=number.epoch,
+                    serial=number.serial,
+                    issued_at=now,
+                    expires_at=expires,
+                    models=dict(one.models),
+                    flags=dict(one.carried),
+                )
             )
-        return Composed(
-            device,
-            number,
-            current.number,
-            envelope,
-            _encoder.encode(offer.models).decode(),
-            device_flags.encode(offer.flags).decode(),
-            now,
-            now + LIFE_US,
-        )
+            for one, number in zip(wanted, numbers, strict=True)
+        ]
+        made: list[Composed] = []
+        refused: list[RefusedError] = []
+        for one, number, envelope in zip(wanted, numbers, self._signer.envelopes(payloads), strict=True):
+            if len(envelope) > MQTT_PAYLOAD_BYTES_MAX:
+                refused.append(_too_large(one.device, len(envelope)))
+                continue
+            models, flags = _encoder.encode(one.models).decode(), device_flags.encode(one.carried).decode()
+            made.append(Composed(one.device, number, one.current.number, envelope, models, flags, now, expires))
+        return made, refused
+
+
+def _too_large(device: str, size: int) -> RefusedError:
+    return RefusedError(
+        "offer_too_large",
+        f"the offer of {device} has {size} bytes, at most {MQTT_PAYLOAD_BYTES_MAX}",
+        consequence="this device gets no new offer",
+        next_step="give it fewer models, or smaller flags",
+    )
 
 
 async def current(connection: AsyncConnection, devices: Sequence[str]) -> dict[str, Current]:
@@ -170,7 +206,7 @@ async def write(connection: AsyncConnection, project: str, composed: Sequence[Co
     """
     await _check_unchanged(connection, composed)
     rows = [
-        (one.device, project, *one.number, one.envelope, one.models, one.flags, one.issued_at, one.expires_at, False)
+        (one.device, project, *one.number, one.envelope, one.models, one.flags, one.issued_at, one.expires_at)
         for one in composed
     ]
     await bulk.upsert(
@@ -180,6 +216,13 @@ async def write(connection: AsyncConnection, project: str, composed: Sequence[Co
         rows,
         update=_COLUMNS[2:],
         guard="excluded.epoch > offer.epoch OR (excluded.epoch = offer.epoch AND excluded.serial > offer.serial)",
+    )
+    await bulk.upsert(
+        connection,
+        table(Unpublished),
+        ("device_id", "project_id", "epoch", "serial"),
+        [(one.device, project, *one.number) for one in composed],
+        update=("epoch", "serial"),
     )
 
 
@@ -218,7 +261,6 @@ _COLUMNS = (
     "flags",
     "issued_at",
     "expires_at",
-    "published",
 )
 _NUMBERS = "SELECT device_id, epoch, serial FROM offer WHERE device_id IN :keys"
 _CURRENT = (

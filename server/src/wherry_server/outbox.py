@@ -1,6 +1,6 @@
 """Publishes offers from their current rows.
 
-What is not published yet goes first; a hello that is behind and a broker that came back make rows unpublished again.
+Which rows those are stands in `unpublished`; a hello that is behind and a broker that came back put rows there again.
 
 The row is the truth. A message is published as the row is now, whatever made it change; a crash between publishing and
 marking publishes again, which changes nothing for a device.
@@ -11,10 +11,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from sqlalchemy import bindparam, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from wherry_server.db import bulk
 from wherry_server.db.database import Database
 from wherry_server.mqtt import Link
 from wherry_server.times import now_us
@@ -27,6 +29,8 @@ WINDOW = 2000
 """Offers on their way to the broker at a time."""
 ACKNOWLEDGED_S = 15.0
 IDLE_S = 1.0
+BREATH = 100
+"""Offers handed to the connection before others in the process get their turn."""
 
 
 class Outbox:
@@ -64,17 +68,44 @@ class Outbox:
                     continue
 
     async def drain(self) -> int:
-        """Publish a window of what is not published, mark what the broker has, and return how many that were."""
+        """Publish what is not published, once through; return how many offers the broker has now that it had not.
+
+        While one window is on its way the next is read.
+        """
+        total, (rows, after) = 0, await self._read("")
+        while rows:
+            (there, whole), (following, after) = await asyncio.gather(self._publish(rows), self._read(after))
+            if there:
+                async with self._database.write() as connection:
+                    await _mark(connection, there)
+            total += len(there)
+            if not whole:
+                break
+            rows = following
+        return total
+
+    async def _read(self, after: str) -> tuple[list[Any], str]:
+        """Return the next offers that can be published, and behind which device to look for more."""
+        now = now_us()
         async with self._database.read() as connection:
-            rows = (
-                await connection.execute(_PENDING, {"project": self._project, "limit": WINDOW, "now": now_us()})
-            ).all()
-        if not rows:
-            return 0
-        sent = []
+            while True:
+                named = {"project": self._project, "after": after, "limit": WINDOW}
+                devices = [row.device_id for row in await connection.execute(_WAITING, named)]
+                if not devices:
+                    return [], after
+                after = devices[-1]
+                rows = [row for row in await bulk.select_in(connection, _OFFERS, devices) if row.expires_at > now]
+                if rows:
+                    return rows, after
+
+    async def _publish(self, rows: Sequence[Any]) -> tuple[list[tuple[str, int, int]], bool]:
+        """Return which of them the broker acknowledged, and whether the link took all."""
+        sent: list[tuple[Any, asyncio.Future[None]]] = []
         try:
             for row in rows:
                 sent.append((row, self._link.publish_retained(topics.down(row.device_id, "offer"), row.envelope)))
+                if len(sent) % BREATH == 0:
+                    await asyncio.sleep(0)
             await asyncio.wait([future for _, future in sent], timeout=ACKNOWLEDGED_S)
         except UnreachableError as error:
             log.warning("offers wait for the broker: %s", error)
@@ -84,10 +115,7 @@ class Outbox:
                 there.append((row.device_id, row.epoch, row.serial))
             else:
                 future.cancel()
-        if there:
-            async with self._database.write() as connection:
-                await _mark(connection, there)
-        return len(there)
+        return there, len(there) == len(rows)
 
 
 async def _mark(connection: AsyncConnection, there: Sequence[tuple[str, int, int]]) -> None:
@@ -99,16 +127,26 @@ async def _mark(connection: AsyncConnection, there: Sequence[tuple[str, int, int
         await connection.exec_driver_sql(_MARK_ALL, (devices, epochs, serials))
 
 
-_PENDING = text(
-    "SELECT o.device_id, o.epoch, o.serial, o.envelope FROM offer o JOIN device d ON d.id = o.device_id"
-    " WHERE o.published = false AND o.project_id = :project AND o.expires_at > :now AND d.state = 'active' LIMIT :limit"
+_WAITING = text(
+    "SELECT device_id FROM unpublished WHERE project_id = :project AND device_id > :after ORDER BY device_id LIMIT :limit"
 )
-_MARK_EACH = "UPDATE offer SET published = true WHERE device_id = ? AND epoch = ? AND serial = ?"
+_OFFERS = (
+    "SELECT u.device_id, u.epoch, u.serial, o.envelope, o.expires_at FROM unpublished u"
+    " JOIN offer o ON o.device_id = u.device_id AND o.epoch = u.epoch AND o.serial = u.serial"
+    " JOIN device d ON d.id = u.device_id WHERE d.state = 'active' AND u.device_id IN :keys"
+)
+_MARK_EACH = "DELETE FROM unpublished WHERE device_id = ? AND epoch = ? AND serial = ?"
 _MARK_ALL = (
-    "UPDATE offer AS o SET published = true FROM unnest($1::varchar[], $2::bigint[], $3::bigint[]) AS t (device, epoch, serial)"
-    " WHERE o.device_id = t.device AND o.epoch = t.epoch AND o.serial = t.serial"
+    "DELETE FROM unpublished AS u USING unnest($1::varchar[], $2::bigint[], $3::bigint[]) AS t (device, epoch, serial)"
+    " WHERE u.device_id = t.device AND u.epoch = t.epoch AND u.serial = t.serial"
 )
-_AGAIN = text("UPDATE offer SET published = false WHERE device_id IN :devices").bindparams(
-    bindparam("devices", expanding=True)
+_AGAIN = text(
+    "INSERT INTO unpublished (device_id, project_id, epoch, serial)"
+    " SELECT device_id, project_id, epoch, serial FROM offer WHERE device_id IN :devices"
+    " ON CONFLICT (device_id) DO UPDATE SET epoch = excluded.epoch, serial = excluded.serial"
+).bindparams(bindparam("devices", expanding=True))
+_ALL_AGAIN = text(
+    "INSERT INTO unpublished (device_id, project_id, epoch, serial) SELECT device_id, project_id, epoch, serial FROM offer"
+    " WHERE project_id = :project AND expires_at > :now"
+    " ON CONFLICT (device_id) DO UPDATE SET epoch = excluded.epoch, serial = excluded.serial"
 )
-_ALL_AGAIN = text("UPDATE offer SET published = false WHERE project_id = :project AND expires_at > :now")

@@ -136,6 +136,11 @@ class Trust:
         """Id of the key that signs offers."""
         return self._keys.signer("director").public_key.keyid
 
+    @property
+    def director_key_file(self) -> Path:
+        """Where that key is, for a process that signs beside this one."""
+        return self._keys.file("director")
+
     def director_sign(self, data: bytes) -> bytes:
         """Sign `data` (Ed25519) with the director key.
 

@@ -27,11 +27,15 @@ class Keys:
         """Generate what is not there yet."""
         for role in ROLES:
             if not self.has(role):
-                key_files.create(self._folder / f"{role}.pem")
+                key_files.create(self.file(role))
+
+    def file(self, role: str) -> Path:
+        """Return where the key of `role` is, if it is on this machine."""
+        return self._folder / f"{role}.pem"
 
     def has(self, role: str) -> bool:
         """Tell whether the key of `role` is on this machine."""
-        return (self._folder / f"{role}.pem").exists()
+        return self.file(role).exists()
 
     def signer(self, role: str) -> CryptoSigner:
         """Return the key of `role`.
@@ -43,7 +47,7 @@ class Keys:
         signer = self._signers.get(role)
         if signer is None:
             try:
-                signer = self._signers[role] = key_files.load(self._folder / f"{role}.pem")
+                signer = self._signers[role] = key_files.load(self.file(role))
             except FileNotFoundError as error:
                 raise RefusedError(
                     "key_absent", f"the {role} key is not on this machine", next_step="run this where the key is kept"

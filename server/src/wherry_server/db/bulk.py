@@ -51,7 +51,18 @@ async def select_in(connection: AsyncConnection, select: str, keys: Sequence[str
     return found.all()
 
 
-async def copy(connection: AsyncConnection, name: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
+async def fill(connection: AsyncConnection, name: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
+    """Bring rows into a temporary table of our own, in the transaction that made or emptied it."""
+    if connection.dialect.name == "sqlite":
+        places = ", ".join("?" * len(columns))
+        await connection.exec_driver_sql(f"INSERT INTO {name} ({', '.join(columns)}) VALUES ({places})", list(rows))  # noqa: S608  # of our own
+    else:
+        await _copy_into(connection, name, columns, rows)
+
+
+async def _copy_into(
+    connection: AsyncConnection, name: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]
+) -> None:
     """Bring rows into a table by PostgreSQL's binary COPY, in the transaction that an earlier statement began."""
     driver = (await connection.get_raw_connection()).driver_connection
     if driver is None:
@@ -92,7 +103,7 @@ async def _copy(
     await connection.exec_driver_sql(  # what begins the transaction, if nothing has yet
         f"CREATE TEMP TABLE IF NOT EXISTS {name} ON COMMIT DELETE ROWS AS SELECT {listed} FROM {table.name} WITH NO DATA"  # noqa: S608  # names of our own tables
     )
-    await copy(connection, name, columns, rows)
+    await _copy_into(connection, name, columns, rows)
     await connection.exec_driver_sql(f"{into} SELECT {listed} FROM {name} {conflict}")  # noqa: S608  # of our own
     await connection.exec_driver_sql(f"DELETE FROM {name}")  # noqa: S608  # the same again may follow in this transaction
 

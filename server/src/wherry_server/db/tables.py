@@ -217,7 +217,6 @@ class Offer(SQLModel, table=True):
     """The current signed offer of a device. Publishing is an outbox drained from this row."""
 
     __tablename__ = "offer"
-    __table_args__ = (Index("ix_offer_unpublished", "published", "device_id"),)
     device_id: str = Field(primary_key=True)
     project_id: str
     epoch: int = _time()
@@ -231,7 +230,16 @@ class Offer(SQLModel, table=True):
     """Offered flags, as `wherry_shared.flags.encode` has them."""
     issued_at: int = _time()
     expires_at: int = _time()
-    published: bool = False
+
+
+class Unpublished(SQLModel, table=True):
+    """A device whose current offer the broker has not acknowledged: a small row, so that many are written and gone quickly."""
+
+    __tablename__ = "unpublished"
+    device_id: str = Field(primary_key=True)
+    project_id: str
+    epoch: int = _time()
+    serial: int = _time()
 
 
 class Cohort(SQLModel, table=True):
