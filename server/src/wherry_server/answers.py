@@ -335,6 +335,9 @@ class RolloutSummary:
     model: str
     version: str
     models: list[dict[str, Any]]
+    flag: str
+    """Of a flag's rollout; then `models` is empty, `model` is `flag:NAME`, and `version` the variant."""
+    variant: str
     cohort: str
     selector: str
     state: str

@@ -64,7 +64,7 @@ def expose(
         if one.attempt not in forwards:
             forwards[one.attempt] = offers.forwards(plan, row.id, one.attempt)
         wanted[one.device] = forwards[one.attempt]
-    offered = _compose(prepared, wanted, current, composer, now)
+    offered = _compose(prepared, wanted, current, composer, now, offers.with_flag(plan, current))
     prepared.exposed += [one for one in candidates if one.device in offered]
 
 
@@ -91,17 +91,21 @@ def withdraw(
     current: dict[str, offers.Current],
     composer: Composer,
     now: int,
+    flags: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Compose the offers that name each device's own `from`. Signs, so call it outside of the event loop's thread."""
+    """Compose the offers that name each device's own `from`. Signs, so call it outside of the event loop's thread.
+
+    Of a flag's rollout, `flags` are those that the devices have without it.
+    """
     changed: dict[str, dict[str, OfferedModel]] = {}
     for one in rows:
         if not one.owned:
             prepared.lost.append(one.device_id)
             continue
-        changed.setdefault(one.device_id, {})[one.model] = offers.backwards(
-            plan, row.id, one.from_target, one.from_manifest
-        )
-    offered = _compose(prepared, changed, current, composer, now)
+        back = changed.setdefault(one.device_id, {})
+        if not plan.flag:
+            back[one.model] = offers.backwards(plan, row.id, one.from_target, one.from_manifest)
+    offered = _compose(prepared, changed, current, composer, now, flags)
     prepared.withdrawn += [device for device in changed if device in offered]
 
 
@@ -126,8 +130,10 @@ def retry(
     """Compose the offers of the next attempts. Signs, so call it outside of the event loop's thread."""
     wanted: dict[str, dict[str, OfferedModel]] = {}
     for one in rows:
-        wanted.setdefault(one.device_id, {})[one.model] = offers.forwards(plan, row.id, one.attempt + 1)[one.model]
-    offered = _compose(prepared, wanted, current, composer, now)
+        forwards = offers.forwards(plan, row.id, one.attempt + 1)
+        again = wanted.setdefault(one.device_id, {})
+        again |= {model: offered for model, offered in forwards.items() if model == one.model}
+    offered = _compose(prepared, wanted, current, composer, now, offers.with_flag(plan, current))
     prepared.retried += [(one.device_id, one.model) for one in rows if one.device_id in offered]
 
 
@@ -137,14 +143,17 @@ def _compose(
     current: dict[str, offers.Current],
     composer: Composer,
     now: int,
+    flags: Mapping[str, Mapping[str, Any]],
 ) -> set[str]:
     """Compose one offer a device, with `wanted` put over what it is offered already; return who can be offered it.
+
+    Whom `flags` does not name keeps those that it has.
 
     Who was removed since it was read is left out; whose offer cannot be made is named in `prepared.refused`.
     """
     known = [(device, current[device], models) for device, models in wanted.items() if device in current]
     made, refused = composer.compose_all(
-        [Wanted(device, one, {**one.models, **models}) for device, one, models in known], now
+        [Wanted(device, one, {**one.models, **models}, flags.get(device)) for device, one, models in known], now
     )
     prepared.composed += made
     prepared.refused += refused
@@ -158,9 +167,10 @@ async def apply(connection: AsyncConnection, row: Any, plan: Plan, prepared: Pre
     for at in range(0, len(prepared.withdrawn), offers.DEVICES_PER_READ):
         part = prepared.withdrawn[at : at + offers.DEVICES_PER_READ]
         await connection.execute(
-            _WITHDRAW, {"rollout": row.id, "devices": part, "now": now, "outcomes": list(LIVE[:3])}
+            _WITHDRAW_FLAG if plan.flag else _WITHDRAW,
+            {"rollout": row.id, "devices": part, "now": now, "outcomes": list(LIVE[:3])},
         )
-        for planned in plan.models:
+        for planned in plan.targets:
             await connection.execute(
                 _OTHERS_PENDING, {"rollout": row.id, "devices": part, "now": now, "model": planned.model}
             )
@@ -185,7 +195,7 @@ async def _insert(connection: AsyncConnection, row: Any, plan: Plan, prepared: P
     await connection.execute(text("DELETE FROM exposing"))
     rows = [(one.device, one.stratum, signed(one.key), one.attempt or plan.attempt) for one in prepared.exposed]
     await bulk.fill(connection, "exposing", ("device_id", "stratum", "share_key", "attempt"), rows)
-    for planned in plan.models:
+    for planned in plan.targets:
         named = {
             "rollout": row.id,
             "project": row.project_id,
@@ -227,6 +237,11 @@ _WITHDRAW = text(
     "UPDATE assignment SET outcome = CASE WHEN outcome = 'exposed' AND COALESCE((SELECT m.running FROM device_model m"
     " WHERE m.device_id = assignment.device_id AND m.model = assignment.model), '') = from_manifest"
     " THEN 'withdrawn' ELSE 'revert_pending' END, settled_at = :now"
+    " WHERE rollout_id = :rollout AND device_id IN :devices AND outcome IN :outcomes"
+    " AND EXISTS (SELECT 1 FROM device d WHERE d.id = assignment.device_id AND d.state = 'active')"
+).bindparams(bindparam("devices", expanding=True), bindparam("outcomes", expanding=True))
+_WITHDRAW_FLAG = text(  # who never said that it has the offer with the variant has not changed, as far as is known
+    "UPDATE assignment SET outcome = CASE WHEN noticed_at = 0 THEN 'withdrawn' ELSE 'revert_pending' END, settled_at = :now"
     " WHERE rollout_id = :rollout AND device_id IN :devices AND outcome IN :outcomes"
     " AND EXISTS (SELECT 1 FROM device d WHERE d.id = assignment.device_id AND d.state = 'active')"
 ).bindparams(bindparam("devices", expanding=True), bindparam("outcomes", expanding=True))

@@ -15,6 +15,7 @@ import msgspec
 from sqlalchemy import bindparam, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from wherry_server import flag_trials
 from wherry_server.evidence import SECOND_US, Scan
 from wherry_server.gates import QUANTILES, Gate
 from wherry_server.plan import Plan
@@ -131,6 +132,10 @@ async def values(
     connection: AsyncConnection, row: Any, plan: Plan, gate: Gate, one: Due
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the value of each device that answered: with the candidate, and with anything else."""
+    if plan.flag:
+        return await flag_trials.errors_by_device(
+            connection, row, plan, begin=one.begin, end=one.end, cap=gate.unit
+        )
     (planned,) = plan.models
     rows = await connection.execute(
         _ERRORS,
@@ -169,26 +174,19 @@ async def latencies(
     connection: AsyncConnection, row: Any, plan: Plan, gate: Gate, one: Due, devices: list[str]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the latency of each device over its own before the wave: with the candidate, and with anything else."""
-    (planned,) = plan.models
     length = plan.period_s * SECOND_US
-    named = {
-        "project": row.project_id,
-        "model": planned.model,
-        "manifest": planned.manifest,
-        "devices": devices,
-    }
     spans = {
         "before": ((one.wave - BASELINE_PERIODS) * length, one.wave * length),
         "after": (one.begin, one.end),
     }
     sketches: dict[tuple[str, str, bool], dict[str, Sketch]] = {}
     for span, (begin, end) in spans.items():
-        for found in await connection.execute(_BODIES, {**named, "begin": begin, "end": end}):
+        for found in await _bodies(connection, row, plan, devices, begin, end):
             merged = sketches.setdefault((found.device_id, span, bool(found.candidate)), {})
             for bucket, bins in _timed.decode(found.body).latency_us.items():
                 sketch = sketch_of(bins)
                 if sketch is not None:
-                    merged.setdefault(bucket, Sketch()).merge(sketch)
+                    merged.setdefault(f"{found.model} {bucket}", Sketch()).merge(sketch)
     sides: tuple[dict[str, float], dict[str, float]] = ({}, {})
     for device in devices:
         before = sketches.get((device, "before", False), {})
@@ -197,6 +195,17 @@ async def latencies(
             if ratio is not None:
                 side[device] = min(ratio / gate.unit, 1.0)
     return sides
+
+
+async def _bodies(
+    connection: AsyncConnection, row: Any, plan: Plan, devices: list[str], begin: int, end: int
+) -> Sequence[Any]:
+    """Return the windows of devices: (device_id, candidate, model, body)."""
+    if plan.flag:
+        return await flag_trials.bodies(connection, row, plan, devices, begin=begin, end=end)
+    (planned,) = plan.models
+    named = {"project": row.project_id, "model": planned.model, "manifest": planned.manifest, "devices": devices}
+    return (await connection.execute(_BODIES, {**named, "begin": begin, "end": end})).all()
 
 
 def sketch_of(bins: dict[str, int]) -> Sketch | None:
@@ -231,7 +240,7 @@ class _Timed(msgspec.Struct):
 
 _timed = msgspec.json.Decoder(_Timed)
 _BODIES = text(
-    "SELECT device_id, CASE WHEN manifest = :manifest THEN 1 ELSE 0 END AS candidate, body FROM telemetry_window"
+    "SELECT device_id, CASE WHEN manifest = :manifest THEN 1 ELSE 0 END AS candidate, model, body FROM telemetry_window"
     " WHERE project_id = :project AND model = :model AND start >= :begin AND start < :end AND arm <> 'shadow'"
     " AND requests > 0 AND device_id IN :devices"
 ).bindparams(bindparam("devices", expanding=True))

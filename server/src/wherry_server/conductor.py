@@ -19,7 +19,7 @@ import msgspec
 from sqlalchemy import insert, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server import assignments, audit, comparison, evidence, offers
+from wherry_server import assignments, audit, comparison, evidence, flag_trials, flag_values, offers
 from wherry_server.assignments import Prepared
 from wherry_server.db import bulk
 from wherry_server.db.database import DATABASE_ERRORS
@@ -59,6 +59,8 @@ SCAN_MIN_S = 1.0
 SCAN_SHARE = 20
 """A scan of the members is repeated at the earliest after this many times what it took: at most 5 % of a core."""
 SCAN_FRESH_S = 1.0
+JUDGE_SHARE = 5
+"""Devices with a flag's variant are judged again after this many times what it took: at most a sixth of a core."""
 DONE_SCAN_MIN_S = 5.0
 RESIGN_S = 60.0
 RESIGN_PER_TURN = 2_000
@@ -76,6 +78,8 @@ class _Known:
     scan: evidence.Scan | None = None
     scanned_at: float = 0.0
     scan_cost: float = 0.0
+    judge_at: float = 0.0
+    """When devices with a flag's variant are judged next."""
     compared_until: int = -1
     """The period until which every lane of its comparisons was taken."""
 
@@ -155,6 +159,8 @@ class Conductor:
             known = self._known[row.id] = _Known(parse_plan(_builtins(row.plan)))
         progress = evidence.load_progress(_builtins(row.progress))
         now, moment = self.clock(), self.moment()
+        if known.plan.flag and row.state in flag_trials.TRIED:
+            await self._settle_flag(row, known, moment)
         if row.state == "done" and not row.wanted and not known.due(DONE_SCAN_MIN_S, time.monotonic()):
             if not known.scan or not known.scan.open(
                 known.plan, progress.cut_offs, reach(known.plan, progress), moment
@@ -218,9 +224,11 @@ class Conductor:
             elif isinstance(one, Withdraw):
                 async with database.read() as connection:
                     rows = await assignments.read_withdrawing(connection, row.id, one.scope, one.stage)
-                    current = await offers.current(connection, sorted({found.device_id for found in rows}))
+                    devices = sorted({found.device_id for found in rows})
+                    current = await offers.current(connection, devices)
+                    flags = await flag_values.without(connection, row, devices) if known.plan.flag else {}
                 await asyncio.to_thread(
-                    assignments.withdraw, prepared, row, known.plan, rows, current, self.composer, moment
+                    assignments.withdraw, prepared, row, known.plan, rows, current, self.composer, moment, flags
                 )
             elif isinstance(one, Retry):
                 async with database.read() as connection:
@@ -294,7 +302,7 @@ class Conductor:
             ("project_id", "manifest", "hardware_class", "reason", "devices", "updated_at"),
             [
                 (row.project_id, planned.manifest, name, reason, devices, moment)
-                for planned in plan.models
+                for planned in plan.targets
                 for name, (reason, devices) in bad.items()
             ],
             update=("reason", "devices", "updated_at"),
@@ -304,9 +312,9 @@ class Conductor:
         exposed = {one.device for one in prepared.exposed}
         self._full = self._full or len(exposed) >= EXPOSED_PER_TURN
         if exposed:
-            models = {planned.model for planned in known.plan.models}
+            models = {planned.model for planned in known.plan.targets}
             for other in self._known.values():  # of what it exposed, no rollout of the model takes anything newly
-                if other.scan is not None and not models.isdisjoint(planned.model for planned in other.plan.models):
+                if other.scan is not None and not models.isdisjoint(planned.model for planned in other.plan.targets):
                     other.scan.free = [one for one in other.scan.free if one.device not in exposed]
         if prepared.composed and self.outbox is not None:
             self.outbox.wake()
@@ -314,12 +322,31 @@ class Conductor:
 
     # --- flags ----------------------------------------------------------------------------------
 
+    async def _settle_flag(self, row: Any, known: _Known, moment: int) -> None:
+        """Judge the devices that have the variant of a flag's rollout; who goes back gets its offer in the next turn."""
+        started = time.monotonic()
+        if started < known.judge_at:
+            return
+        async with self.services.database.read() as connection:
+            settled = await flag_trials.look(connection, row, known.plan, moment)
+        if settled:
+            async with self.services.database.write() as connection:
+                await self.lease.check(connection)
+                await flag_trials.write(connection, row, settled, moment)
+            self._bear().owe(settled.returned)
+            self._woken.set()
+        ended = time.monotonic()
+        known.judge_at = ended + JUDGE_SHARE * (ended - started)
+
     async def bear_flags(self) -> int:
         """Bring devices the flags that they should have; return how many offers that took."""
+        return await self._bear().turn()
+
+    def _bear(self) -> Bearer:
         if self._bearer is None:
             self._bearer = Bearer(self.services, self.lease, self.composer)
         self._bearer.outbox = self.outbox
-        return await self._bearer.turn()
+        return self._bearer
 
     # --- hellos ---------------------------------------------------------------------------------
 

@@ -236,7 +236,7 @@ def _tried_classes(facts: str, body: str | None) -> set[str]:
 
 async def _taken(connection: AsyncConnection, row: Any, plan: Plan) -> dict[str, str]:
     """Return which rollout keeps a device from this one: device → rollout id, this rollout's own included."""
-    models = {planned.model for planned in plan.models}
+    models = {planned.model for planned in plan.targets}
     holders = [row.id]
     for other in await connection.execute(_OTHERS, {"project": row.project_id, "me": row.id, "model": row.model}):
         if other.model not in models:
@@ -267,7 +267,7 @@ async def _approvals(connection: AsyncConnection, row: Any, plan: Plan) -> dict[
 
 async def _failures(connection: AsyncConnection, row: Any, plan: Plan) -> dict[str, _Failure]:
     """Return on which devices a bundle of the plan failed, in their last attempt: device → failure."""
-    manifests = [planned.manifest for planned in plan.models]
+    manifests = [planned.manifest for planned in plan.targets]
     rows = await connection.execute(
         _FAILED, {"project": row.project_id, "manifests": manifests, "outcomes": list(FAILURES), "me": row.id}
     )
@@ -284,7 +284,7 @@ async def _known_bad(connection: AsyncConnection, project: str, plan: Plan) -> s
     if plan.attempt > 1:
         return set()
     rows = await connection.execute(
-        _BAD, {"project": project, "manifests": [planned.manifest for planned in plan.models]}
+        _BAD, {"project": project, "manifests": [planned.manifest for planned in plan.targets]}
     )
     return {one.hardware_class for one in rows}
 

@@ -117,7 +117,7 @@ async def simulate(connection: AsyncConnection, project: str, wish: dict[str, An
         plan_wish = msgspec.convert(wish.get("plan") or {}, dict[str, Any])
     except msgspec.ValidationError as error:
         raise RefusedError("forecast_range", f"not a wish for a forecast: {error}") from error
-    known = {name: value for name, value in plan_wish.items() if name not in ("models", "start", "device", "cohort")}
+    known = {name: value for name, value in plan_wish.items() if name not in _WHATEVER}
     selector = known.get("selector") or "all"
     if plan_wish.get("cohort"):
         selector = (await cohorts.find(connection, project, str(plan_wish["cohort"])))["selector"]
@@ -152,6 +152,7 @@ def _spread(values: list[int]) -> dict[str, int]:
     return {name: ranked[round(at * (len(ranked) - 1))] for name, at in (("low", 0.1), ("middle", 0.5), ("high", 0.9))}
 
 
+_WHATEVER = ("models", "flag", "variant", "watch", "start", "device", "cohort")
 _ANY = {"model": "model", "version": "1.0.0", "manifest": "sha256:" + "0" * 64}
 """Which bundle it is makes no difference to a forecast."""
 _ASSIGNED = text(

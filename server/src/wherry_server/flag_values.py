@@ -59,6 +59,13 @@ async def revisions(connection: AsyncConnection, project: str) -> tuple[tuple[st
     return tuple((row.name, row.revision) for row in rows)
 
 
+async def without(connection: AsyncConnection, row: Any, devices: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the flags that devices have if what one rollout gave is taken back. `row` is the rollout's."""
+    found = await definitions(connection, row.project_id)
+    told = await sources(connection, row.project_id, found.flags, devices, but=row.id)
+    return {device: found.values(mine) for device, mine in told.items()}
+
+
 async def sources(
     connection: AsyncConnection,
     project: str,

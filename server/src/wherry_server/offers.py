@@ -87,6 +87,11 @@ def forwards(plan: Plan, rollout: str, attempt: int = 0) -> dict[str, wire.Offer
     }
 
 
+def with_flag(plan: Plan, known: Mapping[str, Current]) -> dict[str, Mapping[str, Any]]:
+    """Return the flags of the devices that a flag's rollout exposes; of nobody where a plan is of models."""
+    return {device: {**one.flags, plan.flag: plan.value} for device, one in known.items()} if plan.flag else {}
+
+
 def backwards(plan: Plan, rollout: str, from_target: str, from_manifest: str) -> wire.OfferedModel:
     """Return what a withdrawn device is offered: what it came from, or nothing at all where it had nothing."""
     if not from_manifest:

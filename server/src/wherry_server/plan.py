@@ -12,6 +12,8 @@ from typing import Any, Literal
 import msgspec
 
 from wherry_server import pacing
+from wherry_server.flags import PREFIX as FLAG_PREFIX
+from wherry_server.flags import fingerprint, type_of
 from wherry_server.gates import COMPARED, Bound, Gate, check_bound, check_gate
 from wherry_server.pacing import Approval, Rate, Window
 from wherry_server.targeting import FAMILIES, FIELDS, counted_cut_offs, cut_offs, parse_selector
@@ -36,6 +38,10 @@ HOLD_BACK = 0.05
 """Share of the cohort that keeps the incumbent until a rollout with a comparison is done, unless the plan says another."""
 HOLD_BACK_MAX = 0.5
 HARMED_MAX = 5.0
+FLAG_STRATEGIES = frozenset({"canary", "adaptive", "all_at_once"})
+FLAG_METRICS = frozenset({"failed", "returned", "errors", "latency", "latency_p90", "latency_p99"})
+FLAG_TERMS = frozenset({"min_requests", "max_s", "error_rate_max", "errors_min"})
+"""Of a trial: what holds for flags, which the server judges (`flag_trials`)."""
 STRATEGIES_LATER = ("shadow", "split", "blue_green")
 
 Strategy = Literal["canary", "adaptive", "all_at_once"]
@@ -78,7 +84,15 @@ class Plan(_Strict, frozen=True, kw_only=True):
     """Everything that `rollout.decide` obeys."""
 
     format: int = FORMAT
-    models: list[PlannedModel]
+    models: list[PlannedModel] = []
+    flag: str = ""
+    """A feature flag instead of models."""
+    variant: str = ""
+    """Of `flag`: what the devices should have."""
+    value: Any = None
+    """Of `variant`, when the rollout was created."""
+    watch: str = ""
+    """With `flag`: the model on whose requests devices are judged and compared; all of them if empty."""
     selector: str
     cohort: str = ""
     """Name of the saved cohort that the selector came from; the text above is what counts."""
@@ -128,6 +142,14 @@ class Plan(_Strict, frozen=True, kw_only=True):
     start_at: str = ""
     """A date with a zone, before which the first stage does not begin."""
     approval: Approval | None = None
+
+    @property
+    def targets(self) -> list[PlannedModel]:
+        """What is rolled out, under the names that assignments have: models, or a flag as if it were one."""
+        if not self.flag:
+            return self.models
+        digest = fingerprint(self.flag, self.variant, self.value)
+        return [PlannedModel(model=FLAG_PREFIX + self.flag, version=self.variant, manifest=digest)]
 
     @property
     def start_us(self) -> int:
@@ -183,7 +205,7 @@ def parse_plan(data: bytes | dict[str, Any]) -> Plan:
 
     Raises:
         RefusedError: `plan_invalid`, `plan_format`, `strategy_unsupported`, `plan_models`, `plan_stages`, `plan_bound`,
-            `plan_gate`, `plan_range`, `plan_rate`, `plan_window`, `plan_date`, `plan_approval`, `bad_selector`, `bad_name`, `bad_version` or `bad_digest`.
+            `plan_gate`, `plan_flag`, `plan_range`, `plan_rate`, `plan_window`, `plan_date`, `plan_approval`, `bad_selector`, `bad_name`, `bad_version` or `bad_digest`.
     """
     try:
         raw = msgspec.json.decode(data) if isinstance(data, bytes) else data
@@ -227,7 +249,11 @@ def _within(value: float, low: float, high: float, what: str) -> None:
 
 
 def _check(plan: Plan) -> None:
-    if not 1 <= len(plan.models) <= MODELS_MAX:
+    if plan.flag:
+        _check_flag(plan)
+    elif plan.variant or plan.watch or plan.value is not None:
+        raise RefusedError("plan_flag", "variant and watch are of a rollout of a flag, and the plan names none")
+    elif not 1 <= len(plan.models) <= MODELS_MAX:
         raise RefusedError(
             "plan_models",
             f"a plan names {len(plan.models)} models, this release rolls out {MODELS_MAX} at a time",
@@ -306,6 +332,28 @@ def _check(plan: Plan) -> None:
     if plan.stage_max_s < longest:
         raise RefusedError(
             "plan_range", f"stage_max_s {plan.stage_max_s} is below the longest soak + late_s, {longest}"
+        )
+
+
+def _check_flag(plan: Plan) -> None:
+    """Refuse what would have no meaning for a flag, which no device tries by itself."""
+    if plan.models:
+        raise RefusedError("plan_flag", "a plan has models or a flag", next_step="make one rollout for each")
+    if plan.strategy not in FLAG_STRATEGIES:
+        raise RefusedError("plan_flag", f"strategy {plan.strategy} is of models", next_step="use canary")
+    if not plan.variant or type_of(plan.value) == "nothing":
+        raise RefusedError("plan_flag", "a rollout of a flag names the variant that devices should have")
+    strange = sorted({gate.metric for gate in plan.gates} - FLAG_METRICS)
+    if strange:
+        raise RefusedError("plan_flag", f"gates of {', '.join(strange)} measure models, and this is a flag")
+    default = Trial()
+    vain = [name for name in Trial.__struct_fields__ if name not in FLAG_TERMS]
+    vain = [name for name in vain if getattr(plan.trial, name) != getattr(default, name)]
+    if vain:
+        raise RefusedError(
+            "plan_flag",
+            f"trial has {', '.join(vain)}, which no device obeys for a flag",
+            next_step=f"terms of a flag's trial: {', '.join(sorted(FLAG_TERMS))}",
         )
 
 

@@ -15,7 +15,7 @@ import msgspec
 from sqlalchemy import func, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server import audit, cohorts, evidence, fleet
+from wherry_server import audit, cohorts, evidence, flag_book, fleet
 from wherry_server.db.database import Database
 from wherry_server.db.tables import Approval, Assignment, Bundle, Decision, Rollout, table
 from wherry_server.lease import boot_id
@@ -83,12 +83,12 @@ async def _create(connection: AsyncConnection, project: str, actor: str, wish: d
     if not isinstance(start, bool):
         raise RefusedError("plan_invalid", "start is true or false")
     selector, cohort = await _target(connection, project, wish)
-    models = wish.pop("models", None)
+    models = wish.pop("models", [])
     if not isinstance(models, list) or not all(isinstance(one, dict) for one in models):
         raise RefusedError("plan_invalid", "models is a list of {model, version}")
     plan = parse_plan(
         {
-            **wish,
+            **await _with_value(connection, project, wish),
             "models": [await _planned(connection, project, one) for one in models],
             "selector": selector,
             "cohort": cohort,
@@ -101,7 +101,7 @@ async def _create(connection: AsyncConnection, project: str, actor: str, wish: d
             id=secrets.token_urlsafe(12),
             project_id=project,
             number=number,
-            model=plan.models[0].model,
+            model=plan.targets[0].model,
             plan=msgspec.to_builtins(plan),
             progress=msgspec.to_builtins(Progress()),
             state="created",
@@ -122,7 +122,7 @@ async def _create(connection: AsyncConnection, project: str, actor: str, wish: d
         actor,
         "rollout.create",
         str(number),
-        models=[planned.target for planned in plan.models],
+        models=[planned.target for planned in plan.targets],
         selector=selector,
         started=start,
     )
@@ -145,6 +145,27 @@ async def _target(connection: AsyncConnection, project: str, wish: dict[str, Any
     if kind == "cohort":
         return str((await cohorts.find(connection, project, value))["selector"]), value
     return value, ""
+
+
+async def _with_value(connection: AsyncConnection, project: str, wish: dict[str, Any]) -> dict[str, Any]:
+    """Return a wish with the value of the variant that it names, if it is of a flag.
+
+    Raises:
+        RefusedError: `plan_invalid`, `flag_unknown` or `plan_flag`.
+    """
+    if "value" in wish:
+        raise RefusedError("plan_invalid", "a plan names a variant; its value is the flag's")
+    if not wish.get("flag"):
+        return wish
+    flag = await flag_book.find(connection, project, str(wish["flag"]))
+    if wish.get("variant") not in flag["variants"]:
+        raise RefusedError(
+            "plan_flag",
+            f"flag {flag['name']} has no variant {str(wish.get('variant'))[:64]!r}",
+            consequence="nothing was stored",
+            next_step=f"its variants: {', '.join(sorted(flag['variants']))[:200]}",
+        )
+    return {**wish, "value": flag["variants"][wish["variant"]]}
 
 
 async def _planned(connection: AsyncConnection, project: str, one: dict[str, Any]) -> dict[str, Any]:
@@ -484,8 +505,10 @@ def _summary(row: Any) -> dict[str, Any]:
         "number": row.number,
         "id": row.id,
         "model": row.model,
-        "version": plan["models"][0]["version"],
-        "models": plan["models"],
+        "version": plan["models"][0]["version"] if plan.get("models") else plan.get("variant", ""),
+        "models": plan.get("models", []),
+        "flag": plan.get("flag", ""),
+        "variant": plan.get("variant", ""),
         "cohort": plan.get("cohort", ""),
         "selector": plan["selector"],
         "state": row.state,
