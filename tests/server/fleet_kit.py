@@ -62,6 +62,8 @@ class FakeDevice:
     """Manifest → how many different offers named it."""
     online: bool = True
     clock: int = 0
+    measured: int = 0
+    """Messages of telemetry."""
 
     def frame(self, kind: str, message: msgspec.Struct) -> bytes:
         return frames.seal(self.key, kind, self.id, wire.encode(message))

@@ -25,6 +25,20 @@ models = [{ model = "applied", version = "1.0.0" }]
 cohort = "applied"
 stages = [{ share = 0.1 }, { share = 1 }]
 """
+FLAGS = """
+[[flags]]
+name = "applied-flag"
+type = "number"
+variants = { old = 0.8, new = 1 }
+default = "old"
+rules = [{ when = "label.site = berlin", share = 0.25, variant = "new" }]
+
+[[rollouts]]
+flag = "applied-flag"
+variant = "new"
+selector = "label.site = bonn"
+stages = [{ share = 1.0 }]
+"""
 YAML = "cohorts:\n  - {name: applied-lab, selector: name = lab-*}\n"
 
 
@@ -71,6 +85,33 @@ def test_files_are_applied_once_and_show_what_they_change(server: Running, tmp_p
         ("delete", "applied"),
         ("delete", "applied-other"),
     }
+
+
+def test_flags_and_their_rollouts_are_applied_once_and_changed_as_the_files_say(
+    server: Running, tmp_path: Path
+) -> None:
+    folder = tmp_path / "flags"
+    folder.mkdir()
+    (folder / "flags.toml").write_text(FLAGS)
+    command = ("apply", "-f", str(folder))
+
+    def done() -> list[tuple[str, str]]:
+        found: Any = said(server, *command, "--yes")
+        return [(one["do"], one["kind"]) for one in found["changes"]]
+
+    assert done() == [("create", "flag"), ("create", "rollout")]
+    assert done() == []
+    (folder / "flags.toml").write_text(FLAGS.replace("0.25", "0.5").replace("old = 0.8", "old = 0.7"))
+    dry = wherry(server, *command, "--dry-run")
+    assert dry.returncode == 2, dry.stderr
+    assert '- variants = {"new": 1, "old": 0.8}' in dry.stdout or '- variants = {"old": 0.8, "new": 1}' in dry.stdout
+    assert "default" not in dry.stdout, "only what differs is shown"
+    assert done() == [("change", "flag")]
+    shown: Any = said(server, "flag", "show", "applied-flag")
+    assert (shown["revision"], shown["rules"][0]["share"], shown["variants"]["old"]) == (2, 0.5, 0.7)
+    (folder / "flags.toml").write_text(FLAGS.replace("0.25", "0.5").replace("old = 0.8, new = 1", "old = 0.7, new = 2"))
+    refused = wherry(server, *command, "--yes")
+    assert (refused.returncode, "[flag_in_use]" in refused.stderr) == (1, True), refused.stderr
 
 
 @pytest.mark.parametrize(

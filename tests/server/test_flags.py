@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
-from tests.server.fleet_kit import PROJECT, FakeDevice, Fleet, fleet, run
-from wherry_server import flag_book, flag_values
+from tests.server.fleet_kit import MODEL, PROJECT, FakeDevice, Fleet, fleet, run
+from wherry_server import flag_book, flag_trials, flag_values
 from wherry_server.flags import parse_flag, ready
+from wherry_server.times import now_us
 from wherry_shared import dsse, ids, wire
 from wherry_shared.errors import RefusedError
 
@@ -167,3 +169,234 @@ def test_flags_that_no_offer_could_carry_are_refused_when_they_are_saved(tmp_pat
                 assert len((await flag_values.definitions(connection, PROJECT)).flags) == 1
 
     run(work())
+
+
+# --- rollouts ------------------------------------------------------------------------------------
+
+QUICK: dict[str, Any] = {"trial": {"min_requests": 10, "max_s": 30}, "late_s": 60, "silent_s": 60, "stage_max_s": 600}
+AT_ONCE: dict[str, Any] = {**QUICK, "trial": {"min_requests": 0, "max_s": 30}}
+"""A device is confirmed as soon as it says that it has the variant."""
+
+
+def window(manifest: str, requests: int, errors: int, start: int) -> wire.Window:
+    return wire.Window(
+        model=MODEL,
+        manifest=manifest,
+        variant="v",
+        arm="incumbent",
+        start=start,
+        duration_us=1_000_000,
+        requests=requests,
+        errors=errors,
+    )
+
+
+async def roll_out_flag(found: Fleet, variant: str = "new", **wish: Any) -> int:
+    return await found.roll_out("", **{"models": [], "flag": "new-threshold", "variant": variant, **AT_ONCE, **wish})
+
+
+async def measure(found: Fleet, device: FakeDevice, requests: int, errors: int, start: int = 0) -> None:
+    """Have a device measure requests since now, or since `start`."""
+    device.measured += 1
+    message = wire.Telemetry(
+        format=1,
+        device=device.id,
+        epoch="t1",
+        seq=device.measured,
+        first=1,
+        at=1,
+        windows=[window(device.running, requests, errors, start or now_us())],
+    )
+    await found.ingest.store_batch({"telemetry": [(device.id, device.frame("telemetry", message))]})
+
+
+async def step(found: Fleet) -> None:
+    """The director takes a turn, devices take their offers and say so."""
+    for known in found.conductor._known.values():
+        known.judge_at = 0.0
+    await bear(found)
+    await found.turn()
+    await found.say_hello([device for device in found.devices.values() if device.online])
+
+
+async def until(found: Fleet, number: int, *states: str, turns: int = 12) -> dict[str, Any]:
+    for _ in range(turns):
+        shown = await found.show(number)
+        if shown["state"] in states and not shown["wanted"]:
+            return shown
+        await step(found)
+    raise AssertionError(f"{shown['state']} {shown['reason']} {shown['why_not_yet']} {shown['outcomes']}")
+
+
+async def having(found: Fleet, value: Any) -> set[str]:
+    """The devices whose offer carries a value of the flag."""
+    return {one.id for one in found.devices.values() if (await offered(found, one)).get("new-threshold") == value}
+
+
+@pytest.mark.backends
+def test_a_variant_goes_through_its_stages_and_back(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0")
+            await found.enrol(10, version="1.0.0")
+            await save(found, THRESHOLD)
+            await step(found)
+            number = await roll_out_flag(found, stages=[{"share": 0.2}, {"share": 1.0}])
+            sizes = []
+            for _ in range(8):
+                await step(found)
+                sizes.append(len(await having(found, 0.65)))
+            shown = await found.show(number)
+            assert (shown["state"], shown["model"], shown["version"]) == ("done", "flag:new-threshold", "new")
+            assert shown["counts"]["real"]["confirmed"] == 10
+            assert sorted(set(sizes)) == [2, 10]
+            (late,) = await found.enrol(1)
+            await step(found)
+            await step(found)
+            assert await offered(found, late) == {"new-threshold": 0.65}, "a newcomer joins what is done"
+            # what it gave stands above rules and default, and its value is nobody's to change under it
+            await save(found, {**THRESHOLD, "rules": [{"variant": "old"}]}, replace=True)
+            await step(found)
+            assert len(await having(found, 0.65)) == 11
+            for wrong in ({"variants": {"old": 0.8, "new": 0.7}}, {"variants": {"old": 0.8}}):
+                with pytest.raises(RefusedError, match=rf"rollouts give it: {number}") as refused:
+                    await save(found, {**THRESHOLD, **wrong}, replace=True)
+                assert refused.value.code == "flag_in_use"
+            with pytest.raises(RefusedError, match="cannot be deleted"):
+                await flag_book.remove(found.database, PROJECT, "test", "new-threshold")
+            await found.command(number, "revert")
+            shown = await until(found, number, "reverted")
+            assert len(await having(found, 0.8)) == 11
+            assert shown["counts"]["real"]["reverted"] == 11
+            await flag_book.remove(found.database, PROJECT, "test", "new-threshold")
+            stages = [row.action for row in await found.rows("SELECT action FROM audit_entry ORDER BY id")]
+            assert {"rollout.create", "rollout.done", "rollout.revert", "rollout.reverted"} <= set(stages)
+
+    run(work())
+
+
+@pytest.mark.backends
+def test_devices_that_fail_more_go_back_and_the_rollout_halts(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0")
+            devices = await found.enrol(8, version="1.0.0")
+            await save(found, THRESHOLD)
+            number = await roll_out_flag(found, **QUICK, failure={"count": 1})
+            await step(found)
+            await step(found)
+            assert await having(found, 0.65) == {one.id for one in devices}
+            for device in devices[:5]:
+                await measure(found, device, 20, 0, start=1)  # from before it had the variant: says nothing
+                await measure(found, device, 20, 0)
+            await measure(found, devices[5], 20, 9)
+            await step(found)
+            counts = (await found.show(number))["counts"]["real"]
+            assert (counts["confirmed"], counts["returned"], counts["pending"]) == (5, 1, 2)
+            await step(found)
+            assert await offered(found, devices[5]) == {"new-threshold": 0.8}, "it went back alone"
+            devices[7].online = False
+            await measure(found, devices[6], 20, 9)
+            shown = await until(found, number, "returning")
+            assert shown["reason"] == "failure_bound"
+            assert await having(found, 0.65) == set()
+            assert (await found.show(number))["counts"]["real"]["revert_pending"] == 1
+            devices[7].online = True
+            await found.exchange()
+            shown = await until(found, number, "halted")
+            counts = shown["counts"]["real"]
+            assert (counts["returned"], counts["reverted"], counts["revert_pending"]) == (2, 6, 0)
+            # who failed is in quarantine for that value, and another value is another thing
+            again = await roll_out_flag(found)
+            await step(found)
+            assert (await found.show(again))["why_not_yet"][0]["code"] == "held"
+
+    run(work())
+
+
+def test_a_device_that_says_nothing_is_no_success(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            devices = await found.enrol(2)
+            await save(found, THRESHOLD)
+            number = await roll_out_flag(found, **QUICK)
+            await step(found)
+            await step(found)
+            devices[1].online = False
+            async with found.database.write() as connection:
+                await connection.execute(text("UPDATE assignment SET noticed_at = noticed_at - 40000000"))
+            async with found.database.write() as connection:
+                await connection.execute(
+                    text("UPDATE device SET last_seen_at = last_seen_at - 30000000 WHERE id = :d"), {"d": devices[1].id}
+                )
+            await step(found)
+            counts = (await found.show(number))["counts"]["real"]
+            assert (counts["confirmed_idle"], counts["confirmed"], counts["pending"]) == (1, 0, 1)
+
+    run(work())
+
+
+def test_a_newer_rollout_takes_devices_over_and_gives_them_back(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.enrol(4)
+            await save(found, {**THRESHOLD, "variants": {"old": 0.8, "new": 0.65, "newer": 0.5}})
+            first = await roll_out_flag(found)
+            await until(found, first, "done")
+            second = await roll_out_flag(found, "newer")
+            await until(found, second, "done")
+            assert len(await having(found, 0.5)) == 4
+            await found.command(second, "revert")
+            await until(found, second, "reverted")
+            assert len(await having(found, 0.65)) == 4, "each has what it had before"
+            await found.command(first, "revert")
+            await until(found, first, "reverted")
+            assert len(await having(found, 0.8)) == 4
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("wish", "code"),
+    [
+        ({"variant": "newest"}, "plan_flag"),
+        ({"flag": "nope"}, "flag_unknown"),
+        ({"flag": ""}, "plan_flag"),
+        ({"models": [{"model": MODEL, "version": "1.0.0"}]}, "plan_flag"),
+        ({"value": 7}, "plan_invalid"),
+        ({"trial": {"latency_ratio_max": 3.0}}, "plan_flag"),
+        ({"gates": [{"metric": "crashed", "tolerated": 0.1, "harm": 0.2}]}, "plan_flag"),
+    ],
+    ids=lambda one: json.dumps(one) if isinstance(one, dict) else "",
+)
+def test_a_plan_that_no_flag_can_follow_is_refused(tmp_path: Path, wish: dict[str, Any], code: str) -> None:
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0")
+            await save(found, THRESHOLD)
+            with pytest.raises(RefusedError) as refused:
+                await roll_out_flag(found, **wish)
+            assert refused.value.code == code
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("requests", "errors", "waited_s", "heard_s", "outcome"),
+    [
+        (9, 0, 10, 10, ""),
+        (10, 0, 0, 0, "confirmed"),
+        (200, 4, 0, 0, "confirmed"),
+        (200, 5, 0, 0, "returned"),
+        (2, 2, 0, 0, ""),
+        (3, 3, 0, 0, "returned"),
+        (9, 0, 30, 29, ""),
+        (9, 0, 30, 30, "confirmed_idle"),
+    ],
+)
+def test_the_verdict_of_a_trial(requests: int, errors: int, waited_s: int, heard_s: int, outcome: str) -> None:
+    terms = wire.Trial(min_requests=10, max_s=30, error_rate_max=0.02, errors_min=3)
+    found = flag_trials.verdict(
+        terms, requests=requests, errors=errors, waited_us=waited_s * 1_000_000, heard_us=heard_s * 1_000_000
+    )
+    assert found == outcome

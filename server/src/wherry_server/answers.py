@@ -6,6 +6,7 @@ ignored. Times are integer microseconds UTC.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -281,6 +282,11 @@ class FlagShown:
     created_by: str
     updated_at: int
     updated_by: str
+
+
+def flag_tag(flag: Mapping[str, Any]) -> str:
+    """Return the entity tag of a flag as it was read, for `If-Match`; one that was deleted and made again has another."""
+    return f'"{flag["created_at"]}-{flag["revision"]}"'
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,9 +133,7 @@ async def values(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the value of each device that answered: with the candidate, and with anything else."""
     if plan.flag:
-        return await flag_trials.errors_by_device(
-            connection, row, plan, begin=one.begin, end=one.end, cap=gate.unit
-        )
+        return await flag_trials.errors_by_device(connection, row, plan, begin=one.begin, end=one.end, cap=gate.unit)
     (planned,) = plan.models
     rows = await connection.execute(
         _ERRORS,

@@ -1,8 +1,8 @@
 """What files say that a fleet should have, and what has to change for it. Nothing here calls a server.
 
-A cohort is changed into what the files say. A rollout never changes: it is known by its bundle, by whom it is for and by its attempt,
+A cohort, or a flag, is changed into what the files say. A rollout never changes: it is known by its bundle, by whom it is for and by its attempt,
 and is created once; files that now say otherwise about one that is there are refused. What no file names stays, unless pruning
-is asked for, which forgets cohorts.
+is asked for, which forgets cohorts and deletes flags.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from wherry_shared.errors import RefusedError
 
 SUFFIXES = (".toml", ".yaml", ".yml", ".json")
 FILES_MAX = 1000
+FLAG = "flag:"
+"""Before a flag's name where rollouts say what they roll out."""
 Do = Literal["create", "change", "delete", "start"]
 
 
@@ -27,10 +29,37 @@ class Cohort(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     selector: str
 
 
+class FlagRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Who should get a variant."""
+
+    variant: str
+    when: str = "all"
+    share: float = 1.0
+
+
+class Flag(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A flag that should be there; what is left out is as if it were empty."""
+
+    name: str
+    type: Literal["boolean", "string", "number", "object"]
+    variants: dict[str, Any]
+    default: str
+    description: str = ""
+    rules: list[FlagRule] = []
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """All but the name, as the API has them."""
+        found: dict[str, Any] = msgspec.to_builtins(self)
+        del found["name"]
+        return found
+
+
 class Desired(msgspec.Struct, forbid_unknown_fields=True):
     """What one file says, or all together."""
 
     cohorts: list[Cohort] = []
+    flags: list[Flag] = []
     rollouts: list[dict[str, Any]] = []
     """Fields of plans, as `POST /rollouts` takes them."""
 
@@ -39,7 +68,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     """One thing to do."""
 
     do: Do
-    kind: Literal["cohort", "rollout"]
+    kind: Literal["cohort", "flag", "rollout"]
     name: str
     before: dict[str, Any] | None = None
     after: dict[str, Any] | None = None
@@ -84,8 +113,10 @@ def read(folder: Path) -> Desired:
         except msgspec.ValidationError as error:
             raise _invalid(f"{file}: {error}") from error
         whole.cohorts += found.cohorts
+        whole.flags += found.flags
         whole.rollouts += found.rollouts
     names = [f"cohort {cohort.name}" for cohort in whole.cohorts]
+    names += [f"flag {flag.name}" for flag in whole.flags]
     names += [f"rollout {' '.join(key(rollout))}" for rollout in whole.rollouts]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -94,15 +125,17 @@ def read(folder: Path) -> Desired:
 
 
 def key(wish: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Return by what a rollout is known: bundle, whom it is for, attempt.
+    """Return by what a rollout is known: bundle (or flag and variant), whom it is for, attempt.
 
     Raises:
         RefusedError: `apply_invalid`.
     """
     models = wish.get("models")
     whom = [f"{kind}={wish[kind]}" for kind in ("cohort", "selector") if wish.get(kind)]
+    if wish.get("flag") and len(whom) == 1:
+        return f"{FLAG}{wish['flag']}:{wish.get('variant')}", whom[0], str(wish.get("attempt", 1))
     if not isinstance(models, list) or not models or not isinstance(models[0], dict) or len(whom) != 1:
-        raise _invalid("a rollout has models = [{model, version}] and one of cohort or selector")
+        raise _invalid("a rollout has models = [{model, version}], or flag and variant, and one of cohort or selector")
     bundles = "+".join(f"{one.get('model')}:{one.get('version')}" for one in models)
     return bundles, whom[0], str(wish.get("attempt", 1))
 
@@ -116,8 +149,18 @@ def differs(wished: Any, there: Any) -> bool:
     return bool(wished != there)
 
 
+def same_json(one: Any, other: Any) -> bool:
+    """Tell whether two values are the same JSON, so that 1, 1.0 and true differ as they do for flags."""
+    return msgspec.json.encode(one, order="sorted") == msgspec.json.encode(other, order="sorted")
+
+
 def changes(
-    desired: Desired, cohorts: Mapping[str, str], rollouts: Sequence[Mapping[str, Any]], *, prune: bool = False
+    desired: Desired,
+    cohorts: Mapping[str, str],
+    rollouts: Sequence[Mapping[str, Any]],
+    *,
+    flags: Mapping[str, Mapping[str, Any]] | None = None,
+    prune: bool = False,
 ) -> list[Change]:
     """Return what has to be done, in the order in which it can be done.
 
@@ -125,7 +168,8 @@ def changes(
         desired: what the files say.
         cohorts: selectors of the cohorts that are there, by name.
         rollouts: those that are there, newest first, with their plans.
-        prune: whether cohorts that no file names are forgotten.
+        flags: those that are there, by name.
+        prune: whether cohorts and flags that no file names go.
 
     Raises:
         RefusedError: `apply_conflict`, if a rollout that is there is not as the files say; `apply_invalid`.
@@ -138,11 +182,22 @@ def changes(
         elif cohorts[cohort.name] != cohort.selector:
             before = {"selector": cohorts[cohort.name]}
             found.append(Change(do="change", kind="cohort", name=cohort.name, before=before, after=after))
+    known_flags = flags or {}
+    for flag in desired.flags:
+        is_there = known_flags.get(flag.name)
+        if is_there is None:
+            found.append(Change(do="create", kind="flag", name=flag.name, after=flag.fields))
+            continue
+        other = [field for field, value in flag.fields.items() if not same_json(value, is_there.get(field))]
+        if other:
+            sides = ({field: side[field] for field in other} for side in (is_there, flag.fields))
+            found.append(Change(do="change", kind="flag", name=flag.name, before=next(sides), after=next(sides)))
     there: dict[tuple[str, str, str], Mapping[str, Any]] = {}
     for one in rollouts:
         plan = one["plan"]
         whom = {"cohort": plan["cohort"]} if plan["cohort"] else {"selector": plan["selector"]}
-        there.setdefault(key({**whom, "models": plan["models"], "attempt": plan["attempt"]}), one)
+        named = {field: plan.get(field) for field in ("models", "flag", "variant", "attempt")}
+        there.setdefault(key({**whom, **named}), one)
     for wish in desired.rollouts:
         name = " ".join(key(wish))
         known = there.get(key(wish))
@@ -161,11 +216,19 @@ def changes(
         if wish.get("start") is True and known["state"] == "created" and not known["wanted"]:
             found.append(Change(do="start", kind="rollout", name=name, number=known["number"]))
     if prune:
-        named = {cohort.name for cohort in desired.cohorts}
+        named_cohorts = {cohort.name for cohort in desired.cohorts}
         found += [
             Change(do="delete", kind="cohort", name=name, before={"selector": selector})
             for name, selector in cohorts.items()
-            if name not in named
+            if name not in named_cohorts
+        ]
+        kept = {flag.name for flag in desired.flags}
+        found += [
+            Change(
+                do="delete", kind="flag", name=name, before={"variants": flag["variants"], "default": flag["default"]}
+            )
+            for name, flag in known_flags.items()
+            if name not in kept
         ]
     return found
 

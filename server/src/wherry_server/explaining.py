@@ -152,7 +152,7 @@ def _spread(values: list[int]) -> dict[str, int]:
     return {name: ranked[round(at * (len(ranked) - 1))] for name, at in (("low", 0.1), ("middle", 0.5), ("high", 0.9))}
 
 
-_WHATEVER = ("models", "flag", "variant", "watch", "start", "device", "cohort")
+_WHATEVER = ("models", "flag", "variant", "measure", "start", "device", "cohort")
 _ANY = {"model": "model", "version": "1.0.0", "manifest": "sha256:" + "0" * 64}
 """Which bundle it is makes no difference to a forecast."""
 _ASSIGNED = text(

@@ -261,9 +261,10 @@ async def _row(connection: AsyncConnection, project: str, name: str) -> Any:
 
 def _in_use(name: str, what: str, out: list[Any]) -> RefusedError:
     numbers = ", ".join(f"{row.number} ({row.state})" for row in out[:5])
+    order = "abort" if out[0].state == "created" else "revert"
     return RefusedError(
         "flag_in_use",
         f"flag {name}: {what} while rollouts give it: {numbers}",
         consequence="nothing was changed",
-        next_step=f"take back what it gave: wherry rollout revert {out[0].number}",
+        next_step=f"take back what it gives: wherry rollout {order} {out[0].number}",
     )

@@ -5,7 +5,7 @@ models answer are its trial, by the terms of the plan: `trial.min_requests` with
 `trial.max_s` with fewer do so without traffic, provided that it was heard of since, and too many errors send it back
 (`returned`). One that returned, or was withdrawn, is no longer given the variant by `flag_values`, and its next offer says so.
 
-What is compared by gates: requests of the model that the plan watches, or of all, on devices that have the variant, with
+What is compared by gates: requests of the model that the plan measures, or of all, on devices that have the variant, with
 those on devices of the cohort that do not. Telemetry does not say which code path answered; it says what happened on
 the device. Windows count from their start, by the device's clock, so that none straddles the change.
 """
@@ -71,9 +71,7 @@ async def look(connection: AsyncConnection, row: Any, plan: Plan, now: int) -> S
     """Return what is known of the devices under way that is not written yet."""
     found = Settled()
     found.noticed = [one.device_id for one in await connection.execute(_KNOWS, {"rollout": row.id})]
-    tried = await connection.execute(
-        _TRIED, {"rollout": row.id, "project": row.project_id, "watch": plan.watch}
-    )
+    tried = await connection.execute(_TRIED, {"rollout": row.id, "project": row.project_id, "measure": plan.measure})
     for one in tried:
         requests, errors = int(one.requests), int(one.errors)
         outcome = verdict(
@@ -117,7 +115,7 @@ async def errors_by_device(
         {
             "rollout": row.id,
             "project": row.project_id,
-            "watch": plan.watch,
+            "measure": plan.measure,
             "begin": begin,
             "end": end,
             "length": plan.period_s * SECOND_US,
@@ -138,7 +136,7 @@ async def bodies(
     named = {
         "rollout": row.id,
         "project": row.project_id,
-        "watch": plan.watch,
+        "measure": plan.measure,
         "devices": list(devices),
         "begin": begin,
         "end": end,
@@ -153,7 +151,7 @@ _CANDIDATE = (
 )
 _WINDOWS = (
     " FROM telemetry_window w LEFT JOIN assignment a ON a.rollout_id = :rollout AND a.device_id = w.device_id"
-    " WHERE w.project_id = :project AND (:watch = '' OR w.model = :watch) AND w.start >= :begin AND w.start < :end"
+    " WHERE w.project_id = :project AND (:measure = '' OR w.model = :measure) AND w.start >= :begin AND w.start < :end"
     " AND w.arm <> 'shadow' AND w.requests > 0"
 )
 _KNOWS = text(
@@ -165,7 +163,7 @@ _TRIED = text(
     "SELECT a.device_id, a.noticed_at, d.last_seen_at, COALESCE(sum(w.requests), 0) AS requests,"
     " COALESCE(sum(w.errors), 0) AS errors FROM assignment a JOIN device d ON d.id = a.device_id"
     " LEFT JOIN telemetry_window w ON w.device_id = a.device_id AND w.project_id = :project AND w.start >= a.noticed_at"
-    " AND w.arm <> 'shadow' AND (:watch = '' OR w.model = :watch)"
+    " AND w.arm <> 'shadow' AND (:measure = '' OR w.model = :measure)"
     " WHERE a.rollout_id = :rollout AND a.outcome = 'exposed' AND a.noticed_at > 0"
     " GROUP BY a.device_id, a.noticed_at, d.last_seen_at"
 )
@@ -178,11 +176,11 @@ _SETTLE = text(
     " errors = :errors WHERE rollout_id = :rollout AND device_id = :device AND outcome = 'exposed'"
 )
 _ERRORS = text(
-    "SELECT device_id, candidate, avg(CASE WHEN errors >= requests * CAST(:cap AS DOUBLE PRECISION) THEN 1.0"
+    "SELECT device_id, candidate, avg(CASE WHEN errors >= requests * CAST(:cap AS DOUBLE PRECISION) THEN 1.0"  # noqa: S608  # of our own
     " ELSE errors / (requests * CAST(:cap AS DOUBLE PRECISION)) END) AS value"
-    f" FROM (SELECT w.device_id, {_CANDIDATE} AS candidate, w.start / :length AS period, sum(w.requests) AS requests,"  # noqa: S608  # of our own
+    f" FROM (SELECT w.device_id, {_CANDIDATE} AS candidate, w.start / :length AS period, sum(w.requests) AS requests,"
     f" sum(w.errors) AS errors{_WINDOWS} GROUP BY w.device_id, candidate, period) AS periods GROUP BY device_id, candidate"
 )
 _BODIES = text(
-    f"SELECT w.device_id, {_CANDIDATE} AS candidate, w.model, w.body{_WINDOWS} AND w.device_id IN :devices"  # noqa: S608  # of our own
+    f"SELECT w.device_id, {_CANDIDATE} AS candidate, w.model, w.body{_WINDOWS} AND w.device_id IN :devices"  # of our own
 ).bindparams(bindparam("devices", expanding=True))

@@ -91,7 +91,7 @@ class Plan(_Strict, frozen=True, kw_only=True):
     """Of `flag`: what the devices should have."""
     value: Any = None
     """Of `variant`, when the rollout was created."""
-    watch: str = ""
+    measure: str = ""
     """With `flag`: the model on whose requests devices are judged and compared; all of them if empty."""
     selector: str
     cohort: str = ""
@@ -251,8 +251,8 @@ def _within(value: float, low: float, high: float, what: str) -> None:
 def _check(plan: Plan) -> None:
     if plan.flag:
         _check_flag(plan)
-    elif plan.variant or plan.watch or plan.value is not None:
-        raise RefusedError("plan_flag", "variant and watch are of a rollout of a flag, and the plan names none")
+    elif plan.variant or plan.measure or plan.value is not None:
+        raise RefusedError("plan_flag", "variant and measure are of a rollout of a flag, and the plan names none")
     elif not 1 <= len(plan.models) <= MODELS_MAX:
         raise RefusedError(
             "plan_models",

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Path, Query, Response
 from pydantic import BaseModel, Field
 
 from wherry_server import flag_book
-from wherry_server.answers import FlagDetail, FlagExplained, FlagPreview, FlagShown, shaped
+from wherry_server.answers import FlagDetail, FlagExplained, FlagPreview, FlagShown, flag_tag, shaped
 from wherry_server.api import etags
 from wherry_server.api.again import Again
 from wherry_server.api.pages import Paging
@@ -79,7 +79,7 @@ async def show_flag(flag: Name, response: Response, services: ServicesDep, _view
     async with services.database.read() as connection:
         found = await flag_book.find(connection, services.project, flag)
         spread = await flag_book.spread(connection, services.project, flag)
-    response.headers["ETag"] = _etag(found)
+    response.headers["ETag"] = flag_tag(found)
     return shaped(FlagDetail, {**found, "spread": spread})
 
 
@@ -122,14 +122,9 @@ async def explain_flag(
 
 
 def _shown(saved: dict[str, Any], response: Response) -> FlagShown:
-    response.headers["ETag"] = _etag(saved)
+    response.headers["ETag"] = flag_tag(saved)
     return shaped(FlagShown, saved)
 
 
 def _unchanged(name: str, if_match: str) -> Callable[[dict[str, Any]], None]:
-    return lambda now: etags.check(if_match, _etag(now), "flag_changed", f"flag {name}")
-
-
-def _etag(flag: dict[str, Any]) -> str:
-    """Return the tag of a flag's revision; one that was deleted and made again is another."""
-    return f'"{flag["created_at"]}-{flag["revision"]}"'
+    return lambda now: etags.check(if_match, flag_tag(now), "flag_changed", f"flag {name}")

@@ -36,7 +36,7 @@ async def list_rollouts(
     services: ServicesDep,
     _viewer: Viewer,
     page: Paging,
-    model: Annotated[str | None, Query(max_length=64)] = None,
+    model: Annotated[str | None, Query(max_length=160, description="a model, or flag:NAME")] = None,
     state: Annotated[str | None, Query(max_length=32)] = None,
 ) -> list[RolloutSummary]:
     """List the newest rollouts, newest first."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from wherry_server import calls, desired
+from wherry_server.answers import RolloutSummary, flag_tag
 from wherry_server.cli.common import GLOBALS, AsJson, client, console, show
 from wherry_server.client import Client
 from wherry_shared.errors import RefusedError
@@ -31,17 +33,18 @@ def apply(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show only; exits with 2 if something would be done.")
     ] = False,
-    prune: Annotated[bool, typer.Option("--prune", help="Forget cohorts that no file names.")] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Forget cohorts and delete flags that no file names.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Bring cohorts and rollouts to what files say, after showing what would be done.
+    """Bring cohorts, flags and rollouts to what files say, after showing what would be done.
 
     Doing it again changes nothing; nothing is deleted without --prune.
     """
     wanted = desired.read(folder)
     machine = as_json or GLOBALS.as_json
     with client() as server:
-        todo = desired.changes(wanted, *_there(server, wanted), prune=prune)
+        flags = {one["name"]: one for one in server.plain(calls.list_flags())}
+        todo = desired.changes(wanted, *_there(server, wanted), flags=flags, prune=prune)
         asked = bool(todo) and not dry_run and not yes
         if asked and (machine or not sys.stdin.isatty()):
             raise RefusedError(
@@ -55,7 +58,7 @@ def apply(
             typer.confirm("do that?", abort=True)
         if not dry_run:
             for change in todo:
-                _do(server, change)
+                _do(server, change, flags)
     found = {"changes": msgspec.to_builtins(todo), "applied": not dry_run}
     show(found, as_json, lambda out: _render(out, todo) if not asked else out.print("done"))
     if dry_run and todo:
@@ -68,14 +71,20 @@ def _there(server: Client, wanted: desired.Desired) -> tuple[dict[str, str], lis
     bundles = {desired.key(wish)[0] for wish in wanted.rollouts}
     rollouts: list[dict[str, object]] = [
         server.plain(calls.show_rollout(one.number))
-        for model in sorted({bundle.split(":", 1)[0] for bundle in bundles})
+        for model in sorted({bundle.split("+")[0].rpartition(":")[0] for bundle in bundles})
         for one in server.each(calls.list_rollouts(model))
-        if "+".join(f"{part['model']}:{part['version']}" for part in one.models) in bundles
+        if _rolled_out(one) in bundles
     ]
     return cohorts, rollouts
 
 
-def _do(server: Client, change: desired.Change) -> None:
+def _rolled_out(one: RolloutSummary) -> str:
+    """Return what a rollout brings, as `desired.key` has it."""
+    parts = one.models or [{"model": one.model, "version": one.version}]
+    return "+".join(f"{part['model']}:{part['version']}" for part in parts)
+
+
+def _do(server: Client, change: desired.Change, flags: Mapping[str, Mapping[str, Any]]) -> None:
     selector = (change.after or {}).get("selector", "")
     match (change.kind, change.do):
         case ("cohort", "create"):
@@ -84,6 +93,15 @@ def _do(server: Client, change: desired.Change) -> None:
             server.send(calls.change_cohort(change.name, selector))
         case ("cohort", "delete"):
             server.send(calls.delete_cohort(change.name))
+        case ("flag", "create"):
+            server.send(calls.create_flag({"name": change.name, **(change.after or {})}))
+        case ("flag", "change"):
+            known = flags[change.name]
+            wish = {field: known[field] for field in ("type", "description", "variants", "default", "rules")}
+            wish |= change.after or {}
+            server.send(calls.change_flag(change.name, wish, if_match=flag_tag(known)))
+        case ("flag", "delete"):
+            server.send(calls.delete_flag(change.name, if_match=flag_tag(flags[change.name])))
         case ("rollout", "create"):
             server.send(calls.create_rollout(change.after or {}))
         case _:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from wherry_server import calls
+from wherry_server.answers import flag_tag
+from wherry_server.cli import rollout
 from wherry_server.cli.common import GLOBALS, AsJson, client, show, table, when
 from wherry_shared.errors import RefusedError
 
@@ -155,7 +158,7 @@ def set_flag(
             coming = server.plain(calls.preview_flag(wish))
             typer.echo(f"{coming['changed']} of {coming['devices']} devices get another value")
             typer.confirm("do that?", abort=True)
-        made = server.plain(calls.change_flag(name, wish, if_match=f'"{known["created_at"]}-{known["revision"]}"'))
+        made = server.plain(calls.change_flag(name, wish, if_match=flag_tag(known)))
     show(made, as_json, lambda out: _definition(out, made))
 
 
@@ -181,6 +184,45 @@ def preview(
         _spread(out, found["spread"])
 
     show(found, as_json, render)
+
+
+@app.command("rollout")
+def roll_out(  # one option per wish
+    name: Name,
+    variant: Annotated[str, typer.Argument(help="The variant that devices should have.")],
+    cohort: Annotated[str | None, typer.Option(help="Saved cohort.")] = None,
+    selector: Annotated[str | None, typer.Option(help='Selector, such as "all".')] = None,
+    device: Annotated[str | None, typer.Option(help="One device, by id or name.")] = None,
+    stages: Annotated[
+        str | None, typer.Option(help=f"Shares of the cohort in percent (default: {rollout.STAGES}).")
+    ] = None,
+    soak: Annotated[
+        int | None, typer.Option(help="Seconds that a stage soaks after its sample stood (default: 0).")
+    ] = None,
+    confirmed_min: Annotated[
+        int | None, typer.Option(help="Devices with traffic that each stage needs (default: 1).")
+    ] = None,
+    measure: Annotated[str, typer.Option(help="Model on whose requests devices are judged; all unless told.")] = "",
+    min_requests: Annotated[
+        int | None, typer.Option(help="Requests that confirm a device (default: 20); 0: having the variant does.")
+    ] = None,
+    trial: Annotated[int | None, typer.Option(help="Seconds after which a trial without traffic ends.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="More of the plan, as TOML, YAML or JSON.")] = None,
+    start: Annotated[bool, typer.Option("--start", help="Start it at once.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Start it and watch it to its end.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Roll a variant out in stages; it waits until it is started. From then on it is a rollout: wherry rollout."""
+    given = {"cohort": cohort, "selector": selector, "device": device, "measure": measure}
+    planned = rollout.with_stages(rollout.read_plan(plan), plan, stages, soak, confirmed_min)
+    wish: dict[str, Any] = {**planned, "flag": name, "variant": variant}
+    wish |= {key: value for key, value in given.items() if value}
+    terms = {key: value for key, value in (("min_requests", min_requests), ("max_s", trial)) if value is not None}
+    if terms:
+        stated = wish.get("trial")
+        wish["trial"] = {**(stated if isinstance(stated, dict) else {}), **terms}
+    wish["start"] = start or watch
+    rollout.run(client(), wish, watch=watch, as_json=as_json)
 
 
 @app.command()

@@ -123,21 +123,7 @@ def create(  # one option per wish
     planned = read_plan(plan)
     if strategy is not None:
         planned["strategy"] = strategy
-    if "stages" in planned:
-        given = {"--stages": stages, "--soak": soak, "--confirmed-min": confirmed_min}
-        if both := [name for name, value in given.items() if value is not None]:
-            raise RefusedError(
-                "plan_conflict",
-                f"{plan} has stages, and so has the command: {', '.join(both)}",
-                consequence="nothing was created",
-                next_step="say them in one place",
-            )
-    else:
-        planned["stages"] = parse_stages(
-            stages or ("100" if planned.get("strategy") in ("adaptive", "all_at_once") else STAGES),
-            soak or 0,
-            1 if confirmed_min is None else confirmed_min,
-        )
+    planned = with_stages(planned, plan, stages, soak, confirmed_min)
     wish = {**planned, "models": [parse_target(target)]}
     wish.update(
         {key: value for key, value in (("cohort", cohort), ("selector", selector), ("device", device)) if value}
@@ -147,6 +133,29 @@ def create(  # one option per wish
         wish["trial"] = {**(stated if isinstance(stated, dict) else {}), "max_s": trial}
     wish["start"] = start or watch
     run(client(), wish, watch=watch, as_json=as_json)
+
+
+def with_stages(
+    planned: dict[str, Any], plan: Path | None, stages: str | None, soak: int | None, confirmed_min: int | None
+) -> dict[str, Any]:
+    """Return a plan with its stages, of the file or of the options.
+
+    Raises:
+        RefusedError: `plan_conflict` or `plan_stages`.
+    """
+    if "stages" not in planned:
+        whole = "100" if planned.get("strategy") in ("adaptive", "all_at_once") else STAGES
+        found = parse_stages(stages or whole, soak or 0, 1 if confirmed_min is None else confirmed_min)
+        return {**planned, "stages": found}
+    given = {"--stages": stages, "--soak": soak, "--confirmed-min": confirmed_min}
+    if both := [name for name, value in given.items() if value is not None]:
+        raise RefusedError(
+            "plan_conflict",
+            f"{plan} has stages, and so has the command: {', '.join(both)}",
+            consequence="nothing was created",
+            next_step="say them in one place",
+        )
+    return planned
 
 
 def run(api: Client, wish: dict[str, Any], *, watch: bool, as_json: bool) -> None:
