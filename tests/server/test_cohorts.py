@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from wherry_server.cohorts import Seen
+from wherry_server.views import Seen
 
 FACTS: dict[str, Any] = {
     "arch": "x86_64",

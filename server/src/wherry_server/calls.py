@@ -137,10 +137,12 @@ def list_devices(
     state: str | None = None,
     model: str | None = None,
     cohort: str | None = None,
+    selector: str | None = None,
     limit: int | None = None,
 ) -> Call[answers.DeviceList]:
     """List devices by name."""
-    return _get("/devices", answers.DeviceList, name=name, state=state, model=model, cohort=cohort, limit=limit)
+    whom = {"name": name, "state": state, "model": model, "cohort": cohort, "selector": selector}
+    return _get("/devices", answers.DeviceList, **whom, limit=limit)
 
 
 def show_device(device: str) -> Call[answers.DeviceDetail]:

@@ -1,15 +1,15 @@
 """Cohorts: saved selectors, and who they take now.
 
-Membership is live: it is worked out from facts and labels whenever somebody asks, and stored nowhere.
+Membership is live: it is worked out from facts and labels whenever somebody asks, and stored nowhere. How a large fleet is
+read for it is in `views`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import msgspec
-from sqlalchemy import delete, insert, select, text, update
+from sqlalchemy import bindparam, delete, insert, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -17,15 +17,21 @@ from wherry_server import audit
 from wherry_server.db import bulk
 from wherry_server.db.database import Database
 from wherry_server.db.tables import Cohort, table
-from wherry_server.targeting import And, Compare, Everything, Not, Or, Selector, Value, View, matches, parse_selector
+from wherry_server.targeting import Selector, View, matches, parse_selector
 from wherry_server.times import now_us
+from wherry_server.views import Judge, Seen, looks
 from wherry_shared.errors import RefusedError
 from wherry_shared.ids import check_name
 
 _COHORT = table(Cohort)
-SECOND_US = 1_000_000
 STATIC_MAX = 80
 """Devices of a static cohort: their ids are its selector, which has 2,000 characters."""
+
+WALK_MIN, WALK_MAX = 200, 20_000
+"""Devices of one read of those that go by name; every read is larger than the one before."""
+WALK_EXPECTED_MAX = 4_000
+"""Where more than this would be walked over for a few names, the database looks for the combinations that count."""
+COMBINATIONS_MAX = 100
 
 
 class Member(NamedTuple):
@@ -34,137 +40,11 @@ class Member(NamedTuple):
     id: str
     view: View | None
     """None where neither selector nor strata look at the device."""
-    facts: str
-    """Facts as JSON text."""
+    facts: str = ""
+    """Facts as JSON text, where they were asked for."""
 
 
-# --- views --------------------------------------------------------------------------------------
-
-
-class Seen(Mapping[str, Value | Sequence[str]]):
-    """What selectors see of a device row (`id, name, state, labels, facts, simulated, last_seen_at, enrolled_at`).
-
-    A field is worked out when somebody looks at it: most selectors look at two, of thousands of devices.
-    Labels that an operator set win over those that the device reports about itself.
-    """
-
-    __slots__ = ("_facts", "_now", "_row", "_runs")
-
-    def __init__(self, row: Any, runs: Mapping[str, str], now: int) -> None:
-        self._row, self._runs, self._now = row, runs, now
-        self._facts: dict[str, Any] | None = None
-
-    def __getitem__(self, field: str) -> Value | Sequence[str]:
-        """Return a field.
-
-        Raises:
-            KeyError: the device does not have it.
-        """
-        found: Value | Sequence[str] | None = self.get(field)
-        if found is None:
-            raise KeyError(field)
-        return found
-
-    def get(self, field: str, default: Any = None) -> Any:
-        """Return a field, or `default`."""
-        if field in _OF_ROW:
-            return getattr(self._row, field)
-        family, dot, rest = field.partition(".")
-        found = self._in_family(family, rest) if dot else self._plain(field)
-        return default if found is None else found
-
-    def __iter__(self) -> Iterator[str]:
-        """Name the fields that the device has."""
-        named = [*_OF_ROW, *_PLAIN, *(f"{family}.{rest}" for family in _IN_FAMILIES for rest in self._members(family))]
-        return (field for field in named if self.get(field) is not None)
-
-    def __len__(self) -> int:
-        """Count the fields that the device has."""
-        return sum(1 for _ in self)
-
-    def _plain(self, field: str) -> Any:
-        row, facts = self._row, self.facts
-        if field in _TEXTS:
-            value = facts.get(field)
-            return value if isinstance(value, str) and value else None
-        if field in _NUMBERS:
-            value = facts.get(field)
-            return value if isinstance(value, int) else None
-        match field:
-            case "simulated":
-                return "true" if row.simulated else "false"
-            case "enrolled":
-                return (self._now - row.enrolled_at) // SECOND_US
-            case "last_seen":
-                return (self._now - row.last_seen_at) // SECOND_US if row.last_seen_at else None
-            case "cpu_feature":
-                return [str(feature) for feature in facts.get("cpu_features") or []]
-            case "engine":
-                return [str(engine.get("name")) for engine in self._engines()]
-            case _:
-                return None
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Facts of the device; none if they are not an object."""
-        if self._facts is None:
-            found = _decoded(self._row.facts)
-            self._facts = found if isinstance(found, dict) else {}
-        return self._facts
-
-    def _engines(self) -> list[dict[str, Any]]:
-        return [engine for engine in self.facts.get("engines") or [] if isinstance(engine, dict)]
-
-    def _engine(self, name: str) -> str | None:
-        return next(
-            (str(one.get("version")) for one in reversed(self._engines()) if str(one.get("name")) == name), None
-        )
-
-    def _label(self, name: str) -> str | None:
-        for labels in (_decoded(self._row.labels), self.facts.get("labels")):
-            if labels and name in labels:
-                return str(labels[name])
-        return None
-
-    def _in_family(self, family: str, rest: str) -> str | None:
-        match family:
-            case "engine":
-                return self._engine(rest)
-            case "label":
-                return self._label(rest)
-            case "runs":
-                return self._runs.get(rest)
-            case _:
-                return None
-
-    def _members(self, family: str) -> Iterable[str]:
-        if family == "label":
-            return {**(self.facts.get("labels") or {}), **(_decoded(self._row.labels) or {})}
-        return self._runs if family == "runs" else [str(one.get("name")) for one in self._engines()]
-
-
-def _decoded(value: Any) -> Any:
-    return msgspec.json.decode(value) if isinstance(value, str) else value
-
-
-_OF_ROW = ("id", "name", "state")
-_TEXTS = ("arch", "os", "python", "agent", "cpu_model", "accelerator", "timezone")
-_NUMBERS = ("cores", "memory_bytes", "disk_free_bytes")
-_PLAIN = (*_TEXTS, *_NUMBERS, "simulated", "enrolled", "last_seen", "cpu_feature", "engine")
-_IN_FAMILIES = ("engine", "label", "runs")
-
-
-def looks(selector: Selector) -> set[str]:
-    """Return the fields that a selector looks at."""
-    match selector:
-        case Everything():
-            return set()
-        case Compare(field=field):
-            return {field}
-        case Not(inner=inner):
-            return looks(inner)
-        case And(parts=parts) | Or(parts=parts):
-            return set().union(*(looks(part) for part in parts))
+# --- members ------------------------------------------------------------------------------------
 
 
 async def members(
@@ -174,6 +54,7 @@ async def members(
     *,
     also: frozenset[str] = frozenset(),
     devices: Sequence[str] | None = None,
+    facts: bool = False,
 ) -> list[Member]:
     """Return the active devices that a selector takes.
 
@@ -183,37 +64,128 @@ async def members(
         selector: whom.
         also: fields that the caller wants to see as well.
         devices: ids (of this project) of the only ones to look at.
+        facts: whether the caller wants all facts, too.
     """
+    if devices is not None:
+        return await _members_of(connection, project, selector, also, devices)
+    looking = bool(looks(selector) | also)
+    if not looking and not matches(selector, {}):
+        return []  # `not all`
+    judge = await _judge(connection, project, selector, also)
+    wanted = ["d.id AS member", judge.projection.expressions] if looking else ["d.id AS member"]
+    if facts:
+        wanted.append("CAST(d.facts AS TEXT) AS told")
+    rows = await _rows(connection, project, judge, ", ".join(wanted))
+    end = 1 + judge.projection.width
+    if not looking:
+        return [Member(row[0], None, row[-1] if facts else "") for row in rows]
+    return [Member(row[0], judge.view(row[1:end]), row[-1] if facts else "") for row in rows if judge.takes(row[1:end])]
+
+
+async def _members_of(
+    connection: AsyncConnection, project: str, selector: Selector, also: frozenset[str], devices: Sequence[str]
+) -> list[Member]:
+    """Return which of a few devices a selector takes."""
+    rows = await bulk.select_in(connection, _DEVICES, devices)
     fields = looks(selector) | also
-    rows: Iterable[Any]
-    if devices is None:
-        rows = await connection.execute(text(_DEVICES + _OF_PROJECT), {"project": project})
-    else:
-        rows = await bulk.select_in(connection, _DEVICES + _NAMED, devices)
-    if not fields:
-        return [Member(row.id, None, row.facts) for row in rows]
-    runs: dict[str, dict[str, str]] = {}
-    if any(field.startswith("runs.") for field in fields):
-        for run in await connection.execute(_RUNS, {"project": project}):
-            runs.setdefault(run.device_id, {})[run.model] = run.version
+    runs = await _running(connection, project) if any(field.startswith("runs.") for field in fields) else {}
     now = now_us()
-    found = []
-    for row in rows:
-        seen = Seen(row, runs.get(row.id, {}), now)
-        if matches(selector, seen):
-            found.append(Member(row.id, seen, row.facts))
+    seen = [(row, Seen(row, runs.get(row.id, {}), now)) for row in rows]
+    return [Member(row.id, view if fields else None, row.facts) for row, view in seen if matches(selector, view)]
+
+
+async def count(connection: AsyncConnection, project: str, selector: Selector) -> int:
+    """Count the active devices that a selector takes."""
+    judge = await _judge(connection, project, selector)
+    return sum(row.devices for row in await _counted(connection, project, judge) if judge.takes(row[1:]))
+
+
+async def _judge(
+    connection: AsyncConnection, project: str, selector: Selector, also: frozenset[str] = frozenset()
+) -> Judge:
+    versions: dict[str, str] = {}
+    if any(field.startswith("runs.") for field in looks(selector) | also):
+        versions = {row.manifest: row.version for row in await connection.execute(_VERSIONS, {"project": project})}
+    return Judge(selector, versions, now_us(), also=also, sqlite=connection.dialect.name == "sqlite")
+
+
+async def _counted(connection: AsyncConnection, project: str, judge: Judge) -> Iterable[Any]:
+    """Count the devices of each combination of values: (devices, values…)."""
+    if not judge.alike:
+        return await _rows(connection, project, judge, f"1 AS devices, {judge.projection.expressions}")
+    places = ", ".join(str(2 + at) for at in range(judge.projection.width))
+    wanted = f"count(*) AS devices, {judge.projection.expressions}"
+    return await _rows(connection, project, judge, wanted, f" GROUP BY {places}")
+
+
+async def _rows(
+    connection: AsyncConnection, project: str, judge: Judge, wanted: str, more: str = "", **named: Any
+) -> Iterable[Any]:
+    """Read the active devices; SQL is ours, what people wrote is bound."""
+    joins = judge.projection.joins
+    sql = f"SELECT {wanted} FROM device d{joins} WHERE d.project_id = :project AND d.state = 'active'{more}"  # noqa: S608
+    statement = text(sql)
+    if "combinations" in named:
+        statement = statement.bindparams(bindparam("combinations", expanding=True))
+    return await connection.execute(statement, {"project": project, **judge.projection.bound, **named})
+
+
+async def _running(connection: AsyncConnection, project: str) -> dict[str, dict[str, str]]:
+    """Return device → model → version."""
+    found: dict[str, dict[str, str]] = {}
+    for row in await connection.execute(_RUNS, {"project": project}):
+        found.setdefault(row.device_id, {})[row.model] = row.version
     return found
+
+
+async def _names(
+    connection: AsyncConnection, project: str, judge: Judge, combinations: Mapping[str, bool], wanted: int, share: float
+) -> list[str]:
+    """Return the first names of those that are taken, going through the devices by name.
+
+    Args:
+        connection: where.
+        project: whose.
+        judge: of what.
+        combinations: what was seen of any device, and whether one with it is taken.
+        wanted: how many names there are to find.
+        share: of all devices that are taken.
+    """
+    more, named = "", dict[str, Any]()
+    taken = [seen for seen, one in combinations.items() if one]
+    if judge.alike and wanted > WALK_EXPECTED_MAX * share and len(taken) <= COMBINATIONS_MAX:
+        more, named = f" AND {judge.projection.seen} IN :combinations", {"combinations": taken}
+    names: list[str] = []
+    after, batch = "", WALK_MIN
+    while len(names) < wanted:
+        rows = list(
+            await _rows(
+                connection,
+                project,
+                judge,
+                f"d.name AS called, {judge.projection.expressions}",
+                f"{more} AND d.name > :after ORDER BY d.name LIMIT :batch",
+                after=after,
+                batch=batch,
+                **named,
+            )
+        )
+        names += [row.called for row in rows if judge.takes(row[1:])]
+        if len(rows) < batch:
+            break
+        after, batch = rows[-1].called, min(8 * batch, WALK_MAX)
+    return names[:wanted]
 
 
 _DEVICES = (
     "SELECT id, name, state, CAST(labels AS TEXT) AS labels, CAST(facts AS TEXT) AS facts, simulated, last_seen_at,"
-    " enrolled_at FROM device WHERE state = 'active'"
+    " enrolled_at FROM device WHERE state = 'active' AND id IN :keys"
 )
-_OF_PROJECT, _NAMED = " AND project_id = :project", " AND id IN :keys"
 _RUNS = text(
     "SELECT m.device_id, m.model, b.version FROM device_model m JOIN bundle b"
     " ON b.project_id = m.project_id AND b.manifest = m.running WHERE m.project_id = :project"
 )
+_VERSIONS = text("SELECT manifest, version FROM bundle WHERE project_id = :project")
 
 
 # --- saved cohorts ------------------------------------------------------------------------------
@@ -320,14 +292,22 @@ async def remove(
 
 async def preview(connection: AsyncConnection, project: str, selector: str, limit: int) -> dict[str, Any]:
     """Say whom a selector takes now: how many, how many of them simulated, and the first few by name."""
-    found = await members(connection, project, parse_selector(selector), also=frozenset({"name"}))
-    views = [member.view for member in found if member.view is not None]
-    names = sorted(str(seen["name"]) for seen in views)
+    judge = await _judge(connection, project, parse_selector(selector))
+    everybody = devices = simulated = 0
+    combinations: dict[str, bool] = {}
+    for row in await _counted(connection, project, judge):
+        taken = judge.takes(row[1:])
+        everybody += row.devices
+        combinations[row.seen] = taken or combinations.get(row.seen, False)
+        if taken:
+            devices += row.devices
+            simulated += row.devices if row.simulated else 0
+    share = devices / everybody if everybody else 0.0
     return {
         "selector": selector,
-        "devices": len(found),
-        "simulated": sum(seen["simulated"] == "true" for seen in views),
-        "names": names[:limit],
+        "devices": devices,
+        "simulated": simulated,
+        "names": await _names(connection, project, judge, combinations, min(limit, devices), share),
     }
 
 

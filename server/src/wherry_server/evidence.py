@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import msgspec
@@ -24,7 +25,7 @@ from wherry_server.gates import COMPARED
 from wherry_server.outcomes import FAILURES
 from wherry_server.plan import Plan
 from wherry_server.rollout import ACTIVE, Command, Counts, Evidence, Progress, ahead, reach
-from wherry_server.targeting import exact, exposed, key_of, parse_selector
+from wherry_server.targeting import cut_off_of, exact, key_of, parse_selector
 from wherry_shared import reasons
 from wherry_shared.errors import RefusedError
 from wherry_shared.facts import DeviceFacts, hardware_class
@@ -36,8 +37,7 @@ CLASS_BAD_SHARE_MIN = 0.1
 """And by no smaller share of its judged devices, also where the plan bounds a count over all classes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A member that a stage may expose."""
 
     device: str
@@ -57,19 +57,23 @@ class Scan:
     keys: dict[str, list[int]] = field(default_factory=dict)
     """Stratum → keys of all members that may take part."""
     free: list[Candidate] = field(default_factory=list)
-    """Members that this rollout has not exposed and may expose, whatever their key."""
+    """Members that this rollout has not exposed and may expose, whatever their key; lowest key first."""
     held: list[Candidate] = field(default_factory=list)
     """Members that another rollout holds, on whose hardware the bundle is known to be bad, or that are in quarantine."""
 
     def unexposed(self, stored: Mapping[str, int], share: float) -> list[Candidate]:
         """Return the free members at or below the cut-offs, lowest key first."""
-        found = [one for one in self.free if exposed(one.key, one.stratum, stored, share)]
-        found.sort(key=lambda one: one.key)
-        return found
+        return below(self.free, stored, share)
 
     def open(self, plan: Plan, stored: Mapping[str, int], share: float, now: int) -> list[Candidate]:
         """Return those of `unexposed` whose maintenance window is open."""
         return in_window(plan, self.unexposed(stored, share), now)
+
+
+def below(candidates: list[Candidate], stored: Mapping[str, int], share: float) -> list[Candidate]:
+    """Return the candidates at or below the cut-offs, in their order."""
+    cut_offs = {stratum: cut_off_of(stratum, stored, share) for stratum in {one.stratum for one in candidates}}
+    return [one for one in candidates if one.key <= cut_offs[one.stratum]]
 
 
 def in_window(plan: Plan, candidates: list[Candidate], now: int) -> list[Candidate]:
@@ -81,9 +85,10 @@ async def scan(connection: AsyncConnection, row: Any, plan: Plan) -> Scan:
     """Read the members of a rollout and what holds them. `row` is the rollout's."""
     strata = tuple(plan.strata)
     also = frozenset({*strata, "timezone"} if plan.window else strata)
-    members = await cohorts.members(connection, row.project_id, parse_selector(plan.selector), also=also)
-    taken = await _taken(connection, row, plan)
     bad = await _known_bad(connection, row.project_id, plan)
+    selector = parse_selector(plan.selector)
+    members = await cohorts.members(connection, row.project_id, selector, also=also, facts=bool(bad))
+    taken = await _taken(connection, row, plan)
     failures = await _failures(connection, row, plan)
     found = Scan(members=len(members))
     for member in members:
@@ -106,6 +111,7 @@ async def scan(connection: AsyncConnection, row: Any, plan: Plan) -> Scan:
             found.held.append(candidate)
         else:
             found.free.append(candidate)
+    found.free.sort(key=_key)
     return found
 
 
@@ -132,13 +138,13 @@ async def read(
         evidence, members=found.members, unmeasured=await _unmeasured(connection, row.id, plan, progress)
     )
     share, reached = reach(plan, progress), progress.stage >= 0
-    below = found.unexposed(progress.cut_offs, share) if reached else []
-    free = in_window(plan, below, now)
+    unexposed = found.unexposed(progress.cut_offs, share) if reached else []
+    free = in_window(plan, unexposed, now)
     evidence = msgspec.structs.replace(
         evidence,
         unexposed=len(free),
-        closed=len(below) - len(free),
-        held=sum(exposed(one.key, one.stratum, progress.cut_offs, share) for one in found.held) if reached else 0,
+        closed=len(unexposed) - len(free),
+        held=len(below(found.held, progress.cut_offs, share)) if reached else 0,
     )
     return ahead(plan, progress, evidence, found.keys)
 
@@ -308,6 +314,7 @@ def load_progress(raw: Any) -> Progress:
 
 
 _facts = msgspec.json.Decoder(DeviceFacts)
+_key = attrgetter("key")
 
 
 class _Failure(NamedTuple):

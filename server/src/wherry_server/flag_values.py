@@ -13,7 +13,7 @@ import msgspec
 from sqlalchemy import bindparam, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server import cohorts
+from wherry_server import cohorts, views
 from wherry_server.db.tables import Flag as FlagRow
 from wherry_server.db.tables import table
 from wherry_server.flags import PREFIX, Flag, Ready, Source, ready
@@ -83,7 +83,7 @@ async def sources(
         devices: of whom; of all active devices if None.
         but: id of a rollout that is thought away.
     """
-    seen = frozenset().union(*(cohorts.looks(selector) for one in flags for selector, _, _ in one.rules))
+    seen = frozenset().union(*(views.looks(selector) for one in flags for selector, _, _ in one.rules))
     members = await cohorts.members(connection, project, Everything(), also=seen, devices=devices)
     given = await _given(connection, project, flags, devices, but)
     found: dict[str, dict[str, Source]] = {}

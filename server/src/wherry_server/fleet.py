@@ -20,7 +20,9 @@ from wherry_server.db.tables import (
     Unpublished,
     table,
 )
+from wherry_server.targeting import Selector, matches
 from wherry_server.times import now_us
+from wherry_server.views import Seen, looks
 from wherry_shared.errors import RefusedError
 from wherry_shared.sketch import Sketch
 from wherry_shared.wire import Window
@@ -51,8 +53,8 @@ class Filter(msgspec.Struct, frozen=True, kw_only=True):
     state: str = ""
     """`active`, `revoked` or `decommissioned`, or the state of a model on the device, such as `trial`."""
     model: str = ""
-    ids: frozenset[str] | None = None
-    """Only these; None: all."""
+    selector: Selector | None = None
+    """Only the active devices that it takes; None: all."""
     after: str = ""
     """Only names behind this one: the next page."""
     limit: int = LISTED_MAX
@@ -61,20 +63,36 @@ class Filter(msgspec.Struct, frozen=True, kw_only=True):
 async def list_devices(connection: AsyncConnection, project: str, wanted: Filter) -> tuple[list[dict[str, Any]], str]:
     """Return devices by name, and the name after which the next page begins (empty at the end)."""
     conditions = _conditions(project, wanted)
+    versions = await _versions(connection, project)
     rows: list[Any] = []
-    after = wanted.after
+    after, size = wanted.after, wanted.limit + 1
     while len(rows) <= wanted.limit:
         query = select(_devices).where(*conditions, _devices.c.name > after).order_by(_devices.c.name)
-        batch = (await connection.execute(query.limit(LISTED_MAX + 1))).all()
-        rows += [row for row in batch if wanted.ids is None or row.id in wanted.ids]
-        if len(batch) <= LISTED_MAX:
+        batch = (await connection.execute(query.limit(size))).all()
+        rows += await _taken(connection, wanted.selector, batch, versions)
+        if len(batch) < size:
             break
-        after = batch[-1].name
+        after, size = batch[-1].name, LISTED_MAX
     more = rows[wanted.limit - 1].name if len(rows) > wanted.limit else ""
     rows = rows[: wanted.limit]
-    versions = await _versions(connection, project)
     running = await _running(connection, [row.id for row in rows], versions)
     return [{**_device(row), "models": running.get(row.id, [])} for row in rows], more
+
+
+async def _taken(
+    connection: AsyncConnection, selector: Selector | None, rows: Sequence[Any], versions: Mapping[str, str]
+) -> Sequence[Any]:
+    """Return those of some devices that a selector takes."""
+    if selector is None:
+        return rows
+    runs: dict[str, dict[str, str]] = {}
+    if any(field.startswith("runs.") for field in looks(selector)):
+        query = select(_models.c.device_id, _models.c.model, _models.c.running)
+        for run in await connection.execute(query.where(_models.c.device_id.in_([row.id for row in rows]))):
+            if run.running in versions:
+                runs.setdefault(run.device_id, {})[run.model] = versions[run.running]
+    now = now_us()
+    return [row for row in rows if row.state == "active" and matches(selector, Seen(row, runs.get(row.id, {}), now))]
 
 
 def _conditions(project: str, wanted: Filter) -> list[ColumnElement[bool]]:

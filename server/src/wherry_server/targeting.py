@@ -132,8 +132,8 @@ def counted_cut_offs(
     return result
 
 
-def exposed(key: int, stratum: str, stored: Mapping[str, int], share: float) -> bool:
-    """Tell whether a device with `key` belongs to the stages so far.
+def cut_off_of(stratum: str, stored: Mapping[str, int], share: float) -> int:
+    """Return the highest key of a stratum that belongs to the stages so far.
 
     A stratum without a stored cut-off had no member when the stage started: its newcomers are taken by the share of the
     key space, which is what the cut-off of a large stratum tends to.
@@ -141,7 +141,12 @@ def exposed(key: int, stratum: str, stored: Mapping[str, int], share: float) -> 
     at = stored.get(stratum)
     if at is None:
         at = KEY_MAX if share >= 1 else int(exact(share) * KEY_MAX)
-    return key <= at
+    return at
+
+
+def exposed(key: int, stratum: str, stored: Mapping[str, int], share: float) -> bool:
+    """Tell whether a device with `key` belongs to the stages so far."""
+    return key <= cut_off_of(stratum, stored, share)
 
 
 def key_of(salt: str, device: str) -> int:

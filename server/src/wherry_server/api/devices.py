@@ -11,7 +11,7 @@ from wherry_server.answers import DeviceDetail, DeviceList, DeviceLogs, Ended, F
 from wherry_server.api.again import Again
 from wherry_server.api.pages import Paging
 from wherry_server.auth import Operator, ServicesDep, Viewer
-from wherry_server.targeting import parse_selector
+from wherry_server.targeting import SELECTOR_CHARS_MAX, And, parse_selector
 
 router = APIRouter(prefix="/api/v1", tags=["fleet"], route_class=Again)
 
@@ -25,19 +25,19 @@ async def list_devices(
     state: Annotated[str, Query(description="of the device, or of a model on it", max_length=32)] = "",
     model: Annotated[str, Query(description="has said something about it", max_length=64)] = "",
     cohort: Annotated[str, Query(description="members of this cohort", max_length=64)] = "",
+    selector: Annotated[str, Query(description="active devices that it takes", max_length=SELECTOR_CHARS_MAX)] = "",
     after: Annotated[str, Query(description="names behind this one", max_length=64)] = "",
     page: Paging,
 ) -> DeviceList:
     """List devices by name."""
     async with services.database.read() as connection:
-        ids = None
+        both = [selector] if selector else []
         if cohort:
-            saved = await cohorts.find(connection, services.project, cohort)
-            taken = await cohorts.members(connection, services.project, parse_selector(saved["selector"]))
-            ids = frozenset(member.id for member in taken)
+            both.append((await cohorts.find(connection, services.project, cohort))["selector"])
+        whom = And(parts=tuple(parse_selector(one) for one in both)) if both else None
         after = max(after, page.behind(str) or "")
         limit = min(page.limit, fleet.LISTED_MAX)
-        wanted = fleet.Filter(name=name, state=state, model=model, ids=ids, after=after, limit=limit)
+        wanted = fleet.Filter(name=name, state=state, model=model, selector=whom, after=after, limit=limit)
         rows, following = await fleet.list_devices(connection, services.project, wanted)
     if following:
         page.end(following)

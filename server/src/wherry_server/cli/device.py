@@ -30,11 +30,12 @@ def list_devices(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Devices that said something about this model.")] = None,
     cohort: Annotated[str | None, typer.Option(help="Members of this cohort.")] = None,
+    selector: Annotated[str | None, typer.Option(help="Devices that this selector takes.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List devices and what runs on them."""
     with client() as server:
-        found = server.plain(calls.list_devices(name, state, model, cohort))["devices"]
+        found = server.plain(calls.list_devices(name, state, model, cohort, selector))["devices"]
 
     def render(console: Console) -> None:
         rows = [
