@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import socket
@@ -583,22 +584,65 @@ def test_the_longest_idle_connection_makes_room_for_one_that_waits(endpoint: End
     newer.close()
 
 
-def test_a_moment_without_threads_costs_one_connection_and_not_the_endpoint(endpoint: Endpoint, monkeypatch):
+def test_a_moment_without_threads_costs_nobody_an_answer(endpoint: Endpoint, monkeypatch):
     real = threading.Thread.start
     refused: list[str] = []
 
     def start(thread: threading.Thread) -> None:
-        if thread.name == "http" and not refused:
+        if thread.name == "http" and len(refused) < 2:
             refused.append(thread.name)
             raise RuntimeError("can't start new thread")
         real(thread)
 
     monkeypatch.setattr(threading.Thread, "start", start)
-    with endpoint.connect() as unlucky:
-        assert unlucky.recv(1) == b"", "its connection is closed, not kept"
-    until(lambda: not endpoint.server._clients, "it is forgotten")
-    assert endpoint.call("GET", "/v2/health/live") == (200, {"live": True})
-    assert refused
+    with endpoint.connect() as slow, endpoint.connect() as other:
+        for _ in range(3):  # who comes in pieces wants a thread of its own, and gets one at last
+            slow.sendall(request(ONES)[:30])
+            until(lambda: any(not client.waiting for client in endpoint.server._clients), "its request has begun")
+            slow.sendall(request(ONES)[30:])
+            assert read_one(slow)[0] == 200
+        other.sendall(request(ONES))
+        assert read_one(other)[0] == 200
+    assert len(refused) == 2
+
+
+HOLDERS = {
+    "a model that takes long": ("slow", request(ONES).replace(b"scale", b"slow", 1)),
+    "a request that is not whole yet": ("scale", request(ONES)[:-5]),
+    "a head that is not whole yet": ("scale", request(ONES)[:20]),
+    "a client that does not read": ("scale", request({**ONES, "id": "x" * 1000}) * 40_000),
+    "a model that is swapped cold": ("cold", request(ONES).replace(b"scale", b"cold", 1)),
+}
+
+
+@pytest.mark.parametrize("what", HOLDERS)
+def test_nobody_waits_for(what: str, endpoint: Endpoint, tmp_path: Path):
+    model, data = HOLDERS[what]
+    if model == "slow":
+        endpoint.publish("slow", loadable(models.slow(tmp_path / "s.onnx", 2.0, turns=30_000), model="slow"))
+    if model == "cold":
+        endpoint.registry.go_cold("cold")
+    held, others = endpoint.connect(), [endpoint.connect() for _ in range(3)]
+    sending = threading.Thread(target=_send_what_goes, args=(held, data), daemon=True)
+    sending.start()
+    until(lambda: any(client.aside for client in endpoint.server._clients), "it has a thread of its own")
+    for _ in range(3):
+        for other in others:
+            other.sendall(request(ONES))
+            assert read_one(other)[0] == 200
+    assert any(client.aside for client in endpoint.server._clients), "it has not ended meanwhile"
+    if model == "cold":
+        endpoint.registry.withdraw("cold")
+    held.close()
+    sending.join(20)
+    for other in others:
+        other.close()
+    until(lambda: not endpoint.server._clients, "all connections are let go", 60)
+
+
+def _send_what_goes(sock: socket.socket, data: bytes) -> None:
+    with contextlib.suppress(OSError):  # the test closes it under this thread
+        sock.sendall(data)
 
 
 def test_draining_answers_what_is_in_flight_and_closes_idle_connections(tmp_path: Path):

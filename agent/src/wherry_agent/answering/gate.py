@@ -34,6 +34,11 @@ class RunGate:
         """How many callers wait for a permit now."""
         return self._waiting
 
+    @property
+    def free(self) -> bool:
+        """Whether a caller would not have to wait."""
+        return not self._permits.empty()
+
     def enter(self) -> int:
         """Wait for a permit; return the nanoseconds waited."""
         try:

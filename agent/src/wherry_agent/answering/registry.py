@@ -31,6 +31,11 @@ class Registry:
             published = self._models.get(name)  # the new one may have come between the two looks
         return published
 
+    @property
+    def cold(self) -> bool:
+        """Whether a model is being swapped cold, so that who asks for it waits."""
+        return bool(self._cold)
+
     def peek(self, name: str) -> Published | None:
         """Return what answers for `name` without waiting."""
         return self._models.get(name)

@@ -1,12 +1,13 @@
 """HTTP/1.1 as far as a local inference endpoint needs it: read one bounded request, write one response.
 
 RFC 9112, without what makes parsers disagree: no folded or repeated framing headers, no length beside chunks, no bare line
-feeds; each is refused by name. A thread owns its connection and reads from a blocking socket with a deadline, since the
-hop to another thread would cost more than a small model.
+feeds; each is refused by name. Whoever serves a connection reads from a blocking socket with a deadline, and is told before it
+would block (`stand_aside`): the hop to another thread would cost more than a small model.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import select
 import socket
@@ -19,6 +20,8 @@ from urllib.parse import unquote
 from wherry_agent.serving.buffers import ALIGNMENT, Buffer, Buffers, aligned_start
 from wherry_agent.serving.peers import user_of
 from wherry_shared.limits import REQUEST_BYTES_MAX
+
+log = logging.getLogger(__name__)
 
 HEAD_BYTES_MAX = 16 * 1024
 HEADERS_MAX = 64
@@ -126,14 +129,13 @@ class Connection:
         self._head_bytes = b""
         self._head: Head | None = None
         self._buffers: list[Buffer] = []
-        self._poll: select.poll | None = None
-        self._stop = -1
         self._user: int | None = None
         self._user_known = False
+        self._receive_limit = 0.0
+        self.stand_aside: Callable[..., None] = _stay
+        """Called before anything that may last, with its expected seconds if they are known; more than once in a request."""
         sock.settimeout(None)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(REQUEST_SECONDS_MAX))
-        self._receive_limit = 0.0
-        self._limit(IDLE_SECONDS_MAX)
 
     @property
     def idle(self) -> bool:
@@ -141,26 +143,25 @@ class Connection:
         return not self._begun
 
     def take_up(self) -> bool:
-        """Read what is there of the next request, without waiting: under load it often is, and `wait` costs a turn."""
+        """Read what is there of the next request, without waiting; False if nothing is."""
         if not self._begun:
             try:
                 self._rest = self._socket.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return False
-            self._begun = bool(self._rest)  # else the client closed, which `read` finds again
+            except OSError as error:  # as if the client had closed
+                log.debug("a client is gone: %s", error)
+                self._rest = b""
+            self._begun = True
         return True
 
-    def wait(self, stop: int, seconds: float = IDLE_SECONDS_MAX) -> bool:
-        """Wait for the next request to begin; False if none does in `seconds`, or `stop` becomes readable first."""
+    def wait(self, seconds: float) -> bool:
+        """Wait for the next request to begin; False if none does in `seconds`."""
         if self._begun:
             return True
-        if self._poll is None or self._stop != stop:
-            self._poll, self._stop = select.poll(), stop
-            self._poll.register(self._socket, select.POLLIN)
-            if stop >= 0:
-                self._poll.register(stop, select.POLLIN)
-        ready = self._poll.poll(seconds * 1000)
-        return bool(ready) and all(descriptor != stop for descriptor, _ in ready)
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(seconds * 1000)) and self.take_up()
 
     def user(self) -> int | None:
         """Return the user id of the client; None if the system does not say."""
@@ -170,7 +171,7 @@ class Connection:
         return self._user
 
     def read(self) -> Request | None:
-        """Read the next request; None if the client closed, or stayed idle too long, between requests.
+        """Read the request that `take_up` found the beginning of; None if the client closed instead.
 
         Raises:
             BadRequest: what came is not a request.
@@ -178,18 +179,11 @@ class Connection:
         """
         data = self._rest
         if not data:
-            if self._receive_limit != IDLE_SECONDS_MAX:
-                self._limit(IDLE_SECONDS_MAX)
-            try:
-                data = self._socket.recv(RECEIVE_BYTES)
-            except BlockingIOError:
-                return None
-            if not data:
-                return None
-            self._begun = True
+            return None
         end = data.find(b"\r\n\r\n")
         deadline = 0.0
         if end < 0:
+            self.stand_aside()
             deadline = time.monotonic() + REQUEST_SECONDS_MAX
             data, end = self._rest_of_head(data, deadline)
         if end > HEAD_BYTES_MAX:
@@ -201,6 +195,7 @@ class Connection:
             body: bytes | memoryview = data[start:stop]
             self._rest = data[stop:] if stop < len(data) else b""
         else:
+            self.stand_aside()
             if head.headers.get("expect", "").lower() == "100-continue":
                 self._socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._rest = b""
@@ -229,10 +224,11 @@ class Connection:
         else:
             head = response.head or written_head(response, length)
         if request is not None and request.method == "HEAD":
-            self._socket.sendall(head)
+            self._send_at_once(head)
         elif length <= JOINED_BYTES_MAX:
-            self._socket.sendall(b"".join([head, body, *parts]))
+            self._send_at_once(b"".join([head, body, *parts]))
         else:
+            self.stand_aside()
             self._send([head, body, *parts])
 
     def take(self, length: int) -> Buffer:
@@ -245,6 +241,15 @@ class Connection:
         """Say that the request read last is over: its buffers may serve another one."""
         while self._buffers:
             buffers.give(self._buffers.pop())
+
+    def _send_at_once(self, data: bytes) -> None:
+        try:
+            sent = self._socket.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):
+            self.stand_aside()
+            self._send([data[sent:]])
 
     def _send(self, parts: list[Part]) -> None:
         deadline = time.monotonic() + REQUEST_SECONDS_MAX
@@ -325,6 +330,10 @@ class Connection:
     def _limit(self, seconds: float) -> None:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
         self._receive_limit = seconds
+
+
+def _stay(seconds: float = 0.0) -> None:
+    """Do nothing: nobody else waits for this thread."""
 
 
 def written_head(response: Response, length: int, last: str = "") -> bytes:

@@ -5,6 +5,7 @@ REST and gRPC are two ways of writing the same words; each turns a `Refusal` int
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -85,6 +86,18 @@ class View:
         self.labels = {spec.name: spec.labels for spec in interface.outputs}
         self.written: dict[tuple[object, ...], Response] = {}
         """What was said beside raw outputs, by all that it says: most answers say the same."""
+        self._seconds = math.inf
+        self._bytes = 0
+
+    def expected(self, size: int) -> float:
+        """Return how many seconds a request with so many bytes of inputs may take; infinite if none as large was seen."""
+        return self._seconds if size <= self._bytes else math.inf
+
+    def took(self, seconds: float, size: int) -> None:
+        """Take note of a request: what takes longer counts at once, what is shorter only little by little."""
+        expected = self._seconds
+        self._seconds = seconds if seconds > expected or expected == math.inf else expected - (expected - seconds) / 8
+        self._bytes = max(self._bytes, size)
 
 
 class Inference:
@@ -155,6 +168,17 @@ class Inference:
             if self._samples.shares:
                 self._samples.look(published, answer, inputs)
         return replace(answer, generation=published.generation) if published.group else answer
+
+    @property
+    def cold(self) -> bool:
+        """Whether a model is being swapped cold, so that who asks for it waits."""
+        return self._registry.cold
+
+    def expected(self, published: Published, view: View, size: int, ask: Ask) -> float:
+        """Return how many seconds a request may take; infinite where it may wait for others, or for a trial's deadline."""
+        if published.trial or ask.sequence_id or not self._gate.free:
+            return math.inf
+        return view.expected(size)
 
     # -- descriptions ----------------------------------------------------------------------------
 

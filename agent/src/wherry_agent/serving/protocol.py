@@ -9,6 +9,7 @@ extension). docs/formats/inference.md says what is spoken, and what is refused.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -165,6 +166,8 @@ class Protocol:
     def respond(self, request: Request) -> Response:
         """Answer a request; every refusal is a response with an `error`."""
         try:
+            if self.inference.cold:
+                _aside(request)
             if request.path[-1] == "infer":
                 return self._infer_path(request)
             return self._route(request)
@@ -266,6 +269,7 @@ class Protocol:
         body = request.body
         encoding = headers.get("content-encoding")
         if encoding is not None and encoding.lower() != "identity":
+            _aside(request)
             body = decompress(encoding.strip().lower(), body, REQUEST_BYTES_MAX)
         published, loaded = self.inference.find(name, version)
         view = self.inference.view(loaded)
@@ -289,11 +293,17 @@ class Protocol:
                 if shared:
                     ask = replace(ask, unshared=False) if plan is None else plan.shared_ask
         names = [output.name for output in asked.outputs] if asked.outputs else None
+        size = sum([array.nbytes for array in inputs.values()])
+        if request.connection is not None:
+            request.connection.stand_aside(self.inference.expected(published, view, size, ask))
+        began = time.perf_counter()
         answer = self.inference.run(published, loaded if version else None, inputs, names, ask)
         response = self._answered(name, asked, answer, request)
+        view.took(time.perf_counter() - began, size)
         accepted = headers.get("accept-encoding")
         coding = "" if accepted is None else asked_coding(accepted)
         if coding:
+            _aside(request)
             body = compress(coding, [response.body, *response.parts])
             response = Response(200, body, {**response.headers, "Content-Encoding": coding})
         return response
@@ -501,6 +511,12 @@ def _only_ready(body: bytes | memoryview) -> bool:
         return bool(_index.decode(body).ready)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(f"not a request for the index: {error}") from error
+
+
+def _aside(request: Request) -> None:
+    """Say that this request may last."""
+    if request.connection is not None:
+        request.connection.stand_aside()
 
 
 def _user(request: Request) -> int | None:
