@@ -54,7 +54,20 @@ BREAKING: dict[str, tuple[dict[str, Any], str]] = {
 """Model → how its bundle breaks what the settings of the device say (or what it can do), and what is said about it."""
 
 
-FLAGS: dict[str, Any] = {"night-mode": True, "threshold": 0.25}
+THRESHOLD: dict[str, Any] = {
+    "type": "number",
+    "variants": {"low": 0.25, "middle": 0.75, "high": 0.9},
+    "default": "low",
+}
+TO_HIGH: dict[str, Any] = {
+    "flag": "threshold",
+    "variant": "high",
+    "selector": "all",
+    "stages": [{"share": 1.0, "confirmed_min": 0}],
+    "trial": {"min_requests": 0},
+    "start": True,
+}
+"""A rollout that takes a device as soon as it says that it has the variant."""
 
 
 def settings_toml() -> str:
@@ -210,16 +223,39 @@ def evaluate(device: Agent, key: str) -> tuple[int, Any]:
         connection.close()
 
 
+def called(server: Site, method: str, path: str, body: Any = None) -> Any:
+    status, answer = server.call(method, f"/api/v1{path}", body)
+    assert status < 300, answer
+    return answer
+
+
 def check_that_flags_are_served_offline_after_a_restart(server: Site, device: Agent, director: Director) -> None:
-    director.offer(**FLAGS)
+    """Flags that operators set and roll out, from the API to an application; then alone with what is known."""
+    switch = {"type": "boolean", "variants": {"on": True, "off": False}, "default": "on"}
+    called(server, "POST", "/flags", {"name": "night-mode", **switch})
+    called(server, "POST", "/flags", {"name": "threshold", **THRESHOLD})
     device.until("the flags are there", lambda shown: shown["flags"].get("threshold") == 0.25)
     until(lambda: evaluate(device, "night-mode")[0] == 200, "the worker has them too")
     api.set_provider_and_wait(WherryProvider(device.home / "run" / "handle.sock", timeout_s=20), "device")
     client = api.get_client("device")
     assert client.get_boolean_value("night-mode", False)
-    director.offer(**{**FLAGS, "threshold": 0.75})
-    until(lambda: client.get_float_value("threshold", 0.0) == 0.75, "a change is pushed")
-    until(lambda: evaluate(device, "threshold")[1].get("value") == 0.75, "and served")
+
+    def reads(value: float) -> None:
+        until(lambda: client.get_float_value("threshold", 0.0) == value, f"{value} is pushed")
+        until(lambda: evaluate(device, "threshold")[1].get("value") == value, f"{value} is served")
+
+    number = called(server, "POST", "/rollouts", TO_HIGH)["number"]
+    reads(0.9)
+    until(lambda: called(server, "GET", f"/rollouts/{number}")["state"] == "done", "it is rolled out")
+    rule = {"when": f"name = {device.name}", "variant": "middle"}
+    called(server, "PUT", "/flags/threshold", {**THRESHOLD, "rules": [rule]})
+    called(server, "POST", f"/rollouts/{number}/revert")
+    reads(0.75)  # what rules give now, and not what it was before
+    until(lambda: called(server, "GET", f"/rollouts/{number}")["state"] == "reverted", "it is back")
+    explained = called(server, "GET", f"/rollouts/{number}/explain?device={device.name}")
+    assert (explained["device"]["outcome"], explained["differing"]) == ("reverted", [])
+    told = called(server, "GET", f"/flags/threshold/devices/{device.name}")
+    assert (told["variant"], told["by"], told["number"], told["offered_value"]) == ("middle", "rule", 1, 0.75)
     director.offer(threshold=None)
     device.until("a bad offer is not acted on", lambda shown: "null" in shown["offer_refused"])
     server.stop()
