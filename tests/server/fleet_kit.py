@@ -62,6 +62,7 @@ class FakeDevice:
     """Manifest → how many different offers named it."""
     online: bool = True
     clock: int = 0
+    flags: dict[str, Any] = field(default_factory=dict)
     measured: int = 0
     """Messages of telemetry."""
 
@@ -135,6 +136,7 @@ class FakeDevice:
         if (offer.epoch, offer.serial) <= self.known:
             return False
         self.known = (offer.epoch, offer.serial)
+        self.flags = offer.flags
         offered = offer.models.get(MODEL)
         if offered is None:
             return True

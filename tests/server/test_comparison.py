@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,6 +51,8 @@ class Telling:
         self.random = random.Random(7)
         self.start = now_us() // (PERIOD_S * 1_000_000) * PERIOD_S * 1_000_000
         self.seqs: dict[str, int] = {}
+        self.what: Callable[[FakeDevice], str] = lambda device: device.running
+        """What of a device its rates and times go by."""
         self.medians_us: dict[str, float] = {}
         """Version → median engine time on the fastest device."""
         found.conductor.moment = lambda: self.start + int(found.seconds * 1_000_000)
@@ -68,7 +71,7 @@ class Telling:
 
     def _telemetry(self, device: FakeDevice, at: int) -> bytes:
         seq = self.seqs[device.id] = self.seqs.get(device.id, 0) + 1
-        rate = self.rates[device.running]
+        rate = self.rates[self.what(device)]
         window = wire.Window(
             model=MODEL,
             manifest=device.running,
@@ -87,7 +90,7 @@ class Telling:
 
     def _latency(self, device: FakeDevice) -> Sketch:
         """Devices differ tenfold, and are a tenth slower or faster from window to window."""
-        median = {manifest_of(version): value for version, value in self.medians_us.items()}[device.running]
+        median = {manifest_of(version): value for version, value in self.medians_us.items()}[self.what(device)]
         own = random.Random(device.id).uniform(1, 10) * self.random.uniform(0.9, 1.1)
         sketch = Sketch()
         for _ in range(40):

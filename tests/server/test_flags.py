@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from tests.server.fleet_kit import MODEL, PROJECT, FakeDevice, Fleet, fleet, run
-from wherry_server import flag_book, flag_trials, flag_values
+from tests.server.fleet_kit import MODEL, PROJECT, FakeDevice, Fleet, fleet, manifest_of, run
+from tests.server.test_comparison import PERIOD_S, Telling, gate_of
+from wherry_server import flag_bearer, flag_book, flag_trials, flag_values
 from wherry_server.flags import parse_flag, ready
 from wherry_server.times import now_us
 from wherry_shared import dsse, ids, wire
@@ -139,6 +140,25 @@ def test_every_device_gets_its_flags_in_a_new_offer_and_only_where_they_changed(
             assert await bear(found) == 0
             actions = [row.action for row in await found.rows("SELECT action FROM audit_entry ORDER BY id")]
             assert [one for one in actions if one.startswith("flag.")] == ["flag.create", "flag.change", "flag.delete"]
+
+    run(work())
+
+
+def test_many_devices_are_brought_their_flags_in_batches_and_a_rollout_in_between_is_not_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flag_bearer, "DEVICES_PER_TURN", 4)
+
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.enrol(10)
+            await save(found, THRESHOLD)
+            assert await found.conductor.bear_flags() == 4
+            await roll_out_flag(found)
+            await found.conductor.turn()
+            assert await having(found, 0.65) == set(found.devices)
+            assert [await found.conductor.bear_flags() for _ in range(3)] == [0, 0, 0]
+            assert await having(found, 0.65) == set(found.devices)
 
     run(work())
 
@@ -314,6 +334,50 @@ def test_devices_that_fail_more_go_back_and_the_rollout_halts(tmp_path: Path) ->
     run(work())
 
 
+@pytest.mark.backends
+@pytest.mark.parametrize("metric", ["errors", "latency", ""])
+def test_gates_compare_devices_that_have_the_variant_with_those_that_do_not(tmp_path: Path, metric: str) -> None:
+    """A variant that is worse in one way is halted by the gate on that; one that is no worse goes on."""
+
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0")
+            await found.enrol(80, version="1.0.0")
+            telling = Telling(found, {"old": 0.02, "new": 0.4 if metric == "errors" else 0.02})
+            telling.what = lambda device: manifest_of("new" if device.flags.get("new-threshold") == 0.65 else "old")
+            telling.medians_us = {"old": 1_000.0, "new": 1_600.0 if metric == "latency" else 1_000.0}
+            await save(found, THRESHOLD)
+            await step(found)
+            for _ in range(2):
+                await telling.period()
+            number = await roll_out_flag(
+                found,
+                measure=MODEL,
+                stages=[{"share": 0.5}, {"share": 1.0}],
+                gates=[{"metric": "errors", "harm": 0.1}, {"metric": "latency", "harm": 0.4}],
+                period_s=PERIOD_S,
+                stage_max_s=7_200,
+            )
+            for _ in range(3):
+                await step(found)
+            assert len(await having(found, 0.65)) == 40
+            for _ in range(4):
+                await telling.period()
+                shown = await found.show(number)
+                if shown["state"] != "running" or shown["stage"] == 1:
+                    break
+            outcomes = {gate: gate_of(shown, gate)["outcome"] for gate in ("errors", "latency")}
+            if not metric:
+                assert (shown["stage"], outcomes) == (1, {"errors": "pass", "latency": "pass"})
+                return
+            assert outcomes[metric] == "breach"
+            shown = await until(found, number, "halted")
+            assert shown["reason"] == f"{metric}_bound"
+            assert await having(found, 0.65) == set()
+
+    run(work())
+
+
 def test_a_device_that_says_nothing_is_no_success(tmp_path: Path) -> None:
     async def work() -> None:
         async with fleet(tmp_path) as found:
@@ -352,6 +416,14 @@ def test_a_newer_rollout_takes_devices_over_and_gives_them_back(tmp_path: Path) 
             await found.command(first, "revert")
             await until(found, first, "reverted")
             assert len(await having(found, 0.8)) == 4
+            third = await roll_out_flag(found, "newer", stages=[{"share": 0.5}, {"share": 1.0, "soak_s": 500}])
+            await step(found)
+            await step(found)
+            await found.command(third, "abort")
+            await until(found, third, "aborted")
+            assert len(await having(found, 0.5)) == 2, "who is confirmed stays"
+            with pytest.raises(RefusedError, match=rf"rollouts give it: {third} \(aborted\)"):
+                await flag_book.remove(found.database, PROJECT, "test", "new-threshold")
 
     run(work())
 

@@ -49,37 +49,39 @@ class Bearer:
     _known: tuple[tuple[str, int], ...] | None = None
     _look_at: float = 0.0
     _due: set[str] = field(default_factory=set)
+    """Devices whose flags are, or may be, not as they should be."""
 
     def owe(self, devices: set[str]) -> None:
         """Have these devices looked at in the next turn."""
         self._due |= devices
 
     async def turn(self) -> int:
-        """Compose the offers whose flags are not as they should be, as many as fit; return how many."""
+        """Look whose flags are not as they should be, if it is time, and compose the offers of as many as fit; return how many."""
         async with self.services.database.read() as connection:
             known = await flag_values.revisions(connection, self.services.project)
-            if known == self._known and not self._due and time.monotonic() < self._look_at:
+            if known != self._known or time.monotonic() >= self._look_at:
+                await self._look(connection)
+            batch = sorted(self._due)[:DEVICES_PER_TURN]
+            if not batch:
                 return 0
-            if not known and not await self._any(connection):
-                self._known, self._look_at = known, time.monotonic() + LOOK_S
-                self._due.clear()
-                return 0
-            started = time.monotonic()
-            only = sorted(self._due) if known == self._known and started < self._look_at else None
             found = await flag_values.definitions(connection, self.services.project)
-            wanted = await self._wanted(connection, found, only)
-            took = time.monotonic() - started
+            wanted = await self._wanted(connection, found, batch)
         try:
-            done = await self._bring(dict(list(wanted.items())[:DEVICES_PER_TURN]))
+            done = await self._bring(wanted)
         except UnreachableError as error:
             log.info("flags: %s", error.message)  # the next turn composes from what is stored then
             return 0
-        self._due.clear()
-        if len(wanted) > DEVICES_PER_TURN:
-            self._known = None  # the rest in the next turn
-        elif only is None:
-            self._known, self._look_at = found.revisions, time.monotonic() + max(LOOK_S, LOOK_SHARE * took)
+        self._due.difference_update(batch)
         return done
+
+    async def _look(self, connection: AsyncConnection) -> None:
+        """Find every device whose flags are not as they should be."""
+        started = time.monotonic()
+        found = await flag_values.definitions(connection, self.services.project)
+        if found.flags or await self._any(connection):
+            self._due |= (await self._wanted(connection, found, None)).keys()
+        ended = time.monotonic()
+        self._known, self._look_at = found.revisions, ended + max(LOOK_S, LOOK_SHARE * (ended - started))
 
     async def _any(self, connection: AsyncConnection) -> bool:
         """Tell whether any offer still carries a flag."""

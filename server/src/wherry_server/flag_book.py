@@ -11,21 +11,29 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import audit, flag_values, fleet
 from wherry_server.db.database import Database
+from wherry_server.db.tables import Assignment, Rollout, table
 from wherry_server.db.tables import Flag as FlagRow
-from wherry_server.db.tables import Rollout, table
 from wherry_server.flags import PREFIX, Flag, Ready, parse_flag, ready, together
+from wherry_server.outcomes import LIVE
 from wherry_server.times import now_us
 from wherry_shared.errors import RefusedError
 
 _FLAG, _ROLLOUT = table(FlagRow), table(Rollout)
+_ASSIGNMENT = table(Assignment)
 HOLDING = ("created", "running", "paused", "returning", "done")
-"""States of rollouts in which they may give a variant to a device."""
+"""States of rollouts in which they may give a variant to a device; halted and aborted ones give it to whom they left it."""
+_GIVES = or_(
+    _ROLLOUT.c.state.in_(HOLDING),
+    select(_ASSIGNMENT.c.device_id)
+    .where(_ASSIGNMENT.c.rollout_id == _ROLLOUT.c.id, _ASSIGNMENT.c.outcome.in_(LIVE[:3]))
+    .exists(),
+)
 Check = Callable[[dict[str, Any]], None]
 
 
@@ -196,7 +204,7 @@ async def holding(connection: AsyncConnection, project: str, name: str) -> list[
     """Return the rollouts (number, state, plan) that give, or may give, variants of a flag, newest first."""
     rows = await connection.execute(
         select(_ROLLOUT.c.number, _ROLLOUT.c.state, _ROLLOUT.c.plan)
-        .where(_ROLLOUT.c.project_id == project, _ROLLOUT.c.model == PREFIX + name, _ROLLOUT.c.state.in_(HOLDING))
+        .where(_ROLLOUT.c.project_id == project, _ROLLOUT.c.model == PREFIX + name, _GIVES)
         .order_by(_ROLLOUT.c.number.desc())
     )
     return list(rows)

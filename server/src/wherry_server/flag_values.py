@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
-from sqlalchemy import bindparam, select, text
+from sqlalchemy import TextClause, bindparam, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import cohorts, views
@@ -101,21 +101,33 @@ async def _given(
     variants = {PREFIX + one.flag.name: one.flag.variants for one in flags}
     if not variants:
         return {}
-    rows = await connection.execute(_GIVEN, {"project": project, "flags": list(variants), "but": but})
-    wanted = set(devices) if devices is not None else None
+    named: dict[str, Any] = {"project": project, "flags": list(variants), "but": but}
+    if devices is None:
+        rows = await connection.execute(_given_by(""), named)
+    elif connection.dialect.name == "sqlite":
+        rows = await connection.execute(
+            _given_by(_IN_JSON), {**named, "devices": msgspec.json.encode(devices).decode()}
+        )
+    else:
+        rows = await connection.execute(_given_by(_IN_ARRAY), {**named, "devices": list(devices)})
     given: dict[str, dict[str, Source]] = {}
     for row in rows:
         variant = row.to_target.partition("/")[2]
-        if (wanted is None or row.device_id in wanted) and variant in variants[row.model]:
+        if variant in variants[row.model]:
             flag = row.model.removeprefix(PREFIX)
             given.setdefault(row.device_id, {})[flag] = Source(variant, "rollout", row.number)
     return given
 
 
-_GIVEN = text(
+def _given_by(whom: str) -> TextClause:
+    return text(_GIVEN + whom + " ORDER BY a.exposed_at, r.number").bindparams(bindparam("flags", expanding=True))
+
+
+_IN_JSON = " AND a.device_id IN (SELECT value FROM json_each(:devices))"
+_IN_ARRAY = " AND a.device_id = ANY(CAST(:devices AS VARCHAR[]))"
+_GIVEN = (
     "SELECT a.device_id, a.model, a.to_target, r.number FROM rollout r JOIN assignment a ON a.rollout_id = r.id"
     " WHERE r.project_id = :project AND r.model IN :flags AND r.id <> :but"
     " AND (a.outcome IN ('exposed', 'confirmed', 'confirmed_idle')"
     " OR (a.outcome = 'superseded' AND r.state IN ('running', 'paused', 'done')))"
-    " ORDER BY a.exposed_at, r.number"
-).bindparams(bindparam("flags", expanding=True))
+)

@@ -155,7 +155,9 @@ class SwarmDevice:
     def _commit(self, after: s.State, effects: tuple[s.Effect, ...]) -> None:
         if turn.serving(after) != turn.serving(self.state):
             self._cut()
-        self.state = after
+        before, self.state = self.state, after
+        if after.offer is not before.offer and (turn.flags_of(before) or turn.flags_of(after)):
+            self._publish("hello", wire.encode(self.hello()))  # as the daemon does
         now = self.now()
         for effect in effects:
             if isinstance(effect, s.SendReports):
