@@ -246,7 +246,7 @@ class Fleet:
 
     async def show(self, number: int) -> dict[str, Any]:
         async with self.database.read() as connection:
-            return await rollouts.show(connection, PROJECT, number)
+            return await rollouts.show(connection, PROJECT, number, fresh_s=0)
 
     async def command(self, number: int, command: Any) -> None:
         await rollouts.command(self.database, PROJECT, "test", number, command)

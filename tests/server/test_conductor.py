@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -18,6 +19,7 @@ from wherry_server import rollouts
 from wherry_server.lease import Lease
 from wherry_server.offers import Composer
 from wherry_server.targeting import exposed, key_of, signed
+from wherry_server.times import now_us
 from wherry_shared.errors import RefusedError, UnreachableError
 
 pytestmark = pytest.mark.backends
@@ -276,7 +278,7 @@ def test_a_few_broken_boards_of_many_do_not_either(tmp_path: Path):
     run(work())
 
 
-def test_watching_a_rollout_does_not_read_the_whole_cohort_at_every_look(
+def test_who_watches_a_rollout_is_told_what_the_director_saw_and_counts_only_without_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     async def work() -> None:
@@ -285,22 +287,38 @@ def test_watching_a_rollout_does_not_read_the_whole_cohort_at_every_look(
             await found.enrol(4)
             number = await found.roll_out("1.1.0", stages=[{"share": 1.0, "soak_s": 1000}])
             await found.turn()
-            scans = 0
-            scan = conducting.evidence.scan
+            await found.conductor.turn()  # what the devices said meanwhile
+            live = await found.show(number)
+            counted = 0
+            tally = conducting.evidence.tally
 
             async def counting(*arguments):
-                nonlocal scans
-                scans += 1
-                return await scan(*arguments)
+                nonlocal counted
+                counted += 1
+                return await tally(*arguments)
 
-            monkeypatch.setattr(conducting.evidence, "scan", counting)
-            shown = [await found.show(number) for _ in range(20)]
-            assert {(one["members"], one["unexposed"], one["held"]) for one in shown} == {(4, 0, 0)}
-            assert scans == 1
-            assert shown[-1]["stages"][0]["counts"]["confirmed"] == 4  # counts are of now
-            await found.command(number, "pause")  # another revision
-            assert scans == 2
+            monkeypatch.setattr(conducting.evidence, "tally", counting)
 
+            async def told() -> dict[str, Any]:
+                async with found.database.read() as connection:
+                    return await rollouts.show(connection, PROJECT, number)
+
+            assert [await told() for _ in range(5)] == [live] * 5
+            assert live["stages"][0]["counts"]["confirmed"] == 4
+            assert counted == 0
+            await found.command(number, "pause")
+            assert (await told())["why_not_yet"][0]["code"] == "ordered"
+            await found.conductor.turn()
+            before = counted
+            assert (await told())["why_not_yet"][0]["code"] == "paused"
+            assert counted == before
+            async with found.database.write() as connection:  # a director that fell silent
+                at = now_us() - int(rollouts.STATUS_FRESH_S * 1_000_000)
+                await connection.execute(text("UPDATE rollout_status SET at = :at"), {"at": at})
+            assert (await told())["members"] == 4
+            assert counted == before + 1
+
+    monkeypatch.setattr(conducting, "TELL_MIN_S", 0.0)
     run(work())
 
 

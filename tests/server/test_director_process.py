@@ -109,7 +109,7 @@ def asked(settings: Settings, work: Any) -> Any:
 def show(settings: Settings, number: int) -> dict[str, Any]:
     async def work(database: Database) -> Any:
         async with database.read() as connection:
-            return await rollouts.show(connection, PROJECT, number)
+            return await rollouts.show(connection, PROJECT, number, fresh_s=0)
 
     found: dict[str, Any] = asked(settings, work)
     return found

@@ -19,12 +19,12 @@ import msgspec
 from sqlalchemy import insert, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server import assignments, audit, comparison, evidence, flag_trials, flag_values, offers
+from wherry_server import assignments, audit, comparison, evidence, flag_trials, flag_values, offers, rollouts
 from wherry_server.assignments import Prepared
 from wherry_server.db import bulk
 from wherry_server.db.database import DATABASE_ERRORS
 from wherry_server.db.tables import Decision as DecisionRow
-from wherry_server.db.tables import KnownBad, Rollout, table
+from wherry_server.db.tables import KnownBad, Rollout, RolloutStatus, table
 from wherry_server.flag_bearer import Bearer
 from wherry_server.ingest import Behind, Stored
 from wherry_server.lease import Lease, boot_id
@@ -62,10 +62,16 @@ SCAN_FRESH_S = 1.0
 JUDGE_SHARE = 5
 """Devices with a flag's variant are judged again after this many times what it took: at most a sixth of a core."""
 DONE_SCAN_MIN_S = 5.0
+"""Of those that expose nobody, or newcomers only."""
+TELL_MIN_S = 1.0
+TELL_AGAIN_S = rollouts.STATUS_FRESH_S / 2
+"""How a rollout stands is written down this often at most, and at least."""
 RESIGN_S = 60.0
 RESIGN_PER_TURN = 2_000
 COMPOSE_TRIES = 3
 HELLOS_PER_TURN = 2_000
+SCANNED = frozenset({"created", "running", "paused", "done"})
+"""States in which the members of the cohort are looked at."""
 CONDEMNING = frozenset({"failure_bound", "failed_bound", "returned_bound", "crashed_bound"})
 """Reasons of a halt after which the hardware on which the bundle failed is not offered it again."""
 
@@ -82,6 +88,15 @@ class _Known:
     """When devices with a flag's variant are judged next."""
     compared_until: int = -1
     """The period until which every lane of its comparisons was taken."""
+    status: tuple[str, str] | None = None
+    """How it stands, as JSON: evidence, and devices by outcome."""
+    told: tuple[str, str] | None = None
+    told_at: float = 0.0
+
+    def untold(self, now: float) -> bool:
+        """Tell whether it is time to say how it stands."""
+        after = TELL_MIN_S if self.status != self.told else TELL_AGAIN_S
+        return self.status is not None and (self.told is None or now - self.told_at >= after)
 
     def due(self, minimum: float, now: float) -> bool:
         return self.scan is None or now - self.scanned_at >= max(minimum, SCAN_SHARE * self.scan_cost)
@@ -151,7 +166,29 @@ class Conductor:
                 log.error("%s cannot go on: %s", _name(row), error)
         for gone in self._known.keys() - {row.id for row in rows}:
             del self._known[gone]
+        await self._tell()
         return moved
+
+    async def _tell(self) -> None:
+        """Write down how the rollouts stand, for whoever asks; nothing is decided on it."""
+        moment, now = self.moment(), time.monotonic()
+        due = {rollout: known for rollout, known in self._known.items() if known.untold(now)}
+        if not due:
+            return
+        rows = [
+            (rollout, self.services.project, *known.status, moment)
+            for rollout, known in due.items()
+            if known.status is not None
+        ]
+        try:
+            async with self.services.database.write() as connection:
+                await self.lease.check(connection)
+                await bulk.upsert(connection, table(RolloutStatus), _STATUS, rows, update=_STATUS[2:])
+        except UnreachableError as error:
+            log.info("%s", error.message)
+            return
+        for known in due.values():
+            known.told, known.told_at = known.status, now
 
     async def _look(self, row: Any) -> bool:
         known = self._known.get(row.id)
@@ -166,7 +203,9 @@ class Conductor:
                 known.plan, progress.cut_offs, reach(known.plan, progress), moment
             ):
                 return False
-        elif row.state in ("created", "running", "done") and known.due(SCAN_MIN_S, time.monotonic()):
+        elif row.state in SCANNED and known.due(
+            DONE_SCAN_MIN_S if row.state == "paused" else SCAN_MIN_S, time.monotonic()
+        ):
             known.scan = None
         found, after, decisions = await self._ask(row, known, progress, now, moment)
         if after.stage != progress.stage and time.monotonic() - known.scanned_at > SCAN_FRESH_S:
@@ -189,12 +228,15 @@ class Conductor:
         self, row: Any, known: _Known, progress: Progress, now: Now, moment: int
     ) -> tuple[Evidence, Progress, tuple[Decision, ...]]:
         async with self.services.database.read() as connection:
-            if known.scan is None and row.state in ("created", "running", "done"):
+            if known.scan is None and row.state in SCANNED:
                 started = time.monotonic()
                 known.scan = await evidence.scan(connection, row, known.plan)
                 known.scanned_at = time.monotonic()
                 known.scan_cost = known.scanned_at - started
-            found = await evidence.read(connection, row, known.plan, progress, known.scan, moment)
+            tallied = await evidence.tally(connection, row.id, known.plan, moment)
+            found = await evidence.read(connection, row, known.plan, progress, known.scan, tallied)
+            if known.scan is not None and row.state in rollouts.TOLD:
+                known.status = (msgspec.json.encode(found).decode(), msgspec.json.encode(tallied.outcomes).decode())
             until = comparison.ended(known.plan, moment)
             if known.plan.compared and row.state in ("running", "paused") and until > known.compared_until:
                 scan = known.scan or await evidence.scan(connection, row, known.plan)
@@ -448,6 +490,7 @@ def _name(row: Any) -> str:
     return f"rollout {row.number} ({row.model})"
 
 
+_STATUS = ("rollout_id", "project_id", "evidence", "outcomes", "at")
 _UNDER_WAY = text(
     "SELECT id, project_id, number, model, CAST(plan AS TEXT) AS plan, CAST(progress AS TEXT) AS progress, state, salt,"
     " priority, revision, wanted FROM rollout WHERE project_id = :project AND (state IN ('running', 'paused', 'returning',"

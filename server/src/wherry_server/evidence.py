@@ -121,16 +121,31 @@ def stratum_of(plan: Plan, member: cohorts.Member) -> str:
 
 
 async def read(
-    connection: AsyncConnection, row: Any, plan: Plan, progress: Progress, found: Scan | None, now: int
+    connection: AsyncConnection,
+    row: Any,
+    plan: Plan,
+    progress: Progress,
+    found: Scan | None,
+    tallied: Tally,
 ) -> Evidence:
-    """Return the evidence for one decision; without a scan nobody is seen as unexposed."""
-    stages = await counts(connection, row.id, plan, now)
+    """Return the evidence for one decision; without a scan nobody is seen as unexposed.
+
+    Args:
+        connection: where.
+        row: the rollout's.
+        plan: parsed.
+        progress: its.
+        found: the members now.
+        tallied: what became of the devices, by `tally`.
+    """
+    stages = counts(plan, tallied)
+    now = tallied.now
     command: Command = row.wanted
     evidence = Evidence(
         stages=stages,
         command=command,
         happened=await _happened(connection, row.id, plan),
-        approvals=await _approvals(connection, row, plan),
+        approvals=await approvals(connection, row, plan),
     )
     if found is None:
         return evidence
@@ -149,14 +164,38 @@ async def read(
     return ahead(plan, progress, evidence, found.keys)
 
 
-async def counts(connection: AsyncConnection, rollout: str, plan: Plan, now: int) -> list[Counts]:
-    """Count the devices of a rollout by stage and by what became of them."""
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What became of the devices of a rollout, counted once for all that is made of it."""
+
+    now: int
+    rows: tuple[Any, ...]
+    """(stage, outcome, reason, simulated, became, devices)"""
+
+    @property
+    def outcomes(self) -> list[dict[str, Any]]:
+        """Devices by stage, outcome, reason, and whether they are simulated: what people read."""
+        found: dict[tuple[int, str, str, bool], int] = {}
+        for row in self.rows:
+            key = (row.stage, row.outcome, row.reason, bool(row.simulated))
+            found[key] = found.get(key, 0) + row.devices
+        names = ("stage", "outcome", "reason", "simulated")
+        return [{**dict(zip(names, key, strict=True)), "devices": devices} for key, devices in sorted(found.items())]
+
+
+async def tally(connection: AsyncConnection, rollout: str, plan: Plan, now: int) -> Tally:
+    """Count the devices of a rollout."""
     rows = await connection.execute(
-        _COUNTS,
+        _TALLY,
         {"rollout": rollout, "silent": now - plan.silent_s * SECOND_US, "late": now - plan.late_s * SECOND_US},
     )
+    return Tally(now, tuple(rows))
+
+
+def counts(plan: Plan, tallied: Tally) -> list[Counts]:
+    """Return the devices of each stage by what became of them."""
     stages: list[dict[str, int]] = [{} for _ in plan.stages]
-    for row in rows:
+    for row in tallied.rows:
         into = stages[row.stage]
         into[row.became] = into.get(row.became, 0) + row.devices
     return [Counts(**stage) for stage in stages]
@@ -176,21 +215,6 @@ async def _unmeasured(connection: AsyncConnection, rollout: str, plan: Plan, pro
         return 0
     waves = await connection.execute(_CONFIRMED, {"rollout": rollout, "length": plan.period_s * SECOND_US})
     return sum(one.devices for one in waves if not progress.compared.waves.get(str(one.wave)))
-
-
-async def breakdown(connection: AsyncConnection, rollout: str) -> list[dict[str, Any]]:
-    """Count devices by stage, outcome, reason, and whether they are simulated: what people read."""
-    rows = await connection.execute(_BREAKDOWN, {"rollout": rollout})
-    return [
-        {
-            "stage": row.stage,
-            "outcome": row.outcome,
-            "reason": row.reason,
-            "simulated": bool(row.simulated),
-            "devices": row.devices,
-        }
-        for row in rows
-    ]
 
 
 def classes(facts: str) -> set[str]:
@@ -263,7 +287,7 @@ async def _taken(connection: AsyncConnection, row: Any, plan: Plan) -> dict[str,
     return taken
 
 
-async def _approvals(connection: AsyncConnection, row: Any, plan: Plan) -> dict[str, int]:
+async def approvals(connection: AsyncConnection, row: Any, plan: Plan) -> dict[str, int]:
     """Count the people who agreed to each stage."""
     if plan.approval is None:
         return {}
@@ -332,12 +356,14 @@ class _Variants(msgspec.Struct):
 
 _report = msgspec.json.Decoder(_Variants)
 
-_COUNTS = text(
-    "SELECT a.stage, CASE WHEN a.outcome IN ('returned', 'failed', 'refused') THEN 'failed'"
+_TALLY = text(
+    "SELECT a.stage, a.outcome, a.reason, d.simulated,"
+    " CASE WHEN a.outcome IN ('returned', 'failed', 'refused') THEN 'failed'"
     " WHEN a.outcome <> 'exposed' THEN a.outcome"
     " WHEN a.exposed_at <= :silent AND (a.noticed_at = 0 OR d.last_seen_at <= :silent) THEN 'silent'"
     " WHEN a.noticed_at > 0 AND a.noticed_at <= :late THEN 'late' ELSE 'pending' END AS became, count(*) AS devices"
-    " FROM assignment a JOIN device d ON d.id = a.device_id WHERE a.rollout_id = :rollout GROUP BY a.stage, became"
+    " FROM assignment a JOIN device d ON d.id = a.device_id WHERE a.rollout_id = :rollout"
+    " GROUP BY a.stage, a.outcome, a.reason, d.simulated, became"
 )
 _HAPPENED = text(
     "SELECT count(*) AS failed, sum(CASE WHEN outcome = 'returned' THEN 1 ELSE 0 END) AS returned,"
@@ -347,11 +373,6 @@ _HAPPENED = text(
 _CONFIRMED = text(
     "SELECT exposed_at / :length AS wave, count(*) AS devices FROM assignment WHERE rollout_id = :rollout"
     " AND outcome IN ('confirmed', 'confirmed_idle') GROUP BY wave"
-)
-_BREAKDOWN = text(
-    "SELECT a.stage, a.outcome, a.reason, d.simulated, count(*) AS devices FROM assignment a"
-    " JOIN device d ON d.id = a.device_id WHERE a.rollout_id = :rollout"
-    " GROUP BY a.stage, a.outcome, a.reason, d.simulated ORDER BY a.stage, a.outcome, a.reason, d.simulated"
 )
 _OTHERS = text(
     "SELECT id, number, priority, state, model FROM rollout WHERE project_id = :project AND model = :model"

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import msgspec
 from sqlalchemy import func, insert, select, text, update
@@ -17,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import audit, cohorts, evidence, flag_book, fleet
 from wherry_server.db.database import Database
-from wherry_server.db.tables import Approval, Assignment, Bundle, Decision, Rollout, table
+from wherry_server.db.tables import Approval, Assignment, Bundle, Decision, Rollout, RolloutStatus, table
 from wherry_server.lease import boot_id
 from wherry_server.outcomes import LIVE
 from wherry_server.plan import Plan, parse_plan
@@ -29,7 +28,7 @@ from wherry_shared.errors import RefusedError
 from wherry_shared.ids import check_name
 
 _ROLLOUT, _BUNDLE, _DECISION, _ASSIGNMENT = table(Rollout), table(Bundle), table(Decision), table(Assignment)
-_APPROVAL = table(Approval)
+_APPROVAL, _STATUS = table(Approval), table(RolloutStatus)
 APPROVABLE: frozenset[State] = frozenset({"created", "running", "paused"})
 ALLOWED: dict[Command, frozenset[State]] = {
     "start": frozenset({"created"}),
@@ -45,12 +44,10 @@ TALLIED = ("exposed", "pending", *LIVE[1:], "withdrawn", "revert_pending", "reve
 BACK_TRIAL_S = 5
 """A device without traffic goes back within this time: what ran there before has proved itself once."""
 LISTED_MAX = 200
-SIZES_FRESH_S = 3.0
-SIZES_SHARE = 20
-"""What a scan of the members found is shown for SIZES_FRESH_S, or this many times what the scan took if that is longer, as
-long as the rollout's revision stands: people who watch do not cost the server a scan at every look."""
-SIZES_MAX = 256
-"""Rollouts whose sizes are remembered."""
+TOLD: frozenset[State] = frozenset({"running", "paused", "done"})
+"""States in which the director says how a rollout stands."""
+STATUS_FRESH_S = 20.0
+"""What it said counts for this long; it says it every second while something changes, and again before this has passed."""
 DECISIONS_MAX = 200
 
 
@@ -363,8 +360,12 @@ async def every(
     return [_summary(row) for row in (await connection.execute(query.limit(limit))).all()]
 
 
-async def show(connection: AsyncConnection, project: str, number: int) -> dict[str, Any]:
+async def show(
+    connection: AsyncConnection, project: str, number: int, *, fresh_s: float = STATUS_FRESH_S
+) -> dict[str, Any]:
     """Return a rollout with counts per stage, real and simulated apart, and why it is not further yet.
+
+    What the director said of it in the last `fresh_s` seconds is good enough.
 
     Raises:
         RefusedError: `rollout_unknown`.
@@ -372,8 +373,7 @@ async def show(connection: AsyncConnection, project: str, number: int) -> dict[s
     row = await find(connection, project, number)
     plan, progress = parse_plan(row.plan), evidence.load_progress(row.progress)
     now = now_us()
-    found = await _evidence(connection, row, plan, progress, now)
-    details = await evidence.breakdown(connection, row.id)
+    found, details = await _standing(connection, row, plan, progress, now, fresh_s)
     tallies = {kind: _tally(details, simulated=kind == "simulated") for kind in ("real", "simulated")}
     waits = why_not_yet(plan, progress, found, _here(now))
     if row.wanted:
@@ -403,49 +403,23 @@ async def show(connection: AsyncConnection, project: str, number: int) -> dict[s
     }
 
 
-class _Sizes(NamedTuple):
-    """What a scan found."""
-
-    revision: int
-    until: float
-    members: int
-    unexposed: int
-    held: int
-    closed: int
-
-
-_sizes: OrderedDict[str, _Sizes] = OrderedDict()
-"""By the id of the rollout, which no two projects share."""
-
-
-async def _evidence(connection: AsyncConnection, row: Any, plan: Plan, progress: Progress, now: int) -> Evidence:
-    """Read what is so now; the members of the cohort may be some seconds old."""
-    known = _sizes.get(row.id)
-    if known is not None and known.revision == row.revision and time.monotonic() < known.until:
-        found = await evidence.read(connection, row, plan, progress, None, now)
-        return msgspec.structs.replace(
-            found, members=known.members, unexposed=known.unexposed, held=known.held, closed=known.closed
-        )
-    started = time.monotonic()
-    if row.state not in ("created", "running", "paused"):  # nobody is exposed any more; the cohort still has a size
-        found = await evidence.read(connection, row, plan, progress, None, now)
-        members = await cohorts.members(connection, row.project_id, parse_selector(plan.selector))
-        found = msgspec.structs.replace(found, members=len(members))
-        _remember(row, found, started)
-        return found
-    scan = await evidence.scan(connection, row, plan)
-    found = await evidence.read(connection, row, plan, progress, scan, now)
-    _remember(row, found, started)
-    return found
-
-
-def _remember(row: Any, found: Evidence, started: float) -> None:
-    ended = time.monotonic()
-    until = ended + max(SIZES_FRESH_S, SIZES_SHARE * (ended - started))
-    _sizes[row.id] = _Sizes(row.revision, until, found.members, found.unexposed, found.held, found.closed)
-    _sizes.move_to_end(row.id)
-    while len(_sizes) > SIZES_MAX:
-        _sizes.popitem(last=False)
+async def _standing(
+    connection: AsyncConnection, row: Any, plan: Plan, progress: Progress, now: int, fresh_s: float
+) -> tuple[Evidence, list[dict[str, Any]]]:
+    """Return what is so, and devices by outcome: as the director saw it some moments ago, or else counted now."""
+    if row.state in TOLD:
+        said = (await connection.execute(select(_STATUS).where(_STATUS.c.rollout_id == row.id))).one_or_none()
+        if said is not None and now - said.at < fresh_s * MICROSECONDS:
+            found = msgspec.convert(said.evidence, Evidence)
+            approvals = await evidence.approvals(connection, row, plan)
+            return msgspec.structs.replace(found, command=row.wanted, approvals=approvals), said.outcomes
+    tallied = await evidence.tally(connection, row.id, plan, now)
+    if row.state in ("running", "paused"):
+        scan = await evidence.scan(connection, row, plan)
+        return await evidence.read(connection, row, plan, progress, scan, tallied), tallied.outcomes
+    found = await evidence.read(connection, row, plan, progress, None, tallied)  # nobody is exposed any more, or yet
+    members = await cohorts.count(connection, row.project_id, parse_selector(plan.selector))
+    return msgspec.structs.replace(found, members=members), tallied.outcomes
 
 
 async def decisions(

@@ -295,6 +295,17 @@ class Rollout(SQLModel, table=True):
     updated_at: int = _time()
 
 
+class RolloutStatus(SQLModel, table=True):
+    """What the director last saw of a rollout under way: who asks how it stands need not count a fleet."""
+
+    __tablename__ = "rollout_status"
+    rollout_id: str = Field(primary_key=True)
+    project_id: str
+    evidence: dict[str, Any] = _json()
+    outcomes: list[Any] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))
+    at: int = _time()
+
+
 class Assignment(SQLModel, table=True):
     """A device exposed to a rollout: what it came from, what it should have, what became of it."""
 
