@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
+from typer.testing import CliRunner
 
 from tests.server.fleet_kit import MODEL, PROJECT, FakeDevice, Fleet, fleet, manifest_of, run
+from tests.server.harness import Running
 from tests.server.test_comparison import PERIOD_S, Telling, gate_of
 from wherry_server import flag_bearer, flag_book, flag_trials, flag_values
+from wherry_server.cli import app
+from wherry_server.cli.flag import parse_rule, parse_variants
 from wherry_server.flags import parse_flag, ready
 from wherry_server.times import now_us
 from wherry_shared import dsse, ids, wire
@@ -472,3 +476,61 @@ def test_the_verdict_of_a_trial(requests: int, errors: int, waited_s: int, heard
         terms, requests=requests, errors=errors, waited_us=waited_s * 1_000_000, heard_us=heard_s * 1_000_000
     )
     assert found == outcome
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("on", {"variant": "on", "share": 1.0, "when": "all"}),
+        ("on 2.5%", {"variant": "on", "share": 0.025, "when": "all"}),
+        ("on 25 % if label.site = berlin", {"variant": "on", "share": 0.25, "when": "label.site = berlin"}),
+        ("if-needed if not arch = x86_64", {"variant": "if-needed", "share": 1.0, "when": "not arch = x86_64"}),
+        ("on 2.5.1%", None),
+        ("on for all", None),
+        ("", None),
+    ],
+)
+def test_a_rule_is_written_as_it_is_shown(text: str, rule: dict[str, Any] | None) -> None:
+    if rule is None:
+        with pytest.raises(RefusedError, match="not"):
+            parse_rule(text)
+    else:
+        assert parse_rule(text) == rule
+
+
+def test_values_of_variants_are_json_and_words_are_words_of_a_string() -> None:
+    assert parse_variants(["a=1", "b=1.0", "c=true"], "number") == {"a": 1, "b": 1.0, "c": True}
+    assert parse_variants(["a=blue", 'b="7"', "c=7", "d="], "string") == {"a": "blue", "b": "7", "c": "7", "d": ""}
+    for kind, wrong in (("number", "a=blue"), ("string", "blue")):
+        with pytest.raises(RefusedError):
+            parse_variants([wrong], kind)
+
+
+def test_flags_are_made_shown_changed_rolled_out_and_deleted_by_command(server: Running) -> None:
+    runner = CliRunner(env={"WHERRY_SERVER": server.url, "WHERRY_TOKEN": server.admin, "COLUMNS": "120"})
+    device = server.device("flagged")
+
+    def do(*arguments: str, answer: str = "") -> str:
+        done = runner.invoke(app, ["flag", *arguments], input=answer)
+        assert done.exit_code == 0, (done.output, done.exception)
+        return done.output
+
+    made = do("create", "by-hand", "--rule", "on 50% if name = flagged-*", "--rule", "on if name = flagged")
+    assert "rule 1: on 50% if name = flagged-*" in made
+    assert "off = false  (default)" in made
+    assert "by-hand boolean off 2" in " ".join(do("list").split())
+    assert "(on, by rule 2)" in do("show", "by-hand", "--device", "flagged")
+    assert "its offer does not carry the flag yet" in do("show", "by-hand", "--device", device.device)
+    assert "1 of 1 devices get another value" in do("preview", "by-hand", "--rule", "off")
+    assert "1 of 1 devices get another value" in do("set", "by-hand", "--no-rules", answer="y\n")
+    shown = json.loads(do("show", "by-hand", "--json"))
+    assert (shown["rules"], shown["revision"], shown["spread"][0]["devices"]) == ([], 2, 1)
+    planned = do("rollout", "by-hand", "on", "--selector", "all", "--stages", "50,100", "--min-requests", "0")
+    assert "flag:by-hand:on for all" in planned
+    with pytest.raises(RefusedError, match="cannot be deleted"):
+        runner.invoke(app, ["flag", "delete", "by-hand"], catch_exceptions=False)
+    do("create", "colour", "--type", "string", "--variant", "a=blue", "--variant", "b=red")
+    assert "colour is deleted" in do("delete", "colour")

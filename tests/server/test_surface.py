@@ -30,6 +30,9 @@ def surface(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield server
 
 
+SWITCH = {"type": "boolean", "variants": {"on": True, "off": False}, "default": "off"}
+
+
 def rollout(server: Running, **fields: Any) -> dict[str, Any]:
     wish = {"models": [{"model": "thing", "version": "1.0.0"}], "selector": "all", "stages": [{"share": 1.0}], **fields}
     with server.http() as http:
@@ -44,11 +47,12 @@ def listed(answer: httpx.Response) -> list[Any]:
     return list(found["devices"] if isinstance(found, dict) else found)
 
 
-@pytest.mark.parametrize("path", ["cohorts", "tokens", "devices", "rollouts", "audit", "bundles", "models"])
+@pytest.mark.parametrize("path", ["cohorts", "flags", "tokens", "devices", "rollouts", "audit", "bundles", "models"])
 def test_a_list_read_in_pages_of_one_is_the_list(surface: Running, path: str) -> None:
     with surface.http() as http:
         for name in ("a", "b"):
             http.post("/api/v1/cohorts", json={"name": f"paged-{name}", "selector": "all"})
+            http.post("/api/v1/flags", json={"name": f"paged-{name}", **SWITCH})
             http.post("/api/v1/tokens", json={"name": f"paged-{name}", "role": "viewer"})
         rollout(surface)
         rollout(surface)
@@ -126,6 +130,33 @@ def test_a_change_of_a_cohort_holds_only_for_what_was_read(surface: Running) -> 
         assert now.headers["etag"] == good.headers["etag"] != tag
         gone = http.delete("/api/v1/cohorts/tagged", headers={"If-Match": f'"x", {now.headers["etag"]}'})
         assert gone.status_code == 204
+
+
+def test_a_change_of_a_flag_holds_only_for_what_was_read(surface: Running) -> None:
+    with surface.http() as http:
+        key = {"Idempotency-Key": "flag-1"}
+        made = http.post("/api/v1/flags", json={"name": "tagged", **SWITCH}, headers=key)
+        assert http.post("/api/v1/flags", json={"name": "tagged", **SWITCH}, headers=key).json() == made.json()
+        assert http.post("/api/v1/flags", json={"name": "tagged", **SWITCH}).json()["code"] == "name_taken"
+        tag = http.get("/api/v1/flags/tagged").headers["etag"]
+        assert made.headers["etag"] == tag
+        changed = {**SWITCH, "default": "on"}
+        coming = http.post("/api/v1/flags/preview", json={"name": "tagged", **changed}).json()
+        assert (coming["changed"], coming["devices"]) == (3, 3)
+        assert http.post("/api/v1/flags/preview", json={"name": "tagged", **SWITCH}).json()["changed"] == 0
+        good = http.put("/api/v1/flags/tagged", json=changed, headers={"If-Match": tag})
+        assert good.status_code == 200
+        for method, body in (("PUT", SWITCH), ("DELETE", None)):
+            late = http.request(method, "/api/v1/flags/tagged", json=body, headers={"If-Match": tag})
+            assert (late.status_code, late.json()["code"]) == (412, "flag_changed")
+        now = http.get("/api/v1/flags/tagged")
+        assert (now.json()["default"], now.headers["etag"]) == ("on", good.headers["etag"])
+        assert http.delete("/api/v1/flags/tagged", headers={"If-Match": now.headers["etag"]}).status_code == 204
+        assert http.get("/api/v1/flags/tagged").json()["code"] == "flag_unknown"
+        again = http.post("/api/v1/flags", json={"name": "tagged", **SWITCH})
+        assert again.headers["etag"] != tag, "another flag of the same name is another"
+        details = [one["detail"] for one in http.get("/api/v1/audit").json() if one["action"] == "flag.change"]
+        assert (details[0]["before"]["default"], details[0]["after"]["default"]) == ("off", "on")
 
 
 def test_a_command_holds_only_for_the_revision_that_was_read(surface: Running) -> None:

@@ -13,6 +13,7 @@ import msgspec
 
 from wherry_server.forecast import Outcomes, Run, forecast, synthetic
 from wherry_server.plan import Plan, parse_plan
+from wherry_shared.errors import RefusedError
 from wherry_simulators.models import Behaviour, VariantBehaviour
 from wherry_simulators.scenario import HOUR_MS, MODEL, Release, Scenario, manifest_of
 from wherry_simulators.world import World
@@ -38,8 +39,14 @@ def plan_of(wish: dict[str, Any]) -> Plan:
     """Return the plan of a plan file, for the simulated bundle.
 
     Raises:
-        RefusedError: as `plan.parse_plan`.
+        RefusedError: as `plan.parse_plan`; `plan_flag`.
     """
+    if wish.get("flag"):
+        raise RefusedError(
+            "plan_flag",
+            "a rehearsal tries a bundle, and no device tries a flag",
+            next_step="forecast the plan: wherry rollout simulate",
+        )
     known = {name: value for name, value in wish.items() if name not in ("models", "start", "device", "cohort")}
     bundle = {"model": MODEL, "version": NEW, "manifest": manifest_of(NEW)}
     return parse_plan({**known, "selector": "all", "models": [bundle]})

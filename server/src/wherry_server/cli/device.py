@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Annotated, Any, Literal
 
@@ -114,6 +115,8 @@ def _render(console: Console, device: dict[str, Any]) -> None:
             f"{name} → {model.get('target') or 'none'}" for name, model in sorted(offer["models"].items())
         )
         console.print(f"  offer    serial {offer['serial']} ({known}): {wanted or 'no models'}")
+        for name, value in sorted(offer["flags"].items()):
+            console.print(f"  flag     {name} = {json.dumps(value, ensure_ascii=False)}", markup=False)
 
 
 def _render_model(console: Console, model: dict[str, Any]) -> None:

@@ -238,7 +238,8 @@ def _definition(out: Console, found: dict[str, Any]) -> None:
         default = "  (default)" if name == found["default"] else ""
         out.print(f"  {name} = {json.dumps(value, ensure_ascii=False)}{default}", markup=False)
     for number, rule in enumerate(found["rules"], 1):
-        out.print(f"  rule {number}: {rule['variant']} {rule['share']:.4g} of {rule['when']}", markup=False)
+        share = "" if rule["share"] == 1 else f" {rule['share'] * 100:.6g}%"
+        out.print(f"  rule {number}: {rule['variant']}{share} if {rule['when']}", markup=False)
 
 
 def _spread(out: Console, spread: list[dict[str, Any]]) -> None:
