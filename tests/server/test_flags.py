@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from tests.server.fleet_kit import MODEL, PROJECT, FakeDevice, Fleet, fleet, manifest_of, run
 from tests.server.harness import Running
 from tests.server.test_comparison import PERIOD_S, Telling, gate_of
-from wherry_server import flag_bearer, flag_book, flag_trials, flag_values
+from wherry_server import flag_bearer, flag_book, flag_trials, flag_values, quarantine
 from wherry_server.cli import app
 from wherry_server.cli.flag import parse_rule, parse_variants
 from wherry_server.flags import parse_flag, ready
@@ -136,7 +136,8 @@ def test_every_device_gets_its_flags_in_a_new_offer_and_only_where_they_changed(
             rows = await found.rows("SELECT models, serial FROM offer WHERE device_id = :d", d=berlin[0].id)
             assert ("sha256:" in rows[0].models, rows[0].serial) == (True, 3)
             late = await found.enrol(1)
-            assert await bear(found) == 1
+            await found.conductor.reconcile()
+            assert await found.conductor.bear_flags() == 1, "a newcomer does not wait for the next look"
             assert await offered(found, late[0]) == {"new-threshold": 0.8}
             await flag_book.remove(found.database, PROJECT, "test", "new-threshold")
             assert await bear(found) == 6
@@ -163,6 +164,22 @@ def test_many_devices_are_brought_their_flags_in_batches_and_a_rollout_in_betwee
             assert await having(found, 0.65) == set(found.devices)
             assert [await found.conductor.bear_flags() for _ in range(3)] == [0, 0, 0]
             assert await having(found, 0.65) == set(found.devices)
+
+    run(work())
+
+
+def test_a_rule_over_versions_follows_what_a_device_runs(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            (device,) = await found.enrol(1, version="1.0.0")
+            rules = [{"when": f"runs.{MODEL} >= 1.1.0 and engine.onnxruntime >= 1.30", "variant": "new"}]
+            await save(found, {**THRESHOLD, "rules": rules})
+            await bear(found)
+            assert await offered(found, device) == {"new-threshold": 0.8}
+            await found.until(await found.roll_out("1.1.0"), "done")
+            await bear(found)
+            assert await offered(found, device) == {"new-threshold": 0.65}
 
     run(work())
 
@@ -330,10 +347,21 @@ def test_devices_that_fail_more_go_back_and_the_rollout_halts(tmp_path: Path) ->
             shown = await until(found, number, "halted")
             counts = shown["counts"]["real"]
             assert (counts["returned"], counts["reverted"], counts["revert_pending"]) == (2, 6, 0)
-            # who failed is in quarantine for that value, and another value is another thing
+            # who failed is in quarantine for that value, and so is their hardware; another value is another thing
             again = await roll_out_flag(found)
             await step(found)
             assert (await found.show(again))["why_not_yet"][0]["code"] == "held"
+            async with found.database.read() as connection:
+                (bad,) = await quarantine.hardware(connection, PROJECT)
+                left_out = await quarantine.devices(connection, PROJECT, model="flag:new-threshold")
+            assert bad["target"] == "flag:new-threshold/new"
+            assert {one["device"] for one in left_out} == {devices[5].id, devices[6].id}
+            await found.command(again, "abort")
+            await until(found, again, "aborted")
+            await save(found, {**THRESHOLD, "variants": {"old": 0.8, "new": 0.7}}, replace=True)
+            better = await roll_out_flag(found)
+            await until(found, better, "done")
+            assert len(await having(found, 0.7)) == 8
 
     run(work())
 
@@ -378,6 +406,34 @@ def test_gates_compare_devices_that_have_the_variant_with_those_that_do_not(tmp_
             shown = await until(found, number, "halted")
             assert shown["reason"] == f"{metric}_bound"
             assert await having(found, 0.65) == set()
+
+    run(work())
+
+
+def test_a_device_that_went_back_tries_again_when_it_is_told_to(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0")
+            devices = await found.enrol(4, version="1.0.0")
+            await save(found, THRESHOLD)
+            number = await roll_out_flag(found, **QUICK, failure={"count": 2})
+            await step(found)
+            await step(found)
+            await measure(found, devices[0], 20, 9)
+            await step(found)
+            await step(found)
+            assert await offered(found, devices[0]) == {"new-threshold": 0.8}
+            await found.command(number, "retry_failed")
+            await step(found)
+            assert await offered(found, devices[0]) == {"new-threshold": 0.65}
+            await step(found)
+            counts = (await found.show(number))["counts"]["real"]
+            assert (counts["returned"], counts["pending"]) == (0, 4), "what failed before counts no more"
+            for device in devices:
+                await measure(found, device, 20, 0)
+            await until(found, number, "done")
+            (row,) = await found.rows("SELECT attempt FROM assignment WHERE device_id = :d", d=devices[0].id)
+            assert row.attempt == 2
 
     run(work())
 

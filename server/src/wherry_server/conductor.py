@@ -407,16 +407,20 @@ class Conductor:
     async def _answer(self, hellos: list[Behind]) -> None:
         async with self.services.database.read() as connection:
             current = await offers.current(connection, [hello.device for hello in hellos])
-        behind, ahead = [], []
+        behind, ahead, new = [], [], set()
         for hello in hellos:
             standing = current.get(hello.device)
-            if standing is None or standing.number == Number(0, 0):
+            if standing is None:
+                continue
+            if standing.number == Number(0, 0):
+                new.add(hello.device)
                 continue
             said = Number(hello.epoch, hello.serial)
             if said < standing.number:
                 behind.append(hello.device)
             elif said > standing.number:
                 ahead.append(hello.device)
+        self._bear().owe(new)
         if ahead:
             log.warning("%d devices know newer offers than this server: going on above them", len(ahead))
             await self._compose_again(ahead)

@@ -6,6 +6,7 @@ several, the one that exposed the device last does. One that went back from it, 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -86,6 +87,13 @@ async def sources(
     seen = frozenset().union(*(views.looks(selector) for one in flags for selector, _, _ in one.rules))
     members = await cohorts.members(connection, project, Everything(), also=seen, devices=devices)
     given = await _given(connection, project, flags, devices, but)
+    return await asyncio.to_thread(_worked_out, members, flags, given)
+
+
+def _worked_out(
+    members: Sequence[cohorts.Member], flags: Sequence[Ready], given: dict[str, dict[str, Source]]
+) -> dict[str, dict[str, Source]]:
+    """Ask the rules of each flag about each device that no rollout gave a variant of it. Slow for many: in a thread."""
     found: dict[str, dict[str, Source]] = {}
     for member in members:
         view = member.view if member.view is not None else _SEEING_NOTHING

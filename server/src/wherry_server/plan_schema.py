@@ -22,7 +22,8 @@ def wish_schema() -> dict[str, Any]:
     plan, model = parts.pop("Plan"), parts["PlannedModel"]
     model["properties"].pop("manifest")
     model["required"].remove("manifest")
-    properties = {name: value for name, value in plan["properties"].items() if name not in TARGET}
+    added = {*TARGET, "value"}
+    properties = {name: value for name, value in plan["properties"].items() if name not in added}
     properties.update({name: {"type": "string", "description": text} for name, text in TARGET.items()})
     properties["start"] = {"type": "boolean", "description": "start it at once", "default": False}
     return {

@@ -107,8 +107,9 @@ _RELEASE = text(
     " AND released_at = 0"
 ).bindparams(bindparam("outcomes", expanding=True))
 _HARDWARE = text(
-    "SELECT k.manifest, k.hardware_class, k.reason, k.devices, k.updated_at, COALESCE(b.model || '/' || b.version, '') AS"
-    " target FROM known_bad k LEFT JOIN bundle b ON b.project_id = k.project_id AND b.manifest = k.manifest"
+    "SELECT k.manifest, k.hardware_class, k.reason, k.devices, k.updated_at, COALESCE(b.model || '/' || b.version,"
+    " (SELECT max(a.to_target) FROM assignment a JOIN rollout r ON r.id = a.rollout_id"
+    " WHERE r.project_id = k.project_id AND a.to_manifest = k.manifest), '') AS target FROM known_bad k LEFT JOIN bundle b ON b.project_id = k.project_id AND b.manifest = k.manifest"
     " WHERE k.project_id = :project ORDER BY k.manifest, k.hardware_class"
 )
 _CLEAR = text(

@@ -80,7 +80,7 @@ async def _create(connection: AsyncConnection, project: str, actor: str, wish: d
     if not isinstance(start, bool):
         raise RefusedError("plan_invalid", "start is true or false")
     selector, cohort = await _target(connection, project, wish)
-    models = wish.pop("models", [])
+    models = wish.pop("models", [] if wish.get("flag") else None)
     if not isinstance(models, list) or not all(isinstance(one, dict) for one in models):
         raise RefusedError("plan_invalid", "models is a list of {model, version}")
     plan = parse_plan(
