@@ -68,6 +68,8 @@ whether they answered or not; who answers later goes back later.
 
 `done`, `halted`, `aborted` and `reverted` are final: no evidence leaves them. A `done` rollout still exposes newcomers of its cohort.
 
+What is rolled out is a bundle, or a variant of a [feature flag](flags.md#rolling-a-variant-out): the actions mean the same.
+
 ## Pace
 
 Inside a stage `rate` bounds how many devices are exposed per minute (evenly growing with `ramp_to` and `ramp_s`; the ramp begins

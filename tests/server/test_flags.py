@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from tests.server.fleet_kit import MODEL, PROJECT, FakeDevice, Fleet, fleet, manifest_of, run
 from tests.server.harness import Running
 from tests.server.test_comparison import PERIOD_S, Telling, gate_of
+from tests.server.test_conductor import nobody_above_the_cut_off
 from wherry_server import flag_bearer, flag_book, flag_trials, flag_values, quarantine
 from wherry_server.cli import app
 from wherry_server.cli.flag import parse_rule, parse_variants
@@ -286,7 +287,10 @@ def test_a_variant_goes_through_its_stages_and_back(tmp_path: Path) -> None:
             sizes = []
             for _ in range(8):
                 await step(found)
+                await nobody_above_the_cut_off(found, number)
                 sizes.append(len(await having(found, 0.65)))
+                assigned = {row.device_id for row in await found.rows("SELECT device_id FROM assignment")}
+                assert await having(found, 0.65) == assigned, "nobody has it but by the rollout"
             shown = await found.show(number)
             assert (shown["state"], shown["model"], shown["version"]) == ("done", "flag:new-threshold", "new")
             assert shown["counts"]["real"]["confirmed"] == 10
