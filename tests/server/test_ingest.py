@@ -222,6 +222,21 @@ def test_two_ingests_over_one_database_agree_on_what_is_new(tmp_path: Path):
     run(work())
 
 
+def test_what_is_stored_already_without_its_stream_is_acknowledged_and_not_stored_twice(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            (device,) = await found.enrol(1)
+            await found.ingest.store("telemetry", [(device.id, telemetry(device, seq)) for seq in (1, 2)])
+            async with found.database.write() as connection:
+                await connection.execute(text("DELETE FROM stream WHERE stream = 'telemetry'"))
+            answers = await found.ingest.store("telemetry", [(device.id, telemetry(device, seq)) for seq in (1, 2, 3)])
+            assert acked(device, answers) == [("telemetry", "t1", 3)]
+            assert [row.seq for row in await found.rows("SELECT seq FROM telemetry_log ORDER BY seq")] == [1, 2, 3]
+            assert len(await found.rows("SELECT 1 FROM telemetry_window")) == 3
+
+    run(work())
+
+
 def test_only_a_newer_report_replaces_the_current_row(tmp_path: Path):
     async def work() -> None:
         async with fleet(tmp_path) as found:

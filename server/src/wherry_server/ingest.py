@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import asyncpg
 import msgspec
-from sqlalchemy import bindparam, text, update
+from sqlalchemy import Table, bindparam, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import hellos as hello_rules
@@ -80,6 +81,9 @@ class Stored:
     """Messages that were not stored before."""
 
 
+_Insert: TypeAlias = Callable[[AsyncConnection, Table, Sequence[str], Sequence[tuple[Any, ...]]], Awaitable[None]]
+
+
 class _Parsed(NamedTuple):
     device: str
     message: Any
@@ -111,9 +115,17 @@ class Ingest:
         hellos = self._open("hello", wire.Hello, received.get("hello", ()), now)
         reports = self._open("report", wire.Report, received.get("report", ()), now)
         telemetry = self._open("telemetry", wire.Telemetry, received.get("telemetry", ()), now)
-        result = Stored()
         if not (hellos or reports or telemetry):
-            return result
+            return Stored()
+        try:
+            return await self._store(hellos, reports, telemetry, now, bulk.insert_fresh)
+        except asyncpg.UniqueViolationError:  # another process stored some of it since this one looked
+            return await self._store(hellos, reports, telemetry, now, bulk.insert_new)
+
+    async def _store(
+        self, hellos: list[_Parsed], reports: list[_Parsed], telemetry: list[_Parsed], now: int, insert: _Insert
+    ) -> Stored:
+        result = Stored()
         async with self._database.write() as connection:
             spoken = {parsed.device for part in (hellos, reports, telemetry) for parsed in part}
             known = await self._active(connection, spoken)
@@ -124,8 +136,8 @@ class Ingest:
             fresh_reports = self._new(reports, "report", positions, now)
             fresh_telemetry = self._new(telemetry, "telemetry", positions, now)
             late = [p for p in fresh_reports if p.message.seq < reached[p.device, "report", p.message.epoch]]
-            await self._store_reports(connection, fresh_reports, late, positions, now)
-            await self._store_telemetry(connection, fresh_telemetry, now)
+            await self._store_reports(connection, fresh_reports, late, positions, now, insert)
+            await self._store_telemetry(connection, fresh_telemetry, now, insert)
             await self._save_streams(connection, positions, now)
             hellos = await self._news(connection, hellos, now)
             await self._store_hellos(connection, hellos, now)
@@ -191,7 +203,7 @@ class Ingest:
         return [parsed for parsed in part if parsed.device in known]
 
     async def _active(self, connection: AsyncConnection, devices: set[str]) -> set[str]:
-        rows = await connection.execute(_ACTIVE, {"project": self._project, "devices": sorted(devices)})
+        rows = await bulk.select_in(connection, _ACTIVE, sorted(devices), project=self._project)
         return {row[0] for row in rows}
 
     # --- streams --------------------------------------------------------------------------------
@@ -206,9 +218,8 @@ class Ingest:
             if not part:
                 continue
             spoken = {(parsed.device, parsed.message.epoch) for parsed in part}
-            rows = await connection.execute(
-                _STREAMS, {"stream": stream, "devices": sorted({device for device, _ in spoken})}
-            )
+            named = sorted({device for device, _ in spoken})
+            rows = await bulk.select_in(connection, _STREAMS, named, stream=stream)
             stored = {(row.device_id, row.epoch): row for row in rows}
             last: dict[str, int] = {}
             for (device, _), one in stored.items():
@@ -224,7 +235,7 @@ class Ingest:
                         gaps.append(device)
                 found[device, stream, epoch] = position
             if gaps:
-                for row in await connection.execute(_AHEAD[stream], {"stream": stream, "devices": sorted(set(gaps))}):
+                for row in await bulk.select_in(connection, _AHEAD[stream], sorted(set(gaps)), stream=stream):
                     held = found.get((row.device_id, stream, row.epoch))
                     if held is not None and row.seq > held.contiguous:
                         held.ahead.add(row.seq)
@@ -275,6 +286,7 @@ class Ingest:
         late: list[_Parsed],
         positions: dict[tuple[str, wire.StreamName, str], Position],
         now: int,
+        insert: _Insert,
     ) -> None:
         if not fresh:
             return
@@ -294,7 +306,7 @@ class Ingest:
                     now,
                 )
             )
-        await bulk.insert_new(connection, table(ReportLog), _REPORT_COLUMNS, log_rows)
+        await insert(connection, table(ReportLog), _REPORT_COLUMNS, log_rows)
         current = await self._newest(connection, fresh, positions)
         await bulk.upsert(
             connection,
@@ -317,7 +329,7 @@ class Ingest:
         """
         devices = sorted({parsed.device for parsed in fresh})
         standing: dict[tuple[str, str], tuple[int, int]] = {}
-        for row in await connection.execute(_CURRENT, {"devices": devices}):
+        for row in await bulk.select_in(connection, _CURRENT, devices):
             standing[row.device_id, row.model] = (row.opened_at or 0, row.seq)
         newest: dict[tuple[str, str], _Parsed] = {}
         for parsed in fresh:
@@ -410,7 +422,9 @@ class Ingest:
 
     # --- telemetry ------------------------------------------------------------------------------
 
-    async def _store_telemetry(self, connection: AsyncConnection, fresh: list[_Parsed], now: int) -> None:
+    async def _store_telemetry(
+        self, connection: AsyncConnection, fresh: list[_Parsed], now: int, insert: _Insert
+    ) -> None:
         if not fresh:
             return
         encode = msgspec.json.Encoder().encode
@@ -454,8 +468,8 @@ class Ingest:
                         encode(window),
                     )
                 )
-        await bulk.insert_new(connection, table(TelemetryLog), _TELEMETRY_COLUMNS, logs)
-        await bulk.insert_new(connection, table(TelemetryWindow), _WINDOW_COLUMNS, windows)
+        await insert(connection, table(TelemetryLog), _TELEMETRY_COLUMNS, logs)
+        await insert(connection, table(TelemetryWindow), _WINDOW_COLUMNS, windows)
 
     def _bounded(self, window: wire.Window, device: str, now: int) -> wire.Window:
         """Return a window without its samples if they are more than a device may send; its counts are as good as ever."""
@@ -472,7 +486,7 @@ class Ingest:
         """Return the newest hello of each device that has one which was not said before the last accepted one."""
         if not hellos:
             return []
-        rows = await connection.execute(_SAID, {"devices": sorted({parsed.device for parsed in hellos})})
+        rows = await bulk.select_in(connection, _SAID, sorted({parsed.device for parsed in hellos}))
         standing = {
             row.id: hello_rules.Standing(row.hello_at, row.boot, _nexts.decode(row.hello_streams or "{}"))
             for row in rows
@@ -528,7 +542,7 @@ class Ingest:
         if running:
             await connection.execute(_RUNNING, running)
         # A device that knows the current offer and runs what it is to return to is back, whatever report is on its way.
-        await connection.execute(_BACK, {"devices": sorted(newest), "now": now})
+        await bulk.execute_in(connection, _BACK, sorted(newest), now=now)
         for device in newest:
             self._seen[device] = now
 
@@ -538,15 +552,15 @@ class Ingest:
             return
         if len(self._seen) > KEYS_CACHED_MAX:
             self._seen.clear()
-        await connection.execute(_TOUCH, {"devices": sorted(due), "now": now})
+        await bulk.execute_in(connection, _TOUCH, sorted(due), now=now)
         for device in due:
             self._seen[device] = now
 
     async def _log_requests(self, connection: AsyncConnection, devices: set[str], now: int) -> dict[str, int]:
         if not devices:
             return {}
-        wanted = {"devices": sorted(devices), "project": self._project, "since": now - LOGS_FOR_US}
-        rows = await connection.execute(_LOGS_WANTED, wanted)
+        since = now - LOGS_FOR_US
+        rows = await bulk.select_in(connection, _LOGS_WANTED, sorted(devices), project=self._project, since=since)
         return {row.device_id: row.requested_at for row in rows}
 
     def _ack(self, device: str, stream: wire.StreamName, epoch: str, seq: int, logs: int) -> bytes:
@@ -669,42 +683,32 @@ _WINDOW_COLUMNS = (
 )
 
 
-def _in_devices(sql: str, *more: str) -> Any:
-    statement = text(sql).bindparams(bindparam("devices", expanding=True))
-    for name in more:
-        statement = statement.bindparams(bindparam(name, expanding=True))
-    return statement
-
-
-_ACTIVE = _in_devices("SELECT id FROM device WHERE id IN :devices AND project_id = :project AND state = 'active'")
-_SAID = _in_devices(
-    "SELECT id, boot, hello_at, CAST(hello_streams AS TEXT) AS hello_streams FROM device WHERE id IN :devices"
-)
+_ACTIVE = "SELECT id FROM device WHERE id IN :keys AND project_id = :project AND state = 'active'"
+_SAID = "SELECT id, boot, hello_at, CAST(hello_streams AS TEXT) AS hello_streams FROM device WHERE id IN :keys"
 _nexts = msgspec.json.Decoder(hello_rules.Nexts)
-_STREAMS = _in_devices(
+_STREAMS = (
     "SELECT device_id, epoch, contiguous, highest, lost, opened_at FROM stream"
-    " WHERE device_id IN :devices AND stream = :stream"
+    " WHERE device_id IN :keys AND stream = :stream"
 )
 _LOGS: dict[wire.StreamName, str] = {"report": "report_log", "telemetry": "telemetry_log"}
 _AHEAD: dict[wire.StreamName, Any] = {
-    name: _in_devices(
+    name: (
         f"SELECT l.device_id, l.epoch, l.seq FROM {source} l JOIN stream s ON s.device_id = l.device_id"  # noqa: S608
-        " AND s.epoch = l.epoch AND s.stream = :stream WHERE l.device_id IN :devices AND l.seq > s.contiguous"
+        " AND s.epoch = l.epoch AND s.stream = :stream WHERE l.device_id IN :keys AND l.seq > s.contiguous"
     )
     for name, source in _LOGS.items()
 }
-_CURRENT = _in_devices(
+_CURRENT = (
     "SELECT m.device_id, m.model, m.seq, s.opened_at FROM device_model m LEFT JOIN stream s"
-    " ON s.device_id = m.device_id AND s.stream = 'report' AND s.epoch = m.stream_epoch WHERE m.device_id IN :devices"
+    " ON s.device_id = m.device_id AND s.stream = 'report' AND s.epoch = m.stream_epoch WHERE m.device_id IN :keys"
 )
 _SINCE = text(
     "SELECT seq, body FROM report_log WHERE device_id = :device AND epoch = :epoch AND seq > :seq ORDER BY seq"
 )
-_ASSIGNED = _in_devices(
+_ASSIGNED = text(
     "SELECT rollout_id, device_id, model, attempt, from_manifest, to_manifest, outcome FROM assignment"
-    " WHERE rollout_id IN :rollouts AND device_id IN :devices",
-    "rollouts",
-)
+    " WHERE rollout_id IN :rollouts AND device_id IN :devices"
+).bindparams(bindparam("rollouts", expanding=True), bindparam("devices", expanding=True))
 _CHANGE = text(
     "UPDATE assignment SET outcome = :outcome, reason = :reason, detail = :detail, settled_at = :settled_at,"
     " noticed_at = CASE WHEN noticed_at = 0 THEN :now ELSE noticed_at END, requests = :requests, errors = :errors, latency_ratio = :latency_ratio"
@@ -722,16 +726,16 @@ _RUNNING = text(
     " :epoch, 0, :now) ON CONFLICT (device_id, model) DO UPDATE SET running = excluded.running, updated_at = :now"
     " WHERE device_model.running <> excluded.running AND device_model.stream_epoch = :epoch AND device_model.seq < :next"
 )
-_BACK = _in_devices(
+_BACK = (
     "UPDATE assignment SET outcome = 'reverted', settled_at = :now WHERE outcome = 'revert_pending'"
-    " AND device_id IN :devices"
+    " AND device_id IN :keys"
     " AND EXISTS (SELECT 1 FROM device d JOIN offer o ON o.device_id = d.id WHERE d.id = assignment.device_id"
     " AND d.offer_epoch = o.epoch AND d.offer_serial = o.serial)"
     " AND COALESCE((SELECT m.running FROM device_model m WHERE m.device_id = assignment.device_id"
     " AND m.model = assignment.model), '') = assignment.from_manifest"
 )
-_TOUCH = _in_devices("UPDATE device SET last_seen_at = :now WHERE id IN :devices")
-_LOGS_WANTED = _in_devices(
-    "SELECT device_id, requested_at FROM device_log WHERE device_id IN :devices AND project_id = :project"
+_TOUCH = "UPDATE device SET last_seen_at = :now WHERE id IN :keys"
+_LOGS_WANTED = (
+    "SELECT device_id, requested_at FROM device_log WHERE device_id IN :keys AND project_id = :project"
     " AND requested_at > received_at AND requested_at > :since"
 )
