@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,20 +175,23 @@ class Conductor:
         due = {rollout: known for rollout, known in self._known.items() if known.untold(now)}
         if not due:
             return
-        rows = [
-            (rollout, self.services.project, *known.status, moment)
-            for rollout, known in due.items()
-            if known.status is not None
-        ]
         try:
             async with self.services.database.write() as connection:
                 await self.lease.check(connection)
-                await bulk.upsert(connection, table(RolloutStatus), _STATUS, rows, update=_STATUS[2:])
+                await self._write_status(connection, due, moment)
         except UnreachableError as error:
             log.info("%s", error.message)
             return
         for known in due.values():
             known.told, known.told_at = known.status, now
+
+    async def _write_status(self, connection: AsyncConnection, known: Mapping[str, _Known], moment: int) -> None:
+        rows = [
+            (rollout, self.services.project, *one.status, moment)
+            for rollout, one in known.items()
+            if one.status is not None
+        ]
+        await bulk.upsert(connection, table(RolloutStatus), _STATUS, rows, update=_STATUS[2:])
 
     async def _look(self, row: Any) -> bool:
         known = self._known.get(row.id)
@@ -217,7 +220,8 @@ class Conductor:
         idle = all(isinstance(one, Expose) for one in decisions) and not prepared.exposed
         if idle and after == progress and not row.wanted:
             return False
-        await self._commit(row, known.plan, progress, after, decisions, found, prepared, moment)
+        await self._commit(row, known, progress, after, decisions, found, prepared, moment)
+        known.told_at = -TELL_AGAIN_S  # what it changed is told in the next turn
         self._after(known, prepared)
         for one in decisions:
             if isinstance(one, Moved):
@@ -286,7 +290,7 @@ class Conductor:
     async def _commit(
         self,
         row: Any,
-        plan: Plan,
+        known: _Known,
         before: Progress,
         after: Progress,
         decisions: tuple[Decision, ...],
@@ -294,7 +298,7 @@ class Conductor:
         prepared: Prepared,
         moment: int,
     ) -> None:
-        """Write progress, decision, assignments and offers together, or nothing.
+        """Write progress, decision, assignments, offers, and on what it was decided together, or nothing.
 
         Raises:
             UnreachableError: `rollout_changed` or `lease_lost`: look again.
@@ -332,8 +336,9 @@ class Conductor:
                 said = {"model": row.model, "stage": after.stage, "reason": after.reason}
                 await audit.append(connection, row.project_id, "director", action, str(row.number), **said)
             if after.reason in CONDEMNING and before.state != "returning":
-                await self._remember_bad(connection, row, plan, moment)
-            await assignments.apply(connection, row, plan, prepared, moment)
+                await self._remember_bad(connection, row, known.plan, moment)
+            await self._write_status(connection, {row.id: known}, moment)
+            await assignments.apply(connection, row, known.plan, prepared, moment)
 
     async def _remember_bad(self, connection: AsyncConnection, row: Any, plan: Plan, moment: int) -> None:
         """Keep the bundle from the hardware on which it failed beyond the bound."""
