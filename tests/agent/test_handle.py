@@ -35,7 +35,9 @@ from wherry_agent.telemetry import Context, Windows
 from wherry_shared.engines import BadInput, EngineFault
 from wherry_shared.engines.canonical import BUCKET_BITS
 from wherry_shared.errors import RefusedError, UnreachableError
+from wherry_shared.limits import METRICS_PER_WINDOW_MAX
 from wherry_shared.sketch import Sketch
+from wherry_shared.wire import Sum
 
 ONES = {"x": np.ones((1, 4), np.float32)}
 NEGATIVE = {"x": np.full((1, 4), -1, np.float32)}
@@ -507,6 +509,38 @@ def test_answers_that_the_application_calls_wrong_are_counted(tmp_path: Path, su
 
         until(lambda: rejected() == 3, "the supervisor has all of them")
         assert supervisor.verdicts == [], "none of them condemns alone"
+
+
+def test_what_an_application_tells_of_an_answer_is_of_the_version_that_gave_it(tmp_path: Path, supervisor: Supervisor):
+    supervisor.publish(loadable(models.scale(tmp_path / "old.onnx", 2.0)))
+    with supervisor.model() as model:
+        first = model.run(ONES)
+        supervisor.publish_and_settle(loadable(models.scale(tmp_path / "new.onnx", 3.0), "2.0.0"))
+        assert model.tell("agreed", 1, first)
+        assert model.tell("agreed", 0, model.run(ONES))
+        assert model.tell("agreed", 1)
+        told: dict[str, Sum] = {}
+
+        def arrived() -> bool:
+            told.update(
+                {stats.digest: sum_ for stats in supervisor.server.drain_stats() for sum_ in stats.metrics.values()}
+            )
+            return sum(one.count for one in told.values()) == 3
+
+        until(arrived, "the supervisor has all of them")
+        assert told == {first.by.digest: Sum(count=1, total=1.0), model.served.digest: Sum(count=2, total=1.0)}
+        for name, value, code in [
+            ("Agreed", 1, "metric_name"),
+            ("a" * 41, 1, "metric_name"),
+            ("agreed", float("nan"), "metric_value"),
+            ("agreed", 1e13, "metric_value"),
+        ]:
+            with pytest.raises(RefusedError, match=code):
+                model.tell(name, value)
+        for number in range(METRICS_PER_WINDOW_MAX - 1):
+            model.tell(f"m{number}", 1)
+        with pytest.raises(RefusedError, match="metrics_too_many"):
+            model.tell("one_more", 1)
 
 
 def test_nothing_to_serve_and_nobody_there_are_told_apart(tmp_path: Path, supervisor: Supervisor):

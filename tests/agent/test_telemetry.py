@@ -22,7 +22,7 @@ from wherry_agent import telemetry
 from wherry_agent.children import ArmStats
 from wherry_agent.telemetry import ARMS_MAX, HANDLES, Buffer, Context, Windows
 from wherry_shared.sketch import Sketch
-from wherry_shared.wire import Telemetry, Window
+from wherry_shared.wire import Sum, Telemetry, Window
 
 SECOND = 1_000_000
 
@@ -68,6 +68,34 @@ def test_a_shadow_that_its_budget_never_lets_run_is_seen_too() -> None:
     windows.look("worker", [arm(arm="shadow", skipped=9)], 0)
     (window,) = windows.cut(SECOND, context)
     assert (window.requests, window.skipped) == (0, 9)
+
+
+def test_what_an_application_told_is_told_once_also_without_requests() -> None:
+    def told(count: int, total: float) -> ArmStats:
+        return arm(metrics={"agreed": Sum(count=count, total=total)})
+
+    windows = Windows()
+    windows.look(HANDLES, [told(4, 3.0)], 0)
+    (first,) = windows.cut(SECOND, context)
+    windows.look(HANDLES, [told(10, 4.5)], 2 * SECOND)
+    (second,) = windows.cut(3 * SECOND, context)
+    windows.look(HANDLES, [told(10, 4.5)], 4 * SECOND)
+    assert first.metrics == {"agreed": Sum(count=4, total=3.0)}
+    assert second.metrics == {"agreed": Sum(count=6, total=1.5)}
+    assert windows.cut(5 * SECOND, context) == []
+
+
+def test_deaths_of_a_worker_are_windows_of_their_own() -> None:
+    windows = Windows()
+    for at in (SECOND, 2 * SECOND):
+        windows.crashed(telemetry.crash_window(arm(), at, context(arm())))
+    windows.crashed(telemetry.crash_window(arm("0.9.0", arm="incumbent"), 2 * SECOND, context(arm())))
+    found = windows.cut(3 * SECOND, context)
+    assert [(one.arm, one.start, one.requests, one.crashes) for one in found] == [
+        ("candidate", SECOND, 0, 2),
+        ("incumbent", 2 * SECOND, 0, 1),
+    ]
+    assert windows.cut(4 * SECOND, context) == []
 
 
 def test_counts_of_a_new_process_begin_at_nothing() -> None:

@@ -55,6 +55,10 @@ class Telling:
         """What of a device its rates and times go by."""
         self.medians_us: dict[str, float] = {}
         """Version → median engine time on the fastest device."""
+        self.crash_shares: dict[str, float] = {}
+        """Version → share of periods in which the worker dies."""
+        self.agreed: dict[str, float] = {}
+        """Version → share of answers to which somebody agrees, on a device that is as good as they come."""
         found.conductor.moment = lambda: self.start + int(found.seconds * 1_000_000)
 
     async def period(self) -> None:
@@ -82,15 +86,27 @@ class Telling:
             requests=REQUESTS,
             errors=sum(self.random.random() < rate for _ in range(REQUESTS)),
             latency_us={"3": self._latency(device).to_wire()} if self.medians_us else {},
+            metrics=self._metrics(device),
         )
+        died = self.random.random() < self._of(self.crash_shares, device, 0.0)
+        crash = msgspec.structs.replace(window, requests=0, errors=0, latency_us={}, metrics={}, crashes=1)
+        windows = [window, crash] if died else [window]
         return device.frame(
             "telemetry",
-            wire.Telemetry(format=1, device=device.id, epoch="t", seq=seq, first=1, at=at, windows=[window]),
+            wire.Telemetry(format=1, device=device.id, epoch="t", seq=seq, first=1, at=at, windows=windows),
         )
+
+    def _of(self, by_version: dict[str, float], device: FakeDevice, otherwise: float) -> float:
+        return {manifest_of(version): value for version, value in by_version.items()}.get(self.what(device), otherwise)
+
+    def _metrics(self, device: FakeDevice) -> dict[str, wire.Sum]:
+        share = self._of(self.agreed, device, -1) * random.Random(device.id).uniform(0.9, 1)
+        told = sum(self.random.random() < share for _ in range(20))
+        return {"agreed": wire.Sum(count=20, total=float(told))} if share >= 0 else {}
 
     def _latency(self, device: FakeDevice) -> Sketch:
         """Devices differ tenfold, and are a tenth slower or faster from window to window."""
-        median = {manifest_of(version): value for version, value in self.medians_us.items()}[self.what(device)]
+        median = self._of(self.medians_us, device, 0.0)
         own = random.Random(device.id).uniform(1, 10) * self.random.uniform(0.9, 1.1)
         sketch = Sketch()
         for _ in range(40):
@@ -218,6 +234,47 @@ def test_a_version_is_slower_where_devices_are_slower_than_they_were(tmp_path: P
             if outcome == "breach":
                 assert (await found.until(number, "halted"))["reason"] == "latency_bound"
                 assert {device.running for device in devices} == {manifest_of("1.0.0")}
+
+    run(work())
+
+
+RATED = {"metric": "crash_rate", "harm": 10.0}
+AGREED = {"metric": "app:agreed", "better": "higher", "harm": 0.2}
+OUTCOMES = [
+    # gate, what the old and the new version do, outcome, estimate, why
+    (RATED, (0.05, 0.05), "pass", 0.0, "a worker that dies three times an hour, as it did before"),
+    (RATED, (0.05, 0.9), "breach", 51.0, "one that dies nearly every minute"),
+    (AGREED, (0.8, 0.8), "pass", 0.0, "people agree as they did"),
+    (AGREED, (0.8, 0.4), "breach", 0.4, "people agree to half as many"),
+    ({**AGREED, "better": "lower"}, (0.8, 0.4), "pass", -0.4, "fewer are better"),
+    (AGREED, (0.8, 2.0), "pass", -0.24, "nobody may have more than the cap"),
+]
+
+
+@pytest.mark.parametrize(("gate", "does", "outcome", "estimate", "why"), OUTCOMES)
+def test_crashes_and_what_applications_tell_are_compared(
+    tmp_path: Path, gate: dict[str, Any], does: tuple[float, float], outcome: str, estimate: float, why: str
+):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            await found.enrol(120, version="1.0.0")
+            telling = Telling(found, {"1.0.0": 0.0, "1.1.0": 0.0})
+            known = telling.crash_shares if gate is RATED else telling.agreed
+            known.update(zip(("1.0.0", "1.1.0"), does, strict=True))
+            stages = [{"share": 0.5}, {"share": 1.0}]
+            number = await found.roll_out("1.1.0", stages=stages, gates=[gate], period_s=PERIOD_S)
+            await found.turn()
+            for _ in range(7):
+                await telling.period()
+                shown = await found.show(number)
+                if shown["state"] != "running" or shown["stage"] == 1:
+                    break
+            said = gate_of(shown, gate["metric"])
+            assert said["outcome"] == outcome, why
+            assert abs(said["numbers"]["estimate"] - estimate) < (9 if gate is RATED else 0.12), why
+            if outcome == "breach":
+                assert (await found.until(number, "halted"))["reason"] == f"{gate['metric']}_bound"
 
     run(work())
 

@@ -18,7 +18,7 @@ from wherry_server import hellos, ingest
 from wherry_server.streams import AHEAD_MAX, SEQ_MAX, Position
 from wherry_shared import frames, ids, wire
 from wherry_shared.errors import RefusedError
-from wherry_shared.limits import SAMPLE_BYTES_MAX, SAMPLES_PER_WINDOW_MAX
+from wherry_shared.limits import METRICS_PER_WINDOW_MAX, SAMPLE_BYTES_MAX, SAMPLES_PER_WINDOW_MAX
 
 pytestmark = pytest.mark.backends
 
@@ -124,6 +124,37 @@ def test_samples_are_stored_within_their_bounds_and_what_is_beyond_is_counted(tm
                 ([], 2 + SAMPLES_PER_WINDOW_MAX + 1, 3),
             ]
             assert found.ingest.refused == {"samples_too_large": 2}
+
+    run(work())
+
+
+METRICS = [
+    ({f"m{n}": wire.Sum(count=2, total=-1.5) for n in range(METRICS_PER_WINDOW_MAX)}, True),
+    ({f"m{n}": wire.Sum(count=2, total=1.0) for n in range(METRICS_PER_WINDOW_MAX + 1)}, False),
+    ({"Upper": wire.Sum(count=2, total=1.0)}, False),
+    ({"m": wire.Sum(count=0, total=1.0)}, False),
+]
+
+
+def test_crashes_and_metrics_are_stored_within_their_bounds(tmp_path: Path):
+    windows = [msgspec.structs.replace(window_with(), crashes=4, metrics=metrics) for metrics, _ in METRICS]
+
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            (device,) = await found.enrol(1)
+            frame = telemetry(device, 1, windows=windows)
+            for _ in range(2):  # the second is a repetition
+                acks = await found.ingest.store("telemetry", [(device.id, frame)])
+            assert acked(device, acks) == [("telemetry", "t1", 1)]
+            rows = await found.rows("SELECT crashes, requests FROM telemetry_window")
+            assert [(row.crashes, row.requests) for row in rows] == [(4, 3)] * len(METRICS)
+            rows = await found.rows(
+                "SELECT position, name, model, arm, count, total FROM telemetry_metric ORDER BY name"
+            )
+            kept = [(position, name) for position, (metrics, fits) in enumerate(METRICS) if fits for name in metrics]
+            assert [(row.position, row.name) for row in rows] == kept
+            assert {(row.model, row.arm, row.count, row.total) for row in rows} == {("m", "incumbent", 2, -1.5)}
+            assert found.ingest.refused == {"metrics_invalid": 3}
 
     run(work())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,6 +56,24 @@ def test_a_report_is_refused_with(change: dict[str, object], code: str) -> None:
     with pytest.raises(RefusedError) as caught:
         wire.parse(wire.Report, json.dumps(body).encode())
     assert caught.value.code == code
+
+
+def test_a_window_that_tells_more_is_read_by_whoever_knows_less_and_the_other_way_round() -> None:
+    class Older(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+        """A window, as agents and servers had it that knew neither crashes nor metrics."""
+
+        model: str
+        requests: int = 0
+
+    kind = {"model": "m", "manifest": "sha256:0", "variant": "v", "arm": "candidate", "start": 1, "duration_us": 2}
+    told = wire.Window(**kind, requests=3, crashes=1, metrics={"agreed": wire.Sum(count=2, total=1.5)})
+    assert wire.parse(wire.Window, wire.encode(told)) == told
+    assert wire.parse(Older, wire.encode(told)) == Older(model="m", requests=3)
+    before = json.dumps({**kind, "requests": 3}).encode()
+    assert wire.parse(wire.Window, before) == msgspec.structs.replace(told, crashes=0, metrics={})
+    assert json.loads(wire.encode(wire.Window(**kind, requests=3))) == {**kind, "requests": 3}, (
+        "old servers see no news"
+    )
 
 
 def test_an_oversize_message_is_refused_before_it_is_parsed() -> None:

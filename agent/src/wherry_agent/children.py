@@ -15,7 +15,7 @@ from typing import Any, Literal
 import msgspec
 
 from wherry_shared.bundle import Interface, Processing
-from wherry_shared.wire import Mode, Offer, OfferedModel, Sample, VariantTried
+from wherry_shared.wire import Mode, Offer, OfferedModel, Sample, Sum, VariantTried
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
@@ -414,6 +414,8 @@ class ArmStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Requests of the share that were not run: the CPU budget was used up, the queue full, or callers needed the cores."""
     distance: dict[str, int] = {}
     """Sketch of the distance between the two answers: largest difference over the range of the incumbent's output."""
+    metrics: dict[str, Sum] = {}
+    """What the application told of the answers, by name."""
     last_error: str = ""
     life: int = 0
     """Changes when the counts begin from nothing, as they do when a version comes back: whoever takes differences must know."""

@@ -62,7 +62,7 @@ from wherry_agent.settings import MIB, Settings
 from wherry_agent.sharing import Sharing
 from wherry_agent.socket_name import SocketName
 from wherry_agent.space import Space
-from wherry_agent.telemetry import HANDLES, Buffer, Context, Windows
+from wherry_agent.telemetry import HANDLES, Buffer, Context, Windows, crash_window
 from wherry_agent.turn import flags_of
 from wherry_shared import dsse, reasons, topics, wire
 from wherry_shared.bundle import Contract
@@ -1227,7 +1227,27 @@ class Daemon:
     def _worker_died(self, detail: str, *, ordered: bool, ran: tuple[Ran, ...] = ()) -> None:
         self._unsettled.clear()  # what it served is gone with it
         self._grpc_doing = self._grpc_socket_doing = "not served yet"
+        if not ordered:
+            self._count_crash(ran)
         self._turn(s.WorkerDied(f"the worker ended with {detail}", ordered, ran))
+
+    def _count_crash(self, ran: tuple[Ran, ...]) -> None:
+        """Note which versions a dead worker ran; where nobody knows, each version that answered first."""
+        at_us = self._now().wall_us
+        for model in machine.serving(self._state):
+            arm = "incumbent" if not model.trial else "shadow" if model.mode == "shadow" else "candidate"
+            for loadable, its in ((model.active, arm), (model.incumbent, "incumbent")):
+                known = loadable is not None and Ran(loadable.model, loadable.manifest, loadable.variant) in ran
+                if loadable is None or not (known if ran else loadable is model.active):
+                    continue
+                stats = ArmStats(
+                    model=loadable.model,
+                    manifest=loadable.manifest,
+                    variant=loadable.variant,
+                    digest=loadable.digest,
+                    arm=its,
+                )
+                self._windows.crashed(crash_window(stats, at_us, self._context(stats)))
 
     def _look(self, arms: list[ArmStats] | None = None, pid: int = 0) -> None:
         """Take the newest counts of worker and handles, and let the machine weigh those of candidates."""

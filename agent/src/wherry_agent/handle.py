@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -43,6 +44,7 @@ from wherry_shared.engines.canonical import ShortWay
 from wherry_shared.engines.errors import BadInput, EngineFault
 from wherry_shared.engines.session import Array
 from wherry_shared.errors import RefusedError, UnreachableError, WherryError
+from wherry_shared.limits import METRIC_NAME, METRIC_VALUE_MAX, METRICS_PER_WINDOW_MAX
 from wherry_shared.processing import Chain, Raw
 
 log = logging.getLogger(__name__)
@@ -342,18 +344,45 @@ class Model:
         by = answer.by if answer is not None else self.served
         if self._writer is None:
             raise _unheard()
-        with self._counters_lock:
-            counters = [
-                counter
-                for counter in self._counters.values()
-                if (counter.loadable.digest, counter.trial) == (by.digest, by.trial)
-            ]
-        if not counters:
+        counter = self._counter_of(by)
+        if counter is None:
             raise RefusedError("version_gone", f"{by.model} {by.version} is not counted here any more")
-        counters[-1].rejected(reason)
+        counter.rejected(reason)
         self._hurry.set()
         if severe and not self._say(messages.BadReport(digest=by.digest, trial=by.trial, reason=reason[:500])):
             raise _unheard()
+
+    def tell(self, name: str, value: float, answer: Answer | Prediction | None = None) -> bool:
+        """Tell a number about what a version answers: the version that gave `answer`, or the one that serves now.
+
+        It may be a measure (millimetres that a part was off) or a verdict (1 if a person agreed, else 0), at once or as soon
+        as it is known. Counts and sums go to the server with the telemetry, where the gate `app:NAME` of a rollout compares
+        their mean on devices that have the candidate with that on devices that do not. The number itself is not kept.
+
+        Args:
+            name: at most 40 characters: a letter, then letters, digits, `_`, `.` and `-`, all small.
+            value: a finite number.
+            answer: the answer that it is about.
+
+        Returns:
+            Whether it counts; not, if the version of that answer left long ago.
+
+        Raises:
+            UnreachableError: `no_model`, without an `answer`.
+            RefusedError: `metric_name`, `metric_value`, or `metrics_too_many` names for one version.
+        """
+        if not METRIC_NAME.fullmatch(name):
+            raise RefusedError("metric_name", f"{name[:60]!r} is no name of a metric: {METRIC_NAME.pattern}")
+        if not isfinite(value) or abs(value) > METRIC_VALUE_MAX:
+            raise RefusedError("metric_value", f"{name} {value} is not a number up to {METRIC_VALUE_MAX:g}")
+        counter = self._counter_of(answer.by if answer is not None else self.served)
+        if counter is None:
+            return False
+        if not counter.told(name, float(value)):
+            raise RefusedError(
+                "metrics_too_many", f"{self.name} has {METRICS_PER_WINDOW_MAX} metrics already, {name} is one too many"
+            )
+        return True
 
     def close(self) -> None:
         """Say goodbye and let go of the model."""
@@ -650,6 +679,16 @@ class Model:
             while len(self._counters) > COUNTERS_MAX:
                 del self._counters[next(iter(self._counters))]
             return counter
+
+    def _counter_of(self, by: Served) -> Counter | None:
+        """Return what counts the answers of a version, None if it left long ago."""
+        with self._counters_lock:
+            counters = [
+                counter
+                for counter in self._counters.values()
+                if (counter.loadable.digest, counter.trial) == (by.digest, by.trial)
+            ]
+        return counters[-1] if counters else None
 
     def _count(self) -> None:
         due = time.monotonic() + COUNT_SECONDS

@@ -18,6 +18,7 @@ import struct
 import threading
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -32,7 +33,9 @@ from wherry_shared.bundle import Contract, check_interface
 from wherry_shared.errors import DeviceError, RefusedError
 from wherry_shared.flags import same
 from wherry_shared.ids import check_name
+from wherry_shared.limits import METRIC_NAME, METRICS_PER_WINDOW_MAX
 from wherry_shared.sketch import Sketch
+from wherry_shared.wire import Sum
 
 log = logging.getLogger(__name__)
 
@@ -478,6 +481,7 @@ def merged(one: ArmStats, other: ArmStats) -> ArmStats:
         agreed=one.agreed + other.agreed,
         skipped=one.skipped + other.skipped,
         distance=_added(one.distance, other.distance),
+        metrics=_summed(one.metrics, other.metrics),
         last_error=other.last_error or one.last_error,
     )
 
@@ -489,6 +493,23 @@ def _check_sketches(arms: list[ArmStats]) -> None:
                 Sketch.from_wire(wire)
     except ValueError as error:
         raise RefusedError("message_invalid", f"counts hold a sketch that is none: {error}") from error
+    for stats in arms:
+        if len(stats.metrics) > METRICS_PER_WINDOW_MAX or not all(
+            METRIC_NAME.fullmatch(name) and isfinite(told.total) for name, told in stats.metrics.items()
+        ):
+            raise RefusedError("message_invalid", "counts hold metrics that no application may tell")
+
+
+def _summed(one: dict[str, Sum], other: dict[str, Sum]) -> dict[str, Sum]:
+    """Add what two processes told, of so many names as one may have."""
+    found = dict(one)
+    for name, told in other.items():
+        known = found.get(name)
+        if known is not None:
+            found[name] = Sum(count=known.count + told.count, total=known.total + told.total)
+        elif len(found) < METRICS_PER_WINDOW_MAX:
+            found[name] = told
+    return found
 
 
 def _added(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:

@@ -23,7 +23,7 @@ from wherry_agent.children import ArmStats, Sampled
 from wherry_agent.handle_server import merged
 from wherry_shared import wire
 from wherry_shared.limits import SAMPLE_BYTES_MAX, SAMPLES_PER_WINDOW_MAX
-from wherry_shared.wire import IN_PROCESS, Arm, Sample, Telemetry, Window
+from wherry_shared.wire import IN_PROCESS, Arm, Sample, Sum, Telemetry, Window
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ class Windows:
         self._baselines: dict[tuple[str, str, bool], ArmStats] = {}
         self._samples: dict[_Key, list[Sample]] = {}
         self._left_out: dict[_Key, int] = {}
+        self._crashes: dict[tuple[str, str, str, str], Window] = {}
 
     def look(self, source: str, arms: Iterable[ArmStats], at_us: int) -> None:
         """Take the newest counts of a source."""
@@ -90,6 +91,15 @@ class Windows:
         held += taken
         self._left_out[key] = self._left_out.get(key, 0) + sampled.left_out + len(sampled.samples) - len(taken)
 
+    def crashed(self, window: Window) -> None:
+        """Take a window that says only that the worker died; those of the same version and arm are one."""
+        key = (window.model, window.manifest, window.variant, window.arm)
+        known = self._crashes.get(key)
+        if known is not None:
+            window = msgspec.structs.replace(known, crashes=known.crashes + window.crashes)
+        if known is not None or len(self._crashes) < ARMS_MAX:
+            self._crashes[key] = window
+
     def baseline(self, model: str, digest: str) -> ArmStats | None:
         """Return the fullest counts of an incumbent in this life of the agent, by the worker and by applications."""
         found = [self._baselines.get((model, digest, inside)) for inside in (False, True)]
@@ -102,13 +112,15 @@ class Windows:
 
     def cut(self, at_us: int, context: Callable[[ArmStats], Context]) -> list[Window]:
         """Return what was counted since the last cut."""
-        windows = []
+        windows = list(self._crashes.values())
+        self._crashes.clear()
         for key, stats in self._latest.items():
             before = self._cut.get(key)
             requests = stats.requests - (before.requests if before is not None else 0)
             fallbacks = stats.fallbacks - (before.fallbacks if before is not None else 0)
             skipped = stats.skipped - (before.skipped if before is not None else 0)
-            if requests > 0 or fallbacks > 0 or skipped > 0:
+            told = bool(_told_since(stats.metrics, before.metrics if before is not None else {}))
+            if requests > 0 or fallbacks > 0 or skipped > 0 or told:
                 window = _window(stats, before, self._since_us[key], at_us, context(stats))
                 samples, left_out = self._samples.pop(key, []), self._left_out.pop(key, 0)
                 windows.append(msgspec.structs.replace(window, samples=samples, samples_left_out=left_out))
@@ -143,8 +155,26 @@ def _in_process(stats: ArmStats) -> ArmStats:
     return msgspec.structs.replace(stats, latency_us=marked)
 
 
+def crash_window(stats: ArmStats, at_us: int, context: Context) -> Window:
+    """Return the window of a death of the worker while it held this version."""
+    return Window(
+        model=stats.model,
+        manifest=stats.manifest,
+        variant=stats.variant,
+        arm=_arm(stats),
+        start=at_us,
+        duration_us=0,
+        rollout=context.rollout,
+        attempt=context.attempt,
+        crashes=1,
+    )
+
+
+def _arm(stats: ArmStats) -> Arm:
+    return "candidate" if stats.arm == "candidate" else "shadow" if stats.arm == "shadow" else "incumbent"
+
+
 def _window(stats: ArmStats, before: ArmStats | None, start_us: int, at_us: int, context: Context) -> Window:
-    arm: Arm = "candidate" if stats.arm == "candidate" else "shadow" if stats.arm == "shadow" else "incumbent"
     old = before or msgspec.structs.replace(
         stats,
         requests=0,
@@ -158,6 +188,7 @@ def _window(stats: ArmStats, before: ArmStats | None, start_us: int, at_us: int,
         agreed=0,
         skipped=0,
         distance={},
+        metrics={},
     )
     latency = {
         bucket: bins for bucket, now in stats.latency_us.items() if (bins := _less(now, old.latency_us.get(bucket, {})))
@@ -166,7 +197,7 @@ def _window(stats: ArmStats, before: ArmStats | None, start_us: int, at_us: int,
         model=stats.model,
         manifest=stats.manifest,
         variant=stats.variant,
-        arm=arm,
+        arm=_arm(stats),
         start=start_us,
         duration_us=max(0, at_us - start_us),
         rollout=context.rollout,
@@ -182,7 +213,20 @@ def _window(stats: ArmStats, before: ArmStats | None, start_us: int, at_us: int,
         agreed=max(0, stats.agreed - old.agreed),
         skipped=max(0, stats.skipped - old.skipped),
         distance=_less(stats.distance, old.distance),
+        metrics=_told_since(stats.metrics, old.metrics),
     )
+
+
+def _told_since(now: dict[str, Sum], before: dict[str, Sum]) -> dict[str, Sum]:
+    """Subtract sums; one whose count fell (an application that left) counts as new."""
+    found = {}
+    for name, told in now.items():
+        known = before.get(name)
+        if known is not None and known.count <= told.count:
+            told = Sum(count=told.count - known.count, total=told.total - known.total)  # noqa: PLW2901
+        if told.count:
+            found[name] = told
+    return found
 
 
 def _less(now: dict[str, int], before: dict[str, int]) -> dict[str, int]:

@@ -7,7 +7,7 @@ progress, so a lane is never taken twice, and a decision can be replayed from it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import flag_trials
 from wherry_server.evidence import SECOND_US, Scan
-from wherry_server.gates import QUANTILES, Gate
+from wherry_server.gates import APP, QUANTILES, Gate
 from wherry_server.plan import Plan
 from wherry_server.rollout import Compared, Lane, Progress, Taken, with_taken
 from wherry_server.sequential import CONTROLS_MAX, LANES_MAX, Pairs, draw, merge
@@ -135,22 +135,30 @@ async def values(
     if plan.flag:
         return await flag_trials.errors_by_device(connection, row, plan, begin=one.begin, end=one.end, cap=gate.unit)
     (planned,) = plan.models
-    rows = await connection.execute(
-        _ERRORS,
-        {
-            "project": row.project_id,
-            "model": planned.model,
-            "manifest": planned.manifest,
-            "begin": one.begin,
-            "end": one.end,
-            "length": plan.period_s * SECOND_US,
-            "cap": gate.unit,
-        },
-    )
+    named: dict[str, Any] = {
+        "project": row.project_id,
+        "model": planned.model,
+        "manifest": planned.manifest,
+        "begin": one.begin,
+        "end": one.end,
+        "length": plan.period_s * SECOND_US,
+    }
+    if gate.metric == "crash_rate":
+        rows = await connection.execute(_CRASHES, named)
+        cap = gate.caps(plan.period_s)[one.lane]
+        return _sides(rows, lambda found: min(float(found.crashes) * 3600 / (found.periods * plan.period_s) / cap, 1.0))
+    if gate.metric.startswith(APP):
+        told = {**named, "name": gate.metric.removeprefix(APP), "least": gate.floor, "cap": gate.most}
+        return _sides(await connection.execute(_TOLD, told), lambda found: gate.part(float(found.value)))
+    return _sides(await connection.execute(_ERRORS, {**named, "cap": gate.unit}), lambda found: float(found.value))
+
+
+def _sides(rows: Iterable[Any], value: Callable[[Any], float]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the value of each device by what it ran: the candidate, anything else."""
     candidates: dict[str, float] = {}
     controls: dict[str, float] = {}
     for found in rows:
-        (candidates if found.candidate else controls)[found.device_id] = float(found.value)
+        (candidates if found.candidate else controls)[found.device_id] = value(found)
     return candidates, controls
 
 
@@ -255,4 +263,21 @@ _ERRORS = text(
     " sum(requests) AS requests, sum(errors) AS errors FROM telemetry_window"
     " WHERE project_id = :project AND model = :model AND start >= :begin AND start < :end AND arm <> 'shadow'"
     " AND requests > 0 GROUP BY device_id, candidate, period) AS periods GROUP BY device_id, candidate"
+)
+# One row per device: crashes of its worker, and the periods in which it served at all.
+_CRASHES = text(
+    "SELECT device_id, CASE WHEN manifest = :manifest THEN 1 ELSE 0 END AS candidate, sum(crashes) AS crashes,"
+    " count(DISTINCT start / :length) AS periods FROM telemetry_window"
+    " WHERE project_id = :project AND model = :model AND start >= :begin AND start < :end AND arm <> 'shadow'"
+    " AND (requests > 0 OR crashes > 0) GROUP BY device_id, candidate"
+)
+# One value per device: the mean over its periods of the mean of what was told, none below the least or above the cap.
+_TOLD = text(
+    "SELECT device_id, candidate, avg(CASE WHEN value < CAST(:least AS DOUBLE PRECISION) THEN"
+    " CAST(:least AS DOUBLE PRECISION) WHEN value > CAST(:cap AS DOUBLE PRECISION) THEN CAST(:cap AS DOUBLE PRECISION)"
+    " ELSE value END) AS value"
+    " FROM (SELECT device_id, CASE WHEN manifest = :manifest THEN 1 ELSE 0 END AS candidate, start / :length AS period,"
+    " sum(total) / sum(count) AS value FROM telemetry_metric"
+    " WHERE project_id = :project AND model = :model AND name = :name AND start >= :begin AND start < :end"
+    " AND arm <> 'shadow' GROUP BY device_id, candidate, period) AS periods GROUP BY device_id, candidate"
 )

@@ -21,7 +21,7 @@ from sqlalchemy import bindparam, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import cohorts
-from wherry_server.gates import COMPARED
+from wherry_server.gates import has_control
 from wherry_server.outcomes import FAILURES
 from wherry_server.plan import Plan
 from wherry_server.rollout import ACTIVE, Command, Counts, Evidence, Progress, ahead, reach
@@ -206,7 +206,7 @@ async def _happened(connection: AsyncConnection, rollout: str, plan: Plan) -> di
     if not plan.gates:
         return {}
     found = (await connection.execute(_HAPPENED, {"rollout": rollout, "crash": reasons.CRASH})).one()
-    return {gate.metric: getattr(found, gate.metric) or 0 for gate in plan.gates if gate.metric not in COMPARED}
+    return {gate.metric: getattr(found, gate.metric) or 0 for gate in plan.gates if not has_control(gate.metric)}
 
 
 async def _unmeasured(connection: AsyncConnection, rollout: str, plan: Plan, progress: Progress) -> int:

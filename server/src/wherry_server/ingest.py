@@ -11,6 +11,7 @@ processes: what is new is decided inside the write transaction.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from wherry_server.db.tables import (
     ReportLog,
     Stream,
     TelemetryLog,
+    TelemetryMetric,
     TelemetryWindow,
     table,
 )
@@ -39,7 +41,13 @@ from wherry_server.times import now_us
 from wherry_shared import frames, wire
 from wherry_shared.errors import RefusedError
 from wherry_shared.ids import is_device_id
-from wherry_shared.limits import REPORT_DETAIL_CHARS_MAX, SAMPLE_BYTES_MAX, SAMPLES_PER_WINDOW_MAX
+from wherry_shared.limits import (
+    METRIC_NAME,
+    METRICS_PER_WINDOW_MAX,
+    REPORT_DETAIL_CHARS_MAX,
+    SAMPLE_BYTES_MAX,
+    SAMPLES_PER_WINDOW_MAX,
+)
 
 log = logging.getLogger(__name__)
 
@@ -429,7 +437,7 @@ class Ingest:
             return
         encode = msgspec.json.Encoder().encode
         project = self._project
-        logs, windows = [], []
+        logs, windows, metrics = [], [], []
         for device, message, _ in fresh:
             epoch, seq = message.epoch, message.seq
             logs.append(
@@ -465,14 +473,37 @@ class Ingest:
                         window.requests,
                         window.errors,
                         window.fallbacks,
+                        window.crashes,
                         encode(window),
                     )
                 )
+                for name, told in window.metrics.items():
+                    metrics.append(
+                        (
+                            device,
+                            epoch,
+                            seq,
+                            position,
+                            name,
+                            project,
+                            window.model,
+                            window.manifest,
+                            window.arm,
+                            window.start,
+                            told.count,
+                            told.total,
+                        )
+                    )
         await insert(connection, table(TelemetryLog), _TELEMETRY_COLUMNS, logs)
         await insert(connection, table(TelemetryWindow), _WINDOW_COLUMNS, windows)
+        if metrics:
+            await insert(connection, table(TelemetryMetric), _METRIC_COLUMNS, metrics)
 
     def _bounded(self, window: wire.Window, device: str, now: int) -> wire.Window:
-        """Return a window without its samples if they are more than a device may send; its counts are as good as ever."""
+        """Return a window without samples or metrics that no device may send; its counts are as good as ever."""
+        if window.metrics and not _allowed(window.metrics):
+            self.refuse("metrics_invalid", now, f"{len(window.metrics)} metrics in a window of {device}")
+            window = msgspec.structs.replace(window, metrics={})
         sizes = [sample.bytes for sample in window.samples]
         if len(sizes) <= SAMPLES_PER_WINDOW_MAX and max(sizes, default=0) <= SAMPLE_BYTES_MAX:
             return window
@@ -568,6 +599,14 @@ class Ingest:
         return frames.seal(self._key(device), "ack", device, wire.encode(ack))
 
 
+def _allowed(metrics: dict[str, wire.Sum]) -> bool:
+    """Tell whether an application may have told this."""
+    return len(metrics) <= METRICS_PER_WINDOW_MAX and all(
+        METRIC_NAME.fullmatch(name) and 0 < told.count <= SEQ_MAX and math.isfinite(told.total)
+        for name, told in metrics.items()
+    )
+
+
 def _check_numbers(message: wire.Hello | wire.Report | wire.Telemetry) -> None:
     """Refuse numbers and lengths that no table holds.
 
@@ -592,7 +631,7 @@ def _check_numbers(message: wire.Hello | wire.Report | wire.Telemetry) -> None:
         texts = (message.epoch,)
         for window in message.windows:
             numbers += (window.start, window.duration_us, window.requests, window.errors, window.fallbacks)
-            numbers += (window.attempt, window.samples_left_out)
+            numbers += (window.attempt, window.samples_left_out, window.crashes)
             texts += (window.model, window.manifest, window.variant, window.rollout)
     for number in numbers:
         if not 0 <= number <= SEQ_MAX:
@@ -679,7 +718,22 @@ _WINDOW_COLUMNS = (
     "requests",
     "errors",
     "fallbacks",
+    "crashes",
     "body",
+)
+_METRIC_COLUMNS = (
+    "device_id",
+    "epoch",
+    "seq",
+    "position",
+    "name",
+    "project_id",
+    "model",
+    "manifest",
+    "arm",
+    "start",
+    "count",
+    "total",
 )
 
 

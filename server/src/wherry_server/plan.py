@@ -14,7 +14,7 @@ import msgspec
 from wherry_server import pacing
 from wherry_server.flags import PREFIX as FLAG_PREFIX
 from wherry_server.flags import fingerprint, type_of
-from wherry_server.gates import COMPARED, Bound, Gate, check_bound, check_gate
+from wherry_server.gates import Bound, Gate, check_bound, check_gate, has_control
 from wherry_server.pacing import Approval, Rate, Window
 from wherry_server.targeting import FAMILIES, FIELDS, counted_cut_offs, cut_offs, parse_selector
 from wherry_shared.digest import check_digest
@@ -163,7 +163,7 @@ class Plan(_Strict, frozen=True, kw_only=True):
     @property
     def compared(self) -> list[Gate]:
         """The gates that have a control."""
-        return [gate for gate in self.gates if gate.metric in COMPARED]
+        return [gate for gate in self.gates if has_control(gate.metric)]
 
     @property
     def held_back(self) -> float:
@@ -298,9 +298,9 @@ def _check(plan: Plan) -> None:
         check_bound(getattr(plan, name), name)
     if len(plan.gates) > GATES_MAX or len({gate.metric for gate in plan.gates}) < len(plan.gates):
         raise RefusedError("plan_gate", f"at most {GATES_MAX} gates, and one per metric")
-    for gate in plan.gates:
-        check_gate(gate)
     _within(plan.period_s, PERIOD_S_MIN, PERIOD_S_MAX, "period_s")
+    for gate in plan.gates:
+        check_gate(gate, plan.period_s)
     _within(plan.held_back, 0, HOLD_BACK_MAX, "hold_back")
     if plan.strategy == "adaptive":
         if len(plan.stages) != 1:

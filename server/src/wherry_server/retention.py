@@ -39,6 +39,7 @@ async def _step(database: Database, table: str, named: dict[str, Any]) -> int:
         keys = [{"device": row.device_id, "epoch": row.epoch, "seq": row.seq} for row in rows]
         if keys:
             if table == "telemetry_log":
+                await connection.execute(_DELETE["telemetry_metric"], keys)
                 await connection.execute(_DELETE["telemetry_window"], keys)
             await connection.execute(_DELETE[table], keys)
     return len(keys)
@@ -55,5 +56,5 @@ _OLD = {
 }
 _DELETE = {
     table: text(f"DELETE FROM {table} WHERE device_id = :device AND epoch = :epoch AND seq = :seq")  # noqa: S608  # our own names
-    for table in (*_STREAM_OF, "telemetry_window")
+    for table in (*_STREAM_OF, "telemetry_window", "telemetry_metric")
 }

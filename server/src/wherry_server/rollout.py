@@ -29,7 +29,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from wherry_server.gates import COMPARED, Verdict, control, share, threshold
+from wherry_server.gates import Verdict, control, has_control, share, threshold
 from wherry_server.plan import OnHalt, Plan
 from wherry_server.sequential import LANES_MAX, Pairs, may_expose, merge
 from wherry_server.targeting import cut_offs, share_count
@@ -271,9 +271,9 @@ def verdicts(plan: Plan, evidence: Evidence, compared: Compared) -> list[Verdict
                 quiet=total.silent + total.late + total.excused,
             )
             for gate in plan.gates
-            if gate.metric not in COMPARED
+            if not has_control(gate.metric)
         ),
-        *(control(gate, [lane.pairs for lane in compared.of(gate.metric)]) for gate in plan.compared),
+        *(control(gate, [lane.pairs for lane in compared.of(gate.metric)], plan.period_s) for gate in plan.compared),
     ]
 
 

@@ -48,6 +48,8 @@ BETS: tuple[tuple[float, float], ...] = ((0.04, 0.1), (0.12, 0.15), (0.3, 0.2), 
 SPREAD_ASSUMED = 0.25
 """Standard deviation of a difference between devices (1: the cap of the metric), until `SPREAD_PAIRS_MIN` were seen."""
 SPREAD_PAIRS_MIN = 8
+ALIKE = (1.0,) * LANES_MAX
+"""Caps of lanes in whose units the differences are themselves."""
 E_SHOWN_MAX = 1e12
 _BISECTIONS = 20
 _LOG_MAX = 700.0
@@ -193,50 +195,58 @@ def merge(parts: Iterable[Pairs]) -> Pairs:
     return tuple(sorted(found.items()))
 
 
-def compare(lanes: Sequence[Pairs], harm: float, alpha: float, beta: float) -> Finding:
-    """Judge differences between a candidate and its control, in units of the metric's cap.
+def compare(
+    lanes: Sequence[Pairs], harm: float, alpha: float, beta: float, caps: Sequence[float] = ALIKE, needed: int = 0
+) -> Finding:
+    """Judge differences between a candidate and its control.
 
     Args:
-        lanes: differences by lane.
-        harm: the smallest mean difference that matters, above 0 and below 1.
+        lanes: differences by lane, each in units of the lane's cap.
+        harm: the smallest mean difference that matters, above 0 and below every cap.
         alpha: bound on the probability of ever halting a candidate that is not worse.
         beta: bound on the probability of ever passing one that is worse by `harm` or more.
+        caps: what a device's value is at most, by lane.
+        needed: the sample that is expected to decide; 0: by how the devices spread so far.
     """
-    halt, passed = _wealths(lanes, harm)
-    lows, highs = [-1.0], [1.0]
-    for lane, pairs in enumerate(lanes[:LANES_MAX]):
+    halt, passed = _wealths(lanes, harm, caps)
+    widest = max(caps)
+    lows, highs, sums, sample = [-widest], [widest], 0.0, 0
+    for lane, (pairs, cap) in enumerate(zip(lanes, caps, strict=False)):
         if pairs:
             share = lane_share(lane)
-            lows.append(lower_bound(_floors(pairs), -1.0, alpha * share))
-            highs.append(upper_bound(_ceilings(pairs), -1.0, beta * share))
-    total = merge(lanes[:LANES_MAX])
-    sample = sum(count for _, count in total)
-    mean, spread = _moments(total, sample)
+            lows.append(cap * lower_bound(_floors(pairs), -1.0, alpha * share))
+            highs.append(cap * upper_bound(_ceilings(pairs), -1.0, beta * share))
+            sums += cap / STEPS * sum(step * count for step, count in pairs)
+            sample += sum(count for _, count in pairs)
+    if not needed:
+        _, spread = _moments(merge(lanes[:LANES_MAX]), sample)
+        spread = spread if sample >= SPREAD_PAIRS_MIN else SPREAD_ASSUMED
+        needed = sample_needed(harm / caps[0], alpha, beta, spread)
     return Finding(
         outcome=_outcome(halt, passed, alpha, beta),
-        estimate=mean,
+        estimate=sums / sample if sample else 0.0,
         low=max(lows),
         high=min(highs),
         e_halt=_shown(halt),
         e_pass=_shown(passed),
         sample=sample,
-        needed=sample_needed(harm, alpha, beta, spread if sample >= SPREAD_PAIRS_MIN else SPREAD_ASSUMED),
+        needed=needed,
     )
 
 
-def outcome(lanes: Sequence[Pairs], harm: float, alpha: float, beta: float) -> Outcome:
+def outcome(lanes: Sequence[Pairs], harm: float, alpha: float, beta: float, caps: Sequence[float] = ALIKE) -> Outcome:
     """Return what `compare` decides, without the interval, which costs a hundred times as much."""
-    return _outcome(*_wealths(lanes, harm), alpha, beta)
+    return _outcome(*_wealths(lanes, harm, caps), alpha, beta)
 
 
-def _wealths(lanes: Sequence[Pairs], harm: float) -> tuple[float, float]:
+def _wealths(lanes: Sequence[Pairs], harm: float, caps: Sequence[float]) -> tuple[float, float]:
     """Return the logarithms of the largest wealth of a lane against `no harm` and against `harm`, each times its share."""
     halts: list[float] = []
     passes: list[float] = []
-    for lane, pairs in enumerate(lanes[:LANES_MAX]):
+    for lane, (pairs, cap) in enumerate(zip(lanes, caps, strict=False)):
         if pairs:
             halts.append(log_above(_floors(pairs), 0.0, -1.0) + math.log(lane_share(lane)))
-            passes.append(log_below(_ceilings(pairs), harm) + math.log(lane_share(lane)))
+            passes.append(log_below(_ceilings(pairs), harm / cap) + math.log(lane_share(lane)))
     return max(halts, default=0.0), max(passes, default=0.0)
 
 
@@ -248,7 +258,9 @@ def _ceilings(pairs: Pairs) -> list[tuple[float, int]]:
     return [(min((step + 1) / STEPS, 1.0), count) for step, count in pairs]
 
 
-def sample_needed(harm: float, alpha: float, beta: float, spread: float = SPREAD_ASSUMED) -> int:
+def sample_needed(
+    harm: float, alpha: float, beta: float, spread: float = SPREAD_ASSUMED, lane: int = 0, rounding: float = 0.0
+) -> int:
     """Return the number of differences with which both a harm of `harm` and none at all are expected to be told.
 
     Args:
@@ -256,10 +268,12 @@ def sample_needed(harm: float, alpha: float, beta: float, spread: float = SPREAD
         alpha: probability of a false halt.
         beta: probability of a false pass.
         spread: standard deviation of a difference, in the same units.
+        lane: whose share of the errors it may use.
+        rounding: by how much differences are rounded up where it is whether to pass; below `harm`.
     """
     squares = spread * spread + harm * harm
-    halting = _steps_until(alpha * lane_share(0), harm, squares)
-    passing = _steps_until(beta * lane_share(0), harm / (1 - harm), squares / (1 - harm) ** 2)
+    halting = _steps_until(alpha * lane_share(lane), harm, squares)
+    passing = _steps_until(beta * lane_share(lane), (harm - rounding) / (1 - harm), squares / (1 - harm) ** 2)
     return max(halting, passing)
 
 

@@ -5,6 +5,8 @@ Bounds that belong to one member only live in that member's settings.
 
 from __future__ import annotations
 
+import re
+
 KIB = 1024
 MIB = 1024 * KIB
 
@@ -48,6 +50,14 @@ REQUEST_BYTES_MAX = 64 * MIB
 """One local inference request."""
 REPORT_DETAIL_CHARS_MAX = 500
 LOG_LINES_MAX = 200
+
+METRICS_PER_WINDOW_MAX = 8
+"""Names under which an application tells numbers about one model."""
+METRIC_NAME_PATTERN = "[a-z][a-z0-9_.-]{0,39}"
+"""What such a name may be."""
+METRIC_NAME = re.compile(METRIC_NAME_PATTERN)
+METRIC_VALUE_MAX = 1e12
+"""One such number, above or below 0."""
 
 SAMPLE_BYTES_MAX = 16 * KIB
 """All input tensors of one sample, raw."""

@@ -214,6 +214,13 @@ class Sample(_Wire, frozen=True, kw_only=True):
         return sum(len(tensor.data) for tensor in self.inputs)
 
 
+class Sum(_Wire, frozen=True, kw_only=True):
+    """Numbers that an application told under one name: how many, and what they come to together."""
+
+    count: Count
+    total: float
+
+
 IN_PROCESS = "h"
 """Before a shape bucket: of runs in the process of an application, through a handle."""
 
@@ -247,6 +254,10 @@ class Window(_Wire, frozen=True, kw_only=True):
     """Of a shadow: runs compared with the incumbent's answers, those that agreed, those the CPU budget did not allow."""
     distance: dict[str, int] = {}
     """Of a shadow: sketch of the largest difference over the range of the incumbent's output."""
+    crashes: Count = 0
+    """How often the worker died while it ran, or held, this bundle. Such a window has no requests and no duration."""
+    metrics: dict[str, Sum] = {}
+    """What the application told of this bundle's answers, by name: at most `limits.METRICS_PER_WINDOW_MAX`."""
     samples: list[Sample] = []
     """At most `limits.SAMPLES_PER_WINDOW_MAX` of `limits.SAMPLE_BYTES_MAX` each."""
     samples_left_out: Count = 0

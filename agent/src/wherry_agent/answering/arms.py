@@ -29,8 +29,14 @@ from wherry_shared.engines.canonical import BUCKET_BITS, Bound, open_bound
 from wherry_shared.engines.errors import EngineFault, OutOfMemory
 from wherry_shared.engines.session import Array, EngineLimits
 from wherry_shared.errors import DeviceError, RefusedError
-from wherry_shared.limits import GOLDEN_BYTES_MIN_BUDGET, GOLDEN_DECODED_BYTES_MAX, GOLDEN_SHARE_OF_VARIANT
+from wherry_shared.limits import (
+    GOLDEN_BYTES_MIN_BUDGET,
+    GOLDEN_DECODED_BYTES_MAX,
+    GOLDEN_SHARE_OF_VARIANT,
+    METRICS_PER_WINDOW_MAX,
+)
 from wherry_shared.sketch import LOG_GAMMA, VALUE_MIN, Sketch
+from wherry_shared.wire import Sum
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +174,7 @@ class Counter:
     _agreed: int = 0
     _skipped: int = 0
     _distance: Sketch = field(default_factory=Sketch)
+    _metrics: dict[str, Sum] = field(default_factory=dict)
     _last_error: str = ""
     _changes: int = 0
     _told: int = 0
@@ -224,6 +231,19 @@ class Counter:
             self._last_error = reason[:ERROR_CHARS_MAX]
             self._changes += 1
 
+    def told(self, name: str, value: float) -> bool:
+        """Count a number that the application tells of an answer; say whether there was room for its name."""
+        with self._lock:
+            known = self._metrics.get(name)
+            if known is None and len(self._metrics) >= METRICS_PER_WINDOW_MAX:
+                return False
+            self._metrics[name] = Sum(
+                count=known.count + 1 if known is not None else 1,
+                total=known.total + value if known is not None else value,
+            )
+            self._changes += 1
+        return True
+
     def leave_out(self, runs: int) -> None:
         """Leave so many runs of `fold` out of the latency from now on: the variant was just loaded."""
         with self._lock:
@@ -274,6 +294,7 @@ class Counter:
                 agreed=self._agreed,
                 skipped=self._skipped,
                 distance=self._distance.to_wire(),
+                metrics=dict(self._metrics),
                 last_error=self._last_error,
                 life=self.life,
             )

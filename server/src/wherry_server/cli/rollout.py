@@ -439,9 +439,10 @@ def _why(why: dict[str, Any]) -> str:
 
 def _gate(gate: dict[str, Any]) -> str:
     numbers = gate["numbers"]
+    form = "{:.3g}/h" if gate["gate"] == "crash_rate" else "{:.4g}" if gate["gate"].startswith("app:") else "{:.2%}"
+    estimate, low, high = (form.format(numbers[name]) for name in ("estimate", "low", "high"))
     return (
-        f"gate {gate['gate']}: {gate['outcome']}; {numbers['estimate']:.2%}, between {numbers['low']:.2%} and"
-        f" {numbers['high']:.2%}; evidence {numbers['e_halt']:.3g} for harm, {numbers['e_pass']:.3g} against;"
+        f"gate {gate['gate']}: {gate['outcome']}; {estimate}, between {low} and {high}; evidence {numbers['e_halt']:.3g} for harm, {numbers['e_pass']:.3g} against;"
         f" {numbers['sample']} devices, about {numbers['needed']} decide"
     )
 

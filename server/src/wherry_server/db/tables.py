@@ -209,8 +209,28 @@ class TelemetryWindow(SQLModel, table=True):
     requests: int = _time(default=0)
     errors: int = _time(default=0)
     fallbacks: int = _time(default=0)
+    crashes: int = Field(default=0, sa_column=Column(BigInteger, nullable=False, server_default=text("0")))
     body: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
     """The window as JSON: sketches and histograms."""
+
+
+class TelemetryMetric(SQLModel, table=True):
+    """What an application told in a window, by name; `position` is the window's."""
+
+    __tablename__ = "telemetry_metric"
+    __table_args__ = (Index("ix_metric_model", "project_id", "model", "name", "start"),)
+    device_id: str = Field(primary_key=True)
+    epoch: str = Field(primary_key=True)
+    seq: int = Field(primary_key=True, sa_type=BigInteger)
+    position: int = Field(primary_key=True)
+    name: str = Field(primary_key=True)
+    project_id: str
+    model: str
+    manifest: str
+    arm: str
+    start: int = _time()
+    count: int = _time()
+    total: float
 
 
 class Offer(SQLModel, table=True):
