@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -220,12 +222,12 @@ AT_ONCE: dict[str, Any] = {**QUICK, "trial": {"min_requests": 0, "max_s": 30}}
 """A device is confirmed as soon as it says that it has the variant."""
 
 
-def window(manifest: str, requests: int, errors: int, start: int) -> wire.Window:
+def window(manifest: str, requests: int, errors: int, start: int, arm: wire.Arm) -> wire.Window:
     return wire.Window(
         model=MODEL,
         manifest=manifest,
         variant="v",
-        arm="incumbent",
+        arm=arm,
         start=start,
         duration_us=1_000_000,
         requests=requests,
@@ -237,7 +239,9 @@ async def roll_out_flag(found: Fleet, variant: str = "new", **wish: Any) -> int:
     return await found.roll_out("", **{"models": [], "flag": "new-threshold", "variant": variant, **AT_ONCE, **wish})
 
 
-async def measure(found: Fleet, device: FakeDevice, requests: int, errors: int, start: int = 0) -> None:
+async def measure(
+    found: Fleet, device: FakeDevice, requests: int, errors: int, *, start: int = 0, arm: wire.Arm = "incumbent"
+) -> None:
     """Have a device measure requests since now, or since `start`."""
     device.measured += 1
     message = wire.Telemetry(
@@ -247,7 +251,7 @@ async def measure(found: Fleet, device: FakeDevice, requests: int, errors: int, 
         seq=device.measured,
         first=1,
         at=1,
-        windows=[window(device.running, requests, errors, start or now_us())],
+        windows=[window(device.running, requests, errors, start or now_us(), arm)],
     )
     await found.ingest.store_batch({"telemetry": [(device.id, device.frame("telemetry", message))]})
 
@@ -332,7 +336,8 @@ def test_devices_that_fail_more_go_back_and_the_rollout_halts(tmp_path: Path) ->
             await step(found)
             assert await having(found, 0.65) == {one.id for one in devices}
             for device in devices[:5]:
-                await measure(found, device, 20, 0, start=1)  # from before it had the variant: says nothing
+                await measure(found, device, 20, 9, start=1)  # from before it had the variant: says nothing
+                await measure(found, device, 20, 9, arm="shadow")  # nor does what answered nobody
                 await measure(found, device, 20, 0)
             await measure(found, devices[5], 20, 9)
             await step(found)
@@ -371,8 +376,16 @@ def test_devices_that_fail_more_go_back_and_the_rollout_halts(tmp_path: Path) ->
 
 
 @pytest.mark.backends
-@pytest.mark.parametrize("metric", ["errors", "latency", ""])
-def test_gates_compare_devices_that_have_the_variant_with_those_that_do_not(tmp_path: Path, metric: str) -> None:
+def test_gates_compare_devices_that_have_the_variant_with_those_that_do_not(tmp_path: Path) -> None:
+    check_gates(tmp_path, "latency")
+
+
+@pytest.mark.parametrize("metric", ["errors", ""])
+def test_a_variant_is_halted_for_what_it_does_and_goes_on_if_it_does_no_harm(tmp_path: Path, metric: str) -> None:
+    check_gates(tmp_path, metric)
+
+
+def check_gates(tmp_path: Path, metric: str) -> None:
     """A variant that is worse in one way is halted by the gate on that; one that is no worse goes on."""
 
     async def work() -> None:
@@ -410,6 +423,61 @@ def test_gates_compare_devices_that_have_the_variant_with_those_that_do_not(tmp_
             shown = await until(found, number, "halted")
             assert shown["reason"] == f"{metric}_bound"
             assert await having(found, 0.65) == set()
+
+    run(work())
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_what_transactions_write_is_what_a_look_finds(tmp_path: Path, seed: int) -> None:
+    """Whatever operators and devices do: the offers of exposing and withdrawing carry what rules and rollouts give."""
+    chance = random.Random(seed)
+
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0")
+            devices = await found.enrol(8, version="1.0.0")
+            wish: dict[str, Any] = {**THRESHOLD, "variants": {"old": 0.8, "new": 0.65, "newer": 0.5}}
+            await save(found, wish)
+            await step(found)
+            numbers = [await roll_out_flag(found, **QUICK)]
+            for _ in range(30):
+                match chance.choice(("roll out", "order", "order", "fail", "rule", "away", "turn", "turn")):
+                    case "roll out":
+                        variant, share = chance.choice(("new", "newer")), chance.choice((0.3, 1.0))
+                        more = {"supersede": chance.random() < 0.5, "attempt": 1 + len(numbers)}
+                        terms = {**QUICK, "failure": {"count": 3}, "on_halt": chance.choice(("hold", "revert_all"))}
+                        stages = [{"share": share, "confirmed_min": 0}]
+                        numbers.append(await roll_out_flag(found, variant, stages=stages, **terms, **more))
+                    case "order":
+                        order = chance.choice(("pause", "resume", "abort", "revert", "retry_failed"))
+                        with suppress(RefusedError):
+                            await found.command(chance.choice(numbers), order)
+                    case "fail":
+                        await measure(found, chance.choice(devices), 20, chance.choice((0, 9)))
+                    case "rule":
+                        rules = [{"share": chance.choice((0.3, 0.7)), "variant": chance.choice(("old", "newer"))}]
+                        await save(found, {**wish, "rules": rules}, replace=True)
+                    case "away":
+                        device = chance.choice(devices)
+                        device.online = not device.online
+                    case _:
+                        await found.say_hello([device for device in devices if device.online])
+                for known in found.conductor._known.values():
+                    known.judge_at = 0.0
+                await found.conductor.bear_flags()  # what changed by definition
+                await found.turn()
+                states = [(await found.show(number))["state"] for number in numbers]
+                left = await found.rows("SELECT device_id FROM assignment WHERE outcome = 'superseded'")
+                later = found.conductor._bear()._due | {row.device_id for row in left}
+                async with found.database.read() as connection:
+                    flags = await flag_values.definitions(connection, PROJECT)
+                    told = await flag_values.sources(connection, PROJECT, flags.flags)
+                for one in devices:
+                    if one.id not in later:
+                        assert await offered(found, one) == flags.values(told[one.id]), (one.id, states)
+                await found.conductor.bear_flags()  # who went back, or was given back to an older rollout
+                assert await bear(found) == 0, states
+            assert len(await found.rows("SELECT 1 FROM assignment")) > 3
 
     run(work())
 

@@ -223,6 +223,8 @@ class Conductor:
         await self._commit(row, known, progress, after, decisions, found, prepared, moment)
         known.told_at = -TELL_AGAIN_S  # what it changed is told in the next turn
         self._after(known, prepared)
+        if known.plan.flag and any(isinstance(one, Withdraw) for one in decisions):
+            self._bear().look_soon()  # whom a newer rollout took over and gave back has it of this one, and no more
         for one in decisions:
             if isinstance(one, Moved):
                 log.info("%s is %s: %s", _name(row), one.state, one.reason)

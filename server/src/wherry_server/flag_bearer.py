@@ -55,6 +55,10 @@ class Bearer:
         """Have these devices looked at in the next turn."""
         self._due |= devices
 
+    def look_soon(self) -> None:
+        """Have every device looked at in the next turn."""
+        self._look_at = 0.0
+
     async def turn(self) -> int:
         """Look whose flags are not as they should be, if it is time, and compose the offers of as many as fit; return how many."""
         async with self.services.database.read() as connection:

@@ -6,12 +6,13 @@ The director notices a change by its revision and brings every device's offer up
 from __future__ import annotations
 
 import secrets
-from collections import Counter
+import time
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
-from sqlalchemy import delete, insert, or_, select, update
+from sqlalchemy import delete, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -19,7 +20,7 @@ from wherry_server import audit, flag_values, fleet
 from wherry_server.db.database import Database
 from wherry_server.db.tables import Assignment, Rollout, table
 from wherry_server.db.tables import Flag as FlagRow
-from wherry_server.flags import PREFIX, Flag, Ready, parse_flag, ready, together
+from wherry_server.flags import PREFIX, Flag, parse_flag, ready, together
 from wherry_server.outcomes import LIVE
 from wherry_server.times import now_us
 from wherry_shared.errors import RefusedError
@@ -34,7 +35,24 @@ _GIVES = or_(
     .where(_ASSIGNMENT.c.rollout_id == _ROLLOUT.c.id, _ASSIGNMENT.c.outcome.in_(LIVE[:3]))
     .exists(),
 )
+SPREAD_FRESH_S = 3.0
+SPREAD_SHARE = 20
+"""A count of devices is shown for SPREAD_FRESH_S, or this many times what it took if that is longer."""
+SPREADS_MAX = 256
+"""Flags whose counts are remembered."""
 Check = Callable[[dict[str, Any]], None]
+
+
+class _Spread(NamedTuple):
+    """What a count found."""
+
+    revisions: tuple[int, int, int]
+    until: float
+    counted: list[dict[str, Any]]
+
+
+_spreads: OrderedDict[tuple[str, str], _Spread] = OrderedDict()
+"""By project and flag."""
 
 
 async def save(
@@ -128,11 +146,28 @@ async def every(connection: AsyncConnection, project: str) -> list[dict[str, Any
 async def spread(connection: AsyncConnection, project: str, name: str) -> list[dict[str, Any]]:
     """Count the devices that should have each variant of a flag now, by what gives it to them.
 
+    As long as neither the flag nor its rollouts changed, the count may be some seconds old.
+
     Raises:
         RefusedError: `flag_unknown`.
     """
     row = await _row(connection, project, name)
-    return await _spread(connection, project, ready(msgspec.convert(row.definition, Flag), row.salt))
+    moved = await connection.scalar(
+        select(func.sum(_ROLLOUT.c.revision)).where(_ROLLOUT.c.project_id == project, _ROLLOUT.c.model == PREFIX + name)
+    )
+    revisions = (row.created_at, row.revision, moved or 0)
+    known = _spreads.get((project, name))
+    if known is not None and known.revisions == revisions and time.monotonic() < known.until:
+        return known.counted
+    started = time.monotonic()
+    flag = ready(msgspec.convert(row.definition, Flag), row.salt)
+    counted = _counted(await flag_values.sources(connection, project, [flag]), name)
+    ended = time.monotonic()
+    _spreads[project, name] = _Spread(revisions, ended + max(SPREAD_FRESH_S, SPREAD_SHARE * (ended - started)), counted)
+    _spreads.move_to_end((project, name))
+    while len(_spreads) > SPREADS_MAX:
+        _spreads.popitem(last=False)
+    return counted
 
 
 async def preview(connection: AsyncConnection, project: str, wish: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,10 +275,6 @@ async def _fits(connection: AsyncConnection, project: str, flag: Flag) -> None:
             consequence="nothing was changed",
             next_step="delete flags that nobody asks for, or make their values smaller",
         )
-
-
-async def _spread(connection: AsyncConnection, project: str, flag: Ready) -> list[dict[str, Any]]:
-    return _counted(await flag_values.sources(connection, project, [flag]), flag.flag.name)
 
 
 def _counted(found: Mapping[str, Mapping[str, Any]], name: str) -> list[dict[str, Any]]:
