@@ -255,13 +255,13 @@ _SUPERSEDE = text(
 _ASSIGN = text(
     "INSERT INTO assignment (rollout_id, device_id, model, project_id, stage, stratum, share_key, from_manifest,"
     " from_target, to_manifest, to_target, attempt, exposed_at, noticed_at, outcome, reason, detail, settled_at, requests,"
-    " errors, latency_ratio, released_at)"
+    " errors, latency_ratio, released_at, simulated)"
     " SELECT :rollout, e.device_id, :model, :project, :stage, e.stratum, e.share_key,"
     # A device that runs the bundle already goes back to where its last assignment came from, else it stays.
     " CASE WHEN m.running = :to THEN COALESCE(NULLIF(p.from_manifest, ''), :to) ELSE COALESCE(m.running, '') END,"
     " CASE WHEN m.running = :to THEN COALESCE(NULLIF(p.from_target, ''), :target)"
     " ELSE COALESCE(b.model || '/' || b.version, '') END,"
-    " :to, :target, e.attempt, :now, 0, 'exposed', '', '', 0, 0, 0, 0, 0"
+    " :to, :target, e.attempt, :now, 0, 'exposed', '', '', 0, 0, 0, 0, 0, d.simulated"
     " FROM exposing e JOIN device d ON d.id = e.device_id AND d.state = 'active'"
     " LEFT JOIN device_model m ON m.device_id = e.device_id AND m.model = :model"
     " LEFT JOIN bundle b ON b.project_id = :project AND b.manifest = m.running"

@@ -20,7 +20,7 @@ from wherry_server.collector import Collector
 from wherry_server.conductor import Conductor
 from wherry_server.db.database import DATABASE_ERRORS
 from wherry_server.ingest import KINDS, LOGS_FOR_US, Ingest, Stored
-from wherry_server.jobs import every, for_ever, stop_on_signals, until_stopped
+from wherry_server.jobs import collect_rarely, every, for_ever, stop_on_signals, until_stopped
 from wherry_server.lease import RENEW_S, Lease
 from wherry_server.mqtt import Link
 from wherry_server.offers import Composer
@@ -144,6 +144,7 @@ def run(settings: Settings) -> None:
         stop_on_signals(process.stopping)
         await process.run()
 
+    collect_rarely()
     uvloop.run(main())
 
 

@@ -356,14 +356,15 @@ class _Variants(msgspec.Struct):
 
 _report = msgspec.json.Decoder(_Variants)
 
+# Who fell silent is looked up only among those that have been exposed for long enough.
 _TALLY = text(
-    "SELECT a.stage, a.outcome, a.reason, d.simulated,"
+    "SELECT a.stage, a.outcome, a.reason, a.simulated,"
     " CASE WHEN a.outcome IN ('returned', 'failed', 'refused') THEN 'failed'"
     " WHEN a.outcome <> 'exposed' THEN a.outcome"
-    " WHEN a.exposed_at <= :silent AND (a.noticed_at = 0 OR d.last_seen_at <= :silent) THEN 'silent'"
+    " WHEN a.exposed_at <= :silent AND (a.noticed_at = 0"
+    " OR (SELECT d.last_seen_at FROM device d WHERE d.id = a.device_id) <= :silent) THEN 'silent'"
     " WHEN a.noticed_at > 0 AND a.noticed_at <= :late THEN 'late' ELSE 'pending' END AS became, count(*) AS devices"
-    " FROM assignment a JOIN device d ON d.id = a.device_id WHERE a.rollout_id = :rollout"
-    " GROUP BY a.stage, a.outcome, a.reason, d.simulated, became"
+    " FROM assignment a WHERE a.rollout_id = :rollout GROUP BY a.stage, a.outcome, a.reason, a.simulated, became"
 )
 _HAPPENED = text(
     "SELECT count(*) AS failed, sum(CASE WHEN outcome = 'returned' THEN 1 ELSE 0 END) AS returned,"

@@ -17,7 +17,7 @@ import uvloop
 
 from wherry_server.collector import Collector
 from wherry_server.ingest import Ingest, Kind
-from wherry_server.jobs import for_ever, stop_on_signals, until_stopped
+from wherry_server.jobs import collect_rarely, for_ever, stop_on_signals, until_stopped
 from wherry_server.mqtt import Link
 from wherry_server.services import open_services
 from wherry_server.settings import Settings
@@ -90,4 +90,5 @@ def run(settings: Settings, part: Part) -> None:
         finally:
             await services.close()
 
+    collect_rarely()
     uvloop.run(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import time
@@ -13,8 +14,17 @@ from wherry_shared.errors import WherryError
 
 log = logging.getLogger(__name__)
 
+GC_AFTER = (50_000, 20, 100)
+"""Thresholds of Python's collector: a batch or a stage makes tens of thousands of objects at once, none of them in a circle."""
 FAULT_MIN_S = 0.5
 FAULT_MAX_S = 10.0
+
+
+def collect_rarely() -> None:
+    """Have Python look for unreachable circles seldom; what is loaded already is looked through no more."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_AFTER)
 
 
 async def for_ever(work: Callable[[], Awaitable[None]]) -> None:

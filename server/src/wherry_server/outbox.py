@@ -16,7 +16,6 @@ from typing import Any
 from sqlalchemy import bindparam, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server.db import bulk
 from wherry_server.db.database import Database
 from wherry_server.mqtt import Link
 from wherry_server.times import now_us
@@ -90,11 +89,12 @@ class Outbox:
         async with self._database.read() as connection:
             while True:
                 named = {"project": self._project, "after": after, "limit": WINDOW}
-                devices = [row.device_id for row in await connection.execute(_WAITING, named)]
-                if not devices:
+                found = (await connection.execute(_WAITING, named)).all()
+                if not found:
                     return [], after
-                after = devices[-1]
-                rows = [row for row in await bulk.select_in(connection, _OFFERS, devices) if row.expires_at > now]
+                after = found[-1].device_id
+                rows = [row for row in found if row.state == "active" and row.expires_at is not None]
+                rows = [row for row in rows if row.expires_at > now]
                 if rows:
                     return rows, after
 
@@ -127,13 +127,14 @@ async def _mark(connection: AsyncConnection, there: Sequence[tuple[str, int, int
         await connection.exec_driver_sql(_MARK_ALL, (devices, epochs, serials))
 
 
+# Looked up one by one, which is what it takes: joined, a database without fresh statistics reads the whole fleet for a window.
 _WAITING = text(
-    "SELECT device_id FROM unpublished WHERE project_id = :project AND device_id > :after ORDER BY device_id LIMIT :limit"
-)
-_OFFERS = (
-    "SELECT u.device_id, u.epoch, u.serial, o.envelope, o.expires_at FROM unpublished u"
-    " JOIN offer o ON o.device_id = u.device_id AND o.epoch = u.epoch AND o.serial = u.serial"
-    " JOIN device d ON d.id = u.device_id WHERE d.state = 'active' AND u.device_id IN :keys"
+    "SELECT u.device_id, u.epoch, u.serial, (SELECT d.state FROM device d WHERE d.id = u.device_id) AS state,"
+    " (SELECT o.expires_at FROM offer o WHERE o.device_id = u.device_id AND o.epoch = u.epoch AND o.serial = u.serial)"
+    " AS expires_at,"
+    " (SELECT o.envelope FROM offer o WHERE o.device_id = u.device_id AND o.epoch = u.epoch AND o.serial = u.serial)"
+    " AS envelope FROM unpublished u"
+    " WHERE u.project_id = :project AND u.device_id > :after ORDER BY u.device_id LIMIT :limit"
 )
 _MARK_EACH = "DELETE FROM unpublished WHERE device_id = ? AND epoch = ? AND serial = ?"
 _MARK_ALL = (

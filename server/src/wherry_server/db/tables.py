@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BigInteger, Column, Index, LargeBinary, Table, UniqueConstraint, text
+from sqlalchemy import BigInteger, Boolean, Column, Index, LargeBinary, Table, UniqueConstraint, false, text
 from sqlalchemy.types import JSON
 from sqlmodel import Field, SQLModel
 
@@ -361,6 +361,8 @@ class Assignment(SQLModel, table=True):
     latency_ratio: float = 0.0
     released_at: int = Field(default=0, sa_column=Column(BigInteger, nullable=False, server_default="0"))
     """When an operator let the device out of the quarantine that its failure put it in."""
+    simulated: bool = Field(default=False, sa_column=Column(Boolean, nullable=False, server_default=false()))
+    """Whether the device is."""
 
 
 class Approval(SQLModel, table=True):
