@@ -375,17 +375,26 @@ def test_devices_that_fail_more_go_back_and_the_rollout_halts(tmp_path: Path) ->
     run(work())
 
 
+GATES: list[dict[str, Any]] = [
+    {"metric": "errors", "harm": 0.1},
+    {"metric": "latency", "harm": 0.4},
+    {"metric": "crash_rate", "harm": 10.0},
+    {"metric": "app:agreed", "better": "higher", "harm": 0.2},
+]
+
+
 @pytest.mark.backends
 def test_gates_compare_devices_that_have_the_variant_with_those_that_do_not(tmp_path: Path) -> None:
-    check_gates(tmp_path, "latency")
+    check_gates(tmp_path, "app:agreed", GATES)
 
 
-@pytest.mark.parametrize("metric", ["errors", ""])
+@pytest.mark.parametrize("metric", ["errors", "latency", "crash_rate", ""])
 def test_a_variant_is_halted_for_what_it_does_and_goes_on_if_it_does_no_harm(tmp_path: Path, metric: str) -> None:
-    check_gates(tmp_path, metric)
+    gates = [gate for gate in GATES if gate["metric"] == metric] or GATES[:2]
+    check_gates(tmp_path, metric, gates)
 
 
-def check_gates(tmp_path: Path, metric: str) -> None:
+def check_gates(tmp_path: Path, metric: str, gates: list[dict[str, Any]]) -> None:
     """A variant that is worse in one way is halted by the gate on that; one that is no worse goes on."""
 
     async def work() -> None:
@@ -395,31 +404,30 @@ def check_gates(tmp_path: Path, metric: str) -> None:
             telling = Telling(found, {"old": 0.02, "new": 0.4 if metric == "errors" else 0.02})
             telling.what = lambda device: manifest_of("new" if device.flags.get("new-threshold") == 0.65 else "old")
             telling.medians_us = {"old": 1_000.0, "new": 1_600.0 if metric == "latency" else 1_000.0}
+            telling.crash_shares = {"old": 0.02, "new": 0.9 if metric == "crash_rate" else 0.02}
+            telling.agreed = {"old": 0.8, "new": 0.3 if metric == "app:agreed" else 0.8}
             await save(found, THRESHOLD)
             await step(found)
             for _ in range(2):
                 await telling.period()
+            stages = [{"share": 0.5}, {"share": 1.0}]
             number = await roll_out_flag(
-                found,
-                measure=MODEL,
-                stages=[{"share": 0.5}, {"share": 1.0}],
-                gates=[{"metric": "errors", "harm": 0.1}, {"metric": "latency", "harm": 0.4}],
-                period_s=PERIOD_S,
-                stage_max_s=7_200,
+                found, measure=MODEL, stages=stages, gates=gates, period_s=PERIOD_S, stage_max_s=7_200
             )
             for _ in range(3):
                 await step(found)
             assert len(await having(found, 0.65)) == 40
-            for _ in range(4):
+            for _ in range(6):
                 await telling.period()
                 shown = await found.show(number)
                 if shown["state"] != "running" or shown["stage"] == 1:
                     break
-            outcomes = {gate: gate_of(shown, gate)["outcome"] for gate in ("errors", "latency")}
+            outcomes = {gate["metric"]: gate_of(shown, gate["metric"])["outcome"] for gate in gates}
             if not metric:
                 assert (shown["stage"], outcomes) == (1, {"errors": "pass", "latency": "pass"})
                 return
-            assert outcomes[metric] == "breach"
+            assert outcomes.pop(metric) == "breach"
+            assert "breach" not in outcomes.values()
             shown = await until(found, number, "halted")
             assert shown["reason"] == f"{metric}_bound"
             assert await having(found, 0.65) == set()

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
-from sqlalchemy import bindparam, text
+from sqlalchemy import TextClause, bindparam, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server import flag_trials
 from wherry_server.evidence import SECOND_US, Scan
 from wherry_server.gates import APP, QUANTILES, Gate
 from wherry_server.plan import Plan
@@ -132,25 +131,17 @@ async def values(
     connection: AsyncConnection, row: Any, plan: Plan, gate: Gate, one: Due
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the value of each device that answered: with the candidate, and with anything else."""
-    if plan.flag:
-        return await flag_trials.errors_by_device(connection, row, plan, begin=one.begin, end=one.end, cap=gate.unit)
-    (planned,) = plan.models
-    named: dict[str, Any] = {
-        "project": row.project_id,
-        "model": planned.model,
-        "manifest": planned.manifest,
-        "begin": one.begin,
-        "end": one.end,
-        "length": plan.period_s * SECOND_US,
-    }
+    named = {**_meant(row, plan), "begin": one.begin, "end": one.end, "length": plan.period_s * SECOND_US}
     if gate.metric == "crash_rate":
-        rows = await connection.execute(_CRASHES, named)
+        rows = await connection.execute(_CRASHES.of(plan), named)
         cap = gate.caps(plan.period_s)[one.lane]
         return _sides(rows, lambda found: min(float(found.crashes) * 3600 / (found.periods * plan.period_s) / cap, 1.0))
     if gate.metric.startswith(APP):
         told = {**named, "name": gate.metric.removeprefix(APP), "least": gate.floor, "cap": gate.most}
-        return _sides(await connection.execute(_TOLD, told), lambda found: gate.part(float(found.value)))
-    return _sides(await connection.execute(_ERRORS, {**named, "cap": gate.unit}), lambda found: float(found.value))
+        return _sides(await connection.execute(_TOLD.of(plan), told), lambda found: gate.part(float(found.value)))
+    return _sides(
+        await connection.execute(_ERRORS.of(plan), {**named, "cap": gate.unit}), lambda found: float(found.value)
+    )
 
 
 def _sides(rows: Iterable[Any], value: Callable[[Any], float]) -> tuple[dict[str, float], dict[str, float]]:
@@ -187,7 +178,8 @@ async def latencies(
     }
     sketches: dict[tuple[str, str, bool], dict[str, Sketch]] = {}
     for span, (begin, end) in spans.items():
-        for found in await _bodies(connection, row, plan, devices, begin, end):
+        named = {**_meant(row, plan), "devices": devices, "begin": begin, "end": end}
+        for found in await connection.execute(_BODIES.of(plan), named):
             merged = sketches.setdefault((found.device_id, span, bool(found.candidate)), {})
             for bucket, bins in _timed.decode(found.body).latency_us.items():
                 sketch = sketch_of(bins)
@@ -203,15 +195,12 @@ async def latencies(
     return sides
 
 
-async def _bodies(
-    connection: AsyncConnection, row: Any, plan: Plan, devices: list[str], begin: int, end: int
-) -> Sequence[Any]:
-    """Return the windows of devices: (device_id, candidate, model, body)."""
+def _meant(row: Any, plan: Plan) -> dict[str, Any]:
+    """Return the parameters by which `_Asked` knows what is rolled out."""
     if plan.flag:
-        return await flag_trials.bodies(connection, row, plan, devices, begin=begin, end=end)
+        return {"project": row.project_id, "rollout": row.id, "model": plan.measure}
     (planned,) = plan.models
-    named = {"project": row.project_id, "model": planned.model, "manifest": planned.manifest, "devices": devices}
-    return (await connection.execute(_BODIES, {**named, "begin": begin, "end": end})).all()
+    return {"project": row.project_id, "model": planned.model, "manifest": planned.manifest}
 
 
 def sketch_of(bins: dict[str, int]) -> Sketch | None:
@@ -245,39 +234,73 @@ class _Timed(msgspec.Struct):
 
 
 _timed = msgspec.json.Decoder(_Timed)
-_BODIES = text(
-    "SELECT device_id, CASE WHEN manifest = :manifest THEN 1 ELSE 0 END AS candidate, model, body FROM telemetry_window"
-    " WHERE project_id = :project AND model = :model AND start >= :begin AND start < :end AND arm <> 'shadow'"
-    " AND requests > 0 AND device_id IN :devices"
-).bindparams(bindparam("devices", expanding=True))
+# Whose windows are the candidate's: of a bundle by its manifest, of a flag by when the device had the variant.
+_OF_BUNDLE = {
+    "candidate": "CASE WHEN w.manifest = :manifest THEN 1 ELSE 0 END",
+    "assigned": "",
+    "measured": "w.model = :model",
+}
+_OF_FLAG = {
+    "candidate": "CASE WHEN a.noticed_at > 0 AND w.start >= a.noticed_at"
+    " AND NOT (a.outcome = 'returned' AND w.start >= a.settled_at) THEN 1 ELSE 0 END",
+    "assigned": " LEFT JOIN assignment a ON a.rollout_id = :rollout AND a.device_id = w.device_id",
+    "measured": "(:model = '' OR w.model = :model)",
+}
+
+
+class _Asked(NamedTuple):
+    """A question about windows, of a bundle and of a flag."""
+
+    bundle: TextClause
+    flag: TextClause
+
+    def of(self, plan: Plan) -> TextClause:
+        return self.flag if plan.flag else self.bundle
+
+
+def _asked(question: str) -> _Asked:
+    """Fill in whose windows are the candidate's, and which windows of alias `w` are meant."""
+    windows = (
+        "{assigned} WHERE w.project_id = :project AND {measured} AND w.start >= :begin AND w.start < :end"
+        " AND w.arm <> 'shadow'"
+    )
+    whole = question.replace("{windows}", windows)
+    return _Asked(text(whole.format_map(_OF_BUNDLE)), text(whole.format_map(_OF_FLAG)))
+
+
+_BODIES = _Asked(
+    *(
+        one.bindparams(bindparam("devices", expanding=True))
+        for one in _asked(
+            "SELECT w.device_id, {candidate} AS candidate, w.model, w.body FROM telemetry_window w{windows}"
+            " AND w.requests > 0 AND w.device_id IN :devices"
+        )
+    )
+)
 _WAVES = text("SELECT DISTINCT exposed_at / :length AS wave FROM assignment WHERE rollout_id = :rollout")
 _WAVE = text(
     "SELECT device_id, stratum, share_key FROM assignment WHERE rollout_id = :rollout"
     " AND exposed_at >= :begin AND exposed_at < :end AND outcome <> 'superseded'"
 )
 # One value per device: the mean over its periods of the share of failed requests, none above the cap.
-_ERRORS = text(
+_ERRORS = _asked(
     "SELECT device_id, candidate, avg(CASE WHEN errors >= requests * CAST(:cap AS DOUBLE PRECISION) THEN 1.0"
     " ELSE errors / (requests * CAST(:cap AS DOUBLE PRECISION)) END) AS value"
-    " FROM (SELECT device_id, CASE WHEN manifest = :manifest THEN 1 ELSE 0 END AS candidate, start / :length AS period,"
-    " sum(requests) AS requests, sum(errors) AS errors FROM telemetry_window"
-    " WHERE project_id = :project AND model = :model AND start >= :begin AND start < :end AND arm <> 'shadow'"
-    " AND requests > 0 GROUP BY device_id, candidate, period) AS periods GROUP BY device_id, candidate"
+    " FROM (SELECT w.device_id, {candidate} AS candidate, w.start / :length AS period, sum(w.requests) AS requests,"
+    " sum(w.errors) AS errors FROM telemetry_window w{windows} AND w.requests > 0"
+    " GROUP BY w.device_id, candidate, period) AS periods GROUP BY device_id, candidate"
 )
 # One row per device: crashes of its worker, and the periods in which it served at all.
-_CRASHES = text(
-    "SELECT device_id, CASE WHEN manifest = :manifest THEN 1 ELSE 0 END AS candidate, sum(crashes) AS crashes,"
-    " count(DISTINCT start / :length) AS periods FROM telemetry_window"
-    " WHERE project_id = :project AND model = :model AND start >= :begin AND start < :end AND arm <> 'shadow'"
-    " AND (requests > 0 OR crashes > 0) GROUP BY device_id, candidate"
+_CRASHES = _asked(
+    "SELECT w.device_id, {candidate} AS candidate, sum(w.crashes) AS crashes, count(DISTINCT w.start / :length) AS periods"
+    " FROM telemetry_window w{windows} AND (w.requests > 0 OR w.crashes > 0) GROUP BY w.device_id, candidate"
 )
 # One value per device: the mean over its periods of the mean of what was told, none below the least or above the cap.
-_TOLD = text(
+_TOLD = _asked(
     "SELECT device_id, candidate, avg(CASE WHEN value < CAST(:least AS DOUBLE PRECISION) THEN"
     " CAST(:least AS DOUBLE PRECISION) WHEN value > CAST(:cap AS DOUBLE PRECISION) THEN CAST(:cap AS DOUBLE PRECISION)"
     " ELSE value END) AS value"
-    " FROM (SELECT device_id, CASE WHEN manifest = :manifest THEN 1 ELSE 0 END AS candidate, start / :length AS period,"
-    " sum(total) / sum(count) AS value FROM telemetry_metric"
-    " WHERE project_id = :project AND model = :model AND name = :name AND start >= :begin AND start < :end"
-    " AND arm <> 'shadow' GROUP BY device_id, candidate, period) AS periods GROUP BY device_id, candidate"
+    " FROM (SELECT w.device_id, {candidate} AS candidate, w.start / :length AS period, sum(w.total) / sum(w.count) AS value"
+    " FROM telemetry_metric w{windows} AND w.name = :name"
+    " GROUP BY w.device_id, candidate, period) AS periods GROUP BY device_id, candidate"
 )

@@ -12,7 +12,6 @@ the device. Windows count from their start, by the device's clock, so that none 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,54 +105,6 @@ async def write(connection: AsyncConnection, row: Any, settled: Settled, now: in
         await connection.execute(_SETTLE, settled.changes)
 
 
-async def errors_by_device(
-    connection: AsyncConnection, row: Any, plan: Plan, *, begin: int, end: int, cap: float
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the value of each device for a comparison of errors: with the variant, and without."""
-    rows = await connection.execute(
-        _ERRORS,
-        {
-            "rollout": row.id,
-            "project": row.project_id,
-            "measure": plan.measure,
-            "begin": begin,
-            "end": end,
-            "length": plan.period_s * SECOND_US,
-            "cap": cap,
-        },
-    )
-    candidates: dict[str, float] = {}
-    controls: dict[str, float] = {}
-    for found in rows:
-        (candidates if found.candidate else controls)[found.device_id] = float(found.value)
-    return candidates, controls
-
-
-async def bodies(
-    connection: AsyncConnection, row: Any, plan: Plan, devices: Sequence[str], *, begin: int, end: int
-) -> list[Any]:
-    """Return the windows of devices: (device_id, candidate, model, body)."""
-    named = {
-        "rollout": row.id,
-        "project": row.project_id,
-        "measure": plan.measure,
-        "devices": list(devices),
-        "begin": begin,
-        "end": end,
-    }
-    return list(await connection.execute(_BODIES, named))
-
-
-# A window is of the variant if it began when the device had it, and had not gone back.
-_CANDIDATE = (
-    "CASE WHEN a.noticed_at > 0 AND w.start >= a.noticed_at"
-    " AND NOT (a.outcome = 'returned' AND w.start >= a.settled_at) THEN 1 ELSE 0 END"
-)
-_WINDOWS = (
-    " FROM telemetry_window w LEFT JOIN assignment a ON a.rollout_id = :rollout AND a.device_id = w.device_id"
-    " WHERE w.project_id = :project AND (:measure = '' OR w.model = :measure) AND w.start >= :begin AND w.start < :end"
-    " AND w.arm <> 'shadow' AND w.requests > 0"
-)
 _KNOWS = text(
     "SELECT a.device_id FROM assignment a JOIN device d ON d.id = a.device_id JOIN offer o ON o.device_id = a.device_id"
     " WHERE a.rollout_id = :rollout AND a.outcome = 'exposed' AND a.noticed_at = 0"
@@ -175,12 +126,3 @@ _SETTLE = text(
     "UPDATE assignment SET outcome = :outcome, reason = :reason, detail = :detail, settled_at = :now, requests = :requests,"
     " errors = :errors WHERE rollout_id = :rollout AND device_id = :device AND outcome = 'exposed'"
 )
-_ERRORS = text(
-    "SELECT device_id, candidate, avg(CASE WHEN errors >= requests * CAST(:cap AS DOUBLE PRECISION) THEN 1.0"  # noqa: S608  # of our own
-    " ELSE errors / (requests * CAST(:cap AS DOUBLE PRECISION)) END) AS value"
-    f" FROM (SELECT w.device_id, {_CANDIDATE} AS candidate, w.start / :length AS period, sum(w.requests) AS requests,"
-    f" sum(w.errors) AS errors{_WINDOWS} GROUP BY w.device_id, candidate, period) AS periods GROUP BY device_id, candidate"
-)
-_BODIES = text(
-    f"SELECT w.device_id, {_CANDIDATE} AS candidate, w.model, w.body{_WINDOWS} AND w.device_id IN :devices"  # of our own
-).bindparams(bindparam("devices", expanding=True))

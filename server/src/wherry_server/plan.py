@@ -14,7 +14,7 @@ import msgspec
 from wherry_server import pacing
 from wherry_server.flags import PREFIX as FLAG_PREFIX
 from wherry_server.flags import fingerprint, type_of
-from wherry_server.gates import Bound, Gate, check_bound, check_gate, has_control
+from wherry_server.gates import APP, QUANTILES, Bound, Gate, check_bound, check_gate, has_control
 from wherry_server.pacing import Approval, Rate, Window
 from wherry_server.targeting import FAMILIES, FIELDS, counted_cut_offs, cut_offs, parse_selector
 from wherry_shared.digest import check_digest
@@ -39,7 +39,8 @@ HOLD_BACK = 0.05
 HOLD_BACK_MAX = 0.5
 HARMED_MAX = 5.0
 FLAG_STRATEGIES = frozenset({"canary", "adaptive", "all_at_once"})
-FLAG_METRICS = frozenset({"failed", "returned", "errors", "latency", "latency_p90", "latency_p99"})
+FLAG_METRICS = frozenset({"failed", "returned", "errors", "crash_rate", *QUANTILES})
+"""And what applications tell: what is measured on devices, whoever caused it."""
 FLAG_TERMS = frozenset({"min_requests", "max_s", "error_rate_max", "errors_min"})
 """Of a trial: what holds for flags, which the server judges (`flag_trials`)."""
 STRATEGIES_LATER = ("shadow", "split", "blue_green")
@@ -343,7 +344,7 @@ def _check_flag(plan: Plan) -> None:
         raise RefusedError("plan_flag", f"strategy {plan.strategy} is of models", next_step="use canary")
     if not plan.variant or type_of(plan.value) == "nothing":
         raise RefusedError("plan_flag", "a rollout of a flag names the variant that devices should have")
-    strange = sorted({gate.metric for gate in plan.gates} - FLAG_METRICS)
+    strange = sorted({one.metric for one in plan.gates if not one.metric.startswith(APP)} - FLAG_METRICS)
     if strange:
         raise RefusedError("plan_flag", f"gates of {', '.join(strange)} measure models, and this is a flag")
     default = Trial()
