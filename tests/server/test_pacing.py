@@ -225,8 +225,11 @@ def test_devices_that_failed_are_in_quarantine_until_they_are_released(tmp_path:
             number = await found.roll_out("1.1.0", **wide)
             await found.until(number, "done")
             async with found.database.read() as connection:
-                listed = await quarantine.devices(connection, PROJECT, model=MODEL)
-                assert await quarantine.devices(connection, PROJECT, reason="crash") == []
+                listed = await quarantine.devices(connection, PROJECT, model=MODEL, limit=10)
+                assert await quarantine.devices(connection, PROJECT, reason="crash", limit=10) == []
+                behind = (bad.id, MODEL, listed[0]["manifest"])
+                assert await quarantine.devices(connection, PROJECT, after=behind, limit=10) == []
+                assert await quarantine.devices(connection, PROJECT, after=(bad.id, MODEL, ""), limit=1) == listed
             assert [(one["device"], one["reason"]) for one in listed] == [(bad.id, "health_errors")]
 
             # who ended without a verdict tries again alone; who failed only on explicit order

@@ -193,7 +193,7 @@ async def _insert(connection: AsyncConnection, row: Any, plan: Plan, prepared: P
         )
     )
     await connection.execute(text("DELETE FROM exposing"))
-    rows = [(one.device, one.stratum, signed(one.key), one.attempt or plan.attempt) for one in prepared.exposed]
+    rows = sorted((one.device, one.stratum, signed(one.key), one.attempt or plan.attempt) for one in prepared.exposed)
     await bulk.fill(connection, "exposing", ("device_id", "stratum", "share_key", "attempt"), rows)
     for planned in plan.targets:
         named = {
@@ -268,5 +268,5 @@ _ASSIGN = text(
     " LEFT JOIN assignment p ON m.running = :to AND p.device_id = e.device_id AND p.model = :model"
     " AND p.to_manifest = :to AND p.exposed_at = (SELECT max(q.exposed_at) FROM assignment q"
     " WHERE q.device_id = e.device_id AND q.model = :model AND q.to_manifest = :to)"
-    " WHERE true ON CONFLICT (rollout_id, device_id, model) DO NOTHING"
+    " WHERE true ORDER BY e.device_id ON CONFLICT (rollout_id, device_id, model) DO NOTHING"
 )

@@ -8,6 +8,7 @@ forgotten. The epoch is the device's, else the row's, else 1; it is raised by no
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -192,11 +193,14 @@ async def current(connection: AsyncConnection, devices: Sequence[str]) -> dict[s
     """Return what the devices have been offered; a device that does not exist is left out."""
     found: dict[str, Current] = {}
     for at in range(0, len(devices), DEVICES_PER_READ):
-        for row in await bulk.select_in(connection, _CURRENT, devices[at : at + DEVICES_PER_READ]):
-            models = _models.decode(row.models) if row.models else {}
-            flags = msgspec.json.decode(row.flags) if row.flags else {}
-            known = Number(row.known_epoch, row.known_serial)
-            found[row.id] = Current(Number(row.epoch, row.serial), known, models, flags)
+        rows: Sequence[Any] = await bulk.select_in(connection, _CURRENT, devices[at : at + DEVICES_PER_READ])
+        for device, known_epoch, known_serial, epoch, serial, models, flags in rows:
+            found[device] = Current(
+                Number(epoch, serial),
+                Number(known_epoch, known_serial),
+                _models.decode(models) if models else {},
+                msgspec.json.decode(flags) if flags else {},
+            )
     return found
 
 
@@ -210,6 +214,7 @@ async def write(connection: AsyncConnection, project: str, composed: Sequence[Co
         UnreachableError: `offer_changed`: compose again.
     """
     await _check_unchanged(connection, composed)
+    composed = sorted(composed, key=attrgetter("device"))  # as their index has them, and as they are published
     rows = [
         (one.device, project, *one.number, one.envelope, one.models, one.flags, one.issued_at, one.expires_at)
         for one in composed
@@ -235,8 +240,8 @@ async def _check_unchanged(connection: AsyncConnection, composed: Sequence[Compo
     stored: dict[str, Number] = {}
     devices = [one.device for one in composed]
     for at in range(0, len(devices), DEVICES_PER_READ):
-        for row in await bulk.select_in(connection, _NUMBERS, devices[at : at + DEVICES_PER_READ]):
-            stored[row.device_id] = Number(row.epoch, row.serial)
+        rows: Sequence[Any] = await bulk.select_in(connection, _NUMBERS, devices[at : at + DEVICES_PER_READ])
+        stored.update({device: Number(epoch, serial) for device, epoch, serial in rows})
     changed = [one.device for one in composed if stored.get(one.device, Number(0, 0)) != one.over]
     if changed:
         raise UnreachableError(

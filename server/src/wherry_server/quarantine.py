@@ -18,13 +18,20 @@ from wherry_server.outcomes import FAILURES
 from wherry_server.times import now_us
 from wherry_shared.errors import RefusedError
 
-LISTED_MAX = 100_000
+FIRST = ("", "", "")
 
 
 async def devices(
-    connection: AsyncConnection, project: str, *, model: str = "", reason: str = "", device: str = ""
+    connection: AsyncConnection,
+    project: str,
+    *,
+    model: str = "",
+    reason: str = "",
+    device: str = "",
+    after: tuple[str, str, str] = FIRST,
+    limit: int,
 ) -> list[dict[str, Any]]:
-    """Return the devices in quarantine, with the reason.
+    """Return the devices in quarantine, with the reason, by (device, model, manifest); those behind `after`.
 
     Raises:
         RefusedError: `device_unknown`.
@@ -38,7 +45,8 @@ async def devices(
             "model": model,
             "reason": reason,
             "device": found,
-            "limit": LISTED_MAX,
+            **dict(zip(("after_device", "after_model", "after_manifest"), after, strict=True)),
+            "limit": limit,
         },
     )
     return [dict(row) for row in rows.mappings()]
@@ -100,6 +108,7 @@ _DEVICES = text(
     " AND (:device = '' OR a.device_id = :device) AND NOT EXISTS (SELECT 1 FROM assignment n"
     " WHERE n.device_id = a.device_id AND n.model = a.model AND n.exposed_at > a.exposed_at"
     " AND (n.to_manifest = a.to_manifest OR n.outcome IN ('confirmed', 'confirmed_idle')))"
+    " AND (a.device_id, a.model, a.to_manifest) > (:after_device, :after_model, :after_manifest)"
     " ORDER BY a.device_id, a.model, a.to_manifest LIMIT :limit"
 ).bindparams(bindparam("outcomes", expanding=True))
 _RELEASE = text(

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from wherry_server import quarantine
 from wherry_server.answers import KnownBad, Quarantined, Released, shaped
 from wherry_server.api.again import Again
-from wherry_server.api.pages import Paging
+from wherry_server.api.pages import Paging, check_text
 from wherry_server.auth import Operator, ServicesDep, Viewer
 
 router = APIRouter(prefix="/api/v1", tags=["quarantine"], route_class=Again)
@@ -36,9 +36,13 @@ async def list_quarantine(
     services: ServicesDep, _viewer: Viewer, page: Paging, model: Filter = "", reason: Filter = "", device: Filter = ""
 ) -> list[Quarantined]:
     """List the devices in quarantine, with the reason."""
+    after = page.behind(tuple[str, str, str]) or quarantine.FIRST
+    for part in after:
+        check_text(part)
+    wanted = {"model": model, "reason": reason, "device": device}
     async with services.database.read() as connection:
-        found = await quarantine.devices(connection, services.project, model=model, reason=reason, device=device)
-    taken = page.cut(found, lambda one: [one["device"], one["model"], one["manifest"]])
+        found = await quarantine.devices(connection, services.project, **wanted, after=after, limit=page.limit + 1)
+    taken = page.full(found, lambda one: [one["device"], one["model"], one["manifest"]])
     return [shaped(Quarantined, one) for one in taken]
 
 
