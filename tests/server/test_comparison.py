@@ -18,6 +18,7 @@ from tests.server.fleet_kit import MODEL, PROJECT, FakeDevice, Fleet, fleet, man
 from wherry_server import comparison
 from wherry_server.evidence import Candidate, Scan, load_progress
 from wherry_server.gates import QUANTILES, Gate
+from wherry_server.lanes import GRACE_S, due
 from wherry_server.plan import parse_plan
 from wherry_server.rollout import Compared, Lane, Progress, Taken, with_taken
 from wherry_server.sequential import LANES_MAX, Pairs, merge, outcome, pair_up
@@ -69,7 +70,7 @@ class Telling:
         await self.found.turn(PERIOD_S)
         for _ in range(3):
             await self.found.turn(1)
-        self.found.seconds = (self.found.seconds // PERIOD_S) * PERIOD_S + comparison.GRACE_S + 5
+        self.found.seconds = (self.found.seconds // PERIOD_S) * PERIOD_S + GRACE_S + 5
         for _ in range(4):
             await self.found.turn(1)
 
@@ -370,18 +371,18 @@ def test_a_lane_is_due_once_its_periods_and_the_grace_have_passed():
     second = 1_000_000
 
     def lanes(at_s: int, **waves: int) -> list[tuple[int, int, int, int]]:
-        found = comparison.due(
+        found = due(
             PLAN, Compared(waves={name.removeprefix("w"): lane for name, lane in waves.items()}), [100], at_s * second
         )
         return [(one.wave, one.lane, one.begin // second, one.end // second) for one in found]
 
     exposed_s = 100 * PERIOD_S
-    assert lanes(exposed_s + 2 * PERIOD_S + comparison.GRACE_S - 1) == []
+    assert lanes(exposed_s + 2 * PERIOD_S + GRACE_S - 1) == []
     first = (100, 0, exposed_s + PERIOD_S, exposed_s + 2 * PERIOD_S)
     second_lane = (100, 1, exposed_s + 2 * PERIOD_S, exposed_s + 4 * PERIOD_S)
-    assert lanes(exposed_s + 2 * PERIOD_S + comparison.GRACE_S) == [first]
-    assert lanes(exposed_s + 4 * PERIOD_S + comparison.GRACE_S) == [first, second_lane]
-    assert lanes(exposed_s + 4 * PERIOD_S + comparison.GRACE_S, w100=1) == [second_lane]
+    assert lanes(exposed_s + 2 * PERIOD_S + GRACE_S) == [first]
+    assert lanes(exposed_s + 4 * PERIOD_S + GRACE_S) == [first, second_lane]
+    assert lanes(exposed_s + 4 * PERIOD_S + GRACE_S, w100=1) == [second_lane]
     assert len(lanes(exposed_s + 10_000 * PERIOD_S)) == LANES_MAX
 
 
@@ -482,7 +483,7 @@ def test_each_device_has_the_mean_of_its_periods_as_its_value(tmp_path: Path):
 
             async def values(lane: int) -> tuple[dict[str, float], dict[str, float]]:
                 at = (1_000 + (1 << (lane + 1)) + 1) * PERIOD_S * 1_000_000
-                one = comparison.due(PLAN, Compared(waves={"1000": lane}), [1_000], at)[0]
+                one = due(PLAN, Compared(waves={"1000": lane}), [1_000], at)[0]
                 async with found.database.read() as connection:
                     row = SimpleNamespace(project_id=PROJECT)
                     both = await comparison.values(connection, row, PLAN, PLAN.gates[0], one)

@@ -57,6 +57,41 @@ def test_devices_of_another_time_zone_wait_for_their_window():
     assert 15 * 3600 <= one.duration_s <= 15 * 3600 + 900
 
 
+ERRORS = {"metric": "errors", "harm": 0.01}
+CRASHES = {"metric": "crash_rate", "harm": 0.5}
+AGREED = {"metric": "app:agreed", "better": "higher", "harm": 0.1}
+
+
+@pytest.mark.parametrize("gate", [ERRORS, CRASHES, AGREED], ids=lambda gate: str(gate["metric"]))
+@pytest.mark.parametrize("strategy", ["canary", "adaptive"])
+def test_a_comparison_is_forecast_by_stated_values(gate: dict[str, Any], strategy: str):
+    stages = [{"share": 1.0}] if strategy == "adaptive" else [{"share": 0.2}, {"share": 1.0}]
+    plan = plan_of(strategy=strategy, gates=[gate], stages=stages)
+    good = forecast(plan, synthetic(1_000), WELL, 2)
+    assert {(one.state, one.exposed) for one in good} == {("done", 1_000)}
+    assert all(one.duration_s > 2 * plan.period_s for one in good), "it takes a whole period to compare"
+    bad = forecast(plan, synthetic(1_000), Outcomes(failed=0, silent=0, worse=4.0), 2)
+    assert {(one.state, one.reason) for one in bad} == {("halted", f"{gate['metric']}_bound")}
+    assert all(one.exposed <= 500 for one in bad)
+
+
+@pytest.mark.parametrize(("metric", "share", "state"), [("crashed", 1.0, "halted"), ("crashed", 0.0, "done")])
+def test_devices_fail_in_the_way_that_is_stated(metric: str, share: float, state: str):
+    gate = {"metric": metric, "tolerated": 0.02, "harm": 0.1}
+    plan = plan_of(gates=[gate], failure={"share": 0.5}, stages=[{"share": 1.0}])
+    ran = forecast(plan, synthetic(300), Outcomes(failed=0.2, silent=0, crashed=share, returned=1 - share), 3)
+    assert {one.state for one in ran} == {state}
+
+
+def test_an_adaptive_plan_is_forecast_to_expose_more_where_the_director_looks_often():
+    plan = plan_of(strategy="adaptive", stages=[{"share": 1.0}])
+    apart = forecast(plan, synthetic(200), Outcomes(failed=0.5, silent=0), 8)
+    together = forecast(plan, synthetic(200), Outcomes(failed=0.5, silent=0, look_s=200), 8)
+    assert {one.state for one in (*apart, *together)} == {"halted"}
+    assert {one.exposed for one in together} == {5}
+    assert min(one.exposed for one in apart) > 5
+
+
 def test_silent_devices_end_a_run_too():
     ran = forecast(plan_of(), synthetic(100), Outcomes(failed=0, silent=0.9), 3)
     assert {(one.state, one.reason) for one in ran} == {("halted", "silent_bound")}
@@ -65,7 +100,9 @@ def test_silent_devices_end_a_run_too():
 @pytest.mark.parametrize(
     ("code", "change", "outcomes"),
     [
-        ("forecast_gates", {"gates": [{"metric": "errors", "harm": 0.01}]}, WELL),
+        ("forecast_range", {}, Outcomes(crashed=1.1)),
+        ("forecast_range", {}, Outcomes(spread=0.5)),
+        ("forecast_range", {}, Outcomes(fails_s=-1)),
         ("forecast_range", {}, Outcomes(failed=0.7, silent=0.7)),
         ("forecast_range", {}, Outcomes(settle_s=0)),
     ],
@@ -94,6 +131,7 @@ def test_every_decision_of_a_rollout_follows_from_its_evidence(tmp_path: Path):
                     told = await explaining.explain(connection, PROJECT, number, devices[0].id)
                     assert told["replayed"] == len(told["decided"]) > 2
                     assert told["differing"] == []
+                    assert [one["gate"] for one in told["needs"]] == (["failed"] if number == bad else [])
                     assert told["device"]["code"] in ("exposed", "ahead", "held")
                 row = await rollouts.find(connection, PROJECT, bad)
                 (last, *_) = (await rollouts.decisions(connection, PROJECT, bad, 0, 1000))[::-1]

@@ -10,6 +10,8 @@ from wherry_simulators.rehearsal import plan_of, rehearse
 from wherry_simulators.world import TURN_MS
 
 STAGES = [{"share": 0.1, "soak_s": 600}, {"share": 1.0}]
+ADAPTIVE = {"strategy": "adaptive", "stages": [{"share": 1.0}]}
+LOOSE = {"failure": {"count": 100}}
 TURNS = 4
 """Looks of the director that a stage may take longer here than in the forecast, which looks more often."""
 
@@ -20,6 +22,15 @@ TURNS = 4
         ({"stages": STAGES}, 0.0, "done"),
         ({"stages": [{"count": 4}, {"share": 1.0}], "rate": {"per_minute": 4}}, 0.0, "done"),
         ({"stages": STAGES}, 1.0, "halted"),
+        (ADAPTIVE, 0.0, "done"),
+        (ADAPTIVE, 0.6, "halted"),
+        ({**ADAPTIVE, "gates": [{"metric": "returned", "tolerated": 0.05, "harm": 0.3}]}, 0.0, "done"),
+        ({**ADAPTIVE, **LOOSE, "gates": [{"metric": "returned", "tolerated": 0.05, "harm": 0.3}]}, 0.9, "halted"),
+        (
+            {"stages": [{"share": 1.0}], **LOOSE, "gates": [{"metric": "crashed", "tolerated": 0.05, "harm": 0.3}]},
+            0.5,
+            "done",
+        ),
     ],
 )
 def test_a_forecast_is_close_to_the_real_machine(wish: dict[str, Any], failed: float, state: str) -> None:

@@ -445,6 +445,23 @@ class DecisionShown:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Needed:
+    """With how many devices a gate is expected to decide: `after_s` from the exposure of the last one, at most."""
+
+    devices: int
+    after_s: int
+    device_hours: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateNeeds:
+    """By what samples a gate is expected to decide, those that are watched for longer last."""
+
+    gate: str
+    samples: list[Needed]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Explained:
     """Why a rollout is where it is; `differing` names decisions that do not follow from their evidence: there are none."""
 
@@ -453,6 +470,7 @@ class Explained:
     reason: str
     why_not_yet: list[Why]
     gates: list[GateState]
+    needs: list[GateNeeds]
     decided: list[dict[str, Any]]
     replayed: int
     differing: list[int]
@@ -472,6 +490,7 @@ class Forecast:
     failed: dict[str, int]
     detected_s: dict[str, int] | None
     stages_s: list[int]
+    needs: list[GateNeeds]
 
 
 @dataclass(frozen=True, kw_only=True)

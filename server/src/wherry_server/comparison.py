@@ -1,14 +1,12 @@
 """Measures candidates and controls over the same periods: from telemetry windows to differences, a lane of a wave at a time.
 
-A wave is whom a rollout exposed in one period. Its lanes end after 1, 3, 7, … whole periods more (`sequential.lane_of`); a
-lane is taken once, `GRACE_S` after its end, and what arrives later is no evidence. What was taken is in the rollout's
-progress, so a lane is never taken twice, and a decision can be replayed from its rows.
+A lane of a wave is taken when `lanes.due` says so. What was taken is in the rollout's progress, so a lane is never taken
+twice, and a decision can be replayed from its rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import msgspec
@@ -17,14 +15,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server.evidence import SECOND_US, Scan
 from wherry_server.gates import APP, QUANTILES, Gate
+from wherry_server.lanes import Due, due
 from wherry_server.plan import Plan
-from wherry_server.rollout import Compared, Lane, Progress, Taken, with_taken
-from wherry_server.sequential import CONTROLS_MAX, LANES_MAX, Pairs, draw, merge
+from wherry_server.rollout import Lane, Progress, Taken, with_taken
+from wherry_server.sequential import CONTROLS_MAX, Pairs, draw, merge
 from wherry_server.targeting import KEY_MAX, control_rank, unsigned
 from wherry_shared.sketch import Sketch
 
-GRACE_S = 30
-"""How long after a period its telemetry may arrive and count."""
 BASELINE_PERIODS = 4
 """Whole periods before a wave by which latency with the incumbent is known."""
 LATENCY_DEVICES_MAX = 100
@@ -33,43 +30,6 @@ LATENCY_REQUESTS_MIN = 30
 """Requests that a shape bucket needs before and after (contracts.md §4), whatever the quantile."""
 TAIL_REQUESTS_MIN = 3
 """Of those, beyond the quantile: fewer, and it is the slowest request that is compared."""
-LANES_PER_TURN = 20
-"""Lanes taken in one turn; more, after a long silence of the director, take more turns."""
-
-
-@dataclass(frozen=True, slots=True)
-class Due:
-    """A lane of a wave that has ended."""
-
-    wave: int
-    lane: int
-    begin: int
-    end: int
-    """Microseconds: where its periods begin and end."""
-
-
-def period(plan: Plan, moment: int) -> int:
-    """Return the number of the period that a moment, in microseconds, is in."""
-    return moment // (plan.period_s * SECOND_US)
-
-
-def ended(plan: Plan, moment: int) -> int:
-    """Return the number of the first period that may not be used yet."""
-    return period(plan, moment - GRACE_S * SECOND_US)
-
-
-def due(plan: Plan, compared: Compared, waves: list[int], moment: int) -> list[Due]:
-    """Return the lanes that can be taken now, in the order of waves and lanes."""
-    length, usable = plan.period_s * SECOND_US, ended(plan, moment)
-    found = []
-    for wave in sorted(waves):
-        for lane in range(compared.waves.get(str(wave), 0), LANES_MAX):
-            first = wave + (1 << lane)
-            after = wave + (1 << (lane + 1))
-            if after > usable:
-                break
-            found.append(Due(wave, lane, first * length, after * length))
-    return found[:LANES_PER_TURN]
 
 
 async def take(

@@ -27,6 +27,7 @@ from wherry_server.db.tables import Decision as DecisionRow
 from wherry_server.db.tables import KnownBad, Rollout, RolloutStatus, table
 from wherry_server.flag_bearer import Bearer
 from wherry_server.ingest import Behind, Stored
+from wherry_server.lanes import ended
 from wherry_server.lease import Lease, boot_id
 from wherry_server.offers import Composer, Number
 from wherry_server.outbox import Outbox
@@ -243,7 +244,7 @@ class Conductor:
             found = await evidence.read(connection, row, known.plan, progress, known.scan, tallied)
             if known.scan is not None and row.state in rollouts.TOLD:
                 known.status = (msgspec.json.encode(found).decode(), msgspec.json.encode(tallied.outcomes).decode())
-            until = comparison.ended(known.plan, moment)
+            until = ended(known.plan, moment)
             if known.plan.compared and row.state in ("running", "paused") and until > known.compared_until:
                 scan = known.scan or await evidence.scan(connection, row, known.plan)
                 taken = await comparison.take(connection, row, known.plan, progress, scan, moment)

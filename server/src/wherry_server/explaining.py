@@ -12,7 +12,7 @@ import msgspec
 from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server import cohorts, evidence, fleet, forecast, rollouts
+from wherry_server import cohorts, evidence, fleet, forecast, gates, rollouts
 from wherry_server.db.tables import Decision, table
 from wherry_server.plan import Plan, parse_plan
 from wherry_server.rollout import Evidence, Progress, decide, reach
@@ -63,6 +63,7 @@ async def explain(connection: AsyncConnection, project: str, number: int, device
         "reason": shown["reason"],
         "why_not_yet": shown["why_not_yet"],
         "gates": shown["gates"],
+        "needs": _needs(plan),
         "decided": decided,
         "replayed": sum(one["follows"] is not None for one in decided),
         "differing": [one["revision"] for one in decided if one["follows"] is False],
@@ -122,7 +123,7 @@ async def simulate(connection: AsyncConnection, project: str, wish: dict[str, An
     if plan_wish.get("cohort"):
         selector = (await cohorts.find(connection, project, str(plan_wish["cohort"])))["selector"]
     plan = parse_plan({**known, "selector": selector, "models": [_ANY]})
-    forecast.check(plan, outcomes, devices)
+    forecast.check(outcomes, devices)
     if devices:
         members = forecast.synthetic(devices)
     else:
@@ -144,7 +145,15 @@ async def simulate(connection: AsyncConnection, project: str, wish: dict[str, An
         "failed": _spread([run.failed for run in done]),
         "detected_s": _spread(detected) if detected else None,
         "stages_s": msgspec.to_builtins(done[0].stages),
+        "needs": _needs(plan),
     }
+
+
+def _needs(plan: Plan) -> list[dict[str, Any]]:
+    """Return by what samples each gate with stated errors is expected to decide."""
+    return [
+        {"gate": gate.metric, "samples": msgspec.to_builtins(gates.needs(gate, plan.period_s))} for gate in plan.gates
+    ]
 
 
 def _spread(values: list[int]) -> dict[str, int]:

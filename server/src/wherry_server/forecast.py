@@ -1,31 +1,42 @@
 """What a plan would do: `decide` over a fleet of numbers whose outcomes are stated, before anyone presses start. Pure.
 
 The engine is the real one; what is not real is said in `Outcomes`: each device confirms, fails, stays silent or is late with
-stated probabilities, independent of the others, and settles after a time that is even between half and one and a half of
-`settle_s`. People approve at once. Gates that compare with a control need telemetry, which is not invented: they are refused.
+stated probabilities, independent of the others, and settles after a time that is even around `settle_s`. People approve at
+once. For gates with a control, devices get values as stated (`Values`): all with traffic answer in every period, and are of one stratum.
+
+A real director mostly hears of failures before confirmations, and looks at both together. Where that is not said (`fails_s`,
+`look_s`), an adaptive plan is forecast to widen on the first good news, and so to expose more than it does.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 
+from wherry_server.gates import Gate
+from wherry_server.lanes import Due, due, period
 from wherry_server.plan import Plan
 from wherry_server.rollout import (
+    ACTIVE,
     EXPOSED_PER_TURN,
     FINAL,
     Counts,
     Evidence,
     Expose,
+    Lane,
     Moved,
     Progress,
+    Taken,
     Withdraw,
     ahead,
     decide,
     reach,
 )
+from wherry_server.sequential import CONTROLS_MAX, LANES_MAX, pair_up
 from wherry_server.targeting import exposed, key_of
 from wherry_shared.clock import MICROSECONDS, Now
 from wherry_shared.errors import RefusedError
@@ -38,6 +49,10 @@ DEVICE_RUNS_MAX = 200_000
 TURNS_MAX = 200_000
 STEPS_PER_SETTLING = 20
 IDLE_STEP_S = 60
+CRASHES_BEFORE = 0.5
+"""How often workers of the incumbent die, times the harm of a gate on that."""
+VALUE_SPREAD_MAX = 0.28
+"""Standard deviation of devices' values, of the cap: they lie even between 0 and √12 of this."""
 _WHOLE = 1 << 64
 
 
@@ -50,6 +65,20 @@ class Outcomes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     idle: float = 0.0
     """Of the confirmed: those without traffic."""
     settle_s: float = 120.0
+    settle_spread: float = 0.5
+    """By what part of it devices settle sooner or later."""
+    fails_s: float = 0.0
+    """Seconds until a device that fails has failed; 0: `settle_s`."""
+    look_s: float = 0.0
+    """How often the director looks; 0: twenty times while a device settles."""
+    returned: float = 1.0
+    """Of the failed: those that went back from a trial."""
+    crashed: float = 0.0
+    """Of the failed: those whose worker or canary crashed."""
+    worse: float = 0.0
+    """By how many times the harm that matters the bundle is worse, in every gate with a control."""
+    spread: float = 0.1
+    """Standard deviation of devices' values in such a gate, of its cap; crashes vary as such rare events do."""
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -74,23 +103,22 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds after which each stage began."""
 
 
-def check(plan: Plan, outcomes: Outcomes, devices: int) -> None:
+def check(outcomes: Outcomes, devices: int) -> None:
     """Refuse what cannot be forecast.
 
     Raises:
-        RefusedError: `forecast_range` or `forecast_gates`.
+        RefusedError: `forecast_range`.
     """
     shares = (outcomes.failed, outcomes.silent, outcomes.late)
-    if not all(0 <= share <= 1 for share in (*shares, outcomes.idle)) or sum(shares) > 1:
+    parts = (*shares, outcomes.idle, outcomes.returned, outcomes.crashed, outcomes.settle_spread)
+    if not all(0 <= share <= 1 for share in parts) or sum(shares) > 1:
         raise RefusedError("forecast_range", "outcomes are probabilities, and failed + silent + late is at most 1")
     if not 1 <= outcomes.settle_s <= 7 * 86_400 or not 0 <= devices <= DEVICES_MAX:
         raise RefusedError("forecast_range", f"settle_s is 1 s to 7 d, and a fleet has at most {DEVICES_MAX} devices")
-    if plan.compared:
-        raise RefusedError(
-            "forecast_gates",
-            f"gate {plan.compared[0].metric} compares telemetry, which a forecast does not invent",
-            next_step="leave it out, or measure it on a simulated fleet: benchmarks/gates.py",
-        )
+    if not 0 <= outcomes.fails_s <= 7 * 86_400 or not 0 <= outcomes.look_s <= 3_600:
+        raise RefusedError("forecast_range", "fails_s is 0 to 7 d, and look_s 0 to 1 h")
+    if not 0 <= outcomes.worse <= 1_000 or not 0 <= outcomes.spread <= VALUE_SPREAD_MAX:
+        raise RefusedError("forecast_range", f"worse is 0 to 1000, and spread 0 to {VALUE_SPREAD_MAX}")
 
 
 def synthetic(devices: int) -> list[Member]:
@@ -100,9 +128,31 @@ def synthetic(devices: int) -> list[Member]:
 
 def forecast(plan: Plan, members: Sequence[Member], outcomes: Outcomes, runs: int) -> list[Run]:
     """Run a plan so many times, each with other keys and other luck."""
-    check(plan, outcomes, len(members))
+    check(outcomes, len(members))
     most = max(1, min(runs, RUNS_MAX, DEVICE_RUNS_MAX // max(len(members), 1)))
     return [_Fleet(plan, members, outcomes, f"forecast-{number}").run() for number in range(most)]
+
+
+class _Due(NamedTuple):
+    """A device that will come to something."""
+
+    at_s: float
+    order: int
+    stage: int
+    wave: int
+    device: str
+    became: str
+
+
+def _rare(luck: float, mean: float) -> int:
+    """Return the number of events of which so many are expected, by a number between 0 and 1 (Poisson, inverted)."""
+    count, chance = 0, math.exp(-mean)
+    below = chance
+    while luck > below and count < 20 * (mean + 10):
+        count += 1
+        chance *= mean / count
+        below += chance
+    return count
 
 
 class _Fleet:
@@ -117,8 +167,14 @@ class _Fleet:
         self.left = ranked
         self.members = len(ranked)
         self.stages: list[dict[str, int]] = [{} for _ in plan.stages]
-        self.due: list[tuple[float, int, int, str, str]] = []
-        """(when, order, stage, what it was counted as, what it is then)."""
+        self.due: list[_Due] = []
+        self.happened = dict.fromkeys(("failed", "returned", "crashed"), 0)
+        self.waves: dict[int, list[str]] = {}
+        """Period → devices exposed in it that will confirm, and answer requests."""
+        self.confirmed: dict[int, int] = {}
+        """Period → devices exposed in it that have confirmed."""
+        self.controls = {gate.metric: [0] * LANES_MAX for gate in plan.compared}
+        """Metric → devices used as a control, by lane."""
         self.progress = Progress()
         self.begun: list[int] = []
         self._below: list[tuple[int, Member]] = []
@@ -127,7 +183,7 @@ class _Fleet:
 
     def run(self) -> Run:
         now_s, detected = 0.0, None
-        step_s = max(1.0, self.outcomes.settle_s / STEPS_PER_SETTLING)
+        step_s = self.outcomes.look_s or max(1.0, self.outcomes.settle_s / STEPS_PER_SETTLING)
         command = "start"
         for _ in range(TURNS_MAX):
             self._settle(now_s)
@@ -177,11 +233,9 @@ class _Fleet:
             unexposed=len(free),
             closed=len(below) - len(free),
             approvals={str(stage): plan.approvers(stage) for stage in range(len(plan.stages))},
-            happened={
-                gate.metric: sum(stage.get("failed", 0) for stage in self.stages)
-                for gate in plan.gates
-                if gate.metric == "failed"
-            },
+            happened={gate.metric: self.happened[gate.metric] for gate in plan.gates if gate.metric in self.happened},
+            unmeasured=self._unmeasured(),
+            taken=self._taken(now) if plan.compared and progress.state in ACTIVE else [],
             command=command,  # type: ignore[arg-type]
         )
         return ahead(plan, progress, found, self.keys)
@@ -198,15 +252,21 @@ class _Fleet:
             most -= 1
             self._count(one.stage, "pending", 1)
             when, became = self._fate(member.id)
-            heapq.heappush(self.due, (now_s + when, len(self.due), one.stage, "pending", became))
+            wave = period(self.plan, now.wall_us)
+            heapq.heappush(self.due, _Due(now_s + when, len(self.due), one.stage, wave, member.id, became))
+            if self.plan.compared:
+                with_traffic = self.waves.setdefault(wave, [])
+                if became == "confirmed":
+                    with_traffic.append(member.id)
         self.left = left
 
     def _fate(self, device: str) -> tuple[float, str]:
         luck = share_key(f"{self.salt}/outcome", device) / _WHOLE
         outcomes, plan = self.outcomes, self.plan
-        settles_s = outcomes.settle_s * (0.5 + share_key(f"{self.salt}/time", device) / _WHOLE)
+        early = 1 + outcomes.settle_spread * (2 * share_key(f"{self.salt}/time", device) / _WHOLE - 1)
+        settles_s = outcomes.settle_s * early
         if luck < outcomes.failed:
-            return settles_s, "failed"
+            return (outcomes.fails_s or outcomes.settle_s) * early, "failed"
         if luck < outcomes.failed + outcomes.silent:
             return plan.silent_s, "silent"
         if luck < outcomes.failed + outcomes.silent + outcomes.late:
@@ -215,10 +275,60 @@ class _Fleet:
         return settles_s, "confirmed_idle" if idle else "confirmed"
 
     def _settle(self, now_s: float) -> None:
-        while self.due and self.due[0][0] <= now_s:
-            _, _, stage, was, became = heapq.heappop(self.due)
-            self._count(stage, was, -1)
-            self._count(stage, became, 1)
+        while self.due and self.due[0].at_s <= now_s:
+            one = heapq.heappop(self.due)
+            self._count(one.stage, "pending", -1)
+            self._count(one.stage, one.became, 1)
+            if one.became == "failed":
+                self.happened["failed"] += 1
+                luck = share_key(f"{self.salt}/kind", one.device) / _WHOLE
+                self.happened["returned"] += luck < self.outcomes.returned
+                self.happened["crashed"] += 1 - luck <= self.outcomes.crashed
+            elif one.became in ("confirmed", "confirmed_idle"):
+                self.confirmed[one.wave] = self.confirmed.get(one.wave, 0) + 1
+
+    # --- what is compared -----------------------------------------------------------------------
+
+    def _unmeasured(self) -> int:
+        if self.plan.strategy != "adaptive" or not self.plan.compared or self.progress.widened:
+            return 0
+        seen = self.progress.compared.waves
+        return sum(devices for wave, devices in self.confirmed.items() if not seen.get(str(wave)))
+
+    def _taken(self, now: Now) -> list[Taken]:
+        """Measure the lanes that have ended, as the director does."""
+        found = []
+        for one in due(self.plan, self.progress.compared, list(self.waves), now.wall_us):
+            lanes = {gate.metric: self._lane(gate, one) for gate in self.plan.compared}
+            found.append(Taken(wave=one.wave, lane=one.lane, lanes=lanes))
+        return found
+
+    def _lane(self, gate: Gate, one: Due) -> Lane:
+        """Compare a wave with devices that are not exposed and not used in this lane yet, in the numbers of `draw`."""
+        used = self.controls[gate.metric]
+        salt = f"{self.salt}/{gate.metric}/{one.lane}"
+        mine = self.waves[one.wave]
+        fresh = max(int(len(self.left) * (1 - self.outcomes.idle)) - used[one.lane], 0)
+        if not mine or not fresh:
+            return Lane()
+        count = min(fresh, len(mine) * min(max(fresh // 2 // len(mine), 1), CONTROLS_MAX))
+        controls = [f"control {used[one.lane] + number}" for number in range(count)]
+        used[one.lane] += count
+        return Lane(
+            pairs=pair_up(
+                [self._value(gate, one.lane, salt, device, self.outcomes.worse) for device in mine],
+                [self._value(gate, one.lane, salt, device, 0.0) for device in controls],
+            )
+        )
+
+    def _value(self, gate: Gate, lane: int, salt: str, device: str, worse: float) -> float:
+        """Return what a device shows in a lane, of the lane's cap."""
+        luck = share_key(salt, device) / _WHOLE
+        cap = gate.caps(self.plan.period_s)[lane]
+        if gate.metric != "crash_rate":
+            return min(luck * self.outcomes.spread * math.sqrt(12) + worse * gate.harm / cap, 1.0)
+        hours = (1 << lane) * self.plan.period_s / 3600
+        return min(_rare(luck, gate.harm * hours * (CRASHES_BEFORE + worse)) / (cap * hours), 1.0)
 
     def _withdraw(self, one: Withdraw) -> None:
         """Bring devices back at once: how long that takes is no part of the forecast."""

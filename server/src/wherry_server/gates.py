@@ -247,16 +247,7 @@ def _check_app(gate: Gate, what: str) -> None:
 
 def share(gate: Gate, *, bad: int, good: int, under_way: int, quiet: int) -> Verdict:
     """Judge devices by what became of them; see `sequential.bounded` for what each count means."""
-    found = bounded(
-        bad=bad,
-        good=good,
-        under_way=under_way,
-        quiet=quiet,
-        tolerated=gate.tolerated or TOLERATED_MIN,
-        harm=gate.harm,
-        alpha=gate.alpha,
-        beta=gate.beta,
-    )
+    found = _bounded(gate, bad, good, under_way, quiet)
     return Verdict(
         gate=gate.metric, outcome=found.outcome, bad=bad, judged=bad + good, needed=found.needed, numbers=found
     )
@@ -268,6 +259,21 @@ def control(gate: Gate, lanes: Sequence[Pairs], period_s: int) -> Verdict:
     found = _compare(tuple(lanes), gate.harm, gate.alpha, gate.beta, gate.caps(period_s), needed)
     return Verdict(
         gate=gate.metric, outcome=found.outcome, bad=0, judged=found.sample, needed=found.needed, numbers=found
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _bounded(gate: Gate, bad: int, good: int, under_way: int, quiet: int) -> Finding:
+    """Judge; a rollout is looked at every second, and mostly nothing has changed."""
+    return bounded(
+        bad=bad,
+        good=good,
+        under_way=under_way,
+        quiet=quiet,
+        tolerated=gate.tolerated or TOLERATED_MIN,
+        harm=gate.harm,
+        alpha=gate.alpha,
+        beta=gate.beta,
     )
 
 

@@ -7,16 +7,19 @@ with which probability they fail and how long they take. That time is measured i
 from __future__ import annotations
 
 import statistics
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
 
+from wherry_server import outcomes
 from wherry_server.forecast import Outcomes, Run, forecast, synthetic
 from wherry_server.plan import Plan, parse_plan
 from wherry_shared.errors import RefusedError
+from wherry_simulators.campaign import Campaign
 from wherry_simulators.models import Behaviour, VariantBehaviour
 from wherry_simulators.scenario import HOUR_MS, MODEL, Release, Scenario, manifest_of
-from wherry_simulators.world import World
+from wherry_simulators.world import TURN_MS, World
 
 OLD, NEW = "1.0.0", "1.1.0"
 ERROR_RATE = 0.8
@@ -30,6 +33,8 @@ class Rehearsal(msgspec.Struct, frozen=True, kw_only=True):
     devices: int
     settle_s: float
     """In the middle, from exposure to settling."""
+    fails_s: float
+    """The same of devices that failed; 0 without one."""
     real: Run
     forecast: list[Run]
     violations: int
@@ -60,8 +65,8 @@ def rehearse(plan: Plan, devices: int, failed: float, seed: int, runs: int = 10)
     world = World(row, seed)
     result = world.run()
     campaign = world.campaigns[NEW]
-    times = [one.settled_ms - one.exposed_ms for one in campaign.assigned.values() if one.settled_ms]
-    settle_s = max(1.0, statistics.median(times) / 1000) if times else 1.0
+    settle_s, spread = _times(campaign, outcomes.FAILURES, ended_well=True)
+    fails_s, _ = _times(campaign, outcomes.FAILURES, ended_well=False)
     began = campaign.moved_ms[0] if campaign.moved_ms else 0
     breach = [at for at, moved in zip(campaign.moved_ms, campaign.moves, strict=True) if moved.state == "returning"]
     real = Run(
@@ -73,11 +78,32 @@ def rehearse(plan: Plan, devices: int, failed: float, seed: int, runs: int = 10)
         detected_s=(breach[0] - began) // 1000 if breach else None,
         stages=[],
     )
-    told = Outcomes(failed=failed, silent=0.0, settle_s=settle_s)
+    told = Outcomes(
+        failed=failed,
+        silent=0.0,
+        settle_s=settle_s or fails_s or 1.0,
+        settle_spread=spread,
+        fails_s=fails_s,
+        look_s=TURN_MS / 1000,
+    )
     return Rehearsal(
         devices=devices,
-        settle_s=settle_s,
+        settle_s=told.settle_s,
+        fails_s=fails_s,
         real=real,
         forecast=forecast(plan, synthetic(devices), told, runs),
         violations=result.violation_count,
     )
+
+
+def _times(campaign: Campaign, failures: Collection[str], *, ended_well: bool) -> tuple[float, float]:
+    """Return after how many seconds devices settled, in the middle, and by what part of it sooner or later; 0 without one."""
+    times = [
+        (one.settled_ms - one.exposed_ms) / 1000
+        for one in campaign.assigned.values()
+        if one.settled_ms and (one.outcome not in failures) is ended_well
+    ]
+    if not times:
+        return 0.0, 0.0
+    middle = max(1.0, statistics.median(times))
+    return middle, min((max(times) - min(times)) / 2 / middle, 1.0)

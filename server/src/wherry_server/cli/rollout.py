@@ -240,6 +240,10 @@ def explain(
         out.print(f"rollout {number} is {found['state']}" + (f" ({found['reason']})" if found["reason"] else ""))
         for why in found["why_not_yet"]:
             out.print(f"waits: {_why(why)}", markup=False)
+        for gate in found["gates"]:
+            if gate["numbers"]:
+                out.print(_gate(gate), markup=False)
+        _say_needs(out, found["needs"])
         rows = [
             (
                 one["revision"],
@@ -272,11 +276,19 @@ def simulate(
     late: Annotated[float, typer.Option(help="Probability that a device is late.")] = 0.0,
     idle: Annotated[float, typer.Option(help="Of those confirmed, the share without traffic.")] = 0.0,
     settle: Annotated[float, typer.Option(help="Seconds in which a device settles, in the middle.")] = 120.0,
+    fails: Annotated[float, typer.Option(help="Seconds until a device that fails has failed; 0: as --settle.")] = 0.0,
+    returned: Annotated[float, typer.Option(help="Of those that fail, the share that goes back from a trial.")] = 1.0,
+    crashed: Annotated[float, typer.Option(help="Of those that fail, the share that crashes.")] = 0.0,
+    worse: Annotated[
+        float, typer.Option(help="Worse than the control in each gate that has one, times the harm that matters.")
+    ] = 0.0,
+    spread: Annotated[float, typer.Option(help="Standard deviation of devices' values there, of the cap.")] = 0.1,
     runs: Annotated[int, typer.Option(help="How many times.")] = 20,
     as_json: AsJson = False,
 ) -> None:
     """Forecast a plan by the real engine over devices whose outcomes are stated; nothing is stored."""
-    outcomes = {"failed": failed, "silent": silent, "late": late, "idle": idle, "settle_s": settle}
+    outcomes = {"failed": failed, "silent": silent, "late": late, "idle": idle, "settle_s": settle, "fails_s": fails}
+    outcomes |= {"returned": returned, "crashed": crashed, "worse": worse, "spread": spread}
     wish = {"plan": read_plan(plan), "devices": devices or 0, "outcomes": outcomes, "runs": runs}
     found = client().plain(calls.simulate_rollout(wish))
 
@@ -294,6 +306,7 @@ def simulate(
             if found[name]
         ]
         out.print(table(["", "#10 %", "#50 %", "#90 %"], rows))
+        _say_needs(out, found["needs"])
 
     show(found, as_json, render)
 
@@ -445,6 +458,19 @@ def _gate(gate: dict[str, Any]) -> str:
         f"gate {gate['gate']}: {gate['outcome']}; {estimate}, between {low} and {high}; evidence {numbers['e_halt']:.3g} for harm, {numbers['e_pass']:.3g} against;"
         f" {numbers['sample']} devices, about {numbers['needed']} decide"
     )
+
+
+def _say_needs(out: Console, needs: list[dict[str, Any]]) -> None:
+    """Say what sample the stated harm and errors ask for."""
+    for one in needs:
+        samples = [one["samples"][0], one["samples"][-1]] if len(one["samples"]) > 1 else one["samples"]
+        said = " or ".join(
+            f"{sample['devices']} devices"
+            + (f" {sample['after_s'] / 3600:.3g} h after they have it" if sample["after_s"] else " that settled")
+            + (f" ({sample['device_hours']:.3g} device-hours)" if sample["device_hours"] else "")
+            for sample in samples
+        )
+        out.print(f"gate {one['gate']} needs about {said}", markup=False)
 
 
 def _said(decision: dict[str, Any]) -> str:
