@@ -22,6 +22,10 @@ those whose false-halt rate, on fleets of its own, is at most alpha. The tuning 
 operator would. A run that does not halt counts the devices that have the candidate at its end: all, for these three.
 Ratios compare sums over `FACTORS`; `by_factor` has them apart.
 
+Two more fleets, on which the other rules have no equal, measure the same of gates on crashes of workers per hour (`CrashWorld`: rates
+differ a hundredfold and drift) and on what applications tell (`AgreedWorld`: the share of answers to which people agree, which differs by
+device, drifts by the hour, and is told of a few answers only). `false_halt_rate` is the largest of all.
+
     python benchmarks/gates.py [--quick]
 """
 
@@ -40,6 +44,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wherry_server import sequential
+from wherry_server.gates import Gate
 from wherry_server.rollout import UNPROVED_SHARE_MAX
 
 OUT = Path(__file__).parents[1] / "build" / "bench" / "gates.json"
@@ -54,6 +59,14 @@ CAP = 5 * ERROR_RATE
 HARMED_MAX = 5.0
 HOLD_BACK = 0.05
 FACTORS = (2.0, 5.0, 20.0)
+HOUR_S = 3_600
+ERRORS = Gate(metric="errors", harm=HARM, cap=CAP, alpha=ALPHA, beta=BETA)
+CRASHES = Gate(metric="crash_rate", harm=0.02, alpha=ALPHA, beta=BETA)
+CRASH_RATE = 0.02
+"""Mean of the devices' crashes per hour."""
+AGREED = Gate(metric="app:agreed", harm=0.1, better="higher", alpha=ALPHA, beta=BETA)
+WRONG = 0.1
+"""Mean of the devices' shares of answers to which people do not agree."""
 Floats = NDArray[np.float64]
 
 
@@ -78,13 +91,76 @@ class World:
         random = np.random.default_rng(self.seed)
         rate = random.beta(0.5, 0.5 / ERROR_RATE - 0.5, self.devices)
         busy = np.exp(random.normal(4.5, 1.0, self.devices))
-        hour = np.arange(self.hours) + random.uniform(0, 24)
-        drift = np.exp(0.7 * np.sin(hour * math.tau / 24) + np.cumsum(random.normal(0, 0.05, self.hours)))
+        drift = self._drift(random)
         requests = random.poisson(np.clip(busy, 5, 2_000)[:, None], (self.devices, self.hours)) + 1
         expected = rate[:, None] * drift[None, :]
         self.incumbent = random.binomial(requests, np.clip(expected, 0, 1)) / requests
         self.candidate = random.binomial(requests, np.clip(expected * self.factor, 0, 1)) / requests
         self.requests = requests.astype(np.float64)
+
+    @property
+    def gate(self) -> Gate:
+        """What judges this fleet."""
+        return ERRORS
+
+    def values(self, cells: Floats, lane: int) -> list[float]:
+        """Return the value of each device in a lane, of the lane's cap; `cells`: (device, hour)."""
+        cap = self.gate.caps(HOUR_S)[lane]
+        values: list[float] = np.minimum(cells / cap, 1.0).mean(axis=1).tolist()
+        return values
+
+    def _drift(self, random: np.random.Generator) -> Floats:
+        """Return by what the hours multiply: a day's rhythm, and a walk."""
+        hour = np.arange(self.hours) + random.uniform(0, 24)
+        drift: Floats = np.exp(0.7 * np.sin(hour * math.tau / 24) + np.cumsum(random.normal(0, 0.05, self.hours)))
+        return drift
+
+
+class CrashWorld(World):
+    """Workers that crash: few times, on most devices hardly ever, on some often."""
+
+    def __post_init__(self) -> None:
+        """Draw devices, hours and crashes."""
+        random = np.random.default_rng(self.seed)
+        rate = random.gamma(0.3, CRASH_RATE / 0.3, self.devices)
+        expected = rate[:, None] * self._drift(random)[None, :]
+        self.incumbent = random.poisson(expected).astype(np.float64)
+        self.candidate = random.poisson(expected * self.factor).astype(np.float64)
+        self.requests = np.ones_like(self.incumbent)
+
+    @property
+    def gate(self) -> Gate:
+        """What judges this fleet."""
+        return CRASHES
+
+    def values(self, cells: Floats, lane: int) -> list[float]:
+        """Return crashes per hour over the lane, of its cap."""
+        values: list[float] = np.minimum(cells.mean(axis=1) / CRASHES.caps(HOUR_S)[lane], 1.0).tolist()
+        return values
+
+
+class AgreedWorld(World):
+    """People who agree or not to a few answers of each device an hour."""
+
+    def __post_init__(self) -> None:
+        """Draw devices, hours and verdicts."""
+        random = np.random.default_rng(self.seed)
+        wrong = random.beta(0.8, 0.8 / WRONG - 0.8, self.devices)[:, None] * self._drift(random)[None, :]
+        told = random.poisson(4.0, (self.devices, self.hours)) + 1
+        self.incumbent = random.binomial(told, 1 - np.clip(wrong, 0, 1)) / told
+        self.candidate = random.binomial(told, 1 - np.clip(wrong * self.factor, 0, 1)) / told
+        self.requests = told.astype(np.float64)
+
+    @property
+    def gate(self) -> Gate:
+        """What judges this fleet."""
+        return AGREED
+
+    def values(self, cells: Floats, lane: int) -> list[float]:
+        """Return the mean of the hours' means as the gate sees it: 1 is the worst."""
+        del lane  # the cap is the same in all
+        values: list[float] = (1 - np.clip(cells, AGREED.floor, AGREED.most)).mean(axis=1).tolist()
+        return values
 
 
 @dataclass
@@ -132,8 +208,8 @@ class Waves:
 
     def _lane(self, lane: int, begin: int, end: int, first: int, after: int) -> None:
         """Compare a wave with devices that were not exposed by the end of the lane, and not used in it."""
-        mine = _capped(self.world.candidate[first:after, begin:end])
-        theirs = _capped(self.world.incumbent[self.exposed :, begin:end])
+        mine = self.world.values(self.world.candidate[first:after, begin:end], lane)
+        theirs = self.world.values(self.world.incumbent[self.exposed :, begin:end], lane)
         held_back = self.world.devices - math.ceil(HOLD_BACK * self.world.devices)
         pairs, self.spent[lane] = sequential.draw(
             list(enumerate(mine, first)),
@@ -147,12 +223,8 @@ class Waves:
 
     def judge(self) -> sequential.Outcome:
         """Judge everything so far."""
-        return sequential.outcome(self.lanes, HARM / CAP, ALPHA, BETA)
-
-
-def _capped(rates: Floats) -> list[float]:
-    values: list[float] = np.minimum(rates / CAP, 1.0).mean(axis=1).tolist()
-    return values
+        gate = self.world.gate
+        return sequential.outcome(self.lanes, gate.harm, gate.alpha, gate.beta, gate.caps(HOUR_S))
 
 
 def adaptive(world: World) -> Run:
@@ -200,6 +272,9 @@ def watched(world: World) -> Run:
         if waves.judge() == "breach":
             return Run(waves.exposed, halted=True, hours=hour + 1)
     return Run(waves.exposed, halted=False, hours=world.hours)
+
+
+RUNNERS: dict[str, Callable[[World], Run]] = {"adaptive": adaptive, "staged": staged, "watched": watched}
 
 
 # --- the other rules ----------------------------------------------------------------------------
@@ -277,6 +352,26 @@ def worlds(first: int, count: int, factor: float, hours: int = HOURS) -> Iterato
     return (World(first + seed, factor, hours=hours) for seed in range(count))
 
 
+def more_gates(*, null: int, bad: int) -> dict[str, Any]:
+    """Measure gates that the other rules know nothing like."""
+    found: dict[str, Any] = {}
+    for kind in (CrashWorld, AgreedWorld):
+        false_halts = dict.fromkeys(RUNNERS, 0)
+        for seed in range(null):
+            world = kind(60_000_000 + seed, 1.0)
+            for name, run in RUNNERS.items():
+                false_halts[name] += run(world).halted
+        harmed = {factor: [adaptive(kind(70_000_000 + seed, factor)) for seed in range(bad)] for factor in FACTORS}
+        gate = kind(0, 1.0, devices=1, hours=1).gate
+        found[gate.metric] = {
+            "harm": gate.harm,
+            "false_halt_rates": {name: count / null for name, count in false_halts.items()},
+            "exposed": {str(factor): mean_exposed(runs) for factor, runs in harmed.items()},
+            "not_halted": {str(factor): 1 - halt_rate(runs) for factor, runs in harmed.items()},
+        }
+    return found
+
+
 def halt_rate(runs: list[Run]) -> float:
     """Return the share of runs that halted."""
     return sum(run.halted for run in runs) / len(runs)
@@ -304,9 +399,9 @@ def tune(rule: Rule, settings: list[Any], null: list[World], bad: dict[float, li
 
 def measure(*, null: int, bad: int, tuning: int) -> dict[str, Any]:
     """Measure everything; the arguments are numbers of fleets."""
-    false_halts = dict.fromkeys(("adaptive", "staged", "watched"), 0)
+    false_halts = dict.fromkeys(RUNNERS, 0)
     for world in worlds(10_000_000, null, 1.0):
-        for name, run in (("adaptive", adaptive), ("staged", staged), ("watched", watched)):
+        for name, run in RUNNERS.items():
             false_halts[name] += run(world).halted
     exposed: dict[str, dict[float, float]] = {name: {} for name in ("adaptive", "staged")}
     missed: dict[str, dict[float, float]] = {name: {} for name in ("adaptive", "staged")}
@@ -340,8 +435,11 @@ def measure(*, null: int, bad: int, tuning: int) -> dict[str, Any]:
             "not_halted": {str(factor): 1 - halt_rate(runs) for factor, runs in results.items()},
         }
     ours = sum(exposed["adaptive"].values())
+    more = more_gates(null=null, bad=bad)
+    rates = [count / null for count in false_halts.values()]
+    rates += [rate for one in more.values() for rate in one["false_halt_rates"].values()]
     return {
-        "false_halt_rate": max(false_halts.values()) / null,
+        "false_halt_rate": max(rates),
         "alpha": ALPHA,
         **{f"exposure_ratio_to_{name}": ours / sum(found["exposed"].values()) for name, found in others.items()},
         "by_factor": {
@@ -358,6 +456,7 @@ def measure(*, null: int, bad: int, tuning: int) -> dict[str, Any]:
             for name in exposed
         },
         "median_hours_to_halt": {str(factor): hours for factor, hours in detection.items()},
+        "more_gates": more,
         "pairs_needed": sequential.sample_needed(HARM / CAP, ALPHA, BETA),
         "others": others,
     }

@@ -23,6 +23,15 @@ def test_looking_every_hour_halts_hardly_any_equal_candidate(run: gates.Runner):
     assert gates.halt_rate([run(world) for world in NULL]) <= gates.ALPHA
 
 
+@pytest.mark.parametrize("kind", [gates.CrashWorld, gates.AgreedWorld])
+def test_gates_on_crashes_and_on_what_is_told_halt_hardly_any_equal_candidate(kind: type[gates.World]):
+    fleets = [kind(seed, 1.0, devices=400, hours=24) for seed in range(25)]
+    for run in gates.RUNNERS.values():
+        assert gates.halt_rate([run(world) for world in fleets]) <= gates.ALPHA
+    halted = [gates.adaptive(kind(1_000 + seed, 20.0, devices=1_000, hours=24)) for seed in range(4)]
+    assert all(run.halted for run in halted)
+
+
 def test_pooled_requests_would_halt_many_of_the_same_fleets():
     """What the unit of evidence is for: the same fleets, the same looks, a test that forgets whose requests they are."""
     halted = 0

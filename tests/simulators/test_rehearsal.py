@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from wherry_shared.errors import RefusedError
 from wherry_simulators.rehearsal import plan_of, rehearse
 from wherry_simulators.world import TURN_MS
 
@@ -14,6 +15,22 @@ ADAPTIVE = {"strategy": "adaptive", "stages": [{"share": 1.0}]}
 LOOSE = {"failure": {"count": 100}}
 TURNS = 4
 """Looks of the director that a stage may take longer here than in the forecast, which looks more often."""
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"gates": [{"metric": "errors", "harm": 0.01}]},
+        {"hold_back": 0.1},
+        {"window": {"from": "22:00", "until": "05:00"}},
+        {"strata": ["arch"]},
+        {"approval": {}},
+    ],
+)
+def test_what_simulated_devices_cannot_carry_is_refused_before_they_run(wish: dict[str, Any]) -> None:
+    with pytest.raises(RefusedError) as caught:
+        plan_of({"stages": STAGES, **wish})
+    assert caught.value.code == "rehearsal_plan"
 
 
 @pytest.mark.parametrize(

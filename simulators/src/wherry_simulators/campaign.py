@@ -28,6 +28,7 @@ from wherry_server.rollout import (
 from wherry_server.targeting import exposed, key_of
 from wherry_shared import reasons
 from wherry_shared.clock import Now
+from wherry_shared.errors import RefusedError
 from wherry_shared.wire import OfferedModel, Report
 from wherry_simulators.server import Server
 
@@ -48,14 +49,25 @@ class Assignment:
     reason: str = ""
 
 
+def check_plan(plan: Plan) -> None:
+    """Refuse what simulated devices cannot carry: they send no telemetry, are of one kind and zone, and nobody approves.
+
+    Raises:
+        RefusedError: `rehearsal_plan`.
+    """
+    if plan.compared or plan.held_back or plan.window or plan.strata or plan.approval:
+        raise RefusedError(
+            "rehearsal_plan",
+            "a rehearsal carries plans without controls, strata, windows and approval",
+            next_step="leave those out, or forecast the plan: wherry rollout simulate",
+        )
+
+
 class Campaign:
     """One rollout of one model."""
 
     def __init__(self, server: Server, plan: Plan, rollout: str) -> None:
-        if plan.compared or plan.held_back:
-            raise RuntimeError("a campaign's devices send no telemetry, so nothing can be compared")
-        if plan.window or plan.strata or plan.approval:
-            raise RuntimeError("a campaign's devices are of one kind and one time zone, and nobody approves")
+        check_plan(plan)
         self.server = server
         self.plan = plan
         self.rollout = rollout

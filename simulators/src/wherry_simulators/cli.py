@@ -188,12 +188,6 @@ def _rollout(options: argparse.Namespace) -> int:
     from wherry_simulators.rehearsal import plan_of, rehearse
 
     plan = plan_of(read_plan(options.plan))
-    if plan.compared or plan.held_back or plan.window or plan.strata or plan.approval:
-        raise RefusedError(
-            "rehearsal_plan",
-            "a rehearsal carries plans without controls, strata, windows and approval",
-            next_step="leave those out, or forecast the plan: wherry rollout simulate",
-        )
     found = rehearse(plan, options.devices, options.failed, options.seed)
     if options.json:
         print(msgspec.json.encode(found).decode())

@@ -16,7 +16,7 @@ from wherry_server import outcomes
 from wherry_server.forecast import Outcomes, Run, forecast, synthetic
 from wherry_server.plan import Plan, parse_plan
 from wherry_shared.errors import RefusedError
-from wherry_simulators.campaign import Campaign
+from wherry_simulators.campaign import Campaign, check_plan
 from wherry_simulators.models import Behaviour, VariantBehaviour
 from wherry_simulators.scenario import HOUR_MS, MODEL, Release, Scenario, manifest_of
 from wherry_simulators.world import TURN_MS, World
@@ -44,7 +44,7 @@ def plan_of(wish: dict[str, Any]) -> Plan:
     """Return the plan of a plan file, for the simulated bundle.
 
     Raises:
-        RefusedError: as `plan.parse_plan`; `plan_flag`.
+        RefusedError: as `plan.parse_plan` and `campaign.check_plan`; `plan_flag`.
     """
     if wish.get("flag"):
         raise RefusedError(
@@ -54,7 +54,9 @@ def plan_of(wish: dict[str, Any]) -> Plan:
         )
     known = {name: value for name, value in wish.items() if name not in ("models", "start", "device", "cohort")}
     bundle = {"model": MODEL, "version": NEW, "manifest": manifest_of(NEW)}
-    return parse_plan({**known, "selector": "all", "models": [bundle]})
+    plan = parse_plan({**known, "selector": "all", "models": [bundle]})
+    check_plan(plan)
+    return plan
 
 
 def rehearse(plan: Plan, devices: int, failed: float, seed: int, runs: int = 10) -> Rehearsal:
