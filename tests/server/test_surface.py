@@ -146,6 +146,8 @@ def test_a_change_of_a_flag_holds_only_for_what_was_read(surface: Running) -> No
         assert http.post("/api/v1/flags/preview", json={"name": "tagged", **SWITCH}).json()["changed"] == 0
         good = http.put("/api/v1/flags/tagged", json=changed, headers={"If-Match": tag})
         assert good.status_code == 200
+        same = http.put("/api/v1/flags/tagged", json={**changed, "description": ""})
+        assert same.headers["etag"] == good.headers["etag"], "what changes nothing is no change"
         for method, body in (("PUT", SWITCH), ("DELETE", None)):
             late = http.request(method, "/api/v1/flags/tagged", json=body, headers={"If-Match": tag})
             assert (late.status_code, late.json()["code"]) == (412, "flag_changed")

@@ -70,6 +70,8 @@ async def save(
         before = await _row(connection, project, flag.name) if replace else None
         if before is not None and check is not None:
             check(public(before))
+        if before is not None and _same(before.definition, msgspec.to_builtins(flag)):
+            return public(before)
         await _fits(connection, project, flag)
         said: dict[str, Any] = {"after": msgspec.to_builtins(flag)}
         if before is not None:
@@ -251,8 +253,7 @@ async def _keeps_what_is_out(connection: AsyncConnection, project: str, before: 
     changed = {
         variant
         for variant, value in known.items()
-        if variant not in flag.variants
-        or msgspec.json.encode(value, order="sorted") != msgspec.json.encode(flag.variants[variant], order="sorted")
+        if variant not in flag.variants or not _same(value, flag.variants[variant])
     }
     if before["type"] != flag.type:
         changed |= set(known)
@@ -275,6 +276,11 @@ async def _fits(connection: AsyncConnection, project: str, flag: Flag) -> None:
             consequence="nothing was changed",
             next_step="delete flags that nobody asks for, or make their values smaller",
         )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Tell whether two values are the same JSON: 1, 1.0 and true differ."""
+    return msgspec.json.encode(one, order="sorted") == msgspec.json.encode(other, order="sorted")
 
 
 def _counted(found: Mapping[str, Mapping[str, Any]], name: str) -> list[dict[str, Any]]:

@@ -5,9 +5,9 @@ models answer are its trial, by the terms of the plan: `trial.min_requests` with
 `trial.max_s` with fewer do so without traffic, provided that it was heard of since, and too many errors send it back
 (`returned`). One that returned, or was withdrawn, is no longer given the variant by `flag_values`, and its next offer says so.
 
-What is compared by gates: requests of the model that the plan measures, or of all, on devices that have the variant, with
-those on devices of the cohort that do not. Telemetry does not say which code path answered; it says what happened on
-the device. Windows count from their start, by the device's clock, so that none straddles the change.
+Requests are those of the model that the plan measures, or of all. Telemetry does not say which code path asked; it says what
+happened on the device. Windows count from their start, by the device's clock, so that none straddles the change;
+`comparison` counts the same ones.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from wherry_server import calls
 from wherry_server.answers import flag_tag
 from wherry_server.cli import rollout
 from wherry_server.cli.common import GLOBALS, AsJson, client, show, table, when
+from wherry_server.desired import same_json
 from wherry_shared.errors import RefusedError
 
 app = typer.Typer(name="flag", help="Feature flags: typed values for applications on devices.", no_args_is_help=True)
@@ -156,6 +157,10 @@ def set_flag(
             wish["rules"] = [parse_rule(one) for one in rule or []]
         if not (yes or as_json or GLOBALS.as_json):
             coming = server.plain(calls.preview_flag(wish))
+            for field in sorted(wish):
+                if not same_json(known[field], wish[field]):
+                    typer.echo(f"  - {field} = {json.dumps(known[field], ensure_ascii=False)}")
+                    typer.echo(f"  + {field} = {json.dumps(wish[field], ensure_ascii=False)}")
             typer.echo(f"{coming['changed']} of {coming['devices']} devices get another value")
             typer.confirm("do that?", abort=True)
         made = server.plain(calls.change_flag(name, wish, if_match=flag_tag(known)))
