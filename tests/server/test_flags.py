@@ -362,7 +362,7 @@ def test_devices_that_fail_more_go_back_and_the_rollout_halts(tmp_path: Path) ->
             assert (await found.show(again))["why_not_yet"][0]["code"] == "held"
             async with found.database.read() as connection:
                 (bad,) = await quarantine.hardware(connection, PROJECT)
-                left_out = await quarantine.devices(connection, PROJECT, model="flag:new-threshold")
+                left_out = await quarantine.devices(connection, PROJECT, model="flag:new-threshold", limit=10)
             assert bad["target"] == "flag:new-threshold/new"
             assert {one["device"] for one in left_out} == {devices[5].id, devices[6].id}
             await found.command(again, "abort")
