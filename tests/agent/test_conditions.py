@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from datetime import datetime
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -252,6 +254,8 @@ class Taken:
     def __init__(self, asked: Conditions, *, alone: bool) -> None:
         self.began: list[str] = []
         self.ended: list[str] = []
+        self.windows: dict[str, list[str]] = {}
+        """Model → hours that its rollout says."""
         self.refused: list[tuple[str, str]] = []
         self.downloads = Downloads(
             asked,
@@ -260,7 +264,62 @@ class Taken:
             stop=self.ended.append,
             refuse=lambda effect, failed: self.refused.append((effect.model, failed.reason)),
             clock_set=lambda: True,
+            windows=lambda model: self.windows.get(model, []),
         )
+
+
+def hours_from_now(begin: int, end: int) -> str:
+    """Return a window on the clock of this machine, so many hours from now."""
+    _, minute = readings.local(time.time())
+    return "-".join(f"{(minute // 60 + hours) % 24:02}:{minute % 60:02}" for hours in (begin, end))
+
+
+def test_a_rollouts_window_holds_up_its_own_model_only_and_stops_it_when_it_shuts() -> None:
+    taken = Taken(Conditions(), alone=False)
+    taken.windows = {"a": [hours_from_now(2, 4)], "b": [hours_from_now(-2, 2)]}
+    for model in ("a", "b", "c"):
+        taken.downloads.wanted(Fetch(model, "m", 1, "float"))
+    assert (taken.began, taken.refused) == (["b", "c"], [("a", reasons.CONDITIONS)])
+    assert not taken.downloads.conditional
+    wait = taken.downloads.wait("a")
+    assert wait is not None
+    assert 3600 < wait.retry_after_s <= 2 * 3600, "it is known when to try again"
+    assert taken.downloads.check() is None
+    taken.windows["b"] = taken.windows["a"]
+    assert taken.downloads.check() is None, "others may go on"
+    assert (taken.ended, taken.refused[1:]) == (["b"], [("b", reasons.CONDITIONS)])
+    taken.windows = {}
+    taken.downloads.wanted(Fetch("a", "m", 1, "float"))
+    assert taken.began == ["b", "c", "a"]
+
+
+def test_one_that_may_not_begin_does_not_keep_others_from_their_turn() -> None:
+    taken = Taken(Conditions(), alone=True)
+    for model in ("a", "b", "c"):
+        taken.downloads.wanted(Fetch(model, "m", 1, "float"))
+    taken.windows["b"] = [hours_from_now(2, 4)]
+    taken.downloads.ended("a")
+    assert (taken.began, taken.refused) == (["a", "c"], [("b", reasons.CONDITIONS)])
+
+
+def test_what_this_agent_cannot_read_is_no_hour() -> None:
+    taken = Taken(Conditions(), alone=False)
+    taken.windows["a"] = ["when the moon is full"]
+    taken.downloads.wanted(Fetch("a", "m", 1, "float"))
+    assert (taken.began, taken.refused) == ([], [("a", reasons.CONDITIONS)])
+    wait = taken.downloads.wait("a")
+    assert wait is not None
+    assert "moon" in wait.detail
+
+
+def test_an_offer_with_a_window_waits() -> None:
+    windowed = msgspec.structs.replace(offered(), windows=["mon-fri 22:00-06:00"])
+    state, effects = run(fresh(), offer(1, {MODEL: windowed}), resolved(model=MODEL))
+    assert any(isinstance(effect, Fetch) for effect in effects), "whether now is the hour is the daemon's to say"
+    state, _ = run(state, forbidden(7_200.0))
+    phase = state.models[MODEL].phase
+    assert isinstance(phase, Waiting)
+    assert phase.job.offered.windows == ["mon-fri 22:00-06:00"]
 
 
 def test_with_a_bounded_rate_one_model_comes_after_the_other() -> None:

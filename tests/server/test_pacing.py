@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from sqlalchemy import text
 
 from tests.server.fleet_kit import MODEL, PROJECT, FakeDevice, Fleet, fleet, manifest_of, run
-from wherry_server import quarantine, rollouts
+from wherry_agent import conditions
+from wherry_server import offers, quarantine, rollouts
 from wherry_server.pacing import DAYS, Rate, Window, start_us
 from wherry_server.plan import parse_plan
 from wherry_server.targeting import counted_cut_offs
@@ -76,6 +77,27 @@ def test_a_window_is_read_on_the_devices_own_clock(
     opens: str, until: str, days: Any, moment: str, zone: str, is_open: bool
 ):
     assert Window(from_=opens, until=until, days=list(days)).open_at(at(moment), zone) is is_open
+
+
+_clocks = st.integers(0, 24 * 60 - 1).map(lambda minute: f"{minute // 60:02}:{minute % 60:02}")
+
+
+@given(_clocks, _clocks, st.sets(st.sampled_from(DAYS), min_size=1), st.integers(0, 8 * 86_400))
+def test_devices_read_a_window_as_the_server_does(opens: str, until: str, days: set[Any], second: int):
+    window = Window(from_=opens, until=until, days=sorted(days))
+    local = datetime.fromtimestamp(1_767_225_600 + second, UTC)
+    read = [conditions.parse_window(text) for text in window.told]
+    here = any(one.holds(local.weekday(), local.hour * 60 + local.minute) for one in read)
+    assert here is window.open_at(round(local.timestamp()) * 1_000_000, "UTC")
+
+
+def test_an_offer_says_when_and_one_that_takes_back_never_waits():
+    plan = parse_plan({**GOOD, "window": {"from": "22:00", "until": "05:00", "days": ["mon", "tue"]}})
+    (offered,) = offers.forwards(plan, "r1").values()
+    assert offered.windows == ["mon,tue 22:00-05:00"]
+    assert offers.backwards(plan, "r1", "m/0.9.0", "sha256:" + "b" * 64).windows == []
+    (plain,) = offers.forwards(parse_plan(GOOD), "r1").values()
+    assert plain.windows == []
 
 
 @given(st.floats(0.01, 1e4), st.floats(0.01, 1e4), st.integers(1, 5_000), st.floats(0, 1e5), st.floats(0, 1e4))

@@ -76,6 +76,14 @@ def test_a_window_that_tells_more_is_read_by_whoever_knows_less_and_the_other_wa
     )
 
 
+def test_an_offer_with_a_window_is_one_without_to_older_agents_and_the_other_way_round() -> None:
+    windowed = msgspec.structs.replace(OFFER.models["m"], windows=["22:00-05:00"])
+    assert wire.parse(wire.OfferedModel, wire.encode(windowed)) == windowed
+    older = {name: value for name, value in json.loads(wire.encode(windowed)).items() if name != "windows"}
+    assert wire.parse(wire.OfferedModel, json.dumps(older).encode()) == OFFER.models["m"]
+    assert "windows" not in json.loads(wire.encode(OFFER.models["m"]))
+
+
 def test_an_oversize_message_is_refused_before_it_is_parsed() -> None:
     with pytest.raises(RefusedError) as caught:
         wire.parse(wire.Report, b" " * (limits.MQTT_PAYLOAD_BYTES_MAX + 1))

@@ -124,7 +124,7 @@ def decide(settings: Conditions, readings: Readings, now_s: float, *, running: b
     for wait in (_power(settings, readings, running=running), _heat(settings, readings, running=running)):
         if wait is not None:
             return wait
-    return _hours(settings, readings, now_s)
+    return hours(settings.windows, readings, now_s)
 
 
 def _power(settings: Conditions, readings: Readings, *, running: bool) -> Wait | None:
@@ -153,12 +153,13 @@ def _heat(settings: Conditions, readings: Readings, *, running: bool) -> Wait | 
     return Wait(f"the device is at {readings.temperature_c:.0f} °C, {most:.0f} are allowed", AGAIN_S)
 
 
-def _hours(settings: Conditions, readings: Readings, now_s: float) -> Wait | None:
-    if not settings.windows:
+def hours(texts: Sequence[str], readings: Readings, now_s: float) -> Wait | None:
+    """Say how long until one of these windows opens; None where one is open, or there are none."""
+    if not texts:
         return None
     if not readings.clock_set:
         return Wait("the clock is not set, so nobody knows whether this is a maintenance window", AGAIN_S)
-    windows = [parse_window(text) for text in settings.windows]
+    windows = [parse_window(text) for text in texts]
     if _open(windows, readings.local(now_s)):
         return None
     minute_s = now_s - now_s % 60

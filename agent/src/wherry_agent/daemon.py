@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
@@ -169,6 +169,7 @@ class Daemon:
             stop=self._stop_download,
             refuse=self._refuse_download,
             clock_set=self._clock_is_set,
+            windows=self._hours_of,
         )
 
     # --- start and end ---
@@ -818,6 +819,14 @@ class Daemon:
             self._refuse_download(effect, trouble)
         else:
             self._downloads.wanted(effect)
+            if self._hours_of(effect.model) and "conditions" not in self._timers:
+                self._later("conditions", self._settings.conditions.check_s, self._watch_conditions)
+
+    def _hours_of(self, model: str) -> Sequence[str]:
+        """Return the hours in which the rollout that is under way for a model may bring it."""
+        slot = self._state.models.get(model)
+        phase = slot.phase if slot is not None else None
+        return phase.job.offered.windows if isinstance(phase, s.Fetching | s.Waiting) else ()
 
     def _refuse_download(self, effect: s.Fetch, why: children.Failed) -> None:
         # through the queue: an effect that fails must not begin a turn inside the one that it belongs to
@@ -853,11 +862,14 @@ class Daemon:
     def _watch_conditions(self) -> None:
         """Interrupt downloads that may not go on, and wake those that waited for the conditions."""
         wait = self._downloads.check()
-        phases = (slot.phase for slot in self._state.models.values())
-        if wait is None and any(isinstance(p, s.Waiting) and p.reason == reasons.CONDITIONS for p in phases):
+        phases = {name: slot.phase for name, slot in self._state.models.items()}
+        waiting = [name for name, p in phases.items() if isinstance(p, s.Waiting) and p.reason == reasons.CONDITIONS]
+        if any(self._downloads.wait(name) is None for name in waiting):
             self._turn(s.Connected())
         check_s = self._settings.conditions.check_s
-        self._later("conditions", check_s if wait is None else min(check_s, wait.retry_after_s), self._watch_conditions)
+        if self._downloads.conditional or any(self._hours_of(name) for name in phases):
+            again_s = check_s if wait is None else min(check_s, wait.retry_after_s)
+            self._later("conditions", again_s, self._watch_conditions)
 
     def _clock_is_set(self) -> bool:
         trust = self._state.trust

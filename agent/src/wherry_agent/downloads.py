@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from wherry_agent import conditions, readings
 from wherry_agent import state as s
@@ -32,13 +32,26 @@ class Downloads:
         stop: Callable[[str], None],
         refuse: Callable[[s.Fetch, Failed], None],
         clock_set: Callable[[], bool],
+        windows: Callable[[str], Sequence[str]] = lambda _: (),
     ) -> None:
+        """Begin with none.
+
+        Args:
+            settings: what the device's owner asks for.
+            one_at_a_time: whether downloads take turns.
+            start: begins one.
+            stop: interrupts that of a model.
+            refuse: says that one may not run now.
+            clock_set: tells whether the time is known.
+            windows: of a model, the hours in which the rollout that is under way for it may bring it.
+        """
         self._settings = settings
         self._alone = one_at_a_time
         self._start = start
         self._stop = stop
         self._refuse = refuse
         self._clock_set = clock_set
+        self._windows = windows
         self._running: dict[str, s.Fetch] = {}
         self._queue: deque[s.Fetch] = deque()
         self._progress: dict[str, Progress] = {}
@@ -59,7 +72,7 @@ class Downloads:
 
     def wanted(self, effect: s.Fetch) -> None:
         """Begin a download, or say why not now."""
-        wait = self.wait()
+        wait = self.wait(effect.model)
         if wait is not None:
             self._refuse(effect, _failed(wait))
         elif self._alone and self._running and effect.model not in self._running:
@@ -73,7 +86,7 @@ class Downloads:
         self._running.pop(model, None)
         self._progress.pop(model, None)
         self._queue = deque(effect for effect in self._queue if effect.model != model)
-        if self._queue and not self._running:
+        while self._queue and not self._running:
             self.wanted(self._queue.popleft())
 
     def progressed(self, model: str, progress: Progress) -> None:
@@ -97,22 +110,23 @@ class Downloads:
         }
 
     def check(self) -> Wait | None:
-        """Look at the conditions again, and interrupt what may not go on."""
-        wait = self.wait()
-        if wait is not None:
-            for model, effect in tuple(self._running.items()):
+        """Look at the conditions again, and interrupt what may not go on; return why nothing at all may."""
+        everybody = self.wait()
+        for model, effect in tuple(self._running.items()):
+            wait = everybody or self.wait(model)
+            if wait is not None:
                 log.info("the download for %s is interrupted: %s", model, wait.detail)
                 self._stop(model)
-                self._running.pop(model, None)
-                self._progress.pop(model, None)
                 self._refuse(effect, _failed(wait))
-            while self._queue:
-                self._refuse(self._queue.popleft(), _failed(wait))
-        return wait
+                self.ended(model)
+        while self._queue and everybody is not None:
+            self._refuse(self._queue.popleft(), _failed(everybody))
+        return everybody
 
-    def wait(self) -> Wait | None:
-        """Return why nothing may be downloaded now, None if it may."""
-        if not self.conditional:
+    def wait(self, model: str = "") -> Wait | None:
+        """Return why nothing, or nothing of a model, may be downloaded now, None if it may."""
+        windows = self._windows(model) if model else ()
+        if not self.conditional and not windows:
             return None
         power = readings.power(self._settings.sys)
         found = conditions.Readings(
@@ -124,7 +138,12 @@ class Downloads:
             temperature_c=readings.temperature_c(self._settings.sys),
             clock_set=self._clock_set(),
         )
-        return conditions.decide(self._settings, found, time.time(), running=bool(self._running))
+        now_s = time.time()
+        wait = conditions.decide(self._settings, found, now_s, running=bool(self._running))
+        try:
+            return wait or conditions.hours(windows, found, now_s)
+        except ValueError as error:  # of a later release: rather not at all than in the wrong hour
+            return Wait(f"the rollout's window cannot be read: {error}", conditions.AGAIN_S)
 
 
 def _failed(wait: Wait) -> Failed:

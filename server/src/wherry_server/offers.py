@@ -83,6 +83,7 @@ def forwards(plan: Plan, rollout: str, attempt: int = 0) -> dict[str, wire.Offer
             attempt=attempt or plan.attempt,
             rollout=rollout,
             trial=plan.trial,
+            windows=plan.window.told if plan.window is not None else [],
         )
         for planned in plan.models
     }

@@ -58,6 +58,16 @@ class Window(_Strict, frozen=True, kw_only=True):
     days: list[Day] = msgspec.field(default_factory=lambda: list(DAYS))
     """Days on which it opens."""
 
+    @property
+    def told(self) -> list[str]:
+        """What devices read (`wire.OfferedModel.windows`); one that opens at the same time every day is two there."""
+        days = "" if set(self.days) == set(DAYS) else ",".join(self.days) + " "
+        if self.from_ != self.until:
+            return [f"{days}{self.from_}-{self.until}"]
+        following = ",".join(DAYS[(DAYS.index(day) + 1) % 7] for day in self.days)
+        found = [f"{days}{self.from_}-24:00"]
+        return found if self.until == "00:00" else [*found, f"{following} 00:00-{self.until}"]
+
     def open_at(self, moment_us: int, timezone: str) -> bool:
         """Tell whether it is open on a device of `timezone`; one that cannot be read counts as UTC."""
         local = datetime.fromtimestamp(moment_us / MICROSECONDS, _zone(timezone))

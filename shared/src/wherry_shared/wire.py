@@ -75,6 +75,8 @@ class OfferedModel(_Wire, frozen=True, kw_only=True):
     rollout: str = ""
     group: str = ""
     trial: Trial = Trial()
+    windows: list[str] = []
+    """Hours of the device's own time in which the bundle may be brought, as `DAYS HH:MM-HH:MM`; empty: at any time."""
     figures: dict[str, Figures] = {}
     """Newer measurements of the fleet for this device's hardware class, by variant id."""
 
