@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from sqlalchemy import text
 
 from tests.server.fleet_kit import FakeDevice, Fleet, fleet, manifest_of, run
+from wherry_server import cohorts, hellos, ingest
 from wherry_server import fleet as devices_of
-from wherry_server import hellos, ingest
 from wherry_server.streams import AHEAD_MAX, SEQ_MAX, Position
 from wherry_shared import frames, ids, wire
 from wherry_shared.errors import RefusedError
+from wherry_shared.facts import DeviceFacts
 from wherry_shared.limits import METRICS_PER_WINDOW_MAX, SAMPLE_BYTES_MAX, SAMPLES_PER_WINDOW_MAX
 
 pytestmark = pytest.mark.backends
@@ -396,6 +397,22 @@ def test_a_hello_brings_facts_and_what_runs_but_no_older_word_than_a_report(tmp_
                 shown = await devices_of.show_device(connection, "default", device.id)
             assert (shown["trust_version"], shown["trust_state"]) == (3, "trust_stale")
             assert row.last_seen_at > 0
+
+    run(work())
+
+
+def test_facts_with_a_character_that_not_every_database_holds_are_kept_without_it(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            (device,) = await found.enrol(1)
+            hello = wire.parse(wire.Hello, frames.unseal(device.key, "hello", device.id, device.hello()))
+            facts = DeviceFacts(arch="x86\x00_64", cores=4)
+            frame = device.frame("hello", msgspec.structs.replace(hello, facts=facts, at=device.tick()))
+            await found.ingest.store("hello", [(device.id, frame)])
+            assert not found.ingest.refused
+            async with found.database.read() as connection:
+                shown = await cohorts.preview(connection, "default", "arch = x86*_64 and cores = 4", 10)
+            assert shown["devices"] == 1
 
     run(work())
 

@@ -21,7 +21,7 @@ from wherry_server.views import Seen
 
 pytestmark = pytest.mark.backends
 
-WORDS = ["", "a", "b", "ab", "1.2.0", "1.10", "true", "None", "7", "é%_", "x\u0000y", "\U0001f600", '"q"']
+WORDS = ["", "a", "b", "ab", "1.2.0", "1.10", "true", "None", "7", "é%_", "\U0001f600", '"q"']
 anything = st.one_of(
     st.none(), st.booleans(), st.integers(-5, 5), st.just(1 << 62), st.floats(0, 9), st.sampled_from(WORDS)
 )

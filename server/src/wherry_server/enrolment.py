@@ -14,13 +14,13 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-import msgspec
 from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import audit
 from wherry_server.auth import DAY_US, DeviceIdentity, hash_secret
 from wherry_server.db.tables import Device, EnrolmentToken, table
+from wherry_server.hellos import facts_to_keep
 from wherry_server.identity import Issued, Request, check_request
 from wherry_server.services import Services
 from wherry_server.times import now_us
@@ -85,10 +85,11 @@ def check_labels(labels: Mapping[str, Any]) -> None:
     if len(labels) > LABELS_MAX:
         raise RefusedError("labels_invalid", f"{len(labels)} labels, at most {LABELS_MAX}")
     for key, value in labels.items():
-        if _LABEL.fullmatch(key) is None or not isinstance(value, str) or len(value) > LABEL_CHARS_MAX:
+        fits = isinstance(value, str) and len(value) <= LABEL_CHARS_MAX and "\0" not in value
+        if _LABEL.fullmatch(key) is None or not fits:
             raise RefusedError(
                 "labels_invalid",
-                f"label {key[:80]!r}: keys are 1 to 64 of [A-Za-z0-9._/-], values at most {LABEL_CHARS_MAX} characters",
+                f"label {key[:80]!r}: keys are 1 to 64 of [A-Za-z0-9._/-], values at most {LABEL_CHARS_MAX} characters without NUL",
                 next_step="write labels as site=north",
             )
 
@@ -275,7 +276,7 @@ async def _insert(
             project_id=services.project,
             name=request.name,
             labels=labels,
-            facts=msgspec.to_builtins(request.facts) if request.facts is not None else {},
+            facts=facts_to_keep(request.facts) if request.facts is not None else {},
             bearer_hash=hash_secret(bearer),
             key_digest=key.key_digest,
             certificate_serial=issued.serial,

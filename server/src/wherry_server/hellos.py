@@ -15,8 +15,11 @@ hellos only once its clock is right.
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import msgspec
+
+from wherry_shared.facts import DeviceFacts
 from wherry_shared.wire import Hello
 
 BOOT_CHARS_MAX = 64
@@ -54,3 +57,8 @@ def is_news(hello: Hello, before: Standing) -> bool:
             return False
         rose = rose or now_following > following
     return rose or hello.boot[:BOOT_CHARS_MAX] != before.boot
+
+
+def facts_to_keep(facts: DeviceFacts) -> dict[str, Any]:
+    """Return facts as every database can hold them: NUL is no character of PostgreSQL's, and becomes a replacement."""
+    return msgspec.json.decode(msgspec.json.encode(facts).replace(rb"\u0000", rb"\ufffd"), type=dict[str, Any])

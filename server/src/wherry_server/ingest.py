@@ -550,7 +550,7 @@ class Ingest:
                     "hello_streams": hello_rules.nexts(hello),
                     "trust_version": hello.trust_version,
                     "trust_state": hello.trust_state,
-                    **({"facts": msgspec.to_builtins(hello.facts)} if with_facts else {}),
+                    **({"facts": hello_rules.facts_to_keep(hello.facts)} if with_facts else {}),
                 }
                 for device, hello in newest.items()
                 if (hello.facts is not None) is with_facts

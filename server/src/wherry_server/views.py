@@ -190,7 +190,7 @@ class Projection:
 
     @property
     def seen(self) -> str:
-        """SQL of facts and labels: an array of arrays, in which every value stands as the row has it, or both whole."""
+        """SQL of facts and labels: an array of arrays, in which every value stands as the row has it."""
         facts, labels = range(len(self._facts)), range(len(self._labels))
         if not (self._facts or self._labels):
             return "''"
@@ -202,9 +202,11 @@ class Projection:
         told = [f"d.facts -> CAST(:fact{at} AS VARCHAR)" for at in facts]
         told += [f"d.facts -> 'labels' -> CAST(:label{at} AS VARCHAR)" for at in labels]
         given = [f"d.labels -> CAST(:label{at} AS VARCHAR)" for at in labels]
-        parts = [f"json_build_array({', '.join(values)})" for _, values in _both(told, given)]
-        apart = f"CAST(json_build_array({', '.join(parts)}) AS TEXT)"
-        return f"CASE WHEN {_ODD} THEN {_WHOLE} ELSE {apart} END"
+        parts = [
+            " || ',' || ".join(f"COALESCE(CAST({one} AS TEXT), 'null')" for one in of) for _, of in _both(told, given)
+        ]
+        arrays = " || ',' || ".join(f"'[' || {part} || ']'" for part in parts)
+        return f"('[' || {arrays} || ']') COLLATE \"C\""  # sorted, if the planner sorts, as bytes
 
     @property
     def expressions(self) -> str:
@@ -246,19 +248,12 @@ class Projection:
     def _decode(self, seen: str) -> tuple[dict[str, Any], dict[str, Any]]:
         known = self._decoded.get(seen)
         if known is None:
-            decoded = msgspec.json.decode(seen or "[]")
-            known = self._decoded[seen] = self._put_together(decoded)
+            told, given = [*msgspec.json.decode(seen or "[]"), [], []][:2]
+            facts = _present(self._facts, told)
+            if self._labels:
+                facts["labels"] = _present(self._labels, told[len(self._facts) :])
+            known = self._decoded[seen] = (facts, _present(self._labels, given))
         return known
-
-    def _put_together(self, decoded: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        if isinstance(decoded, dict):
-            facts, labels = decoded["facts"], decoded["labels"]
-            return facts if isinstance(facts, dict) else {}, labels or {}
-        told, given = [*decoded, [], []][:2]
-        facts = _present(self._facts, told)
-        if self._labels:
-            facts["labels"] = _present(self._labels, told[len(self._facts) :])
-        return facts, _present(self._labels, given)
 
 
 class Judge:
@@ -314,13 +309,6 @@ def _present(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
 
 _NO_PATH = "'$.\"\"'"
 """A path to what nobody has."""
-_ODD = " OR ".join(
-    f"strpos(CAST(d.{column} AS TEXT), '{escape}') > 0"
-    for column in ("facts", "labels")
-    for escape in ("\\u0000", "\\ud")
-)
-"""Tells of JSON in which PostgreSQL does not look for anything: it fails at characters that its texts cannot hold."""
-_WHOLE = """'{"facts": ' || CAST(d.facts AS TEXT) || ', "labels": ' || CAST(d.labels AS TEXT) || '}'"""
 _COLUMNS = {"id": "id", "name": "name", "last_seen": "last_seen_at", "enrolled": "enrolled_at"}
 _ARRAYS = {"cpu_feature": "cpu_features", "engine": "engines"}
 """Field → key of the facts, where it is called otherwise there."""

@@ -9,12 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import BigInteger, Boolean, Column, Index, LargeBinary, Table, UniqueConstraint, false, text
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import JSON
 from sqlmodel import Field, SQLModel
 
 
 def _json(nullable: bool = False) -> Any:
     return Field(default_factory=dict, sa_column=Column(JSON, nullable=nullable))
+
+
+def _searched() -> Any:
+    """JSON that selectors look into."""
+    return Field(default_factory=dict, sa_column=Column(JSON().with_variant(JSONB(), "postgresql"), nullable=False))
 
 
 def _time(**kwargs: Any) -> Any:
@@ -86,8 +92,8 @@ class Device(SQLModel, table=True):
     name: str
     state: str = "active"
     """`active`, `revoked`, `decommissioned`"""
-    labels: dict[str, Any] = _json()
-    facts: dict[str, Any] = _json()
+    labels: dict[str, Any] = _searched()
+    facts: dict[str, Any] = _searched()
     bearer_hash: str
     key_digest: str = ""
     """Of the public key in its certificate: an enrolment that is repeated is told by it."""
