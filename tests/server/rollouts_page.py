@@ -89,12 +89,18 @@ left out as a whole (`known_bad`), also devices that never had it.
 `wherry rollout explain N [--device D]` says what the rollout, or a device in it, waits for, and asks the engine every recorded decision
 again with its recorded evidence and moment: one that does not follow is named. `wherry rollout simulate PLAN` runs the same engine over
 the fleet as it stands, or over `--devices N`, where each device fails, is silent or late with stated probabilities (`--failed`, `--silent`,
-`--late`), independent of the others, and settles in `--settle` seconds, half or half as much again; people approve at once, and
-devices are back at once. It says when runs end and how, how many devices were exposed, and when the breach was noticed. Gates
-that compare with a control are refused there: telemetry is not invented.
+`--late`; of those that fail, `--returned` and `--crashed`), independent of the others, and settles in `--settle` seconds, half or half as much
+again; people approve at once, and devices are back at once. For gates with a control it gives devices values: the bundle is `--worse` times
+the harm that matters worse (0), and devices differ by `--spread` of the cap. It says when runs end and how, how many devices were
+exposed, when the breach was noticed, and what sample each gate with stated errors needs, as `explain` does:
+
+    gate crash_rate needs about 205 devices 0.5 h after they have it (51.2 device-hours) or 76 devices 4 h after they have it (152 device-hours)
+
+Where failures are heard before confirmations (`--fails` seconds), an adaptive plan exposes less than where both take as long.
 
 `wherry-sim rollout PLAN --failed 0.1` rehearses a plan on the real machine (devices, offers, reports, decisions; models by a table)
-in virtual time, and prints the forecast with the settling time that it measured. A test holds the two to the same end, the same
+in virtual time, and prints the forecast with the times that it measured (until devices confirm, until they fail, between
+two looks of the director). A test holds the two to the same end, the same
 exposure, and times that differ by no more than four looks of the director per stage and one settling time.
 
 ## Strategies
