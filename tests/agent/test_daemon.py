@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import os
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -27,6 +30,7 @@ from wherry_agent import identity
 from wherry_agent.courier_http import Http
 from wherry_agent.disk import Disk
 from wherry_agent.envelopes import MINUTE_S, STARTS_PER_MINUTE_MAX
+from wherry_agent.handle import Model
 from wherry_agent.journal import Journal
 from wherry_shared import dsse, topics, wire
 from wherry_shared.digest import hex_of, of_file
@@ -167,12 +171,23 @@ def test_the_doctor_looks_at_clock_and_server(device: Agent, tmp_path: Path) -> 
     assert "set the clock" in clock[1]
 
 
-def test_a_killed_worker_refuses_nobody_and_is_followed_by_the_next(device: Agent) -> None:
-    shown = device.until("the worker runs", lambda shown: shown["worker_pid"])
+def test_a_killed_worker_refuses_nobody_and_is_followed_by_the_next(device: Agent, server: Site) -> None:
+    with Model(MODEL, socket=device.home / "run" / "handle.sock", timeout_s=20) as handle:
+        handle.tell("agreed", 0.5, handle.run({"x": np.ones((1, 4), np.float32)}))
+    shown = device.until("the worker runs, and no handle", lambda shown: shown["worker_pid"] and not shown["handles"])
     os.kill(shown["worker_pid"], signal.SIGKILL)
     assert set(device.ask(20)) == {"1.0.0"}
     again = device.until("another worker runs", lambda now: now["worker_pid"] not in (0, shown["worker_pid"]))
     assert again["pid"] == shown["pid"]
+
+    def told(query: str) -> list[tuple[Any, ...]]:
+        with contextlib.closing(sqlite3.connect(f"file:{server.data / 'wherry.sqlite'}?mode=ro", uri=True)) as database:
+            return database.execute(query).fetchall()
+
+    crashes = "SELECT arm, requests, crashes FROM telemetry_window WHERE crashes > 0"
+    until(lambda: told(crashes) == [("incumbent", 0, 1)], "the server knows of the death")
+    metrics = "SELECT name, arm, count, total FROM telemetry_metric"
+    until(lambda: told(metrics) == [("agreed", "incumbent", 1, 0.5)], "and of what the application told")
 
 
 def test_messages_that_are_no_offers_change_nothing(device: Agent) -> None:
@@ -358,6 +373,7 @@ import os, sys
 home, group = sys.argv[1], int(sys.argv[2])
 import numpy as np
 from pathlib import Path
+from typing import Any
 from wherry_agent.handle import Model
 from wherry_shared.engines.tiny import run_tiny
 run_tiny("onnxruntime")  # the interpreter itself may belong to root alone: all imports come first
