@@ -35,6 +35,7 @@ from wherry_shared.bundle import Bounds, Interface, TensorSpec
 from wherry_shared.digest import of_file
 from wherry_shared.engines import BadInput
 from wherry_shared.limits import REQUEST_BYTES_MAX
+from wherry_shared.wire import Sum
 
 
 class Endpoint:
@@ -241,6 +242,32 @@ def test_every_bad_request_is_400_with_its_reason(endpoint: Endpoint, body: Any,
 def test_an_error_does_not_repeat_megabytes_of_what_was_sent(endpoint: Endpoint):
     status, answer = endpoint.call("POST", INFER, change(name="z" * 100_000))
     assert (status, len(answer["error"]) <= 1000) == (400, True)
+
+
+def test_a_number_about_an_answer_is_counted_with_the_version_that_gave_it(tmp_path: Path, endpoint: Endpoint):
+    old = loadable(models.scale(tmp_path / "a.onnx", 2.0))
+    new = loadable(models.scale(tmp_path / "b.onnx", 3.0), "1.1.0")
+    endpoint.publish("scale", new, old, trial="t")
+    said = {"name": "agreed", "value": 0.5}
+    for path in ("versions/1.0.0/tell", "versions/1.1.0/tell", "tell"):
+        assert endpoint.call("POST", f"/v2/models/scale/{path}", said) == (200, {})
+    published = endpoint.registry.get("scale")
+    assert published is not None
+    assert published.incumbent_counter is not None
+    assert published.counter.stats().metrics == {"agreed": Sum(count=2, total=1.0)}
+    assert published.incumbent_counter.stats().metrics == {"agreed": Sum(count=1, total=0.5)}
+    assert published.counter.news() is not None, "the supervisor will hear of it"
+    for body, status in [
+        ({"name": "Agreed", "value": 1}, 400),
+        ({"name": "agreed", "value": 1e13}, 400),
+        ({"name": "agreed", "value": "1"}, 400),
+        ({"name": "agreed"}, 400),
+        (b"[", 400),
+    ]:
+        assert endpoint.call("POST", "/v2/models/scale/tell", body)[0] == status
+    assert endpoint.call("POST", "/v2/models/scale/versions/0.9.0/tell", said)[0] == 404
+    assert endpoint.call("POST", "/v2/models/other/tell", said)[0] == 404
+    assert endpoint.call("GET", "/v2/models/scale/tell")[0] == 405
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,22 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from wherry_agent import handle_messages as messages
 from wherry_agent import shelter
-from wherry_agent.answering.arms import RUNS_LEFT_OUT, ArmName, Counter, Loaded, key_of, load_variant, reason_of
+from wherry_agent.answering.arms import (
+    RUNS_LEFT_OUT,
+    ArmName,
+    Counter,
+    Loaded,
+    check_told,
+    key_of,
+    load_variant,
+    reason_of,
+)
 from wherry_agent.answering.ask import Ask
 from wherry_agent.answering.gate import RunGate
 from wherry_agent.answering.helpers import Helpers
@@ -44,7 +52,6 @@ from wherry_shared.engines.canonical import ShortWay
 from wherry_shared.engines.errors import BadInput, EngineFault
 from wherry_shared.engines.session import Array
 from wherry_shared.errors import RefusedError, UnreachableError, WherryError
-from wherry_shared.limits import METRIC_NAME, METRIC_VALUE_MAX, METRICS_PER_WINDOW_MAX
 from wherry_shared.processing import Chain, Raw
 
 log = logging.getLogger(__name__)
@@ -371,17 +378,11 @@ class Model:
             UnreachableError: `no_model`, without an `answer`.
             RefusedError: `metric_name`, `metric_value`, or `metrics_too_many` names for one version.
         """
-        if not METRIC_NAME.fullmatch(name):
-            raise RefusedError("metric_name", f"{name[:60]!r} is no name of a metric: {METRIC_NAME.pattern}")
-        if not isfinite(value) or abs(value) > METRIC_VALUE_MAX:
-            raise RefusedError("metric_value", f"{name} {value} is not a number up to {METRIC_VALUE_MAX:g}")
+        check_told(name, value)
         counter = self._counter_of(answer.by if answer is not None else self.served)
         if counter is None:
             return False
-        if not counter.told(name, float(value)):
-            raise RefusedError(
-                "metrics_too_many", f"{self.name} has {METRICS_PER_WINDOW_MAX} metrics already, {name} is one too many"
-            )
+        counter.told(name, float(value))
         return True
 
     def close(self) -> None:

@@ -33,6 +33,8 @@ from wherry_shared.limits import (
     GOLDEN_BYTES_MIN_BUDGET,
     GOLDEN_DECODED_BYTES_MAX,
     GOLDEN_SHARE_OF_VARIANT,
+    METRIC_NAME,
+    METRIC_VALUE_MAX,
     METRICS_PER_WINDOW_MAX,
 )
 from wherry_shared.sketch import LOG_GAMMA, VALUE_MIN, Sketch
@@ -145,6 +147,18 @@ def read_golden(loadable: Loadable) -> golden.Golden:
     return golden.decode(data, decoded_bytes_max=GOLDEN_DECODED_BYTES_MAX)
 
 
+def check_told(name: str, value: float) -> None:
+    """Refuse what no application may tell.
+
+    Raises:
+        RefusedError: `metric_name` or `metric_value`.
+    """
+    if not METRIC_NAME.fullmatch(name):
+        raise RefusedError("metric_name", f"{name[:60]!r} is no name of a metric: {METRIC_NAME.pattern}")
+    if not isfinite(value) or abs(value) > METRIC_VALUE_MAX:
+        raise RefusedError("metric_value", f"{name} {value} is not a number up to {METRIC_VALUE_MAX:g}")
+
+
 @dataclass(eq=False)
 class Counter:
     """Counts of one arm; cumulative, safe from threads."""
@@ -231,18 +245,25 @@ class Counter:
             self._last_error = reason[:ERROR_CHARS_MAX]
             self._changes += 1
 
-    def told(self, name: str, value: float) -> bool:
-        """Count a number that the application tells of an answer; say whether there was room for its name."""
+    def told(self, name: str, value: float) -> None:
+        """Count a number that the application tells of an answer.
+
+        Raises:
+            RefusedError: as `check_told`; `metrics_too_many` names.
+        """
+        check_told(name, value)
         with self._lock:
             known = self._metrics.get(name)
             if known is None and len(self._metrics) >= METRICS_PER_WINDOW_MAX:
-                return False
+                raise RefusedError(
+                    "metrics_too_many",
+                    f"{self.loadable.model} has {METRICS_PER_WINDOW_MAX} metrics already, {name} is one too many",
+                )
             self._metrics[name] = Sum(
                 count=known.count + 1 if known is not None else 1,
                 total=known.total + value if known is not None else value,
             )
             self._changes += 1
-        return True
 
     def leave_out(self, runs: int) -> None:
         """Leave so many runs of `fold` out of the latency from now on: the variant was just loaded."""

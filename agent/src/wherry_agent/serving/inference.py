@@ -25,6 +25,7 @@ from wherry_shared.bundle import PLATFORMS, Interface, TensorSpec, axis_bounds
 from wherry_shared.engines import bf16
 from wherry_shared.engines.errors import BadInput, EngineFault
 from wherry_shared.engines.session import Array
+from wherry_shared.errors import RefusedError
 from wherry_shared.sketch import Sketch
 
 NAME = "wherry"
@@ -267,6 +268,23 @@ class Inference:
                 arms.append((one.incumbent, one.incumbent_counter))
             rows += [_counted(loaded, counter) for loaded, counter in arms if version in ("", loaded.version)]
         return {"model_stats": rows}
+
+    def tell(self, name: str, version: str, metric: str, value: float) -> None:
+        """Count a number that an application tells of answers of a version; without one, of who answers first.
+
+        Raises:
+            Refusal: 404.
+            BadInput: nobody may tell this.
+        """
+        published, loaded = self.find(name, version)
+        loaded = loaded if version else published.first
+        counter = published.counter if loaded is published.active else published.incumbent_counter
+        if counter is None:
+            raise Refusal(404, f"version {loaded.version} of {name!r} is not counted any more")
+        try:
+            counter.told(metric, value)
+        except RefusedError as error:
+            raise BadInput(error.message) from error
 
     def index(self, *, ready: bool) -> list[dict[str, Any]]:
         """Return every model with its loaded versions; with `ready` only what answers now."""

@@ -116,6 +116,11 @@ class _Registration(msgspec.Struct, frozen=True):
     offset: int = 0
 
 
+class _Told(msgspec.Struct, frozen=True):
+    name: str
+    value: float
+
+
 class _IndexRequest(msgspec.Struct, frozen=True):
     ready: bool | None = None
 
@@ -138,6 +143,7 @@ class _InferResponse(msgspec.Struct, frozen=True, omit_defaults=True):
 
 _infer: msgspec.json.Decoder[_InferRequest] = msgspec.json.Decoder(_InferRequest)
 _index: msgspec.json.Decoder[_IndexRequest] = msgspec.json.Decoder(_IndexRequest)
+_told: msgspec.json.Decoder[_Told] = msgspec.json.Decoder(_Told)
 _registration: msgspec.json.Decoder[_Registration] = msgspec.json.Decoder(_Registration)
 _encoder = msgspec.json.Encoder()
 _NO_PARAMETERS = _RequestParameters()
@@ -234,9 +240,19 @@ class Protocol:
                 return _get(request, lambda: asked.config(name, version))
             case ["stats"]:
                 return _get(request, lambda: asked.statistics(name, version))
+            case ["tell"]:
+                return _post(request) or self._tell(name, version, request.body)
             case ["trace", "setting"]:
                 return failure(400, TRACE_REFUSED)
         return _unknown()
+
+    def _tell(self, name: str, version: str, body: bytes | memoryview) -> Response:
+        try:
+            said = _told.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise BadInput(f"not a number that is told: {error}") from error
+        self.inference.tell(name, version, said.name, said.value)
+        return _json({})
 
     def _shared_memory(self, request: Request, rest: list[str]) -> Response:
         regions, user = self.inference.regions, _user(request)
