@@ -63,6 +63,10 @@ class FakeDevice:
     online: bool = True
     clock: int = 0
     flags: dict[str, Any] = field(default_factory=dict)
+    agrees: float = 1.0
+    """Share of a shadow's runs."""
+    flips: bool = True
+    """Whether a blue-green that stood by also answers."""
     measured: int = 0
     """Messages of telemetry."""
 
@@ -162,11 +166,19 @@ class FakeDevice:
                 self.report("refused", offered, reason="disk_full", incumbent=before)
             case "floor":
                 self.report("refused", offered, reason="below_floor", incumbent=before)
+            case "good" if offered.mode == "blue_green" and offered.share == 1 and not self.flips:
+                self.report("returned", offered, reason="health_errors", incumbent=before, errors=5)
             case "bad":
                 self.running = offered.manifest
                 self.report("trial", offered, incumbent=before)
                 self.running = before
                 self.report("returned", offered, reason="health_errors", incumbent=before, errors=5)
+            case "good" | "idle" if offered.mode in ("shadow", "split"):
+                self.report("trial", offered, incumbent=before)
+                runs = {"compared": 100, "agreed": round(100 * self.agrees)} if offered.mode == "shadow" else {}
+                self.report("compared", offered, incumbent=before, mode=offered.mode, trial_end="time", **runs)
+            case "good" | "idle" if offered.mode == "blue_green" and offered.share == 0:
+                self.report("standby", offered, incumbent=before, mode=offered.mode)
             case "good" | "idle":
                 self.running = offered.manifest
                 self.report("trial", offered, incumbent=before)

@@ -18,6 +18,7 @@ from wherry_server.rollout import (
     Expose,
     Moved,
     Progress,
+    Promote,
     Retry,
     State,
     Withdraw,
@@ -141,6 +142,8 @@ def outcome(progress: Progress, command: Command) -> str:
                 said.append(f"withdraw ({scope})")
             case Expose(stage=stage):
                 said.append(f"expose stage {stage + 1}")
+            case Promote(stage=stage):
+                said.append(f"promote stage {stage + 1}")
             case Retry(failed=failed):
                 said.append("offer again" + (" (failed too)" if failed else ""))
     return ", ".join(said)

@@ -25,6 +25,7 @@ from wherry_server.rollout import (
     Lane,
     Moved,
     Progress,
+    Promote,
     Retry,
     Taken,
     Withdraw,
@@ -32,6 +33,8 @@ from wherry_server.rollout import (
     decide,
     next_share,
     reach,
+    seen,
+    takes_newcomers,
     verdicts,
     why_not_yet,
 )
@@ -74,11 +77,14 @@ class Device:
     exposed_s: float = 0.0
     changed: bool = False
     timezone: str = "UTC"
+    tried: bool = False
 
     def settle(self, now_s: float) -> None:
         """Let time pass on the device."""
         if self.state == "exposed" and now_s - self.exposed_s >= self.delay_s:
-            if self.behaviour in ("confirmed", "confirmed_idle", "vanishes"):
+            if self.tried and self.behaviour not in ("failed", "mute", "stuck"):
+                self.state = "proved"
+            elif self.behaviour in ("confirmed", "confirmed_idle", "vanishes"):
                 self.state, self.changed = self.behaviour.replace("vanishes", "confirmed"), True
             elif self.behaviour == "failed":
                 self.state = "failed"
@@ -121,6 +127,8 @@ class Fleet:
             members=len(self.devices),
             unexposed=len(self.below(self.progress)),
             happened={"failed": sum(stage.get("failed", 0) for stage in stages)},
+            unpromoted=[sum(one.stage == stage for one in self.unpromoted()) for stage in range(len(self.plan.stages))],
+            beside={"disagreed": ((0, sum(one.state == "proved" for one in self.devices)),)},
             command=command,  # type: ignore[arg-type]
         )
         below = self.below(self.progress)
@@ -131,7 +139,7 @@ class Fleet:
             closed=len(below) - len(open_now),
             approvals={str(stage): 1 for stage in range(len(self.plan.stages)) if now_s >= 40 * (stage + 1)},
         )
-        following = self.progress.stage + 1
+        following = len(self.plan.stages) if self.progress.promoting else self.progress.stage + 1
         adaptive = self.plan.strategy == "adaptive"
         share = next_share(self.plan, self.progress, found) if adaptive else 0.0
         coming: dict[str, int] = {}
@@ -148,7 +156,7 @@ class Fleet:
 
     def below(self, progress: Progress) -> list[Device]:
         """Devices that a stage may still expose."""
-        if progress.stage < 0:
+        if not takes_newcomers(self.plan, progress):
             return []
         share = reach(self.plan, progress)
         return [
@@ -157,13 +165,22 @@ class Fleet:
             if not device.state and exposed(key_of(SALT, device.name), device.stratum, progress.cut_offs, share)
         ]
 
+    def unpromoted(self) -> list[Device]:
+        """Devices whose candidate did not take over yet."""
+        return [one for one in self.devices if one.tried and one.state in ("exposed", "proved")]
+
     def apply(self, decisions: tuple[Decision, ...], after: Progress, now_s: float) -> None:
         for one in decisions:
             if isinstance(one, Expose):
                 most = self.chunk if one.limit is None else min(self.chunk, one.limit)
                 for device in [device for device in self.below(after) if self.window_open(device)][:most]:
                     device.state, device.stage, device.exposed_s = "exposed", one.stage, now_s
+                    device.tried = self.plan.two_rounds and not after.promoting
                     self.ever_exposed.add(device.name)
+            elif isinstance(one, Promote):
+                most = self.chunk if one.limit is None else min(self.chunk, one.limit)
+                for device in [device for device in self.unpromoted() if device.stage <= one.stage][:most]:
+                    device.state, device.tried, device.exposed_s = "exposed", False, now_s
             elif isinstance(one, Retry):
                 for device in self.devices:
                     if one.failed and device.state == "failed":
@@ -172,13 +189,24 @@ class Fleet:
                 for device in self.devices:
                     confirmed = device.state in ("confirmed", "confirmed_idle")
                     in_scope = one.scope == "all" or (one.scope == "stage" and device.stage == one.stage)
-                    if device.state == "exposed":
+                    if device.state in ("exposed", "proved"):
                         device.state = "withdrawn"
                     elif confirmed and in_scope:
                         device.state = "revert_pending"
         self.progress = after
 
 
+SHADOW: dict[str, Any] = {
+    "strategy": "shadow",
+    "gates": [{"metric": "disagreed", "tolerated": 0.1, "harm": 0.5, "beta": 0.3}],
+    "trial": {"max_s": 30, "agreement_min": 0.5},
+}
+SPLIT: dict[str, Any] = {
+    "strategy": "split",
+    "split": {"for_s": 20},
+    "gates": [{"metric": "errors", "harm": 0.1}],
+    "hold_back": None,
+}
 behaviours = st.sampled_from(["confirmed"] * 6 + ["confirmed_idle", "failed", "mute", "stuck", "vanishes"])
 devices = st.lists(
     st.tuples(st.sampled_from(["", "", "b"]), behaviours, st.integers(0, 50)), min_size=0, max_size=25
@@ -192,15 +220,13 @@ plans = st.builds(
         stages=[
             *({"count": count, "confirmed_min": confirmed} for count in counted if "strategy" not in how),
             *({"share": share, "soak_s": soak, "confirmed_min": confirmed} for share in sorted(set(shares))),
-        ][: 1 if "strategy" in how else None],
+        ][: 1 if how.get("strategy") in ("adaptive", "split") else None],
         failure=msgspec.to_builtins(failure),
         silent=msgspec.to_builtins(silent),
         late=msgspec.to_builtins(late),
-        on_halt=on_halt,
         sample_min=sample,
         settled_share=settled,
-        gates=gates,
-        **how,
+        **{"gates": gates, "on_halt": on_halt, **how},
         **pace,
     ),
     st.lists(st.sampled_from([0.05, 0.1, 0.25, 0.5, 1.0]), min_size=1, max_size=4),
@@ -220,6 +246,13 @@ plans = st.builds(
             {"hold_back": 0.2},
             {"strategy": "adaptive", "harmed_max": 2},
             {"strategy": "adaptive", "hold_back": 0.1},
+            {**SHADOW, "gates": []},
+            {**SHADOW, "on_success": "end"},
+            {"strategy": "blue_green", "on_halt": "revert_all"},
+            SPLIT,
+            {**SPLIT, "split": {"for_s": 20, "undecided": "keep"}},
+            {**SPLIT, "split": {"for_s": 20, "undecided": "promote"}},
+            {**SPLIT, "split": {"for_s": 20, "by": "requests", "undecided": "promote"}},
         ]
     ),
     st.sampled_from([[], [], [2], [1, 4]]),
@@ -254,7 +287,7 @@ def test_whatever_happens_a_rollout_is_bounded_final_and_ends(
     now_s, boot, boot_s = 0.0, 0, 0.0
     breached, anchors, stage_s = False, 0, 0.0
     window_s = 86_400 if plan.window is not None else 0
-    limit_s = window_s + (len(plan.stages) + 1) * (STAGE_MAX_S + 60) * (reboots + 2) + 2 * REVERT_S + 1000
+    limit_s = window_s + (2 * len(plan.stages) + 1) * (STAGE_MAX_S + 60) * (reboots + 2) + 2 * REVERT_S + 1000
     turn = 0
     while True:
         if turn in boots:
@@ -275,21 +308,27 @@ def test_whatever_happens_a_rollout_is_bounded_final_and_ends(
         assert decide(plan, before, evidence, now) == (after, decisions)
 
         exposing = [one for one in decisions if isinstance(one, Expose)]
-        found = verdicts(plan, evidence, after.compared)
+        promoting = [one for one in decisions if isinstance(one, Promote)]
+        found = verdicts(plan, seen(before, evidence), after.compared)
         breached = breached or (before.state in ACTIVE and any(one.outcome == "breach" for one in found))
         if breached:
             assert not exposing, "nothing widens after a breach"
+            assert not promoting, "nothing is promoted after a breach"
         assert all(after.cut_offs.get(name, 0) >= at for name, at in before.cut_offs.items()), "a cut-off fell"
-        assert before.stage <= after.stage <= before.stage + 1
+        second = after.promoting and not before.promoting
+        assert second or before.stage <= after.stage <= before.stage + 1
+        assert after.promoting or not before.promoting, "a second round was taken back"
+        assert not promoting or (plan.two_rounds and after.promoting and after.state == "running")
         if before.state in FINAL:
             assert after.state == before.state or command == "revert"
             assert not exposing or before.state == "done"
         if before.state in ("paused", "returning", "halted", "aborted", "reverted"):
             assert not exposing or command == "resume"
+            assert not promoting or command == "resume"
         if after.stage > before.stage:
             assert now_s >= 40 * (after.stage + 1) or not plan.approvers(after.stage), "it began unapproved"
             assert now.wall_us >= plan.start_us, "it began before its date"
-        if after.stage > before.stage:
+        if after.stage > before.stage or second:
             anchors, stage_s = 0, now_s
         anchors += after.paced is not None and after.paced != before.paced
         if plan.rate is not None and exposing and after.state == "running":
@@ -313,7 +352,7 @@ def test_whatever_happens_a_rollout_is_bounded_final_and_ends(
                 share = reach(plan, after)
                 assert exposed(key_of(SALT, device.name), device.stratum, after.cut_offs, share), "above the cut-off"
         if after.state not in FINAL:
-            assert why_not_yet(plan, after, evidence, now) or exposing or after != before
+            assert why_not_yet(plan, after, evidence, now) or exposing or promoting or after != before
 
         turn += 1
         now_s += chance.choice([1, 2, 5, 13]) + (300 if evidence.closed else 0)

@@ -196,7 +196,7 @@ REFUSALS = [
     ({**PLAN, "device": "line-1", "models": [{"model": MODEL, "version": "1.0.0"}]}, 422, "plan_target"),
     ({"stages": [], "device": "nobody", "models": [{"model": MODEL, "version": "1.0.0"}]}, 404, "device_unknown"),
     ({"stages": [], "cohort": "nobody", "models": [{"model": MODEL, "version": "1.0.0"}]}, 404, "cohort_unknown"),
-    ({**PLAN, "strategy": "shadow", "models": [{"model": MODEL, "version": "1.0.0"}]}, 422, "strategy_unsupported"),
+    ({**PLAN, "strategy": "shadow", "models": [{"model": MODEL, "version": "1.0.0"}]}, 422, "plan_strategy"),
     ({**PLAN, "models": [{"model": "\ud800", "version": "1.0.0"}]}, 422, "plan_invalid"),
     ({**PLAN, "priority": 10**30, "models": [{"model": MODEL, "version": "1.0.0"}]}, 422, "plan_range"),
     ({**PLAN, "start": "yes", "models": [{"model": MODEL, "version": "1.0.0"}]}, 422, "plan_invalid"),
@@ -304,6 +304,7 @@ def stage(**changes: int) -> dict[str, Any]:
     names = (
         "pending",
         "confirmed",
+        "proved",
         "confirmed_idle",
         "failed",
         "silent",

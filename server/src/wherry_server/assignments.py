@@ -17,7 +17,7 @@ from wherry_server import offers
 from wherry_server.db import bulk
 from wherry_server.evidence import Candidate
 from wherry_server.offers import Composed, Composer, Wanted
-from wherry_server.outcomes import ENDED, LIVE
+from wherry_server.outcomes import ENDED, LIVE, STANDING
 from wherry_server.plan import Plan
 from wherry_server.rollout import Scope
 from wherry_server.targeting import signed
@@ -31,6 +31,10 @@ class Prepared:
 
     exposed: list[Candidate] = field(default_factory=list)
     stage: int = -1
+    tried: bool = False
+    """Whether they are exposed to a first of two rounds."""
+    promoted: list[tuple[str, str]] = field(default_factory=list)
+    """(device, model) of those whose candidate is to take over."""
     withdrawn: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     """Devices in scope that a newer rollout has: left alone, and counted as superseded."""
@@ -55,14 +59,17 @@ def expose(
     current: dict[str, offers.Current],
     composer: Composer,
     now: int,
+    *,
+    tried: bool = False,
 ) -> None:
     """Compose the offers of a stage's devices. Signs, so call it outside of the event loop's thread."""
     prepared.stage = stage
+    prepared.tried = tried
     forwards: dict[int, dict[str, OfferedModel]] = {}
     wanted: dict[str, dict[str, OfferedModel]] = {}
     for one in candidates:
         if one.attempt not in forwards:
-            forwards[one.attempt] = offers.forwards(plan, row.id, one.attempt)
+            forwards[one.attempt] = offers.forwards(plan, row.id, one.attempt, tried=tried)
         wanted[one.device] = forwards[one.attempt]
     offered = _compose(prepared, wanted, current, composer, now, offers.with_flag(plan, current))
     prepared.exposed += [one for one in candidates if one.device in offered]
@@ -109,6 +116,31 @@ def withdraw(
     prepared.withdrawn += [device for device in changed if device in offered]
 
 
+async def read_promoting(connection: AsyncConnection, rollout: str, stage: int, limit: int) -> list[Any]:
+    """Return the assignments of stages up to `stage` whose candidate did not take over yet, lowest key first."""
+    return list(await connection.execute(_PROMOTING, {"rollout": rollout, "stage": stage, "limit": limit}))
+
+
+def promote(
+    prepared: Prepared,
+    row: Any,
+    plan: Plan,
+    rows: Sequence[Any],
+    current: dict[str, offers.Current],
+    composer: Composer,
+    now: int,
+) -> None:
+    """Compose the offers with which candidates take over. Signs, so call it outside of the event loop's thread."""
+    wanted: dict[str, dict[str, OfferedModel]] = {}
+    for one in rows:
+        if not one.owned:
+            prepared.lost.append(one.device_id)
+            continue
+        wanted.setdefault(one.device_id, {})[one.model] = offers.forwards(plan, row.id, one.attempt)[one.model]
+    offered = _compose(prepared, wanted, current, composer, now, {})
+    prepared.promoted += [(one.device_id, one.model) for one in rows if one.device_id in offered]
+
+
 async def read_retrying(connection: AsyncConnection, rollout: str, *, failed: bool) -> list[Any]:
     """Return the assignments that ended without success and that nobody else took over: (device_id, model, attempt)."""
     outcomes = list(ENDED) if failed else ["excused"]
@@ -130,7 +162,7 @@ def retry(
     """Compose the offers of the next attempts. Signs, so call it outside of the event loop's thread."""
     wanted: dict[str, dict[str, OfferedModel]] = {}
     for one in rows:
-        forwards = offers.forwards(plan, row.id, one.attempt + 1)
+        forwards = offers.forwards(plan, row.id, one.attempt + 1, tried=bool(one.tried))
         again = wanted.setdefault(one.device_id, {})
         again |= {model: offered for model, offered in forwards.items() if model == one.model}
     offered = _compose(prepared, wanted, current, composer, now, offers.with_flag(plan, current))
@@ -168,7 +200,7 @@ async def apply(connection: AsyncConnection, row: Any, plan: Plan, prepared: Pre
         part = prepared.withdrawn[at : at + offers.DEVICES_PER_READ]
         await connection.execute(
             _WITHDRAW_FLAG if plan.flag else _WITHDRAW,
-            {"rollout": row.id, "devices": part, "now": now, "outcomes": list(LIVE[:3])},
+            {"rollout": row.id, "devices": part, "now": now, "outcomes": list(STANDING)},
         )
         for planned in plan.targets:
             await connection.execute(
@@ -178,6 +210,11 @@ async def apply(connection: AsyncConnection, row: Any, plan: Plan, prepared: Pre
         await connection.execute(
             _RETRY,
             [{"rollout": row.id, "device": device, "model": model, "now": now} for device, model in prepared.retried],
+        )
+    if prepared.promoted:
+        await connection.execute(
+            _PROMOTE,
+            [{"rollout": row.id, "device": device, "model": model, "now": now} for device, model in prepared.promoted],
         )
     if prepared.lost:
         await connection.execute(_LOST, [{"rollout": row.id, "device": device, "now": now} for device in prepared.lost])
@@ -206,16 +243,19 @@ async def _insert(connection: AsyncConnection, row: Any, plan: Plan, prepared: P
             "now": now,
         }
         await connection.execute(_SUPERSEDE, named)
-        await connection.execute(_ASSIGN, named)
+        await connection.execute(_ASSIGN, {**named, "tried": prepared.tried})
 
 
 # A device belongs to the rollout that exposed it last, unless that one gave it back.
-_WITHDRAWING = text(
-    "SELECT a.device_id, a.model, a.attempt, a.from_manifest, a.from_target, NOT EXISTS (SELECT 1 FROM assignment n"
+_OWNED = (
+    "NOT EXISTS (SELECT 1 FROM assignment n"
     " JOIN rollout r ON r.id = n.rollout_id WHERE n.device_id = a.device_id AND n.model = a.model"
     " AND n.rollout_id <> a.rollout_id AND n.exposed_at > a.exposed_at"
     " AND n.outcome NOT IN ('withdrawn', 'revert_pending', 'reverted', 'superseded')"
-    " AND NOT (n.outcome IN ('returned', 'failed', 'refused', 'excused') AND r.state IN ('halted', 'aborted', 'reverted'))) AS owned"
+    " AND NOT (n.outcome IN ('returned', 'failed', 'refused', 'excused') AND r.state IN ('halted', 'aborted', 'reverted')))"
+)
+_WITHDRAWING = text(
+    f"SELECT a.device_id, a.model, a.attempt, a.from_manifest, a.from_target, a.tried, {_OWNED} AS owned"  # noqa: S608 - constants
     " FROM assignment a JOIN device d ON d.id = a.device_id AND d.state = 'active'"  # who was shut out hears nothing
     " WHERE a.rollout_id = :rollout AND a.outcome IN :outcomes"
     " AND (a.outcome NOT IN ('confirmed', 'confirmed_idle') OR :all OR (:in_stage AND a.stage = :stage))"
@@ -225,16 +265,28 @@ _RETRY = text(
     " reason = 'retry', detail = '', released_at = 0 WHERE rollout_id = :rollout AND device_id = :device AND model = :model"
     " AND outcome IN ('returned', 'failed', 'refused', 'excused')"
 )
+_PROMOTING = text(
+    f"SELECT a.device_id, a.model, a.attempt, {_OWNED} AS owned FROM assignment a"  # noqa: S608 - constants
+    " JOIN device d ON d.id = a.device_id AND d.state = 'active' WHERE a.rollout_id = :rollout AND a.tried"
+    " AND a.stage <= :stage AND a.outcome IN ('exposed', 'proved', 'confirmed', 'confirmed_idle')"
+    " ORDER BY a.share_key LIMIT :limit"
+)
+# `tried` falls first: what a device still says of its first round no longer proves anything.
+_PROMOTE = text(
+    "UPDATE assignment SET outcome = 'exposed', tried = false, exposed_at = :now, noticed_at = 0, settled_at = 0,"
+    " reason = 'promoted', detail = '' WHERE rollout_id = :rollout AND device_id = :device AND model = :model"
+    " AND outcome IN ('exposed', 'proved', 'confirmed', 'confirmed_idle')"
+)
 _LOST = text(
     "UPDATE assignment SET outcome = 'superseded', settled_at = :now WHERE rollout_id = :rollout AND device_id = :device"
-    " AND outcome IN ('exposed', 'confirmed', 'confirmed_idle')"
+    " AND outcome IN ('exposed', 'proved', 'confirmed', 'confirmed_idle')"
 )
 _OTHERS_PENDING = text(
     "UPDATE assignment SET outcome = 'superseded', settled_at = :now WHERE rollout_id <> :rollout"
     " AND outcome = 'revert_pending' AND device_id IN :devices AND model = :model"
 ).bindparams(bindparam("devices", expanding=True))
 _WITHDRAW = text(
-    "UPDATE assignment SET outcome = CASE WHEN outcome = 'exposed' AND COALESCE((SELECT m.running FROM device_model m"
+    "UPDATE assignment SET outcome = CASE WHEN outcome IN ('exposed', 'proved') AND COALESCE((SELECT m.running FROM device_model m"
     " WHERE m.device_id = assignment.device_id AND m.model = assignment.model), '') = from_manifest"
     " THEN 'withdrawn' ELSE 'revert_pending' END, settled_at = :now"
     " WHERE rollout_id = :rollout AND device_id IN :devices AND outcome IN :outcomes"
@@ -247,7 +299,7 @@ _WITHDRAW_FLAG = text(  # who never said that it has the offer with the variant 
 ).bindparams(bindparam("devices", expanding=True), bindparam("outcomes", expanding=True))
 _SUPERSEDE = text(
     "UPDATE assignment SET outcome = 'superseded', settled_at = :now WHERE model = :model AND rollout_id <> :rollout"
-    " AND outcome IN ('exposed', 'confirmed', 'confirmed_idle', 'revert_pending')"
+    " AND outcome IN ('exposed', 'proved', 'confirmed', 'confirmed_idle', 'revert_pending')"
     " AND device_id IN (SELECT device_id FROM exposing)"
     " AND rollout_id IN (SELECT id FROM rollout WHERE project_id = :project AND model = :model"
     " AND state IN ('running', 'paused', 'returning'))"
@@ -255,13 +307,13 @@ _SUPERSEDE = text(
 _ASSIGN = text(
     "INSERT INTO assignment (rollout_id, device_id, model, project_id, stage, stratum, share_key, from_manifest,"
     " from_target, to_manifest, to_target, attempt, exposed_at, noticed_at, outcome, reason, detail, settled_at, requests,"
-    " errors, latency_ratio, released_at, simulated)"
+    " errors, latency_ratio, released_at, simulated, tried, compared, agreed, skipped)"
     " SELECT :rollout, e.device_id, :model, :project, :stage, e.stratum, e.share_key,"
     # A device that runs the bundle already goes back to where its last assignment came from, else it stays.
     " CASE WHEN m.running = :to THEN COALESCE(NULLIF(p.from_manifest, ''), :to) ELSE COALESCE(m.running, '') END,"
     " CASE WHEN m.running = :to THEN COALESCE(NULLIF(p.from_target, ''), :target)"
     " ELSE COALESCE(b.model || '/' || b.version, '') END,"
-    " :to, :target, e.attempt, :now, 0, 'exposed', '', '', 0, 0, 0, 0, 0, d.simulated"
+    " :to, :target, e.attempt, :now, 0, 'exposed', '', '', 0, 0, 0, 0, 0, d.simulated, :tried, 0, 0, 0"
     " FROM exposing e JOIN device d ON d.id = e.device_id AND d.state = 'active'"
     " LEFT JOIN device_model m ON m.device_id = e.device_id AND m.model = :model"
     " LEFT JOIN bundle b ON b.project_id = :project AND b.manifest = m.running"

@@ -18,7 +18,7 @@ from wherry_server.gates import APP, QUANTILES, Gate
 from wherry_server.lanes import Due, due
 from wherry_server.plan import Plan
 from wherry_server.rollout import Lane, Progress, Taken, with_taken
-from wherry_server.sequential import CONTROLS_MAX, Pairs, draw, merge
+from wherry_server.sequential import CONTROLS_MAX, Pairs, draw, merge, pair_up
 from wherry_server.targeting import KEY_MAX, control_rank, unsigned
 from wherry_shared.sketch import Sketch
 
@@ -37,11 +37,12 @@ async def take(
 ) -> list[Taken]:
     """Measure the lanes that have ended. Controls are members that nobody has exposed to the rollout."""
     length = plan.period_s * SECOND_US
-    waves = [one.wave for one in await connection.execute(_WAVES, {"rollout": row.id, "length": length})]
+    asked = {"rollout": row.id, "length": length, "tried": plan.paired}
+    waves = [one.wave for one in await connection.execute(_WAVES, asked)]
     compared, taken = progress.compared, []
     for one in due(plan, compared, waves, moment):
         since = one.wave * length
-        members = (await connection.execute(_WAVE, {"rollout": row.id, "begin": since, "end": since + length})).all()
+        members = (await connection.execute(_WAVE, {**asked, "begin": since, "end": since + length})).all()
         lanes: dict[str, Lane] = {}
         for gate in plan.compared:
             known = compared.of(gate.metric)[one.lane]
@@ -50,10 +51,26 @@ async def take(
                 measured = await latencies(connection, row, plan, gate, one, devices)
             else:
                 measured = await values(connection, row, plan, gate, one)
-            lanes[gate.metric] = lane_of(plan, known, members, scan, *measured)
+            if plan.paired:
+                lanes[gate.metric] = Lane(pairs=own_pairs(members, *measured))
+            else:
+                lanes[gate.metric] = lane_of(plan, known, members, scan, *measured)
         taken.append(Taken(wave=one.wave, lane=one.lane, lanes=lanes))
         compared = with_taken(compared, taken[-1:])
     return taken
+
+
+def own_pairs(members: Sequence[Any], candidates: dict[str, float], controls: dict[str, float]) -> Pairs:
+    """Return one difference of each device that answers some requests with the candidate, the others as before.
+
+    Which requests those are is decided by a hash, so where the bundle does no harm the difference is expected to be 0.
+    """
+    parts = [
+        pair_up([candidates[member.device_id]], [controls[member.device_id]])
+        for member in members
+        if member.device_id in candidates and member.device_id in controls
+    ]
+    return merge(parts)
 
 
 def lane_of(
@@ -237,10 +254,12 @@ _BODIES = _Asked(
         )
     )
 )
-_WAVES = text("SELECT DISTINCT exposed_at / :length AS wave FROM assignment WHERE rollout_id = :rollout")
+_WAVES = text(
+    "SELECT DISTINCT exposed_at / :length AS wave FROM assignment WHERE rollout_id = :rollout AND tried = :tried"
+)
 _WAVE = text(
     "SELECT device_id, stratum, share_key FROM assignment WHERE rollout_id = :rollout"
-    " AND exposed_at >= :begin AND exposed_at < :end AND outcome <> 'superseded'"
+    " AND exposed_at >= :begin AND exposed_at < :end AND tried = :tried AND outcome <> 'superseded'"
 )
 # One value per device: the mean over its periods of the share of failed requests, none above the cap.
 _ERRORS = _asked(

@@ -39,6 +39,7 @@ from wherry_server.rollout import (
     Expose,
     Moved,
     Progress,
+    Promote,
     Retry,
     Withdraw,
     decide,
@@ -218,7 +219,8 @@ class Conductor:
         if not decisions and after == progress and not row.wanted:
             return False
         prepared = await self._prepare(row, known, after, decisions, moment)
-        idle = all(isinstance(one, Expose) for one in decisions) and not prepared.exposed
+        told = prepared.exposed or prepared.promoted or prepared.lost
+        idle = all(isinstance(one, Expose | Promote) for one in decisions) and not told
         if idle and after == progress and not row.wanted:
             return False
         await self._commit(row, known, progress, after, decisions, found, prepared, moment)
@@ -268,7 +270,24 @@ class Conductor:
                 async with database.read() as connection:
                     current = await assignments.read_exposing(connection, chosen)
                 await asyncio.to_thread(
-                    assignments.expose, prepared, row, known.plan, one.stage, chosen, current, self.composer, moment
+                    assignments.expose,
+                    prepared,
+                    row,
+                    known.plan,
+                    one.stage,
+                    chosen,
+                    current,
+                    self.composer,
+                    moment,
+                    tried=known.plan.two_rounds and not after.promoting,
+                )
+            elif isinstance(one, Promote):
+                most = EXPOSED_PER_TURN if one.limit is None else min(one.limit, EXPOSED_PER_TURN)
+                async with database.read() as connection:
+                    rows = await assignments.read_promoting(connection, row.id, one.stage, most)
+                    current = await offers.current(connection, sorted({found.device_id for found in rows}))
+                await asyncio.to_thread(
+                    assignments.promote, prepared, row, known.plan, rows, current, self.composer, moment
                 )
             elif isinstance(one, Withdraw):
                 async with database.read() as connection:

@@ -11,7 +11,8 @@ newcomers only where no newer one has them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -21,10 +22,11 @@ from sqlalchemy import bindparam, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import cohorts
-from wherry_server.gates import has_control
+from wherry_server.gates import BESIDE, counts_devices
 from wherry_server.outcomes import FAILURES
 from wherry_server.plan import Plan
-from wherry_server.rollout import ACTIVE, Command, Counts, Evidence, Progress, ahead, reach
+from wherry_server.rollout import ACTIVE, Command, Counts, Evidence, Progress, ahead, reach, takes_newcomers
+from wherry_server.sequential import SHARE_STEPS, Pairs
 from wherry_server.targeting import cut_off_of, exact, key_of, parse_selector
 from wherry_shared import reasons
 from wherry_shared.errors import RefusedError
@@ -146,13 +148,15 @@ async def read(
         command=command,
         happened=await _happened(connection, row.id, plan),
         approvals=await approvals(connection, row, plan),
+        unpromoted=await _unpromoted(connection, row.id, plan),
+        beside=await _beside(connection, row.id, plan),
     )
     if found is None:
         return evidence
     evidence = msgspec.structs.replace(
         evidence, members=found.members, unmeasured=await _unmeasured(connection, row.id, plan, progress)
     )
-    share, reached = reach(plan, progress), progress.stage >= 0
+    share, reached = reach(plan, progress), takes_newcomers(plan, progress)
     unexposed = found.unexposed(progress.cut_offs, share) if reached else []
     free = in_window(plan, unexposed, now)
     evidence = msgspec.structs.replace(
@@ -206,7 +210,43 @@ async def _happened(connection: AsyncConnection, rollout: str, plan: Plan) -> di
     if not plan.gates:
         return {}
     found = (await connection.execute(_HAPPENED, {"rollout": rollout, "crash": reasons.CRASH})).one()
-    return {gate.metric: getattr(found, gate.metric) or 0 for gate in plan.gates if not has_control(gate.metric)}
+    return {gate.metric: getattr(found, gate.metric) or 0 for gate in plan.gates if counts_devices(gate.metric)}
+
+
+async def _unpromoted(connection: AsyncConnection, rollout: str, plan: Plan) -> list[int]:
+    """Count, by stage, the devices whose candidate did not take over yet, of plans with two rounds."""
+    if not plan.two_rounds:
+        return []
+    found = [0] * len(plan.stages)
+    for one in await connection.execute(_UNPROMOTED, {"rollout": rollout}):
+        found[one.stage] = one.devices
+    return found
+
+
+async def _beside(connection: AsyncConnection, rollout: str, plan: Plan) -> dict[str, Pairs]:
+    if not any(gate.metric in BESIDE for gate in plan.gates):
+        return {}
+    rows = await connection.execute(_BESIDE, {"rollout": rollout})
+    return beside_of(plan, [(row.compared, row.agreed, row.skipped, row.devices) for row in rows])
+
+
+def beside_of(plan: Plan, rows: Iterable[tuple[int, int, int, int]]) -> dict[str, Pairs]:
+    """Return what shadows came to: one value of each device that is through with it, by whatever end.
+
+    Of runs that were compared, `trial.min_requests` make a value: fewer say nothing of the device.
+
+    Args:
+        plan: whose gates ask.
+        rows: (runs compared, runs that agreed, runs skipped, how many devices)
+    """
+    found = {gate.metric: Counter[int]() for gate in plan.gates if gate.metric in BESIDE}
+    for compared, agreed, skipped, devices in rows:
+        parts = {"disagreed": (max(compared - agreed, 0), compared), "skipped": (skipped, compared + skipped)}
+        for metric, values in found.items():
+            part, runs = parts[metric]
+            if runs >= max(plan.trial.min_requests, 1):
+                values[part * SHARE_STEPS // runs] += devices
+    return {metric: tuple(sorted(values.items())) for metric, values in found.items()}
 
 
 async def _unmeasured(connection: AsyncConnection, rollout: str, plan: Plan, progress: Progress) -> int:
@@ -374,6 +414,14 @@ _HAPPENED = text(
 _CONFIRMED = text(
     "SELECT exposed_at / :length AS wave, count(*) AS devices FROM assignment WHERE rollout_id = :rollout"
     " AND outcome IN ('confirmed', 'confirmed_idle') GROUP BY wave"
+)
+_UNPROMOTED = text(
+    "SELECT stage, count(*) AS devices FROM assignment WHERE rollout_id = :rollout AND tried"
+    " AND outcome IN ('exposed', 'proved', 'confirmed', 'confirmed_idle') GROUP BY stage"
+)
+_BESIDE = text(
+    "SELECT compared, agreed, skipped, count(*) AS devices FROM assignment WHERE rollout_id = :rollout AND tried"
+    " AND outcome IN ('proved', 'returned') AND compared + skipped > 0 GROUP BY compared, agreed, skipped"
 )
 _OTHERS = text(
     "SELECT id, number, priority, state, model FROM rollout WHERE project_id = :project AND model = :model"

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from wherry_server.gates import Gate
+from wherry_server.gates import BESIDE, Gate
 from wherry_server.lanes import Due, due, period
 from wherry_server.plan import Plan
 from wherry_server.rollout import (
@@ -30,13 +30,15 @@ from wherry_server.rollout import (
     Lane,
     Moved,
     Progress,
+    Promote,
     Taken,
     Withdraw,
     ahead,
     decide,
     reach,
+    takes_newcomers,
 )
-from wherry_server.sequential import CONTROLS_MAX, LANES_MAX, pair_up
+from wherry_server.sequential import CONTROLS_MAX, LANES_MAX, SHARE_STEPS, Pairs, merge, pair_up
 from wherry_server.targeting import exposed, key_of
 from wherry_shared.clock import MICROSECONDS, Now
 from wherry_shared.errors import RefusedError
@@ -175,6 +177,10 @@ class _Fleet:
         """Period → devices exposed in it that have confirmed."""
         self.controls = {gate.metric: [0] * LANES_MAX for gate in plan.compared}
         """Metric → devices used as a control, by lane."""
+        self.proved: list[list[str]] = [[] for _ in plan.stages]
+        """Devices whose candidate runs beside the incumbent, or stands by, by stage."""
+        self.beside = 0
+        """Devices that were ever proved so."""
         self.progress = Progress()
         self.begun: list[int] = []
         self._below: list[tuple[int, Member]] = []
@@ -192,11 +198,13 @@ class _Fleet:
             command = ""
             before = self.progress
             self.progress, decisions = decide(self.plan, before, evidence, now)
-            if self.progress.stage > before.stage:
+            if (self.progress.promoting, self.progress.stage) > (before.promoting, before.stage):
                 self.begun.append(round(now_s))
             for one in decisions:
                 if isinstance(one, Expose):
                     self._expose(one, now, now_s)
+                elif isinstance(one, Promote):
+                    self._promote(one, now, now_s)
                 elif isinstance(one, Withdraw):
                     self._withdraw(one)
                 elif isinstance(one, Moved) and one.state == "returning" and detected is None:
@@ -218,7 +226,7 @@ class _Fleet:
 
     def _evidence(self, now: Now, command: str) -> Evidence:
         plan, progress = self.plan, self.progress
-        share, reached = reach(plan, progress), progress.stage >= 0
+        share, reached = reach(plan, progress), takes_newcomers(plan, progress)
         stands = (progress.cut_offs, share, reached, len(self.left))
         if stands != self._stands:
             self._stands = stands
@@ -237,6 +245,8 @@ class _Fleet:
             unmeasured=self._unmeasured(),
             taken=self._taken(now) if plan.compared and progress.state in ACTIVE else [],
             command=command,  # type: ignore[arg-type]
+            unpromoted=[len(devices) for devices in self.proved] if plan.two_rounds else [],
+            beside=self._beside(),
         )
         return ahead(plan, progress, found, self.keys)
 
@@ -252,13 +262,31 @@ class _Fleet:
             most -= 1
             self._count(one.stage, "pending", 1)
             when, became = self._fate(member.id)
+            first = self.plan.two_rounds and not self.progress.promoting
+            if first and became in ("confirmed", "confirmed_idle"):
+                became = "proved"
             wave = period(self.plan, now.wall_us)
             heapq.heappush(self.due, _Due(now_s + when, len(self.due), one.stage, wave, member.id, became))
-            if self.plan.compared:
+            if self.plan.compared and (self.plan.paired or not first):
                 with_traffic = self.waves.setdefault(wave, [])
-                if became == "confirmed":
+                if became in ("proved", "confirmed"):
                     with_traffic.append(member.id)
         self.left = left
+
+    def _promote(self, one: Promote, now: Now, now_s: float) -> None:
+        """Let candidates take over; who failed beside the incumbent failed there, and the rest confirm."""
+        most = EXPOSED_PER_TURN if one.limit is None else min(one.limit, EXPOSED_PER_TURN)
+        wave = period(self.plan, now.wall_us)
+        for stage in range(one.stage + 1):
+            told, self.proved[stage] = self.proved[stage][:most], self.proved[stage][most:]
+            most -= len(told)
+            self._count(stage, "proved", -len(told))
+            self._count(stage, "pending", len(told))
+            for device in told:
+                when, became = self._fate(device)
+                heapq.heappush(self.due, _Due(now_s + when, len(self.due), stage, wave, device, became))
+            if self.plan.compared and not self.plan.paired:
+                self.waves.setdefault(wave, []).extend(told)
 
     def _fate(self, device: str) -> tuple[float, str]:
         luck = share_key(f"{self.salt}/outcome", device) / _WHOLE
@@ -284,6 +312,9 @@ class _Fleet:
                 luck = share_key(f"{self.salt}/kind", one.device) / _WHOLE
                 self.happened["returned"] += luck < self.outcomes.returned
                 self.happened["crashed"] += 1 - luck <= self.outcomes.crashed
+            elif one.became == "proved":
+                self.proved[one.stage].append(one.device)
+                self.beside += 1
             elif one.became in ("confirmed", "confirmed_idle"):
                 self.confirmed[one.wave] = self.confirmed.get(one.wave, 0) + 1
 
@@ -308,6 +339,14 @@ class _Fleet:
         used = self.controls[gate.metric]
         salt = f"{self.salt}/{gate.metric}/{one.lane}"
         mine = self.waves[one.wave]
+        if self.plan.paired:
+            parts = [
+                pair_up(
+                    [self._value(gate, one.lane, salt, device, self.outcomes.worse)], [self._own(gate, one, device)]
+                )
+                for device in mine
+            ]
+            return Lane(pairs=merge(parts))
         fresh = max(int(len(self.left) * (1 - self.outcomes.idle)) - used[one.lane], 0)
         if not mine or not fresh:
             return Lane()
@@ -320,6 +359,19 @@ class _Fleet:
                 [self._value(gate, one.lane, salt, device, 0.0) for device in controls],
             )
         )
+
+    def _own(self, gate: Gate, one: Due, device: str) -> float:
+        """Return what the incumbent of a device shows beside the candidate."""
+        return self._value(gate, one.lane, f"{self.salt}/{gate.metric}/{one.lane}", device, 0.0)
+
+    def _beside(self) -> dict[str, Pairs]:
+        """Return what shadows came to: half of what is tolerated on every device, and what is stated to be worse."""
+        found: dict[str, Pairs] = {}
+        for gate in self.plan.gates:
+            if gate.metric in BESIDE and self.beside:
+                value = min((gate.tolerated or 0.0) / 2 + self.outcomes.worse * gate.harm, 1.0)
+                found[gate.metric] = ((int(value * SHARE_STEPS), self.beside),)
+        return found
 
     def _value(self, gate: Gate, lane: int, salt: str, device: str, worse: float) -> float:
         """Return what a device shows in a lane, of the lane's cap."""
@@ -335,7 +387,7 @@ class _Fleet:
         self.due.clear()
         for number, stage in enumerate(self.stages):
             confirmed = one.scope == "all" or (one.scope == "stage" and number == one.stage)
-            for name in ("pending", "silent", "late"):
+            for name in ("pending", "proved", "silent", "late"):
                 stage["withdrawn"] = stage.get("withdrawn", 0) + stage.pop(name, 0)
             for name in ("confirmed", "confirmed_idle") if confirmed else ():
                 stage["reverted"] = stage.get("reverted", 0) + stage.pop(name, 0)

@@ -20,6 +20,7 @@ from wherry_server.sequential import (
     Finding,
     Pairs,
     bounded,
+    bounded_mean,
     bounded_needed,
     compare,
     sample_needed,
@@ -49,18 +50,25 @@ APP = "app:"
 Metric: TypeAlias = Annotated[
     str,
     msgspec.Meta(
-        pattern="^(failed|returned|crashed|errors|crash_rate|latency|latency_p90|latency_p99"
+        pattern="^(failed|returned|crashed|disagreed|skipped|errors|crash_rate|latency|latency_p90|latency_p99"
         f"|{APP}{METRIC_NAME_PATTERN})$"
     ),
 ]
 QUANTILES: dict[Metric, float] = {"latency": 0.5, "latency_p90": 0.9, "latency_p99": 0.99}
 """Metrics of engine time, with the quantile that each one compares."""
+BESIDE: frozenset[Metric] = frozenset({"disagreed", "skipped"})
+"""Metrics of a shadow: a share of its runs on each device."""
 _COMPARED = frozenset({"errors", "crash_rate", *QUANTILES})
 
 
 def has_control(metric: str) -> bool:
     """Tell whether a metric compares devices with the candidate with devices that keep the incumbent."""
     return metric in _COMPARED or metric.startswith(APP)
+
+
+def counts_devices(metric: str) -> bool:
+    """Tell whether a metric is a share of devices, by what became of them."""
+    return not has_control(metric) and metric not in BESIDE
 
 
 class Bound(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -78,7 +86,8 @@ class Gate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """A metric that is held to what is tolerated, or to a control, with stated errors.
 
     `failed` are devices that failed for a reason that speaks against the bundle, `returned` those of them that went back
-    from a trial, `crashed` those whose worker or canary crashed. `errors` is the share of its requests that a device fails,
+    from a trial, `crashed` those whose worker or canary crashed. `disagreed` and `skipped` are of a shadow: the share of its
+    runs on a device that did not agree with the incumbent, or that its CPU budget did not allow. `errors` is the share of its requests that a device fails,
     `crash_rate` how often its worker died in an hour of service, `latency` its median engine time over its own median before
     the wave, `latency_p90` and `latency_p99` the same of the time within which 90 and 99 of 100 requests are done,
     `app:NAME` the mean of the numbers that the application told; all are compared with devices that keep the incumbent.
@@ -250,6 +259,22 @@ def share(gate: Gate, *, bad: int, good: int, under_way: int, quiet: int) -> Ver
     found = _bounded(gate, bad, good, under_way, quiet)
     return Verdict(
         gate=gate.metric, outcome=found.outcome, bad=bad, judged=bad + good, needed=found.needed, numbers=found
+    )
+
+
+def beside(gate: Gate, values: Pairs, *, under_way: int, quiet: int) -> Verdict:
+    """Judge the share of a shadow's runs, one value a device; see `sequential.bounded_mean`."""
+    found = bounded_mean(
+        values,
+        under_way=under_way,
+        quiet=quiet,
+        tolerated=gate.tolerated or TOLERATED_MIN,
+        harm=gate.harm,
+        alpha=gate.alpha,
+        beta=gate.beta,
+    )
+    return Verdict(
+        gate=gate.metric, outcome=found.outcome, bad=0, judged=found.sample, needed=found.needed, numbers=found
     )
 
 

@@ -383,7 +383,7 @@ class Ingest:
         )
         standing = {
             (row.rollout_id, row.device_id, row.model): outcomes.Assigned(
-                row.rollout_id, row.attempt, row.from_manifest, row.to_manifest, row.outcome
+                row.rollout_id, row.attempt, row.from_manifest, row.to_manifest, row.outcome, bool(row.tried)
             )
             for row in rows
         }
@@ -416,6 +416,9 @@ class Ingest:
                 "requests": report.requests,
                 "errors": report.errors,
                 "latency_ratio": report.latency_ratio,
+                "compared": report.compared,
+                "agreed": report.agreed,
+                "skipped": report.skipped,
             }
         if changes:
             await connection.execute(_CHANGE, list(changes.values()))
@@ -623,6 +626,7 @@ def _check_numbers(message: wire.Hello | wire.Report | wire.Telemetry) -> None:
             raise RefusedError("message_invalid", f"hello names {len(message.running)} models")
     elif isinstance(message, wire.Report):
         numbers = (message.at, message.requests, message.errors, message.fallbacks, message.serial, message.attempt)
+        numbers += (message.compared, message.agreed, message.skipped)
         texts = (message.epoch, message.model, message.target, message.manifest, message.running, message.reason)
     else:
         if len(message.windows) > WINDOWS_MAX:
@@ -760,12 +764,14 @@ _SINCE = text(
     "SELECT seq, body FROM report_log WHERE device_id = :device AND epoch = :epoch AND seq > :seq ORDER BY seq"
 )
 _ASSIGNED = text(
-    "SELECT rollout_id, device_id, model, attempt, from_manifest, to_manifest, outcome FROM assignment"
+    "SELECT rollout_id, device_id, model, attempt, from_manifest, to_manifest, outcome, tried FROM assignment"
     " WHERE rollout_id IN :rollouts AND device_id IN :devices"
 ).bindparams(bindparam("rollouts", expanding=True), bindparam("devices", expanding=True))
 _CHANGE = text(
     "UPDATE assignment SET outcome = :outcome, reason = :reason, detail = :detail, settled_at = :settled_at,"
-    " noticed_at = CASE WHEN noticed_at = 0 THEN :now ELSE noticed_at END, requests = :requests, errors = :errors, latency_ratio = :latency_ratio"
+    " noticed_at = CASE WHEN noticed_at = 0 THEN :now ELSE noticed_at END, requests = :requests, errors = :errors, latency_ratio = :latency_ratio,"
+    " compared = CASE WHEN tried THEN :compared ELSE compared END, agreed = CASE WHEN tried THEN :agreed ELSE agreed END,"
+    " skipped = CASE WHEN tried THEN :skipped ELSE skipped END"
     " WHERE rollout_id = :rollout AND device_id = :device AND model = :model"
 )
 _LEARN = text(

@@ -74,15 +74,22 @@ def next_number(stored: Number, known: Number) -> Number:
     return Number(max(top.epoch, 1), top.serial + 1)
 
 
-def forwards(plan: Plan, rollout: str, attempt: int = 0) -> dict[str, wire.OfferedModel]:
-    """Return what a rollout offers to the devices that it exposes, with the plan's attempt or a later one."""
+def forwards(plan: Plan, rollout: str, attempt: int = 0, *, tried: bool = False) -> dict[str, wire.OfferedModel]:
+    """Return what a rollout offers to the devices that it exposes, with the plan's attempt or a later one.
+
+    `tried`: beside the incumbent, or standing by, as the first of two rounds has it.
+    """
+    share, trial = plan.tried if tried else (1.0, plan.trial)
+    mode: wire.Mode = plan.tries if tried else "blue_green" if plan.strategy == "blue_green" else "replace"
     return {
         planned.model: wire.OfferedModel(
             target=planned.target,
             manifest=planned.manifest,
             attempt=attempt or plan.attempt,
             rollout=rollout,
-            trial=plan.trial,
+            mode=mode,
+            share=share,
+            trial=trial,
             windows=plan.window.told if plan.window is not None else [],
         )
         for planned in plan.models

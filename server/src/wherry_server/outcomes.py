@@ -18,6 +18,7 @@ Outcome: TypeAlias = Literal[
     "exposed",
     "confirmed",
     "confirmed_idle",
+    "proved",
     "returned",
     "failed",
     "refused",
@@ -31,7 +32,9 @@ FAILURES = ("returned", "failed", "refused")
 ENDED = (*FAILURES, "excused")
 """The device has ended the attempt and runs what it ran before."""
 BACKWARDS = frozenset({"withdrawn", "revert_pending", "reverted"})
-LIVE = ("exposed", "confirmed", "confirmed_idle", *ENDED)
+STANDING = ("exposed", "confirmed", "confirmed_idle", "proved")
+"""`proved`: the first round of a shadow, a split or a blue-green went well; the incumbent answers."""
+LIVE = (*STANDING, *ENDED)
 """Outcomes of devices that a halt or a revert still has to bring back."""
 
 EXCUSES = frozenset(
@@ -56,6 +59,8 @@ class Assigned(NamedTuple):
     from_manifest: str
     to_manifest: str
     outcome: str
+    tried: bool = False
+    """Whether it is to run beside the incumbent, or to stand by, and not to take over."""
 
 
 class Change(NamedTuple):
@@ -76,6 +81,8 @@ def judge(assigned: Assigned, report: Report) -> Change | None:
     if report.manifest != assigned.to_manifest or report.attempt != assigned.attempt:
         return None
     match report.state:
+        case "compared" | "standby" if assigned.tried and report.mode != "replace":
+            return Change("proved", report.reason, settled=True)
         case "confirmed" | "confirmed_idle" if report.running == assigned.to_manifest:
             return Change(report.state, report.reason, settled=True)
         case "returned" | "failed" | "refused" if report.reason not in reasons.NEUTRAL:

@@ -14,13 +14,13 @@ import msgspec
 from wherry_server import pacing
 from wherry_server.flags import PREFIX as FLAG_PREFIX
 from wherry_server.flags import fingerprint, type_of
-from wherry_server.gates import APP, QUANTILES, Bound, Gate, check_bound, check_gate, has_control
+from wherry_server.gates import APP, BESIDE, QUANTILES, Bound, Gate, check_bound, check_gate, has_control
 from wherry_server.pacing import Approval, Rate, Window
 from wherry_server.targeting import FAMILIES, FIELDS, counted_cut_offs, cut_offs, parse_selector
 from wherry_shared.digest import check_digest
 from wherry_shared.errors import RefusedError
 from wherry_shared.ids import target_path
-from wherry_shared.wire import Trial
+from wherry_shared.wire import Mode, Trial
 
 FORMAT = 1
 STAGES_MAX = 20
@@ -43,10 +43,9 @@ FLAG_METRICS = frozenset({"failed", "returned", "errors", "crash_rate", *QUANTIL
 """And what applications tell: what is measured on devices, whoever caused it."""
 FLAG_TERMS = frozenset({"min_requests", "max_s", "error_rate_max", "errors_min"})
 """Of a trial: what holds for flags, which the server judges (`flag_trials`)."""
-STRATEGIES_LATER = ("shadow", "split", "blue_green")
-
-Strategy = Literal["canary", "adaptive", "all_at_once"]
+Strategy = Literal["canary", "adaptive", "all_at_once", "shadow", "blue_green", "split"]
 OnHalt = Literal["hold", "revert_stage", "revert_all"]
+Then = Literal["keep", "promote", "back"]
 
 
 class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,6 +80,21 @@ class Stage(_Strict, frozen=True, kw_only=True):
     choice that is shown."""
 
 
+class Split(_Strict, frozen=True, kw_only=True):
+    """An experiment: the candidate has a stable share for a stated time, and the gates with a control say what came of it."""
+
+    for_s: int
+    """How long, from when the sample stands (of devices), or on each device from its first request (of requests)."""
+    by: Literal["devices", "requests"] = "devices"
+    share: float = 0.5
+    """Of the devices of the last stage's share, or of the requests of each device."""
+    better: Then = "promote"
+    """What follows where a gate's difference is below 0 and none is undecided."""
+    same: Then = "back"
+    """What follows where every gate rules its harm out and none shows a difference."""
+    undecided: Then = "back"
+
+
 class Plan(_Strict, frozen=True, kw_only=True):
     """Everything that `rollout.decide` obeys."""
 
@@ -100,6 +114,11 @@ class Plan(_Strict, frozen=True, kw_only=True):
     strategy: Strategy = "canary"
     harmed_max: float | None = None
     """Of `adaptive`: devices that may be harmed, as far as is known (`sequential.expected_harm`); HARMED_MAX by default."""
+    requests: float = 1.0
+    """Of `shadow`: share of each device's requests that the candidate answers too, unseen."""
+    on_success: Literal["promote", "end"] = "promote"
+    """Of `shadow`: whether the devices then get the bundle, stage by stage, or go on as they were."""
+    split: Split | None = None
     stages: list[Stage]
     strata: list[str] = []
     """Fields within each of whose values the share is taken, so that a stage resembles the fleet."""
@@ -162,6 +181,35 @@ class Plan(_Strict, frozen=True, kw_only=True):
         return self.approval.approvers if self.approval is not None and stage + 1 in self.approval.stages else 0
 
     @property
+    def tries(self) -> Mode:
+        """How the first of two rounds offers the candidate; `replace` where there is one round only."""
+        if self.strategy == "shadow":
+            return "shadow"
+        if self.strategy == "blue_green":
+            return "blue_green"
+        return "split" if self.split is not None and self.split.by == "requests" else "replace"
+
+    @property
+    def two_rounds(self) -> bool:
+        """Whether the candidate first runs beside the incumbent everywhere, and takes over in a second round."""
+        return self.tries != "replace"
+
+    @property
+    def paired(self) -> bool:
+        """Whether a device is its own control: candidate and incumbent share its requests."""
+        return self.tries == "split"
+
+    @property
+    def tried(self) -> tuple[float, Trial]:
+        """The share of requests and the terms of the first of two rounds."""
+        if self.split is not None:
+            return self.split.share, msgspec.structs.replace(self.trial, max_s=self.split.for_s)
+        if self.strategy == "blue_green":  # it stands by until everybody is told to flip
+            longest = min(self.stage_max_s * (len(self.stages) + 1), SECONDS_MAX)
+            return 0.0, msgspec.structs.replace(self.trial, max_s=longest)
+        return self.requests, self.trial
+
+    @property
     def compared(self) -> list[Gate]:
         """The gates that have a control."""
         return [gate for gate in self.gates if has_control(gate.metric)]
@@ -169,6 +217,8 @@ class Plan(_Strict, frozen=True, kw_only=True):
     @property
     def held_back(self) -> float:
         """The share that keeps the incumbent until the rollout is done."""
+        if self.split is not None and self.split.by == "devices":
+            return 1 - self.split.share
         if self.hold_back is None:
             return HOLD_BACK if self.compared else 0.0
         return self.hold_back
@@ -205,7 +255,7 @@ def parse_plan(data: bytes | dict[str, Any]) -> Plan:
     """Parse and check a plan.
 
     Raises:
-        RefusedError: `plan_invalid`, `plan_format`, `strategy_unsupported`, `plan_models`, `plan_stages`, `plan_bound`,
+        RefusedError: `plan_invalid`, `plan_format`, `plan_strategy`, `plan_models`, `plan_stages`, `plan_bound`,
             `plan_gate`, `plan_flag`, `plan_range`, `plan_rate`, `plan_window`, `plan_date`, `plan_approval`, `bad_selector`, `bad_name`, `bad_version` or `bad_digest`.
     """
     try:
@@ -227,16 +277,9 @@ def parse_plan(data: bytes | dict[str, Any]) -> Plan:
 
 
 def _check_known(raw: dict[str, Any]) -> None:
-    """Refuse what types alone would let pass: later strategies by name, later formats, unknown trial terms."""
+    """Refuse what types alone would let pass: later formats, unknown trial terms."""
     if raw.get("format", FORMAT) != FORMAT:
         raise RefusedError("plan_format", f"plan format {raw['format']!r:.40}, this release reads {FORMAT}")
-    strategy = raw.get("strategy", "canary")
-    if strategy in STRATEGIES_LATER:
-        raise RefusedError(
-            "strategy_unsupported",
-            f"strategy {strategy!r} is not in this release",
-            next_step="use strategy canary, adaptive or all_at_once",
-        )
     trial = raw.get("trial", {})
     if isinstance(trial, dict):
         unknown = sorted(str(key) for key in trial if key not in Trial.__struct_fields__)
@@ -302,7 +345,8 @@ def _check(plan: Plan) -> None:
     _within(plan.period_s, PERIOD_S_MIN, PERIOD_S_MAX, "period_s")
     for gate in plan.gates:
         check_gate(gate, plan.period_s)
-    _within(plan.held_back, 0, HOLD_BACK_MAX, "hold_back")
+    if plan.split is None:
+        _within(plan.held_back, 0, HOLD_BACK_MAX, "hold_back")
     if plan.strategy == "adaptive":
         if len(plan.stages) != 1:
             raise RefusedError(
@@ -313,7 +357,8 @@ def _check(plan: Plan) -> None:
         raise RefusedError("plan_range", "harmed_max is of strategy adaptive", consequence="nobody would obey it")
     if plan.strategy == "all_at_once" and (len(plan.stages) != 1 or plan.stages[0].share != 1):
         raise RefusedError("plan_stages", "all_at_once has no steps: give one stage with share 1, or use canary")
-    if plan.compared and not plan.held_back:
+    _check_strategy(plan)
+    if plan.compared and not plan.held_back and not plan.paired:
         raise RefusedError("plan_gate", "hold_back is 0, and a gate compares with devices that are held back")
     _within(plan.sample_min, 1, 1_000_000, "sample_min")
     _within(plan.settled_share, 0.01, 1, "settled_share")
@@ -329,10 +374,12 @@ def _check(plan: Plan) -> None:
             f"late_s {plan.late_s} is not above the trial's max_s {plan.trial.max_s}",
             consequence="every quiet device would be late before its trial may end",
         )
-    longest = max(stage.soak_s for stage in plan.stages) + plan.late_s
+    kept = plan.split.for_s if plan.split is not None else 0
+    longest = max(stage.soak_s for stage in plan.stages) + plan.late_s + kept
     if plan.stage_max_s < longest:
         raise RefusedError(
-            "plan_range", f"stage_max_s {plan.stage_max_s} is below the longest soak + late_s, {longest}"
+            "plan_range",
+            f"stage_max_s {plan.stage_max_s} is below the longest soak + late_s (+ split.for_s), {longest}",
         )
 
 
@@ -356,6 +403,51 @@ def _check_flag(plan: Plan) -> None:
             f"trial has {', '.join(vain)}, which no device obeys for a flag",
             next_step=f"terms of a flag's trial: {', '.join(sorted(FLAG_TERMS))}",
         )
+
+
+def _check_strategy(plan: Plan) -> None:
+    """Refuse terms of one strategy in a plan of another, and strategies without what they end by.
+
+    Raises:
+        RefusedError: `plan_strategy` or `plan_range`.
+    """
+    if (plan.split is not None) != (plan.strategy == "split"):
+        raise RefusedError("plan_strategy", "strategy split and its terms `split` belong together")
+    if plan.strategy != "shadow" and (plan.requests != 1 or plan.on_success != "promote"):
+        raise RefusedError("plan_strategy", "requests and on_success are of strategy shadow")
+    beside = sorted({gate.metric for gate in plan.gates} & BESIDE)
+    if beside and plan.strategy != "shadow":
+        raise RefusedError("plan_strategy", f"gate {beside[0]} is of strategy shadow")
+    _within(plan.requests, 0.001, 1, "requests")
+    promotes = plan.strategy == "shadow" and plan.on_success == "promote"
+    if promotes and "disagreed" not in beside and not plan.trial.agreement_min:
+        raise RefusedError(
+            "plan_strategy",
+            "a shadow is promoted by its agreement, and the plan does not say how much",
+            next_step='give a gate with metric "disagreed", trial.agreement_min, or on_success = "end"',
+        )
+    if plan.strategy == "blue_green" and plan.on_halt != "revert_all":
+        raise RefusedError("plan_strategy", "blue_green flips everybody back: on_halt is revert_all")
+    split = plan.split
+    if split is None:
+        return
+    _within(split.share, 0.01, 0.99, "split.share")
+    _within(split.for_s, 1, SECONDS_MAX, "split.for_s")
+    if len(plan.stages) != 1:
+        raise RefusedError("plan_stages", "a split has one stage: whom it is for; its own share is split.share")
+    if not plan.compared:
+        raise RefusedError("plan_strategy", "a split ends with a verdict: give gates that compare, such as errors")
+    if plan.hold_back is not None:
+        raise RefusedError("plan_strategy", "a split holds back by itself: hold_back is not of it")
+    if split.by == "requests":
+        if "keep" in (split.better, split.same, split.undecided):
+            raise RefusedError("plan_strategy", "a split of requests ends on each device: promote or back, not keep")
+        if any(gate.metric in QUANTILES or gate.metric == "crash_rate" for gate in plan.compared):
+            raise RefusedError(
+                "plan_strategy", "both sides of a split of requests share a worker: compare errors or app:NAME"
+            )
+        if plan.late_s <= split.for_s:
+            raise RefusedError("plan_range", f"late_s {plan.late_s} is not above split.for_s {split.for_s}")
 
 
 def _check_trial(trial: Trial) -> None:

@@ -29,7 +29,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from wherry_server.gates import Verdict, control, has_control, share, threshold
+from wherry_server.gates import BESIDE, Verdict, beside, control, counts_devices, share, threshold
 from wherry_server.plan import OnHalt, Plan
 from wherry_server.sequential import LANES_MAX, Pairs, may_expose, merge
 from wherry_server.targeting import cut_offs, share_count
@@ -107,6 +107,8 @@ class Progress(_Value, frozen=True, kw_only=True):
     compared: Compared = Compared()
     widened: bool = False
     """Whether an adaptive rollout has reached the whole share of its stage."""
+    promoting: bool = False
+    """Whether the second round is under way: what was tried beside the incumbent takes over."""
     released: bool = False
     """Whether the hold-back was let go, when all was done."""
     paced: Since | None = None
@@ -124,6 +126,8 @@ class Counts(_Value, frozen=True, kw_only=True):
     """Exposed, not settled, within the deadlines."""
     silent: int = 0
     late: int = 0
+    proved: int = 0
+    """Compared, or standing by: what the first of two rounds asks for."""
     confirmed: int = 0
     confirmed_idle: int = 0
     failed: int = 0
@@ -138,7 +142,7 @@ class Counts(_Value, frozen=True, kw_only=True):
     @property
     def settled(self) -> int:
         """Devices that answered for or against the bundle."""
-        return self.confirmed + self.confirmed_idle + self.failed
+        return self.confirmed + self.confirmed_idle + self.proved + self.failed
 
     @property
     def heard(self) -> int:
@@ -180,6 +184,12 @@ class Evidence(_Value, frozen=True, kw_only=True):
     """What `next_share()` asked for, where the strategy is adaptive."""
     happened: dict[str, int] = {}
     """Metric of a gate → devices to which it happened, over all stages; those that the plan asks for."""
+    unpromoted: list[int] = []
+    """By stage: devices whose candidate runs beside the incumbent, or stands by, and did not fail."""
+    beside: dict[str, Pairs] = {}
+    """Metric of a shadow → histogram over devices, in `sequential.SHARE_STEPS`."""
+    promoted_to: int | None = None
+    """In a second round, the stage up to which devices are to be promoted: those beyond it are not looked at."""
     unmeasured: int = 0
     """Of the confirmed devices of an adaptive rollout: those whose first lane no comparison has seen yet."""
     taken: list[Taken] = []
@@ -188,13 +198,23 @@ class Evidence(_Value, frozen=True, kw_only=True):
 
     @property
     def total(self) -> Counts:
-        """Counts over all stages."""
+        """Counts over all stages, or those that a second round has come to."""
         fields = Counts.__struct_fields__
-        return Counts(**{name: sum(getattr(counts, name) for counts in self.stages) for name in fields})
+        seen = range(len(self.stages) if self.promoted_to is None else self.promoted_to + 1)
+        stages = [self.stage(index) for index in seen]
+        return Counts(**{name: sum(getattr(counts, name) for counts in stages) for name in fields})
 
     def stage(self, index: int) -> Counts:
-        """Counts of the devices that a stage exposed."""
-        return self.stages[index] if 0 <= index < len(self.stages) else Counts()
+        """Counts of the devices that a stage exposed; what was proved beside the incumbent is open in a second round."""
+        counts = self.stages[index] if 0 <= index < len(self.stages) else Counts()
+        if self.promoted_to is None or not counts.proved:
+            return counts
+        return msgspec.structs.replace(counts, pending=counts.pending + counts.proved, proved=0)
+
+    @property
+    def to_promote(self) -> int:
+        """Devices that a second round has come to and that are still to be told."""
+        return sum(self.unpromoted[: self.promoted_to + 1]) if self.promoted_to is not None else 0
 
 
 class _Decision(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="decision"):
@@ -220,6 +240,14 @@ class Withdraw(_Decision, tag="withdraw", frozen=True, kw_only=True):
     """The stage that scope `stage` means."""
 
 
+class Promote(_Decision, tag="promote", frozen=True, kw_only=True):
+    """Every device of these stages whose candidate ran beside the incumbent, or stands by, should have it answer."""
+
+    stage: int
+    """The last of them."""
+    limit: int | None = None
+
+
 class Moved(_Decision, tag="moved", frozen=True, kw_only=True):
     """The rollout is in another state, for this reason, by these verdicts."""
 
@@ -235,7 +263,7 @@ class Retry(_Decision, tag="retry", frozen=True, kw_only=True):
     """Those that failed for a reason that speaks against the bundle as well."""
 
 
-Decision: TypeAlias = Expose | Withdraw | Moved | Retry
+Decision: TypeAlias = Expose | Promote | Withdraw | Moved | Retry
 
 
 class Why(msgspec.Struct, frozen=True, kw_only=True):
@@ -251,6 +279,7 @@ def verdicts(plan: Plan, evidence: Evidence, compared: Compared) -> list[Verdict
     """Judge everything exposed so far; `compared` is what comparisons have seen, `evidence.taken` included."""
     total = evidence.total
     population = total.standing
+    second = evidence.promoted_to is not None
     return [
         threshold("failure", plan.failure, bad=total.failed, judged=total.settled, population=population),
         threshold("silent", plan.silent, bad=total.silent, judged=total.heard, population=population),
@@ -271,10 +300,42 @@ def verdicts(plan: Plan, evidence: Evidence, compared: Compared) -> list[Verdict
                 quiet=total.silent + total.late + total.excused,
             )
             for gate in plan.gates
-            if not has_control(gate.metric)
+            if counts_devices(gate.metric)
         ),
-        *(control(gate, [lane.pairs for lane in compared.of(gate.metric)], plan.period_s) for gate in plan.compared),
+        *(
+            beside(
+                gate,
+                evidence.beside.get(gate.metric, ()),
+                under_way=total.pending,
+                quiet=total.silent + total.late + total.excused,
+            )
+            for gate in plan.gates
+            if gate.metric in BESIDE and not second
+        ),
+        *(
+            control(gate, [lane.pairs for lane in compared.of(gate.metric)], plan.period_s)
+            for gate in plan.compared
+            if plan.paired is not second or not plan.two_rounds
+        ),
     ]
+
+
+def seen(progress: Progress, evidence: Evidence) -> Evidence:
+    """Return evidence as the round has it that is under way."""
+    second = progress.promoting and progress.state in ("running", "paused")
+    return msgspec.structs.replace(evidence, promoted_to=progress.stage if second else None)
+
+
+def split_verdict(found: Sequence[Verdict], plan: Plan) -> Literal["better", "same", "worse", "undecided"]:
+    """Return what came of a split by the gates that compare; every interval holds at all looks together."""
+    compared = {gate.metric for gate in plan.compared}
+    judged = [verdict for verdict in found if verdict.gate in compared]
+    if any(verdict.outcome == "breach" for verdict in judged):
+        return "worse"
+    if not judged or any(verdict.outcome == "unknown" for verdict in judged):
+        return "undecided"
+    below = any(verdict.numbers is not None and verdict.numbers.high < 0 for verdict in judged)
+    return "better" if below else "same"
 
 
 def decide(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> tuple[Progress, tuple[Decision, ...]]:
@@ -282,6 +343,7 @@ def decide(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> tupl
     progress = _after_reboot(progress, now)
     if evidence.taken:
         progress = msgspec.structs.replace(progress, compared=with_taken(progress.compared, evidence.taken))
+    evidence = seen(progress, evidence)
     match progress.state:
         case "created":
             return _created(plan, progress, evidence, now)
@@ -325,13 +387,15 @@ def next_share(plan: Plan, progress: Progress, evidence: Evidence) -> float:
 def ahead(plan: Plan, progress: Progress, evidence: Evidence, keys: Mapping[str, Iterable[int]]) -> Evidence:
     """Return `evidence` with what comes next over the `keys` of each stratum: the next stage, more of it, or the hold-back."""
     following, wanted, found = progress.stage + 1, 0.0, dict[str, int]()
+    if progress.promoting:
+        following = len(plan.stages)
     if plan.strategy == "adaptive" and progress.state != "done":
         wanted = next_share(plan, progress, evidence)
         found = cut_offs(keys, wanted, progress.cut_offs) if wanted > 0 else {}
     elif following < len(plan.stages):
         found = plan.cut_offs(following, keys, progress.cut_offs)
     elif plan.held_back and progress.state != "done":
-        found = plan.cut_offs(progress.stage, keys, progress.cut_offs, done=True)
+        found = plan.cut_offs(len(plan.stages) - 1, keys, progress.cut_offs, done=True)
     return msgspec.structs.replace(evidence, next_cut_offs=found, next_share=wanted)
 
 
@@ -339,11 +403,17 @@ def reach(plan: Plan, progress: Progress) -> float:
     """Return the share that a stratum without a cut-off is exposed to."""
     if progress.stage < 0 or (plan.strategy == "adaptive" and not progress.widened):
         return 0.0
-    return plan.share_of(progress.stage, done=progress.released)
+    return plan.share_of(len(plan.stages) - 1 if progress.promoting else progress.stage, done=progress.released)
+
+
+def takes_newcomers(plan: Plan, progress: Progress) -> bool:
+    """Tell whether devices are exposed now: in a second round, only once it has come to all stages."""
+    return progress.stage >= 0 and (not progress.promoting or progress.stage == len(plan.stages) - 1)
 
 
 def why_not_yet(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> list[Why]:
     """Say what a rollout waits for; empty in a final state."""
+    evidence = seen(progress, evidence)
     match progress.state:
         case "created":
             return [Why(code="not_started", unit="operator")]
@@ -358,7 +428,7 @@ def why_not_yet(plan: Plan, progress: Progress, evidence: Evidence, now: Now) ->
             ]
         case "running":
             missing = _missing(plan, progress, evidence, now)
-            last = progress.stage == len(plan.stages) - 1
+            last = progress.stage == len(plan.stages) - 1 or progress.promoting
             return missing if missing or last else _entry(plan, progress.stage + 1, evidence, now)
         case "done" | "halted" | "aborted" | "reverted":
             return []
@@ -392,7 +462,7 @@ def _under_way(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> 
         scope = _SCOPES[plan.on_halt]
         return _return(progress, "halted", f"{breached[0].gate}_bound", scope, now, found=breached)
     if evidence.command == "abort":
-        return _return(progress, "aborted", "operator", "unconfirmed", now)
+        return _return(progress, "aborted", "operator", _least_scope(plan), now)
     if progress.state == "paused":
         if evidence.command != "resume":
             return progress, ()
@@ -422,31 +492,92 @@ def _running(
         missing = _missing(plan, progress, evidence, now)
     if not missing:
         last = progress.stage == len(plan.stages) - 1
+        if last and not progress.promoting and (plan.two_rounds or plan.split is not None):
+            return _first_round_over(plan, progress, evidence, found, now)
         if last:
             ended = msgspec.structs.replace(progress, state="done", entered=None, proved=None)
             moved = Moved(state="done", reason="proved", verdicts=found)
             if not plan.held_back:
                 return ended, (moved,)
-            ended = msgspec.structs.replace(ended, cut_offs=_raised(progress, evidence), released=True)
-            share = plan.share_of(progress.stage, done=True)
-            first = plan.rate.within(0) if plan.rate else None
-            return ended, (moved, Expose(stage=progress.stage, share=share, cut_offs=ended.cut_offs, limit=first))
+            return _release(plan, ended, moved, evidence)
+        if progress.promoting:
+            return _promote(plan, progress, progress.stage + 1, evidence, now)
         if _entry(plan, progress.stage + 1, evidence, now):
             return progress, ()
         return _enter_stage(plan, progress, progress.stage + 1, evidence, now)
-    if evidence.closed or (pace == 0 and evidence.unexposed):  # only time is missing: the deadline stands still
+    if evidence.closed or (
+        pace == 0 and (evidence.unexposed or evidence.to_promote)
+    ):  # only time is missing: the deadline stands still
         progress = msgspec.structs.replace(progress, entered=None)
     elif progress.entered is None:
         progress = msgspec.structs.replace(progress, entered=Since.at(now))
     if _elapsed_s(progress.entered, now) >= plan.stage_max_s or progress.restarts > RESTARTS_MAX:
         reason = f"stage_deadline:{missing[0].code}"
-        return _return(progress, "halted", reason, "unconfirmed", now)
+        return _return(progress, "halted", reason, _least_scope(plan), now)
+    if evidence.to_promote:
+        return progress, () if pace == 0 else (Promote(stage=progress.stage, limit=pace),)
     if plan.strategy == "adaptive":
         return _adapt(plan, progress, evidence, found, pace)
     if evidence.unexposed and pace != 0:
         share = plan.share_of(progress.stage)
         return progress, (Expose(stage=progress.stage, share=share, cut_offs=progress.cut_offs, limit=pace),)
     return progress, ()
+
+
+def _first_round_over(
+    plan: Plan, progress: Progress, evidence: Evidence, found: list[Verdict], now: Now
+) -> tuple[Progress, tuple[Decision, ...]]:
+    """Everything ran beside the incumbent, or its time is over: promote, keep or go back, as the plan says."""
+    if plan.split is None:
+        if plan.on_success == "end":
+            return _return(progress, "reverted", "shadow_passed", "all", now, found=found)
+        return _promote(plan, progress, 0 if plan.strategy == "shadow" else len(plan.stages) - 1, evidence, now, found)
+    verdict = split_verdict(found, plan)
+    reason = f"split_{verdict}"
+    then = "back" if verdict == "worse" else getattr(plan.split, verdict)
+    if then == "back":
+        return _return(progress, "reverted", reason, "all", now, found=found)
+    if plan.two_rounds:
+        return _promote(plan, progress, 0, evidence, now, found, reason)
+    ended = msgspec.structs.replace(progress, state="done", entered=None, proved=None, reason=reason)
+    moved = Moved(state="done", reason=reason, verdicts=found)
+    return (ended, (moved,)) if then == "keep" else _release(plan, ended, moved, evidence)
+
+
+def _release(plan: Plan, ended: Progress, moved: Moved, evidence: Evidence) -> tuple[Progress, tuple[Decision, ...]]:
+    """Let go whoever was held back."""
+    ended = msgspec.structs.replace(ended, cut_offs=_raised(ended, evidence), released=True)
+    share = plan.share_of(ended.stage, done=True)
+    first = plan.rate.within(0) if plan.rate else None
+    return ended, (moved, Expose(stage=ended.stage, share=share, cut_offs=ended.cut_offs, limit=first))
+
+
+def _promote(
+    plan: Plan,
+    progress: Progress,
+    stage: int,
+    evidence: Evidence,
+    now: Now,
+    found: Sequence[Verdict] = (),
+    reason: str = "proved_beside",
+) -> tuple[Progress, tuple[Decision, ...]]:
+    """Begin the second round, or its next stage."""
+    entered = msgspec.structs.replace(
+        progress, stage=stage, promoting=True, entered=Since.at(now), proved=None, restarts=0, reason=""
+    )
+    told = max(evidence.stage(stage).ever - sum(evidence.unpromoted[stage : stage + 1]), 0)
+    entered = msgspec.structs.replace(
+        entered, paced=Since.at(now) if plan.rate else None, paced_from=told, reached=told
+    )
+    promote = Promote(stage=stage, limit=plan.rate.within(0) if plan.rate else None)
+    if progress.promoting:
+        return entered, (promote,)
+    return entered, (Moved(state="running", reason=reason, verdicts=list(found)), promote)
+
+
+def _least_scope(plan: Plan) -> Scope:
+    """Return what an end without a breach takes back; who flips together flips back together."""
+    return "all" if plan.strategy == "blue_green" else "unconfirmed"
 
 
 def _adapt(
@@ -491,7 +622,7 @@ def _final(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> tupl
         return progress, (Retry(failed=evidence.command == "retry_failed"),)
     if progress.state == "done" and evidence.unexposed:
         progress, pace = _pace(plan, progress, evidence, now)
-        share = plan.share_of(progress.stage, done=True)
+        share = reach(plan, progress)
         expose = Expose(stage=progress.stage, share=share, cut_offs=progress.cut_offs, limit=pace)
         return progress, () if pace == 0 else (expose,)
     return progress, ()
@@ -534,6 +665,8 @@ def _pace(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> tuple
     if plan.rate is None and plan.window is None:
         return progress, None
     ever = evidence.stage(progress.stage).ever
+    if progress.promoting:
+        ever -= sum(evidence.unpromoted[progress.stage : progress.stage + 1])
     if ever > progress.reached:
         progress = msgspec.structs.replace(
             progress, reached=ever, entered=Since.at(now) if progress.entered is not None else None
@@ -541,7 +674,7 @@ def _pace(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> tuple
     if plan.rate is None:
         return progress, None
     widening = plan.strategy == "adaptive" and not progress.widened
-    if not evidence.unexposed and not widening:  # what nobody could use is not saved up
+    if not evidence.unexposed and not evidence.to_promote and not widening:  # what nobody could use is not saved up
         return (msgspec.structs.replace(progress, paced=None) if progress.paced is not None else progress), None
     if progress.paced is None or progress.paced.boot != now.boot:
         progress = msgspec.structs.replace(progress, paced=Since.at(now), paced_from=ever)
@@ -601,6 +734,8 @@ def _missing(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> li
     found: list[Why] = []
     if evidence.unexposed:
         found.append(Why(code="exposing", have=total.standing, need=total.standing + evidence.unexposed))
+    if evidence.to_promote:
+        found.append(Why(code="promoting", have=total.standing - evidence.to_promote, need=total.standing))
     if evidence.closed:
         found.append(Why(code="window", have=total.standing, need=total.standing + evidence.closed))
     if plan.strategy == "adaptive" and not progress.widened:
@@ -615,14 +750,20 @@ def _missing(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> li
     if total.heard < needed:
         found.append(Why(code="in_flight", have=total.heard, need=needed))
     confirmed = min(stage.confirmed_min, fresh.standing)
-    if fresh.confirmed < confirmed:
-        found.append(Why(code="traffic", have=fresh.confirmed, need=confirmed))
+    good = fresh.confirmed + fresh.proved
+    if good < confirmed:
+        found.append(Why(code="traffic", have=good, need=confirmed))
+    # a split ends by its time: what is undecided then has an answer of its own
+    waited = {gate.metric for gate in plan.compared} if plan.split is not None else frozenset()
     for verdict in verdicts(plan, evidence, progress.compared):
-        if verdict.outcome != "pass" and total.standing:
+        if verdict.outcome != "pass" and total.standing and verdict.gate not in waited:
             found.append(Why(code=f"gate_{verdict.gate}", have=verdict.judged, need=verdict.needed))
     soaked = _elapsed_s(progress.proved, now)
-    if soaked < stage.soak_s:
-        found.append(Why(code="soak", have=soaked, need=stage.soak_s, unit="s"))
+    soak_s = stage.soak_s
+    if plan.split is not None and plan.split.by == "devices":
+        soak_s += plan.split.for_s
+    if soaked < soak_s:
+        found.append(Why(code="soak", have=soaked, need=soak_s, unit="s"))
     return found
 
 

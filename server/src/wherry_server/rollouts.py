@@ -20,7 +20,7 @@ from wherry_server.db.tables import Approval, Assignment, Bundle, Decision, Roll
 from wherry_server.lease import boot_id
 from wherry_server.outcomes import LIVE
 from wherry_server.plan import Plan, parse_plan
-from wherry_server.rollout import Command, Evidence, Progress, State, Why, verdicts, why_not_yet
+from wherry_server.rollout import Command, Evidence, Progress, State, Why, seen, verdicts, why_not_yet
 from wherry_server.targeting import parse_selector
 from wherry_server.times import now_us
 from wherry_shared.clock import MICROSECONDS, Now
@@ -398,7 +398,7 @@ async def show(
         "closed": found.closed,
         "counts": tallies,
         "outcomes": details,
-        "gates": msgspec.to_builtins(verdicts(plan, found, progress.compared)),
+        "gates": msgspec.to_builtins(verdicts(plan, seen(progress, found), progress.compared)),
         "why_not_yet": msgspec.to_builtins(waits),
     }
 

@@ -39,6 +39,8 @@ import msgspec
 
 STEPS = 256
 """A difference is kept as a whole number of 1/STEPS, rounded to the disadvantage of whoever bets on it."""
+SHARE_STEPS = 10_000
+"""A share of what a device did is kept as a whole number of 1/SHARE_STEPS."""
 LANES_MAX = 7
 """Lanes of a comparison: the last one ends 2**7 − 1 periods after the change."""
 CONTROLS_MAX = 4
@@ -321,6 +323,41 @@ def bounded(
         e_halt=_shown(halt),
         e_pass=_shown(passed),
         sample=judged,
+        needed=bounded_needed(tolerated, harm, alpha, beta),
+    )
+
+
+def bounded_mean(
+    values: Pairs, *, under_way: int, quiet: int, tolerated: float, harm: float, alpha: float, beta: float
+) -> Finding:
+    """Judge the mean over devices of one value in [0, 1] each against a tolerated mean, at every look.
+
+    The bets and the intervals are those of `bounded`, which is the case of values 0 and 1 (Waudby-Smith and Ramdas 2024,
+    theorem 3: the capital process of a bounded mean). A device has one value, which no longer changes when it is counted;
+    until then it counts as 0 where the question is whether to halt, and as 1 where it is whether to pass.
+
+    Args:
+        values: histogram in SHARE_STEPS, rounded down.
+        under_way: devices whose value is not known yet.
+        quiet: devices that will have none.
+        tolerated: a mean up to which a halt would be false, above 0.
+        harm: how much more matters; together below 1.
+        alpha: bound on the probability of ever halting at a mean of at most `tolerated`.
+        beta: bound on the probability of ever passing at one of `tolerated + harm` or more.
+    """
+    halting = [*((step / SHARE_STEPS, count) for step, count in values), (0.0, under_way + quiet)]
+    passing = [*((min((step + 1) / SHARE_STEPS, 1.0), count) for step, count in values), (1.0, under_way)]
+    sample = sum(count for _, count in values)
+    halt = log_above(halting, tolerated, 0.0)
+    passed = log_below(passing, tolerated + harm)
+    return Finding(
+        outcome=_outcome(halt, passed, alpha, beta) if sample else "unknown",
+        estimate=sum(step * count for step, count in values) / sample / SHARE_STEPS if sample else 0.0,
+        low=lower_bound(halting, 0.0, alpha),
+        high=upper_bound(passing, 0.0, beta),
+        e_halt=_shown(halt),
+        e_pass=_shown(passed),
+        sample=sample,
         needed=bounded_needed(tolerated, harm, alpha, beta),
     )
 

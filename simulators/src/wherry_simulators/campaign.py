@@ -7,9 +7,10 @@ rows and the counting over them are plain Python here.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
-from wherry_server import offers, outcomes
+from wherry_server import evidence, offers, outcomes
 from wherry_server.plan import Plan
 from wherry_server.rollout import (
     Command,
@@ -18,13 +19,16 @@ from wherry_server.rollout import (
     Expose,
     Moved,
     Progress,
+    Promote,
     Retry,
     Scope,
     Withdraw,
     ahead,
     decide,
     reach,
+    takes_newcomers,
 )
+from wherry_server.sequential import Pairs
 from wherry_server.targeting import exposed, key_of
 from wherry_shared import reasons
 from wherry_shared.clock import Now
@@ -47,6 +51,9 @@ class Assignment:
     outcome: str = "exposed"
     settled_ms: int = 0
     reason: str = ""
+    tried: bool = False
+    compared: tuple[int, int, int] = (0, 0, 0)
+    """Of a shadow: runs that were compared, that agreed, that were skipped."""
 
 
 def check_plan(plan: Plan) -> None:
@@ -101,6 +108,8 @@ class Campaign:
             match decision:
                 case Expose(stage=stage, limit=limit):
                     changes += self._expose(stage, limit, now)
+                case Promote(stage=stage, limit=limit):
+                    changes += self._promote(stage, limit, now)
                 case Withdraw(scope=scope, stage=stage):
                     changes += self._withdraw(scope, stage)
                 case Retry():
@@ -125,25 +134,46 @@ class Campaign:
         planned = self.plan.models[0]
         change = outcomes.judge(
             outcomes.Assigned(
-                self.rollout, self.plan.attempt, assignment.from_manifest, planned.manifest, assignment.outcome
+                self.rollout,
+                self.plan.attempt,
+                assignment.from_manifest,
+                planned.manifest,
+                assignment.outcome,
+                assignment.tried,
             ),
             report,
         )
         if change is not None:
             assignment.outcome, assignment.reason = change.outcome, change.reason
+            if assignment.tried:
+                assignment.compared = (report.compared, report.agreed, report.skipped)
             if change.settled and not assignment.settled_ms:
                 assignment.settled_ms = self._now_ms
 
     # --- what is done ------------------------------------------------------------------------------
 
     def _expose(self, stage: int, limit: int | None, now: Now) -> list[tuple[str, OfferedModel]]:
-        offered = offers.forwards(self.plan, self.rollout)[self.model]
+        tried = self.plan.two_rounds and not self.progress.promoting
+        offered = offers.forwards(self.plan, self.rollout, tried=tried)[self.model]
         changes: list[tuple[str, OfferedModel]] = []
         for device in sorted(self._due(), key=self._keys.__getitem__)[:limit]:
             manifest, target = self._runs(device)
-            self.assigned[device] = Assignment(stage, now.monotonic_ms, target, manifest)
+            self.assigned[device] = Assignment(stage, now.monotonic_ms, target, manifest, tried=tried)
             changes.append((device, offered))
         return changes
+
+    def _promote(self, stage: int, limit: int | None, now: Now) -> list[tuple[str, OfferedModel]]:
+        offered = offers.forwards(self.plan, self.rollout)[self.model]
+        due = sorted(
+            (one for one in self._unpromoted() if self.assigned[one].stage <= stage), key=self._keys.__getitem__
+        )
+        for device in due[:limit]:
+            one = self.assigned[device]
+            one.outcome, one.tried, one.exposed_ms, one.settled_ms = "exposed", False, now.monotonic_ms, 0
+        return [(device, offered) for device in due[:limit]]
+
+    def _unpromoted(self) -> list[str]:
+        return [device for device, one in self.assigned.items() if one.tried and one.outcome in outcomes.STANDING]
 
     def _withdraw(self, scope: Scope, stage: int) -> list[tuple[str, OfferedModel]]:
         changes: list[tuple[str, OfferedModel]] = []
@@ -154,7 +184,7 @@ class Campaign:
                 continue
             changes.append((device, offers.backwards(self.plan, self.rollout, one.from_target, one.from_manifest)))
             if one.outcome not in outcomes.ENDED:
-                back = one.outcome == "exposed" and self._runs(device)[0] == one.from_manifest
+                back = one.outcome in ("exposed", "proved") and self._runs(device)[0] == one.from_manifest
                 one.outcome = "withdrawn" if back else "revert_pending"
         return changes
 
@@ -186,10 +216,22 @@ class Campaign:
             stages=[Counts(**counts) for counts in stages],
             happened=self._happened(),
             members=len(self._keys),
-            unexposed=len(self._due()) if self.progress.stage >= 0 else 0,
+            unexposed=len(self._due()) if takes_newcomers(self.plan, self.progress) else 0,
+            unpromoted=self._promotable(),
+            beside=self._beside(),
             command=self.command,
         )
         return ahead(self.plan, self.progress, evidence, {STRATUM: self._keys.values()})
+
+    def _promotable(self) -> list[int]:
+        stages = [self.assigned[device].stage for device in self._unpromoted()]
+        return [stages.count(stage) for stage in range(len(self.plan.stages))] if self.plan.two_rounds else []
+
+    def _beside(self) -> dict[str, Pairs]:
+        """Return what shadows came to, as `wherry_server.evidence` reads it."""
+        through = [one for one in self.assigned.values() if one.tried and one.outcome in ("proved", "returned")]
+        counted = Counter(one.compared for one in through)
+        return evidence.beside_of(self.plan, [(*runs, devices) for runs, devices in counted.items()])
 
     def _happened(self) -> dict[str, int]:
         """Count the devices to which happened what the plan's gates ask for."""
@@ -199,7 +241,7 @@ class Campaign:
             "returned": sum(one.outcome == "returned" for one in failed),
             "crashed": sum(one.reason == reasons.CRASH for one in failed),
         }
-        return {gate.metric: found[gate.metric] for gate in self.plan.gates}
+        return {gate.metric: found[gate.metric] for gate in self.plan.gates if gate.metric in found}
 
     def _count(self, device: str, assignment: Assignment, now: Now) -> str:
         """Return the one count that a device is in."""

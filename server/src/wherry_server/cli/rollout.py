@@ -105,7 +105,8 @@ def create(  # one option per wish
     device: Annotated[str | None, typer.Option(help="One device, by id or name.")] = None,
     stages: Annotated[str | None, typer.Option(help=f"Shares of the cohort in percent (default: {STAGES}).")] = None,
     strategy: Annotated[
-        str | None, typer.Option(help="canary; adaptive: one stage, as fast as the evidence allows; all_at_once.")
+        str | None,
+        typer.Option(help="canary, adaptive, all_at_once, shadow, blue_green or split (docs/strategies.md)."),
     ] = None,
     soak: Annotated[
         int | None, typer.Option(help="Seconds that a stage soaks after its sample stood (default: 0).")
@@ -144,7 +145,7 @@ def with_stages(
         RefusedError: `plan_conflict` or `plan_stages`.
     """
     if "stages" not in planned:
-        whole = "100" if planned.get("strategy") in ("adaptive", "all_at_once") else STAGES
+        whole = "100" if planned.get("strategy") in ("adaptive", "all_at_once", "blue_green", "split") else STAGES
         found = parse_stages(stages or whole, soak or 0, 1 if confirmed_min is None else confirmed_min)
         return {**planned, "stages": found}
     given = {"--stages": stages, "--soak": soak, "--confirmed-min": confirmed_min}
@@ -383,7 +384,7 @@ def progress_view(found: dict[str, Any], width: int) -> RenderableType:
     bars = []
     for index, stage in enumerate(found["stages"], 1):
         counts = stage["counts"]
-        good = counts["confirmed"] + counts["confirmed_idle"]
+        good = counts["confirmed"] + counts["confirmed_idle"] + counts["proved"]
         everyone = sum(counts.values())
         bars.append((good, counts["failed"], everyone))
         rows.append(

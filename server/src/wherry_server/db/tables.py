@@ -357,7 +357,7 @@ class Assignment(SQLModel, table=True):
     noticed_at: int = _time(default=0)
     """When the device first spoke of it; 0 while it has not."""
     outcome: str = "exposed"
-    """`exposed`, `confirmed`, `confirmed_idle`, `returned`, `failed`, `refused`, `excused`, `withdrawn`,
+    """`exposed`, `proved`, `confirmed`, `confirmed_idle`, `returned`, `failed`, `refused`, `excused`, `withdrawn`,
     `revert_pending`, `reverted`, `superseded`"""
     reason: str = ""
     detail: str = ""
@@ -369,6 +369,12 @@ class Assignment(SQLModel, table=True):
     """When an operator let the device out of the quarantine that its failure put it in."""
     simulated: bool = Field(default=False, sa_column=Column(Boolean, nullable=False, server_default=false()))
     """Whether the device is."""
+    tried: bool = Field(default=False, sa_column=Column(Boolean, nullable=False, server_default=false()))
+    """Whether the candidate is to run beside the incumbent, or to stand by."""
+    compared: int = Field(default=0, sa_column=Column(BigInteger, nullable=False, server_default="0"))
+    agreed: int = Field(default=0, sa_column=Column(BigInteger, nullable=False, server_default="0"))
+    skipped: int = Field(default=0, sa_column=Column(BigInteger, nullable=False, server_default="0"))
+    """Runs of a shadow that were compared, that agreed, and that the device's CPU budget did not allow."""
 
 
 class Approval(SQLModel, table=True):
