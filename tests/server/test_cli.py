@@ -174,3 +174,20 @@ def test_problems_come_back_as_the_errors_that_were_raised(server: Running) -> N
         with pytest.raises(UnreachableError) as unreachable:
             client.send(calls.fleet_state())
         assert unreachable.value.code == "server_unreachable"
+
+
+def test_a_forecast_says_what_sample_each_gate_needs(server: Running, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        'stages = [{share = 1.0}]\ngates = [{metric = "crash_rate", harm = 0.5}, {metric = "app:agreed", better = "higher",'
+        ' harm = 0.1}, {metric = "crashed", tolerated = 0.02, harm = 0.1}]\n'
+    )
+    done = wherry(server, "rollout", "simulate", str(plan), "--devices", "200", "--silent", "0", "--runs", "1")
+    assert done.returncode == 0, done.stderr
+    assert "gate crash_rate needs about 205 devices 0.5 h after they have it (51.2 device-hours) or 76 " in done.stdout
+    assert "gate app:agreed needs about " in done.stdout
+    assert "gate crashed needs about " in done.stdout
+    assert " devices that settled" in done.stdout
+    again = said(server, "rollout", "simulate", str(plan), "--devices", "50", "--worse", "3", "--runs", "1")
+    assert isinstance(again, dict)
+    assert [one["gate"] for one in again["needs"]] == ["crash_rate", "app:agreed", "crashed"]

@@ -51,6 +51,8 @@ DEVICE_RUNS_MAX = 200_000
 TURNS_MAX = 200_000
 STEPS_PER_SETTLING = 20
 IDLE_STEP_S = 60
+IDLE_STEP_PART = 0.01
+"""Of the time that nothing has happened for: a week of waiting is not looked at every minute."""
 CRASHES_BEFORE = 0.5
 """How often workers of the incumbent die, times the harm of a gate on that."""
 VALUE_SPREAD_MAX = 0.28
@@ -188,7 +190,7 @@ class _Fleet:
         self.start_us = max(plan.start_us, 0)
 
     def run(self) -> Run:
-        now_s, detected = 0.0, None
+        now_s, quiet_s, detected = 0.0, 0.0, None
         step_s = self.outcomes.look_s or max(1.0, self.outcomes.settle_s / STEPS_PER_SETTLING)
         command = "start"
         for _ in range(TURNS_MAX):
@@ -212,7 +214,8 @@ class _Fleet:
             if self.progress.state in FINAL:
                 break
             busy = bool(self.due) or evidence.unexposed or decisions
-            now_s += step_s if busy else max(step_s, IDLE_STEP_S)
+            quiet_s = now_s if busy else quiet_s
+            now_s += step_s if busy else max(step_s, IDLE_STEP_S, IDLE_STEP_PART * (now_s - quiet_s))
         total = self._evidence(Now("forecast", round(now_s * 1000), now_s), "").total
         return Run(
             state=self.progress.state,

@@ -320,11 +320,12 @@ class Need(msgspec.Struct, frozen=True, kw_only=True):
     """Of service with the bundle that are looked at until then."""
 
 
-def needs(gate: Gate, period_s: int) -> list[Need]:
+@functools.lru_cache(maxsize=64)
+def needs(gate: Gate, period_s: int) -> tuple[Need, ...]:
     """Return by what samples a gate is expected to decide: fewer devices that are watched for longer, where that helps."""
     if not has_control(gate.metric):
         devices = bounded_needed(gate.tolerated or TOLERATED_MIN, gate.harm, gate.alpha, gate.beta)
-        return [Need(devices=devices, after_s=0, device_hours=0.0)]
+        return (Need(devices=devices, after_s=0, device_hours=0.0),)
     found: list[Need] = []
     for lane, cap in enumerate(gate.caps(period_s)):
         hours, part = _lane_h(lane, period_s), gate.harm / cap
@@ -338,7 +339,7 @@ def needs(gate: Gate, period_s: int) -> list[Need]:
         if not found or devices < found[-1].devices:
             after_s = (1 << (lane + 1)) * period_s
             found.append(Need(devices=devices, after_s=after_s, device_hours=devices * hours))
-    return found
+    return tuple(found)
 
 
 def _lane_h(lane: int, period_s: int) -> float:
