@@ -320,10 +320,10 @@ async def _taken(connection: AsyncConnection, row: Any, plan: Plan) -> dict[str,
         elif other.number > row.number:
             holders.append(other.id)
     taken: dict[str, str] = {}
-    rows = await connection.execute(_TAKEN, {"rollouts": holders, "model": row.model})
-    for one in rows:
-        if one.rollout_id == row.id or one.outcome not in ("withdrawn", "reverted", "superseded"):
-            taken[one.device_id] = row.id if taken.get(one.device_id) == row.id else one.rollout_id
+    mine: str = row.id
+    for device, rollout, outcome in await connection.execute(_TAKEN, {"rollouts": holders, "model": row.model}):
+        if rollout == mine or outcome not in ("withdrawn", "reverted", "superseded"):
+            taken[device] = mine if taken.get(device) == mine else rollout
     return taken
 
 
