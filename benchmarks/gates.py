@@ -59,6 +59,8 @@ CAP = 5 * ERROR_RATE
 HARMED_MAX = 5.0
 HOLD_BACK = 0.05
 FACTORS = (2.0, 5.0, 20.0)
+MORE_NULL_MAX, MORE_BAD_MAX = 500, 50
+"""Fleets of each further gate: enough to tell a false-halt rate of 5 % from 8 %."""
 HOUR_S = 3_600
 ERRORS = Gate(metric="errors", harm=HARM, cap=CAP, alpha=ALPHA, beta=BETA)
 CRASHES = Gate(metric="crash_rate", harm=0.02, alpha=ALPHA, beta=BETA)
@@ -435,7 +437,7 @@ def measure(*, null: int, bad: int, tuning: int) -> dict[str, Any]:
             "not_halted": {str(factor): 1 - halt_rate(runs) for factor, runs in results.items()},
         }
     ours = sum(exposed["adaptive"].values())
-    more = more_gates(null=null, bad=bad)
+    more = more_gates(null=min(null, MORE_NULL_MAX), bad=min(bad, MORE_BAD_MAX))
     rates = [count / null for count in false_halts.values()]
     rates += [rate for one in more.values() for rate in one["false_halt_rates"].values()]
     return {
