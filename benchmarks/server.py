@@ -47,6 +47,7 @@ from wherry_server.services import open_services  # noqa: E402
 from wherry_server.settings import Settings  # noqa: E402
 
 OUT = ROOT / "build" / "bench" / "server.json"
+TELEMETRY_S_MAX = 120.0
 STAGE_S_MAX = 300.0
 START_S_MAX = 60.0
 _PUBLISHED = "SELECT (SELECT count(*) FROM offer) - (SELECT count(*) FROM unpublished)"
@@ -103,7 +104,8 @@ def telemetry(folder: Path, url: str, devices: int, messages: int) -> tuple[int,
     settings = made(folder / "telemetry", url)
     before = asyncio.run(kept_bytes(settings))
     with broker(settings, folder) as kind, role("director", settings):
-        seconds, stored = uvloop.run(telemetry_per_s.measure(settings, devices, messages))
+        measuring = asyncio.wait_for(telemetry_per_s.measure(settings, devices, messages), TELEMETRY_S_MAX)
+        seconds, stored = uvloop.run(measuring)
     taken = asyncio.run(kept_bytes(settings)) - before
     return round(stored / seconds), kind, round(taken / (devices * messages))
 
