@@ -30,7 +30,14 @@ from tests.agent.builders import (
 from tests.agent.test_machine_properties import honest
 from wherry_agent import journal, machine
 from wherry_agent import state as s
-from wherry_agent.turn import CRASH_WINDOW_MS, CRASHES_MAX, FAULTS_MAX, STEADY_MS
+from wherry_agent.turn import (
+    CRASH_WINDOW_MS,
+    CRASHES_MAX,
+    FAULTS_MAX,
+    HELD_RETRY_MAX_MS,
+    HELD_RETRY_MIN_MS,
+    STEADY_MS,
+)
 from wherry_shared import reasons
 from wherry_shared.clock import Now
 
@@ -126,6 +133,64 @@ def test_a_crash_loop_with_several_models_costs_the_newest_its_place_and_not_its
         state, _ = run(state, s.WorkerDied("signal 11"), s.WorkerReady())
     assert machine.running(state) == {MODEL: of("1.0.0")}
     assert [bad.digest for bad in state.known_bad] == [loadable("1.1.0").digest], "the only one left that can be it"
+
+
+def safe_device() -> s.State:
+    """The only version was killed four times, though it is as good as ever."""
+    state = confirmed("1.0.0")
+    for _ in range(CRASHES_MAX + 1):
+        state, _ = run(state, s.WorkerDied("signal 9", ran=(RAN,)), s.WorkerReady())
+    assert isinstance(state.models[MODEL].phase, s.Safe)
+    assert [bad.reason for bad in state.known_bad] == [reasons.CRASH]
+    return state
+
+
+RAN = s.Ran(MODEL, of("1.0.0"), loadable("1.0.0").variant)
+
+
+def test_a_device_without_another_version_keeps_the_file_and_tries_it_again_by_canary_and_trial() -> None:
+    state = safe_device()
+    assert [kept.digest for kept in machine.kept(state)] == [loadable("1.0.0").digest]
+    early, _ = machine.step(state, s.Tick(), now(HELD_RETRY_MIN_MS - 1))
+    assert isinstance(early.models[MODEL].phase, s.Safe)
+    assert machine.next_deadline_ms(early, now(HELD_RETRY_MIN_MS - 1)) <= 1
+    state, effects = machine.step(state, s.Tick(), now(HELD_RETRY_MIN_MS))
+    assert any(isinstance(effect, s.Resolve) for effect in effects)
+    state, _ = run(state, resolved(), fetched(), judged())
+    state, _ = run(state, served(state))
+    state, _ = run(state, measured(state, requests=9))
+    assert serves(state) == of("1.0.0")
+    assert (state.owed[-1].state, state.owed[-1].running) == ("confirmed", of("1.0.0"))
+    assert state.models[MODEL].held is None
+
+
+def test_each_try_that_fails_makes_the_next_one_wait_twice_as_long_up_to_a_day() -> None:
+    state, ms = safe_device(), 0
+    waits = []
+    for _ in range(10):
+        held = state.models[MODEL].held
+        assert held is not None
+        waits.append(held.wait_ms)
+        ms += held.wait_ms
+        state, _ = machine.step(state, s.Tick(), now(ms))
+        for event in (resolved(), fetched(), judged(passed=False, reason=reasons.CRASH)):
+            state, _ = machine.step(state, event, now(ms))
+        assert isinstance(state.models[MODEL].phase, s.Safe)
+        assert machine.step(state, s.Tick(), now(ms + 1_000))[0].models[MODEL].phase == state.models[MODEL].phase
+    assert waits[:3] == [HELD_RETRY_MIN_MS, 2 * HELD_RETRY_MIN_MS, 4 * HELD_RETRY_MIN_MS]
+    assert waits[-1] == HELD_RETRY_MAX_MS
+
+
+def test_a_boot_begins_the_shortest_wait_and_only_what_is_still_offered_is_tried_again() -> None:
+    state = restarted(safe_device(), boot="boot-2")
+    held = state.models[MODEL].held
+    assert held is not None
+    assert (held.since.boot, held.wait_ms) == ("boot-2", HELD_RETRY_MIN_MS)
+    state, _ = machine.step(state, offer(9, {}), now(0, "boot-2"))
+    state, effects = machine.step(state, s.Tick(), now(HELD_RETRY_MIN_MS, "boot-2"))
+    assert isinstance(state.models[MODEL].phase, s.Safe)
+    assert not any(isinstance(effect, s.Resolve) for effect in effects)
+    assert machine.next_deadline_ms(state, now(HELD_RETRY_MIN_MS, "boot-2")) > 0, "it does not look at once again"
 
 
 def boots(state: s.State, deaths: int, *, every: int = 1, after_ms: int = 5_000) -> s.State:

@@ -94,6 +94,7 @@ NAMES: dict[type[Any], dict[str, str]] = {
         "faults": "load_faults",
         "told": "last_report",
         "rejudging": "judged_again",
+        "held": "held",
     },
     s.Installed: {
         "offered": "terms",
@@ -208,6 +209,7 @@ NAMES: dict[type[Any], dict[str, str]] = {
         "wait_ms": "wait_ms",
         "then": "then",
     },
+    s.Held: {"version": "version", "since": "since", "wait_ms": "wait_ms"},
     s.Safe: {"reason": "reason", "detail": "detail"},
     Since: {"boot": "boot", "monotonic_ms": "ms"},
     Trust: {

@@ -107,6 +107,7 @@ from wherry_agent.turn import (
     FAULTS_MAX,
     FETCH_MS,
     GROUP_WAIT_MS,
+    HELD_RETRY_MIN_MS,
     JUDGE_GRACE_MS,
     MODELS_MAX,
     PROVE_MS,
@@ -241,6 +242,11 @@ def resume(state: State, now: Now) -> tuple[State, tuple[Effect, ...]]:
         slot = turn.state.models[name]  # as it is now: one of its group may have taken it back
         phase = slot.phase
         match phase:
+            case Safe() if slot.held is not None:
+                # A device that reboots often still gets there: in another boot the shortest wait begins.
+                since = turn.since(slot.held.since)
+                wait_ms = slot.held.wait_ms if since == slot.held.since else HELD_RETRY_MIN_MS
+                turn.put(name, replace(slot, held=replace(slot.held, since=since, wait_ms=wait_ms)))
             case Idle() | Compared() | Safe():
                 pass  # nothing is under way
             case Resolving(job):
@@ -344,6 +350,8 @@ def next_deadline_ms(state: State, now: Now) -> int:
         limit = limit_ms(slot.phase, _members(state, slot.phase))
         if limit is not None and not isinstance(slot.phase, Idle | Compared | Safe):
             left.append(limit - slot.phase.since.elapsed_ms(now))
+        if slot.held is not None and isinstance(slot.phase, Safe):
+            left.append(slot.held.wait_ms - slot.held.since.elapsed_ms(now))
     if state.told is not None:
         left.append(_serve_ms(state, state.told) - state.told.since.elapsed_ms(now))
     left += upgrades.deadlines_ms(state.engines, now)
@@ -917,7 +925,7 @@ def _safe(event: SlotEvent) -> None:
         case (
             Resolved() | Fetched() | TaskFailed() | CanaryDone() | Served() | Measured() | Condemned() | GoldenChecked()
         ):
-            pass  # only an offer leads out
+            pass  # only an offer leads out, a newer one or the standing one in its time
         case Tick() | Connected() | WorkerDied():
             pass
         case _:
@@ -1293,6 +1301,7 @@ def _incumbent_served(turn: Turn, name: str, slot: Slot, event: Served) -> None:
 def _settle(turn: Turn) -> tuple[State, tuple[Effect, ...]]:
     """Compare what is with what should be: engines, offer, queue, serving set, reports."""
     upgrades.settle(turn)
+    turn.try_held()
     offer = turn.state.offer
     if offer is not None and not turn.expired():
         for name, offered in offer.models.items():

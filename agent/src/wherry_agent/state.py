@@ -212,7 +212,10 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Safe:
-    """Nothing that this device has of the model can serve: it answers no requests, and says so. Left by an offer."""
+    """Nothing that this device has of the model can serve: it answers no requests, and says so. Left by an offer.
+
+    The standing offer leads out as well, when what served last is due to be tried again (`Held`).
+    """
 
     reason: str
     detail: str
@@ -245,6 +248,15 @@ class End:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """The version that served last, where nothing does any more: its files stay, and `wait_ms` after `since` it may try again."""
+
+    version: Installed
+    since: Since
+    wait_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class Slot:
     """One model on this device."""
 
@@ -266,6 +278,7 @@ class Slot:
     told: Report | None = None
     """The last report about it, also after the server has it."""
     rejudging: Rejudging | None = None
+    held: Held | None = None
 
 
 # --- the device ----------------------------------------------------------------------------------

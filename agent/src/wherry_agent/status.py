@@ -125,6 +125,8 @@ def _model(slot: s.Slot) -> dict[str, Any]:
         shown["trouble"] = {"reason": phase.reason, "detail": phase.detail, "again_in_s": phase.wait_ms // 1000}
     if isinstance(phase, s.Safe):
         shown["trouble"] = {"reason": phase.reason, "detail": phase.detail}
+        if slot.held is not None:
+            shown["trouble"] |= {"held": slot.held.version.offered.target, "again_in_s": slot.held.wait_ms // 1000}
     if slot.incumbent is not None:
         loadable = slot.incumbent.loadable
         serves = _version(loadable.target, loadable.variant, slot.incumbent.tried)

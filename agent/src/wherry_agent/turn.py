@@ -25,6 +25,7 @@ from wherry_agent.state import (
     Falls,
     Fetch,
     Fetching,
+    Held,
     Idle,
     Installed,
     Job,
@@ -87,6 +88,9 @@ FALLS_MAX = 4
 """Short lives of the agent in a row, nothing being tried, after which the version that was confirmed last gives way."""
 FALL_MS = 3600_000
 """A life of the agent that lasts so long is not a short one."""
+HELD_RETRY_MIN_MS = 10 * 60_000
+"""In the safe state, until what served last is tried again: out of the window in which crashes are counted. Doubled each time."""
+HELD_RETRY_MAX_MS = 24 * 3600_000
 REJUDGE_DOWNS_MAX = 3
 """Ends of the machine while a confirmed version was judged with a new engine; then it is judged with that no more."""
 RETRY_MIN_MS = 5_000
@@ -208,7 +212,8 @@ def kept(state: State) -> tuple[Loadable, ...]:
     """Return all whose files may be needed: what serves, what it may go back to, what is under way."""
     kept: list[Loadable] = []
     for slot in state.models.values():
-        kept += [version.loadable for version in (slot.incumbent, slot.last_good) if version is not None]
+        held = slot.held.version if slot.held is not None else None
+        kept += [version.loadable for version in (slot.incumbent, slot.last_good, held) if version is not None]
         if not isinstance(slot.phase, Idle | Safe):
             job = slot.phase.job
             kept += [candidate.loadable for candidate in job.candidates]
@@ -494,6 +499,24 @@ class Turn:
                 ends = tuple(end for end in slot.ends if end not in slot.unfit)
                 self.put(name, replace(slot, ends=ends, unfit=()))
 
+    def try_held(self) -> None:
+        """Where nothing serves, let what served last begin anew by the standing offer: by its canary and a trial, as ever."""
+        offer = self.state.offer
+        for name, slot in tuple(self.state.models.items()):
+            held = slot.held
+            if held is None or not isinstance(slot.phase, Safe) or held.since.elapsed_ms(self.now) < held.wait_ms:
+                continue
+            again = Held(held.version, Since.at(self.now), min(HELD_RETRY_MAX_MS, 2 * held.wait_ms))
+            ends = slot.ends
+            offered = offer.models.get(name) if offer is not None and not self.expired() else None
+            if offered is not None and offered.manifest == held.version.manifest:
+                ends = tuple(end for end in ends if end != end_of(offered))
+                loadable = held.version.loadable
+                key = (loadable.digest, loadable.engine, loadable.engine_version)
+                rest = tuple(b for b in self.state.known_bad if (b.digest, b.engine, b.engine_version) != key)
+                self.state = replace(self.state, known_bad=rest)
+            self.put(name, replace(slot, ends=ends, held=again))
+
     def known_bad(self, digest: str, engine: str, engine_version: str) -> KnownBad | None:
         """Return what is held against a variant with this engine."""
         for bad in self.state.known_bad:
@@ -567,6 +590,7 @@ class Turn:
                 contract_preprocess=job.preprocess_id if first else slot.contract_preprocess,
                 settled=end_of(job.offered),
                 faults=0,
+                held=None,
             ),
         )
         if not self.calm():
@@ -671,6 +695,7 @@ class Turn:
     def give_up(self, name: str, slot: Slot, reason: str, detail: str, *, anyones: bool = False) -> None:
         """The confirmed version does not work any more: the last known good one, or the safe state.
 
+        In the safe state its files stay, and it is tried again from time to time as long as it is offered (`try_held`).
         If only its file was altered on this disk, or its engine was replaced or is gone, its attempt is not over: an offer
         that names it brings it again, or another variant. `anyones`: it may be the doing of another model; it gives way all
         the same, but nothing is held against it. A trial from which it was to come back ends with it, and is reported with
@@ -690,9 +715,10 @@ class Turn:
         detail = detail[:REPORT_DETAIL_CHARS_MAX]
         back, ended = slot.last_good, slot.phase
         phase = Idle() if back is not None else Safe(reason, detail)
+        held = Held(incumbent, Since.at(self.now), HELD_RETRY_MIN_MS) if back is None and over else None
         self.put(
             name,
-            replace(slot, incumbent=back, last_good=None, phase=phase, ends=ends, settled=None, faults=0),
+            replace(slot, incumbent=back, last_good=None, phase=phase, ends=ends, settled=None, faults=0, held=held),
         )
         if isinstance(ended, Returning):
             self._say_returned(name, ended)

@@ -53,6 +53,8 @@ class Checkers:
         self.trace = hashlib.blake2b(digest_size=16)
         self._bad: dict[tuple[str, str], int] = {}
         """(device, variant digest) → highest attempt that ended in a verdict here."""
+        self._held_ms: dict[tuple[str, str], int] = {}
+        """(device, digest of what served last) → when nothing served any more."""
         self._said: dict[tuple[str, str, int], bytes] = {}
         """(device, stream epoch, seq) → body."""
         self._ends: dict[str, list[Report]] = {}
@@ -100,7 +102,7 @@ class Checkers:
             if [report.seq for report in made] != list(range(before.seq, after.seq)):
                 self.object("reports are gapless", device, f"made {[report.seq for report in made]}")
             for report in made:
-                self._reported(device, before, report)
+                self._reported(device, before, after, report)
 
     def _expired_starts_nothing(self, device: Device, before: s.State, after: s.State, offer: s.Accepted) -> None:
         began = [
@@ -162,7 +164,7 @@ class Checkers:
         )
         self.trace.update(line.encode())
 
-    def _reported(self, device: Device, before: s.State, report: Report) -> None:
+    def _reported(self, device: Device, before: s.State, after: s.State, report: Report) -> None:
         self.reports += 1
         if report.state in ENDS:
             self._ends.setdefault(device.name, []).append(report)
@@ -181,6 +183,11 @@ class Checkers:
             self._compared_by_rule(device, phase, report)
         if report.state == "safe":  # declared: whatever fails after it leaves the device as safe as it was
             self._confirmed.discard((device.name, report.model))
+            held = after.models[report.model].held if report.model in after.models else None
+            if held is not None:  # tried again, in its time, by its canary and a trial
+                key = (device.name, held.version.loadable.digest)
+                self._bad.pop(key, None)
+                self._held_ms[key] = device.world.agenda.now_ms
         if report.state in {"returned", "failed"} and report.reason in reasons.VERDICTS:
             self._remember_bad(device, phase, report)
         if report.reason == reasons.DEVICE_DOWN:
@@ -326,12 +333,17 @@ class Checkers:
         for slot in device.memory.models.values():
             if slot.incumbent is not None:
                 yield slot.incumbent.loadable.digest
+            elif isinstance(slot.phase, s.Safe) and slot.held is not None:
+                yield slot.held.version.loadable.digest
             if isinstance(slot.phase, s.Judging | s.Queued | s.Swapping | s.OnTrial | s.Proving | s.Compared):
                 yield slot.phase.job.loadable.digest
 
     def _not_bad(self, device: Device, digest: str, attempt: int) -> None:
-        known = self._bad.get((device.name, digest), 0)
-        if attempt <= known:
+        key = (device.name, digest)
+        safe_ms = device.world.agenda.now_ms - self._held_ms.get(key, -turn.HELD_RETRY_MIN_MS)
+        if safe_ms < turn.HELD_RETRY_MIN_MS:
+            self.object("what served last is tried again in its time", device, f"{digest[:15]} after {safe_ms} ms")
+        if attempt <= self._bad.get(key, 0):
             self.object("known bad is not tried again", device, f"{digest[:15]} at attempt {attempt}")
 
     def happened(self, device: Device, events: tuple[s.Event, ...]) -> None:
@@ -409,6 +421,9 @@ class Checkers:
             incumbent = slot.incumbent if slot is not None else None
             if not why and incumbent is not None and incumbent.loadable.digest in device.hands.files.altered:
                 why = f"the file of {incumbent.loadable.target} is altered"
+            held = slot.held if slot is not None and isinstance(slot.phase, s.Safe) else None
+            if not why and held is not None and held.version.manifest == desired.manifest:
+                why = "is to try again what served last"
             if why:
                 return f"{name}: {why}, phase {type(slot.phase).__name__ if slot is not None else 'none'}"
         return ""

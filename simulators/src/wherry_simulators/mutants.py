@@ -397,6 +397,18 @@ def _bringing_again(state: s.State, event: s.Event, now: Now) -> Turn:
     return machine.step(state, event, now)
 
 
+def _without_held(state: s.State, effect: s.Effect) -> s.Effect:
+    if not isinstance(effect, s.Collect):
+        return effect
+    dropped = {slot.held.version.loadable.digest for slot in state.models.values() if slot.held is not None}
+    return s.Collect(tuple(loadable for loadable in effect.keep if loadable.digest not in dropped))
+
+
+def _careless_in_safety(state: s.State, event: s.Event, now: Now) -> Turn:
+    turn = machine.step(state, event, now)
+    return turn[0], tuple(_without_held(turn[0], effect) for effect in turn[1])
+
+
 def _without_compared(state: s.State, effect: s.Effect) -> s.Effect:
     if not isinstance(effect, s.Collect):
         return effect
@@ -599,8 +611,18 @@ ALL: tuple[Mutant, ...] = (
         _changed_before(lambda slot, _: replace(slot, last_good=None), s.Served, s.WorkerDied),
         wear.LOADS,
     ),
-    Mutant("the safe state is not declared", _at_reports(_undeclared), wear.TABLE[-1:]),
-    Mutant("an offer does not lead out of the safe state", _events(_deaf_in_safety), wear.TABLE[-1:]),
+    Mutant("the safe state is not declared", _at_reports(_undeclared), wear.SAFE),
+    Mutant("an offer does not lead out of the safe state", _events(_deaf_in_safety), wear.SAFE),
+    Mutant(
+        "what served last is forgotten in the safe state",
+        _changed_before(lambda slot, _: replace(slot, held=None), s.Tick),
+        wear.HELD,
+    ),
+    Mutant(
+        "the file of what served last is collected",
+        _step(_careless_in_safety),
+        wear.HELD,
+    ),
     Mutant(
         "what a scrub finds is not fetched again",
         _effects(lambda _, effect: None if isinstance(effect, s.Mend) else effect),

@@ -16,6 +16,7 @@ SPOILT_MS = 90 * MINUTE_MS
 _ALTERED = f"returned {reasons.DIGEST_MISMATCH}"
 _UNLOADABLE = Behaviour(variants=[VariantBehaviour(load=reasons.LOAD_FAILED)])
 _DEADLY = Behaviour(variants=[VariantBehaviour(dies_ms=4_000)])
+_KILLS = tuple(SPOILT_MS + number * MINUTE_MS for number in range(4))
 _ONE_PER_BOOT = tuple(SPOILT_MS + number * 12_000 for number in range(1, 9))
 
 
@@ -136,5 +137,13 @@ TABLE = (
         Release("1.2.0", at_ms=2 * HOUR_MS),
         said=(f"safe {reasons.CRASH}",),
     ),
+    _row(
+        "a version that was killed until nothing served comes back without anybody's help",
+        FIRST,
+        Release("1.0.0"),
+        said=(f"safe {reasons.CRASH}",),
+        worker_ends=_KILLS,
+        settle_ms=HOUR_MS,
+    ),
 )
-FILES, LOADS, DEATHS = TABLE[:3], TABLE[3:5], TABLE[5:8]
+FILES, LOADS, DEATHS, SAFE, HELD = TABLE[:3], TABLE[3:5], TABLE[5:8], TABLE[-2:-1], TABLE[-1:]
