@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from wherry_server.sequential import (
     CONTROLS_MAX,
     LANES_MAX,
+    SHARE_STEPS,
     STEPS,
     Pairs,
     bounded,
+    bounded_mean,
     bounded_needed,
     compare,
     draw,
@@ -269,3 +271,29 @@ def test_good_news_doubles_the_pace_and_bad_news_stops_it():
         rounds += 1
     assert rounds <= 12
     assert may_expose(bound=5, exposed=100, bad=50, good=40, error=BETA) == 0
+
+
+# --- one value a device ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("odd", [1.0, 0.2])
+def test_looking_after_every_shadow_halts_a_tolerated_disagreement_no_more_often_than_alpha(odd: float):
+    """Devices disagree in no run or in a share `odd` of them, so that the mean is just what is tolerated."""
+    tolerated, harm = 0.05, 0.1
+
+    def halted(bad: int, good: int) -> bool:
+        values = ((0, good), (int(odd * SHARE_STEPS), bad))
+        found = bounded_mean(values, under_way=0, quiet=0, tolerated=tolerated, harm=harm, alpha=ALPHA, beta=BETA)
+        return found.outcome == "breach"
+
+    assert ever_crosses(60, tolerated / odd, halted) <= ALPHA
+
+
+def test_devices_under_way_argue_neither_for_halting_a_shadow_nor_for_passing_it():
+    stated = {"quiet": 0, "tolerated": 0.05, "harm": 0.15, "alpha": ALPHA, "beta": BETA}
+    agree, differ = ((0, 40),), ((SHARE_STEPS // 2, 12),)
+    assert bounded_mean(agree, under_way=0, **stated).outcome == "pass"
+    assert bounded_mean(agree, under_way=40, **stated).outcome == "unknown"
+    assert bounded_mean(differ, under_way=0, **stated).outcome == "breach"
+    assert bounded_mean(differ, under_way=200, **stated).outcome == "unknown"
+    assert bounded_mean((), under_way=0, **stated).outcome == "unknown"

@@ -14,6 +14,8 @@ WHOLE = (Stage(share=1.0),)
 _GATES = (Gate(metric="failed", tolerated=0.05, harm=0.3),)
 _UNBOUNDED = Bound(share=0.99, sample_min=60)
 """Leaves the verdict to gates."""
+HALVES = (Stage(share=0.5), Stage(share=1.0))
+_AGREES = (Gate(metric="disagreed", tolerated=0.05, harm=0.15),)
 DONE, HALTED = frozenset({"done"}), frozenset({"halted"})
 _FAILING = Behaviour(variants=[VariantBehaviour(error_rate=0.8)])
 _PARTLY = Behaviour(affected=0.5, variants=[VariantBehaviour(error_rate=0.8)])
@@ -93,6 +95,63 @@ TABLE = (
         ),
         ends_on=frozenset({"1.0.0"}),
         devices=60,
+    ),
+    Scenario(
+        "a shadow that agrees is promoted stage by stage, and is done",
+        (
+            Release("1.0.0"),
+            Release("1.1.0", at_ms=HOUR_MS, stages=HALVES, strategy="shadow", gates=_AGREES, ends=DONE),
+        ),
+        ends_on=frozenset({"1.1.0"}),
+        said=frozenset({"compared shadow"}),
+        devices=60,
+    ),
+    Scenario(
+        "a shadow that disagrees halts, and nobody ever answered with it",
+        (
+            Release("1.0.0"),
+            Release(
+                "1.1.0",
+                Behaviour(variants=[VariantBehaviour(agreement=0.5)]),
+                at_ms=HOUR_MS,
+                stages=HALVES,
+                strategy="shadow",
+                gates=_AGREES,
+                ends=HALTED,
+            ),
+        ),
+        ends_on=frozenset({"1.0.0"}),
+        said=frozenset({"compared shadow"}),
+        devices=60,
+    ),
+    Scenario(
+        "a blue-green stands by everywhere, flips, and is done",
+        (Release("1.0.0"), Release("1.1.0", at_ms=HOUR_MS, stages=STAGES, strategy="blue_green", ends=DONE)),
+        ends_on=frozenset({"1.1.0"}),
+        said=frozenset({"standby"}),
+        devices=60,
+    ),
+    Scenario(
+        "a blue-green that fails once it answers is flipped back everywhere",
+        (
+            Release("1.0.0"),
+            Release("1.1.0", _PARTLY, at_ms=HOUR_MS, stages=STAGES, strategy="blue_green", ends=HALTED),
+        ),
+        ends_on=frozenset({"1.0.0"}),
+        said=frozenset({"standby", "returned health_errors"}),
+        devices=60,
+    ),
+    Scenario(
+        "shadows and blue-greens end through crashes and a rough network",
+        (
+            Release("1.0.0"),
+            Release("1.1.0", at_ms=HOUR_MS, stages=HALVES, strategy="shadow", gates=_AGREES),
+            Release("1.2.0", _FAILING, at_ms=8 * HOUR_MS, stages=STAGES, strategy="blue_green"),
+        ),
+        MODERATE,
+        ends_on=frozenset({"", "1.0.0", "1.1.0"}),
+        devices=60,
+        settle_ms=60 * HOUR_MS,
     ),
     Scenario(
         "staged releases end through crashes and a rough network",
