@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from wherry_simulators import mutants, scenarios
+from wherry_simulators import mutants
 from wherry_simulators.scenarios import behaviours
 
 SEEDS = 2
@@ -42,7 +42,7 @@ def test_the_command_fails_when_one_survives(monkeypatch, capsys):
     from wherry_simulators import cli
 
     monkeypatch.setattr(mutants, "ALL", (mutants.CONTROL, mutants.ALL[3]))
-    monkeypatch.setattr(scenarios, "ALL", behaviours.TABLE)
+    monkeypatch.setattr(mutants, "HUNTED", behaviours.TABLE[:3])
     with pytest.raises(SystemExit) as caught:
         cli.main(["mutants", "--seeds", "1"])
     assert caught.value.code == 1
