@@ -7,6 +7,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,7 @@ def test_contracts_are_kept_before_anything_is_downloaded_and_flags_outlive_the_
     check_that_breaking_bundles_are_refused_before_their_weights_by_the_fields_name(server, device, director)
     check_that_what_an_application_declares_becomes_the_devices_contract(server, device, director)
     check_that_a_swap_waits_for_the_handles(server, device, director)
+    check_that_the_window_of_a_rollout_is_kept(server, device, director)
     check_that_flags_are_served_offline_after_a_restart(server, device, director)
 
 
@@ -227,6 +229,27 @@ def called(server: Site, method: str, path: str, body: Any = None) -> Any:
     status, answer = server.call(method, f"/api/v1{path}", body)
     assert status < 300, answer
     return answer
+
+
+def check_that_the_window_of_a_rollout_is_kept(server: Site, device: Agent, director: Director) -> None:
+    """An offer that arrives outside of its hours brings no weights; within them it does."""
+    file = models.scale(server.folder / "nightly.onnx", 4.0)
+    manifest = server.release("1.2.0", file)
+    hour = time.localtime().tm_hour
+    shut, opened = (f"{(hour + begin) % 24:02}:00-{(hour + end) % 24:02}:00" for begin, end in ((4, 6), (-2, 3)))
+    terms = wire.Trial(max_s=1)
+    model = wire.OfferedModel(target=f"{MODEL}/1.2.0", manifest=manifest, rollout="w", trial=terms, windows=[shut])
+    director.offer({MODEL: model})
+
+    def waits(shown: dict[str, Any]) -> bool:
+        return shown["models"][MODEL]["last_report"].get("reason") == "conditions"
+
+    shown = device.until("it waits for the hour", waits)
+    assert "the next opens" in shown["models"][MODEL]["last_report"]["detail"]
+    assert device.ask(1) == ["1.1.0"]
+    assert not (device.home / "store" / "blobs" / "sha256" / hex_of(of_file(file))).exists()
+    director.offer({MODEL: msgspec.structs.replace(model, attempt=2, windows=[opened])})
+    device.until_serves("1.2.0")
 
 
 def check_that_flags_are_served_offline_after_a_restart(server: Site, device: Agent, director: Director) -> None:
