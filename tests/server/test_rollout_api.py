@@ -12,17 +12,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
+import typer
 from rich.console import Console
 
 from tests.server.fleet_kit import MODEL, FakeDevice
 from tests.server.harness import Running, free_port, release, running, until
 from tests.server.test_cli import said, wherry
 from tests.server.test_director_process import role
-from wherry_server.cli.rollout import _line, progress_view
+from wherry_server.cli.rollout import EXIT_HELD, _line, follow, progress_view
+from wherry_server.client import Client, Event
 from wherry_shared import frames, wire
 
 PLAN = {"selector": "all", "stages": [{"share": 1.0}]}
@@ -136,6 +138,11 @@ def test_the_first_day_deploy_watch_deploy_again_and_roll_back(world: World):
     decided = wherry(world.server, "rollout", "decisions", str(number)).stdout
     assert "expose stage 1 (100 %)" in decided
     assert "withdraw (all)" in decided
+
+    # where it is known to be bad it is not offered again, and who watches is told so instead of waiting for nothing
+    held = wherry(world.server, "deploy", f"{MODEL}:1.2.0", "--device", "line-1", "--watch")
+    assert held.returncode == EXIT_HELD, held.stdout + held.stderr
+    assert "none of its devices may have" in held.stderr
 
 
 def test_cohorts_are_saved_previewed_changed_and_forgotten(world: World):
@@ -375,3 +382,42 @@ def test_the_view_of_a_rollout_says_its_gates_in_numbers():
 
 def test_without_a_terminal_a_line_says_in_words_what_a_rollout_waits_for():
     assert _line(shown(stage())).endswith("; waits: 3 of 5 devices that have settled, of the minimum sample [sample]")
+
+
+class Told:
+    """A server that tells a watcher these states of a rollout and then stays silent for ever."""
+
+    def __init__(self, *states: dict[str, Any]) -> None:
+        self._states = states
+        self.told = 0
+
+    def follow(self, _: int) -> Iterator[Event]:
+        for state in self._states:
+            self.told += 1
+            yield Event("progress", str(self.told), state)
+        raise AssertionError("it would wait for ever")
+
+
+def waiting(*codes: str, state: str = "running") -> dict[str, Any]:
+    nobody = {"exposed": 0}
+    why = [{"code": code, "have": 0, "need": 1} for code in codes]
+    counts = {"real": nobody, "simulated": nobody}
+    return shown(stage()) | {"revision": 1, "state": state, "counts": counts, "why_not_yet": why}
+
+
+@pytest.mark.parametrize("codes", [("held",), ("held", "soak")])
+def test_who_watches_a_rollout_that_reaches_nobody_is_told_why_and_let_go(
+    codes: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = Told(waiting("exposing", "no_devices"), waiting("exposing", "held"), waiting(*codes))
+    with pytest.raises(typer.Exit) as ended:
+        follow(cast("Client", server), 7, as_json=False)
+    assert ended.value.exit_code == EXIT_HELD
+    assert server.told == 3, "as long as somebody may still be exposed, it goes on"
+    assert "none of its devices may have m:1.0.0" in capsys.readouterr().err
+
+
+def test_a_device_that_is_held_beside_others_keeps_nobody_from_watching_to_the_end() -> None:
+    server = Told(waiting("sample"), waiting("held", "in_flight"), waiting("held", state="paused"))
+    with pytest.raises(AssertionError, match="for ever"):
+        follow(cast("Client", server), 7, as_json=False)

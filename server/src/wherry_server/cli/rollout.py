@@ -22,6 +22,10 @@ app = typer.Typer(name="rollout", help="Move devices to a bundle in stages.", no
 
 EXIT_NOT_DONE = 3
 """Exit status of `watch` for a rollout that ended without being done."""
+EXIT_HELD = 4
+"""Exit status of `watch` for a rollout that goes on only once somebody lets go of its devices."""
+HELD = "held"
+"""Code in `why_not_yet`: every device in reach is in quarantine, held by another rollout, or known to fail with the bundle."""
 FINAL = frozenset({"done", "halted", "aborted", "reverted"})
 STAGES = "5,25,100"
 BAR_CHARS = 24
@@ -348,7 +352,7 @@ def follow(api: Client, number: int, *, as_json: bool) -> None:
     """Show a rollout until it ends.
 
     Raises:
-        typer.Exit: with `EXIT_NOT_DONE`, unless it is done.
+        typer.Exit: with `EXIT_NOT_DONE`, unless it is done; with `EXIT_HELD` while it holds no device that could end it.
     """
     machine = as_json or GLOBALS.as_json
     found: dict[str, Any] = {}
@@ -361,12 +365,29 @@ def follow(api: Client, number: int, *, as_json: bool) -> None:
                 sys.stdout.write((json.dumps(found) if machine else _line(found)) + "\n")
                 sys.stdout.flush()
                 last = said
+            if is_held(found):
+                break
     else:
         with Live(console=console(), refresh_per_second=4) as live:
             for found in shown:
                 live.update(progress_view(found, live.console.width))
+                if is_held(found):
+                    break
+    if is_held(found):
+        sys.stderr.write(
+            f"rollout {number} waits: none of its devices may have {found['model']}:{found['version']}; each is in quarantine,"
+            " held by another rollout, or of hardware on which it is known to be bad; it goes on once one is let go"
+            f" (wherry rollout show {number}; wherry quarantine list)\n"
+        )
+        raise typer.Exit(EXIT_HELD)
     if found["state"] != "done":
         raise typer.Exit(EXIT_NOT_DONE)
+
+
+def is_held(found: dict[str, Any]) -> bool:
+    """Tell whether a rollout reached nobody and cannot, until a device is let go by somebody else."""
+    codes = {why["code"] for why in found["why_not_yet"]}
+    return found["state"] == "running" and HELD in codes and codes <= {HELD, "soak"}
 
 
 # --- for people ---------------------------------------------------------------------------------
