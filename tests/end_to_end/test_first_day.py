@@ -30,6 +30,12 @@ MODULES = {
     "wherry-optimizer": "wherry_optimizer.cli",
     "wherry-agent": "wherry_agent.cli",
 }
+SHADOW = """
+strategy = "shadow"
+stages = [{share = 1.0, confirmed_min = 0}]
+trial = {max_s = 4, min_requests = 5, agreement_min = 0.9, shadow_cpu_share_max = 0.9}
+"""
+ZEROS = {"name": "x", "datatype": "FP32", "shape": [1, 8], "data": [0.0] * 8}
 WAIT_S = 60.0
 COMMAND_S = 120.0
 
@@ -153,7 +159,7 @@ def test_the_first_day(bench: Bench) -> None:
     wait_for("the device", lambda: "bench-1" in bench.run("wherry", "device", "list"), WAIT_S)
 
     # terminal 3
-    def release(source: Path, version: str) -> None:
+    def push(source: Path, version: str) -> None:
         bundle = f"my-model-{version}"
         bench.run(
             *("wherry-optimizer", "pack", str(source), "--name", "my-model", "--version", version),
@@ -161,6 +167,9 @@ def test_the_first_day(bench: Bench) -> None:
         )
         assert f"my-model/{version}" in bench.run("wherry-optimizer", "sign", bundle)
         bench.run("wherry", "bundle", "push", bundle)
+
+    def release(source: Path, version: str) -> None:
+        push(source, version)
         bench.run("wherry", "deploy", f"my-model:{version}", "--device", "bench-1", "--trial", "2", "--watch")
 
     release(first, "1.0.0")
@@ -200,6 +209,25 @@ def test_the_first_day(bench: Bench) -> None:
     ]
     bench.run("wherry", "deploy", "my-model:1.1.0", "--device", "bench-1", "--trial", "2", "--watch")
     assert answers_like(serving, second, "1.1.0")
+
+    # the next version runs unseen beside this one, agrees with it, and is promoted
+    push(second, "1.2.0")
+    (bench.folder / "shadow.toml").write_text(SHADOW)
+    made = bench.json(
+        *("wherry", "rollout", "create", "my-model:1.2.0", "--device", "bench-1", "--plan", "shadow.toml", "--start")
+    )
+    explain = ("wherry", "rollout", "explain", str(made["number"]))
+
+    def promoted() -> bool:
+        url = f"http://127.0.0.1:{serving}/v2/models/my-model/infer"
+        versions = [curl(url, {"inputs": [ZEROS]})["model_version"] for _ in range(10)]
+        return versions[-1] == "1.2.0" and bench.json(*explain)["state"] == "done"
+
+    wait_for("the promotion of the shadow", promoted, WAIT_S)
+    said = bench.run(*explain)
+    assert "proved_beside" in said
+    assert "promote up to stage 1" in said
+    assert answers_like(serving, second, "1.2.0")
     assert agent.alive()
     assert agent.stop() == 0
     assert "is not running" in bench.run("wherry-agent", "status", "--home", device)

@@ -107,6 +107,8 @@ exposure, and times that differ by no more than four looks of the director per s
 ## Strategies
 
 `canary` takes its stages one after the other. `adaptive` has one stage and widens by itself ([gates.md](gates.md#adaptive-widening)).
+`shadow`, `blue_green` and `split` first let the incumbent answer, or half of the fleet ([strategies.md](strategies.md)): the actions mean the
+same in both of their rounds, but an abort of a `blue_green` withdraws all, since who flips together flips back together.
 `all_at_once` has one stage with share 1: every device has the bundle before any has proved it. The trial on each device, the
 bounds, gates, halt and revert are the same; what differs is how many devices a bad bundle reaches. One that fails on half of 60
 devices, rehearsed with `stages = [{share = 1.0}]` and either strategy (`wherry-sim rollout PLAN --devices 60 --failed 0.5 --seed 1`):

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.server.fleet_kit import fleet, manifest_of, run
+from tests.server.fleet_kit import PROJECT, fleet, manifest_of, run
+from wherry_server.cli.rollout import _said
+from wherry_server.explaining import explain
 
 SHADOW = {
     "strategy": "shadow",
@@ -35,6 +37,12 @@ def test_nothing_takes_over_before_everything_was_proved_beside_the_incumbent(tm
                 assert len(changed) < 4
             assert changed == ([30, 60] if plan is SHADOW else [60]), "in stages, or together"
             assert all(device.offered[NEW] == 2 for device in devices), "once beside the incumbent, once to take over"
+            async with found.database.read() as connection:
+                explained = await explain(connection, PROJECT, number, "")
+            assert not explained["differing"], "it does not follow from its evidence"
+            said = [_said(decision) for one in explained["decided"] for decision in one["decisions"]]
+            assert said.count("running: proved_beside") == 1
+            assert "promote up to stage 2" in said
 
     run(work())
 

@@ -54,6 +54,7 @@ WAITS = {
     "window": "devices are exposed, the others' maintenance windows are shut",
     "held": "the devices are in quarantine, held by another rollout, or the bundle is known to be bad on their hardware",
     "exposing": "devices are being exposed",
+    "promoting": "devices told to let the candidate answer",
     "widening": "devices exposed, of those it ends at: it widens as far as the expected harm allows",
     "sample": "devices that have settled, of the minimum sample",
     "in_flight": "devices that have settled or passed a deadline, of those needed",
@@ -499,6 +500,8 @@ def _said(decision: dict[str, Any]) -> str:
     match decision["decision"]:
         case "expose":
             return f"expose stage {decision['stage'] + 1} ({decision['share'] * 100:g} %)"
+        case "promote":
+            return f"promote up to stage {decision['stage'] + 1}"
         case "withdraw":
             return f"withdraw ({decision['scope']})"
         case "retry":
