@@ -287,6 +287,9 @@ def test_an_agent_killed_in_a_trial_goes_on_with_it(device: Agent, server: Site)
 def test_a_candidate_under_which_the_agent_goes_down_each_time_is_bad_and_one_that_is_stopped_is_not(
     device: Agent, server: Site
 ) -> None:
+    if device.model()["serves"]["target"] != f"{MODEL}/1.1.0":
+        server.deploy("1.1.0", "bench-1", trial_s=2)  # where no test before this one has brought it
+        device.until_serves("1.1.0")
     server.deploy("1.4.0", "bench-1")
     device.until_doing("on trial")
     assert device.stop() == 0

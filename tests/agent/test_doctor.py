@@ -389,6 +389,13 @@ def test_too_few_descriptors_are_named(home: Home, monkeypatch: pytest.MonkeyPat
     assert (level, "256" in detail) == ("bad", True)
 
 
+def test_what_an_engine_lets_the_device_wait_for_is_a_note(home: Home) -> None:
+    waits = [{"what": "another worker is to take over", "troubles": 2, "again_in_s": 10}]
+    with running(home, engine_waits=waits):
+        level, detail = found(home, "engines")
+    assert (level, detail.endswith("; another worker is to take over in 10 s, after 2 times in vain")) == ("note", True)
+
+
 def test_looking_changes_nothing(home: Home) -> None:
     (home.path / "journal.json").write_bytes(b"torn")
     before = {path.relative_to(home.path) for path in home.path.rglob("*")}

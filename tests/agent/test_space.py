@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from wherry_agent.disk import Disk
-from wherry_agent.space import Space
+from wherry_agent.space import Space, short_words
 from wherry_agent.store import Store
 from wherry_shared.digest import of_bytes
 
@@ -68,3 +68,12 @@ def test_a_disk_that_is_short_costs_the_whole_cache(tmp_path: Path, store: Store
     trouble = space(tmp_path, 1 << 20, reserve=1 << 60).trouble(1, lambda: {DIGESTS[0]})
     assert trouble is not None
     assert (trouble.reason, here(store)) == ("disk_full", [0])
+    assert trouble.detail.endswith(f"of which {1 << 60} have to stay so"), trouble.detail
+
+
+@pytest.mark.parametrize(("free", "said"), [(150, False), (149, True)])
+def test_a_download_that_would_touch_the_reserve_is_short_by_a_byte(free: int, said: bool) -> None:
+    words = short_words(100, free, 50)
+    assert words == (
+        f"100 bytes are to be downloaded, {free} bytes are free, of which 50 have to stay so" if said else ""
+    )

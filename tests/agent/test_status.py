@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from tests.agent.builders import (
 )
 from wherry_agent import machine, status
 from wherry_agent import state as s
+from wherry_shared.clock import Since
 
 
 def test_what_goes_wrong_once_is_not_the_end_of_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,3 +79,20 @@ def test_how_long_trouble_waits_is_said_in_its_unit() -> None:
     failed = s.TaskFailed(MODEL, digest_of(f"{MODEL}/1.1.0"), 1, "fetch", "disk_full", "no room", 60.0)
     shown = status.describe(run(state, failed)[0], now())
     assert "disk_full · no room · waits 60 s" in status.render({"running": False, **shown})
+
+
+def test_what_an_engine_lets_a_device_wait_for_is_shown_with_what_is_left_of_the_wait() -> None:
+    since = Since.at(now(1_000))
+    engines = s.Engines(
+        again={MODEL: s.Again(since, 10_000, 2)},
+        hand_over_again=s.Again(since, 20_000, 1),
+        denied={"onnxruntime": s.Denied("1.21.0", "sha256:00", since, 3600_000, 3)},
+    )
+    shown = status.describe(replace(confirmed(), engines=engines), now(5_000))["engine_waits"]
+    assert isinstance(shown, list)
+    assert [status.wait_words(one) for one in shown] == [
+        f"{MODEL} is judged with the new engine again in 6 s, after 2 times in vain",
+        "another worker is to take over in 16 s, after 1 times in vain",
+        "onnxruntime 1.21.0, which the worker could not load, is believed again in 3596 s, after 3 times in vain",
+    ]
+    assert status.describe(confirmed(), now())["engine_waits"] == []

@@ -15,6 +15,7 @@ from pathlib import Path
 from wherry_agent.courier_http import Http, Response, origin
 from wherry_agent.disk import Disk
 from wherry_agent.rate import Bucket
+from wherry_agent.space import short_words
 from wherry_agent.store import Partial, Store, is_whole
 from wherry_shared import limits, reasons, wire, zstd
 from wherry_shared.digest import CHUNK_BYTES
@@ -169,10 +170,11 @@ class Blobs:
     def _check_space(self, needed: int) -> None:
         free = self.disk.free_bytes(self.store.path_of("sha256:" + "0" * 64).parent)
         reserve = max(self.reserve_bytes, DISK_RESERVE_BYTES)
-        if free < needed + reserve:
+        short = short_words(needed, free, reserve)
+        if short:
             raise DeviceError(
                 reasons.DISK_FULL,
-                f"{needed} bytes to fetch, {free} bytes free, {reserve} of them reserved",
+                short,
                 consequence="nothing was fetched; what serves goes on",
                 next_step="free space on the device",
             )

@@ -164,7 +164,8 @@ def _engines(patient: Patient) -> Finding:
     absent = sorted({*patient.settings.engines} - {engine.name for engine in found.engines})
     if absent:
         return bad(f"{words}; the settings also name {', '.join(absent)}", "install it, or correct engines")
-    return ok(words)
+    waits = patient.running.get("engine_waits", []) if patient.running is not None else []
+    return note("; ".join((words, *map(status.wait_words, waits)))) if waits else ok(words)
 
 
 def _home(patient: Patient) -> Finding:

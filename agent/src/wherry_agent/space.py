@@ -57,12 +57,11 @@ class Space:
                 left = self._budget - self._store().used()
                 if bytes_coming > left:
                     return _full(f"{bytes_coming} bytes are to be downloaded, the disk budget has {max(0, left)} left")
-            free = self._free()
+            free = self._disk.free_bytes(self._home)
         except DeviceError as error:
             return Failed(reason=error.code, detail=error.message, retry_after_s=AGAIN_S)
-        if bytes_coming > free:
-            return _full(f"{bytes_coming} bytes are to be downloaded, {max(0, free)} may be")
-        return None
+        short = short_words(bytes_coming, free, self._reserve)
+        return _full(short) if short else None
 
     def _free(self) -> int:
         return self._disk.free_bytes(self._home) - self._reserve
@@ -71,6 +70,13 @@ class Space:
         from wherry_agent.store import Store
 
         return Store(self._home, self._disk)
+
+
+def short_words(coming: int, free: int, reserve: int) -> str:
+    """Say that a disk with so many bytes free has no room for a download, of whatever part of the agent; empty if it has."""
+    if coming + reserve <= free:
+        return ""
+    return f"{coming} bytes are to be downloaded, {free} bytes are free, of which {reserve} have to stay so"
 
 
 def _full(detail: str) -> Failed:

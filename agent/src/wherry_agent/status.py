@@ -78,6 +78,7 @@ def describe(state: s.State, now: Now, *, name: str = "") -> dict[str, object]:
         "reports_owed": len(state.owed),
         "worker_deaths": _deaths(state.crashes, now),
         "worker_engines": [f"{name} {version}" for name, version in sorted(state.engines.loaded.items())],
+        "engine_waits": _engine_waits(state.engines, now),
         "flags": dict(flags_of(state)),
         "offer_refused": state.offer.unsupported if state.offer is not None else "",
         "models": {model: _model(slot) for model, slot in sorted(state.models.items())},
@@ -91,6 +92,27 @@ def describe(state: s.State, now: Now, *, name: str = "") -> dict[str, object]:
             for bad in state.known_bad
         ],
     }
+
+
+def _engine_waits(engines: s.Engines, now: Now) -> list[dict[str, object]]:
+    """Return what an engine that was replaced, or is missed, lets this device wait for, and for how long still."""
+    waits: list[tuple[str, s.Again | s.Denied]] = [
+        (f"{model} is judged with the new engine again", again) for model, again in sorted(engines.again.items())
+    ]
+    if engines.hand_over_again is not None:
+        waits.append(("another worker is to take over", engines.hand_over_again))
+    waits += [
+        (f"{name} {denied.version}, which the worker could not load, is believed again", denied)
+        for name, denied in sorted(engines.denied.items())
+    ]
+    return [
+        {
+            "what": what,
+            "troubles": wait.troubles,
+            "again_in_s": max(0, wait.wait_ms - wait.since.elapsed_ms(now)) // 1000,
+        }
+        for what, wait in waits
+    ]
 
 
 def _deaths(crashes: s.Crashes | None, now: Now) -> dict[str, object]:
@@ -256,6 +278,11 @@ def question(home: Path, word: str) -> dict[str, Any] | None:
         return None
 
 
+def wait_words(wait: dict[str, Any]) -> str:
+    """Say one of `engine_waits`."""
+    return f"{wait['what']} in {wait['again_in_s']} s, after {wait['troubles']} times in vain"
+
+
 def render(shown: dict[str, Any]) -> str:
     """Return the status as text for a person."""
     lines = [f"device   {shown['device']} {shown.get('name', '')}".rstrip()]
@@ -269,6 +296,8 @@ def render(shown: dict[str, Any]) -> str:
         ]
         old = [one for one in shown["worker_engines"] if one not in shown["engines"]]
         lines += [f"worker   still has {', '.join(old)} in memory"] if old and shown["engines"] else []
+        for one in shown.get("engine_waits", []):
+            lines.append(f"waits    {wait_words(one)}")
         for one in shown.get("handles", []):
             late = "" if one["settled"] else ", has not acted on its newest version yet"
             lines.append(f"handle   {one['model']} in process {one['pid']} ({one['isolation']}){late}")
