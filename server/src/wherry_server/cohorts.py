@@ -1,7 +1,7 @@
 """Cohorts: saved selectors, and who they take now.
 
-Membership is live: it is worked out from facts and labels whenever somebody asks, and stored nowhere. How a large fleet is
-read for it is in `views`.
+Membership is worked out from facts and labels whenever somebody asks, and stored nowhere: a static cohort is a selector that names its
+devices. How a large fleet is read for it is in `views`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ import gc
 import logging
 import signal
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any
 
 from wherry_server.db.database import DATABASE_ERRORS
 from wherry_shared.errors import WherryError
@@ -58,19 +59,15 @@ async def every(seconds: float, work: Callable[[], Awaitable[None]], *, once: bo
         await asyncio.sleep(seconds)
 
 
-async def until_stopped(jobs: Mapping[str, Awaitable[None]], stopping: asyncio.Event) -> None:
+async def until_stopped(jobs: Mapping[str, Coroutine[Any, Any, None]], stopping: asyncio.Event) -> None:
     """Run jobs side by side until `stopping` is set, and cancel them then."""
-    tasks = [asyncio.create_task(_of(work), name=name) for name, work in jobs.items()]
+    tasks = [asyncio.create_task(work, name=name) for name, work in jobs.items()]
     try:
         await stopping.wait()
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _of(work: Awaitable[None]) -> None:
-    await work
 
 
 def stop_on_signals(stopping: asyncio.Event) -> None:

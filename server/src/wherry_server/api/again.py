@@ -1,7 +1,7 @@
-"""Creates that are repeated are answered and not done twice; requests that lost against another transaction run again.
+"""A create that is repeated is answered and not done twice; a request that lost against another transaction is run again.
 
-PostgreSQL asks for the second of whoever uses `REPEATABLE READ`. Nothing of a lost transaction was kept, so the second run is the first that happens. Only for requests whose body is read
-whole: FastAPI keeps it, and what is streamed into a file is gone.
+PostgreSQL asks whoever uses `REPEATABLE READ` to run what it could not serialize again. Nothing of a lost transaction was kept, so
+the request happens once. Only where its body is read whole: FastAPI keeps that, and what was streamed into a file is gone.
 """
 
 from __future__ import annotations

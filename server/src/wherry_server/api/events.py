@@ -19,6 +19,7 @@ from fastapi.responses import StreamingResponse
 from wherry_server import rollouts
 from wherry_server.api.rollouts import Number
 from wherry_server.auth import ServicesDep, Viewer
+from wherry_server.rollout import FINAL
 from wherry_server.services import Services
 from wherry_shared.errors import RefusedError, UnreachableError
 
@@ -32,7 +33,6 @@ STAY_S_MAX = 3_600
 STREAMS_MAX = 64
 """Streams of one process at a time: each costs a look at the database every LOOK_S."""
 ID_DIGITS_MAX = 15
-FINAL = frozenset({"done", "halted", "aborted", "reverted"})
 
 
 @router.get(
