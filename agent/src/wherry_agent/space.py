@@ -60,8 +60,8 @@ class Space:
             free = self._disk.free_bytes(self._home)
         except DeviceError as error:
             return Failed(reason=error.code, detail=error.message, retry_after_s=AGAIN_S)
-        short = short_words(bytes_coming, free, self._reserve)
-        return _full(short) if short else None
+        words = short_words(bytes_coming, free, self._reserve)
+        return _full(words) if words else None
 
     def _free(self) -> int:
         return self._disk.free_bytes(self._home) - self._reserve
