@@ -10,6 +10,7 @@ import pytest
 from tests.server.fleet_kit import PROJECT, fleet, manifest_of, run
 from wherry_server.cli.rollout import _said
 from wherry_server.explaining import explain
+from wherry_server.fleet import end_device
 
 SHADOW = {
     "strategy": "shadow",
@@ -112,5 +113,21 @@ def test_a_split_ends_after_its_time_as_the_plan_says(tmp_path: Path, then: str,
             for _ in range(5):
                 await found.turn()
             assert sum(device.running == NEW for device in devices) == new
+
+    run(work())
+
+
+def test_a_device_that_was_shut_out_while_it_stood_by_keeps_nobody_waiting(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            devices = await found.enrol(20, version="1.0.0")
+            number = await found.roll_out("1.1.0", **{**BLUE_GREEN, "stages": [{"share": 1.0, "soak_s": 5}]})
+            while (await found.show(number))["stages"][0]["counts"]["proved"] < 20:
+                await found.turn()
+            async with found.database.write() as connection:
+                await end_device(connection, PROJECT, devices[0].id, "revoked")
+            await found.until(number, "done")
+            assert [device.running for device in devices].count(NEW) == 19
 
     run(work())

@@ -416,8 +416,9 @@ _CONFIRMED = text(
     " AND outcome IN ('confirmed', 'confirmed_idle') GROUP BY wave"
 )
 _UNPROMOTED = text(
-    "SELECT stage, count(*) AS devices FROM assignment WHERE rollout_id = :rollout AND tried"
-    " AND outcome IN ('exposed', 'proved', 'confirmed', 'confirmed_idle') GROUP BY stage"
+    "SELECT a.stage, count(*) AS devices FROM assignment a JOIN device d ON d.id = a.device_id AND d.state = 'active'"
+    " WHERE a.rollout_id = :rollout AND a.tried"
+    " AND a.outcome IN ('exposed', 'proved', 'confirmed', 'confirmed_idle') GROUP BY a.stage"
 )
 _BESIDE = text(
     "SELECT compared, agreed, skipped, count(*) AS devices FROM assignment WHERE rollout_id = :rollout AND tried"

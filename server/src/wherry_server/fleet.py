@@ -41,7 +41,7 @@ _unpublished = table(Unpublished)
 _logs = table(LogRequest)
 _windows = table(TelemetryWindow)
 _assignments = table(Assignment)
-AWAITED = ("exposed", "revert_pending")
+AWAITED = ("exposed", "proved", "revert_pending")
 """Outcomes of assignments that a rollout still waits for."""
 
 

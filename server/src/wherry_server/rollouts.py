@@ -507,7 +507,7 @@ def _nothing(message: str) -> RefusedError:
     )
 
 
-_HERE = ("exposed", "confirmed", "confirmed_idle")
+_HERE = ("exposed", "proved", "confirmed", "confirmed_idle")
 """Outcomes of devices that have, or will have, what the rollout brings."""
 _REACHED = (
     select(_ROLLOUT.c.number, _ROLLOUT.c.plan)
