@@ -51,7 +51,8 @@ import handle_overhead  # noqa: E402 - the path has to be set first
 from peers import environments  # noqa: E402
 from tests.agent import serving_kit  # noqa: E402
 
-from wherry_agent.children import ServeModel  # noqa: E402
+from wherry_agent.canary_exit import child_environment  # noqa: E402
+from wherry_agent.children import Loadable, ServeModel  # noqa: E402
 from wherry_agent.handle import Model  # noqa: E402
 from wherry_agent.handle_server import HandleServer  # noqa: E402
 from wherry_shared.bundle import Bounds, Interface, TensorSpec  # noqa: E402
@@ -315,6 +316,43 @@ def set_mb(pid: int) -> float:
     return (own_kb + sum(files.values())) / 1024
 
 
+BARE = """
+import sys, time
+from concurrent import futures
+import grpc, numpy, onnxruntime
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+server = grpc.server(futures.ThreadPoolExecutor(2))
+server.add_insecure_port("127.0.0.1:0")
+server.start()
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = 1
+sessions = [onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]) for path in sys.argv[1:]]
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def bare_mb(files: dict[str, Path]) -> float:
+    """Return what a process holds that has these models in onnxruntime and an empty gRPC server, and nothing else."""
+    argv = [sys.executable, "-c", BARE, *map(str, files.values())]
+    with subprocess.Popen(argv, env=child_environment(), stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            time.sleep(1.0)
+            return set_mb(process.pid)
+        finally:
+            process.kill()
+
+
+def rest_only_mb(folder: Path, loadables: dict[str, Loadable]) -> float:
+    """Return what a worker without gRPC holds, as an installation without that extra has it."""
+    with serving_kit.worker(folder) as worker:
+        worker.serve(*(ServeModel(name=key, active=item) for key, item in loadables.items()))
+        time.sleep(1.0)
+        return set_mb(worker.process.pid)
+
+
 def mappings(smaps: str) -> Iterator[tuple[tuple[str, str, str] | None, dict[str, int]]]:
     """Yield each mapping of /proc/PID/smaps: device, inode and offset of its file (None without one), and its fields in kB."""
     mapping: tuple[str, str, str] | None = None
@@ -475,6 +513,8 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
         time.sleep(2.0)  # what was freed has time to go back
         memory = {
             "wherry worker": set_mb(worker.process.pid),
+            "wherry worker without gRPC": rest_only_mb(folder, loadables),
+            "bare process with gRPC": bare_mb(files),
             **{peer.name: set_mb(peer.process.pid) for peer in peers},
         }
 
@@ -506,6 +546,8 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
             p50["grpc image"] / min(p50["mlserver grpc image"], p50["kserve grpc image"]), 2
         ),
         "idle_pss_ratio_to_best_peer": round(memory["wherry worker"] / best_memory, 2),
+        "idle_rest_only_ratio_to_best_peer": round(memory["wherry worker without gRPC"] / best_memory, 2),
+        "idle_bare_ratio_to_best_peer": round(memory["bare process with gRPC"] / best_memory, 2),
         "requests_failed": failed,
         "start_s": {"wherry worker": round(start_s, 2), **{peer.name: round(peer.start_s, 2) for peer in peers}},
         "p50_us": {key: round(value, 1) for key, value in p50.items()},
