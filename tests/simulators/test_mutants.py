@@ -12,7 +12,7 @@ from wherry_simulators import mutants
 from wherry_simulators.scenarios import behaviours
 
 SEEDS = 2
-SHORT = 3
+SHORT = 10
 """One mutant in so many is tried by `make test`; `make mutants`, which CI runs as well, tries all."""
 
 
