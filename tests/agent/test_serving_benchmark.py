@@ -72,3 +72,31 @@ def test_a_library_of_several_processes_of_one_server_counts_once():
         alone, both = serving.set_mb(single.pid), serving.set_mb(pair.pid)
         assert len(serving.tree(pair.pid)) == 2
         assert alone < both < 1.8 * alone
+
+
+KEYS = {
+    "supervisor_rss_mb",
+    "handle_overhead_us",
+    "rest_binary_overhead_us",
+    "uds_overhead_us",
+    "shm_600k_ratio_to_bare",
+    "rps_ratio_to_best_peer",
+    "idle_pss_ratio_to_best_peer",
+    "swap_failed",
+    "swap_count",
+    "p99_swap_ratio",
+    "rollback_warm_ms",
+    "rollback_cold_ms",
+    "crash_points",
+    "crash_points_failed",
+}
+
+
+def test_every_figure_that_was_promised_is_written_by_the_benchmark_or_by_one_that_it_runs():
+    scripts = Path(serving.__file__).parent
+    written = "".join((scripts / f"{name}.py").read_text(encoding="utf-8") for name in ("serving", *serving.OTHERS))
+    assert {key for key in KEYS if f'"{key}": ' not in written} == set()
+    assert serving.with_supervisor({}) == {}
+    idle = {"wherry worker": 50.0, "mlserver": 100.0, "kserve": 120.0, "bare process with gRPC": 40.0}
+    found = serving.with_supervisor({"supervisor_rss_mb": 25.0, "idle_pss_mb": idle})
+    assert found == {"idle_pss_with_supervisor_ratio": 0.75}, "of peers, not of what else was weighed"
