@@ -511,10 +511,7 @@ class Turn:
             offered = offer.models.get(name) if offer is not None and not self.expired() else None
             if offered is not None and offered.manifest == held.version.manifest:
                 ends = tuple(end for end in ends if end != end_of(offered))
-                loadable = held.version.loadable
-                key = (loadable.digest, loadable.engine, loadable.engine_version)
-                rest = tuple(b for b in self.state.known_bad if (b.digest, b.engine, b.engine_version) != key)
-                self.state = replace(self.state, known_bad=rest)
+                self.state = replace(self.state, known_bad=self._other_bad(held.version.loadable))
             self.put(name, replace(slot, ends=ends, held=again))
 
     def known_bad(self, digest: str, engine: str, engine_version: str) -> KnownBad | None:
@@ -528,9 +525,13 @@ class Turn:
         """Hold a verdict against a variant with this engine."""
         if reason not in reasons.VERDICTS:
             return
-        key = (loadable.digest, loadable.engine, loadable.engine_version)
-        rest = tuple(b for b in self.state.known_bad if (b.digest, b.engine, b.engine_version) != key)
-        self.state = replace(self.state, known_bad=(*rest, KnownBad(*key, reason, attempt))[-KNOWN_BAD_MAX:])
+        bad = KnownBad(loadable.digest, loadable.engine, loadable.engine_version, reason, attempt)
+        self.state = replace(self.state, known_bad=(*self._other_bad(loadable), bad)[-KNOWN_BAD_MAX:])
+
+    def _other_bad(self, loadable: Loadable) -> tuple[KnownBad, ...]:
+        """Return what is held against others than this variant with this engine."""
+        bad = self.known_bad(loadable.digest, loadable.engine, loadable.engine_version)
+        return tuple(other for other in self.state.known_bad if other is not bad)
 
     def variant_failed(
         self, name: str, slot: Slot, job: Job, reason: str, detail: str, peak_memory_bytes: int = 0
