@@ -10,7 +10,7 @@ Everything is level-triggered: a worker is told what it should serve, not what t
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
@@ -380,6 +380,16 @@ class GoldenDone(_Message, tag="golden_done", frozen=True, kw_only=True):
     reason: str = ""
     """Why not; a verdict only if the variant itself missed them."""
     detail: str = ""
+
+
+ArmName: TypeAlias = Literal["candidate", "incumbent", "shadow"]
+
+
+def arm_of(model: ServeModel) -> ArmName:
+    """Return under which name the active version of a desired state is counted."""
+    if not model.trial:
+        return "incumbent"
+    return "shadow" if model.mode == "shadow" else "candidate"
 
 
 class ArmStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

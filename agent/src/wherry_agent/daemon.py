@@ -44,7 +44,7 @@ from wherry_agent import (
     turn,
 )
 from wherry_agent import state as s
-from wherry_agent.children import ArmStats, Ran
+from wherry_agent.children import ArmStats, Ran, arm_of
 from wherry_agent.contracts import contract_of
 from wherry_agent.disk import Disk, device_error, disk_of
 from wherry_agent.downloads import Downloads
@@ -1247,8 +1247,7 @@ class Daemon:
         """Note which versions a dead worker ran; where nobody knows, each version that answered first."""
         at_us = self._now().wall_us
         for model in machine.serving(self._state):
-            arm = "incumbent" if not model.trial else "shadow" if model.mode == "shadow" else "candidate"
-            for loadable, its in ((model.active, arm), (model.incumbent, "incumbent")):
+            for loadable, its in ((model.active, arm_of(model)), (model.incumbent, "incumbent")):
                 known = loadable is not None and Ran(loadable.model, loadable.manifest, loadable.variant) in ran
                 if loadable is None or not (known if ran else loadable is model.active):
                     continue

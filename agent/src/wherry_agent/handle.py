@@ -30,7 +30,6 @@ from wherry_agent import handle_messages as messages
 from wherry_agent import shelter
 from wherry_agent.answering.arms import (
     RUNS_LEFT_OUT,
-    ArmName,
     Counter,
     Loaded,
     check_told,
@@ -43,7 +42,7 @@ from wherry_agent.answering.gate import RunGate
 from wherry_agent.answering.helpers import Helpers
 from wherry_agent.answering.published import Published
 from wherry_agent.answering.sequences import Sequences, same_state
-from wherry_agent.children import Loadable, ServeModel
+from wherry_agent.children import ArmName, Loadable, ServeModel
 from wherry_agent.handle_remote import RemoteAnswer, WorkerClient
 from wherry_agent.lines import LineWriter, read_lines
 from wherry_shared import reasons

@@ -16,13 +16,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from wherry_agent.answering.intact import check_weights, read_golden_bytes
 from wherry_agent.answering.withheld import withhold
-from wherry_agent.children import ArmStats, Loadable
+from wherry_agent.children import ArmName, ArmStats, Loadable
 from wherry_agent.in_flight import UNREAD, Page, mark_of
 from wherry_shared import golden, reasons
 from wherry_shared.engines.canonical import BUCKET_BITS, Bound, open_bound
@@ -41,8 +41,6 @@ from wherry_shared.sketch import LOG_GAMMA, VALUE_MIN, Sketch
 from wherry_shared.wire import Sum
 
 log = logging.getLogger(__name__)
-
-ArmName: TypeAlias = Literal["candidate", "incumbent", "shadow"]
 
 RUNS_LEFT_OUT = 10
 """Runs after a load whose latency is not evidence (contracts.md §4)."""

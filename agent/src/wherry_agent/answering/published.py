@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from wherry_agent.answering.arms import ArmName, Counter, Loaded
+from wherry_agent.answering.arms import Counter, Loaded
 from wherry_agent.answering.ask import PLAIN, Ask
 from wherry_agent.answering.gate import RunGate
 from wherry_agent.answering.helpers import Helpers, Overrun
 from wherry_agent.answering.route import WHOLE, Route, route_of
 from wherry_agent.answering.sequences import Ongoing, Sequences, with_state
 from wherry_agent.answering.shadow import Case, Shadow
-from wherry_agent.children import Loadable, ServeModel
+from wherry_agent.children import ArmName, Loadable, ServeModel, arm_of
 from wherry_shared.engines.errors import BadInput, EngineFault
 from wherry_shared.engines.session import Array, Interrupt
 
@@ -266,13 +266,6 @@ class Published:
             return Answer(results, incumbent, fallback=True)
         finally:
             self.on_candidate_error()
-
-
-def arm_of(model: ServeModel) -> ArmName:
-    """Return under which name the active version of a desired state is counted."""
-    if not model.trial:
-        return "incumbent"
-    return "shadow" if model.mode == "shadow" else "candidate"
 
 
 def _as_fault(fault: EngineFault | Overrun) -> EngineFault:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection
 
-from wherry_agent.answering.arms import ArmName, Counter, Loaded, key_of
-from wherry_agent.answering.published import Published, arm_of
+from wherry_agent.answering.arms import Counter, Loaded, key_of
+from wherry_agent.answering.published import Published
 from wherry_agent.answering.registry import Registry
 from wherry_agent.answering.sequences import Sequences
 from wherry_agent.answering.shadow import Shadow, ShadowRunner
-from wherry_agent.children import Loadable, ServeModel
+from wherry_agent.children import ArmName, Loadable, ServeModel, arm_of
 
 
 class Lasting:
