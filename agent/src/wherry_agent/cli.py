@@ -70,7 +70,24 @@ def _parser() -> argparse.ArgumentParser:
         "--scrub", action="store_true", help="read all installed files and compare them with their digests"
     )
     doctor.set_defaults(run=_doctor)
+    _add_tuf(commands)
     return parser
+
+
+def _add_tuf(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the three commands of the conformance protocol; options come before the command there."""
+    parser = commands.add_parser("tuf", help="the TUF client alone, as the public tuf-conformance suite calls it")
+    parser.add_argument("--metadata-dir", metavar="DIR", type=Path, required=True, help="where trusted metadata are")
+    parser.add_argument("--metadata-url", metavar="URL", default="", help="the repository's metadata")
+    parser.add_argument("--target-name", metavar="PATH", default="", help="target to download")
+    parser.add_argument("--target-base-url", metavar="URL", default="", help="the repository's targets")
+    parser.add_argument("--target-dir", metavar="DIR", type=Path, help="where downloads go")
+    verbs = parser.add_subparsers(required=True, metavar="init|refresh|download")
+    first = verbs.add_parser("init", help="trust a root; asks nobody")
+    first.add_argument("trusted_root", type=Path, metavar="ROOT.json")
+    first.set_defaults(run=_tuf_init)
+    verbs.add_parser("refresh", help="update the top-level metadata").set_defaults(run=_tuf_refresh)
+    verbs.add_parser("download", help="have a target, verified").set_defaults(run=_tuf_download)
 
 
 def _settings(arguments: argparse.Namespace) -> settings.Settings:
@@ -199,6 +216,43 @@ def _doctor(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(msgspec.json.encode(rows).decode())
     return worst
+
+
+def _tuf_init(arguments: argparse.Namespace) -> int:
+    from wherry_agent import tuf_commands
+
+    tuf_commands.init(arguments.metadata_dir, arguments.trusted_root)
+    return 0
+
+
+def _tuf_refresh(arguments: argparse.Namespace) -> int:
+    from wherry_agent import tuf_commands
+
+    _need(arguments, "metadata_url")
+    tuf_commands.refresh(arguments.metadata_dir, arguments.metadata_url)
+    return 0
+
+
+def _tuf_download(arguments: argparse.Namespace) -> int:
+    from wherry_agent import tuf_commands
+
+    _need(arguments, "metadata_url", "target_name", "target_base_url", "target_dir")
+    tuf_commands.download(
+        arguments.metadata_dir,
+        arguments.metadata_url,
+        arguments.target_name,
+        arguments.target_base_url,
+        arguments.target_dir,
+    )
+    return 0
+
+
+def _need(arguments: argparse.Namespace, *names: str) -> None:
+    missing = [f"--{name.replace('_', '-')}" for name in names if not getattr(arguments, name)]
+    if missing:
+        raise RefusedError(
+            "argument_missing", f"{', '.join(missing)} must be given", next_step="see wherry-agent tuf --help"
+        )
 
 
 if __name__ == "__main__":

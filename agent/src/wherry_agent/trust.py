@@ -2,6 +2,7 @@
 
     HOME/trust/root.json   root v1, immutable, pinned by the digest in the enrolment token: the only trust anchor
     HOME/trust/N/          a whole verified set, as python-tuf left it; the journal names the N in use
+    HOME/trust/roots/      newer roots that were verified before a refresh failed
 
 python-tuf writes without fsync and believes what it finds, so it works on a scratch copy; the result is checked against
 the journal's floors (a set whose snapshot was zeroed by a power cut would let an older repository in), synced, and
@@ -40,6 +41,7 @@ SIGNED_AT = "x-wherry-signed-at"
 """Field of the signed timestamp: when the server signed it, µs UTC."""
 DIRECTOR_TARGET = "director.json"
 SCRATCH = ".scratch"
+ROOTS = "roots"
 CONFIG = UpdaterConfig(
     max_root_rotations=64,
     max_delegations=8,
@@ -69,7 +71,7 @@ class Known:
     time_floor_us: int
 
 
-class _Updater(Updater):
+class VerifyingUpdater(Updater):
     """python-tuf's client with a clock of ours, and with what it verified to be looked at."""
 
     def set_reference_time(self, moment: datetime) -> None:
@@ -81,7 +83,7 @@ class _Updater(Updater):
         return dict(self._trusted_set._trusted_set)  # noqa: SLF001 - its own iteration gives values without names
 
 
-class _Online(FetcherInterface):
+class Online(FetcherInterface):
     """Fetches from a server; an unchanged timestamp costs a 304."""
 
     def __init__(self, http: Http, folder: Path) -> None:
@@ -123,7 +125,7 @@ class _Offline(FetcherInterface):
 class Session:
     """A verified repository state to ask questions of; what they fetch is kept by `commit`."""
 
-    def __init__(self, updater: _Updater, folder: Path, known: Known, reference_us: int) -> None:
+    def __init__(self, updater: VerifyingUpdater, folder: Path, known: Known, reference_us: int) -> None:
         self._updater = updater
         self._folder = folder
         self._known = known
@@ -137,7 +139,7 @@ class Session:
             RefusedError: `trust_expired`, `trust_rollback` or `trust_invalid`.
             UnreachableError: `network`.
         """
-        with _border():
+        with border():
             try:
                 found = self._updater.get_targetinfo(path)
             except exceptions.RepositoryError:
@@ -342,7 +344,8 @@ class Keeper:
                     self._disk.mkdir(scratch)
                     if not online:
                         raise UnreachableError(reasons.NETWORK, "no trusted metadata on this device yet")
-                fetcher = _Online(self._http, scratch) if online else _Offline(scratch)
+                self._add_roots(scratch)
+                fetcher = Online(self._http, scratch) if online else _Offline(scratch)
                 yield self._open(scratch, fetcher)
             except OSError as error:
                 raise device_error(error, "trust") from error
@@ -350,13 +353,39 @@ class Keeper:
                 self._disk.remove_tree(scratch)
 
     def _open(self, scratch: Path, fetcher: FetcherInterface) -> Session:
-        with _border():
-            updater = _Updater(str(scratch), self._url, fetcher=fetcher, config=CONFIG, bootstrap=self._root())
+        with border():
+            updater = open_updater(scratch, self._url, fetcher, self._root(), CONFIG)
             updater.set_reference_time(datetime.fromtimestamp(self._reference_us / SECOND_US, UTC))
-            updater.refresh()
+            try:
+                updater.refresh()
+            except BaseException:
+                self._keep_roots(updater.verified()[Root.type].version, scratch)
+                raise
         session = Session(updater, scratch, self._known, self._reference_us)
         session.check_floors()
         return session
+
+    def _keep_roots(self, newest: int, scratch: Path) -> None:
+        """Keep verified roots of a refresh that failed after them, as TUF asks (5.3.8).
+
+        Who holds revoked online keys must not be believed again because somebody hides the root that revoked them.
+        """
+        for version in range(max(self._known.floors.get(Root.type, 1), 1) + 1, newest + 1):
+            kept = self._folder / ROOTS / f"{version}.root.json"
+            if not kept.exists():
+                self._disk.mkdir(kept.parent)
+                self._disk.write_atomic(kept, (scratch / "root_history" / kept.name).read_bytes())
+
+    def _add_roots(self, scratch: Path) -> None:
+        """Give python-tuf the roots that `_keep_roots` kept; it verifies them again."""
+        kept = self._folder / ROOTS
+        if not kept.is_dir():
+            return
+        history = scratch / "root_history"
+        history.mkdir(mode=0o700, exist_ok=True)
+        for path in kept.glob("*.root.json"):
+            if not (history / path.name).exists():
+                shutil.copyfile(path, history / path.name)
 
     def _root(self) -> bytes:
         data = self._disk.read(self._folder / ROOT_FILE)
@@ -386,8 +415,15 @@ class Keeper:
             os.close(descriptor)
 
 
+def open_updater(
+    folder: Path, url: str, fetcher: FetcherInterface, root: bytes, config: UpdaterConfig
+) -> VerifyingUpdater:
+    """Open a folder of metadata under the anchor `root`; nothing is fetched yet. Call it inside `border`."""
+    return VerifyingUpdater(str(folder), url, fetcher=fetcher, config=config, bootstrap=root)
+
+
 @contextlib.contextmanager
-def _border() -> Iterator[None]:
+def border() -> Iterator[None]:
     """Turn python-tuf's exceptions into ours."""
     try:
         yield
