@@ -7,16 +7,27 @@ import base64
 import hashlib
 import hmac
 import json
+from collections import Counter
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.server.harness import Running, in_database
-from wherry_server import calls, webhooks
+from wherry_server import audit, calls, webhooks
 from wherry_server.client import Client
 from wherry_server.db.database import Database
-from wherry_server.webhooks import PAUSE_S_FIRST, PAUSE_S_MAX, TRIES_MAX, Postman, pause_s
+from wherry_server.postman import (
+    PAUSE_S_FIRST,
+    PAUSE_S_MAX,
+    SHARED_MAX,
+    TRIES_MAX,
+    UNDER_WAY_MAX,
+    UNDER_WAY_PER_RECEIVER,
+    Postman,
+    pause_s,
+    room,
+)
 from wherry_shared.access import Access
 from wherry_shared.errors import RefusedError
 
@@ -46,6 +57,7 @@ def post(server: Running, receiver: Receiver, turns: int = 1) -> None:
                 for _ in range(turns):
                     async with database.write() as connection:
                         await connection.exec_driver_sql("UPDATE webhook_delivery SET next_at = 0")
+                        await connection.exec_driver_sql("UPDATE webhook SET open_at = 0")
                     while await postman.turn():
                         pass
         finally:
@@ -66,12 +78,15 @@ def test_an_event_is_told_signed_and_again_until_it_arrives(server: Running) -> 
         (waiting,) = client.send(calls.list_deliveries("chat"))
         assert (waiting.state, waiting.tries, waiting.error) == ("waiting", 1, "it answered 500")
         assert waiting.next_at > waiting.created_at
+        failing = next(one for one in client.send(calls.list_webhooks()) if one.name == "chat")
+        assert (failing.failures, failing.open_at > waiting.created_at) == (1, True)
         assert client.send(calls.list_deliveries("silent")) == []
         receiver.status = 204
         post(server, receiver)
         post(server, receiver)
         assert len(receiver.came) == 2, "what arrived is not told again"
         assert client.send(calls.list_deliveries("chat")) == []
+        assert [one.failures for one in client.send(calls.list_webhooks()) if one.name == "chat"] == [0]
 
         first, request = receiver.came
         assert request.headers["content-type"].startswith("application/cloudevents+json")
@@ -107,6 +122,101 @@ def test_what_never_arrives_is_dead_until_an_operator_sends_it_again(server: Run
         assert len(receiver.came) == TRIES_MAX + 1
         assert client.send(calls.list_deliveries(name)) == []
         client.send(calls.delete_webhook(name))
+
+
+def test_nobody_waits_for_a_receiver_that_is_slow_or_fails(server: Running) -> None:
+    """Thirty events are due to three receivers: one answers, one hangs, one refuses; then the hanging one comes to itself."""
+
+    async def work() -> None:
+        database = Database.open(server.settings.database_url)
+        project, awake = server.settings.project, asyncio.Event()
+        came: dict[str, list[str]] = {"quick": [], "slow": [], "down": []}
+
+        async def receiver(request: httpx.Request) -> httpx.Response:
+            came[request.url.host].append(request.headers["webhook-id"])
+            if request.url.host == "slow":
+                await awake.wait()
+            return httpx.Response(503 if request.url.host == "down" else 204)
+
+        async with httpx.AsyncClient(transport=httpx.MockTransport(receiver)) as http:
+            postman = Postman(database, project, b"k" * 32, http)
+            for name in came:
+                await webhooks.create(database, project, b"k" * 32, "us", name, f"http://{name}/", ["test.*"])
+            async with database.write() as connection:
+                for number in range(30):
+                    await audit.append(connection, project, "us", "test.event", str(number))
+            while len(came["quick"]) < 30:
+                assert await postman.turn()
+            assert came["quick"] == sorted(set(came["quick"]), key=int), "in order, each once"
+            assert len(came["slow"]) == UNDER_WAY_PER_RECEIVER
+            assert 1 <= len(came["down"]) <= UNDER_WAY_PER_RECEIVER, "then it is left alone"
+
+            async with database.read() as connection:
+                found = {one["name"]: one for one in await webhooks.every(connection, project)}
+                waiting = await webhooks.deliveries(connection, project, "down", "waiting")
+            assert (found["down"]["failures"], found["down"]["waiting"], found["quick"]["failures"]) == (1, 30, 0)
+            assert {one["tries"] for one in waiting} == {1}, "its failure is a try of all that waits for it"
+
+            awake.set()
+            while len(came["slow"]) < 30:
+                assert await postman.turn()
+            assert sorted(came["slow"]) == sorted(came["quick"])
+            await webhooks.redeliver(database, project, "us", "down", waiting[-1]["event"])
+            before = len(came["down"])
+            await postman.turn()
+            await postman.turn()
+            assert came["down"][before:] == [str(waiting[-1]["event"])], "one event asks whether it is back"
+            await postman.rest()
+        for name in came:
+            await webhooks.remove(database, project, "us", name)
+        await database.close()
+
+    asyncio.run(work())
+
+
+def test_an_event_that_is_always_refused_holds_no_other_up(server: Running) -> None:
+    refused = "never"
+
+    async def work() -> None:
+        database = Database.open(server.settings.database_url)
+        project, came = server.settings.project, list[str]()
+
+        def receiver(request: httpx.Request) -> httpx.Response:
+            subject = json.loads(request.content)["subject"]
+            came.append(subject)
+            return httpx.Response(400 if subject == refused else 204)
+
+        async with httpx.AsyncClient(transport=httpx.MockTransport(receiver)) as http:
+            postman = Postman(database, project, b"k" * 32, http)
+            await webhooks.create(database, project, b"k" * 32, "us", "picky", "http://picky/", ["test.*"])
+            async with database.write() as connection:
+                for subject in (refused, *map(str, range(12))):
+                    await audit.append(connection, project, "us", "test.event", subject)
+            for _ in range(3):
+                while await postman.turn():
+                    pass
+                async with database.write() as connection:
+                    await connection.exec_driver_sql("UPDATE webhook SET open_at = 0")
+            async with database.read() as connection:
+                (left,) = await webhooks.deliveries(connection, project, "picky", "")
+            assert sorted(came) == sorted((refused, *map(str, range(12))))
+            assert (left["state"], left["error"]) == ("waiting", "it answered 400")
+        await webhooks.remove(database, project, "us", "picky")
+        await database.close()
+
+    asyncio.run(work())
+
+
+def test_every_receiver_has_room_whatever_the_others_take() -> None:
+    under_way = Counter[str]()
+    names = [f"r{number}" for number in range(webhooks.WEBHOOKS_MAX)]
+    for _ in range(3):
+        for name in names:
+            under_way[name] += room(name, under_way, failures=0)
+    assert all(1 <= many <= UNDER_WAY_PER_RECEIVER for many in under_way.values())
+    assert under_way.total() == UNDER_WAY_MAX == len(names) + SHARED_MAX
+    assert room("new", under_way, failures=0) == room("new", under_way, failures=3) == 1
+    assert room(names[-1], under_way, failures=3) == 0
 
 
 def test_pauses_grow_to_a_bound_and_differ() -> None:

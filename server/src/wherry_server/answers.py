@@ -582,13 +582,15 @@ class Health:
 
 @dataclass(frozen=True, kw_only=True)
 class WebhookShown:
-    """A webhook, and how many events have not arrived."""
+    """A webhook, how many events have not arrived, how often it failed in a row, and until when it is left alone for that."""
 
     name: str
     url: str
     types: list[str]
     created_at: int
     created_by: str
+    failures: int = 0
+    open_at: int = 0
     waiting: int = 0
     dead: int = 0
 

@@ -25,10 +25,10 @@ from wherry_server.lease import RENEW_S, Lease
 from wherry_server.mqtt import Link
 from wherry_server.offers import Composer
 from wherry_server.outbox import Outbox
+from wherry_server.postman import ANSWER_S, UNDER_WAY_MAX, Postman
 from wherry_server.services import Services, open_services
 from wherry_server.settings import Settings
 from wherry_server.times import now_us
-from wherry_server.webhooks import ANSWER_S, Postman
 from wherry_shared import topics
 from wherry_shared.errors import RefusedError
 
@@ -59,7 +59,8 @@ class Process:
         composer = Composer(services.project, trust.director_keyid, trust.director_sign, trust.director_key_file)
         conductor = Conductor(services, lease, composer)
         came_back = asyncio.Event()
-        http = httpx.AsyncClient(timeout=ANSWER_S, trust_env=False)
+        limits = httpx.Limits(max_connections=UNDER_WAY_MAX)
+        http = httpx.AsyncClient(timeout=ANSWER_S, limits=limits, trust_env=False)
         postman = Postman(services.database, services.project, services.master_key, http)
         link = Link(
             services.settings.broker_host,
@@ -94,6 +95,8 @@ class Process:
         async def tell() -> None:
             while lease.epoch and await postman.turn():
                 pass
+            if not lease.epoch:
+                await postman.rest()
 
         async def forget() -> None:
             if lease.epoch:
@@ -119,6 +122,7 @@ class Process:
         finally:
             with contextlib.suppress(*DATABASE_ERRORS):
                 await lease.release()
+            await postman.rest()
             await http.aclose()
             composer.close()
             await services.close()

@@ -69,6 +69,12 @@ def size(count: float) -> str:
     raise AssertionError
 
 
+def soon(time_us: int) -> str:
+    """Write a time to come for people."""
+    left = max(0.0, time_us / 1_000_000 - datetime.now(UTC).timestamp())
+    return f"in {left:.0f} s" if left < 120 else f"in {left / 60:.0f} min"
+
+
 def when(time_us: int) -> str:
     """Write a time of the past for people: how long ago, or the date."""
     if not time_us:

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from wherry_server import calls
-from wherry_server.cli.common import AsJson, client, show, table, when
+from wherry_server.cli.common import AsJson, client, show, soon, table, when
 
 app = typer.Typer(name="webhook", help="Other systems that are told what happens.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="Name of the webhook.")]
@@ -21,8 +21,20 @@ def list_webhooks(as_json: AsJson = False) -> None:
         found = server.plain(calls.list_webhooks())
 
     def render(console: Console) -> None:
-        rows = [(one["name"], one["url"], " ".join(one["types"]), one["waiting"], one["dead"]) for one in found]
-        console.print(table(("webhook", "url", "types", "#waiting", "#dead"), rows))
+        rows = [
+            (
+                one["name"],
+                one["url"],
+                " ".join(one["types"]),
+                one["waiting"],
+                one["dead"],
+                f"failed {one['failures']} times in a row, asked again {soon(one['open_at'])}"
+                if one["failures"]
+                else "",
+            )
+            for one in found
+        ]
+        console.print(table(("webhook", "url", "types", "#waiting", "#dead", "receiver"), rows))
 
     show(found, as_json, render)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BigInteger, Boolean, Column, Index, LargeBinary, Table, UniqueConstraint, false, text
+from sqlalchemy import BigInteger, Boolean, Column, Index, Integer, LargeBinary, Table, UniqueConstraint, false, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import JSON
 from sqlmodel import Field, SQLModel
@@ -469,13 +469,17 @@ class Webhook(SQLModel, table=True):
     """The last entry of the audit log that was taken up."""
     created_at: int = _time()
     created_by: str
+    failures: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default="0"))
+    """In a row."""
+    open_at: int = Field(default=0, sa_column=Column(BigInteger, nullable=False, server_default="0"))
+    """It is left alone until then."""
 
 
 class WebhookDelivery(SQLModel, table=True):
     """An entry that has not arrived at a webhook."""
 
     __tablename__ = "webhook_delivery"
-    __table_args__ = (Index("ix_webhook_delivery_due", "project_id", "state", "next_at"),)
+    __table_args__ = (Index("ix_webhook_delivery_due", "webhook_id", "state", "next_at"),)
     webhook_id: str = Field(primary_key=True)
     event: int = Field(primary_key=True)
     """Id of the entry."""
