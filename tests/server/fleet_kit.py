@@ -200,7 +200,9 @@ class Fleet:
     def database(self) -> Database:
         return self.services.database
 
-    async def enrol(self, count: int, *, version: str = "", simulated: bool = False, **labels: str) -> list[FakeDevice]:
+    async def enrol(
+        self, count: int, *, version: str = "", simulated: bool = False, arch: str = "x86_64", **labels: str
+    ) -> list[FakeDevice]:
         """Enrol devices, which run `version` already if one is given."""
         made = []
         for _ in range(count):
@@ -208,7 +210,7 @@ class Fleet:
             found = FakeDevice(device, frames.device_key(self.services.master_key, device))
             found.running = manifest_of(version) if version else ""
             made.append(found)
-        await enrol_rows(self.database, [one.id for one in made], labels=labels, simulated=simulated)
+        await enrol_rows(self.database, [one.id for one in made], labels=labels, simulated=simulated, arch=arch)
         self.devices.update({one.id: one for one in made})
         await self.say_hello(made)
         return made
@@ -288,7 +290,7 @@ class Fleet:
         """Let time pass, the director take a turn, and every device that is online obey and report."""
         self.seconds += seconds
         for known in self.conductor._known.values():
-            known.scanned_at = -1e9  # what a scan may cost is not what these tests are about
+            known.scanned_at = known.condemn_at = -1e9  # what a scan may cost is not what these tests are about
         await self.conductor.reconcile()
         await self.conductor.turn()
         await self.exchange()
@@ -322,11 +324,16 @@ def _text(value: Any) -> Any:
 
 
 async def enrol_rows(
-    database: Database, devices: list[str], *, labels: dict[str, str] | None = None, simulated: bool = False
+    database: Database,
+    devices: list[str],
+    *,
+    labels: dict[str, str] | None = None,
+    simulated: bool = False,
+    arch: str = "x86_64",
 ) -> None:
     """Insert device rows as enrolment does."""
     facts = {
-        "arch": "x86_64",
+        "arch": arch,
         "engines": [{"name": "onnxruntime", "version": "1.32.0", "formats": ["onnx"]}],
     }
     async with database.write() as connection:

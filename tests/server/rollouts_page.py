@@ -82,8 +82,9 @@ takes the offer when it is back, also outside of its window: for a hard bound gi
 ## Quarantine
 
 A device on which a bundle failed is in quarantine for that bundle: no rollout offers it there again, unless its plan has a higher
-`attempt`, or an operator released it. Another version is not concerned. Hardware on which it failed beyond the bound is
-left out as a whole (`known_bad`), also devices that never had it.
+`attempt`, or an operator released it. Another version is not concerned. Hardware on which it failed beyond the bound of
+`failure` (two devices at least) is left out as a whole (`known_bad`), also devices that never had it, and also while the rollout goes on
+for others. `wherry quarantine clear` lets it be offered there again, until it fails there once more.
 
 ## Why not yet, and what if
 

@@ -302,3 +302,43 @@ def test_hardware_that_was_condemned_is_cleared_by_an_order_only(tmp_path: Path)
             assert (await found.show(number))["counts"]["real"]["confirmed"] == 5  # the others are in quarantine
 
     run(work())
+
+
+def test_hardware_on_which_a_bundle_fails_gets_it_no_more_though_the_rollout_goes_on(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.1.0")
+            await found.enrol(60)
+            boards = await found.enrol(12, arch="armv7l")
+            for device in boards:
+                device.behaviours["1.1.0"] = "bad"
+            number = await found.roll_out(
+                "1.1.0",
+                strata=["arch"],
+                stages=[{"share": 0.5}, {"share": 1.0, "soak_s": 1000}],
+                failure={"share": 0.2, "sample_min": 5},
+            )
+            for _ in range(5):
+                await found.turn()
+            shown = await found.show(number)
+            assert (shown["state"], shown["stage"]) == ("running", 1), "six of thirty-six are not too many"
+            assert sum(device.offered != {} for device in boards) == 6, "half of them, and no more"
+            assert shown["held"] == 6
+            async with found.database.read() as connection:
+                (known,) = await quarantine.hardware(connection, PROJECT)
+            assert (known["hardware_class"].split("/")[0], known["devices"]) == ("armv7l", 6)
+            (told,) = await found.rows("SELECT subject FROM audit_entry WHERE action = 'known_bad.condemn'")
+            assert told.subject == known["manifest"]
+            # an operator's word counts until it fails there once more, also for a director that starts anew
+            await quarantine.clear(found.database, PROJECT, "test", known["manifest"], known["hardware_class"])
+            found.conductor._known.clear()
+            await found.conductor.turn()
+            await found.conductor.turn()
+            assert await found.rows("SELECT 1 FROM known_bad") == []
+            await found.turn()
+            assert sum(device.offered != {} for device in boards) == 12
+            await found.turn()
+            (again,) = await found.rows("SELECT devices FROM known_bad")
+            assert again.devices == 12
+
+    run(work())

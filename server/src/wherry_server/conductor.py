@@ -19,12 +19,22 @@ import msgspec
 from sqlalchemy import insert, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server import assignments, audit, comparison, evidence, flag_trials, flag_values, offers, rollouts
+from wherry_server import (
+    assignments,
+    audit,
+    comparison,
+    evidence,
+    flag_trials,
+    flag_values,
+    offers,
+    quarantine,
+    rollouts,
+)
 from wherry_server.assignments import Prepared
 from wherry_server.db import bulk
 from wherry_server.db.database import DATABASE_ERRORS
 from wherry_server.db.tables import Decision as DecisionRow
-from wherry_server.db.tables import KnownBad, Rollout, RolloutStatus, table
+from wherry_server.db.tables import Rollout, RolloutStatus, table
 from wherry_server.flag_bearer import Bearer
 from wherry_server.ingest import Behind, Stored
 from wherry_server.lanes import ended
@@ -94,6 +104,16 @@ class _Known:
     """How it stands, as JSON: evidence, and devices by outcome."""
     told: tuple[str, str] | None = None
     told_at: float = 0.0
+    failed: int = 0
+    """Devices that failed with the bundle, as last counted."""
+    condemned: int = 0
+    """How many had, when hardware was last judged."""
+    condemn_at: float = 0.0
+    """When it is judged next at the earliest."""
+
+    def fails_on_more(self, now: float) -> bool:
+        """Tell whether it is time to judge hardware; of a flag there is none to judge while its rollout goes on."""
+        return self.failed > self.condemned and now >= self.condemn_at and not self.plan.flag
 
     def untold(self, now: float) -> bool:
         """Tell whether it is time to say how it stands."""
@@ -213,6 +233,9 @@ class Conductor:
         ):
             known.scan = None
         found, after, decisions = await self._ask(row, known, progress, now, moment)
+        if known.fails_on_more(time.monotonic()) and row.state in SCANNED and await self._condemn(row, known, moment):
+            known.scan = None
+            found, after, decisions = await self._ask(row, known, progress, now, moment)
         if after.stage != progress.stage and time.monotonic() - known.scanned_at > SCAN_FRESH_S:
             known.scan = None  # a cut-off is drawn from the members at this moment
             found, after, decisions = await self._ask(row, known, progress, now, moment)
@@ -243,6 +266,8 @@ class Conductor:
                 known.scanned_at = time.monotonic()
                 known.scan_cost = known.scanned_at - started
             tallied = await evidence.tally(connection, row.id, known.plan, moment)
+            known.failed = tallied.broken
+            known.condemned = min(known.condemned, known.failed)  # some may have been told to try again
             found = await evidence.read(connection, row, known.plan, progress, known.scan, tallied)
             if known.scan is not None and row.state in rollouts.TOLD:
                 known.status = (msgspec.json.encode(found).decode(), msgspec.json.encode(tallied.outcomes).decode())
@@ -358,24 +383,25 @@ class Conductor:
                 said = {"model": row.model, "stage": after.stage, "reason": after.reason}
                 await audit.append(connection, row.project_id, "director", action, str(row.number), **said)
             if after.reason in CONDEMNING and before.state != "returning":
-                await self._remember_bad(connection, row, known.plan, moment)
+                bad = await quarantine.condemnable(connection, row, known.plan)
+                await quarantine.condemn(connection, row, known.plan, bad, moment)
             await self._write_status(connection, {row.id: known}, moment)
             await assignments.apply(connection, row, known.plan, prepared, moment)
 
-    async def _remember_bad(self, connection: AsyncConnection, row: Any, plan: Plan, moment: int) -> None:
-        """Keep the bundle from the hardware on which it failed beyond the bound."""
-        bad = await evidence.bad_classes(connection, row.id, plan)
-        await bulk.upsert(
-            connection,
-            table(KnownBad),
-            ("project_id", "manifest", "hardware_class", "reason", "devices", "updated_at"),
-            [
-                (row.project_id, planned.manifest, name, reason, devices, moment)
-                for planned in plan.targets
-                for name, (reason, devices) in bad.items()
-            ],
-            update=("reason", "devices", "updated_at"),
-        )
+    async def _condemn(self, row: Any, known: _Known, moment: int) -> bool:
+        """Keep the bundle from hardware on which it fails, also where the rollout as a whole goes on; tell whether any is new."""
+        started = time.monotonic()
+        failed = known.failed
+        async with self.services.database.read() as connection:
+            bad = await quarantine.condemnable(connection, row, known.plan)
+        if bad:
+            async with self.services.database.write() as connection:
+                await self.lease.check(connection)
+                await quarantine.condemn(connection, row, known.plan, bad, moment)
+            log.warning("%s fails on %s: not offered there any more", _name(row), ", ".join(sorted(bad)))
+        known.condemned, ended = failed, time.monotonic()
+        known.condemn_at = ended + SCAN_SHARE * (ended - started)
+        return bool(bad)
 
     def _after(self, known: _Known, prepared: Prepared) -> None:
         exposed = {one.device for one in prepared.exposed}

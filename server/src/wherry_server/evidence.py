@@ -177,6 +177,11 @@ class Tally:
     """(stage, outcome, reason, simulated, became, devices)"""
 
     @property
+    def broken(self) -> int:
+        """Devices that tried the bundle and failed with it."""
+        return sum(row.devices for row in self.rows if row.outcome in ("returned", "failed"))
+
+    @property
     def outcomes(self) -> list[dict[str, Any]]:
         """Devices by stage, outcome, reason, and whether they are simulated: what people read."""
         found: dict[tuple[int, str, str, bool], int] = {}
@@ -266,20 +271,31 @@ def classes(facts: str) -> set[str]:
     return {hardware_class(parsed, engine) for engine in parsed.engines}
 
 
-async def bad_classes(connection: AsyncConnection, rollout: str, plan: Plan) -> dict[str, tuple[str, int]]:
-    """Return the hardware classes on which the bundle of a rollout failed beyond its bound: class → (reason, devices)."""
+class BadClass(NamedTuple):
+    """Hardware on which the bundle of a rollout failed beyond its bound."""
+
+    reason: str
+    devices: int
+    at: int
+    """When the last of them failed."""
+
+
+async def bad_classes(connection: AsyncConnection, rollout: str, plan: Plan) -> dict[str, BadClass]:
+    """Return the hardware classes on which the bundle of a rollout failed beyond its bound."""
     failed: dict[str, int] = {}
     judged: dict[str, int] = {}
     reason: dict[str, str] = {}
+    last: dict[str, int] = {}
     for row in await connection.execute(_SETTLED, {"rollout": rollout}):
         for name in _tried_classes(row.facts, row.body) or classes(row.facts):
             judged[name] = judged.get(name, 0) + 1
             if row.outcome in ("returned", "failed") and row.reason:
                 failed[name] = failed.get(name, 0) + 1
                 reason[name] = row.reason
+                last[name] = max(last.get(name, 0), row.settled_at)
     bound = plan.failure
     return {
-        name: (reason[name], bad)
+        name: BadClass(reason[name], bad, last[name])
         for name, bad in failed.items()
         if bad >= CLASS_BAD_DEVICES_MIN
         and bad >= exact(CLASS_BAD_SHARE_MIN) * judged[name]
@@ -442,7 +458,7 @@ _FAILED = text(
     " AND n.exposed_at > a.exposed_at AND n.outcome IN ('confirmed', 'confirmed_idle'))"
 ).bindparams(bindparam("manifests", expanding=True), bindparam("outcomes", expanding=True))
 _SETTLED = text(
-    "SELECT a.device_id, a.outcome, a.reason, CAST(d.facts AS TEXT) AS facts, CAST(m.body AS TEXT) AS body"
+    "SELECT a.device_id, a.outcome, a.reason, a.settled_at, CAST(d.facts AS TEXT) AS facts, CAST(m.body AS TEXT) AS body"
     " FROM assignment a JOIN device d ON d.id = a.device_id"
     " LEFT JOIN device_model m ON m.device_id = a.device_id AND m.model = a.model AND m.rollout_id = a.rollout_id"
     " WHERE a.rollout_id = :rollout AND a.outcome IN ('confirmed', 'confirmed_idle', 'returned', 'failed')"

@@ -2,23 +2,31 @@
 
 A device is in quarantine for a bundle while the last attempt that a rollout made with it there failed, nobody released it,
 and no other version of the model was confirmed since. Nothing is stored for that but the assignment itself and when it was
-released. Hardware is condemned by a halt (`known_bad`) and cleared by an operator only.
+released. Hardware is condemned (`known_bad`) as soon as the bundle failed there beyond the bound, whatever becomes of the
+rollout, and cleared by an operator only; after that it takes another failure there to condemn it again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import bindparam, text
+from sqlalchemy import bindparam, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server import audit, fleet
+from wherry_server import audit, evidence, fleet
+from wherry_server.db import bulk
 from wherry_server.db.database import Database
+from wherry_server.db.tables import AuditEntry, KnownBad, table
 from wherry_server.outcomes import FAILURES
+from wherry_server.plan import Plan
 from wherry_server.times import now_us
 from wherry_shared.errors import RefusedError
 
 FIRST = ("", "", "")
+CLEARED, CONDEMNED = "known_bad.clear", "known_bad.condemn"
+"""Actions of the audit log."""
+_ENTRY = table(AuditEntry)
 
 
 async def devices(
@@ -80,6 +88,44 @@ async def hardware(connection: AsyncConnection, project: str) -> list[dict[str, 
     return [dict(row) for row in rows.mappings()]
 
 
+async def condemnable(connection: AsyncConnection, row: Any, plan: Plan) -> dict[str, evidence.BadClass]:
+    """Return the hardware on which the bundle of a rollout failed beyond the bound and that is not condemned yet."""
+    bad = await evidence.bad_classes(connection, row.id, plan)
+    if not bad:
+        return {}
+    manifests = [planned.manifest for planned in plan.targets]
+    named = {"project": row.project_id, "manifests": manifests}
+    known = {one.hardware_class for one in await connection.execute(_KNOWN, named)}
+    cleared: dict[str, int] = {}
+    for one in await connection.execute(
+        select(_ENTRY.c.at, _ENTRY.c.detail)
+        .where(_ENTRY.c.project_id == row.project_id, _ENTRY.c.action == CLEARED, _ENTRY.c.subject.in_(manifests))
+        .order_by(_ENTRY.c.id)
+    ):
+        cleared[str(one.detail.get("hardware_class", ""))] = one.at
+    return {name: found for name, found in bad.items() if name not in known and found.at > cleared.get(name, 0)}
+
+
+async def condemn(
+    connection: AsyncConnection, row: Any, plan: Plan, bad: Mapping[str, evidence.BadClass], moment: int
+) -> None:
+    """Keep the bundle of a rollout from this hardware, inside the caller's transaction."""
+    await bulk.upsert(
+        connection,
+        table(KnownBad),
+        ("project_id", "manifest", "hardware_class", "reason", "devices", "updated_at"),
+        [
+            (row.project_id, planned.manifest, name, found.reason, found.devices, moment)
+            for planned in plan.targets
+            for name, found in bad.items()
+        ],
+        update=("reason", "devices", "updated_at"),
+    )
+    for name, found in bad.items():
+        said = {"hardware_class": name, "reason": found.reason, "devices": found.devices, "rollout": row.number}
+        await audit.append(connection, row.project_id, "director", CONDEMNED, plan.targets[0].manifest, **said)
+
+
 async def clear(database: Database, project: str, actor: str, manifest: str, hardware_class: str) -> None:
     """Forget that a bundle is bad on a hardware class; devices on which it failed stay in quarantine.
 
@@ -97,7 +143,7 @@ async def clear(database: Database, project: str, actor: str, manifest: str, har
                 consequence="nothing was changed",
                 next_step="see what is: wherry quarantine hardware",
             )
-        await audit.append(connection, project, actor, "known_bad.clear", manifest, hardware_class=hardware_class)
+        await audit.append(connection, project, actor, CLEARED, manifest, hardware_class=hardware_class)
 
 
 _DEVICES = text(
@@ -120,6 +166,9 @@ _HARDWARE = text(
     " (SELECT max(a.to_target) FROM assignment a JOIN rollout r ON r.id = a.rollout_id"
     " WHERE r.project_id = k.project_id AND a.to_manifest = k.manifest), '') AS target FROM known_bad k LEFT JOIN bundle b ON b.project_id = k.project_id AND b.manifest = k.manifest"
     " WHERE k.project_id = :project ORDER BY k.manifest, k.hardware_class"
+)
+_KNOWN = text("SELECT hardware_class FROM known_bad WHERE project_id = :project AND manifest IN :manifests").bindparams(
+    bindparam("manifests", expanding=True)
 )
 _CLEAR = text(
     "DELETE FROM known_bad WHERE project_id = :project AND manifest = :manifest AND hardware_class = :hardware_class"
