@@ -22,7 +22,7 @@ from sqlalchemy import insert, text
 from sqlmodel import SQLModel
 
 from wherry_server import rollouts
-from wherry_server.blobs import Blobs
+from wherry_server.blob_folder import FolderBlobs
 from wherry_server.conductor import Conductor
 from wherry_server.db.database import Database
 from wherry_server.db.tables import Bundle, Device
@@ -367,7 +367,7 @@ async def fleet(folder: Path) -> AsyncIterator[Fleet]:
     services = Services(
         settings=settings,
         database=database,
-        blobs=Blobs(settings.blobs_folder),
+        blobs=FolderBlobs(settings.blobs_folder),
         trust=None,
         authority=cast("Any", None),
         project=PROJECT,

@@ -1,14 +1,9 @@
-"""Blobs: whole and right, or not there; and how devices fetch them."""
+"""Blobs over HTTP: how they are uploaded, encoded and fetched. What keeps them is in `test_blob_stores`."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import socket
-import subprocess
-import sys
-import threading
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -17,143 +12,15 @@ from sqlalchemy import insert
 
 from tests.offering import give
 from tests.server.harness import Running, in_database, release, running, until
-from wherry_server.blobs import INCOMING, Blobs
+from wherry_server.blob_folder import INCOMING
 from wherry_server.db.tables import Assignment
-from wherry_server.encodings import StoppedError, compress
 from wherry_shared import wire
 from wherry_shared.bundle import Manifest
 from wherry_shared.digest import of_bytes
-from wherry_shared.errors import RefusedError, WherryError
-from wherry_shared.limits import ZSTD_WINDOW_BYTES_MAX
 
 pytestmark = pytest.mark.backends
 
 DATA = bytes(range(256)) * 2000
-
-
-def left_in(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
-
-
-async def chunks(*parts: bytes) -> AsyncIterator[bytes]:
-    for part in parts:
-        yield part
-
-
-def test_a_blob_is_read_back_as_it_was_written(tmp_path: Path) -> None:
-    blobs = Blobs(tmp_path)
-
-    async def run() -> None:
-        assert await blobs.put(of_bytes(DATA), chunks(DATA[:7], b"", DATA[7:]), length=len(DATA))
-        assert not await blobs.put(of_bytes(DATA), chunks(DATA), length=len(DATA))
-        read = b"".join([piece async for piece in blobs.read(of_bytes(DATA), 5, 400_000)])
-        assert read == DATA[5:400_000]
-        assert await blobs.get(of_bytes(DATA), bytes_max=len(DATA)) == DATA
-
-    asyncio.run(run())
-    assert blobs.size(of_bytes(DATA)) == len(DATA)
-
-
-@pytest.mark.parametrize(
-    ("parts", "length", "code"),
-    [
-        ((DATA[:-1],), len(DATA), "length_mismatch"),
-        ((DATA, b"x"), len(DATA), "length_mismatch"),
-        ((DATA[:-1] + b"x",), len(DATA), "digest_mismatch"),
-        ((DATA[:-1],), None, "digest_mismatch"),
-        ((), 0, "digest_mismatch"),
-    ],
-)
-def test_nothing_is_kept_of_a_blob_that_is_not_what_it_says(
-    tmp_path: Path, parts: tuple[bytes, ...], length: int | None, code: str
-) -> None:
-    blobs = Blobs(tmp_path)
-    with pytest.raises(RefusedError) as caught:
-        asyncio.run(blobs.put(of_bytes(DATA), chunks(*parts), length=length))
-    assert caught.value.code == code
-    assert left_in(tmp_path) == []
-
-
-def test_the_same_blob_sent_twice_at_once_is_stored_once(tmp_path: Path) -> None:
-    blobs = Blobs(tmp_path)
-
-    async def run() -> list[bool]:
-        return await asyncio.gather(*(blobs.put(of_bytes(DATA), chunks(DATA)) for _ in range(8)))
-
-    created = asyncio.run(run())
-    assert sum(created) >= 1
-    assert left_in(tmp_path) == [blobs.path(of_bytes(DATA))]
-
-
-def test_what_a_killed_upload_left_is_swept(tmp_path: Path) -> None:
-    blobs = Blobs(tmp_path)
-    (tmp_path / INCOMING).mkdir()
-    (tmp_path / INCOMING / "half").write_bytes(b"half")
-    assert blobs.sweep() == 1
-    assert left_in(tmp_path) == []
-
-
-def test_a_disk_that_takes_no_more_is_this_machines_fault_and_nothing_stays(tmp_path: Path) -> None:
-    script = """
-import asyncio, resource, sys
-from pathlib import Path
-from wherry_server.blobs import Blobs
-from wherry_shared.digest import of_bytes
-from wherry_shared.errors import DeviceError
-
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-data = b"x" * 3_000_000
-
-async def chunks():
-    for start in range(0, len(data), 65536):
-        yield data[start : start + 65536]
-
-try:
-    asyncio.run(Blobs(Path(sys.argv[1])).put(of_bytes(data), chunks()))
-except DeviceError as error:
-    print(error.code)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.stdout.strip() == "disk", done.stderr
-    assert left_in(tmp_path) == []
-
-
-def test_a_large_blob_is_not_read_where_a_small_one_is_expected(tmp_path: Path) -> None:
-    blobs = Blobs(tmp_path)
-    asyncio.run(blobs.put_bytes(DATA))
-    with pytest.raises(RefusedError) as caught:
-        asyncio.run(blobs.get(of_bytes(DATA), bytes_max=10))
-    assert caught.value.code == "blob_too_large"
-
-
-@pytest.mark.parametrize("name", ["sha256:../../etc/passwd", "sha256:AB", "md5:" + "0" * 32, "", "sha256:" + "g" * 64])
-def test_only_digests_name_blobs(tmp_path: Path, name: str) -> None:
-    with pytest.raises(WherryError) as caught:
-        Blobs(tmp_path).path(name)
-    assert caught.value.code == "bad_digest"
-
-
-def test_the_window_of_an_encoding_fits_every_device(tmp_path: Path) -> None:
-    source = tmp_path / "raw"
-    source.write_bytes(b"the same line again and again\n" * 500_000)
-    size = source.stat().st_size
-    assert size > ZSTD_WINDOW_BYTES_MAX
-    digest, length = compress(source, tmp_path / "encoded", size, threading.Event())
-    encoded = (tmp_path / "encoded").read_bytes()
-    assert (of_bytes(encoded), len(encoded)) == (digest, length)
-    assert zstandard.get_frame_parameters(encoded).window_size <= ZSTD_WINDOW_BYTES_MAX
-    decoder = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES_MAX)
-    assert decoder.decompress(encoded) == source.read_bytes()
-
-
-def test_compressing_is_given_up_when_the_server_ends(tmp_path: Path) -> None:
-    (tmp_path / "raw").write_bytes(DATA)
-    stop = threading.Event()
-    stop.set()
-    with pytest.raises(StoppedError):
-        compress(tmp_path / "raw", tmp_path / "encoded", len(DATA), stop)
 
 
 def test_what_a_stopped_server_left_uncompressed_is_taken_up_at_the_next_start(tmp_path: Path) -> None:

@@ -255,8 +255,11 @@ class Blobs:
 
     @staticmethod
     def _refused(answer: Response, source: Source) -> None:
-        where = f"{origin(source.base)} answered {answer.status}"
+        where = f"{origin(answer.url)} answered {answer.status}"
         if answer.status in (408, 425, 429) or answer.status >= 500:
+            raise UnreachableError(reasons.NETWORK, where)
+        if answer.status in (400, 401, 403) and origin(answer.url) != origin(source.base):
+            # the address to which the source sent us has expired: the next try is sent to a new one
             raise UnreachableError(reasons.NETWORK, where)
         raise _GoneError(where)
 

@@ -1,7 +1,8 @@
 """HTTP as the courier needs it: one request, one connection, everything bounded, nobody trusted.
 
-The device's secret goes to its own server only: not to mirrors, not along redirects to other origins. Every foreign
-exception becomes `UnreachableError` here.
+The device's secret goes to its own server only: not to mirrors, not along redirects to other origins. An address that a
+redirect names may be signed and is as good as a secret: only its origin is ever told. Every foreign exception becomes
+`UnreachableError` here.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ SLOW_BYTES_MIN = 16 * KIB
 CHUNK_BYTES = 64 * KIB
 REDIRECTS_MAX = 3
 ERROR_BODY_BYTES_MAX = 16 * KIB
+OF_ONE_ORIGIN = ("if-range", "if-none-match")
+"""Headers with an entity tag of who was asked first; a store that is asked instead has tags of its own."""
 
 
 class Response:
@@ -98,7 +101,7 @@ class Http:
         self._ca = ca
         self._home = origin(server) if server else ""
         self._authorization = authorization
-        self._context: ssl.SSLContext | None = None
+        self._contexts: dict[bool, ssl.SSLContext] = {}
 
     @contextlib.contextmanager
     def request(
@@ -110,10 +113,11 @@ class Http:
             RefusedError: `bad_url`.
             UnreachableError: `network`.
         """
+        sent = dict(headers or {})
         for _ in range(REDIRECTS_MAX + 1):
             connection = self._connection(url)
             try:
-                raw = self._send(connection, method, url, dict(headers or {}), body)
+                raw = self._send(connection, method, url, dict(sent), body)
                 target = (
                     raw.getheader("Location") if method == "GET" and raw.status in (301, 302, 303, 307, 308) else None
                 )
@@ -125,6 +129,8 @@ class Http:
             following = urljoin(url, target)
             if urlsplit(url).scheme == "https" and urlsplit(following).scheme != "https":
                 raise UnreachableError(NETWORK, f"{origin(url)} redirects from https to {urlsplit(following).scheme}")
+            if origin(following) != origin(url):
+                sent = {name: value for name, value in sent.items() if name.lower() not in OF_ONE_ORIGIN}
             url = following
         raise UnreachableError(NETWORK, f"more than {REDIRECTS_MAX} redirects")
 
@@ -160,9 +166,17 @@ class Http:
             raise _bad_url(url)
         if parts.scheme == "http":
             return http.client.HTTPConnection(parts.hostname, port, timeout=CONNECT_TIMEOUT_S)
-        if self._context is None:
-            self._context = ssl.create_default_context(cafile=str(self._ca) if self._ca else None)
-        return http.client.HTTPSConnection(parts.hostname, port, timeout=CONNECT_TIMEOUT_S, context=self._context)
+        context = self._tls(home=origin(url) == self._home)
+        return http.client.HTTPSConnection(parts.hostname, port, timeout=CONNECT_TIMEOUT_S, context=context)
+
+    def _tls(self, *, home: bool) -> ssl.SSLContext:
+        """Return whom to believe: at home the server's own authority only, elsewhere those of this machine as well."""
+        if home not in self._contexts:
+            context = ssl.create_default_context(cafile=str(self._ca) if self._ca and home else None)
+            if self._ca and not home:
+                context.load_verify_locations(str(self._ca))
+            self._contexts[home] = context
+        return self._contexts[home]
 
 
 def origin(url: str) -> str:
@@ -176,7 +190,7 @@ def origin(url: str) -> str:
 
 
 def _bad_url(url: str) -> RefusedError:
-    return RefusedError("bad_url", f"{url[:200]!r} is not an http or https address")
+    return RefusedError("bad_url", f"{url.partition('?')[0][:200]!r} is not an http or https address")
 
 
 def _unreachable(url: str, error: Exception) -> UnreachableError:

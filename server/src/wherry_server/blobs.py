@@ -1,23 +1,19 @@
 """Immutable blobs, named by the digest of their bytes: a blob is there whole and right, or it is not there.
 
-An upload streams under a name of its own while it is hashed and takes its digest's name only when the hash fits, so a
-cut or altered upload leaves nothing behind. Blobs are never overwritten. Writing goes through obstore; a local store
-is read by `pread` in large pieces, which costs a fifteenth of the CPU of streaming through it.
+An upload is hashed as it streams and appears under its digest's name only when the hash fits, so a cut or altered
+upload leaves nothing behind. What holds the bytes is a folder (`blob_folder`) or a bucket (`blob_bucket`); everybody
+else sees this one class.
 """
 
 from __future__ import annotations
 
+import abc
 import asyncio
-import errno
 import hashlib
-import os
-import secrets
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Collection
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-
-import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import LocalStore
+from typing import NamedTuple
 
 from wherry_shared.digest import check_digest, hex_of
 from wherry_shared.errors import DeviceError, RefusedError
@@ -26,91 +22,87 @@ from wherry_shared.limits import KIB, MIB
 READ_CHUNK_BYTES = 256 * KIB
 """What a download holds in memory at a time."""
 WRITE_CHUNK_BYTES = 1 * MIB
-WRITES_AT_ONCE = 2
-"""An upload holds at most this many chunks in memory, and one."""
-INCOMING = "incoming"
+"""What is read at a time from a file that this process made."""
+STATS_AT_ONCE = 16
+"""So many blobs are asked about at the same time."""
 
 
-class Blobs:
-    """A folder of blobs: `sha256/AB/ABCDEF…` by digest, `incoming/` while they arrive."""
+class Stored(NamedTuple):
+    """A blob that is there."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._store = LocalStore(folder, mkdir=True)
+    digest: str
+    bytes: int
+    modified_s: float
+    """When it was last uploaded, wall time of who keeps it."""
 
-    def path(self, digest: str) -> Path:
-        """Return where a blob is, or would be."""
-        return self.folder / self._key(digest)
 
-    @staticmethod
-    def _key(digest: str) -> str:
-        name = hex_of(digest)
-        return f"sha256/{name[:2]}/{name}"
+class Blobs(abc.ABC):
+    """Where blobs are, under names of the form `sha256/AB/ABCDEF…`."""
 
-    def size(self, digest: str) -> int | None:
-        """Return the length of a blob in bytes, None if it is not here."""
-        try:
-            return self.path(digest).stat().st_size
-        except FileNotFoundError:
-            return None
+    where: str
+    """What a person calls it, without secrets."""
 
+    @abc.abstractmethod
+    async def stat(self, digest: str) -> Stored | None:
+        """Return what is known of a blob, None if it is not here."""
+
+    @abc.abstractmethod
     async def put(self, digest: str, chunks: AsyncIterable[bytes], *, length: int | None = None) -> bool:
-        """Store a blob from a stream; True if it is new.
+        """Store a blob from a stream; True if it is new. The stream is not read where nothing has to be stored.
 
         Raises:
             RefusedError: `bad_digest`, `digest_mismatch` or `length_mismatch`; then nothing was kept.
             DeviceError: `disk_full` or `disk`.
+            UnreachableError: `blobs_unreachable` or `blobs_forbidden`.
         """
-        check_digest(digest)
-        if self.size(digest) is not None:
-            return False
-        sha = hashlib.sha256()
-        seen = 0
 
-        async def checked() -> AsyncIterator[bytes]:
-            nonlocal seen
-            async for chunk in chunks:
-                if not chunk:
-                    continue
-                seen += len(chunk)
-                if length is not None and seen > length:
-                    raise RefusedError("length_mismatch", f"{digest} is longer than its {length} declared bytes")
-                sha.update(chunk)
-                yield chunk
-            if length is not None and seen != length:
-                raise RefusedError(
-                    "length_mismatch",
-                    f"{digest} ended after {seen} of its {length} declared bytes",
-                    consequence="nothing of it was kept",
-                    next_step="upload it again",
-                )
-            found = "sha256:" + sha.hexdigest()
-            if found != digest:
-                raise RefusedError(
-                    "digest_mismatch",
-                    f"expected {digest}, found {found}",
-                    consequence="nothing of it was kept",
-                    next_step="the file was altered or damaged: build or fetch it again",
-                )
+    @abc.abstractmethod
+    def read(self, digest: str, start: int, stop: int) -> AsyncIterator[bytes]:
+        """Yield the bytes [start, stop) of a blob that is here, a bounded piece at a time."""
 
-        incoming = f"{INCOMING}/{secrets.token_hex(16)}"
-        try:
-            await obstore.put_async(
-                self._store, incoming, checked(), chunk_size=WRITE_CHUNK_BYTES, max_concurrency=WRITES_AT_ONCE
-            )
-            return await self._adopt(incoming, digest)
-        except (OSError, BaseError) as error:
-            raise _disk(error) from error
+    @abc.abstractmethod
+    async def delete(self, digest: str) -> None:
+        """Have a blob here no more; it need not be here."""
 
-    async def _adopt(self, incoming: str, digest: str) -> bool:
-        await asyncio.to_thread(_sync, self.folder / incoming)
-        try:
-            await obstore.rename_async(self._store, incoming, self._key(digest), overwrite=False)
-        except AlreadyExistsError:  # somebody else stored the same bytes meanwhile
-            await obstore.delete_async(self._store, incoming)
-            return False
-        await asyncio.to_thread(_sync, self.path(digest).parent)
-        return True
+    @abc.abstractmethod
+    def listed(self) -> AsyncIterator[Stored]:
+        """Yield everything that is here, in no order."""
+
+    @abc.abstractmethod
+    def local(self, digest: str, size: int) -> AbstractAsyncContextManager[Path]:
+        """Give a blob as a file of this machine, for as long as the block lasts; it is not to be written."""
+
+    @abc.abstractmethod
+    def scratch(self, bytes_max: int) -> AbstractAsyncContextManager[Path]:
+        """Give the name of a file that is not there yet and may become so long; it goes with the block."""
+
+    @abc.abstractmethod
+    async def check(self) -> None:
+        """See that blobs can be found here.
+
+        Raises:
+            WherryError: as `put`.
+        """
+
+    async def address(self, digest: str, life_s: int) -> str | None:  # noqa: ARG002  # where there are addresses
+        """Return where anybody can fetch a blob for so many seconds, None if only this process can give it."""
+        return None
+
+    async def size(self, digest: str) -> int | None:
+        """Return the length of a blob in bytes, None if it is not here."""
+        found = await self.stat(digest)
+        return found.bytes if found is not None else None
+
+    async def stats(self, digests: Collection[str]) -> dict[str, Stored]:
+        """Return what is known of those of many blobs that are here."""
+        turn = asyncio.Semaphore(STATS_AT_ONCE)
+
+        async def one(digest: str) -> Stored | None:
+            async with turn:
+                return await self.stat(digest)
+
+        found = await asyncio.gather(*(one(digest) for digest in set(digests)))
+        return {blob.digest: blob for blob in found if blob is not None}
 
     async def put_bytes(self, data: bytes) -> str:
         """Store bytes at hand and return their digest."""
@@ -133,38 +125,73 @@ class Blobs:
         return await self.put(digest, pieces(), length=length)
 
     async def get(self, digest: str, *, bytes_max: int) -> bytes:
-        """Return a small blob whole.
+        """Return a small blob whole, hashed once more.
 
         Raises:
             RefusedError: `blob_unknown` or `blob_too_large`.
+            DeviceError: `blob_damaged`.
         """
-        size = self.size(digest)
+        size = await self.size(digest)
         if size is None:
             raise unknown(digest)
         if size > bytes_max:
             raise RefusedError("blob_too_large", f"{digest} has {size} bytes, at most {bytes_max} are read here")
-        return await asyncio.to_thread(self.path(digest).read_bytes)
+        data = b"".join([piece async for piece in self.read(digest, 0, size)])
+        if "sha256:" + hashlib.sha256(data).hexdigest() != digest:
+            raise damaged(digest, "was altered where it is kept")
+        return data
 
-    async def read(self, digest: str, start: int, stop: int) -> AsyncIterator[bytes]:
-        """Yield the bytes [start, stop) of a blob that is here, a bounded piece at a time."""
-        descriptor = os.open(self.path(digest), os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            while start < stop:
-                piece = await asyncio.to_thread(os.pread, descriptor, min(READ_CHUNK_BYTES, stop - start), start)
-                if not piece:  # cannot be: blobs never shrink
-                    raise DeviceError("blob_damaged", f"{digest} ends before its length")
-                start += len(piece)
-                yield piece
-        finally:
-            os.close(descriptor)
 
-    def sweep(self) -> int:
-        """Remove what a killed process left half written; only while no upload runs. Returns how many files."""
-        removed = 0
-        for left in (self.folder / INCOMING).glob("*"):
-            left.unlink()
-            removed += 1
-        return removed
+def key_of(digest: str) -> str:
+    """Return the name under which a blob is kept.
+
+    Raises:
+        RefusedError: `bad_digest`.
+    """
+    name = hex_of(digest)
+    return f"sha256/{name[:2]}/{name}"
+
+
+def digest_of(key: str) -> str | None:
+    """Return which blob a name is that of, None if of none."""
+    try:
+        digest = check_digest("sha256:" + key.rpartition("/")[2])
+    except RefusedError:
+        return None
+    return digest if key == key_of(digest) else None
+
+
+async def checked(digest: str, chunks: AsyncIterable[bytes], length: int | None) -> AsyncGenerator[bytes, None]:
+    """Pass a stream on, and fail after its last byte if it is not the blob that it should be.
+
+    Raises:
+        RefusedError: `digest_mismatch` or `length_mismatch`.
+    """
+    sha = hashlib.sha256()
+    seen = 0
+    async for chunk in chunks:
+        if not chunk:
+            continue
+        seen += len(chunk)
+        if length is not None and seen > length:
+            raise RefusedError("length_mismatch", f"{digest} is longer than its {length} declared bytes")
+        sha.update(chunk)
+        yield chunk
+    if length is not None and seen != length:
+        raise RefusedError(
+            "length_mismatch",
+            f"{digest} ended after {seen} of its {length} declared bytes",
+            consequence="nothing of it was kept",
+            next_step="upload it again",
+        )
+    found = "sha256:" + sha.hexdigest()
+    if found != digest:
+        raise RefusedError(
+            "digest_mismatch",
+            f"expected {digest}, found {found}",
+            consequence="nothing of it was kept",
+            next_step="the file was altered or damaged: build or fetch it again",
+        )
 
 
 def unknown(digest: str) -> RefusedError:
@@ -172,21 +199,11 @@ def unknown(digest: str) -> RefusedError:
     return RefusedError("blob_unknown", f"there is no blob {digest[:80]} here")
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _disk(error: OSError | BaseError) -> DeviceError:
-    numbers = (errno.ENOSPC, errno.EDQUOT)  # obstore tells the number in its text only
-    full = any(getattr(error, "errno", None) == number or f"os error {number})" in str(error) for number in numbers)
-    code = "disk_full" if full else "disk"
+def damaged(digest: str, how: str) -> DeviceError:
+    """Return the error for a blob whose bytes are not what they were."""
     return DeviceError(
-        code,
-        f"the blob store cannot write: {error}",
-        consequence="the upload was not kept",
-        next_step="make room on the server's disk, then upload again",
+        "blob_damaged",
+        f"{digest} {how}",
+        consequence="it was not used",
+        next_step="find out what changed it, then delete it and push its bundle again",
     )

@@ -60,7 +60,7 @@ async def publish(services: Services, actor: str, model: str, version: str, mani
             consequence="the bundle was not accepted",
             next_step="push it under the name and version that it was built with",
         )
-    _check_blobs(services, manifest)
+    await _check_blobs(services, manifest)
     await _check_signed(services, model, version, manifest_digest)
     blobs: dict[str, tuple[int, str]] = {manifest_digest: (manifest_bytes, "manifest")}
     for descriptor in (manifest.config, *manifest.layers):
@@ -102,27 +102,29 @@ async def publish(services: Services, actor: str, model: str, version: str, mani
 
 
 async def _read(services: Services, digest: str) -> tuple[Manifest, Config, int]:
-    if services.blobs.size(digest) is None:
+    if await services.blobs.size(digest) is None:
         raise _missing([digest])
     data = await services.blobs.get(digest, bytes_max=MANIFEST_BYTES_MAX)
     manifest = parse_manifest(data)
-    if services.blobs.size(manifest.config.digest) is None:
+    if await services.blobs.size(manifest.config.digest) is None:
         raise _missing([manifest.config.digest])
     config = parse_config(await services.blobs.get(manifest.config.digest, bytes_max=CONFIG_BYTES_MAX))
     check_layers(manifest, config)
     return manifest, config, len(data)
 
 
-def _check_blobs(services: Services, manifest: Manifest) -> None:
+async def _check_blobs(services: Services, manifest: Manifest) -> None:
+    descriptors = (manifest.config, *manifest.layers)
+    here = await services.blobs.stats([descriptor.digest for descriptor in descriptors])
     missing: list[str] = []
-    for descriptor in (manifest.config, *manifest.layers):
-        size = services.blobs.size(descriptor.digest)
-        if size is None:
+    for descriptor in descriptors:
+        found = here.get(descriptor.digest)
+        if found is None:
             missing.append(descriptor.digest)
-        elif size != descriptor.size:
+        elif found.bytes != descriptor.size:
             raise RefusedError(
                 "manifest_invalid",
-                f"the manifest says {descriptor.size} bytes for {descriptor.digest}, which has {size}",
+                f"the manifest says {descriptor.size} bytes for {descriptor.digest}, which has {found.bytes}",
                 consequence="the bundle was not accepted",
                 next_step="build the bundle again",
             )

@@ -25,10 +25,11 @@ import msgspec
 from sqlalchemy import select
 
 from wherry_server import auth, broker, enrolment
+from wherry_server.blob_folder import FolderBlobs
 from wherry_server.db.database import DATABASE_ERRORS, transient
 from wherry_server.db.tables import ApiToken, EnrolmentToken, table
 from wherry_server.secret_files import write_secret
-from wherry_server.services import Services, open_services, prepare
+from wherry_server.services import Services, open_blobs, open_services, prepare
 from wherry_server.settings import Settings
 from wherry_server.supervision import Child, Supervisor
 from wherry_server.times import now_us
@@ -81,7 +82,8 @@ def run(settings: Settings, *, quiet: bool) -> None:
         settings.save()
         prepare(settings)
         services = open_services(settings)
-        services.blobs.sweep()
+        if isinstance(services.blobs, FolderBlobs):
+            services.blobs.sweep()
         shown = asyncio.run(_ensure_access(services))
         logs = settings.data / "logs"
         logs.mkdir(exist_ok=True)
@@ -112,10 +114,11 @@ def init(settings: Settings) -> Shown:
 
     Raises:
         RefusedError: `already_running`.
-        UnreachableError: `database_unreachable`.
+        UnreachableError: `database_unreachable`, `blobs_unreachable` or `blobs_forbidden`.
     """
     settings.data.mkdir(parents=True, exist_ok=True)
     with _alone(settings.data):
+        asyncio.run(open_blobs(settings).check())
         try:
             prepare(settings)
             shown = asyncio.run(_ensure_access(open_services(settings)))

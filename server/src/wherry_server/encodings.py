@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-import secrets
 import threading
 from collections.abc import Collection
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import zstandard
 from sqlalchemy import and_, insert, select
 
-from wherry_server.blobs import INCOMING, Blobs
+from wherry_server.blobs import Blobs
 from wherry_server.db.database import Database
 from wherry_server.db.tables import BlobEncoding, BlobOwner, table
 from wherry_server.times import now_us
@@ -139,20 +138,16 @@ class Encoder:
                     _encodings.c.digest == digest, _encodings.c.project_id == self._project
                 )
             )
-        size = self._blobs.size(digest)
+        size = await self._blobs.size(digest)
         if done is not None or size is None:
             return
         encoded_digest, encoded_bytes = digest, size
         if size >= ENCODE_BYTES_MIN:
-            part = self._blobs.folder / INCOMING / f"zstd-{secrets.token_hex(16)}"
-            part.parent.mkdir(exist_ok=True)
-            try:
-                found = await asyncio.to_thread(compress, self._blobs.path(digest), part, size, self._stop)
+            async with self._blobs.local(digest, size) as raw, self._blobs.scratch(size + size // 128) as part:
+                found = await asyncio.to_thread(compress, raw, part, size, self._stop)
                 if found[1] < size:
                     encoded_digest, encoded_bytes = found
                     await self._blobs.put_file(part, encoded_digest, encoded_bytes)
-            finally:
-                part.unlink(missing_ok=True)
         await self._record(digest, encoded_digest, encoded_bytes)
 
     async def _record(self, digest: str, encoded_digest: str, encoded_bytes: int) -> None:

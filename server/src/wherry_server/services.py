@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import insert, select
 
+from wherry_server.blob_folder import FolderBlobs
 from wherry_server.blobs import Blobs
 from wherry_server.db import migrate
 from wherry_server.db.database import Database
@@ -18,6 +19,7 @@ from wherry_server.db.tables import Project, table
 from wherry_server.identity import DeviceAuthority
 from wherry_server.secret_files import write_secret
 from wherry_server.settings import Settings
+from wherry_server.spool import Spool
 from wherry_server.times import now_us
 from wherry_server.trust import Trust
 from wherry_shared.errors import DeviceError
@@ -70,6 +72,28 @@ async def _ensure_project(settings: Settings) -> None:
         await database.close()
 
 
+def open_blobs(settings: Settings) -> Blobs:
+    """Open where blobs are; a bucket is asked nothing yet.
+
+    Raises:
+        RefusedError: `settings_invalid`.
+        DeviceError: `disk`.
+    """
+    folder = settings.blobs_folder
+    if folder is not None:
+        return FolderBlobs(folder)
+    from wherry_server.blob_bucket import BucketBlobs, Credentials
+
+    return BucketBlobs(
+        settings.blobs,
+        Spool(settings.spool_folder),
+        endpoint=settings.s3_endpoint,
+        region=settings.s3_region,
+        public_endpoint=settings.s3_public_endpoint,
+        credentials=Credentials.load(settings.s3_key_file),
+    )
+
+
 def open_services(settings: Settings) -> Services:
     """Open a prepared data folder.
 
@@ -88,7 +112,7 @@ def open_services(settings: Settings) -> Services:
     return Services(
         settings=settings,
         database=Database.open(settings.database_url),
-        blobs=Blobs(settings.blobs_folder),
+        blobs=open_blobs(settings),
         trust=Trust.open(settings.trust_folder),
         authority=DeviceAuthority.open(settings.keys_folder, days=settings.certificate_days),
         project=settings.project,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 
@@ -19,6 +20,8 @@ DEFAULT_PORT = 8400
 DEFAULT_BROKER_PORT = 8401
 FILE = "settings.json"
 CERTIFICATE_DAYS_MAX = 3650
+PRESIGN_S_MAX = 3600
+"""A signed address opens one blob to whoever has it: long enough to begin a download, never a day."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,6 +51,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What one API token may change in a second (five seconds' worth at once); 0: as much as it likes."""
     encode_blobs: bool = True
     """Whether accepted weights are also stored as zstd."""
+    blobs: str = ""
+    """Where blobs are: `file:///FOLDER` or `s3://BUCKET/PREFIX`; empty: a folder of the data folder."""
+    s3_endpoint: str = ""
+    """Address of the object store; empty: what AWS_ENDPOINT_URL says, else AWS."""
+    s3_region: str = ""
+    """Empty: what AWS_REGION says."""
+    s3_public_endpoint: str = ""
+    """Address under which devices find the object store, where it is another one."""
+    presign_s: Annotated[int, msgspec.Meta(ge=0, le=PRESIGN_S_MAX)] = 300
+    """How long an address that a device is sent to in the bucket can be used; 0: the API passes the bytes on itself."""
 
     @property
     def database_url(self) -> str:
@@ -61,9 +74,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return f"http://{host}:{self.port}"
 
     @property
-    def blobs_folder(self) -> Path:
-        """Blobs, by digest."""
-        return self.data / "blobs"
+    def blobs_folder(self) -> Path | None:
+        """Blobs, by digest; None if they are in a bucket."""
+        if not self.blobs:
+            return self.data / "blobs"
+        parts = urlsplit(self.blobs)
+        return Path(unquote(parts.path)) if parts.scheme == "file" else None
+
+    @property
+    def spool_folder(self) -> Path:
+        """Blobs of a bucket while they are worked on as files."""
+        return self.data / "spool"
+
+    @property
+    def s3_key_file(self) -> Path:
+        """A key of the bucket (`{"access_key_id", "secret_access_key"}`), where the environment has none. Mode 0600."""
+        return self.keys_folder / "s3.json"
 
     @property
     def trust_folder(self) -> Path:
@@ -107,6 +133,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         except msgspec.ValidationError as error:
             raise _invalid(file, error) from error
         check_name(settings.project, "project")
+        _check_urls(settings, file)
         return settings
 
     def save(self) -> None:
@@ -121,6 +148,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         part = self.data / (FILE + ".part")
         part.write_bytes(msgspec.json.format(msgspec.json.encode(changed)) + b"\n")
         part.replace(self.data / FILE)
+
+
+def _check_urls(settings: Settings, file: Path) -> None:
+    place = urlsplit(settings.blobs)
+    bucket = place.scheme == "s3" and place.netloc and "@" not in place.netloc
+    folder = place.scheme == "file" and not place.netloc and place.path.startswith("/")
+    if (settings.blobs and not (bucket or folder)) or place.query or place.fragment:
+        raise _invalid(file, ValueError("blobs is not of the form file:///FOLDER or s3://BUCKET/PREFIX"))
+    for name in ("s3_endpoint", "s3_public_endpoint"):
+        parts = urlsplit(getattr(settings, name))
+        if getattr(settings, name) and (parts.scheme not in ("http", "https") or not parts.hostname or parts.username):
+            raise _invalid(file, ValueError(f"{name} is not of the form https://HOST, without user and password"))
 
 
 def _decode(kind: type, value: Any) -> Any:

@@ -51,20 +51,18 @@ async def upload_blob(
     """Store a blob, streamed; nothing is kept of one that does not have this digest."""
     declared = request.headers.get("content-length")
     length = int(declared) if declared is not None else None
-    if services.blobs.size(digest) is None:
-        created = await services.blobs.put(digest, body_chunks(request), length=length)
-    else:
-        created = False
-        async for _ in body_chunks(request):  # the sender may not read an answer before it has sent all
-            pass
+    chunks = body_chunks(request)
+    created = await services.blobs.put(digest, chunks, length=length)
+    async for _ in chunks:  # not read if it was here; the sender may not read an answer before it has sent all
+        pass
     response.status_code = 201 if created else 200
-    return Uploaded(digest=digest, bytes=services.blobs.size(digest) or 0)
+    return Uploaded(digest=digest, bytes=await services.blobs.size(digest) or 0)
 
 
 @router.head("/{digest}", responses={404: {"description": "It is not here"}})
 async def has_blob(digest: Digest, services: ServicesDep, _viewer: Viewer) -> Response:
     """Tell whether a blob is here, and how long it is."""
-    size = services.blobs.size(check_digest(digest))
+    size = await services.blobs.size(check_digest(digest))
     if size is None:
         raise unknown(digest)
     return Response(headers={"Wherry-Bytes": str(size), "ETag": f'"{digest}"'})

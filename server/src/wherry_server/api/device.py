@@ -48,9 +48,9 @@ async def renew(request: Request, services: ServicesDep, device: CurrentDevice) 
     return Response(wire.encode(answer), media_type=JSON)
 
 
-@router.api_route("/blobs/{digest}", methods=["GET"], responses={206: {}, 304: {}, 416: {}})
+@router.api_route("/blobs/{digest}", methods=["GET"], responses={206: {}, 304: {}, 307: {}, 416: {}})
 async def get_blob(digest: DigestPath, request: Request, services: ServicesDep, device: CurrentDevice) -> Response:
-    """Send a blob of a bundle that the device was given, whole or one range of it."""
+    """Send a blob of a bundle that the device was given, whole or one range of it, or where to fetch it for a while."""
     async with services.database.read() as connection:
         size = await _readers(request).size(connection, device, check_digest(digest))
     etag = f'"{digest}"'
@@ -61,6 +61,10 @@ async def get_blob(digest: DigestPath, request: Request, services: ServicesDep, 
     if answer.status == 416:
         headers["Content-Range"] = f"bytes */{size}"
         return Response(status_code=416, headers=headers)
+    address = await services.blobs.address(digest, services.settings.presign_s) if services.settings.presign_s else None
+    if address is not None:
+        # never kept: whoever repeats the request gets an address of its own
+        return Response(status_code=307, headers={"Location": address, "Cache-Control": "no-store"})
     if answer.status == 206:
         headers["Content-Range"] = f"bytes {answer.start}-{answer.stop - 1}/{size}"
     headers["Content-Length"] = str(answer.length)

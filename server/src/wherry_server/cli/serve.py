@@ -52,6 +52,23 @@ def init(
         bool | None,
         typer.Option(help="Whether processes of their own store what devices say.", show_default="the director does"),
     ] = None,
+    blobs: Annotated[
+        str | None,
+        typer.Option(help="Where blobs are: file:///FOLDER or s3://BUCKET/PREFIX.", show_default="the data folder"),
+    ] = None,
+    s3_endpoint: Annotated[
+        str | None, typer.Option(help="Address of the object store.", show_default="AWS_ENDPOINT_URL, or AWS")
+    ] = None,
+    s3_region: Annotated[str | None, typer.Option(help="Its region.", show_default="AWS_REGION")] = None,
+    s3_public_endpoint: Annotated[
+        str | None, typer.Option(help="Its address for devices, where that is another one.", show_default="the same")
+    ] = None,
+    presign_s: Annotated[
+        int | None,
+        typer.Option(
+            help="Life of addresses that devices are sent to; 0: the API sends the bytes.", show_default="300"
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a data folder and a database ready for `wherry serve`; doing it again brings the schema to this release."""
@@ -59,7 +76,18 @@ def init(
 
     ingest = {None: None, True: "separate", False: "director"}[separate_ingest]
     settings = Settings.load(
-        data, database=database, broker_host=broker_host, broker_port=broker_port, host=host, port=port, ingest=ingest
+        data,
+        database=database,
+        broker_host=broker_host,
+        broker_port=broker_port,
+        host=host,
+        port=port,
+        ingest=ingest,
+        blobs=blobs,
+        s3_endpoint=s3_endpoint,
+        s3_region=s3_region,
+        s3_public_endpoint=s3_public_endpoint,
+        presign_s=presign_s,
     )
     shown = development.init(settings)
     roles = ["api", "director", *(["ingest"] if settings.ingest == "separate" else [])]

@@ -1,0 +1,527 @@
+"""What keeps blobs, a folder or a bucket: whole and right, or not there; and a bucket behind a server and a courier."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+import zstandard
+
+from tests.offering import give
+from tests.s3 import KEY_ID, REGION, S3, SECRET, Door
+from tests.server.harness import Running, free_port, release, running, until
+from tests.trust_kit import Answer, little_server
+from wherry_agent.courier_blobs import Blobs as Courier
+from wherry_agent.courier_http import Http
+from wherry_agent.disk import Disk
+from wherry_agent.store import Store
+from wherry_server import dev
+from wherry_server.blob_bucket import PART_BYTES, BucketBlobs, Credentials
+from wherry_server.blob_folder import INCOMING, FolderBlobs
+from wherry_server.blobs import Blobs, key_of
+from wherry_server.encodings import StoppedError, compress
+from wherry_server.settings import Settings
+from wherry_server.spool import Spool
+from wherry_shared import wire
+from wherry_shared.bundle import Manifest
+from wherry_shared.digest import of_bytes
+from wherry_shared.errors import DeviceError, RefusedError, UnreachableError, WherryError
+from wherry_shared.limits import ZSTD_WINDOW_BYTES_MAX
+
+DATA = bytes(range(256)) * 2000
+DIGEST = of_bytes(DATA)
+CREDENTIALS = Credentials(KEY_ID, SECRET)
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3]:
+    started = S3()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def door(s3: S3) -> Iterator[Door]:
+    opened = Door(s3)
+    yield opened
+    opened.close()
+
+
+def bucket_of(url: str, endpoint: str, spool: Path, **more: Any) -> BucketBlobs:
+    fields = {"endpoint": endpoint, "region": REGION, "credentials": CREDENTIALS, **more}
+    return BucketBlobs(url, Spool(spool), **fields)
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
+    """A store of each kind, empty."""
+    if request.param == "folder":
+        return FolderBlobs(tmp_path / "blobs")
+    s3: S3 = request.getfixturevalue("s3")
+    return bucket_of(s3.bucket(), s3.url, tmp_path / "spool")
+
+
+async def chunks(*parts: bytes) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
+
+
+async def listed(blobs: Blobs) -> dict[str, int]:
+    return {found.digest: found.bytes async for found in blobs.listed()}
+
+
+def left_in(blobs: Blobs) -> list[str]:
+    """Return everything that is kept: blobs, and in a folder what arrives."""
+    if isinstance(blobs, FolderBlobs):
+        return sorted(str(path.relative_to(blobs.folder)) for path in blobs.folder.rglob("*") if path.is_file())
+    return [key_of(digest) for digest in asyncio.run(listed(blobs))]
+
+
+def test_a_blob_is_read_back_as_it_was_written(blobs: Blobs) -> None:
+    async def run() -> None:
+        assert await blobs.stat(DIGEST) is None
+        assert await blobs.put(DIGEST, chunks(DATA[:7], b"", DATA[7:]), length=len(DATA))
+        unread = chunks(DATA)
+        assert not await blobs.put(DIGEST, unread, length=len(DATA))
+        assert [piece async for piece in unread] == [DATA], "what is here already is not taken again"
+        read = b"".join([piece async for piece in blobs.read(DIGEST, 5, 400_000)])
+        assert read == DATA[5:400_000]
+        assert await blobs.get(DIGEST, bytes_max=len(DATA)) == DATA
+        assert await blobs.size(DIGEST) == len(DATA)
+        empty = await blobs.put_bytes(b"")
+        assert await blobs.get(empty, bytes_max=0) == b""
+        assert await listed(blobs) == {DIGEST: len(DATA), empty: 0}
+        assert set(await blobs.stats([DIGEST, DIGEST, empty, of_bytes(b"else")])) == {DIGEST, empty}
+        await blobs.check()
+        await blobs.delete(DIGEST)
+        await blobs.delete(DIGEST)
+        assert await listed(blobs) == {empty: 0}
+
+    asyncio.run(run())
+
+
+def test_a_blob_of_several_parts_is_read_back_and_one_that_ends_wrong_is_never_seen(blobs: Blobs, s3: S3) -> None:
+    large = hashlib.shake_256(b"large").digest(PART_BYTES + 3_000_000)
+    parts = [large[start : start + 1_000_000] for start in range(0, len(large), 1_000_000)]
+
+    async def run() -> None:
+        with pytest.raises(RefusedError) as caught:
+            await blobs.put(of_bytes(large), chunks(*parts[:-1], parts[-1][:-1] + b"x"))
+        assert caught.value.code == "digest_mismatch"
+        assert await listed(blobs) == {}
+        assert await blobs.put(of_bytes(large), chunks(*parts), length=len(large))
+        read = b"".join([piece async for piece in blobs.read(of_bytes(large), 1, len(large))])
+        assert read == large[1:]
+
+    asyncio.run(run())
+    assert left_in(blobs) == [key_of(of_bytes(large))]
+    if isinstance(blobs, BucketBlobs):
+        assert s3.uploads(blobs.where) == 0
+
+
+@pytest.mark.parametrize(
+    ("parts", "length", "code"),
+    [
+        ((DATA[:-1],), len(DATA), "length_mismatch"),
+        ((DATA, b"x"), len(DATA), "length_mismatch"),
+        ((DATA[:-1] + b"x",), len(DATA), "digest_mismatch"),
+        ((DATA[:-1],), None, "digest_mismatch"),
+        ((), 0, "digest_mismatch"),
+    ],
+)
+def test_nothing_is_kept_of_a_blob_that_is_not_what_it_says(
+    blobs: Blobs, parts: tuple[bytes, ...], length: int | None, code: str
+) -> None:
+    with pytest.raises(RefusedError) as caught:
+        asyncio.run(blobs.put(DIGEST, chunks(*parts), length=length))
+    assert caught.value.code == code
+    assert left_in(blobs) == []
+
+
+def test_the_same_blob_sent_twice_at_once_is_stored_once(blobs: Blobs) -> None:
+    async def run() -> list[bool]:
+        return await asyncio.gather(*(blobs.put(DIGEST, chunks(DATA)) for _ in range(8)))
+
+    assert sum(asyncio.run(run())) >= 1
+    assert left_in(blobs) == [key_of(DIGEST)]
+
+
+def test_a_large_blob_is_not_read_where_a_small_one_is_expected(blobs: Blobs) -> None:
+    asyncio.run(blobs.put_bytes(DATA))
+    with pytest.raises(RefusedError) as caught:
+        asyncio.run(blobs.get(DIGEST, bytes_max=10))
+    assert caught.value.code == "blob_too_large"
+    with pytest.raises(RefusedError) as caught:
+        asyncio.run(blobs.get(of_bytes(b"none"), bytes_max=10))
+    assert caught.value.code == "blob_unknown"
+
+
+@pytest.mark.parametrize("name", ["sha256:../../etc/passwd", "sha256:AB", "md5:" + "0" * 32, "", "sha256:" + "g" * 64])
+def test_only_digests_name_blobs(blobs: Blobs, name: str) -> None:
+    for call in (blobs.stat, blobs.delete, lambda digest: blobs.put(digest, chunks(b""))):
+        with pytest.raises(WherryError) as caught:
+            asyncio.run(call(name))
+        assert caught.value.code == "bad_digest"
+
+
+def test_a_blob_that_was_altered_where_it_is_kept_is_not_used(blobs: Blobs, s3: S3) -> None:
+    async def run() -> None:
+        await blobs.put_bytes(DATA)
+        wrong = DATA[:-1] + b"x"
+        if isinstance(blobs, FolderBlobs):
+            blobs.path(DIGEST).write_bytes(wrong)
+        else:
+            assert s3.ask("PUT", f"/{blobs.where.removeprefix('s3://')}/{key_of(DIGEST)}", wrong) == 200
+        await blobs.get(DIGEST, bytes_max=len(DATA))
+
+    with pytest.raises(DeviceError) as caught:
+        asyncio.run(run())
+    assert caught.value.code == "blob_damaged"
+
+
+def test_work_on_files_finds_a_blob_as_a_file_and_leaves_none(blobs: Blobs, tmp_path: Path) -> None:
+    async def run() -> None:
+        await blobs.put_bytes(DATA)
+        async with blobs.local(DIGEST, len(DATA)) as raw, blobs.scratch(1000) as made:
+            assert raw.read_bytes() == DATA
+            made.write_bytes(b"made of it")
+            await blobs.put_file(made, of_bytes(b"made of it"), 10)
+        assert not made.exists()
+        assert await blobs.get(of_bytes(b"made of it"), bytes_max=10) == b"made of it"
+
+    asyncio.run(run())
+    assert sorted(left_in(blobs)) == sorted(key_of(of_bytes(data)) for data in (DATA, b"made of it"))
+    assert not list((tmp_path / "spool").glob("*"))
+
+
+# --- a folder -------------------------------------------------------------------------------------
+
+
+def test_what_a_killed_upload_left_is_swept(tmp_path: Path) -> None:
+    blobs = FolderBlobs(tmp_path)
+    (tmp_path / INCOMING).mkdir()
+    (tmp_path / INCOMING / "half").write_bytes(b"half")
+    assert blobs.sweep(older_than_s=1000.0) == 0
+    assert blobs.sweep() == 1
+    assert left_in(blobs) == []
+
+
+def test_a_disk_that_takes_no_more_is_this_machines_fault_and_nothing_stays(tmp_path: Path) -> None:
+    script = """
+import asyncio, resource, sys
+from pathlib import Path
+from wherry_server.blob_folder import FolderBlobs
+from wherry_shared.digest import of_bytes
+from wherry_shared.errors import DeviceError
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+data = b"x" * 3_000_000
+
+async def chunks():
+    for start in range(0, len(data), 65536):
+        yield data[start : start + 65536]
+
+try:
+    asyncio.run(FolderBlobs(Path(sys.argv[1])).put(of_bytes(data), chunks()))
+except DeviceError as error:
+    print(error.code)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.strip() == "disk", done.stderr
+    assert left_in(FolderBlobs(tmp_path)) == []
+
+
+def test_the_window_of_an_encoding_fits_every_device(tmp_path: Path) -> None:
+    source = tmp_path / "raw"
+    source.write_bytes(b"the same line again and again\n" * 500_000)
+    size = source.stat().st_size
+    assert size > ZSTD_WINDOW_BYTES_MAX
+    digest, length = compress(source, tmp_path / "encoded", size, threading.Event())
+    encoded = (tmp_path / "encoded").read_bytes()
+    assert (of_bytes(encoded), len(encoded)) == (digest, length)
+    assert zstandard.get_frame_parameters(encoded).window_size <= ZSTD_WINDOW_BYTES_MAX
+    decoder = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES_MAX)
+    assert decoder.decompress(encoded) == source.read_bytes()
+
+
+def test_compressing_is_given_up_when_the_server_ends(tmp_path: Path) -> None:
+    (tmp_path / "raw").write_bytes(DATA)
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(StoppedError):
+        compress(tmp_path / "raw", tmp_path / "encoded", len(DATA), stop)
+
+
+# --- the spool ------------------------------------------------------------------------------------
+
+
+def test_the_spool_is_bounded_and_who_does_not_fit_now_waits(tmp_path: Path) -> None:
+    async def run() -> None:
+        spool = Spool(tmp_path, 100)
+        with pytest.raises(DeviceError) as caught:
+            async with spool.file(101):
+                pass
+        assert caught.value.code == "spool_small"
+        order: list[str] = []
+
+        async def second() -> None:
+            async with spool.file(50):
+                order.append("second")
+
+        async with spool.file(60) as path:
+            path.write_bytes(b"x")
+            waiting = asyncio.create_task(second())
+            for _ in range(5):
+                await asyncio.sleep(0)
+            order.append("first")
+        await waiting
+        assert order == ["first", "second"]
+
+    asyncio.run(run())
+    assert not list(tmp_path.iterdir())
+
+
+# --- a bucket that does not work ------------------------------------------------------------------
+
+
+def test_a_bucket_that_is_not_there_or_does_not_answer_says_what_to_do(s3: S3, door: Door, tmp_path: Path) -> None:
+    absent = bucket_of("s3://wherry-nobody-made-this", s3.url, tmp_path)
+    shut = bucket_of("s3://wherry-any", f"http://127.0.0.1:{free_port()}", tmp_path)
+    for blobs, why in ((absent, "NoSuchBucket"), (shut, "no answer")):
+        for call in (blobs.check, lambda blobs=blobs: blobs.put(DIGEST, chunks(DATA))):
+            if blobs is shut and call != blobs.check:
+                continue  # each takes its retries
+            with pytest.raises(UnreachableError, match=why) as caught:
+                asyncio.run(call())
+            assert caught.value.code == "blobs_unreachable"
+            assert caught.value.consequence
+            assert "bucket exists" in caught.value.next_step
+
+
+def test_no_credential_is_in_what_a_refusal_says(tmp_path: Path) -> None:
+    """S3 repeats what it was sent, session tokens too, when a signature is wrong."""
+    body = f"<Error><Code>SignatureDoesNotMatch</Code><AWSAccessKeyId>{KEY_ID}</AWSAccessKeyId>".encode()
+    body += b"<CanonicalRequest>x-amz-security-token:the-token</CanonicalRequest></Error>"
+    with little_server(lambda _path, _headers: Answer(403, body)) as server:
+        keys = Credentials(KEY_ID, SECRET, "the-token")
+        blobs = bucket_of("s3://wherry-any/p", server.url, tmp_path, credentials=keys)
+        with pytest.raises(UnreachableError, match="SignatureDoesNotMatch") as caught:
+            asyncio.run(blobs.check())
+        assert server.asked[-1][1]["x-amz-security-token"] == "the-token"
+    assert caught.value.code == "blobs_forbidden"
+    told = caught.value.diagnostics() + str(caught.value.__cause__) + repr(blobs.__dict__) + repr(keys)
+    assert not any(secret in told for secret in (SECRET, "the-token"))
+    assert caught.value.__suppress_context__
+
+
+def test_the_environment_says_where_the_bucket_is_and_who_we_are(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3.url,
+        "AWS_REGION": REGION,
+        "AWS_ACCESS_KEY_ID": KEY_ID,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+    }.items():
+        monkeypatch.setenv(name, value)
+    blobs = BucketBlobs(s3.bucket(), Spool(tmp_path))
+
+    async def run() -> str | None:
+        await blobs.put_bytes(DATA)
+        return await blobs.address(DIGEST, 60)
+
+    address = asyncio.run(run())
+    assert address is not None
+    assert address.startswith(s3.url)
+    assert f"{KEY_ID}%2F" in address
+    assert SECRET not in address
+
+
+def test_a_key_file_that_is_none_is_refused_without_quoting_it(tmp_path: Path) -> None:
+    file = tmp_path / "s3.json"
+    assert Credentials.load(file) is None
+    file.write_bytes(msgspec.json.encode(CREDENTIALS))
+    assert Credentials.load(file) == CREDENTIALS
+    file.write_text(f'{{"secret_access_key": "{SECRET}", "acces_key_id": "x"}}')
+    with pytest.raises(RefusedError) as caught:
+        Credentials.load(file)
+    assert SECRET not in caught.value.diagnostics()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"blobs": "s3://"},
+        {"blobs": "s3://key:secret@bucket"},
+        {"blobs": "file://host/folder"},
+        {"blobs": "https://bucket"},
+        {"blobs": "s3://bucket?x=1"},
+        {"blobs": "/folder"},
+        {"s3_endpoint": "127.0.0.1:9000"},
+        {"s3_public_endpoint": "https://user:password@host"},
+        {"presign_s": 86_400},
+    ],
+)
+def test_a_place_that_is_none_is_refused_when_settings_are_read(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(RefusedError) as caught:
+        Settings.load(tmp_path, **wrong)
+    assert caught.value.code == "settings_invalid"
+
+
+def test_blobs_can_be_in_another_folder(tmp_path: Path) -> None:
+    settings = Settings.load(tmp_path / "data", blobs=f"file://{tmp_path}/other%20disk")
+    assert settings.blobs_folder == tmp_path / "other disk"
+    assert Settings.load(tmp_path / "data", blobs="s3://bucket/prefix").blobs_folder is None
+
+
+# --- a bucket behind a server ---------------------------------------------------------------------
+
+
+@contextmanager
+def served(folder: Path, bucket: str, endpoint: str, **overrides: Any) -> Iterator[Running]:
+    """Run a server whose blobs are in a bucket."""
+    keys = folder / "keys"
+    keys.mkdir(parents=True, exist_ok=True)
+    (keys / "s3.json").write_bytes(msgspec.json.encode(CREDENTIALS))
+    with running(folder, blobs=bucket, s3_endpoint=endpoint, s3_region=REGION, **overrides) as server:
+        yield server
+
+
+def given(server: Running, folder: Path, model: str, weights: bytes) -> tuple[Manifest, wire.EnrolAnswer]:
+    """Release a bundle and give it to a device."""
+    manifest, digest = release(server, folder, model, weights=weights)
+    device = server.device(f"of-{model}")
+    give(server.settings, device.device, digest)
+    return manifest, device
+
+
+def courier(server: Running, device: wire.EnrolAnswer, home: Path) -> Courier:
+    http = Http(server=server.url, authorization=f"Bearer {device.device}:{device.bearer}")
+    return Courier(
+        store=Store(home, Disk()),
+        disk=Disk(),
+        http=http,
+        server=server.url,
+        mirrors=[],
+        tries_max=3,
+        sleep=lambda _seconds: None,
+    )
+
+
+def test_a_device_is_sent_to_the_bucket_and_resumes_there_by_new_addresses(s3: S3, door: Door, tmp_path: Path) -> None:
+    weights = hashlib.shake_256(b"bucket").digest(700_000)
+    with served(tmp_path / "data", s3.bucket(), s3.url, s3_public_endpoint=door.url) as server:
+        manifest, device = given(server, tmp_path, "far", weights)
+        digest = manifest.layers[0].digest
+        url = f"/device/v1/blobs/{digest}"
+        etag = f'"{digest}"'
+
+        # who may not have it is not told where it is
+        with server.as_device(server.device("stranger")) as http:
+            answer = http.get(url)
+            assert (answer.status_code, answer.json()["code"], "location" in answer.headers) == (
+                404,
+                "blob_unknown",
+                False,
+            )
+        with server.http("nobody") as http:
+            assert http.get(url).status_code == 401
+        with server.as_device(device) as http:
+            assert http.get(url, headers={"If-None-Match": etag}).status_code == 304
+            assert http.get(url, headers={"Range": "bytes=700000-"}).status_code == 416
+            assert not door.asked
+            sent = http.get(url)
+            assert (sent.status_code, sent.headers["cache-control"], sent.content) == (307, "no-store", b"")
+            assert sent.headers["location"].startswith(f"{door.url}/")
+            assert "X-Amz-Expires=300" in sent.headers["location"]
+            other = sent.headers["location"].replace(digest[7:], hashlib.sha256(b"other").hexdigest())
+        assert httpx.get(sent.headers["location"], trust_env=False).content == weights
+        assert httpx.get(other, trust_env=False).status_code == 403, "an address opens one blob"
+        assert door.refused == ["signature"]
+
+        # cut in the middle, then an address that expired on the way, then cut again
+        door.asked.clear()
+        door.refused.clear()
+        door.cuts[:] = [200_000, 300_000]
+        door.late_s[:] = [0.0, 10_000.0]
+        bring = courier(server, device, tmp_path / "home")
+        bring.bring(digest, len(weights))
+        assert bring.store.read(digest, len(weights)) == weights
+        assert bring.wire_bytes == len(weights), "nothing was fetched twice"
+    ranges = [headers.get("range") for _, headers in door.asked]
+    assert ranges == [None, "bytes=200000-", "bytes=200000-", "bytes=500000-"]
+    assert door.refused == ["expired"]
+    assert not any({"authorization", "if-range"} & headers.keys() for _, headers in door.asked)
+    assert device.bearer not in repr(door.asked)
+
+
+def test_without_addresses_the_server_passes_the_bytes_on_and_encodings_are_made_in_the_spool(
+    s3: S3, door: Door, tmp_path: Path
+) -> None:
+    weights = b"\0" * 3_000_000 + hashlib.shake_256(b"x").digest(50_000)
+    door.asked.clear()
+    bucket = s3.bucket()
+    with served(tmp_path / "data", bucket, s3.url, s3_public_endpoint=door.url, presign_s=0) as server:
+        manifest, device = given(server, tmp_path, "near", weights)
+        digest = manifest.layers[0].digest
+        with server.as_device(device) as http:
+            url = f"/device/v1/blobs/{digest}"
+            part = http.get(url, headers={"Range": "bytes=600000-"})
+            assert (part.status_code, part.content) == (206, weights[600_000:])
+            assert part.headers["content-range"] == f"bytes 600000-{len(weights) - 1}/{len(weights)}"
+
+            def encodings() -> list[wire.Encoding]:
+                return wire.parse(wire.BlobInfo, http.get(f"{url}/info").content).encodings
+
+            (encoding,) = until(encodings)
+            encoded = http.get(f"/device/v1/blobs/{encoding.digest}").content
+            assert zstandard.ZstdDecompressor().decompress(encoded) == weights
+            until(lambda: not list(server.settings.spool_folder.glob("*")))
+        courier(server, device, tmp_path / "home").bring(digest, len(weights))
+        assert Store(tmp_path / "home", Disk()).read(digest, len(weights)) == weights
+    assert not door.asked
+    assert not (tmp_path / "data" / "blobs").exists()
+
+
+def test_a_bucket_out_of_reach_is_said_so_and_nothing_is_lost(s3: S3, door: Door, tmp_path: Path) -> None:
+    """The store hangs up on everybody for a while: health tells, uploads and downloads say so, later all goes on."""
+    weights = hashlib.shake_256(b"away").digest(300_000)
+    with served(tmp_path / "data", s3.bucket(), door.url, presign_s=0) as server:
+        manifest, device = given(server, tmp_path, "away", weights)
+        url = f"/device/v1/blobs/{manifest.layers[0].digest}"
+        door.shut = True
+        try:
+            with server.http() as http:
+                answer = http.put(f"/api/v1/blobs/{DIGEST}", content=DATA)
+                assert (answer.status_code, answer.json()["code"]) == (503, "blobs_unreachable")
+                assert "then upload again" in answer.json()["next_step"]
+        finally:
+            door.shut = False
+        with server.http() as http:
+            assert http.put(f"/api/v1/blobs/{DIGEST}", content=DATA).status_code == 201
+        with server.as_device(device) as http:
+            assert http.get(url).content == weights
+
+
+def test_a_server_is_not_made_ready_over_a_bucket_that_does_not_let_it_in(tmp_path: Path) -> None:
+    keys = tmp_path / "data" / "keys"
+    keys.mkdir(parents=True)
+    (keys / "s3.json").write_bytes(msgspec.json.encode(CREDENTIALS))
+    with little_server(lambda _path, _headers: Answer(403, b"<Error><Code>AccessDenied</Code></Error>")) as refusing:
+        settings = Settings.load(tmp_path / "data", blobs="s3://wherry-any", s3_endpoint=refusing.url, s3_region=REGION)
+        with pytest.raises(UnreachableError) as caught:
+            dev.init(settings)
+    assert caught.value.code == "blobs_forbidden"
+    assert not (tmp_path / "data" / "settings.json").exists()
