@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pytest
@@ -155,13 +155,22 @@ def test_a_device_without_another_version_keeps_the_file_and_tries_it_again_by_c
     assert isinstance(early.models[MODEL].phase, s.Safe)
     assert machine.next_deadline_ms(early, now(HELD_RETRY_MIN_MS - 1)) <= 1
     state, effects = machine.step(state, s.Tick(), now(HELD_RETRY_MIN_MS))
-    assert any(isinstance(effect, s.Resolve) for effect in effects)
-    state, _ = run(state, resolved(), fetched(), judged())
+    assert asks_the_courier(effects) == [], "a device without a network gets there too"
+    assert [effect.candidate.digest for effect in effects if isinstance(effect, s.Judge)] == [loadable("1.0.0").digest]
+    state, _ = run(state, judged())
     state, _ = run(state, served(state))
     state, _ = run(state, measured(state, requests=9))
     assert serves(state) == of("1.0.0")
     assert (state.owed[-1].state, state.owed[-1].running) == ("confirmed", of("1.0.0"))
     assert state.models[MODEL].held is None
+
+
+def asks_the_courier(effects: Iterable[s.Effect]) -> list[s.Effect]:
+    return [effect for effect in effects if isinstance(effect, s.Resolve | s.Fetch)]
+
+
+def unresolved(version: str, reason: str, attempt: int = 1) -> s.TaskFailed:
+    return s.TaskFailed(MODEL, of(version), attempt, "resolve", reason, "said so")
 
 
 def test_each_try_that_fails_makes_the_next_one_wait_twice_as_long_up_to_a_day() -> None:
@@ -173,24 +182,54 @@ def test_each_try_that_fails_makes_the_next_one_wait_twice_as_long_up_to_a_day()
         waits.append(held.wait_ms)
         ms += held.wait_ms
         state, _ = machine.step(state, s.Tick(), now(ms))
-        for event in (resolved(), fetched(), judged(passed=False, reason=reasons.CRASH)):
-            state, _ = machine.step(state, event, now(ms))
+        state, _ = machine.step(state, judged(passed=False, reason=reasons.CRASH), now(ms))
         assert isinstance(state.models[MODEL].phase, s.Safe)
         assert machine.step(state, s.Tick(), now(ms + 1_000))[0].models[MODEL].phase == state.models[MODEL].phase
     assert waits[:3] == [HELD_RETRY_MIN_MS, 2 * HELD_RETRY_MIN_MS, 4 * HELD_RETRY_MIN_MS]
     assert waits[-1] == HELD_RETRY_MAX_MS
 
 
-def test_a_boot_begins_the_shortest_wait_and_only_what_is_still_offered_is_tried_again() -> None:
+def test_a_boot_begins_the_shortest_wait_and_no_offer_has_to_name_what_is_tried_again() -> None:
     state = restarted(safe_device(), boot="boot-2")
     held = state.models[MODEL].held
     assert held is not None
     assert (held.since.boot, held.wait_ms) == ("boot-2", HELD_RETRY_MIN_MS)
     state, _ = machine.step(state, offer(9, {}), now(0, "boot-2"))
-    state, effects = machine.step(state, s.Tick(), now(HELD_RETRY_MIN_MS, "boot-2"))
+    state, _ = machine.step(state, s.Tick(), now(HELD_RETRY_MIN_MS, "boot-2"))
+    assert isinstance(state.models[MODEL].phase, s.Judging)
+    restart = restarted(state, boot="boot-3")
+    assert isinstance(restart.models[MODEL].phase, s.Judging), "a cut while it is judged ends nothing"
+
+
+def test_an_offer_that_cannot_be_had_does_not_keep_a_device_dark() -> None:
+    state, _ = run(safe_device(), offer(9, {MODEL: offered("1.1.0")}))
+    state, _ = run(state, unresolved("1.1.0", reasons.NETWORK))
+    assert isinstance(state.models[MODEL].phase, s.Waiting)
+    state, _ = run(state, s.Tick(), unresolved("1.1.0", reasons.NETWORK), ms=HELD_RETRY_MIN_MS)
+    phase = state.models[MODEL].phase
+    assert isinstance(phase, s.Judging)
+    assert phase.job.loadable == loadable("1.0.0")
+    state, _ = run(state, judged(), ms=HELD_RETRY_MIN_MS)
+    state, _ = run(state, served(state), ms=HELD_RETRY_MIN_MS)
+    state, effects = run(state, measured(state, requests=9), ms=HELD_RETRY_MIN_MS)
+    assert serves(state) == of("1.0.0")
+    assert asks_the_courier(effects), "and then what was offered is looked for again"
+
+
+@pytest.mark.parametrize("reason", [reasons.REVOKED, reasons.BELOW_FLOOR])
+def test_what_its_publisher_withdrew_is_not_tried_again(reason: str) -> None:
+    state, _ = run(safe_device(), offer(9, {MODEL: offered("1.0.0", attempt=2)}))
+    state, _ = run(state, unresolved("1.0.0", reason, attempt=2))
+    state, effects = machine.step(state, s.Tick(), now(HELD_RETRY_MIN_MS))
     assert isinstance(state.models[MODEL].phase, s.Safe)
-    assert not any(isinstance(effect, s.Resolve) for effect in effects)
-    assert machine.next_deadline_ms(state, now(HELD_RETRY_MIN_MS, "boot-2")) > 0, "it does not look at once again"
+    assert not any(isinstance(effect, s.Judge) for effect in effects)
+    assert machine.kept(state) == ()
+
+
+def test_a_model_that_is_to_leave_takes_the_file_of_what_served_last_along() -> None:
+    state, effects = run(safe_device(), offer(9, {MODEL: offered(mode="none")}))
+    assert s.Collect(()) in effects
+    assert state.models[MODEL].held is None
 
 
 def boots(state: s.State, deaths: int, *, every: int = 1, after_ms: int = 5_000) -> s.State:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.agent.builders import (
@@ -37,6 +38,7 @@ from tests.agent.builders import (
 )
 from wherry_agent import journal, machine, turn
 from wherry_agent import state as s
+from wherry_agent.children import Candidate
 from wherry_shared import reasons
 from wherry_shared.clock import MICROSECONDS
 from wherry_shared.wire import Trial
@@ -500,6 +502,24 @@ def test_a_return_is_reported_when_the_incumbent_answers_again() -> None:
     assert report.running == loadable("1.0.0").manifest
     assert report.variants[-1].outcome == "failed"
     assert kinds(effects) == ["Collect", "SendReports"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "next_one"),
+    [(reason, "Fetch" if reason in reasons.OF_THE_BUNDLE else "refused") for reason in sorted(reasons.VERDICTS)],
+)
+def test_a_release_of_the_same_file_is_tried_where_what_was_wrong_may_have_been_around_the_file(
+    reason: str, next_one: str
+) -> None:
+    state, _ = run(confirmed("1.0.0"), offer(2, {MODEL: offered("1.1.0")}), resolved("1.1.0"), fetched("1.1.0"))
+    state, _ = run(state, judged("1.1.0", passed=False, reason=reason))
+    assert state.owed[-1].state == "failed"
+
+    same_file = msgspec.structs.replace(loadable("1.2.0"), digest=loadable("1.1.0").digest)
+    corrected = replace(resolved("1.2.0"), candidates=(Candidate(loadable=same_file, bytes=1, why="fastest here"),))
+    state, effects = run(state, offer(3, {MODEL: offered("1.2.0")}), corrected)
+    assert next_one in (*kinds(effects), state.owed[-1].state)
+    assert (state.owed[-1].reason == reasons.KNOWN_BAD) == (next_one == "refused")
 
 
 def test_what_failed_here_is_not_tried_again_unless_the_attempt_is_new() -> None:

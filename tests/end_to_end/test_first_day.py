@@ -182,7 +182,11 @@ def test_the_first_day(bench: Bench) -> None:
     assert "my-model  runs 1.0.0; state confirmed_idle" in shown
     assert re.search(r"variant +float", shown)
     assert re.search(r"why +\S", shown)
+    assert re.search(r"variant +float on onnxruntime \S+, peak \d", shown)
+    assert re.search(r"canary +\d+\.\d\d ms median, \d+\.\d\d ms p99", shown)
     (model,) = bench.json("wherry", "device", "show", "bench-1")["models"]
+    assert 0 < model["canary_p50_us"] <= model["canary_p99_us"]
+    assert model["peak_memory_bytes"] > 2**20
     assert (model["version"], model["variant"], model["engine"].split()[0]) == ("1.0.0", "float", "onnxruntime")
 
     release(second, "1.1.0")

@@ -222,6 +222,8 @@ def test_a_device_shows_what_runs_and_why(server: Running) -> None:
                     "why": "41 µs",
                     "engine": "onnxruntime 1.32.0",
                     "peak_memory_bytes": 7,
+                    "latency_p50_us": 41.0,
+                    "latency_p99_us": 99.0,
                 }
             ]
         },
@@ -231,6 +233,7 @@ def test_a_device_shows_what_runs_and_why(server: Running) -> None:
         model = http.get("/api/v1/devices/shown").json()["models"][0]
     assert (model["variant"], model["why"], model["engine"]) == ("int8", "41 µs", "onnxruntime 1.32.0")
     assert (model["reason"], model["detail"], model["peak_memory_bytes"]) == ("health_errors", "3 of 20 failed", 7)
+    assert (model["canary_p50_us"], model["canary_p99_us"]) == (41.0, 99.0)
     assert model["latency"]["requests"] == 100
     assert model["latency"]["p50_us"] == pytest.approx(1000, rel=0.05)
 

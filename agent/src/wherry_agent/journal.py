@@ -118,6 +118,7 @@ NAMES: dict[type[Any], dict[str, str]] = {
         "preprocess_id": "preprocess",
         "reported": "reported_trouble",
         "proved": "proved",
+        "again": "again",
     },
     s.Counts: {
         "requests": "requests",
@@ -140,6 +141,7 @@ NAMES: dict[type[Any], dict[str, str]] = {
         "engine_version": "engine_version",
         "reason": "reason",
         "attempt": "attempt",
+        "manifest": "bundle",
     },
     s.Accepted: {
         "epoch": "epoch",

@@ -128,6 +128,7 @@ from wherry_agent.turn import (
     flags_of,
     kept,
     kind_of,
+    may_try_held,
     names_incumbent,
     plain,
     same_attempt,
@@ -240,13 +241,14 @@ def resume(state: State, now: Now) -> tuple[State, tuple[Effect, ...]]:
     alone = len(tried) == 1 and not judged
     for name in tuple(turn.state.models):
         slot = turn.state.models[name]  # as it is now: one of its group may have taken it back
+        if slot.held is not None:
+            # A device that reboots often still gets there: in another boot the shortest wait begins.
+            since = turn.since(slot.held.since)
+            wait_ms = slot.held.wait_ms if since == slot.held.since else HELD_RETRY_MIN_MS
+            slot = replace(slot, held=replace(slot.held, since=since, wait_ms=wait_ms))
+            turn.put(name, slot)
         phase = slot.phase
         match phase:
-            case Safe() if slot.held is not None:
-                # A device that reboots often still gets there: in another boot the shortest wait begins.
-                since = turn.since(slot.held.since)
-                wait_ms = slot.held.wait_ms if since == slot.held.since else HELD_RETRY_MIN_MS
-                turn.put(name, replace(slot, held=replace(slot.held, since=since, wait_ms=wait_ms)))
             case Idle() | Compared() | Safe():
                 pass  # nothing is under way
             case Resolving(job):
@@ -350,7 +352,7 @@ def next_deadline_ms(state: State, now: Now) -> int:
         limit = limit_ms(slot.phase, _members(state, slot.phase))
         if limit is not None and not isinstance(slot.phase, Idle | Compared | Safe):
             left.append(limit - slot.phase.since.elapsed_ms(now))
-        if slot.held is not None and isinstance(slot.phase, Safe):
+        if slot.held is not None and may_try_held(slot):
             left.append(slot.held.wait_ms - slot.held.since.elapsed_ms(now))
     if state.told is not None:
         left.append(_serve_ms(state, state.told) - state.told.since.elapsed_ms(now))
@@ -542,6 +544,8 @@ def _reconsider(turn: Turn, name: str, offer: Accepted, offered: OfferedModel) -
         case Idle() | Safe():
             _begin(turn, name, slot, offer, offered)
         case Resolving(job) | Fetching(job) | Judging(job) | Queued(job) | Waiting(job):
+            if job.again and not removal:
+                return  # compared when what served last has had its chance
             if not removal and same_attempt(job.offered, offered) and not _unsupported(offer, offered, slot):
                 if job.offered != offered or job.serial != offer.serial:
                     turn.put(name, replace(slot, phase=replace(phase, job=_renewed(job, offered, offer.serial))))
@@ -614,7 +618,7 @@ def _begin(turn: Turn, name: str, slot: Slot, offer: Accepted, offered: OfferedM
         job = Job(offered, offer.serial)
         turn.refuse(name, slot, job, reasons.UNSUPPORTED, why)
     elif offered.mode == "none":
-        had = slot.incumbent is not None
+        had = slot.incumbent is not None or slot.held is not None
         slot = Slot(settled=end, ends=slot.ends, unfit=slot.unfit)
         turn.put(name, slot)
         turn.report(name, "removed", offered=offered, serial=offer.serial, reason=reason)
@@ -925,7 +929,7 @@ def _safe(event: SlotEvent) -> None:
         case (
             Resolved() | Fetched() | TaskFailed() | CanaryDone() | Served() | Measured() | Condemned() | GoldenChecked()
         ):
-            pass  # only an offer leads out, a newer one or the standing one in its time
+            pass  # a newer offer leads out, or what served last in its time
         case Tick() | Connected() | WorkerDied():
             pass
         case _:
@@ -939,7 +943,7 @@ def _resolved(turn: Turn, name: str, slot: Slot, job: Job, event: Resolved) -> N
     """Leave out what is known to fail here, and start with the best of the rest."""
     fresh, tried = [], list(event.passed_over)
     for candidate in event.candidates:
-        bad = turn.known_bad(candidate.loadable.digest, candidate.loadable.engine, candidate.loadable.engine_version)
+        bad = turn.known_bad(candidate.loadable)
         if bad is not None and bad.attempt >= job.offered.attempt:
             tried.append(
                 VariantTried(
@@ -1368,7 +1372,7 @@ def _admit(turn: Turn) -> None:
         if not isinstance(slot.phase, Queued):
             continue
         job = slot.phase.job
-        if turn.expired():
+        if turn.expired() and not job.again:
             turn.expire(name, slot, job)
             continue
         chosen = _complete(turn, job.offered.group) if job.offered.group else (name,)

@@ -90,6 +90,8 @@ class Job:
     """Reason of the last trouble that was reported: the same one is not reported again."""
     proved: Candidate | None = None
     """The variant that passed its canary here under an earlier offer of this bundle; its files are still here."""
+    again: bool = False
+    """What served last is tried again because nothing serves (`Held`): no offer has to ask for it."""
 
     @property
     def loadable(self) -> Loadable:
@@ -214,7 +216,7 @@ class Waiting:
 class Safe:
     """Nothing that this device has of the model can serve: it answers no requests, and says so. Left by an offer.
 
-    The standing offer leads out as well, when what served last is due to be tried again (`Held`).
+    What served last leads out as well, when it is due to be tried again (`Held`).
     """
 
     reason: str
@@ -293,6 +295,8 @@ class KnownBad:
     engine_version: str
     reason: str
     attempt: int
+    manifest: str = ""
+    """The only bundle of which this is said, by a verdict (`reasons.OF_THE_BUNDLE`) that another may not deserve with the same file."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Any, Literal, assert_never
 
 import msgspec
 
-from wherry_agent.children import Loadable, ServeModel, Trust
+from wherry_agent.children import Candidate, Loadable, ServeModel, Trust
 from wherry_agent.contracts import contract_of, preprocess_of
 from wherry_agent.state import (
     Acked,
@@ -123,6 +123,8 @@ REFUSALS = frozenset(
     }
 )
 """What the courier may find that trying again cannot change: the bundle is refused under this attempt."""
+WITHDRAWN = frozenset({reasons.BELOW_FLOOR, reasons.REVOKED})
+"""What its publisher says of a version that nobody is to run any more."""
 
 Kind = Literal["replace", "blue_green", "standby", "split", "shadow"]
 """How a candidate is tried: its mode, with a blue-green that does not answer yet told apart as `standby`."""
@@ -236,6 +238,13 @@ def names_incumbent(slot: Slot, offered: OfferedModel) -> bool:
     if offered.mode == "none":
         return slot.incumbent is None
     return slot.incumbent is not None and slot.incumbent.manifest == offered.manifest
+
+
+def may_try_held(slot: Slot) -> bool:
+    """Tell whether nothing serves and nothing is done about it, or what is done waits for something."""
+    if slot.held is None or slot.incumbent is not None:
+        return False
+    return isinstance(slot.phase, Safe) or (isinstance(slot.phase, Waiting) and not slot.phase.job.again)
 
 
 def plain(offered: OfferedModel) -> OfferedModel:
@@ -449,7 +458,7 @@ class Turn:
 
     def retry(self, name: str, slot: Slot, phase: Waiting) -> None:
         """The wait is over: the same work again, unless the offer is too old by now."""
-        if self.expired():
+        if self.expired() and not phase.job.again:
             self.expire(name, slot, phase.job)
             return
         match phase.then:
@@ -469,7 +478,10 @@ class Turn:
         self.report(name, "waiting", job=job, reason=reasons.OFFER_EXPIRED, detail=detail)
 
     def refuse(self, name: str, slot: Slot, job: Job, reason: str, detail: str) -> None:
-        """End a job that cannot be done here, before anything was tried."""
+        """End a job that cannot be done here, before anything was tried; what was withdrawn is not tried again either."""
+        held = slot.held
+        if held is not None and reason in WITHDRAWN and held.version.manifest == job.offered.manifest:
+            slot = replace(slot, held=None)
         self._ended(name, slot, job, unfit=reason == reasons.NO_VARIANT)
         self.report(name, "refused", job=job, reason=reason, detail=detail)
         self._safe_again(name, job, reason, detail)
@@ -500,24 +512,30 @@ class Turn:
                 self.put(name, replace(slot, ends=ends, unfit=()))
 
     def try_held(self) -> None:
-        """Where nothing serves, let what served last begin anew by the standing offer: by its canary and a trial, as ever."""
+        """Where nothing serves, give what served last to the canary again, and then a trial: both need no network."""
         offer = self.state.offer
         for name, slot in tuple(self.state.models.items()):
             held = slot.held
-            if held is None or not isinstance(slot.phase, Safe) or held.since.elapsed_ms(self.now) < held.wait_ms:
+            if held is None or not may_try_held(slot) or held.since.elapsed_ms(self.now) < held.wait_ms:
                 continue
-            again = Held(held.version, Since.at(self.now), min(HELD_RETRY_MAX_MS, 2 * held.wait_ms))
-            ends = slot.ends
+            version = held.version
             offered = offer.models.get(name) if offer is not None and not self.expired() else None
-            if offered is not None and offered.manifest == held.version.manifest:
-                ends = tuple(end for end in ends if end != end_of(offered))
-                self.state = replace(self.state, known_bad=self._other_bad(held.version.loadable))
-            self.put(name, replace(slot, ends=ends, held=again))
+            if offered is None or offered.mode != "replace" or offered.manifest != version.manifest:
+                offered = version.offered
+            offered = msgspec.structs.replace(plain(offered), mode="replace", group="")
+            candidate = Candidate(loadable=version.loadable, bytes=0, why="served here last")
+            serial = offer.serial if offer is not None else 0
+            again = Held(version, Since.at(self.now), min(HELD_RETRY_MAX_MS, 2 * held.wait_ms))
+            ends = tuple(end for end in slot.ends if end != end_of(offered))
+            self.state = replace(self.state, known_bad=self._other_bad(version.loadable))
+            due = replace(slot, ends=ends, held=again)
+            self.judge(name, due, Job(offered, serial, candidates=(candidate,), again=True), report=True)
 
-    def known_bad(self, digest: str, engine: str, engine_version: str) -> KnownBad | None:
-        """Return what is held against a variant with this engine."""
+    def known_bad(self, loadable: Loadable) -> KnownBad | None:
+        """Return what is held against a variant with this engine, in this bundle or in any."""
+        key = (loadable.digest, loadable.engine, loadable.engine_version)
         for bad in self.state.known_bad:
-            if (bad.digest, bad.engine, bad.engine_version) == (digest, engine, engine_version):
+            if (bad.digest, bad.engine, bad.engine_version) == key and bad.manifest in ("", loadable.manifest):
                 return bad
         return None
 
@@ -525,12 +543,13 @@ class Turn:
         """Hold a verdict against a variant with this engine."""
         if reason not in reasons.VERDICTS:
             return
-        bad = KnownBad(loadable.digest, loadable.engine, loadable.engine_version, reason, attempt)
+        bundle = loadable.manifest if reason in reasons.OF_THE_BUNDLE else ""
+        bad = KnownBad(loadable.digest, loadable.engine, loadable.engine_version, reason, attempt, bundle)
         self.state = replace(self.state, known_bad=(*self._other_bad(loadable), bad)[-KNOWN_BAD_MAX:])
 
     def _other_bad(self, loadable: Loadable) -> tuple[KnownBad, ...]:
         """Return what is held against others than this variant with this engine."""
-        bad = self.known_bad(loadable.digest, loadable.engine, loadable.engine_version)
+        bad = self.known_bad(loadable)
         return tuple(other for other in self.state.known_bad if other is not bad)
 
     def variant_failed(
@@ -696,7 +715,7 @@ class Turn:
     def give_up(self, name: str, slot: Slot, reason: str, detail: str, *, anyones: bool = False) -> None:
         """The confirmed version does not work any more: the last known good one, or the safe state.
 
-        In the safe state its files stay, and it is tried again from time to time as long as it is offered (`try_held`).
+        In the safe state its files stay, and it is tried again from time to time (`try_held`).
         If only its file was altered on this disk, or its engine was replaced or is gone, its attempt is not over: an offer
         that names it brings it again, or another variant. `anyones`: it may be the doing of another model; it gives way all
         the same, but nothing is held against it. A trial from which it was to come back ends with it, and is reported with

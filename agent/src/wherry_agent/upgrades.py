@@ -353,7 +353,7 @@ def _known_bad(turn: Turn, slot: Slot, engine_version: str) -> str:
     incumbent = slot.incumbent
     if incumbent is None or incumbent.loadable.engine_version == engine_version:
         return ""
-    bad = turn.known_bad(incumbent.loadable.digest, incumbent.loadable.engine, engine_version)
+    bad = turn.known_bad(msgspec.structs.replace(incumbent.loadable, engine_version=engine_version))
     return bad.reason if bad is not None and bad.attempt >= incumbent.offered.attempt else ""
 
 

@@ -150,6 +150,7 @@ class ModelOnDevice:
     engine: str
     peak_memory_bytes: int
     canary_p50_us: float
+    canary_p99_us: float
     latency: Latency | None
     latency_ratio: float
     reason: str

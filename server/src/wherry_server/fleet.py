@@ -380,6 +380,7 @@ def _model(row: Any, versions: Mapping[str, str], latency: dict[str, Any] | None
         "engine": "" if serving is None else serving.get("engine", ""),
         "peak_memory_bytes": 0 if serving is None else serving.get("peak_memory_bytes", 0),
         "canary_p50_us": 0.0 if serving is None else serving.get("latency_p50_us", 0.0),
+        "canary_p99_us": 0.0 if serving is None else serving.get("latency_p99_us", 0.0),
         "latency": latency,
         "latency_ratio": row.latency_ratio,
         "reason": row.reason,

@@ -37,6 +37,11 @@ VERDICTS = frozenset(
     }
 )
 """Reasons that make a variant known-bad (architecture.md §3.8: golden, crash, memory, health)."""
+OF_THE_BUNDLE = frozenset({GOLDEN_MISS, HEALTH_ERRORS, HEALTH_GOLDEN, HEALTH_AGREEMENT, APPLICATION})
+"""Verdicts on a file together with what its bundle says of it (golden vectors, processing, labels), which a later release may mend.
+
+The others are verdicts on the file with its engine, whatever bundle it comes in.
+"""
 
 # The bundle cannot be used here, without having been tried.
 KNOWN_BAD = "known_bad"

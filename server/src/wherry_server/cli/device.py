@@ -128,6 +128,10 @@ def _render_model(console: Console, model: dict[str, Any]) -> None:
         console.print(f"    variant  {model['variant']}{engine}{memory}")
     if model["why"]:
         console.print(f"    why      {model['why']}")
+    if model["canary_p50_us"]:
+        console.print(
+            f"    canary   {model['canary_p50_us'] / 1000:.2f} ms median, {model['canary_p99_us'] / 1000:.2f} ms p99"
+        )
     latency = model["latency"]
     if latency is not None and latency["p50_us"] is not None:
         console.print(
