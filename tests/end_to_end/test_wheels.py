@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
 import venv
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -19,7 +21,9 @@ import pytest
 from packaging.requirements import Requirement
 
 from tests.agent.daemon_kit import Agent, Site, site
+from tests.agent.serving_kit import until
 from tests.shared.engines import models
+from wherry_agent import status
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,9 +47,19 @@ def bare(folder: Path) -> Path:
 
 
 def install(wheels: Path, folder: Path, *words: str) -> None:
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--prefix", str(folder)]
-    options = ["--ignore-installed", "--no-warn-script-location", "--find-links", str(wheels)]
-    subprocess.run([*pip, *options, *words], check=True, timeout=170)
+    """Install with the pip of this environment into another one, whose interpreter its scripts name."""
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(folder / "bin/python"),
+        "--quiet",
+        "--disable-pip-version-check",
+    ]
+    subprocess.run([*pip, "install", "--find-links", str(wheels), *words], check=True, timeout=170)
+    script = (folder / "bin/wherry-agent").read_text().splitlines()[0]
+    assert script == f"#!{folder}/bin/python", "it would run in another environment"
 
 
 def declared(of: metadata.Distribution, extras: frozenset[str], found: dict[str, metadata.Distribution]) -> None:
@@ -93,7 +107,8 @@ def say(environment: Path, code: str) -> str:
     return run.stdout.strip()
 
 
-def check_serves(environment: Path, folder: Path) -> None:
+def check_serves(environment: Path, folder: Path, add_engine: Callable[[], None] | None = None) -> None:
+    """Let the agent of an environment install a model; with `add_engine` it begins without an engine, which comes later."""
     code = (
         "import importlib.util as u, wherry_agent, wherry_shared; print(wherry_agent.__file__, wherry_shared.__file__)"
     )
@@ -105,7 +120,12 @@ def check_serves(environment: Path, folder: Path) -> None:
         server.release("1.0.0", models.scale(folder / "one.onnx", 2.0))
         device = Installed(server, "bare", environment)
         try:
-            device.until("it is connected", lambda shown: shown["connected"] == "mqtt" and shown["engines"])
+            device.until("it is connected", lambda shown: shown["connected"] == "mqtt" and shown["engines_probed"])
+            if add_engine is not None:
+                check_without_engine(device)
+                add_engine()
+                device.child.send_signal(signal.SIGHUP)
+            device.until("it has an engine", lambda shown: shown["engines"])
             server.deploy("1.0.0", "bare", trial_s=2)
             device.until_serves("1.0.0")
             code, answer = device.infer(3.0)
@@ -117,17 +137,42 @@ def check_serves(environment: Path, folder: Path) -> None:
                 device.child.wait(10)
 
 
+def check_without_engine(device: Installed) -> None:
+    shown = device.status()
+    assert (shown["engines"], shown["worker_deaths"]) == ([], {})
+    assert "none works" in status.render(shown)
+    code, said = until(device.infer, "it answers")
+    assert code == 503
+    assert "install wherry-agent[onnx]" in said["error"]
+    assert "Traceback" not in device.log.read_text()
+    doctor = subprocess.run(
+        [str(device.environment / "bin/wherry-agent"), "doctor", "--home", str(device.home)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=bare_words(),
+    )
+    assert [line.split()[1] for line in doctor.stdout.splitlines() if line.startswith("BAD")] == ["engines"]
+    assert "install wherry-agent[onnx]" in doctor.stdout
+    assert doctor.returncode == 1
+
+
 @pytest.mark.services
 def test_the_agent_runs_from_its_wheels_with_what_they_declare(wheels: Path, tmp_path: Path) -> None:
     environment = tmp_path / "environment"
     site_packages = bare(environment)
     install(wheels, environment, "--no-index", "--no-deps", "--no-compile", "wherry-agent", "wherry-shared")
-    needed: dict[str, metadata.Distribution] = {}
-    for member in metadata.distributions(path=[str(site_packages)]):
-        declared(member, frozenset({"onnx"}), needed)
-    assert "numpy" in needed
-    lend(needed, site_packages)
-    check_serves(environment, tmp_path)
+    members = list(metadata.distributions(path=[str(site_packages)]))
+
+    def lend_for(*extras: str) -> dict[str, metadata.Distribution]:
+        needed: dict[str, metadata.Distribution] = {}
+        for member in members:
+            declared(member, frozenset(extras), needed)
+        lend(needed, site_packages)
+        return needed
+
+    assert "numpy" not in lend_for()
+    check_serves(environment, tmp_path, add_engine=lambda: lend_for("onnx"))
 
 
 def test_wheels_name_their_siblings_by_version_and_carry_no_tests(wheels: Path) -> None:

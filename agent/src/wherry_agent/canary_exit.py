@@ -9,6 +9,7 @@ import os
 import signal
 from pathlib import Path
 
+from wherry_agent import leash
 from wherry_shared import reasons
 from wherry_shared.limits import ALLOCATOR
 
@@ -56,8 +57,10 @@ def classify_exit(
         out_of_memory: the kernel says that it killed it for its memory.
 
     Returns:
-        (reason, detail); the reason is a verdict of `wherry_shared.reasons`.
+        (reason, detail); the reason is a verdict of `wherry_shared.reasons`, but for `engine_missing`.
     """
+    if returncode == leash.UNAVAILABLE:
+        return reasons.ENGINE_MISSING, "the canary cannot import what engines need; the agent's log names the package"
     if timed_out:
         return reasons.TIMEOUT, "the canary did not end in time and was killed"
     if out_of_memory:

@@ -1501,6 +1501,7 @@ class Daemon:
             "worker_running": sorted(f"{one.model} {one.variant}" for one in self._worker.running()),
             "handles": self._handles.describe(),
             "engines": [f"{e.name} {e.version}" for e in self._facts.engines] if self._facts is not None else [],
+            "engines_probed": self._facts is not None,
             "process": readings.process(),
             "downloads": self._downloads.describe(),
             "offers_not_verified": self._envelopes.troubles(),

@@ -63,13 +63,13 @@ def _os_name() -> str:
 
 
 def installed_engines() -> dict[str, str]:
-    """Return engine → version and time of installation, without importing any (which takes seconds)."""
+    """Return engine, or what engines need → version and time of installation, without importing any (which takes seconds)."""
     from importlib import metadata
 
     from wherry_shared.engines import ENGINES
 
     found = {}
-    for name in ENGINES:
+    for name in (*ENGINES, "numpy"):
         try:
             distribution = metadata.distribution(name)
             record = distribution.locate_file(f"{name.replace('-', '_')}-{distribution.version}.dist-info")

@@ -13,6 +13,8 @@ import signal
 import sys
 
 PARENT = "WHERRY_SUPERVISOR_PID"
+UNAVAILABLE = os.EX_UNAVAILABLE
+"""How a child ends whose packages cannot be imported: nothing that it was to look at is to blame."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -25,7 +27,11 @@ def main() -> None:
         sys.exit("the supervisor is gone already")  # it died before the leash was on
     module = sys.argv[1]
     sys.argv = [module, *sys.argv[2:]]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except ImportError as error:
+        print(f"error: {module} cannot begin: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(UNAVAILABLE)
 
 
 if __name__ == "__main__":

@@ -287,7 +287,8 @@ def render(shown: dict[str, Any]) -> str:
     """Return the status as text for a person."""
     lines = [f"device   {shown['device']} {shown.get('name', '')}".rstrip()]
     if shown["running"]:
-        engines = ", ".join(shown["engines"]) or "being probed"
+        none = "none works (wherry-agent doctor says what to do)" if shown.get("engines_probed") else "being probed"
+        engines = ", ".join(shown["engines"]) or none
         lines += [
             f"agent    {shown['agent']}, up {shown['uptime_s']:.0f} s, engines: {engines}",
             f"server   {shown['server']}, connected: {shown['connected']}, reports owed: {shown['reports_owed']}",

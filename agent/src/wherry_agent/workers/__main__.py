@@ -19,8 +19,7 @@ from wherry_agent.answering.memory import RESERVE_BYTES_DEFAULT
 from wherry_agent.in_flight import UNREAD, Page
 from wherry_agent.serving.ledger import Ledger
 from wherry_agent.serving.passing import PASS_SECONDS_MAX
-from wherry_agent.workers.worker import Worker
-from wherry_shared.engines.tiny import run_tiny
+from wherry_agent.workers import bare
 from wherry_shared.errors import WherryError
 
 
@@ -44,6 +43,13 @@ def main() -> int:
     except (KeyError, ValueError, OSError) as error:
         print(f"error: a worker is started by the supervisor ({type(error).__name__}: {error})", file=sys.stderr)  # noqa: T201
         return 2
+    why = bare.lacking()
+    if why:
+        bare.Bare(control, listeners, why, take_over=take_over, grpc=bool(grpc_port)).run()
+        return 0
+    from wherry_agent.workers.worker import Worker
+    from wherry_shared.engines.tiny import run_tiny
+
     os.umask(0o077)  # gRPC makes its socket itself: nobody else may connect before the supervisor has set its rights
     for engine in filter(None, os.environ.get("WHERRY_PREPARE", "").split(",")):
         try:
