@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import math
+import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +28,8 @@ READ_TIMEOUT_S = 30.0
 SLOW_WINDOW_S = 60.0
 SLOW_BYTES_MIN = 16 * KIB
 """Fewer bytes than this in a window is as good as silence: a source that trickles must not hold the courier."""
+HEAD_SECONDS_MAX = 60.0
+"""From the first try to connect to the end of an answer's head. Silence alone says too little: one byte now and then is none."""
 CHUNK_BYTES = 64 * KIB
 REDIRECTS_MAX = 3
 ERROR_BODY_BYTES_MAX = 16 * KIB
@@ -32,10 +37,60 @@ OF_ONE_ORIGIN = ("if-range", "if-none-match")
 """Headers with an entity tag of who was asked first; a store that is asked instead has tags of its own."""
 
 
+class _Secure(http.client.HTTPSConnection):
+    """One whose handshake can be hung up on as well: the socket is known before it begins."""
+
+    def __init__(self, host: str, port: int | None, context: ssl.SSLContext) -> None:
+        super().__init__(host, port, timeout=CONNECT_TIMEOUT_S, context=context)
+        self._tls = context
+
+    def connect(self) -> None:
+        """Connect in two steps."""
+        http.client.HTTPConnection.connect(self)
+        secure = self._tls.wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)
+        self.sock = secure
+        secure.do_handshake()
+
+
+class _Watch:
+    """Hangs up on a source that lets a part of its answer last too long, however many bytes drip meanwhile."""
+
+    def __init__(self, connection: http.client.HTTPConnection) -> None:
+        self._connection = connection
+        self._changed = threading.Condition()
+        self._until = math.inf
+        self.hung_up = False
+        threading.Thread(target=self._main, name="http-watch", daemon=True).start()
+
+    def within(self, seconds: float) -> None:
+        """From now on, hang up after so many seconds; infinity ends the watch for a while."""
+        with self._changed:
+            self._until = time.monotonic() + seconds
+            self._changed.notify()
+
+    def end(self) -> None:
+        """Watch no more."""
+        self.within(-math.inf)
+
+    def _main(self) -> None:
+        with self._changed:
+            while self._until > -math.inf:
+                left = self._until - time.monotonic()
+                if left <= 0:
+                    self.hung_up = True
+                    sock = self._connection.sock
+                    if sock is not None:
+                        with contextlib.suppress(OSError):  # it ended in this moment
+                            socket.socket.shutdown(sock, socket.SHUT_RDWR)
+                    return
+                self._changed.wait(None if left == math.inf else left)
+
+
 class Response:
     """An answer whose body has not been read yet."""
 
-    def __init__(self, url: str, raw: http.client.HTTPResponse) -> None:
+    def __init__(self, url: str, raw: http.client.HTTPResponse, watch: _Watch) -> None:
+        self._watch = watch
         self.url = url
         self.status = raw.status
         self.headers = raw.headers
@@ -57,25 +112,31 @@ class Response:
         Raises:
             UnreachableError: `network`.
         """
-        window_start, window_bytes = time.monotonic(), 0
+        waited_s, window_bytes = 0.0, 0
         while True:
+            began = time.monotonic()
+            self._watch.within(SLOW_WINDOW_S)
             try:
                 chunk = self._raw.read1(bytes_max)
             except http.client.IncompleteRead:
                 return
             except (OSError, http.client.HTTPException, ValueError) as error:
                 raise _unreachable(self.url, error) from error
+            finally:
+                self._watch.within(math.inf)  # whoever takes the chunk may take its time
+            if self._watch.hung_up:
+                raise UnreachableError(NETWORK, f"{origin(self.url)} lets its answer drip")
             if not chunk:
                 return
+            waited_s += time.monotonic() - began  # for the source only: the disk and a bounded rate are not its doing
             yield chunk
             window_bytes += len(chunk)
-            now = time.monotonic()
-            if now - window_start >= SLOW_WINDOW_S:
+            if waited_s >= SLOW_WINDOW_S:
                 if window_bytes < SLOW_BYTES_MIN:
                     raise UnreachableError(
                         NETWORK, f"{origin(self.url)} sends less than {SLOW_BYTES_MIN} bytes a minute"
                     )
-                window_start, window_bytes = now, 0
+                waited_s, window_bytes = 0.0, 0
 
     def read(self, bytes_max: int) -> bytes:
         """Return the whole body.
@@ -116,15 +177,17 @@ class Http:
         sent = dict(headers or {})
         for _ in range(REDIRECTS_MAX + 1):
             connection = self._connection(url)
+            watch = _Watch(connection)
             try:
-                raw = self._send(connection, method, url, dict(sent), body)
+                raw = self._send(connection, watch, method, url, dict(sent), body)
                 target = (
                     raw.getheader("Location") if method == "GET" and raw.status in (301, 302, 303, 307, 308) else None
                 )
                 if not target:
-                    yield Response(url, raw)
+                    yield Response(url, raw, watch)
                     return
             finally:
+                watch.end()
                 connection.close()
             following = urljoin(url, target)
             if urlsplit(url).scheme == "https" and urlsplit(following).scheme != "https":
@@ -137,6 +200,7 @@ class Http:
     def _send(
         self,
         connection: http.client.HTTPConnection,
+        watch: _Watch,
         method: str,
         url: str,
         headers: dict[str, str],
@@ -148,13 +212,19 @@ class Http:
         headers.setdefault("Connection", "close")
         if self._authorization and origin(url) == self._home:
             headers["Authorization"] = self._authorization
+        watch.within(HEAD_SECONDS_MAX)
         try:
             connection.connect()
             connection.sock.settimeout(READ_TIMEOUT_S)
             connection.request(method, path, body=body, headers=headers)
-            return connection.getresponse()
+            answer = connection.getresponse()
+            if watch.hung_up:  # a head that ends there passes for a whole one
+                raise TimeoutError
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise _unreachable(url, error) from error
+            late = TimeoutError(f"it did not answer within {HEAD_SECONDS_MAX:.0f} s")
+            raise _unreachable(url, late if watch.hung_up else error) from error
+        watch.within(math.inf)
+        return answer
 
     def _connection(self, url: str) -> http.client.HTTPConnection:
         parts = urlsplit(url)
@@ -167,7 +237,7 @@ class Http:
         if parts.scheme == "http":
             return http.client.HTTPConnection(parts.hostname, port, timeout=CONNECT_TIMEOUT_S)
         context = self._tls(home=origin(url) == self._home)
-        return http.client.HTTPSConnection(parts.hostname, port, timeout=CONNECT_TIMEOUT_S, context=context)
+        return _Secure(parts.hostname, port, context)
 
     def _tls(self, *, home: bool) -> ssl.SSLContext:
         """Return whom to believe: at home the server's own authority only, elsewhere those of this machine as well."""
