@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -49,6 +50,8 @@ from wherry_shared.publishing import PublisherKey, Remote, push, sign
 
 T = TypeVar("T")
 DEADLINE_S = 20.0
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""For plain HTTP: it trusts nobody, and reading the system's certificates takes longer than most requests."""
 
 
 def free_port() -> int:
@@ -99,6 +102,7 @@ class Running:
             headers={"Authorization": f"Bearer {self.admin if token is None else token}"},
             trust_env=False,
             timeout=20,
+            verify=NO_TLS,
         )
 
     def remote(self) -> Remote:

@@ -37,29 +37,6 @@ def test_without_a_good_token_nothing_is_told(server: Running, path: str, header
     assert problem["next_step"]
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "least"),
-    [
-        ("GET", "/fleet", "viewer"),
-        ("POST", "/devices/none/logs", "operator"),
-        ("POST", "/enrolment-tokens", "operator"),
-        ("PUT", "/blobs/sha256:" + "0" * 64, "publisher"),
-        ("POST", "/bundles", "publisher"),
-        ("GET", "/tokens", "admin"),
-        ("POST", "/tokens", "admin"),
-        ("DELETE", "/tokens/000000000000", "admin"),
-    ],
-)
-def test_each_role_may_what_it_is_for_and_no_more(server: Running, method: str, path: str, least: str) -> None:
-    for role in auth.RANK:
-        with server.http(server.token(role)) as http:  # type: ignore[arg-type]
-            answer = http.request(method, f"/api/v1{path}", content=b"{}" if method != "GET" else None)
-        if auth.RANK[role] < auth.RANK[least]:
-            assert (answer.status_code, answer.json()["code"]) == (403, "role_missing"), role
-        else:
-            assert answer.status_code not in (401, 403, 500), (role, answer.text)
-
-
 def test_an_expired_token_opens_nothing(server: Running) -> None:
     token = in_database(server.settings, lambda c: auth.create_token(c, "default", "old", "admin", 0))
     with server.http(token) as http:

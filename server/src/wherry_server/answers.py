@@ -546,6 +546,9 @@ class TokenSummary:
     id: str
     name: str
     role: str
+    models: list[str]
+    """To which its changes are narrowed; empty: to none."""
+    cohorts: list[str]
     created_at: int
     expires_at: int
 

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from wherry_server import __version__, problems
+from wherry_server import __version__, access, problems
 from wherry_server.api import (
     audit,
     blobs,
@@ -132,6 +132,7 @@ def create_app(services: Services) -> FastAPI:
     app.state.readers = Readers(services.blobs)
     problems.install(app)
     app.add_middleware(BodyLimit)
+    access.operations(module.router for module in ROUTERS)
     for module in ROUTERS:
         app.include_router(module.router)
     description.install(app)

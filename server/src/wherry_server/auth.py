@@ -1,7 +1,8 @@
-"""Who asks: people and machines by API token and role, devices by their own bearer secret.
+"""Who asks: people and machines by what was granted to them, devices by their own bearer secret.
 
 Secrets are random and long, so their SHA-256 is stored and looked up; nothing that the database holds opens a door.
-Roles are a ladder: each may do what those below it may.
+What a role may and how far a grant reaches is in `grants`; here a route says what it needs, and a route that says nothing
+keeps the server from starting (`access`).
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated
 
 from fastapi import Depends, Request
 from fastapi.security.utils import get_authorization_scheme_param
@@ -19,15 +20,13 @@ from sqlalchemy import insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server.db.tables import ApiToken, Device, table
+from wherry_server.grants import Grant, Permission, Role, Subject, roles_with
 from wherry_server.rates import Rates
 from wherry_server.services import Services
 from wherry_server.times import now_us
 from wherry_shared.errors import RefusedError
 from wherry_shared.ids import is_device_id
 
-Role = Literal["viewer", "operator", "publisher", "admin"]
-"""Ascending: read; operate rollouts and devices; also publish bundles; also tokens, publishers and settings."""
-RANK: dict[str, int] = {role: rank for rank, role in enumerate(get_args(Role))}
 TOKEN_PREFIX = "wherryapi_"  # noqa: S105  # what leaked tokens are found by, not a secret
 TOKEN_DAYS_MAX = 3650
 DAY_US = 86_400 * 1_000_000
@@ -41,10 +40,34 @@ class Identity:
     """A person or machine that operates."""
 
     name: str
-    role: Role
+    grants: tuple[Grant, ...]
     project: str
     id: str
     """Of the token: its hash."""
+    kind: str = "token"
+
+    @property
+    def actor(self) -> str:
+        """Who it is in the audit log."""
+        return f"{self.kind}:{self.name}"
+
+    def has(self, permission: Permission, *, scoped: bool) -> bool:
+        """Tell whether it may do something: everywhere, or with `scoped` at least somewhere."""
+        return any(grant.allows(permission) and (scoped or grant.everywhere) for grant in self.grants)
+
+    def check(self, permission: Permission, subject: Subject) -> None:
+        """Let pass what a grant reaches.
+
+        Raises:
+            RefusedError: `scope_missing`.
+        """
+        if not any(grant.allows(permission) and grant.covers(subject) for grant in self.grants):
+            raise RefusedError(
+                "scope_missing",
+                f"what was granted to {self.name!r} does not reach {subject.said()}",
+                consequence="nothing was done",
+                next_step="ask somebody whose role reaches it, or an admin for a wider grant",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +84,17 @@ def hash_secret(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-async def create_token(connection: AsyncConnection, project: str, name: str, role: Role, days: int) -> str:
-    """Store a new API token and return it; it is shown this once."""
+async def create_token(
+    connection: AsyncConnection,
+    project: str,
+    name: str,
+    role: Role,
+    days: int,
+    *,
+    models: Sequence[str] = (),
+    cohorts: Sequence[str] = (),
+) -> str:
+    """Store a new API token and return it; it is shown this once. `models` and `cohorts` narrow what it may change."""
     secret = TOKEN_PREFIX + secrets.token_urlsafe(32)
     now = now_us()
     await connection.execute(
@@ -71,6 +103,8 @@ async def create_token(connection: AsyncConnection, project: str, name: str, rol
             project_id=project,
             name=name,
             role=role,
+            models=list(models),
+            cohorts=list(cohorts),
             expires_at=now + days * DAY_US,
             created_at=now,
         )
@@ -113,7 +147,7 @@ async def identify(request: Request, services: ServicesDep) -> Identity:
     async with services.database.read() as connection:
         row = (
             await connection.execute(
-                select(_tokens.c.name, _tokens.c.role, _tokens.c.expires_at).where(
+                select(_tokens.c.name, _tokens.c.role, _tokens.c.models, _tokens.c.cohorts, _tokens.c.expires_at).where(
                     _tokens.c.token_hash == hash_secret(secret), _tokens.c.project_id == services.project
                 )
             )
@@ -135,30 +169,49 @@ async def identify(request: Request, services: ServicesDep) -> Identity:
     hashed = hash_secret(secret)
     rates: Rates = request.app.state.rates
     rates.take(hashed, request.method)
-    request.state.identity = Identity(name=row.name, role=row.role, project=services.project, id=hashed)
+    grant = Grant(role=row.role, models=tuple(row.models), cohorts=tuple(row.cohorts))
+    request.state.identity = Identity(name=row.name, grants=(grant,), project=services.project, id=hashed)
     return request.state.identity  # type: ignore[no-any-return]  # just set
 
 
-def require(role: Role) -> Callable[[Identity], Awaitable[Identity]]:
-    """Return a dependency that lets `role` and those above pass: `Annotated[Identity, Depends(require("operator"))]`."""
+class Need:
+    """A dependency that lets pass whom a permission was granted.
 
-    async def check(identity: Annotated[Identity, Depends(identify)]) -> Identity:
-        if RANK[identity.role] < RANK[role]:
-            raise RefusedError(
-                "role_missing",
-                f"{identity.name!r} is {identity.role}, this needs {role}",
-                consequence="nothing was done",
-                next_step=f"use a token with the role {role}",
-            )
-        return identity
+    Args:
+        permission: what the route does.
+        scoped: whether a grant with a scope is enough; the handler then asks `Identity.check` about what is touched.
+    """
 
-    return check
+    def __init__(self, permission: Permission, *, scoped: bool = False) -> None:
+        self.permission = permission
+        self.scoped = scoped
+
+    async def __call__(self, identity: Annotated[Identity, Depends(identify)]) -> Identity:
+        """Return who asks.
+
+        Raises:
+            RefusedError: `role_missing` or `scope_missing`.
+        """
+        if identity.has(self.permission, scoped=self.scoped):
+            return identity
+        if identity.has(self.permission, scoped=True):
+            identity.check(self.permission, Subject.everything())
+        roles = " or ".join(roles_with(self.permission))
+        raise RefusedError(
+            "role_missing",
+            f"{identity.name!r} is {', '.join(grant.role for grant in identity.grants) or 'nobody'}, this needs {roles}",
+            consequence="nothing was done",
+            next_step=f"use a token with the role {roles}",
+        )
 
 
-Viewer = Annotated[Identity, Depends(require("viewer"))]
-Operator = Annotated[Identity, Depends(require("operator"))]
-Publisher = Annotated[Identity, Depends(require("publisher"))]
-Admin = Annotated[Identity, Depends(require("admin"))]
+Viewer = Annotated[Identity, Depends(Need("read", scoped=True))]
+Operator = Annotated[Identity, Depends(Need("operate"))]
+ScopedOperator = Annotated[Identity, Depends(Need("operate", scoped=True))]
+ScopedApprover = Annotated[Identity, Depends(Need("approve", scoped=True))]
+Publisher = Annotated[Identity, Depends(Need("publish"))]
+ScopedPublisher = Annotated[Identity, Depends(Need("publish", scoped=True))]
+Admin = Annotated[Identity, Depends(Need("administer"))]
 
 
 async def identify_device(request: Request, services: ServicesDep) -> DeviceIdentity:

@@ -357,9 +357,12 @@ def redeliver_event(name: str, event: int) -> Call[answers.Redelivered]:
 # --- access, audit, health ----------------------------------------------------------------------
 
 
-def create_token(name: str, role: str, days: int = 90) -> Call[answers.TokenMade]:
-    """Make an API token; it is shown this once."""
-    return _post("/tokens", answers.TokenMade, {"name": name, "role": role, "days": days})
+def create_token(
+    name: str, role: str, days: int = 90, models: Sequence[str] = (), cohorts: Sequence[str] = ()
+) -> Call[answers.TokenMade]:
+    """Make an API token; it is shown this once. Models and cohorts narrow what it may change."""
+    scope = {"models": list(models), "cohorts": list(cohorts)}
+    return _post("/tokens", answers.TokenMade, {"name": name, "role": role, "days": days, **scope})
 
 
 def list_tokens(name: str = "", role: str | None = None, limit: int | None = None) -> Call[list[answers.TokenSummary]]:

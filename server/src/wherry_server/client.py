@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
+import ssl
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from types import TracebackType
@@ -105,8 +106,12 @@ class _Stream:
 
 
 def _options(access: Access) -> dict[str, Any]:
-    here = httpx.URL(access.server).host in LOOPBACK  # before which no proxy stands
-    return {"base_url": access.server, "timeout": TIMEOUT_S, "trust_env": not here}
+    url = httpx.URL(access.server)
+    here = url.host in LOOPBACK  # before which no proxy stands
+    options: dict[str, Any] = {"base_url": access.server, "timeout": TIMEOUT_S, "trust_env": not here}
+    if url.scheme == "http":  # reading the system's certificates takes longer than most calls; this context trusts none
+        options["verify"] = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    return options
 
 
 class Client:

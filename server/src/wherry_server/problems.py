@@ -29,6 +29,7 @@ STATUS: dict[str, int] = {
     "unauthenticated": 401,
     "token_expired": 401,
     "role_missing": 403,
+    "scope_missing": 403,
     "device_revoked": 403,
     "enrolment_refused": 403,
     # what is asked for

@@ -246,7 +246,7 @@ async def approve(database: Database, project: str, actor: str, number: int, sta
             raise RefusedError(
                 "approval_refused", "who made a rollout does not approve it", next_step="ask somebody else"
             )
-        if allowed.names and actor.removeprefix("token:") not in allowed.names:
+        if allowed.names and actor.partition(":")[2] not in allowed.names:
             raise RefusedError(
                 "approval_refused", "the plan names who may approve", next_step=f"ask {', '.join(allowed.names)[:200]}"
             )
@@ -273,7 +273,7 @@ async def roll_back(database: Database, project: str, actor: str, model: str, de
     check_name(model, "model")
     if device is None:
         async with database.read() as connection:
-            number = await _newest(connection, project, model)
+            number = await newest(connection, project, model)
         if number is None:
             raise _nothing(f"no rollout of {model[:64]} has reached a device that could go back")
         return await command(database, project, actor, number, "revert")
@@ -302,7 +302,7 @@ async def roll_back(database: Database, project: str, actor: str, model: str, de
         return await show(connection, project, number)
 
 
-async def _newest(connection: AsyncConnection, project: str, model: str) -> int | None:
+async def newest(connection: AsyncConnection, project: str, model: str) -> int | None:
     """Return the newest rollout of a model that devices could go back from; what a rollback brought is none."""
     rows = await connection.execute(_REACHED.where(_ROLLOUT.c.project_id == project, _ROLLOUT.c.model == model))
     return next((int(row.number) for row in rows if not row.plan.get("rollback")), None)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Path, Request, Response
 from starlette.requests import ClientDisconnect
 
 from wherry_server.answers import Uploaded
-from wherry_server.auth import Publisher, ServicesDep, Viewer
+from wherry_server.auth import ScopedPublisher, ServicesDep, Viewer
 from wherry_server.blobs import unknown
 from wherry_shared.digest import check_digest
 from wherry_shared.errors import RefusedError
@@ -46,7 +46,7 @@ async def body_chunks(request: Request) -> AsyncIterator[bytes]:
     },
 )
 async def upload_blob(
-    digest: Digest, request: Request, response: Response, services: ServicesDep, _publisher: Publisher
+    digest: Digest, request: Request, response: Response, services: ServicesDep, _publisher: ScopedPublisher
 ) -> Uploaded:
     """Store a blob, streamed; nothing is kept of one that does not have this digest."""
     declared = request.headers.get("content-length")

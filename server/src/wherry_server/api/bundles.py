@@ -11,8 +11,9 @@ from wherry_server import catalogue
 from wherry_server.answers import BundleDetail, BundleSummary, ModelSummary, shaped
 from wherry_server.api.again import Again
 from wherry_server.api.pages import Paging
-from wherry_server.auth import Publisher, ServicesDep, Viewer
+from wherry_server.auth import ScopedPublisher, ServicesDep, Viewer
 from wherry_server.encodings import Encoder
+from wherry_server.grants import Subject
 
 router = APIRouter(prefix="/api/v1", tags=["bundles"], route_class=Again)
 
@@ -30,10 +31,11 @@ class PublishRequest(BaseModel):
     "/bundles", status_code=201, responses={200: {"model": BundleDetail, "description": "It was here already"}}
 )
 async def publish_bundle(
-    body: PublishRequest, request: Request, response: Response, services: ServicesDep, publisher: Publisher
+    body: PublishRequest, request: Request, response: Response, services: ServicesDep, publisher: ScopedPublisher
 ) -> BundleDetail:
     """Accept a bundle: everything is here, it parses and agrees, and a signed bin names it."""
-    accepted = await catalogue.publish(services, f"token:{publisher.name}", body.model, body.version, body.manifest)
+    publisher.check("publish", Subject(models=frozenset({body.model})))
+    accepted = await catalogue.publish(services, publisher.actor, body.model, body.version, body.manifest)
     encoder: Encoder | None = request.app.state.encoder
     if accepted.created and encoder is not None:
         encoder.add(accepted.weights)

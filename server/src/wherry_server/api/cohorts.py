@@ -51,7 +51,7 @@ async def list_cohorts(
 @router.post("/cohorts", status_code=201)
 async def create_cohort(wish: CohortWish, response: Response, services: ServicesDep, operator: Operator) -> CohortShown:
     """Save a cohort under a new name."""
-    actor = f"token:{operator.name}"
+    actor = operator.actor
     selector = wish.selector
     if wish.static:
         async with services.database.read() as connection:
@@ -89,7 +89,7 @@ async def change_cohort(
     if_match: etags.IfMatch = "",
 ) -> CohortShown:
     """Give a cohort another selector; rollouts that are there keep the one they were created with."""
-    actor = f"token:{operator.name}"
+    actor = operator.actor
     saved = await cohorts.save(
         services.database, services.project, actor, name, wish.selector, replace=True, check=_unchanged(name, if_match)
     )
@@ -100,7 +100,7 @@ async def change_cohort(
 @router.delete("/cohorts/{name}", status_code=204)
 async def delete_cohort(name: Name, services: ServicesDep, operator: Operator, if_match: etags.IfMatch = "") -> None:
     """Forget a cohort; rollouts that are there keep its selector."""
-    actor = f"token:{operator.name}"
+    actor = operator.actor
     await cohorts.remove(services.database, services.project, actor, name, check=_unchanged(name, if_match))
 
 

@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 
-from wherry_server import audit, cohorts, fleet
+from wherry_server import audit, cohorts, fleet, scopes
 from wherry_server.answers import DeviceDetail, DeviceList, DeviceLogs, Ended, FleetState, LogsRequested, shaped
 from wherry_server.api.again import Again
 from wherry_server.api.pages import Paging
-from wherry_server.auth import Operator, ServicesDep, Viewer
+from wherry_server.auth import ScopedOperator, ServicesDep, Viewer
 from wherry_server.targeting import SELECTOR_CHARS_MAX, And, parse_selector
 
 router = APIRouter(prefix="/api/v1", tags=["fleet"], route_class=Again)
@@ -60,27 +60,29 @@ async def show_logs(device: str, services: ServicesDep, _viewer: Viewer) -> Devi
 
 
 @router.post("/devices/{device}/logs", status_code=202)
-async def request_logs(device: str, services: ServicesDep, operator: Operator) -> LogsRequested:
+async def request_logs(device: str, services: ServicesDep, operator: ScopedOperator) -> LogsRequested:
     """Ask a device for its last log lines."""
     async with services.database.write() as connection:
+        operator.check("operate", await scopes.of_device(connection, operator, device))
         row = await fleet.find_device(connection, services.project, device)
         requested_at = await fleet.request_logs(connection, services.project, row.id)
-        await audit.append(connection, services.project, f"token:{operator.name}", "device.logs", row.name)
+        await audit.append(connection, services.project, operator.actor, "device.logs", row.name)
     return LogsRequested(device=row.id, requested_at=requested_at)
 
 
 @router.post("/devices/{device}/{ending}")
 async def end_device(
-    device: str, ending: Literal["revoke", "decommission"], services: ServicesDep, operator: Operator
+    device: str, ending: Literal["revoke", "decommission"], services: ServicesDep, operator: ScopedOperator
 ) -> Ended:
     """Shut a device out: revoke it (its name stays taken) or decommission it (its name is free again)."""
     state: fleet.Ending = "revoked" if ending == "revoke" else "decommissioned"
     async with services.database.write() as connection:
+        operator.check("operate", await scopes.of_device(connection, operator, device))
         row = await fleet.end_device(connection, services.project, device, state)
         await audit.append(
             connection,
             services.project,
-            f"token:{operator.name}",
+            operator.actor,
             f"device.{ending}",
             row.name,
             id=row.id,

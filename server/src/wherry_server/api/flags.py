@@ -60,7 +60,7 @@ async def list_flags(
 @router.post("/flags", status_code=201)
 async def create_flag(wish: FlagWish, response: Response, services: ServicesDep, operator: Operator) -> FlagShown:
     """Make a flag; within seconds every device that is connected has it."""
-    actor = f"token:{operator.name}"
+    actor = operator.actor
     saved = await flag_book.save(services.database, services.project, actor, wish.model_dump(), replace=False)
     return _shown(saved, response)
 
@@ -93,7 +93,7 @@ async def change_flag(
     if_match: etags.IfMatch = "",
 ) -> FlagShown:
     """Give a flag another definition; what rollouts gave to devices stays above it."""
-    actor = f"token:{operator.name}"
+    actor = operator.actor
     saved = await flag_book.save(
         services.database,
         services.project,
@@ -108,7 +108,7 @@ async def change_flag(
 @router.delete("/flags/{flag}", status_code=204)
 async def delete_flag(flag: Name, services: ServicesDep, operator: Operator, if_match: etags.IfMatch = "") -> None:
     """Delete a flag that no rollout gives: devices have it no more, and applications get their own defaults."""
-    actor = f"token:{operator.name}"
+    actor = operator.actor
     await flag_book.remove(services.database, services.project, actor, flag, check=_unchanged(flag, if_match))
 
 

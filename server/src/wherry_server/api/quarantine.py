@@ -7,11 +7,11 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
-from wherry_server import quarantine
+from wherry_server import quarantine, scopes
 from wherry_server.answers import KnownBad, Quarantined, Released, shaped
 from wherry_server.api.again import Again
 from wherry_server.api.pages import Paging, check_text
-from wherry_server.auth import Operator, ServicesDep, Viewer
+from wherry_server.auth import Operator, ScopedOperator, ServicesDep, Viewer
 
 router = APIRouter(prefix="/api/v1", tags=["quarantine"], route_class=Again)
 Filter = Annotated[str, Query(max_length=128)]
@@ -47,9 +47,11 @@ async def list_quarantine(
 
 
 @router.post("/quarantine/release")
-async def release_device(wish: ReleaseWish, services: ServicesDep, operator: Operator) -> Released:
+async def release_device(wish: ReleaseWish, services: ServicesDep, operator: ScopedOperator) -> Released:
     """Let a device out of quarantine; nothing is offered until a rollout does so."""
-    actor = f"token:{operator.name}"
+    async with services.database.read() as connection:
+        operator.check("operate", await scopes.of_device(connection, operator, wish.device, frozenset({wish.model})))
+    actor = operator.actor
     done = await quarantine.release(services.database, services.project, actor, wish.device, wish.model)
     return shaped(Released, done)
 
@@ -66,5 +68,5 @@ async def list_hardware(services: ServicesDep, _viewer: Viewer, page: Paging) ->
 @router.post("/quarantine/hardware/clear", status_code=204)
 async def clear_hardware(wish: ClearWish, services: ServicesDep, operator: Operator) -> None:
     """Forget that a bundle is bad on a hardware class."""
-    actor = f"token:{operator.name}"
+    actor = operator.actor
     await quarantine.clear(services.database, services.project, actor, wish.manifest, wish.hardware_class)

@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Body, Path, Query, Response
 from pydantic import BaseModel, Field
 
-from wherry_server import explaining, rollouts
+from wherry_server import explaining, rollouts, scopes
 from wherry_server.answers import DecisionShown, Explained, Forecast, RolloutDetail, RolloutSummary, shaped
 from wherry_server.api import etags
 from wherry_server.api.again import Again
 from wherry_server.api.pages import CursorId, Paging
-from wherry_server.auth import Operator, ServicesDep, Viewer
+from wherry_server.auth import ScopedApprover, ScopedOperator, ServicesDep, Viewer
 
 router = APIRouter(prefix="/api/v1", tags=["rollouts"], route_class=Again)
 Number = Annotated[int, Path(ge=1, le=1 << 53)]
@@ -51,10 +51,12 @@ async def list_rollouts(
 async def create_rollout(
     wish: Annotated[dict[str, Any], Body(description="fields of a plan, see docs/formats/plan.md")],
     services: ServicesDep,
-    operator: Operator,
+    operator: ScopedOperator,
 ) -> RolloutDetail:
     """Create a rollout; a plan that does not parse is not stored."""
-    made = await rollouts.create(services.database, services.project, f"token:{operator.name}", wish)
+    async with services.database.read() as connection:
+        operator.check("operate", await scopes.of_wish(connection, operator, wish))
+    made = await rollouts.create(services.database, services.project, operator.actor, wish)
     return shaped(RolloutDetail, made)
 
 
@@ -106,10 +108,12 @@ async def simulate_rollout(
 
 @router.post("/rollouts/{number}/approvals", status_code=202)
 async def approve_rollout(
-    number: Number, wish: ApprovalWish, services: ServicesDep, operator: Operator
+    number: Number, wish: ApprovalWish, services: ServicesDep, approver: ScopedApprover
 ) -> RolloutDetail:
     """Agree that a stage begins; how many people have to is the plan's."""
-    actor = f"token:{operator.name}"
+    async with services.database.read() as connection:
+        approver.check("approve", await scopes.of_rollout(connection, services.project, number))
+    actor = approver.actor
     return shaped(RolloutDetail, await rollouts.approve(services.database, services.project, actor, number, wish.stage))
 
 
@@ -119,11 +123,13 @@ async def command_rollout(
     command: Literal["start", "pause", "resume", "abort", "revert", "retry", "retry_failed"],
     response: Response,
     services: ServicesDep,
-    operator: Operator,
+    operator: ScopedOperator,
     if_match: etags.IfMatch = "",
 ) -> RolloutDetail:
     """Write a command down; the director applies it in its next turn, within about a second."""
-    actor = f"token:{operator.name}"
+    async with services.database.read() as connection:
+        operator.check("operate", await scopes.of_rollout(connection, services.project, number))
+    actor = operator.actor
 
     def unchanged(revision: int) -> None:
         etags.check(if_match, _etag(revision), "rollout_changed", f"rollout {number}")
@@ -138,9 +144,11 @@ def _etag(revision: int) -> str:
 
 
 @router.post("/rollbacks", status_code=202)
-async def roll_back(wish: Rollback, services: ServicesDep, operator: Operator) -> RolloutDetail:
+async def roll_back(wish: Rollback, services: ServicesDep, operator: ScopedOperator) -> RolloutDetail:
     """Bring a model back to what ran before, and return the rollout that does it."""
-    actor = f"token:{operator.name}"
+    async with services.database.read() as connection:
+        operator.check("operate", await scopes.of_rollback(connection, operator, wish.model, wish.device))
+    actor = operator.actor
     return shaped(
         RolloutDetail, await rollouts.roll_back(services.database, services.project, actor, wish.model, wish.device)
     )

@@ -12,13 +12,15 @@ from wherry_server import audit, auth, enrolment
 from wherry_server.answers import TokenMade, TokenSummary
 from wherry_server.api.again import Again
 from wherry_server.api.pages import Paging
-from wherry_server.auth import Admin, Operator, Role, ServicesDep
+from wherry_server.auth import Admin, Operator, ServicesDep
 from wherry_server.db.tables import ApiToken, table
+from wherry_server.grants import SCOPE_MAX, Role
 from wherry_shared.errors import RefusedError
 
 router = APIRouter(prefix="/api/v1", tags=["access"], route_class=Again)
 
 _tokens = table(ApiToken)
+ScopeName = Annotated[str, Field(pattern="^[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?$")]
 
 
 class TokenRequest(BaseModel):
@@ -28,6 +30,10 @@ class TokenRequest(BaseModel):
     name: str = Field(pattern="^[a-zA-Z0-9][a-zA-Z0-9._@-]{0,63}$")
     role: Role
     days: int = Field(default=90, ge=1, le=auth.TOKEN_DAYS_MAX)
+    models: list[ScopeName] = Field(default=[], max_length=SCOPE_MAX, description="narrows what it may change to these")
+    cohorts: list[ScopeName] = Field(
+        default=[], max_length=SCOPE_MAX, description="narrows what it may change to these"
+    )
 
 
 class EnrolmentTokenRequest(BaseModel):
@@ -43,16 +49,26 @@ class EnrolmentTokenRequest(BaseModel):
 async def create_token(body: TokenRequest, services: ServicesDep, admin: Admin) -> TokenMade:
     """Make an API token."""
     async with services.database.write() as connection:
-        token = await auth.create_token(connection, services.project, body.name, body.role, body.days)
+        token = await auth.create_token(
+            connection,
+            services.project,
+            body.name,
+            body.role,
+            body.days,
+            models=body.models,
+            cohorts=body.cohorts,
+        )
         await audit.append(
             connection,
             services.project,
-            f"token:{admin.name}",
+            admin.actor,
             "token.create",
             body.name,
             id=auth.hash_secret(token)[:12],
             role=body.role,
             days=body.days,
+            models=body.models,
+            cohorts=body.cohorts,
         )
     return TokenMade(token=token)
 
@@ -75,6 +91,8 @@ async def list_tokens(
                 id=row.token_hash[:12],
                 name=row.name,
                 role=row.role,
+                models=row.models,
+                cohorts=row.cohorts,
                 created_at=row.created_at,
                 expires_at=row.expires_at,
             )
@@ -100,7 +118,7 @@ async def revoke_token(token_id: str, services: ServicesDep, admin: Admin) -> No
                 "token_unknown", f"there is no token {token_id[:80]!r}", next_step="see the ids: wherry token list"
             )
         await connection.execute(delete(_tokens).where(_tokens.c.token_hash == found[0]))
-        await audit.append(connection, services.project, f"token:{admin.name}", "token.revoke", found[0][:12])
+        await audit.append(connection, services.project, admin.actor, "token.revoke", found[0][:12])
 
 
 @router.post("/enrolment-tokens", status_code=201)
@@ -108,6 +126,6 @@ async def create_enrolment_token(body: EnrolmentTokenRequest, services: Services
     """Make a token by which devices enrol."""
     async with services.database.write() as connection:
         token = await enrolment.create_token(
-            connection, services, f"token:{operator.name}", uses=body.uses, days=body.days, labels=body.labels
+            connection, services, operator.actor, uses=body.uses, days=body.days, labels=body.labels
         )
     return TokenMade(token=token)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi import APIRouter, Header, Request, Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from wherry_server import audit
 from wherry_server.api.again import Again
-from wherry_server.auth import Identity, ServicesDep, require
+from wherry_server.auth import Admin, Identity, Publisher, ScopedPublisher, ServicesDep, Viewer
 from wherry_server.services import Services
 from wherry_server.trust import MODELS_MAX
 from wherry_shared.errors import RefusedError
@@ -23,10 +23,6 @@ from wherry_shared.limits import TUF_METADATA_BYTES_MAX
 router = APIRouter(prefix="/api/v1/trust", tags=["trust"], route_class=Again)
 _ETAG = re.compile(r'"(0|[1-9][0-9]{0,14})"')
 KEYS_MAX = 16
-
-Viewing = Annotated[Identity, Depends(require("viewer"))]
-Publishing = Annotated[Identity, Depends(require("publisher"))]
-Administrating = Annotated[Identity, Depends(require("admin"))]
 
 
 class NewPublisher(BaseModel):
@@ -41,13 +37,13 @@ class NewPublisher(BaseModel):
 
 
 @router.get("")
-async def trust_state(services: ServicesDep, _who: Viewing) -> dict[str, Any]:
+async def trust_state(services: ServicesDep, _who: Viewer) -> dict[str, Any]:
     """Roles, versions, publishers and their bins, the director's key id."""
     return await run_in_threadpool(services.trust.public_state)
 
 
 @router.post("/publishers")
-async def add_publisher(body: NewPublisher, services: ServicesDep, who: Administrating) -> dict[str, Any]:
+async def add_publisher(body: NewPublisher, services: ServicesDep, who: Admin) -> dict[str, Any]:
     """Delegate models to a publisher; where the targets key is offline this needs a ceremony."""
     pems = [*body.public_keys_pem, *([body.public_key_pem] if body.public_key_pem else [])]
     publisher = await run_in_threadpool(
@@ -64,13 +60,13 @@ async def add_publisher(body: NewPublisher, services: ServicesDep, who: Administ
 
 
 @router.get("/bins", response_class=Response)
-async def bin_of_target(target: str, services: ServicesDep, _who: Viewing) -> Response:
+async def bin_of_target(target: str, services: ServicesDep, _who: Viewer) -> Response:
     """The bin into which MODEL/VERSION falls; empty at version 0 if nobody signed it yet."""
     return _answer(*await run_in_threadpool(services.trust.bin_for, target))
 
 
 @router.get("/bins/{role}", response_class=Response)
-async def bin_by_role(role: str, services: ServicesDep, _who: Viewing) -> Response:
+async def bin_by_role(role: str, services: ServicesDep, _who: Viewer) -> Response:
     """The current bytes of a bin or publisher role."""
     return _answer(*await run_in_threadpool(services.trust.role_bytes, role))
 
@@ -81,10 +77,10 @@ async def put_bin(
     request: Request,
     response: Response,
     services: ServicesDep,
-    who: Publishing,
+    who: ScopedPublisher,
     if_match: Annotated[str, Header()] = "",
 ) -> dict[str, Any]:
-    """Replace a bin or publisher role by its next version, signed by its publisher."""
+    """Replace a bin or publisher role by its next version, signed by its publisher; whose key it is decides about models."""
     expected = _ETAG.fullmatch(if_match)
     if expected is None:
         raise RefusedError(
@@ -105,13 +101,13 @@ async def put_bin(
 
 
 @router.get("/proposals/{role}", response_class=Response)
-async def proposal(role: str, services: ServicesDep, _who: Viewing) -> Response:
+async def proposal(role: str, services: ServicesDep, _who: Viewer) -> Response:
     """What stands as proposed for a bin until enough publishers signed it."""
     return Response(await run_in_threadpool(services.trust.proposal, role), media_type="application/json")
 
 
 @router.delete("/proposals/{role}", status_code=204)
-async def withdraw_proposal(role: str, services: ServicesDep, who: Publishing) -> None:
+async def withdraw_proposal(role: str, services: ServicesDep, who: Publisher) -> None:
     """Drop a proposal, so that another can be made."""
     await run_in_threadpool(services.trust.withdraw, role)
     await _record(services, who, "bin.withdraw", role)
@@ -120,7 +116,7 @@ async def withdraw_proposal(role: str, services: ServicesDep, who: Publishing) -
 async def _record(services: Services, who: Identity, action: str, subject: str, **details: Any) -> None:
     """Write into the audit chain what happened to trust; the metadata themselves are create-only and say it too."""
     async with services.database.write() as connection:
-        await audit.append(connection, services.project, f"token:{who.name}", action, subject, **details)
+        await audit.append(connection, services.project, who.actor, action, subject, **details)
 
 
 def _answer(role: str, version: int, data: bytes) -> Response:

@@ -42,7 +42,7 @@ async def create_webhook(wish: WebhookWish, services: ServicesDep, admin: Admin)
         services.database,
         services.project,
         services.master_key,
-        f"token:{admin.name}",
+        admin.actor,
         wish.name,
         wish.url,
         wish.types,
@@ -53,7 +53,7 @@ async def create_webhook(wish: WebhookWish, services: ServicesDep, admin: Admin)
 @router.delete("/{name}", status_code=204)
 async def delete_webhook(name: Name, services: ServicesDep, admin: Admin) -> None:
     """Forget a webhook and what was due to it."""
-    await webhooks.remove(services.database, services.project, f"token:{admin.name}", name)
+    await webhooks.remove(services.database, services.project, admin.actor, name)
 
 
 @router.get("/{name}/deliveries")
@@ -75,5 +75,5 @@ async def redeliver_event(
     name: Name, event: Annotated[int, Path(ge=1, le=EVENT_MAX)], services: ServicesDep, operator: Operator
 ) -> Redelivered:
     """Send an event that has not arrived once more, now."""
-    await webhooks.redeliver(services.database, services.project, f"token:{operator.name}", name, event)
+    await webhooks.redeliver(services.database, services.project, operator.actor, name, event)
     return Redelivered(webhook=name, event=event)

@@ -47,13 +47,15 @@ def create_enrolment_token(
 @app.command("api")
 def create_api_token(
     name: Annotated[str, typer.Argument(help="Whose token it is; stands in the audit log.")],
-    role: Annotated[str, typer.Option(help="viewer, operator, publisher or admin.")] = "viewer",
+    role: Annotated[str, typer.Option(help="viewer, operator, approver, publisher or admin.")] = "viewer",
+    model: Annotated[list[str] | None, typer.Option(help="It changes only this model; may be repeated.")] = None,
+    cohort: Annotated[list[str] | None, typer.Option(help="It changes only this cohort; may be repeated.")] = None,
     days: Annotated[int, typer.Option(help="How long it is good.", min=1)] = 90,
     as_json: AsJson = False,
 ) -> None:
     """Make a token for a person or machine; it is shown this once."""
     with client() as server:
-        made = server.plain(calls.create_token(name, role, days))
+        made = server.plain(calls.create_token(name, role, days, model or (), cohort or ()))
     show(made, as_json, lambda console: console.print(made["token"], soft_wrap=True))
 
 
@@ -65,10 +67,17 @@ def list_tokens(as_json: AsJson = False) -> None:
 
     def render(console: Console) -> None:
         rows = [
-            (token["id"], token["name"], token["role"], when(token["created_at"]), date(token["expires_at"]))
+            (
+                token["id"],
+                token["name"],
+                token["role"],
+                ", ".join([*token["models"], *token["cohorts"]]),
+                when(token["created_at"]),
+                date(token["expires_at"]),
+            )
             for token in found
         ]
-        console.print(table(("id", "name", "role", "made", "good until"), rows))
+        console.print(table(("id", "name", "role", "narrowed to", "made", "good until"), rows))
 
     show(found, as_json, render)
 

@@ -434,6 +434,11 @@ class ApiToken(SQLModel, table=True):
     project_id: str
     name: str
     role: str
+    models: list[Any] = Field(default_factory=list, sa_column=Column(JSON, nullable=False, server_default=text("'[]'")))
+    cohorts: list[Any] = Field(
+        default_factory=list, sa_column=Column(JSON, nullable=False, server_default=text("'[]'"))
+    )
+    """What narrows the role; empty: nothing does."""
     expires_at: int = _time()
     created_at: int = _time()
 
