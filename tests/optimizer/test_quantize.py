@@ -10,10 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from onnx import TensorProto, helper, numpy_helper
 
-from tests.optimizer.models import blobs, classifier
+from tests.optimizer.models import blobs, classifier, conv
 from wherry_optimizer.model import read_onnx
-from wherry_optimizer.passes import CATALOGUE, Work, module, quantize, quantize_tflite, quantize_weights, simplify
+from wherry_optimizer.passes import (
+    CATALOGUE,
+    Work,
+    half,
+    module,
+    quantize,
+    quantize_dynamic,
+    quantize_tflite,
+    quantize_weights,
+    simplify,
+)
 from wherry_optimizer.sources import locate
 from wherry_shared.engines import load
 from wherry_shared.errors import RefusedError
@@ -106,3 +117,93 @@ def test_an_onnx_model_that_is_quantized_is_known_as_such(tmp_path: Path, work: 
         quantize_weights.apply(result.path, quantize_weights.Parameters(), work)
     assert caught.value.code == "already_quantized"
     assert read_onnx(result.path).graph.node
+
+
+def lstm(path: Path, *, within_if: bool = False) -> Path:
+    """Write a recurrent network, on request hidden in both branches of an If, as some exporters do."""
+    rng = np.random.default_rng(3)
+    weights = [
+        numpy_helper.from_array(rng.normal(0, 0.4, shape).astype(np.float32), name)
+        for name, shape in (("w", (1, 64, 16)), ("r", (1, 64, 16)))
+    ]
+    node = helper.make_node("LSTM", ["x", "w", "r"], ["", "h"], hidden_size=16, name="cell")
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["steps", 1, 16])
+    y = helper.make_tensor_value_info("h", TensorProto.FLOAT, [1, 1, 16])
+    if within_if:
+        branch = helper.make_graph([node], "branch", [], [y], weights)
+        whole = helper.make_node("If", ["flag"], ["h"], then_branch=branch, else_branch=branch)
+        flag = helper.make_tensor_value_info("flag", TensorProto.BOOL, [])
+        graph = helper.make_graph([whole], "outer", [x, flag], [y])
+    else:
+        graph = helper.make_graph([node], "lstm", [x], [y], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8), path)
+    return path
+
+
+@pytest.mark.parametrize("within_if", [False, True])
+def test_recurrent_weights_become_integers_also_in_subgraphs(within_if: bool, tmp_path: Path) -> None:
+    path = lstm(tmp_path / "m.onnx", within_if=within_if)
+    result = quantize_weights.apply(path, quantize_weights.Parameters(form="fold"), Work(tmp_path, []))
+    assert result.notes["quantized_weights"] == (4 if within_if else 2)
+    assert result.path.stat().st_size < 0.45 * path.stat().st_size
+    feed = {"x": np.random.default_rng(0).normal(size=(5, 1, 16)).astype(np.float32)}
+    feed |= {"flag": np.array(True)} if within_if else {}
+    before, after = (load(file, "onnx").run(feed)["h"] for file in (path, result.path))
+    np.testing.assert_allclose(before, after, atol=0.02)
+    assert (before != after).any()
+
+
+def test_folded_weights_follow_static_int8_and_take_what_it_left(tmp_path: Path, work: Work) -> None:
+    static = quantize.apply(classifier(tmp_path / "m.onnx"), quantize.Parameters(exclude=["two$"]), work)
+    own = tmp_path / "own"
+    own.mkdir()
+    parameters = quantize_weights.Parameters(form="fold", minimum_elements=500)
+    result = quantize_weights.apply(static.path, parameters, Work(own, []))
+    assert result.notes["quantized_weights"] == 1
+    assert agreement(static.path, result.path) > 0.99
+
+
+@given(st.integers(1, 9), st.integers(1, 70), st.sampled_from([2, 8, 32]), st.integers(0, 99))
+def test_packed_nibbles_are_off_by_half_a_step_at_most(rows: int, columns: int, block: int, seed: int) -> None:
+    weights = np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)
+    packed, scale, count = quantize_weights.pack_nibbles(weights, block)
+    low, high = packed & 15, packed >> 4
+    values = np.concatenate([low, high], axis=2).astype(np.float32) - quantize_weights.NIBBLE_ZERO
+    found = (values * scale).reshape(rows, -1)[:, :count]
+    steps = np.repeat(scale, block, axis=2).reshape(rows, -1)[:, :count]
+    assert (np.abs(found - weights) <= 0.5001 * steps).all()
+
+
+def test_four_bit_weights_keep_most_answers_and_shrink_the_file(tmp_path: Path) -> None:
+    path = classifier(tmp_path / "m.onnx")
+    parameters = quantize_weights.Parameters(form="fold", bits=4, minimum_elements=500)
+    result = quantize_weights.apply(path, parameters, Work(tmp_path, []))
+    assert result.notes == {"quantized_weights": 2, "of_4_bits": 2}
+    assert result.path.stat().st_size < 0.3 * path.stat().st_size
+    assert agreement(path, result.path) > 0.9
+
+
+def test_dynamic_int8_takes_matrices_and_says_where_there_are_none(tmp_path: Path) -> None:
+    path = classifier(tmp_path / "m.onnx")
+    result = quantize_dynamic.apply(path, quantize_dynamic.Parameters(), Work(tmp_path, []))
+    assert agreement(path, result.path) > 0.97
+    with pytest.raises(RefusedError) as caught:
+        quantize_dynamic.apply(conv(tmp_path / "c.onnx"), quantize_dynamic.Parameters(), Work(tmp_path, []))
+    assert caught.value.code == "pass_noop"
+
+
+def test_half_precision_halves_the_file_and_keeps_the_answers(tmp_path: Path) -> None:
+    path = classifier(tmp_path / "m.onnx")
+    result = half.apply(path, half.Parameters(), Work(tmp_path, []))
+    assert result.path.stat().st_size < 0.6 * path.stat().st_size
+    assert agreement(path, result.path) == 1.0
+
+
+def test_a_weight_behind_an_identity_is_found(tmp_path: Path) -> None:
+    path = classifier(tmp_path / "m.onnx")
+    model = onnx.load(path)
+    model.graph.node[0].input[1] = "alias"
+    model.graph.node.insert(0, helper.make_node("Identity", ["first"], ["alias"]))
+    onnx.save(model, path)
+    parameters = quantize_weights.Parameters(form="fold", minimum_elements=500)
+    assert quantize_weights.apply(path, parameters, Work(tmp_path, [])).notes["quantized_weights"] == 2

@@ -57,6 +57,111 @@ def build(
 
 
 @app.command()
+def auto(
+    model: Annotated[Path, typer.Argument(help="A float ONNX or TFLite file.")],
+    *,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Samples: .npz, .csv, .parquet, a folder per class, or module:function. See docs/optimizer.md."
+        ),
+    ],
+    metric: Annotated[str, typer.Option(help="Name of a metric, or module:function.")] = "accuracy",
+    metric_output: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Output that the metric looks at; repeatable.")
+    ] = None,
+    max_drop: Annotated[float, typer.Option(help="What the metric may lose: 0.005 is half a point.")] = 0.005,
+    floor: Annotated[float | None, typer.Option(help="What the metric may not fall below.")] = None,
+    max_error: Annotated[float, typer.Option(help="How far outputs may move, as a share of the float model's.")] = 0.5,
+    strict: Annotated[bool, typer.Option(help="The whole interval of the drop has to be within --max-drop.")] = False,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="x86-vnni, x86, arm-dotprod, jetson, phone or tflite; repeatable; by default this machine's."
+        ),
+    ] = None,
+    prefer: Annotated[str, typer.Option(help="balanced, size or latency.")] = "balanced",
+    seconds: Annotated[float, typer.Option(help="No candidate begins later than this.")] = 300.0,
+    workers: Annotated[int, typer.Option(help="Candidates at a time.")] = 2,
+    prune: Annotated[bool, typer.Option(help="Also try to prune.")] = True,
+    state: Annotated[
+        list[str] | None, typer.Option(metavar="INPUT=OUTPUT", help="An input that is the output of the step before.")
+    ] = None,
+    label: Annotated[str, typer.Option(help="Array or column of labels.")] = "label",
+    reported: Annotated[
+        Path | None, typer.Option(help="JSON: digest of a file → figures that devices reported.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder of what was made already.")] = None,
+    memory_gb: Annotated[float, typer.Option(help="Memory of one candidate's process at most.")] = 6.0,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for chosen files and the report.")] = Path(
+        "optimized"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Search for the smallest and fastest variant that loses no more than --max-drop, for each target."""
+    from wherry_optimizer import card
+    from wherry_optimizer.auto import auto as search_all
+
+    if prefer not in ("balanced", "size", "latency"):
+        raise typer.BadParameter("balanced, size or latency", param_hint="--prefer")
+    pairs = [text.partition("=") for text in state or []]
+    result = search_all(
+        model,
+        data,
+        metric=metric,
+        outputs=metric_output or [],
+        drop_max=max_drop,
+        floor=floor,
+        error_max=max_error,
+        strict=strict,
+        targets=target or [],
+        output=output,
+        cache=cache,
+        prefer=prefer,  # type: ignore[arg-type]  # checked above
+        seconds_max=seconds,
+        workers=workers,
+        prune=prune,
+        state={name: of for name, _, of in pairs},
+        label=label,
+        reported=reported,
+        memory_bytes_max=int(memory_gb * 2**30),
+        seed=seed,
+        say=lambda text: err.print(text, style="dim", markup=False),
+    )
+    if as_json:
+        _print_json(card.as_dict(result))
+        return
+    for found in result.found:
+        out.print(f"{found.target.name}: {found.chosen}, {found.reason}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"{output / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    one: Annotated[Path, typer.Argument(metavar="A", help="Folder that auto wrote, or its report.json.")],
+    other: Annotated[Path, typer.Argument(metavar="B", help="Another one, of the same data and metric.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show side by side what two searches found."""
+    from rich.table import Table
+
+    from wherry_optimizer import card
+
+    rows = card.compare(one, other)
+    if as_json:
+        _print_json(rows)
+        return
+    fields = ("passed", "download_ratio", "latency_ratio", "value", "drop", "error")
+    table = Table("target", "variant", *(name.replace("_", " ") for name in fields))
+    for row in rows:
+        mark = "".join(letter for letter, is_chosen in zip("AB", row["chosen"], strict=True) if is_chosen)
+        cells = [" → ".join("–" if value is None else str(value) for value in row[name]) for name in fields]
+        table.add_row(row["target"], row["id"] + (f" (chosen {mark})" if mark else ""), *cells)
+    out.print(table)
+
+
+@app.command()
 def pack(
     model: Annotated[Path, typer.Argument(help="An ONNX or TFLite file.")],
     *,
@@ -161,13 +266,13 @@ def list_passes(as_json: AsJson = False) -> None:
     import msgspec
     from rich.table import Table
 
-    from wherry_optimizer.passes import CATALOGUE
+    from wherry_optimizer.passes import catalogue
 
     if as_json:
-        _print_json([msgspec.to_builtins(info) for info in CATALOGUE])
+        _print_json([msgspec.to_builtins(info) for info in catalogue()])
         return
     rows = Table("pass", "formats", "makes", "calibration data", "what it does")
-    for info in CATALOGUE:
+    for info in catalogue():
         needs = "needed" if info.calibration else "–"
         rows.add_row(info.name, ", ".join(info.formats), info.precision or "–", needs, info.summary)
     out.print(rows)

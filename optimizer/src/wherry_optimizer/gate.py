@@ -1,10 +1,28 @@
-"""Whether a variant may be packed: its accuracy budget. Pure."""
+"""Whether a variant may be packed: its accuracy budget. Pure.
+
+`judge` compares a drop with a recipe's budget. `hold` is the word of a search, which tries many candidates and so has to
+guard against luck: it also looks at the interval of the drop (paired bootstrap: Efron and Tibshirani, "An introduction
+to the bootstrap", 1993), at a floor of the metric itself, and at how far the outputs moved, since a metric on few samples
+may stay where it was while the network has become another (seen: a sentence encoder at half its weights scored higher).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf, isfinite
+from typing import Any
+
+import numpy as np
 
 from wherry_shared.bundle import Accuracy
+
+CONFIDENCE = 0.95
+RESAMPLES = 1000
+RESAMPLES_SLOW = 200
+"""Resamples where the value is not a mean and each costs a whole evaluation."""
+UPPER_FACTOR = 2.0
+"""The upper end of the interval of a drop may be so many times the budget; the drop itself, once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +31,31 @@ class Verdict:
 
     passed: bool
     why: str
+    by: str = ""
+    """What kept it out: `no_number`, `drop`, `interval`, `floor` or `error`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a candidate may cost."""
+
+    drop_max: float
+    floor: float | None = None
+    error_max: float = 0.5
+    """Largest distance of all outputs from those of the source (L2, as a share of theirs)."""
+    upper_factor: float = UPPER_FACTOR
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """How much lower a metric is than the source's on the same samples, with its interval (two-sided, `CONFIDENCE`)."""
+
+    value: float
+    source: float
+    drop: float
+    low: float
+    high: float
+    samples: int
 
 
 def judge(accuracy: Accuracy, drop_max: float) -> Verdict:
@@ -22,4 +65,77 @@ def judge(accuracy: Accuracy, drop_max: float) -> Verdict:
     samples = f"on {accuracy.samples} samples"
     if accuracy.drop <= drop_max:
         return Verdict(True, f"{measured} {samples}, budget {drop_max:.4f}")
-    return Verdict(False, f"{measured} {samples}: over its budget of {drop_max:.4f} by {accuracy.drop - drop_max:.4f}")
+    return Verdict(
+        False, f"{measured} {samples}: over its budget of {drop_max:.4f} by {accuracy.drop - drop_max:.4f}", "drop"
+    )
+
+
+def compare(
+    value: Callable[[Sequence[Any]], float],
+    own: Sequence[Any],
+    source: Sequence[Any],
+    *,
+    seed: int = 0,
+) -> Drop:
+    """Return the drop of a metric with its interval by resampling pairs.
+
+    Args:
+        value: of evidence, see `metrics.Metric`.
+        own: evidence of the candidate, one entry per sample.
+        source: that of the source on the same samples.
+        seed: of the resampling.
+    """
+    before, after = value(source), value(own)
+    rng = np.random.default_rng(seed)
+    count = len(source)
+    if all(isinstance(one, float) for one in (*own, *source)):
+        gaps = np.asarray(source, dtype=np.float64) - np.asarray(own, dtype=np.float64)
+        drops = gaps[rng.integers(0, count, (RESAMPLES, count))].mean(axis=1)
+    else:
+        found = []
+        for _ in range(RESAMPLES_SLOW):
+            chosen = rng.integers(0, count, count)
+            found.append(value([source[index] for index in chosen]) - value([own[index] for index in chosen]))
+        drops = np.asarray(found)
+        drops = drops[np.isfinite(drops)]  # a resample may hold one class only
+    tail = (1 - CONFIDENCE) / 2
+    if not len(drops) or not isfinite(before) or not isfinite(after):
+        return Drop(after, before, float("nan"), float("nan"), float("nan"), count)
+    low, high = np.quantile(drops, [tail, 1 - tail])
+    return Drop(after, before, before - after, float(low), float(high), count)
+
+
+def hold(drop: Drop, error: float, budget: Budget, metric: str) -> Verdict:
+    """Judge a candidate; what is no number never passes."""
+    measured = (
+        f"{metric} {drop.value:.4f}, drop {drop.drop:.4f} [{drop.low:.4f}, {drop.high:.4f}] on {drop.samples} samples, "
+        f"outputs moved by {error:.3f}"
+    )
+    if not all(isfinite(number) for number in (drop.drop, drop.high, error)):
+        return Verdict(False, f"{measured}: no numbers to judge by", "no_number")
+    if drop.drop > budget.drop_max:
+        over = drop.drop - budget.drop_max
+        return Verdict(False, f"{measured}: over its budget of {budget.drop_max:.4f} by {over:.4f}", "drop")
+    limit = budget.drop_max * budget.upper_factor if isfinite(budget.upper_factor) else inf
+    if drop.high > limit:
+        why = f"{measured}: the drop may be as large as {drop.high:.4f}, beyond {limit:.4f} by {drop.high - limit:.4f}"
+        return Verdict(False, why, "interval")
+    if budget.floor is not None and drop.value < budget.floor:
+        return Verdict(
+            False, f"{measured}: below its floor of {budget.floor:.4f} by {budget.floor - drop.value:.4f}", "floor"
+        )
+    if error > budget.error_max:
+        over = error - budget.error_max
+        return Verdict(False, f"{measured}: outputs moved beyond {budget.error_max:.3f} by {over:.3f}", "error")
+    return Verdict(True, f"{measured}, budget {budget.drop_max:.4f}")
+
+
+def confirm(drop: Drop, error: float, budget: Budget, metric: str) -> Verdict:
+    """Judge the chosen candidate on samples that nothing was chosen by.
+
+    It was chosen as one that meets the budget, so the question is whether fresh samples contradict: the drop may be as
+    large as the upper end of its interval was allowed to be.
+    """
+    limit = budget.drop_max * budget.upper_factor
+    wide = Budget(limit, budget.floor, budget.error_max, upper_factor=inf)
+    return hold(drop, error, wide, metric)

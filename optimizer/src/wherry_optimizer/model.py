@@ -7,6 +7,7 @@ least 13 (per-channel quantization needs it). The source file itself is never ch
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,7 +118,9 @@ def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     prepared = onnx.ModelProto()
     prepared.CopyFrom(model)
-    _constants_to_initializers(prepared.graph)
+    for graph in subgraphs(prepared.graph):
+        _constants_to_initializers(graph)
+        _copies_to_initializers(graph)
     _initializers_out_of_inputs(prepared.graph)
     opset = opset_of(prepared)
     if opset < OPSET_PREPARED:
@@ -141,6 +144,17 @@ def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
     return prepared
 
 
+def subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """Yield a graph and all graphs within its nodes (the branches of If, the bodies of Loop and Scan), outermost first."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from subgraphs(attribute.g)
+            for inner in attribute.graphs:
+                yield from subgraphs(inner)
+
+
 def author_of(model: Model) -> str:
     """Return whose work an ONNX file says that it is (`model_author` of the ONNX metadata), empty if it says nothing."""
     if model.format != "onnx":
@@ -153,7 +167,8 @@ def is_quantized(model: onnx.ModelProto) -> bool:
     """Tell whether the graph already holds quantized operators."""
     return any(
         "quant" in node.op_type.lower() or node.op_type.startswith("QLinear") or node.op_type.endswith("Integer")
-        for node in model.graph.node
+        for graph in subgraphs(model.graph)
+        for node in graph.node
     )
 
 
@@ -190,6 +205,28 @@ def _constants_to_initializers(graph: onnx.GraphProto) -> None:
         graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(value), node.output[0]))
     del graph.node[:]
     graph.node.extend(kept)
+
+
+def _copies_to_initializers(graph: onnx.GraphProto) -> None:
+    """Turn an Identity of a weight into that weight: some exporters hide what layers share behind one."""
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    outputs = {item.name for item in graph.output}
+    copied: dict[str, str] = {}
+    kept: list[onnx.NodeProto] = []
+    for node in graph.node:
+        origin = copied.get(node.input[0], node.input[0]) if node.op_type == "Identity" and node.input else ""
+        if origin in weights and node.output[0] not in outputs:
+            copied[node.output[0]] = origin
+        else:
+            kept.append(node)
+    if not copied:
+        return
+    del graph.node[:]
+    graph.node.extend(kept)
+    for inner in subgraphs(graph):
+        for node in inner.node:
+            for index, name in enumerate(node.input):
+                node.input[index] = copied.get(name, name)
 
 
 def _initializers_out_of_inputs(graph: onnx.GraphProto) -> None:

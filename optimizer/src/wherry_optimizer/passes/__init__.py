@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ class PassInfo:
 
     name: str
     module: str
+    """Below `wherry_optimizer.passes`; of a pass of another distribution, the whole name."""
     formats: tuple[Format, ...]
     precision: str
     """What it makes of the weights; empty if it leaves their precision alone."""
@@ -93,8 +95,17 @@ CATALOGUE: tuple[PassInfo, ...] = (
         ("onnx",),
         "int8-weights",
         False,
-        "int8 weights per channel behind DequantizeLinear, float arithmetic",
+        "int8 or 4-bit weights that the graph decodes, float arithmetic",
     ),
+    PassInfo(
+        "quantize-dynamic",
+        "quantize_dynamic",
+        ("onnx",),
+        "int8",
+        False,
+        "dynamic int8 of MatMul and Gemm: ranges of activations at every call",
+    ),
+    PassInfo("half", "half", ("onnx",), "float16", False, "float16 weights and arithmetic, float32 at the borders"),
     PassInfo(
         "quantize-tflite",
         "quantize_tflite",
@@ -106,23 +117,59 @@ CATALOGUE: tuple[PassInfo, ...] = (
 )
 
 
+ENTRY_POINTS = "wherry_optimizer.passes"
+"""Group of entry points by which other distributions add passes: each names a `PassInfo`."""
+
+
+def catalogue() -> tuple[PassInfo, ...]:
+    """Return the passes here and those that installed distributions add."""
+    own = {info.name for info in CATALOGUE}
+    added = [_plug_in(point) for point in importlib.metadata.entry_points(group=ENTRY_POINTS) if point.name not in own]
+    return (*CATALOGUE, *added)
+
+
+def _plug_in(point: importlib.metadata.EntryPoint) -> PassInfo:
+    try:
+        info = point.load()
+    except Exception as error:  # somebody else's module raises anything
+        raise RefusedError(
+            "pass_invalid",
+            f"the pass {point.name!r} of {point.value} cannot be loaded: {type(error).__name__}: {error}",
+            consequence="no pass was run",
+            next_step="mend or uninstall the distribution that it comes with",
+        ) from error
+    if not isinstance(info, PassInfo) or info.name != point.name:
+        raise RefusedError(
+            "pass_invalid",
+            f"the pass {point.name!r} of {point.value} is no PassInfo of that name",
+            consequence="no pass was run",
+            next_step="see wherry_optimizer.passes.PassInfo",
+        )
+    return info
+
+
 def find(name: str) -> PassInfo:
     """Return a pass by name.
 
     Raises:
-        RefusedError: `pass_unknown`.
+        RefusedError: `pass_unknown`, or `pass_invalid` where another distribution's cannot be loaded.
     """
     for info in CATALOGUE:
         if info.name == name:
             return info
+    known = catalogue()
+    for info in known:
+        if info.name == name:
+            return info
     raise RefusedError(
-        "pass_unknown", f"there is no pass {name!r}", next_step=f"use {', '.join(info.name for info in CATALOGUE)}"
+        "pass_unknown", f"there is no pass {name!r}", next_step=f"use {', '.join(info.name for info in known)}"
     )
 
 
 def module(info: PassInfo) -> Pass:
     """Import the module of a pass."""
-    return cast("Pass", importlib.import_module(f"wherry_optimizer.passes.{info.module}"))
+    own = info in CATALOGUE
+    return cast("Pass", importlib.import_module(f"wherry_optimizer.passes.{info.module}" if own else info.module))
 
 
 def excluded(name: str, patterns: Iterable[str]) -> bool:

@@ -24,6 +24,7 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """What to quantize and how."""
 
     operators: tuple[str, ...] = ("Conv", "MatMul", "Gemm")
+    """`*`: every operator that onnxruntime can, which ruins many networks."""
     exclude: list[str] = []
     """Patterns of node names that stay float."""
     per_channel: bool = True
@@ -74,7 +75,7 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
             target,
             _Reader(work.calibration[: parameters.samples]),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(parameters.operators),
+            op_types_to_quantize=None if "*" in parameters.operators else list(parameters.operators),
             per_channel=parameters.per_channel,
             reduce_range=parameters.reduce_range,
             activation_type=QuantType.QInt8 if parameters.symmetric_activations else QuantType.QUInt8,
@@ -100,7 +101,8 @@ def _notes(target: Path, parameters: Parameters, excluded_nodes: int) -> dict[st
     count = sum(
         1
         for node in graph.node
-        if node.op_type in parameters.operators and len(node.input) > 1 and node.input[1] in dequantized
+        if ("*" in parameters.operators or node.op_type in parameters.operators)
+        and any(name in dequantized for name in node.input[:2])
     )
     if count == 0:
         raise RefusedError(

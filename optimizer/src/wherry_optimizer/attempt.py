@@ -1,0 +1,426 @@
+"""One candidate in a process of its own: make the file, check its contract, run it on the samples of one split.
+
+Passes are other people's graph surgery and engines are native code: either may crash, hang or take all memory. So each
+candidate runs in a child (`python -m wherry_optimizer.attempt`) under limits of memory and time; what becomes of the child is
+an answer too, and the search goes on. `run` is what a process pool calls; all that it needs are paths, so the pool may be
+on other machines that see the same folder.
+
+What was made is kept by digest of all that it was made of (source, passes, calibration data, tools): first the file after
+each pass, so that candidates share their beginnings, then the whole answer, so that a search that was broken off goes on
+where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from wherry_optimizer import measure, metrics, passes
+from wherry_optimizer.data import Sample
+from wherry_optimizer.recipe import convert_parameters
+from wherry_shared import digest
+from wherry_shared.bundle import Format
+from wherry_shared.engines import load
+from wherry_shared.engines.session import Session
+from wherry_shared.errors import RefusedError, WherryError
+
+Array = npt.NDArray[Any]
+
+CACHE_FORMAT = 1
+"""Goes up when answers of older releases mean something else."""
+TOOLS = ("wherry-optimizer", "onnx", "onnxruntime", "onnxslim", "ai-edge-quantizer", "ai-edge-litert", "numpy")
+COMPARED_MAX = 4096
+"""Entries of an output that are compared with the source's, drawn by the seed."""
+MEMORY_BYTES_MAX = 6 * 2**30
+SECONDS_MAX = 300.0
+TOLD_CHARS_MAX = 300
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """A pass with its parameters."""
+
+    use: str
+    parameters: dict[str, Any] = {}
+    optional: bool = False
+    """Where it changes nothing, go on without it."""
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True):
+    """What a child is asked."""
+
+    problem: str
+    """File with a `Problem`."""
+    cache: str
+    steps: list[Step]
+    options: dict[str, str | int | float | bool] = {}
+    part: str = "selection"
+    memory_bytes_max: int = MEMORY_BYTES_MAX
+    seconds_max: float = SECONDS_MAX
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of it: a file and what it showed, or a refusal."""
+
+    code: str = ""
+    """Empty where it was made and run."""
+    why: str = ""
+    path: str = ""
+    digest: str = ""
+    bytes: int = 0
+    download_bytes: int = 0
+    notes: list[dict[str, Any]] = []
+    evidence: list[Any] = []
+    error: float = 0.0
+    """Distance of its outputs from the source's: L2, as a share, the largest over the outputs."""
+    seconds: float = 0.0
+    cached: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A model, its data and what is asked of it. Names of tensors are the file's own."""
+
+    source: Path
+    format: Format
+    digest: str
+    metric: metrics.MetricOf
+    calibration: tuple[dict[str, Array], ...]
+    """Single calls."""
+    selection: tuple[Sample, ...]
+    """What candidates are compared on."""
+    test: tuple[Sample, ...]
+    """What the chosen ones are confirmed on, once."""
+    state: dict[str, str] = field(default_factory=dict)
+    """Input → output that it is of the step before. A sample then has a leading axis of steps on all other inputs."""
+    seed: int = 0
+
+    def part(self, name: str) -> tuple[Sample, ...]:
+        """Return the samples of a split."""
+        return self.selection if name == "selection" else self.test
+
+    def data_digest(self, name: str) -> str:
+        """Return the digest of a split, or of the calibration calls."""
+        sha = [self.metric.name, ",".join(self.metric.outputs), repr(sorted(self.state.items())), str(self.seed)]
+        rows: Sequence[tuple[Mapping[str, Array], Any]] = (
+            [(row, None) for row in self.calibration]
+            if name == "calibration"
+            else [(sample.inputs, sample.label) for sample in self.part(name)]
+        )
+        for inputs, label in rows:
+            for key in sorted(inputs):
+                value = inputs[key]
+                text = (
+                    repr(value.tolist()).encode() if value.dtype.kind == "O" else np.ascontiguousarray(value).tobytes()
+                )
+                sha.append(f"{key};{value.dtype};{value.shape};{digest.of_bytes(text)}")
+            plain = label.tolist() if isinstance(label, np.ndarray | np.generic) else label
+            sha.append(repr(plain))
+        return digest.of_bytes("\n".join(sha).encode())
+
+
+def write_problem(problem: Problem, folder: Path) -> Path:
+    """Write a problem where children of this process find it; only what this process wrote is ever read back."""
+    path = folder / "problem.pickle"
+    path.write_bytes(pickle.dumps(problem))
+    return path
+
+
+def answer_of(session: Session, sample: Sample, state: Mapping[str, str]) -> dict[str, Array]:
+    """Run one sample; where there is state, step by step, with the steps' outputs stacked along a new first axis."""
+    if not state:
+        return session.run(sample.inputs)
+    given = {name: value for name, value in sample.inputs.items() if name not in state}
+    held = {name: sample.inputs[name] for name in state}
+    found: list[dict[str, Array]] = []
+    for step in range(len(next(iter(given.values())))):
+        outputs = session.run({name: value[step] for name, value in given.items()} | held)
+        held = {name: outputs[output] for name, output in state.items()}
+        found.append({name: value for name, value in outputs.items() if name not in state.values()})
+    return {name: np.stack([row[name] for row in found]) for name in found[0]}
+
+
+def calls_of(session: Session, sample: Sample, state: Mapping[str, str]) -> Iterator[dict[str, Array]]:
+    """Yield the single calls that a sample is made of, each with the state that the model has by then."""
+    if not state:
+        yield dict(sample.inputs)
+        return
+    given = {name: value for name, value in sample.inputs.items() if name not in state}
+    held = {name: sample.inputs[name] for name in state}
+    for step in range(len(next(iter(given.values())))):
+        call = {name: value[step] for name, value in given.items()} | held
+        yield call
+        outputs = session.run(call)
+        held = {name: outputs[output] for name, output in state.items()}
+
+
+def run(task: Task) -> Answer:
+    """Do a task in a child of its own; what kills the child becomes a refusal."""
+    began = time.monotonic()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "wherry_optimizer.attempt"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    try:
+        out, told = child.communicate(msgspec.json.encode(task), timeout=task.seconds_max)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+        return Answer(
+            code="pass_timeout",
+            why=f"it took more than {task.seconds_max:.0f} s",
+            seconds=time.monotonic() - began,
+        )
+    seconds = time.monotonic() - began
+    if child.returncode == 0 and out:
+        return msgspec.structs.replace(msgspec.json.decode(out.splitlines()[-1], type=Answer), seconds=seconds)
+    last = " ".join(told.decode(errors="replace").strip().splitlines()[-1:])[:TOLD_CHARS_MAX]
+    if "MemoryError" in last or "bad_alloc" in last or child.returncode == -signal.SIGKILL:
+        why = f"it took more than {task.memory_bytes_max / 1e9:.1f} GB of memory ({last or 'killed'})"
+        return Answer(code="pass_memory", why=why, seconds=seconds)
+    name = signal.Signals(-child.returncode).name if child.returncode < 0 else f"exit status {child.returncode}"
+    return Answer(code="pass_crashed", why=f"its process ended with {name}: {last}", seconds=seconds)
+
+
+def main() -> None:
+    """Do the task on stdin."""
+    task = msgspec.json.decode(sys.stdin.buffer.read(), type=Task)
+    with contextlib.suppress(ImportError, ValueError, OSError):  # no limits on this platform: time is limited still
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (task.memory_bytes_max, task.memory_bytes_max))
+    answer = attempt(task)
+    sys.stdout.buffer.write(b"\n" + msgspec.json.encode(answer) + b"\n")
+    sys.stdout.flush()
+
+
+def attempt(task: Task) -> Answer:
+    """Do a task in this process, or find its answer in the cache.
+
+    A `WherryError` becomes the answer; everything else is a crash for `run` to tell.
+    """
+    problem: Problem = pickle.loads(Path(task.problem).read_bytes())  # noqa: S301 - this program's own parent wrote it
+    cache = Path(task.cache)
+    row = cache / "answers" / f"{key_of(problem, task)}.json"
+    if row.exists():
+        found = msgspec.json.decode(row.read_bytes(), type=Answer)
+        if not found.path or Path(found.path).exists():
+            return msgspec.structs.replace(found, cached=True)
+    try:
+        answer = _attempt(problem, task, cache)
+    except WherryError as error:
+        answer = Answer(code=error.code, why=error.message)
+    _keep(row, msgspec.json.encode(answer))
+    return answer
+
+
+def key_of(problem: Problem, task: Task) -> str:
+    """Return the name of a task's answer: a digest of all that goes into it."""
+    parts = (_file_key(problem, task.steps), sorted(task.options.items()), task.part, problem.data_digest(task.part))
+    return digest.of_bytes(msgspec.json.encode(parts)).partition(":")[2]
+
+
+def _file_key(problem: Problem, steps: Sequence[Step]) -> str:
+    tools = measure.tools(TOOLS)
+    parts = (CACHE_FORMAT, problem.digest, list(steps), problem.data_digest("calibration"), tools)
+    return digest.of_bytes(msgspec.json.encode(parts)).partition(":")[2]
+
+
+def _attempt(problem: Problem, task: Task, cache: Path) -> Answer:
+    path, notes = _make(problem, task.steps, cache)
+    metric = metrics.make(problem.metric)
+    options = {"threads": 1, **task.options}
+    session = load(path, problem.format, options=options)
+    source = session if not task.steps else load(problem.source, problem.format, options={"threads": 1})
+    try:
+        check_contract(source, session)
+        evidence, error = _compare(problem, task, cache, session, source, metric)
+    finally:
+        session.close()
+        if source is not session:
+            source.close()
+    return Answer(
+        path=str(path),
+        digest=digest.of_file(path),
+        bytes=path.stat().st_size,
+        download_bytes=measure.download_bytes(path),
+        notes=notes,
+        evidence=evidence,
+        error=error,
+    )
+
+
+def check_contract(source: Session, made: Session) -> None:
+    """Check that names, datatypes and shapes are those of the source.
+
+    Raises:
+        RefusedError: `contract_changed`, naming the tensor.
+    """
+    for kind, old, new in zip(("input", "output"), source.describe(), made.describe(), strict=True):
+        before = {tensor.name: tensor for tensor in old}
+        after = {tensor.name: tensor for tensor in new}
+        for name in sorted(set(before) | set(after)):
+            one, two = before.get(name), after.get(name)
+            if one is None or two is None:
+                why = f"{kind} {name!r} {'is gone' if two is None else 'is new'}"
+            elif one.datatype != two.datatype:
+                why = f"{kind} {name!r} was {one.datatype} and is {two.datatype}"
+            elif (kind == "input" and not _same_shape(one.shape, two.shape)) or (
+                one.shape and two.shape and not _compatible(one.shape, two.shape)
+            ):
+                why = f"{kind} {name!r} had shape {list(one.shape)} and has {list(two.shape)}"
+            else:
+                continue
+            raise RefusedError(
+                "contract_changed",
+                why,
+                consequence="applications could not use the variant, so it was not kept",
+                next_step="report the pass that did it",
+            )
+
+
+def _same_shape(one: Sequence[int | str], two: Sequence[int | str]) -> bool:
+    return len(one) == len(two) and all(
+        (a == b) if _fixed(a) or _fixed(b) else True for a, b in zip(one, two, strict=True)
+    )
+
+
+def _compatible(one: Sequence[int | str], two: Sequence[int | str]) -> bool:
+    """Tell whether shapes of an output agree where both are fixed: shape inference may know more, or less, than before."""
+    return len(one) == len(two) and all(a == b for a, b in zip(one, two, strict=True) if _fixed(a) and _fixed(b))
+
+
+def _fixed(axis: int | str) -> bool:
+    return isinstance(axis, int) and axis >= 0
+
+
+def _make(problem: Problem, steps: Sequence[Step], cache: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """Make the file of a sequence of passes, from the longest beginning that is there already."""
+    if not steps:
+        return problem.source, []
+    folder = cache / "files"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{_file_key(problem, steps)}.{problem.format}"
+    about = target.with_suffix(".json")
+    if target.exists() and about.exists():
+        return target, msgspec.json.decode(about.read_bytes(), type=list[dict[str, Any]])
+    before, notes = _make(problem, steps[:-1], cache)
+    step = steps[-1]
+    info = passes.find(step.use)
+    if problem.format not in info.formats:
+        raise RefusedError("pass_unfit", f"pass {info.name} works on {', '.join(info.formats)} only")
+    module = passes.module(info)
+    parameters = convert_parameters(step.parameters, module.Parameters, step.use)
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        work = passes.Work(Path(own), problem.calibration, problem.seed)
+        try:
+            result = module.apply(before, parameters, work)
+        except RefusedError as error:
+            if not (step.optional and error.code in ("pass_noop", "already_quantized")):
+                raise
+            return before, [*notes, {"pass": info.name, "skipped": error.message}]
+        if digest.of_file(result.path) == digest.of_file(before):
+            if step.optional:
+                return before, [*notes, {"pass": info.name, "skipped": "it changed nothing"}]
+            raise RefusedError(
+                "pass_noop",
+                f"{info.name} changed nothing: the file is the same byte for byte",
+                consequence="the variant would be the source under another name",
+                next_step="take it out",
+            )
+        notes = [*notes, {"pass": info.name, **result.notes}]
+        _keep(about, msgspec.json.encode(notes, enc_hook=_plain))
+        shutil.move(result.path, target)
+    return target, notes
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    raise TypeError(f"{type(value)} in the notes of a pass")
+
+
+def _compare(
+    problem: Problem, task: Task, cache: Path, session: Session, source: Session, metric: metrics.Metric
+) -> tuple[list[Any], float]:
+    """Return the evidence of every sample and the distance of the outputs from the source's."""
+    kept = cache / "references"
+    kept.mkdir(parents=True, exist_ok=True)
+    name = digest.of_bytes(f"{problem.digest} {problem.data_digest(task.part)}".encode()).partition(":")[2]
+    path = kept / f"{name}.npz"
+    references = dict(np.load(path)) if path.exists() else {}
+    fresh: dict[str, Array] = {}
+    evidence: list[Any] = []
+    moved: dict[str, float] = {}
+    size: dict[str, float] = {}
+    for index, sample in enumerate(problem.part(task.part)):
+        outputs = answer_of(session, sample, problem.state)
+        asked = problem.metric.name == "agreement"
+        first = problem.metric.outputs[0] if problem.metric.outputs else next(iter(outputs))
+        old: Mapping[str, Array] | None = None
+        if f"{index}/{first}" not in references:
+            old = outputs if session is source else answer_of(source, sample, problem.state)
+        for key, value in outputs.items():
+            if value.dtype.kind not in "fiub":
+                continue
+            entry = f"{index}/{key}"
+            reference = references.get(entry)
+            if reference is None and old is not None:
+                reference = _some(old[key], problem.seed + index)
+                fresh[entry] = reference
+            if reference is None:
+                continue
+            now = _some(value, problem.seed + index)
+            gap = now.astype(np.float64) - reference.astype(np.float64)
+            moved[key] = moved.get(key, 0.0) + float(gap @ gap)
+            size[key] = size.get(key, 0.0) + float(np.square(reference.astype(np.float64)).sum())
+        if asked:
+            whole = old if old is not None else (outputs if session is source else None)
+            label: Any = whole[first] if whole is not None else answer_of(source, sample, problem.state)[first]
+        else:
+            label = sample.label
+        evidence.append(metric.evidence(outputs, label))
+    if fresh:
+        with tempfile.NamedTemporaryFile(dir=kept, suffix=".npz", delete=False) as file:
+            np.savez(file, **fresh)
+        Path(file.name).replace(path)
+    errors = [float(np.sqrt(moved[key] / size[key])) if size[key] else float(moved[key] > 0) for key in moved]
+    return evidence, max(errors, default=0.0)
+
+
+def _some(value: Array, seed: int) -> Array:
+    flat = value.reshape(-1)
+    if flat.size <= COMPARED_MAX:
+        return flat
+    return np.asarray(flat[np.random.default_rng(seed).choice(flat.size, COMPARED_MAX, replace=False)])
+
+
+def _keep(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: other children read it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(data)
+    Path(file.name).replace(path)
+
+
+if __name__ == "__main__":
+    main()

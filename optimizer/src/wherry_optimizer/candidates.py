@@ -1,0 +1,218 @@
+"""Which sequences of passes to try, and which of the results to keep. Pure.
+
+`propose` is asked in rounds: it sees what was tried and how it fared and names what to try next, cheap and promising
+first, so that a search that ends early has the best of it. `pareto` and `choose` look at measured rows only.
+
+Why these (measured on five networks, see docs/optimizer.md): no single recipe is safe, so every family is tried; static
+int8 of Conv, MatMul and Gemm is fast where calibration fits and is given operators back one by one where it does not;
+dynamic int8 pays for MatMul only; what is left float is stored as integers that fold while loading; and pruning comes
+before quantization, since quantized weights cannot be moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf, isfinite, log
+from typing import Literal
+
+from wherry_optimizer.attempt import Step
+from wherry_shared.bundle import Format
+
+Options = Mapping[str, str | int | float | bool]
+Prefer = Literal["balanced", "size", "latency"]
+
+SOURCE = "float"
+"""Id of the source as it is."""
+ROLLBACKS = (1, 2, 4, 8, 16)
+"""So many operators are given back to float, one try after another, until the gate lets one pass."""
+CHANNELS = (0.25, 0.5, 0.625)
+SPARSITIES = (0.5, 0.7)
+FOLD = Step(use="quantize-weights", parameters={"form": "fold"}, optional=True)
+"""What is still float after other quantizers: recurrent weights, embedding tables, excluded layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A class of hardware that a variant is chosen for."""
+
+    name: str
+    format: Format
+    arch: str
+    """`platform.machine()` of such devices."""
+    signed: bool
+    """int8 activations are at least as fast as uint8 ones: on Arm, and on x86 not."""
+    about: str
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("x86-vnni", "onnx", "x86_64", signed=False, about="x86-64 with AVX-512 VNNI or AVX-VNNI"),
+        Target(
+            "x86", "onnx", "x86_64", signed=False, about="x86-64 with AVX2; 8-bit products saturate, so 7-bit weights"
+        ),
+        Target("arm-dotprod", "onnx", "aarch64", signed=True, about="64-bit Arm with dot product instructions"),
+        Target("jetson", "onnx", "aarch64", signed=True, about="NVIDIA Jetson, on its CPU"),
+        Target("phone", "onnx", "aarch64", signed=True, about="Arm phones and tablets"),
+        Target("tflite", "tflite", "", signed=True, about="TensorFlow Lite runtimes, any CPU"),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A sequence of passes under a name that says what it does."""
+
+    id: str
+    steps: tuple[Step, ...]
+    options: Options = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Fared:
+    """What became of a candidate that was tried."""
+
+    passed: bool
+    code: str = ""
+    """Of its refusal, where there was no file to judge."""
+    by: str = ""
+    """What the gate kept it out by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A candidate that passed, with its figures; NaN where nobody measured."""
+
+    id: str
+    download_bytes: int
+    latency_ratio: float
+    peak_bytes: float
+    value: float
+
+
+def propose(tried: Mapping[str, Fared], format_: Format, target: Target, *, prune: bool = True) -> list[Candidate]:
+    """Return what to try next, best guess first; empty when there is nothing left to try."""
+    planned = _tflite() if format_ == "tflite" else _onnx(tried, target, prune=prune)
+    return [candidate for candidate in planned if candidate.id not in tried]
+
+
+def _tflite() -> list[Candidate]:
+    return [
+        Candidate("int8-dynamic", (Step(use="quantize-tflite", parameters={"mode": "dynamic"}),)),
+        Candidate("int8-weights", (Step(use="quantize-tflite", parameters={"mode": "weights"}),)),
+        Candidate("int8-static", (Step(use="quantize-tflite", parameters={"mode": "static"}),)),
+        Candidate("int4-dynamic", (Step(use="quantize-tflite", parameters={"mode": "dynamic4"}),)),
+    ]
+
+
+def _onnx(tried: Mapping[str, Fared], target: Target, *, prune: bool) -> list[Candidate]:
+    activations = {"symmetric_activations": True} if target.signed else {}
+    range_ = {"reduce_range": True} if target.name == "x86" else {}
+    static = Step(use="quantize-static", parameters={**activations, **range_})
+    other = Step(use="quantize-static", parameters={} if target.signed else {"symmetric_activations": True})
+    dynamic = Step(use="quantize-dynamic", parameters=dict(range_))
+    all_static = Step(use="quantize-static", parameters={**static.parameters, "operators": ["*"]})
+    all_dynamic = Step(use="quantize-dynamic", parameters={**range_, "operators": ["*"], "per_channel": False})
+    singles = [
+        Candidate("int8-weights", (FOLD,)),
+        Candidate("int8-static", (static, FOLD)),
+        Candidate("int8-dynamic", (dynamic, FOLD)),
+        Candidate("half", (Step(use="half"),)),
+        Candidate("int8-static-all", (all_static, FOLD)),
+        Candidate("int8-dynamic-all", (all_dynamic, FOLD)),
+        Candidate("int8-static-other", (other, FOLD)),
+        Candidate("int4-weights", (Step(use="quantize-weights", parameters={"form": "fold", "bits": 4}),)),
+    ]
+    if not all(candidate.id in tried for candidate in singles):
+        return singles
+    more: list[Candidate] = []
+    static_fared = tried["int8-static"]
+    best_static, best_id = static, "int8-static"
+    if not static_fared.passed and not static_fared.code:
+        for count in ROLLBACKS:
+            key = f"int8-static-less-{count}"
+            best_static = Step(use="quantize-static", parameters={**static.parameters, "rollback": count})
+            best_id = key
+            if key not in tried:
+                more.append(Candidate(key, (best_static, FOLD)))
+                break
+            if tried[key].passed or tried[key].code:
+                break
+    tail: tuple[Step, ...] = (FOLD,)
+    name = "int8-weights"
+    if best_id in tried and tried[best_id].passed:
+        tail, name = (best_static, FOLD), best_id
+    elif tried["int8-dynamic"].passed:
+        tail, name = (dynamic, FOLD), "int8-dynamic"
+    if prune:
+        channels = _ladder(tried, "channels", CHANNELS, "prune-channels", "ratio", tail, name)
+        more += channels
+        more += _ladder(tried, "zeros", SPARSITIES, "prune-obs", "sparsity", tail, name)
+        best = [share for share in CHANNELS if _passed(tried, f"channels-{share:g}+{name}")]
+        if best:
+            first = Step(use="prune-channels", parameters={"ratio": best[-1]})
+            lead = f"channels-{best[-1]:g}"
+            more += _ladder(tried, f"{lead}+zeros", SPARSITIES[:1], "prune-obs", "sparsity", tail, name, (first,))
+    return more
+
+
+def _ladder(
+    tried: Mapping[str, Fared],
+    word: str,
+    shares: Sequence[float],
+    use: str,
+    parameter: str,
+    tail: tuple[Step, ...],
+    name: str,
+    head: tuple[Step, ...] = (),
+) -> list[Candidate]:
+    """Return the next rung of a pruning ladder: each is tried only where the one before passed."""
+    for share in shares:
+        key = f"{word}-{share:g}+{name}"
+        if key not in tried:
+            step = Step(use=use, parameters={parameter: share})
+            return [Candidate(key, (*head, step, *tail))]
+        if not tried[key].passed:
+            return []
+    return []
+
+
+def _passed(tried: Mapping[str, Fared], key: str) -> bool:
+    return key in tried and tried[key].passed
+
+
+def pareto(rows: Sequence[Row]) -> list[str]:
+    """Return the ids that no other row beats: nobody is at least as good in everything and better in something."""
+    return [row.id for row in rows if not any(_dominates(other, row) for other in rows if other.id != row.id)]
+
+
+def _dominates(one: Row, other: Row) -> bool:
+    pairs = [
+        (one.download_bytes, other.download_bytes),
+        (one.latency_ratio, other.latency_ratio),
+        (one.peak_bytes, other.peak_bytes),
+        (-one.value, -other.value),
+    ]
+    known = [(a, b) for a, b in pairs if isfinite(a) and isfinite(b)]
+    return all(a <= b for a, b in known) and any(a < b for a, b in known)
+
+
+def rank(rows: Sequence[Row], source: Row, prefer: Prefer) -> list[Row]:
+    """Return rows best first: by the product of download and latency ratios, weighted by what is preferred."""
+    weights = {"balanced": (1.0, 1.0), "size": (1.0, 0.0), "latency": (0.0, 1.0)}[prefer]
+
+    def cost(row: Row) -> tuple[float, float]:
+        size = log(row.download_bytes / source.download_bytes) if row.download_bytes else inf
+        time = log(row.latency_ratio) if isfinite(row.latency_ratio) and row.latency_ratio > 0 else 0.0
+        return (weights[0] * size + weights[1] * time, size + time)
+
+    return sorted(rows, key=cost)
+
+
+def reason(row: Row, source: Row, prefer: Prefer, count: int, *, measured: str) -> str:
+    """Say why a row was chosen."""
+    size = row.download_bytes / source.download_bytes
+    speed = f"{row.latency_ratio:.2f} of its latency" if isfinite(row.latency_ratio) else "latency not measured"
+    words = {"balanced": "size and latency together", "size": "size", "latency": "latency"}[prefer]
+    return f"best by {words} of {count} that passed: {size:.2f} of the float download, {speed} ({measured})"

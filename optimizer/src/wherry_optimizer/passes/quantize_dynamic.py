@@ -1,0 +1,80 @@
+"""Dynamic int8 of an ONNX model: weights int8, ranges of activations taken anew at every call, so no calibration.
+
+Only MatMul and Gemm by default. On convolutions it runs onnxruntime's ConvInteger, three to five times *slower* than float
+on the CPUs that were measured, and it has ruined networks that quantize well otherwise; `operators` may still name them,
+since a search should be able to see that for itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import msgspec
+import onnx
+
+from wherry_optimizer.model import is_quantized, prepare, read_onnx
+from wherry_optimizer.passes import Result, Work, excluded
+from wherry_shared.errors import RefusedError
+
+
+class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What to quantize and how."""
+
+    operators: tuple[str, ...] = ("MatMul", "Gemm")
+    """`*`: every operator that onnxruntime can."""
+    exclude: list[str] = []
+    """Patterns of node names that stay float."""
+    per_channel: bool = True
+    reduce_range: bool = False
+    """7-bit weights, for x86 CPUs whose 8-bit products saturate (AVX2 without VNNI)."""
+
+
+def apply(path: Path, parameters: Parameters, work: Work) -> Result:
+    """Quantize the model; see `passes.Pass`."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    source = read_onnx(path)
+    if is_quantized(source):
+        raise RefusedError(
+            "already_quantized",
+            f"{path.name} holds quantized operators already",
+            consequence="the variant was not made",
+            next_step="take this pass out of the recipe, or name the float file as its source",
+        )
+    prepared = prepare(source)
+    for index, node in enumerate(prepared.graph.node):
+        node.name = node.name or f"wherry_node_{index}"
+    target = work.folder / "dynamic.onnx"
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # the quantizer advises on the root logger to run a pre-processing that is ours here
+    try:
+        quantize_dynamic(
+            prepared,
+            target,
+            op_types_to_quantize=None if "*" in parameters.operators else list(parameters.operators),
+            per_channel=parameters.per_channel,
+            reduce_range=parameters.reduce_range,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=[node.name for node in prepared.graph.node if excluded(node.name, parameters.exclude)],
+        )
+    except Exception as error:  # the quantizer raises whatever its graph surgery meets
+        raise RefusedError(
+            "pass_failed",
+            f"onnxruntime could not quantize {path.name}: {(str(error) or repr(error)).splitlines()[0]}",
+            consequence="the variant was not made",
+            next_step="put `simplify` before it, or leave the operators out that it fails on",
+        ) from error
+    finally:
+        root.setLevel(level)
+    made = onnx.load(target).graph
+    count = sum(node.op_type.endswith("Integer") or node.op_type.startswith("DynamicQuantize") for node in made.node)
+    if not is_quantized(onnx.load(target, load_external_data=False)):
+        raise RefusedError(
+            "pass_noop",
+            f"quantization changed nothing: no {', '.join(parameters.operators)} to quantize",
+            consequence="the variant would be the source again",
+            next_step="name operators that the model has, or take this pass out of the recipe",
+        )
+    return Result(target, {"quantized_nodes": count})

@@ -1,0 +1,353 @@
+"""A search under a gate: candidates in rounds over a process pool, then figures of those that passed, then one confirmation.
+
+`candidates.propose` says what to try, `attempt.run` tries it in a child, `gate.hold` judges it; this module only keeps
+time. Whatever fails is kept with its reason, and the others go on. Latency is measured after the pool is idle, interleaved
+in one process; the variant that is chosen is confirmed once on samples that nothing was chosen by.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import nan
+from pathlib import Path
+from typing import Any
+
+from wherry_optimizer import attempt, candidates, gate, measure, metrics
+from wherry_optimizer.attempt import Answer, Problem, Task
+from wherry_optimizer.candidates import SOURCE, Candidate, Fared, Prefer, Row, Target
+from wherry_optimizer.labelled import Parts
+from wherry_shared import golden
+from wherry_shared.bundle import Figures
+from wherry_shared.engines import load
+from wherry_shared.errors import RefusedError, WherryError
+
+MEASURED_MAX = 10
+"""So many of the variants that passed are measured, the smallest downloads first."""
+ROUNDS = 25
+ROUND_SECONDS = 12.0
+WORKERS = 2
+SECONDS_MAX = 300.0
+MADE_HERE = "measured here"
+NOT_MEASURED = "nobody measured latency on that hardware"
+
+Progress = Callable[[str], None]
+Run = Callable[[Task], Answer]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How much to search, and for what."""
+
+    budget: gate.Budget
+    prefer: Prefer = "balanced"
+    seconds_max: float = SECONDS_MAX
+    """No new candidate is begun after this long."""
+    workers: int = WORKERS
+    prune: bool = True
+    memory_bytes_max: int = attempt.MEMORY_BYTES_MAX
+    candidate_seconds_max: float = attempt.SECONDS_MAX
+    reported: Mapping[str, Figures] = field(default_factory=dict)
+    """Digest of a file → figures that devices of the target's class reported."""
+    measured_here: bool = True
+    """Whether this machine is of the target's class, so that latency here says something."""
+    weigh: bool = True
+    """Measure latency and memory; without, only what was reported counts, and bytes."""
+
+
+@dataclass(slots=True)
+class Tried:
+    """A candidate and all that became of it."""
+
+    candidate: Candidate
+    answer: Answer
+    verdict: gate.Verdict
+    drop: gate.Drop | None = None
+    latency_ratio: float = nan
+    latency_us: float = nan
+    peak_bytes: float = nan
+    load_ms: float = nan
+    pareto: bool = False
+
+    @property
+    def id(self) -> str:
+        """Of the candidate."""
+        return self.candidate.id
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmation:
+    """What the test split said about the chosen variant."""
+
+    drop: gate.Drop
+    error: float
+    verdict: gate.Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The result of a search for one target."""
+
+    target: Target
+    tried: list[Tried]
+    chosen: str
+    """Id; the source where no candidate passed."""
+    reason: str
+    confirmation: Confirmation | None
+    seconds: float
+    cut_short: bool
+    """The time was up before the proposals were."""
+
+    def find(self, key: str) -> Tried:
+        """Return a candidate that was tried."""
+        return next(item for item in self.tried if item.id == key)
+
+    @property
+    def refused(self) -> list[Tried]:
+        """What was kept out."""
+        return [item for item in self.tried if not item.verdict.passed]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a search over all targets found."""
+
+    problem: Problem
+    parts: Parts
+    found: list[Found]
+    settings: Settings
+    folder: Path
+    files: dict[str, Path] = field(default_factory=dict)
+    """Target → the chosen file."""
+
+    def chosen(self, target: str) -> Tried:
+        """Return what was chosen for a target."""
+        found = next(item for item in self.found if item.target.name == target)
+        return found.find(found.chosen)
+
+
+def search(
+    problem: Problem,
+    target: Target,
+    settings: Settings,
+    folder: Path,
+    say: Progress | None = None,
+    run: Run = attempt.run,
+) -> Found:
+    """Search for one target.
+
+    Args:
+        problem: model and data.
+        target: what to choose for.
+        settings: limits and preferences.
+        folder: the cache; a search that was broken off goes on from what it holds.
+        say: told each step in a sentence.
+        run: what does a task; in place of `attempt.run` for a caller that wants no children.
+
+    Raises:
+        RefusedError: `source_failed` where the source itself cannot be run on the data.
+    """
+    say = say or (lambda _: None)
+    began = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = attempt.write_problem(problem, folder)
+    metric = metrics.make(problem.metric)
+
+    def task(candidate: Candidate, part: str = "selection") -> Task:
+        return Task(
+            problem=str(path),
+            cache=str(folder),
+            steps=list(candidate.steps),
+            options=dict(candidate.options),
+            part=part,
+            memory_bytes_max=settings.memory_bytes_max,
+            seconds_max=settings.candidate_seconds_max,
+        )
+
+    source = Candidate(SOURCE, ())
+    own = run(task(source))
+    if own.code:
+        raise RefusedError(
+            "source_failed",
+            f"the model itself fails on the data: {own.why} [{own.code}]",
+            consequence="there is nothing to compare with, so nothing was tried",
+            next_step="run the model on one sample by hand; look at the metric and at the labels",
+        )
+    tried = [
+        Tried(source, own, gate.Verdict(True, "the source"), gate.compare(metric.value, own.evidence, own.evidence))
+    ]
+    value = metric.value(own.evidence)
+    if value != value:  # noqa: PLR0124 - NaN is what differs from itself
+        raise RefusedError(
+            "metric_undefined",
+            f"{problem.metric.name} of the model itself is no number on {len(own.evidence)} samples",
+            consequence="there is nothing to compare with, so nothing was tried",
+            next_step="give samples of every class, or another metric",
+        )
+    say(f"float: {problem.metric.name} {value:.4f} on {len(own.evidence)} samples")
+    fared: dict[str, Fared] = {}
+    cut_short = False
+    while True:
+        proposed = candidates.propose(fared, problem.format, target, prune=settings.prune)
+        if not proposed:
+            break
+        left = settings.seconds_max - (time.monotonic() - began)
+        if left <= 0:
+            cut_short = True
+            break
+        for candidate, answer in _pool(proposed, task, settings.workers, left, run):
+            if answer is None:
+                cut_short = True
+                continue
+            item = _judge(candidate, answer, tried[0].answer, metric, problem, settings.budget)
+            tried.append(item)
+            fared[candidate.id] = Fared(item.verdict.passed, item.answer.code, item.verdict.by)
+            again = ", from the cache" if answer.cached else f", {answer.seconds:.1f} s"
+            say(f"{item.id}: {'passed' if item.verdict.passed else 'refused'}: {item.verdict.why}{again}")
+        if cut_short:
+            break
+    passed = [item for item in tried if item.verdict.passed]
+    _weigh(passed, problem, settings, folder, say)
+    rows = {item.id: _row(item) for item in passed}
+    best = set(candidates.pareto(list(rows.values())))
+    for item in passed:
+        item.pareto = item.id in best
+    order = candidates.rank([row for key, row in rows.items() if key in best], rows[SOURCE], settings.prefer)
+    chosen = order[0].id
+    confirmation: Confirmation | None = None
+    if chosen == SOURCE:
+        reason = "no candidate passed that is smaller or faster" if len(passed) > 1 else "no candidate passed the gate"
+    else:
+        where = MADE_HERE if settings.measured_here and settings.weigh else NOT_MEASURED
+        reason = candidates.reason(rows[chosen], rows[SOURCE], settings.prefer, len(passed), measured=where)
+        candidate = next(item.candidate for item in tried if item.id == chosen)
+        confirmation = confirm(problem, candidate, task, metric, settings.budget, run)
+        say(f"{chosen}, on {confirmation.drop.samples} test samples: {confirmation.verdict.why}")
+    return Found(target, tried, chosen, reason, confirmation, time.monotonic() - began, cut_short)
+
+
+def confirm(
+    problem: Problem,
+    candidate: Candidate,
+    task: Callable[[Candidate, str], Task],
+    metric: metrics.Metric,
+    budget: gate.Budget,
+    run: Run,
+) -> Confirmation:
+    """Judge the chosen candidate on the test split, which nothing was chosen by.
+
+    Raises:
+        RefusedError: `source_failed` or what the candidate failed with: it ran on the selection split.
+    """
+    answers = [run(task(one, "test")) for one in (Candidate(SOURCE, ()), candidate)]
+    for answer in answers:
+        if answer.code:
+            raise RefusedError(
+                answer.code, f"on the test split: {answer.why}", next_step="look at the samples that it fails on"
+            )
+    drop = gate.compare(metric.value, answers[1].evidence, answers[0].evidence, seed=problem.seed)
+    verdict = gate.confirm(drop, answers[1].error, budget, problem.metric.name)
+    return Confirmation(drop, answers[1].error, verdict)
+
+
+def _pool(
+    proposed: Sequence[Candidate], task: Callable[[Candidate], Task], workers: int, seconds: float, run: Run
+) -> Sequence[tuple[Candidate, Answer | None]]:
+    """Try candidates at the same time; those that are not begun when the time is up get no answer.
+
+    The pool is joblib's, so `joblib.parallel_config(backend="dask")` around a search moves it to a cluster whose machines
+    see the cache folder. Here its workers are threads: each of them only waits for a child process.
+    """
+    from joblib import Parallel, delayed
+
+    ends = time.time() + seconds
+    found = Parallel(n_jobs=min(workers, len(proposed)), prefer="threads")(
+        delayed(_begin)(run, task(candidate), ends) for candidate in proposed
+    )
+    return list(zip(proposed, found, strict=True))
+
+
+def _begin(run: Run, task: Task, ends: float) -> Answer | None:
+    return run(task) if time.time() < ends else None
+
+
+def _judge(
+    candidate: Candidate,
+    answer: Answer,
+    source: Answer,
+    metric: metrics.Metric,
+    problem: Problem,
+    budget: gate.Budget,
+) -> Tried:
+    if answer.code:
+        return Tried(candidate, answer, gate.Verdict(False, answer.why, answer.code))
+    if answer.digest == source.digest:
+        return Tried(candidate, answer, gate.Verdict(False, "it changed nothing", "pass_noop"))
+    drop = gate.compare(metric.value, answer.evidence, source.evidence, seed=problem.seed)
+    return Tried(candidate, answer, gate.hold(drop, answer.error, budget, problem.metric.name), drop)
+
+
+def _weigh(passed: Sequence[Tried], problem: Problem, settings: Settings, folder: Path, say: Progress) -> None:
+    """Measure latency and memory of what passed: here, or as devices of the class reported."""
+    for item in passed:
+        reported = settings.reported.get(item.answer.digest)
+        base = settings.reported.get(passed[0].answer.digest)
+        if reported is not None:
+            item.latency_us, item.peak_bytes = reported.latency_p50_us, float(reported.peak_memory_bytes)
+            if base is not None and base.latency_p50_us:
+                item.latency_ratio = reported.latency_p50_us / base.latency_p50_us
+    if not settings.weigh:
+        return
+    smallest = sorted(passed[1:], key=lambda item: item.answer.download_bytes)[: MEASURED_MAX - 1]
+    chosen = [passed[0], *smallest]
+    say(f"measuring {len(chosen)} variants")
+    call = problem.calibration[0]
+    vectors = folder / "call.golden"
+    vectors.write_bytes(_as_vector(call, problem))
+    for item in chosen:
+        try:
+            answer = measure.peak(
+                measure.PeakTask(
+                    path=item.answer.path,
+                    format=problem.format,
+                    engine="",
+                    options={"threads": 1, **item.candidate.options},
+                    golden=str(vectors),
+                    tensors={},
+                )
+            )
+        except WherryError as error:
+            say(f"{item.id}: {error.message}")
+            continue
+        item.peak_bytes, item.load_ms = float(answer.peak_bytes), answer.load_ms
+    if not settings.measured_here:
+        return
+    sessions = {
+        item.id: load(Path(item.answer.path), problem.format, options={"threads": 1, **item.candidate.options})
+        for item in chosen
+    }
+    calls: dict[str, Callable[[], Any]] = {
+        key: lambda session=session: session.run(call)  # type: ignore[misc]
+        for key, session in sessions.items()
+    }
+    latency = measure.interleaved(calls, dict.fromkeys(calls, SOURCE), rounds=ROUNDS, seconds=ROUND_SECONDS)
+    for item in chosen:
+        item.latency_ratio, item.latency_us = latency[item.id].ratio, latency[item.id].p50_us
+    for session in sessions.values():
+        session.close()
+
+
+def _as_vector(call: Mapping[str, attempt.Array], problem: Problem) -> bytes:
+    """Write a call as what `measure.peak` reads."""
+    session = load(problem.source, problem.format, options={"threads": 1})
+    outputs = session.run(call)
+    session.close()
+    expected = {name: golden.Expected(value, value.shape) for name, value in outputs.items()}
+    tolerances = {name: golden.Tolerance(0.0, 0.0) for name in outputs}
+    return golden.encode(golden.Golden((golden.Vector(dict(call), expected),), tolerances, synthetic=True))
+
+
+def _row(item: Tried) -> Row:
+    value = item.drop.value if item.drop is not None else nan
+    return Row(item.id, item.answer.download_bytes, item.latency_ratio, item.peak_bytes, value)

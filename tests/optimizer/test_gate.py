@@ -1,0 +1,90 @@
+"""The gate of a search: what passes, and by what the rest is kept out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from wherry_optimizer import gate, metrics
+
+MEAN = metrics.make(metrics.MetricOf(name="accuracy"))
+
+
+def drop(value: float = 0.0, high: float | None = None, *, own: float = 0.9) -> gate.Drop:
+    return gate.Drop(own, own + value, value, value - 0.01, value if high is None else high, 400)
+
+
+@pytest.mark.parametrize(
+    ("found", "error", "budget", "by"),
+    [
+        (drop(0.004), 0.1, gate.Budget(0.005), ""),
+        (drop(-0.01), 0.1, gate.Budget(0.005), ""),
+        (drop(0.006), 0.1, gate.Budget(0.005), "drop"),
+        (drop(0.001, 0.011), 0.1, gate.Budget(0.005), "interval"),
+        (drop(0.001, 0.011), 0.1, gate.Budget(0.005, upper_factor=3), ""),
+        (drop(0.001, 0.006), 0.1, gate.Budget(0.005, upper_factor=1), "interval"),
+        (drop(0.001), 0.6, gate.Budget(0.005), "error"),
+        (drop(0.001, own=0.7), 0.1, gate.Budget(0.005, floor=0.8), "floor"),
+        (drop(float("nan")), 0.1, gate.Budget(0.005), "no_number"),
+        (drop(0.0), float("nan"), gate.Budget(0.005), "no_number"),
+        (drop(0.0, float("nan")), 0.0, gate.Budget(1.0), "no_number"),
+    ],
+)
+def test_a_candidate_is_kept_out_by_the_first_thing_that_it_misses(
+    found: gate.Drop, error: float, budget: gate.Budget, by: str
+) -> None:
+    verdict = gate.hold(found, error, budget, "accuracy")
+    assert (verdict.passed, verdict.by) == (not by, by)
+
+
+def test_a_refusal_says_by_how_much() -> None:
+    assert "over its budget of 0.0050 by 0.0150" in gate.hold(drop(0.02), 0.0, gate.Budget(0.005), "auc").why
+
+
+def test_the_interval_of_a_paired_drop_is_that_of_theory() -> None:
+    rng = np.random.default_rng(0)
+    source = (rng.random(2000) < 0.9).astype(float)
+    own = np.where(rng.random(2000) < 0.05, 1 - source, source)
+    found = gate.compare(MEAN.value, own.tolist(), source.tolist())
+    gaps = source - own
+    width = 2 * 1.96 * gaps.std(ddof=1) / np.sqrt(2000)
+    assert found.drop == pytest.approx(gaps.mean())
+    assert found.high - found.low == pytest.approx(width, rel=0.1)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    covered = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        source = (rng.random(300) < 0.9).astype(float)
+        own = np.where(rng.random(300) < 0.1, (rng.random(300) < 0.5).astype(float), source)  # loses 0.1 · (0.9 − 0.5)
+        found = gate.compare(MEAN.value, own.tolist(), source.tolist(), seed=seed)
+        covered += found.low <= 0.04 <= found.high
+    assert covered >= 52
+
+
+def test_equal_answers_have_no_drop_and_no_width() -> None:
+    found = gate.compare(MEAN.value, [1.0, 0.0] * 20, [1.0, 0.0] * 20)
+    assert (found.drop, found.low, found.high) == (0, 0, 0)
+
+
+def test_a_metric_that_is_no_mean_is_resampled_as_a_whole() -> None:
+    rng = np.random.default_rng(3)
+    metric = metrics.make(metrics.MetricOf(name="auc"))
+    labels = rng.integers(0, 2, (60, 20))
+    good = [metric.evidence({"p": row + rng.normal(0, 0.5, 20)}, row) for row in labels]
+    bad = [metric.evidence({"p": row + rng.normal(0, 3.0, 20)}, row) for row in labels]
+    found = gate.compare(metric.value, bad, good)
+    assert 0.2 < found.low < found.drop < found.high < 0.5
+
+
+def test_a_candidate_that_gives_nothing_but_nan_has_no_drop() -> None:
+    found = gate.compare(MEAN.value, [float("nan")] * 20, [1.0] * 20)
+    assert not gate.hold(found, 0.0, gate.Budget(1.0), "accuracy").passed
+
+
+def test_fresh_samples_confirm_up_to_the_upper_end_that_was_allowed() -> None:
+    budget = gate.Budget(0.005)
+    assert gate.confirm(drop(0.009, 0.03), 0.1, budget, "accuracy").passed
+    assert gate.confirm(drop(0.011, 0.03), 0.1, budget, "accuracy").by == "drop"
+    assert gate.confirm(drop(0.006), 0.1, gate.Budget(0.005, upper_factor=1), "accuracy").by == "drop"

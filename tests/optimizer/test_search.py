@@ -1,0 +1,478 @@
+"""The search: what it tries, keeps out, chooses and confirms, and that nothing a candidate does stops the others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from tests.optimizer.models import blobs, classifier
+from wherry_optimizer import attempt, candidates, card, gate, labelled, passes, search
+from wherry_optimizer import auto as auto_module
+from wherry_optimizer.attempt import Answer, Step, Task
+from wherry_optimizer.candidates import SOURCE, TARGETS, Candidate, Fared, Row
+from wherry_optimizer.data import Sample
+from wherry_optimizer.labelled import cut
+from wherry_optimizer.metrics import MetricOf
+from wherry_optimizer.model import load as load_model
+from wherry_shared.errors import RefusedError
+
+X86 = TARGETS["x86-vnni"]
+
+
+def samples(count: int = 400) -> list[Sample]:
+    points, labels = blobs(count)
+    return [Sample({"x": point[None]}, int(label)) for point, label in zip(points, labels, strict=True)]
+
+
+def problem(folder: Path) -> attempt.Problem:
+    parts = cut(samples(), labelled=True, description="blobs")
+    model = load_model(classifier(folder / "model.onnx"))
+    return auto_module.make_problem(model, parts, MetricOf(name="accuracy"), {}, 0)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What was made for one test serves the others: it goes by digest."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def task(found: attempt.Problem, folder: Path, *steps: Step, **more: Any) -> Task:
+    return Task(
+        problem=str(attempt.write_problem(found, folder)), cache=str(folder / "cache"), steps=list(steps), **more
+    )
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> search.Result:
+    """One search that several tests look at, in this process and with its report."""
+    folder = tmp_path_factory.mktemp("searched")
+    parts = cut(samples(), labelled=True, description="blobs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "ROUND_SECONDS", 0.2)
+        patch.setattr(search, "MEASURED_MAX", 2)
+        return auto_module.auto(
+            classifier(folder / "model.onnx"),
+            parts,
+            drop_max=0.02,
+            targets=["x86-vnni"],
+            output=folder / "out",
+            cache=cache,
+            run=attempt.attempt,
+        )
+
+
+def test_what_is_chosen_is_smaller_and_confirmed_on_samples_of_its_own(searched: search.Result) -> None:
+    (found,) = searched.found
+    assert found.chosen != SOURCE
+    assert found.confirmation.verdict.passed
+    chosen = searched.chosen("x86-vnni")
+    assert chosen.answer.download_bytes < 0.5 * found.find(SOURCE).answer.download_bytes
+    assert chosen.pareto
+    assert searched.files["x86-vnni"].read_bytes() == Path(chosen.answer.path).read_bytes()
+    chosen_by = {id(sample) for sample in searched.parts.selection}
+    assert not chosen_by & {id(sample) for sample in (*searched.parts.test, *searched.parts.calibration)}
+
+
+def test_every_family_was_tried_and_each_refusal_has_its_reason(searched: search.Result) -> None:
+    (found,) = searched.found
+    assert {"int8-weights", "int8-static", "int8-dynamic", "half", "int8-static-all", "int4-weights"} <= {
+        item.id for item in found.tried
+    }
+    assert all(item.verdict.by and item.verdict.why for item in found.refused)
+
+
+def test_the_report_is_whole_and_stands_alone(searched: search.Result) -> None:
+    folder = next(iter(searched.files.values())).parent
+    report = json.loads((folder / "report.json").read_text())
+    rows = report["targets"]["x86-vnni"]["candidates"]
+    assert [row["id"] for row in rows] == [item.id for item in searched.found[0].tried]
+    page = (folder / "report.html").read_text()
+    assert "<svg" in page
+    assert "http" not in page.replace("xmlns=", "")
+    words = (folder / "MODEL-CARD.md").read_text()
+    assert all(row["id"] in words and row["id"] in page for row in rows)
+
+
+def test_two_reports_are_compared_and_those_of_other_data_are_not(searched: search.Result, tmp_path: Path) -> None:
+    folder = next(iter(searched.files.values())).parent
+    rows = card.compare(folder, folder / "report.json")
+    assert all(row["value"][0] == row["value"][1] for row in rows)
+    other = json.loads((folder / "report.json").read_text())
+    other["data"]["selection_digest"] = "sha256:00"
+    (tmp_path / "report.json").write_text(json.dumps(other))
+    with pytest.raises(RefusedError) as caught:
+        card.compare(folder, tmp_path)
+    assert caught.value.code == "report_differs"
+    with pytest.raises(RefusedError) as caught:
+        card.compare(folder, tmp_path / "nowhere")
+    assert caught.value.code == "report_invalid"
+
+
+def test_a_search_that_is_begun_again_makes_nothing_again(searched: search.Result) -> None:
+    asked: list[bool] = []
+
+    def remembered(task: Task) -> Answer:
+        answer = attempt.attempt(task)
+        asked.append(answer.cached)
+        return answer
+
+    settings = search.Settings(budget=searched.settings.budget, weigh=False)
+    again = search.search(searched.problem, X86, settings, searched.folder, run=remembered)
+    assert asked
+    assert all(asked)
+    assert [item.id for item in again.tried] == [item.id for item in searched.found[0].tried]
+
+
+def test_a_changed_sample_or_pass_parameter_is_another_answer(tmp_path: Path) -> None:
+    one = problem(tmp_path)
+    step = Step(use="quantize-static")
+    keys = {attempt.key_of(one, task(one, tmp_path, step))}
+    keys.add(attempt.key_of(one, task(one, tmp_path, Step(use="quantize-static", parameters={"samples": 3}))))
+    keys.add(attempt.key_of(one, task(one, tmp_path, step, part="test")))
+    one.selection[0].inputs["x"][0, 0] += 1
+    keys.add(attempt.key_of(one, task(one, tmp_path, step)))
+    one.calibration[0]["x"][0, 0] += 1
+    keys.add(attempt.key_of(one, task(one, tmp_path, step)))
+    assert len(keys) == 5
+
+
+def answers(bad: dict[str, Answer]) -> Any:
+    """Return a runner that gives what is named for a pass, and runs the rest."""
+
+    def run(task: Task) -> Answer:
+        return next((bad[step.use] for step in task.steps if step.use in bad), None) or attempt.attempt(task)
+
+    return run
+
+
+def test_a_pass_that_crashes_is_recorded_and_the_others_go_on(tmp_path: Path, cache: Path) -> None:
+    crashed = Answer(code="pass_crashed", why="its process ended with SIGSEGV")
+    settings = search.Settings(budget=gate.Budget(0.02), prune=False, weigh=False)
+    found = search.search(
+        problem(tmp_path), X86, settings, cache, run=answers({"quantize-static": crashed, "half": crashed})
+    )
+    refused = {item.id: item.verdict.by for item in found.refused}
+    assert refused["int8-static"] == refused["half"] == "pass_crashed"
+    assert found.find("int8-weights").verdict.passed
+
+
+def test_nothing_begins_when_the_time_is_up(tmp_path: Path) -> None:
+    settings = search.Settings(budget=gate.Budget(0.02), seconds_max=0.0, weigh=False)
+    found = search.search(problem(tmp_path), X86, settings, tmp_path / "cache", run=attempt.attempt)
+    assert found.cut_short
+    assert [item.id for item in found.tried] == [SOURCE]
+
+
+NATIVE = """
+import os, pathlib, msgspec
+from wherry_optimizer.passes import Result
+class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    how: str = "crash"
+def apply(path, parameters, work):
+    if parameters.how == "crash":
+        os.abort()
+    if parameters.how == "memory":
+        hoard = [bytearray(64 << 20) for _ in range(64)]
+    if parameters.how == "hang":
+        import time
+        time.sleep(600)
+    if parameters.how == "raise":
+        raise KeyError("a tensor")
+    target = work.folder / "same.onnx"
+    target.write_bytes(path.read_bytes())
+    return Result(target)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "more", "code"),
+    [
+        ("crash", {}, "pass_crashed"),
+        ("memory", {"memory_bytes_max": 1 << 30}, "pass_memory"),
+        ("hang", {"seconds_max": 1.0}, "pass_timeout"),
+        ("raise", {}, "pass_crashed"),
+        ("nothing", {}, "pass_noop"),
+    ],
+)
+def test_what_a_pass_does_to_its_process_becomes_a_refusal(
+    how: str, more: dict, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plug_in(tmp_path, monkeypatch)
+    answer = attempt.run(task(problem(tmp_path), tmp_path, Step(use="test-native", parameters={"how": how}), **more))
+    assert answer.code == code
+    assert answer.why
+
+
+def plug_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Install a distribution with a pass of its own, as another project would."""
+    (folder / "wherry_test_native.py").write_text(
+        NATIVE
+        + "from wherry_optimizer.passes import PassInfo\n"
+        + "INFO = PassInfo('test-native', 'wherry_test_native', ('onnx',), '', False, 'a test')\n"
+    )
+    about = folder / "wherry_test_native-1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: wherry-test-native\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[wherry_optimizer.passes]\ntest-native = wherry_test_native:INFO\n")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.syspath_prepend(str(folder))
+
+
+def test_a_pass_of_another_distribution_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plug_in(tmp_path, monkeypatch)
+    info = passes.find("test-native")
+    assert passes.module(info).Parameters().how == "crash"
+    assert "test-native" in [item.name for item in passes.catalogue()]
+
+
+def test_a_pass_that_changes_the_contract_is_refused(tmp_path: Path) -> None:
+    one = classifier(tmp_path / "one.onnx")
+    other = classifier(tmp_path / "other.onnx", name="points")
+    fixed = classifier(tmp_path / "fixed.onnx", batch=1)
+    for made in (other, fixed):
+        with pytest.raises(RefusedError) as caught:
+            attempt.check_contract(*(attempt.load(path, "onnx") for path in (one, made)))
+        assert caught.value.code == "contract_changed"
+
+
+def broken_weight(folder: Path, value: float) -> Path:
+    path = classifier(folder / "model.onnx")
+    model = onnx.load(path)
+    weight = numpy_helper.to_array(model.graph.initializer[0]).copy()
+    weight[0, 0] = value
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, model.graph.initializer[0].name))
+    onnx.save(model, path)
+    return path
+
+
+def auto(folder: Path, model: Path, data: Any = None, cache: Path | None = None, **more: Any) -> search.Result:
+    parts = cut(samples(), labelled=True, description="blobs") if data is None else data
+    return auto_module.auto(
+        model,
+        parts,
+        cache=cache or folder / "cache",
+        weigh=False,
+        targets=["x86-vnni"],
+        run=attempt.attempt,
+        prune=False,
+        **more,
+    )
+
+
+def test_nan_weights_are_refused_before_anything_is_tried(tmp_path: Path) -> None:
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(RefusedError) as caught:
+            auto(tmp_path, broken_weight(tmp_path, value))
+        assert caught.value.code == "model_not_finite"
+
+
+def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
+    found = problem(tmp_path)
+    made = attempt.attempt(task(found, tmp_path, Step(use="quantize-static")))
+    with pytest.raises(RefusedError) as caught:
+        auto(tmp_path, Path(made.path))
+    assert caught.value.code == "already_quantized"
+
+
+def test_an_operator_that_no_engine_has_is_refused(tmp_path: Path) -> None:
+    path = classifier(tmp_path / "model.onnx")
+    model = onnx.load(path)
+    model.graph.node[1].op_type, model.graph.node[1].domain = "Frobnicate", "com.example"
+    model.opset_import.append(onnx.helper.make_opsetid("com.example", 1))
+    onnx.save(model, path)
+    with pytest.raises(RefusedError, match="Frobnicate") as caught:
+        auto(tmp_path, path)
+    assert caught.value.code == "model_operator"
+
+
+def test_a_truncated_model_is_refused(tmp_path: Path) -> None:
+    path = classifier(tmp_path / "model.onnx")
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(RefusedError) as caught:
+        auto(tmp_path, path)
+    assert caught.value.code in ("model_foreign", "model_corrupted")
+
+
+def test_a_metric_that_raises_ends_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wherry_test_raises.py").write_text(
+        "def broken(outputs, labels):\n    raise ValueError('no such label')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(RefusedError, match="no such label") as caught:
+        auto(tmp_path, classifier(tmp_path / "model.onnx"), metric="wherry_test_raises:broken")
+    assert caught.value.code == "metric_failed"
+
+
+def test_a_metric_that_is_no_number_on_the_source_is_refused(tmp_path: Path) -> None:
+    parts = cut(
+        [Sample(one.inputs, float(index % 2)) for index, one in enumerate(samples(60))], labelled=True, description=""
+    )
+    with pytest.raises(RefusedError) as caught:
+        auto(tmp_path, classifier(tmp_path / "model.onnx"), parts, metric="auc")
+    assert caught.value.code == "source_failed"
+
+
+def test_a_budget_that_nobody_meets_is_an_error_and_the_report_is_there(tmp_path: Path, cache: Path) -> None:
+    with pytest.raises(RefusedError, match="none of") as caught:
+        auto(tmp_path, classifier(tmp_path / "model.onnx"), error_max=1e-9, cache=cache, output=tmp_path / "out")
+    assert caught.value.code == "budget_unmet"
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    rows = report["targets"]["x86-vnni"]["candidates"]
+    assert all(row["by"] for row in rows if row["id"] != SOURCE)
+
+
+def test_a_choice_that_the_test_split_contradicts_is_not_shipped(tmp_path: Path, cache: Path) -> None:
+    parts = cut(samples(), labelled=True, description="blobs")
+    wrong = tuple(Sample(one.inputs, one.label) for one in parts.test)
+    found = problem(tmp_path)
+
+    def run(task: Task) -> Answer:
+        answer = attempt.attempt(task)
+        if task.part == "test" and task.steps:
+            return msgspec.structs.replace(answer, evidence=[0.0] * len(answer.evidence))
+        return answer
+
+    with pytest.raises(RefusedError) as caught:
+        auto_module.auto(
+            found.source,
+            labelled.Parts(parts.calibration, parts.selection, wrong, True, "blobs"),
+            targets=["x86-vnni"],
+            cache=cache,
+            output=tmp_path / "out",
+            prune=False,
+            weigh=False,
+            run=run,
+        )
+    assert caught.value.code == "unconfirmed"
+    assert not list((tmp_path / "out").glob("*.onnx"))
+
+
+def test_without_labels_it_is_agreement_with_the_float_model(tmp_path: Path) -> None:
+    parts = cut([Sample(one.inputs, None) for one in samples(100)], labelled=False, description="")
+    result = auto(tmp_path, classifier(tmp_path / "model.onnx"), parts, drop_max=0.05)
+    assert result.problem.metric.name == "agreement"
+    assert result.found[0].find(SOURCE).drop.value == 1.0
+    assert result.found[0].find("int8-static").drop.value > 0.9
+
+
+def test_unknown_targets_and_those_of_another_format_are_refused(tmp_path: Path) -> None:
+    model = load_model(classifier(tmp_path / "model.onnx"))
+    for name, code in (("toaster", "target_unknown"), ("tflite", "target_unfit")):
+        with pytest.raises(RefusedError) as caught:
+            auto_module.find_target(name, model)
+        assert caught.value.code == code
+
+
+GOOD, DROPPED, CRASHED = Fared(True), Fared(False, "", "drop"), Fared(False, "pass_crashed", "pass_crashed")
+FIRST = [
+    "int8-weights",
+    "int8-static",
+    "int8-dynamic",
+    "half",
+    "int8-static-all",
+    "int8-dynamic-all",
+    "int8-static-other",
+    "int4-weights",
+]
+
+
+def proposed(tried: dict[str, Fared], **more: Any) -> list[str]:
+    return [one.id for one in candidates.propose(tried, "onnx", X86, **more)]
+
+
+def test_operators_are_given_back_one_after_another_until_the_gate_lets_one_pass() -> None:
+    tried = dict.fromkeys(FIRST, GOOD) | {"int8-static": DROPPED}
+    assert proposed({}) == FIRST
+    for count in (1, 2, 4):
+        assert proposed(tried, prune=False) == [f"int8-static-less-{count}"]
+        tried[f"int8-static-less-{count}"] = DROPPED
+    tried["int8-static-less-4"] = GOOD
+    assert proposed(tried, prune=False) == []
+    assert "channels-0.25+int8-static-less-4" in proposed(tried)
+
+
+def test_pruning_climbs_as_long_as_it_passes_and_ends_in_the_best_quantizer() -> None:
+    tried = dict.fromkeys(FIRST, GOOD)
+    assert proposed(tried) == ["channels-0.25+int8-static", "zeros-0.5+int8-static"]
+    tried |= {"channels-0.25+int8-static": GOOD, "zeros-0.5+int8-static": DROPPED}
+    assert proposed(tried) == ["channels-0.5+int8-static", "channels-0.25+zeros-0.5+int8-static"]
+    tried |= {"channels-0.5+int8-static": CRASHED, "channels-0.25+zeros-0.5+int8-static": GOOD}
+    assert proposed(tried) == []
+
+
+def test_arm_gets_signed_activations_first_and_x86_unsigned_ones() -> None:
+    for name, signed in (("x86-vnni", False), ("arm-dotprod", True)):
+        found = {one.id: one for one in candidates.propose({}, "onnx", TARGETS[name])}
+        assert found["int8-static"].steps[0].parameters.get("symmetric_activations", False) is signed
+        assert found["int8-static-other"].steps[0].parameters.get("symmetric_activations", False) is not signed
+
+
+def row(key: str, size: int, latency: float, value: float = 0.9, peak: float = 1.0) -> Row:
+    return Row(key, size, latency, peak, value)
+
+
+def test_the_pareto_set_holds_what_nobody_beats() -> None:
+    rows = [row(SOURCE, 100, 1.0), row("a", 30, 0.5), row("b", 30, 0.6), row("c", 20, 0.9), row("d", 40, 0.4, 0.95)]
+    assert candidates.pareto(rows) == ["a", "c", "d"]
+    unmeasured = [row(SOURCE, 100, float("nan")), row("a", 30, float("nan")), row("b", 40, float("nan"))]
+    assert candidates.pareto(unmeasured) == ["a"]
+
+
+@pytest.mark.parametrize(("prefer", "first"), [("balanced", "a"), ("size", "c"), ("latency", "d")])
+def test_what_is_preferred_decides_among_them(prefer: candidates.Prefer, first: str) -> None:
+    rows = [row("a", 30, 0.5), row("c", 20, 0.9), row("d", 60, 0.3)]
+    assert candidates.rank(rows, row(SOURCE, 100, 1.0), prefer)[0].id == first
+
+
+def test_figures_that_devices_reported_take_the_place_of_this_machines(tmp_path: Path, cache: Path) -> None:
+    found = problem(tmp_path)
+    made = attempt.attempt(msgspec.structs.replace(task(found, tmp_path, candidates.FOLD), cache=str(cache)))
+    reported = tmp_path / "reported.json"
+    figures = {"peak_memory_bytes": 9, "load_ms": 1.0}
+    reported.write_text(
+        json.dumps(
+            {found.digest: {"latency_p50_us": 400.0, **figures}, made.digest: {"latency_p50_us": 100.0, **figures}}
+        )
+    )
+    parts = cut(samples(), labelled=True, description="blobs")
+    result = auto_module.auto(
+        found.source,
+        parts,
+        drop_max=0.05,
+        targets=["arm-dotprod"],
+        cache=cache,
+        weigh=False,
+        reported=reported,
+        prune=False,
+        run=attempt.attempt,
+    )
+    assert result.found[0].find("int8-weights").latency_ratio == 0.25
+    assert Candidate is type(result.found[0].find("int8-weights").candidate)
+
+
+def test_steps_of_a_sample_carry_their_state(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper
+
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["x", "state"], ["next"]), helper.make_node("Identity", ["next"], ["y"])],
+        "sum",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "state")],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("y", "next")],
+    )
+    path = tmp_path / "sum.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8), path)
+    session = attempt.load(path, "onnx")
+    sample = Sample({"x": np.array([[1], [2], [3]], np.float32), "state": np.zeros(1, np.float32)}, None)
+    found = attempt.answer_of(session, sample, {"state": "next"})
+    assert found["y"].reshape(-1).tolist() == [1, 3, 6]
+    assert set(found) == {"y"}
+    calls = list(attempt.calls_of(session, sample, {"state": "next"}))
+    assert [float(call["state"][0]) for call in calls] == [0, 1, 3]
