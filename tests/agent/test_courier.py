@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import json
 import os
@@ -22,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tuf.api.metadata import Metadata, Targets
 
 from tests.offering import give
+from tests.tls_front import TlsFront, server_certificate
 from tests.trust_kit import (
     FACTS,
     MODEL,
@@ -62,6 +64,7 @@ from wherry_agent.disk import Disk
 from wherry_agent.mirrors import LEFT_OUT_S, Mirrors
 from wherry_agent.rate import BURST_S, Bucket
 from wherry_agent.store import Store
+from wherry_server.identity import DeviceAuthority
 from wherry_server.trust import Trust as ServerTrust
 from wherry_shared import dsse, key_files, reasons, wire
 from wherry_shared.bundle import Interface, TensorSpec
@@ -848,6 +851,71 @@ def test_secrets_stay_with_the_server_along_redirects(tmp_path: Path):
             assert all(headers["authorization"] == "Bearer secret" for _, headers in server.asked)
         assert elsewhere.asked
         assert not any("authorization" in headers for _, headers in elsewhere.asked)
+
+
+@contextlib.contextmanager
+def by_https(folder: Path, upstream: LittleServer) -> Iterator[tuple[str, Path]]:
+    """Put TLS with an authority of its own before a server; its address and the authority."""
+    folder.mkdir()
+    DeviceAuthority.create(folder, folder.name)
+    front = TlsFront(int(upstream.url.rpartition(":")[2]), *server_certificate(folder, folder))
+    yield f"https://127.0.0.1:{front.port}", folder / "devices-ca.pem"
+    front.close()
+
+
+def test_a_redirect_leads_to_whom_this_machine_believes_and_never_out_of_tls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """At home only the server's own authority counts; a store elsewhere may have its certificate from anybody known."""
+    location = [""]
+    body = Answer(200, DATA)
+    with (
+        little_server(lambda _path, _headers: body) as store,
+        little_server(lambda _path, _headers: Answer(307, b"", {"Location": location[0]})) as server,
+        by_https(tmp_path / "elsewhere", store) as (there, their_ca),
+        by_https(tmp_path / "home", server) as (home, our_ca),
+    ):
+        http = Http(ca=our_ca, server=home, authorization="Bearer secret")
+
+        def fetch(url: str) -> bytes:
+            with http.request("GET", url) as answer:
+                return answer.read(len(DATA))
+
+        location[0] = f"{there}/blob?X-Amz-Signature=of-one-blob"
+        with pytest.raises(UnreachableError, match="certificate") as caught:
+            fetch(home)
+        assert "of-one-blob" not in caught.value.diagnostics()
+        monkeypatch.setenv("SSL_CERT_FILE", str(their_ca))  # this machine's authorities
+        http = Http(ca=our_ca, server=home, authorization="Bearer secret")
+        assert fetch(home) == DATA
+        assert "authorization" not in store.asked[-1][1]
+        with pytest.raises(UnreachableError, match="certificate"), Http(ca=our_ca, server=there).request("GET", there):
+            pytest.fail("a server's name is not enough at home")
+        asked = len(store.asked)
+        location[0] = f"{store.url}/blob?X-Amz-Signature=of-one-blob"
+        with pytest.raises(UnreachableError, match="from https to http") as caught:
+            fetch(home)
+        assert "of-one-blob" not in caught.value.diagnostics()
+        assert len(store.asked) == asked
+
+
+def test_a_host_that_refuses_an_address_is_asked_by_a_new_one_and_not_for_ever(tmp_path: Path):
+    """Addresses expire: 403 of the host to which the server sent us is no word of the server's."""
+    with little_server(lambda _path, _headers: Answer(403)) as store:
+        sent: list[str] = []
+
+        def redirect(path: str, _headers: dict[str, str]) -> Answer:
+            sent.append(f"{store.url}{path}?X-Amz-Signature={len(sent)}")
+            return Answer(307, b"", {"Location": sent[-1]})
+
+        with little_server(redirect) as server, pytest.raises(UnreachableError, match="403") as caught:
+            blobs(tmp_path, server, tries=3).bring(DIGEST, len(DATA), encoded=False)
+        assert [store.url + path for path, _ in store.asked] == sent
+        assert len(set(sent)) == 3
+    assert "Signature" not in caught.value.diagnostics()
+    with little_server(lambda _path, _headers: Answer(403)) as server, pytest.raises(UnreachableError, match="403"):
+        blobs(tmp_path, server, tries=3).bring(DIGEST, len(DATA), encoded=False)
+    assert len(server.asked) == 1, "the server's own refusal stands"
 
 
 @pytest.mark.parametrize("location", ["file:///etc/passwd", "http://user:pass@127.0.0.1/", "gopher://x/"])

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
+import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,20 +19,26 @@ import httpx
 import msgspec
 import pytest
 import zstandard
+from sqlalchemy import insert
+from typer.testing import CliRunner
 
 from tests.offering import give
 from tests.s3 import KEY_ID, REGION, S3, SECRET, Door
-from tests.server.harness import Running, free_port, release, running, until
+from tests.server.harness import Running, free_port, in_database, release, running, until
 from tests.trust_kit import Answer, little_server
 from wherry_agent.courier_blobs import Blobs as Courier
 from wherry_agent.courier_http import Http
 from wherry_agent.disk import Disk
 from wherry_agent.store import Store
-from wherry_server import dev
+from wherry_server import dev, pulse, uploads
 from wherry_server.blob_bucket import PART_BYTES, BucketBlobs, Credentials
 from wherry_server.blob_folder import INCOMING, FolderBlobs
 from wherry_server.blobs import Blobs, key_of
+from wherry_server.cli import app
+from wherry_server.db.database import Database
+from wherry_server.db.tables import BlobOwner
 from wherry_server.encodings import StoppedError, compress
+from wherry_server.services import prepare
 from wherry_server.settings import Settings
 from wherry_server.spool import Spool
 from wherry_shared import wire
@@ -202,6 +211,55 @@ def test_work_on_files_finds_a_blob_as_a_file_and_leaves_none(blobs: Blobs, tmp_
     asyncio.run(run())
     assert sorted(left_in(blobs)) == sorted(key_of(of_bytes(data)) for data in (DATA, b"made of it"))
     assert not list((tmp_path / "spool").glob("*"))
+
+
+def test_an_upload_that_no_bundle_names_counts_as_gone_a_day_before_it_is_deleted(blobs: Blobs, tmp_path: Path) -> None:
+    settings = Settings.load(tmp_path / "data")
+    prepare(settings)
+    inert, named = of_bytes(b"inert"), of_bytes(b"named")
+    row = {"project_id": settings.project, "digest": named, "bytes": 5, "created_at": 1, "kind": "other"}
+    in_database(settings, lambda connection: connection.execute(insert(BlobOwner).values(**row)))
+    database = Database.open(settings.database_url)
+    began_s = time.time()
+
+    async def here(days: float) -> set[str]:
+        async with database.read() as connection:
+            both = [inert, named, of_bytes(b"never uploaded")]
+            return set(await uploads.here(connection, blobs, both, 7, now_s=began_s + days * uploads.DAY_S))
+
+    async def collect(days: float, *, delete: bool) -> int:
+        now_s = began_s + days * uploads.DAY_S
+        return (await uploads.collect(database, blobs, 7, delete=delete, now_s=now_s)).blobs
+
+    async def run() -> None:
+        await blobs.put_bytes(b"inert")
+        await blobs.put_bytes(b"named")
+        assert await here(5.9) == {inert, named}
+        assert await here(6.1) == {named}
+        assert await collect(6.9, delete=True) == 0
+        assert await collect(7.1, delete=False) == 1
+        assert await collect(7.1, delete=True) == 1
+        assert await listed(blobs) == {named: 5}
+        await database.close()
+
+    asyncio.run(run())
+
+
+def test_what_is_uploaded_again_after_a_day_is_new_again(blobs: Blobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        await blobs.put_bytes(DATA)
+        if isinstance(blobs, FolderBlobs):
+            os.utime(blobs.path(DIGEST), (1, 1))
+        monkeypatch.setattr(f"{type(blobs).__module__}.REFRESHED_S", 0.0)
+        before_s = time.time()
+        taken = await blobs.put(DIGEST, chunks(DATA))
+        assert taken == isinstance(blobs, BucketBlobs)
+        found = await blobs.stat(DIGEST)
+        assert found is not None
+        assert found.modified_s > before_s - 2.0, "whole seconds"
+        assert await blobs.get(DIGEST, bytes_max=len(DATA)) == DATA
+
+    asyncio.run(run())
 
 
 # --- a folder -------------------------------------------------------------------------------------
@@ -407,6 +465,12 @@ def given(server: Running, folder: Path, model: str, weights: bytes) -> tuple[Ma
     return manifest, device
 
 
+def health(http: httpx.Client) -> dict[str, str]:
+    answer = http.get("/api/v1/health")
+    assert answer.status_code == 200, "devices are served without blobs"
+    return answer.json()
+
+
 def courier(server: Running, device: wire.EnrolAnswer, home: Path) -> Courier:
     http = Http(server=server.url, authorization=f"Bearer {device.device}:{device.bearer}")
     return Courier(
@@ -495,9 +559,12 @@ def test_without_addresses_the_server_passes_the_bytes_on_and_encodings_are_made
     assert not (tmp_path / "data" / "blobs").exists()
 
 
-def test_a_bucket_out_of_reach_is_said_so_and_nothing_is_lost(s3: S3, door: Door, tmp_path: Path) -> None:
+def test_a_bucket_out_of_reach_is_said_so_and_nothing_is_lost(
+    s3: S3, door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The store hangs up on everybody for a while: health tells, uploads and downloads say so, later all goes on."""
     weights = hashlib.shake_256(b"away").digest(300_000)
+    monkeypatch.setattr(pulse, "KEPT_S", 0.0)
     with served(tmp_path / "data", s3.bucket(), door.url, presign_s=0) as server:
         manifest, device = given(server, tmp_path, "away", weights)
         url = f"/device/v1/blobs/{manifest.layers[0].digest}"
@@ -507,9 +574,12 @@ def test_a_bucket_out_of_reach_is_said_so_and_nothing_is_lost(s3: S3, door: Door
                 answer = http.put(f"/api/v1/blobs/{DIGEST}", content=DATA)
                 assert (answer.status_code, answer.json()["code"]) == (503, "blobs_unreachable")
                 assert "then upload again" in answer.json()["next_step"]
+                found = until(lambda: (now := health(http))["blobs"] != pulse.LATE and now)
+                assert (found["status"], found["blobs"]) == ("degraded", "blobs_unreachable")
         finally:
             door.shut = False
         with server.http() as http:
+            assert health(http)["status"] == "ok"
             assert http.put(f"/api/v1/blobs/{DIGEST}", content=DATA).status_code == 201
         with server.as_device(device) as http:
             assert http.get(url).content == weights
@@ -525,3 +595,61 @@ def test_a_server_is_not_made_ready_over_a_bucket_that_does_not_let_it_in(tmp_pa
             dev.init(settings)
     assert caught.value.code == "blobs_forbidden"
     assert not (tmp_path / "data" / "settings.json").exists()
+
+
+def doctor(folder: Path) -> tuple[int, dict[str, dict[str, str]]]:
+    done = CliRunner().invoke(app, ["doctor", "--data", str(folder), "--json"])
+    return done.exit_code, {row["asked"]: row for row in json.loads(done.stdout)}
+
+
+def test_the_doctor_asks_the_bucket_and_the_way_of_devices_to_it(s3: S3, door: Door, tmp_path: Path) -> None:
+    bucket, folder = s3.bucket(), tmp_path / "data"
+    with served(folder, bucket, s3.url, s3_public_endpoint=door.url, broker_port=free_port()) as server:
+        server.settings.save()
+        code, found = doctor(folder)
+        levels = {name: row["level"] for name, row in found.items()}
+        assert levels == {"data folder": "bad", "database": "ok", "blobs": "note", "broker": "bad", "api": "ok"}
+        assert (code, "s3.json" in found["data folder"]["detail"]) == (1, True)
+        assert door.url in found["blobs"]["detail"], "plain http to the bucket, where the API may be https"
+        (folder / "keys" / "s3.json").chmod(0o600)
+        assert doctor(folder)[1]["data folder"]["level"] == "ok"
+        door.late_s[:] = [1000.0]
+        assert "answers 403" in doctor(folder)[1]["blobs"]["detail"]
+    asyncio.run(_nothing_in(bucket_of(bucket, s3.url, tmp_path)))
+    absent = json.loads((folder / "settings.json").read_bytes()) | {"blobs": "s3://wherry-absent"}
+    (folder / "settings.json").write_text(json.dumps(absent))
+    row = doctor(folder)[1]["blobs"]
+    assert (row["level"], "NoSuchBucket" in row["detail"]) == ("bad", True)
+    assert "bucket exists" in row["next_step"]
+
+
+async def _nothing_in(blobs: Blobs) -> None:
+    assert await listed(blobs) == {}, "the doctor leaves nothing"
+
+
+def test_uploads_are_collected_by_a_command_that_first_only_counts(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    with running(folder, encode_blobs=False, uploads_days=3) as server:
+        server.settings.save()
+        blobs = FolderBlobs(folder / "blobs")
+        manifest, digest = release(server, tmp_path, "kept")
+        long_ago = time.time() - 10 * uploads.DAY_S
+        with server.http() as http:
+            assert http.put(f"/api/v1/blobs/{DIGEST}", content=DATA).status_code == 201
+            for one in (DIGEST, digest, manifest.layers[0].digest):
+                os.utime(blobs.path(one), (long_ago, long_ago))
+            assert http.head(f"/api/v1/blobs/{DIGEST}").status_code == 404, "soon it is gone: upload it again"
+            assert http.head(f"/api/v1/blobs/{digest}").status_code == 200
+            assert http.put(f"/api/v1/blobs/{DIGEST}", content=DATA).status_code == 200
+            assert http.head(f"/api/v1/blobs/{DIGEST}").status_code == 200
+            os.utime(blobs.path(DIGEST), (long_ago, long_ago))
+            (blobs.folder / INCOMING / "half").write_bytes(b"half")
+            os.utime(blobs.folder / INCOMING / "half", (long_ago, long_ago))
+    run = CliRunner()
+    found = json.loads(run.invoke(app, ["blobs", "collect", "--data", str(folder), "--json"]).stdout)
+    assert found == {"blobs": 1, "bytes": len(DATA), "leftovers": 0, "days": 3, "deleted": False}
+    assert blobs.path(DIGEST).exists()
+    done = run.invoke(app, ["blobs", "collect", "--data", str(folder), "--delete"])
+    assert "1 leftovers" in done.stdout
+    assert not blobs.path(DIGEST).exists()
+    assert blobs.path(digest).exists()

@@ -580,8 +580,11 @@ class Health:
     """A server that answers, and its database with it."""
 
     status: str
+    """`ok`, or `degraded`: devices are served, but blobs cannot be fetched or uploaded"""
     version: str
     project: str
+    blobs: str = "ok"
+    """`ok`, or the code of what is wrong with what keeps blobs, not older than 10 s"""
 
 
 @dataclass(frozen=True, kw_only=True)

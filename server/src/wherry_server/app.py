@@ -30,6 +30,7 @@ from wherry_server.api import (
     webhooks,
 )
 from wherry_server.encodings import Encoder
+from wherry_server.pulse import Pulse
 from wherry_server.rates import Rates
 from wherry_server.reading import Readers
 from wherry_server.services import Services
@@ -130,6 +131,7 @@ def create_app(services: Services) -> FastAPI:
     app.state.streams = set()
     app.state.encoder = None
     app.state.readers = Readers(services.blobs)
+    app.state.pulse = Pulse(services.blobs)
     problems.install(app)
     app.add_middleware(BodyLimit)
     access.operations(module.router for module in ROUTERS)

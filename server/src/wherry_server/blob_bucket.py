@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import os
 import re
+import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +24,7 @@ import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import S3Store
 
-from wherry_server.blobs import Blobs, Stored, checked, damaged, digest_of, key_of
+from wherry_server.blobs import REFRESHED_S, Blobs, Stored, checked, damaged, digest_of, key_of
 from wherry_server.spool import Spool
 from wherry_shared.digest import check_digest
 from wherry_shared.errors import RefusedError, UnreachableError, WherryError
@@ -121,9 +122,10 @@ class BucketBlobs(Blobs):
     async def put(self, digest: str, chunks: AsyncIterable[bytes], *, length: int | None = None) -> bool:
         """Store a blob from a stream."""
         check_digest(digest)
-        if await self._stat(digest, "the upload was not kept", "then upload again") is not None:
+        found = await self._stat(digest, "the upload was not kept", "then upload again")
+        if found is not None and time.time() - found.modified_s < REFRESHED_S:
             return False
-        await self._write(digest, chunks, length)
+        await self._write(digest, chunks, length)  # over the same bytes: a bucket cannot make an object newer otherwise
         return True
 
     async def _write(self, digest: str, chunks: AsyncIterable[bytes], length: int | None) -> None:

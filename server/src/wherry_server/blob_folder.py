@@ -19,7 +19,17 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore
 
-from wherry_server.blobs import READ_CHUNK_BYTES, WRITE_CHUNK_BYTES, Blobs, Stored, checked, damaged, digest_of, key_of
+from wherry_server.blobs import (
+    READ_CHUNK_BYTES,
+    REFRESHED_S,
+    WRITE_CHUNK_BYTES,
+    Blobs,
+    Stored,
+    checked,
+    damaged,
+    digest_of,
+    key_of,
+)
 from wherry_shared.digest import check_digest
 from wherry_shared.errors import DeviceError
 
@@ -51,9 +61,11 @@ class FolderBlobs(Blobs):
     async def put(self, digest: str, chunks: AsyncIterable[bytes], *, length: int | None = None) -> bool:
         """Store a blob from a stream; what is here already is as new again."""
         check_digest(digest)
-        if await self.stat(digest) is not None:
+        found = await self.stat(digest)
+        if found is not None:
             try:
-                os.utime(self.path(digest))
+                if time.time() - found.modified_s >= REFRESHED_S:
+                    os.utime(self.path(digest))
             except OSError as error:
                 raise _disk(error) from error
             return False

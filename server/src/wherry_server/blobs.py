@@ -23,6 +23,8 @@ READ_CHUNK_BYTES = 256 * KIB
 """What a download holds in memory at a time."""
 WRITE_CHUNK_BYTES = 1 * MIB
 """What is read at a time from a file that this process made."""
+REFRESHED_S = 86_400.0
+"""A blob that was uploaded at least so long ago is as new when somebody uploads it again."""
 STATS_AT_ONCE = 16
 """So many blobs are asked about at the same time."""
 
@@ -48,7 +50,7 @@ class Blobs(abc.ABC):
 
     @abc.abstractmethod
     async def put(self, digest: str, chunks: AsyncIterable[bytes], *, length: int | None = None) -> bool:
-        """Store a blob from a stream; True if it is new. The stream is not read where nothing has to be stored.
+        """Store a blob from a stream; True if it is new, or newer. The stream is not read where nothing has to be stored.
 
         Raises:
             RefusedError: `bad_digest`, `digest_mismatch` or `length_mismatch`; then nothing was kept.

@@ -7,6 +7,7 @@ at threshold names this very manifest. From then on the devices that are meant t
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +15,7 @@ import msgspec
 from sqlalchemy import func, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server import audit
+from wherry_server import audit, uploads
 from wherry_server.db.tables import BlobEncoding, BlobOwner, Bundle, DeviceModel, table
 from wherry_server.services import Services
 from wherry_server.times import now_us
@@ -60,7 +61,7 @@ async def publish(services: Services, actor: str, model: str, version: str, mani
             consequence="the bundle was not accepted",
             next_step="push it under the name and version that it was built with",
         )
-    await _check_blobs(services, manifest)
+    await _check_blobs(services, manifest_digest, manifest)
     await _check_signed(services, model, version, manifest_digest)
     blobs: dict[str, tuple[int, str]] = {manifest_digest: (manifest_bytes, "manifest")}
     for descriptor in (manifest.config, *manifest.layers):
@@ -113,10 +114,12 @@ async def _read(services: Services, digest: str) -> tuple[Manifest, Config, int]
     return manifest, config, len(data)
 
 
-async def _check_blobs(services: Services, manifest: Manifest) -> None:
+async def _check_blobs(services: Services, digest: str, manifest: Manifest) -> None:
     descriptors = (manifest.config, *manifest.layers)
-    here = await services.blobs.stats([descriptor.digest for descriptor in descriptors])
-    missing: list[str] = []
+    named = [digest, *(one.digest for one in descriptors)]
+    async with services.database.read() as connection:
+        here = await uploads.here(connection, services.blobs, named, services.settings.uploads_days, now_s=time.time())
+    missing = [digest] if digest not in here else []
     for descriptor in descriptors:
         found = here.get(descriptor.digest)
         if found is None:

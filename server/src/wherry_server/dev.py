@@ -82,6 +82,7 @@ def run(settings: Settings, *, quiet: bool) -> None:
         settings.save()
         prepare(settings)
         services = open_services(settings)
+        asyncio.run(services.blobs.check())
         if isinstance(services.blobs, FolderBlobs):
             services.blobs.sweep()
         shown = asyncio.run(_ensure_access(services))

@@ -18,7 +18,7 @@ import zstandard
 from sqlalchemy import and_, insert, select
 
 from wherry_server.blobs import Blobs
-from wherry_server.db.database import Database
+from wherry_server.db.database import DATABASE_ERRORS, Database
 from wherry_server.db.tables import BlobEncoding, BlobOwner, table
 from wherry_server.times import now_us
 from wherry_shared.errors import WherryError
@@ -125,7 +125,11 @@ class Encoder:
             digest = await self._queue.get()
             try:
                 await self._encode(digest)
-            except (WherryError, OSError, zstandard.ZstdError) as error:
+            except (
+                WherryError,
+                zstandard.ZstdError,
+                *DATABASE_ERRORS,
+            ) as error:  # another process may have been quicker
                 # devices fetch the raw blob; the next start tries again
                 log.warning("blob %s was not encoded: %s", digest, error)
             finally:

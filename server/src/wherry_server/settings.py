@@ -59,6 +59,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Empty: what AWS_REGION says."""
     s3_public_endpoint: str = ""
     """Address under which devices find the object store, where it is another one."""
+    uploads_days: Annotated[int, msgspec.Meta(ge=3)] = 7
+    """Days after which an uploaded blob that no bundle names may be deleted (`wherry blobs collect`)."""
     presign_s: Annotated[int, msgspec.Meta(ge=0, le=PRESIGN_S_MAX)] = 300
     """How long an address that a device is sent to in the bucket can be used; 0: the API passes the bytes on itself."""
 

@@ -30,6 +30,7 @@ class Spool:
         self._bytes_max = bytes_max
         self._taken = 0
         self._freed = asyncio.Condition()
+        self.sweep()
 
     @contextlib.asynccontextmanager
     async def file(self, bytes_max: int) -> AsyncIterator[Path]:

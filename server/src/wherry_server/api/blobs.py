@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
 from starlette.requests import ClientDisconnect
 
+from wherry_server import uploads
 from wherry_server.answers import Uploaded
 from wherry_server.auth import ScopedPublisher, ServicesDep, Viewer
 from wherry_server.blobs import unknown
@@ -62,7 +64,10 @@ async def upload_blob(
 @router.head("/{digest}", responses={404: {"description": "It is not here"}})
 async def has_blob(digest: Digest, services: ServicesDep, _viewer: Viewer) -> Response:
     """Tell whether a blob is here, and how long it is."""
-    size = await services.blobs.size(check_digest(digest))
-    if size is None:
+    async with services.database.read() as connection:
+        here = await uploads.here(
+            connection, services.blobs, [check_digest(digest)], services.settings.uploads_days, now_s=time.time()
+        )
+    if digest not in here:
         raise unknown(digest)
-    return Response(headers={"Wherry-Bytes": str(size), "ETag": f'"{digest}"'})
+    return Response(headers={"Wherry-Bytes": str(here[digest].bytes), "ETag": f'"{digest}"'})

@@ -12,10 +12,12 @@ from wherry_server import __version__
 from wherry_server.cli import (
     apply,
     audit,
+    blobs,
     bundle,
     cohort,
     deploy,
     device,
+    doctor,
     flag,
     fleet,
     model,
@@ -58,9 +60,9 @@ def root(
     GLOBALS.server, GLOBALS.token, GLOBALS.as_json = server, token, as_json
 
 
-for alone in (serve.commands, deploy.commands, fleet.commands, audit.commands, apply.commands):
+for alone in (serve.commands, doctor.commands, deploy.commands, fleet.commands, audit.commands, apply.commands):
     app.registered_commands.extend(alone.registered_commands)
-for group in (bundle, model, device, cohort, rollout, flag, quarantine, token, trust, audit, webhook):
+for group in (bundle, blobs, model, device, cohort, rollout, flag, quarantine, token, trust, audit, webhook):
     app.add_typer(group.app)
 
 

@@ -53,12 +53,15 @@ def verify_audit(as_json: AsJson = False) -> None:
 
 @commands.command()
 def health(as_json: AsJson = False) -> None:
-    """Tell whether the server and its database answer."""
+    """Tell whether the server, its database and what keeps its blobs answer."""
     with client() as server:
         found = server.plain(calls.health())
         where = server.server
     show(
         found,
         as_json,
-        lambda console: console.print(f"{where} answers: {found['version']}, project {found['project']}"),
+        lambda console: console.print(
+            f"{where} answers: {found['version']}, project {found['project']}"
+            + ("" if found["blobs"] == "ok" else f"; blobs cannot be fetched or uploaded: {found['blobs']}")
+        ),
     )
