@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wherry_shared.sketch import BINS_MAX, RELATIVE_ERROR, Sketch
+from wherry_shared.sketch import BINS_MAX, RELATIVE_ERROR, Sketch, since
 
 VALUES = st.lists(st.floats(0.01, 1e7), min_size=1, max_size=200)
 
@@ -56,6 +57,30 @@ def test_memory_is_bounded_and_upper_quantiles_keep_their_error() -> None:
 def test_foreign_bins_are_refused(wire: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"."):
         Sketch.from_wire(wire)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 6))
+def test_what_was_counted_between_two_looks_is_counted_once_also_when_bins_were_merged(seed: int, looks: int) -> None:
+    random = Random(seed)
+    whole, before = Sketch(), dict[str, int]()
+    for _ in range(looks):
+        values = [1.02 ** random.uniform(-400, 400) for _ in range(400)] + [0.0] * random.randrange(3)
+        for value in values:
+            whole.add(value)
+        fresh, found = filled(values), Sketch.from_wire(since(whole.to_wire(), before))
+        assert (found.count, found.zeros) == (fresh.count, fresh.zeros)
+        lowest = min(whole.bins)
+        assert {i: n for i, n in found.bins.items() if i > lowest} == {
+            i: n for i, n in fresh.bins.items() if i > lowest
+        }
+        before = whole.to_wire()
+    assert looks < 4 or len(whole.bins) == BINS_MAX, "it merged"
+
+
+def test_counts_of_another_sketch_are_all_new() -> None:
+    assert since({"5": 3, "z": 1}, {"5": 9, "z": 4}) == {"5": 3, "z": 1}
+    assert since({}, {"5": 9}) == {}
 
 
 def test_an_empty_sketch_has_no_quantile() -> None:

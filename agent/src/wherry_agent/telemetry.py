@@ -23,6 +23,7 @@ from wherry_agent.children import ArmStats, Sampled
 from wherry_agent.handle_server import merged
 from wherry_shared import wire
 from wherry_shared.limits import SAMPLE_BYTES_MAX, SAMPLES_PER_WINDOW_MAX
+from wherry_shared.sketch import since
 from wherry_shared.wire import IN_PROCESS, Arm, Sample, Sum, Telemetry, Window
 
 log = logging.getLogger(__name__)
@@ -191,7 +192,7 @@ def _window(stats: ArmStats, before: ArmStats | None, start_us: int, at_us: int,
         metrics={},
     )
     latency = {
-        bucket: bins for bucket, now in stats.latency_us.items() if (bins := _less(now, old.latency_us.get(bucket, {})))
+        bucket: bins for bucket, now in stats.latency_us.items() if (bins := since(now, old.latency_us.get(bucket, {})))
     }
     return Window(
         model=stats.model,
@@ -206,13 +207,13 @@ def _window(stats: ArmStats, before: ArmStats | None, start_us: int, at_us: int,
         errors=max(0, stats.errors - old.errors),
         fallbacks=max(0, stats.fallbacks - old.fallbacks),
         latency_us=latency,
-        wait_us=_less(stats.wait_us, old.wait_us),
+        wait_us=since(stats.wait_us, old.wait_us),
         classes=_less(stats.classes, old.classes),
-        confidence=_less(stats.confidence, old.confidence),
+        confidence=since(stats.confidence, old.confidence),
         compared=max(0, stats.compared - old.compared),
         agreed=max(0, stats.agreed - old.agreed),
         skipped=max(0, stats.skipped - old.skipped),
-        distance=_less(stats.distance, old.distance),
+        distance=since(stats.distance, old.distance),
         metrics=_told_since(stats.metrics, old.metrics),
     )
 
@@ -230,7 +231,7 @@ def _told_since(now: dict[str, Sum], before: dict[str, Sum]) -> dict[str, Sum]:
 
 
 def _less(now: dict[str, int], before: dict[str, int]) -> dict[str, int]:
-    """Subtract counts; a key whose count fell (sketch bins that were merged) counts as new."""
+    """Subtract counts; a key whose count fell counts as new."""
     found = {}
     for key, count in now.items():
         left = count - before.get(key, 0)

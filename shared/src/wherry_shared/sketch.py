@@ -108,3 +108,20 @@ class Sketch:
     def _collapse(self) -> None:
         first, second = sorted(self.bins)[:2]
         self.bins[second] += self.bins.pop(first)
+
+
+def since(now: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
+    """Return, on the wire, what a sketch counted between two looks at it.
+
+    Bins that are gone were merged into the lowest that is left (`BINS_MAX`): what they held then is not new now.
+    """
+    merged = sum(times for key, times in before.items() if key not in now)
+    lowest = str(min((int(key) for key in now if key != "z"), default=""))
+    found = {}
+    for key, times in now.items():
+        left = times - before.get(key, 0) - (merged if key == lowest else 0)
+        if left < 0:  # of another sketch: all of it is new
+            left = times
+        if left:
+            found[key] = left
+    return found
