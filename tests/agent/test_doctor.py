@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,12 +18,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tests.agent.builders import confirmed
+from tests.agent.builders import MODEL, confirmed, digest_of, fetched, judged, offer, offered, resolved, run
 from tests.agent.daemon_kit import write_bundle
 from tests.shared.engines import models
 from tests.tls_front import TlsFront, server_certificate
 from tests.trust_kit import Answer, little_server
 from wherry_agent import cli, doctor, identity, status
+from wherry_agent import state as s
 from wherry_agent.children import Trust
 from wherry_agent.disk import Disk
 from wherry_agent.doctor import Patient, examine
@@ -31,6 +33,7 @@ from wherry_agent.journal import Journal
 from wherry_agent.mirrors import Mirrors
 from wherry_agent.settings import Settings
 from wherry_agent.store import Store
+from wherry_agent.telemetry import Buffer
 from wherry_server.identity import DeviceAuthority
 from wherry_shared.bundle import parse_manifest
 
@@ -167,7 +170,7 @@ def test_where_all_is_well_nothing_is_bad(home: Home) -> None:
     findings = dict(examine(Patient(home.settings(), scrub=True)))
     assert {name: finding for name, finding in findings.items() if finding.level == "bad"} == {}
     assert findings["broker"].detail.endswith("with TLS lets it in")
-    assert findings["store"].detail == "3 files read and compared with their digests"
+    assert findings["store"].detail == "4 files read and compared with their digests"
     assert home.front.clients
 
 
@@ -394,6 +397,56 @@ def test_what_an_engine_lets_the_device_wait_for_is_a_note(home: Home) -> None:
     with running(home, engine_waits=waits):
         level, detail = found(home, "engines")
     assert (level, detail.endswith("; another worker is to take over in 10 s, after 2 times in vain")) == ("note", True)
+
+
+def test_why_a_model_is_not_where_the_offer_wants_it_is_said(home: Home) -> None:
+    assert found(home, "models") == ("ok", "1 as they should be")
+    name, version = MODEL, digest_of(f"{MODEL}/1.1.0")
+    coming, _ = run(home.state, offer(9, {name: offered("1.1.0")}), resolved("1.1.0"))
+    waits, _ = run(coming, s.TaskFailed(name, version, 1, "fetch", "disk_full", "4 MB are missing", 60.0))
+    missed, _ = run(coming, fetched("1.1.0"), judged("1.1.0", passed=False, reason="golden_miss"))
+    held = replace(home.state.models[name], phase=s.Safe("load_failed", "not a model"))
+    for state, level, *parts in (
+        (waits, "note", f"{name} waits: disk_full 4 MB are missing"),
+        (missed, "note", f"{name}: {name}/1.1.0 failed, golden_miss", "known bad: ", "(golden_miss)"),
+        (replace(home.state, models={name: held}), "bad", f"{name} serves nothing: load_failed not a model"),
+    ):
+        Journal(Disk(), home.path / "journal.json").write(state)
+        said = found(home, "models")
+        assert said[0] == level, said
+        assert all(part in said[1] for part in parts), said
+
+
+@pytest.mark.parametrize(
+    ("off_s", "level", "part"), [(60, "ok", ""), (-600, "bad", "s behind the"), (600, "bad", "s ahead of the")]
+)
+def test_a_clock_that_is_not_the_servers_is_bad(home: Home, off_s: int, level: str, part: str) -> None:
+    home.note_trust(home.now_us - 10**13, home.now_us + 10**13)
+    patient = Patient(home.settings())
+    patient.wall_s += off_s
+    finding = doctor.QUESTIONS["clock"](patient)
+    assert (finding.level, part in finding.detail) == (level, True), finding
+    assert found(home, "clock", server="http://127.0.0.1:1")[0] == "ok", "who does not answer is another question"
+
+
+def test_windows_that_were_lost_are_told(home: Home) -> None:
+    buffer = Buffer(home.path / "telemetry.db", 1 << 20)
+    buffer.close()
+    assert found(home, "telemetry") == ("ok", "0 messages wait")
+    with sqlite3.connect(home.path / "telemetry.db") as database:
+        database.execute("UPDATE stream SET dropped = 7")
+    assert found(home, "telemetry") == ("note", "0 messages wait; 7 windows had to make room and are lost")
+
+
+def test_heat_is_a_note(home: Home, tmp_path: Path) -> None:
+    zone = tmp_path / "sys/class/thermal/thermal_zone0"
+    asked = msgspec.structs.replace(Settings().conditions, sys=str(tmp_path / "sys"))
+    assert found(home, "temperature", conditions=asked) == ("ok", "no sensor tells it")
+    zone.mkdir(parents=True)
+    for celsius, level in ((84, "ok"), (85, "note")):
+        (zone / "temp").write_text(f"{celsius}000\n")
+        said = found(home, "temperature", conditions=asked)
+        assert (said[0], said[1].startswith(f"{celsius} °C")) == (level, True)
 
 
 def test_looking_changes_nothing(home: Home) -> None:

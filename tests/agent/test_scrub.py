@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.agent.builders import MODEL, confirmed, digest_of, offer, offered, resolved, run
 from tests.trust_kit import assets_of
-from wherry_agent import courier_scrub, machine
+from wherry_agent import courier_scrub, doctor, machine
 from wherry_agent import state as s
 from wherry_agent.children import Loadable, Scrub
 from wherry_agent.disk import Disk
+from wherry_agent.journal import Journal
+from wherry_agent.settings import Settings
 from wherry_agent.store import Store
 from wherry_shared.bundle import (
     Config,
@@ -119,6 +122,29 @@ def test_an_altered_asset_costs_its_folder_which_is_unpacked_again(kept: Kept) -
     assert not folder.exists()
     kept.store.unpack(ASSETS.digest, ASSETS.files)
     assert kept.scrub() == []
+
+
+@pytest.mark.parametrize("what", ["manifest", "asset", "archive"])
+def test_the_doctor_reads_all_of_them_as_well_and_sets_nothing_aside(kept: Kept, what: str) -> None:
+    state = confirmed("1.0.0")
+    installed = state.models[MODEL].incumbent
+    assert installed is not None
+    slot = replace(state.models[MODEL], incumbent=replace(installed, loadable=kept.version), last_good=None)
+    Journal(Disk(), kept.home / "journal.json").write(replace(state, models={MODEL: slot}))
+
+    def look(*, scrub: bool = True) -> doctor.Finding:
+        return doctor.QUESTIONS["store"](doctor.Patient(Settings(home=str(kept.home)), scrub=scrub))
+
+    assert look() == doctor.Finding("ok", "5 files read and compared with their digests")
+    path = {
+        "manifest": kept.store.path_of(of_bytes(MANIFEST)),
+        "asset": Path(kept.version.assets_path) / "labels.txt",
+        "archive": kept.store.path_of(of_bytes(TAR)),
+    }[what]
+    path.write_bytes(bytes(len(path.read_bytes())))
+    assert look(scrub=False).level == "ok"
+    assert look().level == "bad"
+    assert path.exists()
 
 
 def test_files_are_read_no_faster_than_allowed(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:

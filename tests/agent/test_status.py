@@ -62,13 +62,12 @@ def test_what_the_canary_measured_of_both_is_shown_and_reported() -> None:
         offer(2, {MODEL: offered("1.1.0")}),
         resolved("1.1.0"),
         fetched("1.1.0"),
-        judged("1.1.0", latency_ratio=1.025, **figures),
+        judged("1.1.0", latency_ratio=1.025, peak_memory_bytes=12_340_000, **figures),
     )
     state, _ = run(state, served(state, "1.1.0"))
     shown = status.describe(state, now())
-    assert "canary: median 41 µs, 99 % within 63 µs; the version before it median 40 µs, 99 % within 58 µs" in (
-        status.render({"running": False, **shown})
-    )
+    ours, theirs = "median 41 µs, 99 % within 63 µs, 12.3 MB at its peak", "median 40 µs, 99 % within 58 µs"
+    assert f"canary: {ours}; the version before it {theirs}" in status.render({"running": False, **shown})
     tried = [one for report in machine.outgoing(state) for one in report.variants if one.latency_ratio]
     assert tried, [report.state for report in machine.outgoing(state)]
     assert all((one.incumbent_p50_us, one.incumbent_p99_us) == (40.0, 58.0) for one in tried)

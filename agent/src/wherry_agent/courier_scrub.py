@@ -50,7 +50,9 @@ def scrub(task: Scrub, disk: Disk, *, sleep: Sleep = time.sleep) -> Scrubbed:
             if found[digest]:
                 details.append(found[digest])
         if not details and loadable.assets_path:
-            details += _assets(store, loadable)
+            folder, details = altered_assets(store, loadable)
+            if folder and details:
+                store.spoil_assets(folder)
         if details:
             altered.append(
                 ScrubbedVersion(
@@ -79,14 +81,14 @@ def _look(path: Path, digest: str, bucket: Bucket, sleep: Sleep) -> tuple[str, i
     return ("" if sha.hexdigest() == hex_of(digest) else f"{digest} has other bytes"), count
 
 
-def _assets(store: Store, loadable: Loadable) -> list[str]:
-    """Compare unpacked assets with what the config declares; a folder that differs is not complete any more."""
+def altered_assets(store: Store, loadable: Loadable) -> tuple[str, list[str]]:
+    """Compare unpacked assets with what the config declares; return the digest that names their folder, and what is wrong."""
     try:
         config: Config = parse_config(Path(loadable.config_path).read_bytes())
     except (OSError, WherryError) as error:
-        return [f"the config cannot be read: {error}"]
+        return "", [f"the config cannot be read: {error}"]
     if config.assets is None:
-        return []
+        return "", []
     folder = store.assets_of(config.assets.digest)
     wrong = []
     for asset in config.assets.files:
@@ -95,6 +97,4 @@ def _assets(store: Store, loadable: Loadable) -> list[str]:
                 wrong.append(f"asset {asset.path} has other bytes")
         except OSError as error:
             wrong.append(f"asset {asset.path} cannot be read: {error.strerror or error}")
-    if wrong:
-        store.spoil_assets(config.assets.digest)
-    return wrong
+    return config.assets.digest, wrong

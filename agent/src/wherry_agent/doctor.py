@@ -7,6 +7,7 @@ writes: it may run beside the agent, and on a device whose agent does not start.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import http.client
 import os
@@ -22,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from importlib import metadata
 from importlib.util import find_spec
@@ -32,6 +34,7 @@ from urllib.parse import quote, urlsplit
 from wherry_agent import conditions, identity, journal, machine, readings, sampling, status, turn
 from wherry_agent import state as s
 from wherry_agent.courier_http import Http
+from wherry_agent.courier_scrub import altered_assets
 from wherry_agent.disk import Disk
 from wherry_agent.handle_server import group_id
 from wherry_agent.identity import Identity
@@ -56,6 +59,11 @@ DESCRIPTORS_MAX = 1000
 MEMORY_MIN_MB = 64
 UNIT = "wherry-agent.service"
 CHUNK_BYTES = 1024 * 1024
+CLOCK_OFF_S = 120.0
+"""A clock that differs by more from the server's is wrong: signed times and maintenance windows need less."""
+HOT_C = 85.0
+"""Where boards begin to slow down."""
+_IN_VAIN = ("failed", "refused", "returned")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +121,17 @@ class Patient:
     def server(self) -> str:
         """Address of the API, empty if nobody says it."""
         return (self.settings.server or (self.identity.server if self.identity is not None else "")).rstrip("/")
+
+    @functools.cached_property
+    def server_s(self) -> float | None:
+        """What time the server's answers say that it is; None if it does not answer."""
+        if self.identity is None or not self.server:
+            return None
+        try:
+            with self.http().request("GET", f"{self.server}{self.identity.tuf_path}/timestamp.json") as answer:
+                return parsedate_to_datetime(answer.header("Date")).timestamp()
+        except (WherryError, ValueError):
+            return None  # `server` says what is wrong there
 
     def http(self) -> Http:
         """Return a client that trusts what the device trusts."""
@@ -237,7 +256,14 @@ def _clock(patient: Patient) -> Finding:
         return bad(
             f"{said} is before {floor}, a time that was verified: set the clock", "start NTP, or set_clock = true"
         )
-    return ok(f"{said}, after {floor}, which was verified")
+    words = f"{said}, after {floor}, which was verified"
+    off_s = patient.wall_s - patient.server_s if patient.server_s is not None else 0.0
+    if abs(off_s) > CLOCK_OFF_S:
+        way = "ahead of" if off_s > 0 else "behind"
+        return bad(
+            f"{words}, but {abs(off_s):.0f} s {way} the server's clock", "start NTP on the device, or on the server"
+        )
+    return ok(words)
 
 
 def _trust(patient: Patient) -> Finding:
@@ -427,14 +453,17 @@ def _store(patient: Patient) -> Finding:
     counted, broken = 0, []
     for loadable in machine.kept(patient.state):
         sizes = _sizes(store, loadable.manifest)
-        for path in (loadable.path, loadable.golden_path, loadable.config_path):
-            digest = f"sha256:{Path(path).name}"
-            if isinstance(patient.state.models[loadable.model].phase, s.Fetching) and not Path(path).exists():
+        coming = isinstance(patient.state.models[loadable.model].phase, s.Fetching)
+        for digest in sorted(loadable.digests):
+            path = store.path_of(digest)
+            if coming and not path.exists():
                 continue
             counted += 1
-            trouble = _damage(Path(path), digest, sizes.get(digest), scrub=patient.scrub)
+            trouble = _damage(path, digest, sizes.get(digest), scrub=patient.scrub)
             if trouble:
-                broken.append(f"{loadable.target} {Path(path).name[:12]}: {trouble}")
+                broken.append(f"{loadable.target} {path.name[:12]}: {trouble}")
+        if patient.scrub and loadable.assets_path and not coming:
+            broken += [f"{loadable.target} {trouble}" for trouble in altered_assets(store, loadable)[1]]
     if broken:
         return bad("; ".join(broken), "the agent fetches it again by itself; look at the disk")
     words = "read and compared with their digests" if patient.scrub else "whole by size (--scrub reads them)"
@@ -475,9 +504,21 @@ def _telemetry(patient: Patient) -> Finding:
         with sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5.0) as database:
             (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
             (count,) = database.execute("SELECT count(*) FROM message").fetchone()
+            (dropped,) = database.execute("SELECT dropped FROM stream").fetchone()
     except sqlite3.Error as error:
         return bad(f"{path}: {error}", "the agent begins a new one by itself at its next start")
-    return ok(f"{count} messages wait") if verdict == "ok" else bad(f"{path}: {verdict}", "remove it")
+    if verdict != "ok":
+        return bad(f"{path}: {verdict}", "remove it")
+    words = f"{count} messages wait"
+    return note(f"{words}; {dropped} windows had to make room and are lost") if dropped else ok(words)
+
+
+def _temperature(patient: Patient) -> Finding:
+    hottest = readings.temperature_c(patient.settings.conditions.sys)
+    if hottest is None:
+        return ok("no sensor tells it")
+    words = f"{hottest:.0f} °C at the hottest sensor"
+    return note(f"{words}: boards slow down there, and latencies grow") if hottest >= HOT_C else ok(words)
 
 
 def _sockets(patient: Patient) -> Finding:
@@ -590,6 +631,30 @@ def _offer(patient: Patient) -> Finding:
     return ok(f"{words} is acted on")
 
 
+def _models(patient: Patient) -> Finding:
+    """Say of each model why it is not where the offer wants it, and what is held against variants here."""
+    if patient.state is None:
+        return note("none yet")
+    words, safe = [], []
+    for name, slot in sorted(patient.state.models.items()):
+        phase, told = slot.phase, slot.told
+        if isinstance(phase, s.Safe):
+            safe.append(f"{name} serves nothing: {phase.reason} {phase.detail}".rstrip())
+        elif isinstance(phase, s.Waiting):
+            words.append(f"{name} waits: {phase.reason} {phase.detail}".rstrip())
+        elif isinstance(phase, s.Idle) and told is not None and (told.reason or told.state in _IN_VAIN):
+            words.append(f"{name}: {told.target} {told.state}, {told.reason} {told.detail}".rstrip(" ,"))
+    words += [
+        f"known bad: {bad.digest.partition(':')[2][:12]} with {bad.engine} {bad.engine_version} ({bad.reason})"
+        for bad in patient.state.known_bad
+    ]
+    if safe:
+        return bad("; ".join([*safe, *words]), "offer another version, or the same with a new attempt")
+    if words:
+        return note("; ".join(words))
+    return ok(f"{len(patient.state.models)} as they should be")
+
+
 def _handles(patient: Patient) -> Finding:
     """Say whether applications of other users can reach their models: the group is there, and the agent may give to it."""
     name = patient.settings.handle_group
@@ -638,12 +703,14 @@ QUESTIONS: dict[str, Question] = {
     "packages": _packages,
     "agent": _agent,
     "worker": _worker,
+    "models": _models,
     "systemd": _systemd,
     "engines": _engines,
     "home": _home,
     "disk": _disk,
     "memory": _memory,
     "descriptors": _descriptors,
+    "temperature": _temperature,
     "identity": _identity,
     "certificate": _certificate,
     "clock": _clock,

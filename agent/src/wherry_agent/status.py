@@ -182,11 +182,13 @@ def _trial(job: s.Job, counts: s.Counts) -> dict[str, object]:
 def _version(target: str, variant: str, tried: tuple[VariantTried, ...]) -> dict[str, object]:
     why = next((one.why for one in reversed(tried) if one.id == variant), "")
     others = [f"{one.id}: {one.outcome} {one.reason} {one.why}".strip() for one in tried if one.id != variant]
-    shown: dict[str, object] = {"target": target, "variant": variant, "why": why}
+    shown: dict[str, Any] = {"target": target, "variant": variant, "why": why}
     measured = next((one for one in reversed(tried) if one.id == variant and one.latency_p50_us), None)
     if measured is not None:
         figures = ("latency_p50_us", "latency_p99_us", "incumbent_p50_us", "incumbent_p99_us")
         shown["canary"] = {name: round(value, 1) for name in figures if (value := getattr(measured, name))}
+        if measured.peak_memory_bytes:
+            shown["canary"]["peak_memory_bytes"] = measured.peak_memory_bytes
     if others:
         shown["others"] = others
     return shown
@@ -198,6 +200,8 @@ def _canary_words(figures: dict[str, float]) -> str:
         f"median {figures.get(f'{whose}_p50_us', 0):.0f} µs, 99 % within {figures.get(f'{whose}_p99_us', 0):.0f} µs"
         for whose in ("latency", "incumbent")
     )
+    if figures.get("peak_memory_bytes"):
+        ours += f", {figures['peak_memory_bytes'] / 1e6:.1f} MB at its peak"
     return f"{ours}; the version before it {theirs}" if "incumbent_p50_us" in figures else ours
 
 
