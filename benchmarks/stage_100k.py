@@ -84,7 +84,7 @@ async def measure(services: Services, count: int) -> float:
     await fill(services, count)
     lease = Lease(services.database, services.project, "director")
     trust = services.trust
-    composer = Composer(services.project, trust.director_keyid, trust.director_sign, trust.director_key_file)
+    composer = Composer(services.project, *trust.director)
     conductor = Conductor(services, lease, composer)
     wish = {
         "models": [{"model": "file-type", "version": "1.1.0"}],

@@ -23,8 +23,10 @@ from wherry_server import access, auth
 from wherry_server.access import Operation
 from wherry_server.api.description import BODIES, PARAMETERS
 from wherry_server.app import ROUTERS
+from wherry_server.ceremony import Ceremony
 from wherry_server.cli import app
 from wherry_server.grants import MAY, ROLES, Grant, Permission, Role, Subject
+from wherry_server.trust import Trust
 from wherry_shared.errors import WherryError
 from wherry_shared.publishing import PublisherKey
 
@@ -34,7 +36,7 @@ INERT = {
     "put_bin": "whose key signed it decides about models",
 }
 """Operations that any grant with the role may do, whatever its scope."""
-IDLE = {"trust repair"}
+IDLE = {"trust repair", "trust adopt", "trust cosign"}
 """Commands that find nothing to do here, and so ask for nothing but a look."""
 VALUES: dict[str, Any] = {
     **PARAMETERS,
@@ -251,7 +253,9 @@ def files(stocked: Running, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     (folder / "fleet").mkdir()
     (folder / "fleet" / "a.toml").write_text('[[cohorts]]\nname = "applied"\nselector = "all"\n')
     (folder / "plan.json").write_text(json.dumps({"selector": "all", "stages": [{"share": 1.0}]}))
-    names = {"BUNDLE": "bundle", "PUBLIC": "public.pem", "FLEET": "fleet", "PLAN": "plan.json"}
+    trust = Trust.open(stocked.settings.trust_folder)
+    Ceremony(folder / "ceremony").load(*trust.offline(), trust.root_digest)
+    names = {"CEREMONY": "ceremony", "BUNDLE": "bundle", "PUBLIC": "public.pem", "FLEET": "fleet", "PLAN": "plan.json"}
     found = {word: str(folder / name) for word, name in names.items()}
     return {**found, "KEY": str(data.parent / f"{data.name}-publisher.pem")}
 

@@ -40,6 +40,8 @@ ARGUMENTS: dict[str, Any] = {
     "wish": {},
     "event": 3,
     "types": [],
+    "roots": [],
+    "targets": None,
 }
 
 

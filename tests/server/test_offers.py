@@ -83,11 +83,12 @@ def test_a_large_batch_is_signed_by_another_process_and_by_this_one_once_that_is
     none = Current(Number(0, 0), Number(0, 0), {})
     entry = wire.OfferedModel(target="m/1.0.0", manifest=manifest_of("1.0.0"), rollout="r")
     wanted = [offers.Wanted(f"{number:022}", none, {"m": entry}) for number in range(signing.APART_MIN)]
-    composer = Composer("default", "kid", sign, file)
+    keyid = signer.public_key.keyid
+    composer = Composer("default", keyid, sign, file)
     try:
         made = composer.compose_all(wanted, 1_000)
         assert (len(made[0]), made[1], here) == (signing.APART_MIN, [], [])
-        assert made == Composer("default", "kid", sign).compose_all(wanted, 1_000)
+        assert made == Composer("default", keyid, sign).compose_all(wanted, 1_000)
         here.clear()
         process = composer._signer._process
         assert process is not None
@@ -96,6 +97,20 @@ def test_a_large_batch_is_signed_by_another_process_and_by_this_one_once_that_is
         assert len(here) == len(wanted)
     finally:
         composer.close()
+
+
+def test_a_key_file_that_was_replaced_signs_nothing_under_the_old_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    old, file = key_files.create(tmp_path / "old.pem"), tmp_path / "director.pem"
+    key_files.create(file)
+    here: list[bytes] = []
+
+    def sign(data: bytes) -> bytes:
+        here.append(data)
+        return bytes.fromhex(old.sign(data).signature)
+
+    signer = signing.Signer(dsse.OFFER_TYPE, old.public_key.keyid, sign, file)
+    assert len(signer.envelopes([b"{}"] * signing.APART_MIN)) == len(here) == signing.APART_MIN
 
 
 def test_an_offer_that_no_message_can_carry_is_refused():

@@ -90,6 +90,17 @@ def trust_state() -> Call[dict[str, Any]]:
     return _get("/trust", dict[str, Any])
 
 
+def offline_metadata() -> Call[dict[str, Any]]:
+    """Every root, and the targets metadata."""
+    return _get("/trust/offline", dict[str, Any])
+
+
+def put_offline(roots: Sequence[bytes], targets: bytes | None) -> Call[dict[str, Any]]:
+    """Hand in what a ceremony signed."""
+    body = {"roots": [root.decode() for root in roots], "targets": targets.decode() if targets else ""}
+    return Call(method="PUT", path=f"{API}/trust/offline", result=dict[str, Any], body=body)
+
+
 def add_publisher(
     name: str, public_keys_pem: Sequence[str], models: Sequence[str], threshold: int = 1
 ) -> Call[dict[str, Any]]:

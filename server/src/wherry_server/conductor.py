@@ -490,13 +490,17 @@ class Conductor:
             log.warning("offers are signed anew in %s s: %s", RESIGN_S, error)
 
     async def resign(self) -> int:
-        """Sign offers anew that are past half of their life; return how many."""
+        """Sign offers anew that are past half of their life or that another director key signed; return how many."""
+        trust = self.services.trust
+        if trust.director_keyid != self.composer.keyid:
+            log.info("the director key was replaced: offers are signed anew")
+            self.composer.use(*trust.director)
         async with self.services.database.read() as connection:
             rows = await connection.execute(
                 _OLD,
                 {
                     "project": self.services.project,
-                    "before": now_us() - offers.HALF_LIFE_US,
+                    "before": max(now_us() - offers.HALF_LIFE_US, trust.director_since_us),
                     "limit": RESIGN_PER_TURN,
                 },
             )

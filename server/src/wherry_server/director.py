@@ -56,7 +56,7 @@ class Process:
         separate = services.settings.ingest == "separate"
         ingest = Ingest(services.database, services.master_key, services.project)
         lease = Lease(services.database, services.project, "director")
-        composer = Composer(services.project, trust.director_keyid, trust.director_sign, trust.director_key_file)
+        composer = Composer(services.project, *trust.director)
         conductor = Conductor(services, lease, composer)
         came_back = asyncio.Event()
         limits = httpx.Limits(max_connections=UNDER_WAY_MAX)

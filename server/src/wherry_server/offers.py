@@ -132,6 +132,16 @@ class Composer:
         self._project = project
         self._signer = Signer(dsse.OFFER_TYPE, keyid, sign, key_file)
 
+    @property
+    def keyid(self) -> str:
+        """Which key signs."""
+        return self._signer.keyid
+
+    def use(self, keyid: str, sign: Callable[[bytes], bytes], key_file: Path | None = None) -> None:
+        """Sign with another key from now on."""
+        before, self._signer = self._signer, Signer(dsse.OFFER_TYPE, keyid, sign, key_file)
+        before.close()
+
     def close(self) -> None:
         """End the signing process if there is one."""
         self._signer.close()

@@ -40,7 +40,7 @@ class Signer:
         self, payload_type: str, keyid: str, sign: Callable[[bytes], bytes], key_file: Path | None = None
     ) -> None:
         self._payload_type = payload_type
-        self._keyid = keyid
+        self.keyid = keyid
         self._sign = sign
         self._key_file = key_file if (os.cpu_count() or 1) > 1 else None
         """None: everything is signed in this process."""
@@ -61,7 +61,7 @@ class Signer:
                     self._key_file = None
                 else:
                     return made
-        return [dsse.sign(self._payload_type, one, self._keyid, self._sign) for one in payloads]
+        return [dsse.sign(self._payload_type, one, self.keyid, self._sign) for one in payloads]
 
     def close(self) -> None:
         """End the process if there is one."""
@@ -70,7 +70,7 @@ class Signer:
 
     def _apart(self, key_file: Path, payloads: Sequence[bytes]) -> list[bytes]:
         if self._process is None:
-            command = [sys.executable, "-m", "wherry_server.signing", self._payload_type, self._keyid, str(key_file)]
+            command = [sys.executable, "-m", "wherry_server.signing", self._payload_type, self.keyid, str(key_file)]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -111,6 +111,8 @@ def main(payload_type: str, keyid: str, key_file: str) -> None:
     """Sign what comes in until there is no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever is at the terminal ends the director, which ends this
     signer = key_files.load(Path(key_file))
+    if signer.public_key.keyid != keyid:  # replaced meanwhile: the director signs by itself until it knows
+        return
 
     def sign(data: bytes) -> bytes:
         return bytes.fromhex(signer.sign(data).signature)

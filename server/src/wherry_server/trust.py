@@ -14,11 +14,12 @@ verified before it becomes an object and again whenever it is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +27,6 @@ from typing import Any, TypeVar
 from securesystemslib.signer import CryptoSigner, SSlibKey
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import (
-    TOP_LEVEL_ROLE_NAMES,
     DelegatedRole,
     Delegations,
     Metadata,
@@ -39,20 +39,18 @@ from tuf.api.metadata import (
     Timestamp,
 )
 
+from wherry_server import trust_offline
 from wherry_server import trust_rules as rules
-from wherry_server.trust_keys import Keys
+from wherry_server.trust_keys import ONLINE, Keys
 from wherry_server.trust_objects import Objects, replace_file, split_name
+from wherry_server.trust_offline import DIRECTOR_TARGET, MODELS_MAX, OFFLINE_LIFE
 from wherry_shared import ids, key_files
 from wherry_shared.errors import RefusedError, WherryError
 
-OFFLINE_LIFE = timedelta(days=365)
 SNAPSHOT_LIFE = timedelta(days=7)
 TIMESTAMP_LIFE = timedelta(days=1)
-DIRECTOR_TARGET = "director.json"
 SIGNED_AT = "x-wherry-signed-at"
 """Field of the signed timestamp: when it was signed, µs UTC. Devices raise their time floor from it."""
-MODELS_MAX = 1000
-_BIN_LIKE = re.compile(r".*-[0-9a-f]{1,2}")
 
 S = TypeVar("S", Root, Snapshot, Targets, Timestamp)
 
@@ -96,20 +94,52 @@ class Trust:
 
         Creation that was cut short is finished; an existing repository is only opened.
         """
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for name in ("metadata", "proposed"):
-            (folder / name).mkdir(exist_ok=True)
+        _prepare(folder)
         trust = cls(folder)
         moment = _moment(now)
         with trust._objects.locked():
-            trust._keys.create()
             highest = trust._objects.highest()
             if "root" not in highest:
+                trust._keys.create()
                 trust._sign_root(1, moment)
             if "targets" not in highest:
                 trust._sign_targets(Targets(version=1, expires=_expiry(moment, OFFLINE_LIFE)), moment)
             trust._publish(moment)
         return trust
+
+    @classmethod
+    def found(cls, folder: Path, roots: Sequence[bytes], targets: bytes, *, now: float | None = None) -> Trust:
+        """Begin a repository whose offline roles a ceremony signed; the online keys are in the folder already.
+
+        Raises:
+            RefusedError: `trust_taken`, or as `accept_offline`.
+        """
+        if cls.exists(folder):
+            raise RefusedError(
+                "trust_taken",
+                f"there is a TUF repository in {folder}",
+                consequence="nothing was changed",
+                next_step="hand in a change of it: wherry trust submit FOLDER",
+            )
+        _prepare(folder)
+        trust = cls(folder)
+        trust.accept_offline(roots, targets, now=now)
+        return trust
+
+    @classmethod
+    def online_keys(cls, folder: Path, roles: Sequence[str] = ONLINE) -> dict[str, str]:
+        """Return role → public key (PEM) with which roles that the server signs are to go on; made if they must be.
+
+        Raises:
+            RefusedError: `bad_role` or `key_invalid`.
+        """
+        for role in roles:
+            if role not in ONLINE:
+                raise RefusedError("bad_role", f"{role[:40]!r} is not one of {', '.join(ONLINE)}")
+        _prepare(folder)
+        trust = cls(folder)
+        with trust._objects.locked():
+            return {role: key_files.public_pem(trust._keys.prepare(role)) for role in roles}
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -137,9 +167,18 @@ class Trust:
         return self._keys.signer("director").public_key.keyid
 
     @property
-    def director_key_file(self) -> Path:
-        """Where that key is, for a process that signs beside this one."""
-        return self._keys.file("director")
+    def director(self) -> tuple[str, Callable[[bytes], bytes], Path]:
+        """That key as one thing: id, what signs with it whatever comes after it, and its file.
+
+        Raises:
+            RefusedError: `key_absent`.
+        """
+        signer = self._keys.signer("director")
+        return (
+            signer.public_key.keyid,
+            lambda data: bytes.fromhex(signer.sign(data).signature),
+            self._keys.file("director"),
+        )
 
     def director_sign(self, data: bytes) -> bytes:
         """Sign `data` (Ed25519) with the director key.
@@ -147,7 +186,19 @@ class Trust:
         Raises:
             RefusedError: `key_absent`.
         """
-        return bytes.fromhex(self._keys.signer("director").sign(data).signature)
+        return self.director[1](data)
+
+    @property
+    def director_since_us(self) -> int:
+        """Since when that key signs, µs UTC: offers that were signed before it may carry another's signature."""
+        return self._keys.file("director").stat().st_mtime_ns // 1000
+
+    def offline(self) -> tuple[list[bytes], bytes]:
+        """Return every root from the first and the targets metadata: what a ceremony begins from."""
+        versions = range(1, self._version("root") + 1)
+        return [self._objects.get(version, "root") for version in versions], self._objects.get(
+            self._version("targets"), "targets"
+        )
 
     @property
     def publishers(self) -> list[rules.Publisher]:
@@ -236,14 +287,16 @@ class Trust:
                     "bits": publisher.bits,
                     "version": highest.get(publisher.name, 0),
                     "bins": self._bins(publisher),
+                    "unsigned": self._unsigned(publisher),
+                    "proposed": self._proposals(publisher),
                 }
             )
         return {
             "root_digest": self.root_digest,
             "roles": roles,
             "publishers": publishers,
-            "director_keyids": sorted(self._director_keys(targets)),
-            "development": self._keys.has("targets"),
+            "director_keyids": sorted(trust_offline.director_keys(targets)),
+            "development": self._signs("root") or self._signs("targets"),
         }
 
     # --- writing --------------------------------------------------------------------------------
@@ -263,9 +316,7 @@ class Trust:
             RefusedError: `ceremony_needed` (the targets key is not on this machine), `publisher_taken` (other keys),
                 `model_taken`, `bins_exhausted`, `bad_name`, `bad_threshold` or `key_invalid`.
         """
-        ids.check_name(name, "publisher")
-        if name in TOP_LEVEL_ROLE_NAMES or _BIN_LIKE.fullmatch(name):
-            raise RefusedError("bad_name", f"publisher {name!r} would be mistaken for another role")
+        trust_offline.check_publisher_name(name)
         for model in models:
             ids.check_name(model, "model")
         pems = [public_key_pem] if isinstance(public_key_pem, str) else public_key_pem
@@ -305,6 +356,85 @@ class Trust:
             self._publish(moment)
         return rules.publisher_of(role)
 
+    def accept_offline(
+        self, roots: Sequence[bytes], targets: bytes | None = None, *, now: float | None = None
+    ) -> dict[str, int]:
+        """Take what a ceremony signed: roots that are not here yet, and targets; all of it or nothing.
+
+        Returns:
+            role → version that holds now. Doing it again changes nothing.
+
+        Raises:
+            RefusedError: `signatures_missing`, `root_*`, `targets_*`, `online_key_absent` (the root or the targets name
+                online keys that this server does not have), `metadata_taken`, or as the checks of `trust_offline`.
+        """
+        moment = _moment(now)
+        with self._objects.locked():
+            root = self._root() if self._version("root") else None
+            fresh: list[tuple[Metadata[Root], bytes]] = []
+            for data in roots:
+                metadata = trust_offline.parse(Root, data)
+                version = metadata.signed.version
+                if version <= self._version("root"):
+                    self._objects.put(version, "root", data)  # the same bytes, or refused
+                    continue
+                before = root.signed if root is not None else None
+                trust_offline.check_root(before, metadata.signed, moment)
+                trust_offline.check_signed(trust_offline.needs(metadata, before, None))
+                fresh.append((metadata, data))
+                root = metadata
+            if root is None:
+                raise RefusedError("root_invalid", "a repository begins with a root")
+            named = self._check_offline_targets(root, targets, moment)
+            self._check_online_keys(root.signed, named)
+            for metadata, data in fresh:
+                self._objects.put(metadata.signed.version, "root", data)
+            if targets is not None:
+                self._objects.put(named.version, "targets", targets)
+            self._settle_keys(root.signed, named)
+            self._publish(moment)
+            return {"root": root.signed.version, "targets": named.version}
+
+    def _check_offline_targets(self, root: Metadata[Root], data: bytes | None, moment: datetime) -> Targets:
+        """Return the targets that hold under `root`: those handed in, or those here."""
+        here = self._version("targets")
+        if data is None:
+            if not here:
+                raise RefusedError("targets_invalid", "a repository begins with targets")
+            data = self._objects.get(here, "targets")
+        metadata = trust_offline.parse(Targets, data)
+        trust_offline.check_signed(trust_offline.needs(root, root.signed, metadata))
+        if metadata.signed.version == here:
+            if data != self._objects.get(here, "targets"):
+                raise RefusedError("metadata_taken", f"targets version {here} is already bound to other bytes")
+        else:
+            before = trust_offline.parse(Targets, self._objects.get(here, "targets")).signed if here else None
+            trust_offline.check_targets(before, metadata.signed, moment)
+        return metadata.signed
+
+    def _check_online_keys(self, root: Root, targets: Targets) -> None:
+        named = {"snapshot": root.roles["snapshot"].keyids, "timestamp": root.roles["timestamp"].keyids}
+        named["director"] = list(trust_offline.director_keys(targets))
+        for role, keyids in named.items():
+            mine = [self._keys.signer(role)] if self._keys.has(role) else []
+            waiting = self._keys.waiting(role)
+            if not any(key.public_key.keyid in keyids for key in (*mine, *([waiting] if waiting else []))):
+                raise RefusedError(
+                    "online_key_absent",
+                    f"this server has no {role} key that is named: {', '.join(keyid[:12] for keyid in keyids)}",
+                    consequence="nothing was changed",
+                    next_step="prepare it with the keys that `wherry trust online-keys` printed on this server",
+                )
+
+    def _settle_keys(self, root: Root, targets: Targets) -> None:
+        """Let waiting keys that are named take their place, where the old ones are named no more or both are."""
+        named = {"snapshot": root.roles["snapshot"].keyids, "timestamp": root.roles["timestamp"].keyids}
+        named["director"] = list(trust_offline.director_keys(targets))
+        for role, keyids in named.items():
+            waiting = self._keys.waiting(role)
+            if waiting is not None and waiting.public_key.keyid in keyids:
+                self._keys.promote(role)
+
     def accept_bin(self, role: str, data: bytes, if_match: int, *, now: float | None = None) -> str:
         """Take the next version of a bin (or publisher role), signed elsewhere.
 
@@ -324,7 +454,7 @@ class Trust:
             if version != if_match:
                 raise RefusedError("bin_changed", f"{role} is at version {version}", next_step="sign again")
             proposed = rules.parse_targets(data)
-            current = self._load(publisher, role).signed if version else None
+            current = self._load_replaced(publisher, role) if version else None
             rules.check_next(role, current, proposed.signed, moment)
             parent = self._check_content(publisher, role, current, proposed.signed)
             merged, data = self._merge(role, proposed, data)
@@ -361,6 +491,7 @@ class Trust:
         """
         moment = _moment(now)
         with self._objects.locked():
+            self._settle_keys(self._root().signed, self._targets().signed)
             renewed = self._renew_offline(moment)
             return self._publish(moment) or renewed
 
@@ -398,20 +529,67 @@ class Trust:
 
     def _publisher_role(self, publisher: rules.Publisher) -> Metadata[Targets]:
         targets = self._targets().signed
-        return self._verified_targets(publisher.name, targets.version, targets.verify_delegate)
+        with _rekeyed(publisher.name, lambda: self._was_signed_by_others("targets", publisher.name, publisher.keyids)):
+            return self._verified_targets(publisher.name, targets.version, targets.verify_delegate)
 
     def _bin(self, publisher: rules.Publisher, role: str) -> Metadata[Targets]:
         parent = self._publisher_role(publisher).signed
-        return self._verified_targets(role, parent.version, parent.verify_delegate)
+        keyids = self._succinct(publisher).keyids
+        with _rekeyed(publisher.name, lambda: self._was_signed_by_others(publisher.name, role, keyids)):
+            return self._verified_targets(role, parent.version, parent.verify_delegate)
 
     def _load(self, publisher: rules.Publisher, role: str) -> Metadata[Targets]:
         return self._publisher_role(publisher) if role == publisher.name else self._bin(publisher, role)
 
+    def _load_replaced(self, publisher: rules.Publisher, role: str) -> Targets:
+        """Return what a proposal replaces; what the publisher's former keys signed only bounds what may be proposed."""
+        try:
+            return self._load(publisher, role).signed
+        except RefusedError as error:
+            if error.code != "publisher_unsigned":
+                raise
+            return rules.parse_targets(self._objects.get(self._version(role), role)).signed
+
+    def _was_signed_by_others(self, parent: str, role: str, keyids: Sequence[str]) -> bool:
+        """Tell whether an earlier version of `parent` delegated `role` to other keys than these."""
+        for version in range(self._version(parent) - 1, 0, -1):
+            try:
+                delegations = rules.parse_targets(self._objects.get(version, parent)).signed.delegations
+            except RefusedError as error:
+                if error.code != "metadata_unknown":  # after a repair numbers may be missing
+                    raise
+                continue
+            if delegations is None:
+                continue
+            named = delegations.succinct_roles or (delegations.roles or {}).get(role)
+            if named is not None and set(named.keyids) != set(keyids):
+                return True
+        return False
+
+    def _is_current(self, publisher: rules.Publisher, role: str) -> bool:
+        """Tell whether a role is signed by the keys that it has now."""
+        try:
+            self._load(publisher, role)
+        except RefusedError as error:
+            if error.code != "publisher_unsigned":
+                raise
+            return False
+        return True
+
     def _top(self, kind: type[S]) -> Metadata[S]:
+        """Return the newest snapshot or timestamp, signed by the keys of this root or of the one before it."""
         metadata = self._parse(kind, self._version(kind.type))
         root = self._root().signed
+        if not self._by_current_key(metadata) and root.version > 1:
+            root = self._parse(Root, root.version - 1).signed
         _verified(lambda: root.verify_delegate(kind.type, metadata.signed_bytes, metadata.signatures))
         return metadata
+
+    def _by_current_key(self, metadata: Metadata[S]) -> bool:
+        result = self._root().signed.get_verification_result(
+            metadata.signed.type, metadata.signed_bytes, metadata.signatures
+        )
+        return bool(result)
 
     def _parse(self, kind: type[S], version: int) -> Metadata[S]:
         metadata = Metadata[S].from_bytes(self._objects.get(version, kind.type))
@@ -432,8 +610,21 @@ class Trust:
         highest = self._objects.highest()
         if not highest.get(publisher.name):
             return {}
-        succinct = self._succinct(publisher)
-        return {name: version for name, version in sorted(highest.items()) if succinct.is_delegated_role(name)}
+        named = re.compile(re.escape(publisher.name) + "-[0-9a-f]{1,2}")
+        return {name: version for name, version in sorted(highest.items()) if named.fullmatch(name)}
+
+    def _proposals(self, publisher: rules.Publisher) -> list[str]:
+        """Return the roles of a publisher for which something stands as proposed."""
+        named = re.compile(re.escape(publisher.name) + "(-[0-9a-f]{1,2})?")
+        found = [path.stem for path in sorted(self._proposed.glob("*.json")) if named.fullmatch(path.stem)]
+        return [role for role in found if self._open_proposal(role) is not None]
+
+    def _unsigned(self, publisher: rules.Publisher) -> list[str]:
+        """Return the roles of a publisher that its present keys have not signed yet, since others did."""
+        roles = [publisher.name] if self._version(publisher.name) else []
+        if not roles or not self._is_current(publisher, publisher.name):
+            return [*roles, *self._bins(publisher)]
+        return [name for name in self._bins(publisher) if not self._is_current(publisher, name)]
 
     def _is_bin(self, publisher: rules.Publisher, role: str) -> bool:
         if self._version(publisher.name) == 0:
@@ -490,12 +681,19 @@ class Trust:
 
     # --- signing --------------------------------------------------------------------------------
 
+    def _signs(self, role: str) -> bool:
+        """Tell whether an offline role is signed on this machine alone, which is for development."""
+        if not self._keys.has(role):
+            return False
+        named = self._root().signed.roles[role]
+        return named.threshold == 1 and self._keys.signer(role).public_key.keyid in named.keyids
+
     def _require_ceremony(self) -> None:
-        if not self._keys.has("targets"):
+        if not self._signs("targets"):
             raise RefusedError(
                 "ceremony_needed",
                 "the targets key is not on this machine",
-                next_step="delegate at the next signing ceremony",
+                next_step="delegate at a signing ceremony: wherry trust publisher add --ceremony FOLDER",
             )
 
     def _free_bits(self, known: Any) -> int:
@@ -516,53 +714,46 @@ class Trust:
         self._put(Metadata(root), self._keys.signer("root"))
 
     def _sign_targets(self, targets: Targets, moment: datetime) -> None:
-        director = self._keys.signer("director")
-        custom = {
-            "wherry": {"format": rules.FORMAT, "keys": {director.public_key.keyid: key_files.public_pem(director)}}
-        }
-        target = TargetFile.from_data(DIRECTOR_TARGET, json.dumps(custom, sort_keys=True).encode(), ["sha256"])
-        target.unrecognized_fields["custom"] = custom
-        targets.targets = {DIRECTOR_TARGET: target}
+        targets.targets = director_target([key_files.public_pem(self._keys.signer("director"))])
         targets.expires = _expiry(moment, OFFLINE_LIFE)
         self._put(Metadata(targets), self._keys.signer("targets"))
 
     def _renew_offline(self, moment: datetime) -> bool:
         """Where development keeps the offline keys here, sign root and targets anew at half of their life."""
         renewed = False
-        if self._keys.has("root") and _half_gone(self._root().signed, OFFLINE_LIFE, moment):
+        if self._signs("root") and _half_gone(self._root().signed, OFFLINE_LIFE, moment):
             self._sign_root(self._version("root") + 1, moment)
             renewed = True
-        if self._keys.has("targets") and _half_gone(self._targets().signed, OFFLINE_LIFE, moment):
+        if self._signs("targets") and _half_gone(self._targets().signed, OFFLINE_LIFE, moment):
             targets = self._targets().signed
             again = Targets(version=targets.version + 1, delegations=targets.delegations)
             self._sign_targets(again, moment)
             renewed = True
         return renewed
 
-    @staticmethod
-    def _director_keys(targets: Targets) -> dict[str, str]:
-        own = targets.targets[DIRECTOR_TARGET].unrecognized_fields["custom"]["wherry"]
-        keys: dict[str, str] = own["keys"]
-        return keys
-
     def _publish(self, moment: datetime) -> bool:
         """Sign a snapshot of the highest versions and a timestamp of it, where that is due. Call it under the lock."""
         highest = self._objects.highest()
-        wanted = {"targets.json": highest["targets"]}
+        top = self._top(Snapshot) if "snapshot" in highest else None
+        snapshot = top.signed if top is not None else None
+        # What a snapshot once listed stays listed, or devices refuse it: also roles of a publisher that was revoked,
+        # and those that its new keys have not signed yet.
+        listed = {name: meta.version for name, meta in snapshot.meta.items()} if snapshot is not None else {}
+        wanted = {**listed, "targets.json": highest["targets"]}
         for publisher in self.publishers:
-            if highest.get(publisher.name):
-                self._publisher_role(publisher)
+            if highest.get(publisher.name) and self._is_current(publisher, publisher.name):
                 wanted[f"{publisher.name}.json"] = highest[publisher.name]
                 for name, version in self._bins(publisher).items():
-                    self._bin(publisher, name)
-                    wanted[f"{name}.json"] = version
+                    if self._is_current(publisher, name):
+                        wanted[f"{name}.json"] = version
         seconds = int(moment.timestamp())
         changed = False
-        snapshot = self._top(Snapshot).signed if "snapshot" in highest else None
         if (
-            snapshot is None
+            top is None
+            or snapshot is None
+            or not self._by_current_key(top)
             or _half_gone(snapshot, SNAPSHOT_LIFE, moment)
-            or wanted != {name: meta.version for name, meta in snapshot.meta.items()}
+            or wanted != listed
         ):
             snapshot = Snapshot(
                 version=max((snapshot.version if snapshot else 0) + 1, seconds),
@@ -571,9 +762,12 @@ class Trust:
             )
             self._put(Metadata(snapshot), self._keys.signer("snapshot"))
             changed = True
-        timestamp = self._top(Timestamp).signed if "timestamp" in highest else None
+        stamp = self._top(Timestamp) if "timestamp" in highest else None
+        timestamp = stamp.signed if stamp is not None else None
         if (
-            timestamp is None
+            stamp is None
+            or timestamp is None
+            or not self._by_current_key(stamp)
             or _half_gone(timestamp, TIMESTAMP_LIFE, moment)
             or timestamp.snapshot_meta.version != snapshot.version
         ):
@@ -587,6 +781,21 @@ class Trust:
             self._put(Metadata(fresh), self._keys.signer("timestamp"))
             changed = True
         return changed
+
+
+def director_target(pems: Sequence[str]) -> dict[str, TargetFile]:
+    """Return the one target of the targets role: who may sign offers."""
+    keys = {key_files.parse_public(pem).keyid: pem for pem in pems}
+    custom = {"wherry": {"format": rules.FORMAT, "keys": dict(sorted(keys.items()))}}
+    target = TargetFile.from_data(DIRECTOR_TARGET, json.dumps(custom, sort_keys=True).encode(), ["sha256"])
+    target.unrecognized_fields["custom"] = custom
+    return {DIRECTOR_TARGET: target}
+
+
+def _prepare(folder: Path) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for name in ("metadata", "proposed"):
+        (folder / name).mkdir(exist_ok=True)
 
 
 def _with_delegation(current: Targets, role: DelegatedRole, keys: dict[str, SSlibKey], moment: datetime) -> Targets:
@@ -616,6 +825,22 @@ def _half_gone(signed: Root | Snapshot | Targets | Timestamp, life: timedelta, m
 def _described(signed: Root | Snapshot | Targets | Timestamp, threshold: int) -> dict[str, Any]:
     expires = int(signed.expires.timestamp() * 1_000_000)
     return {"version": signed.version, "expires_at": expires, "threshold": threshold}
+
+
+@contextlib.contextmanager
+def _rekeyed(publisher: str, replaced: Callable[[], bool]) -> Iterator[None]:
+    """Tell metadata that the publisher's former keys signed from metadata that somebody altered."""
+    try:
+        yield
+    except WherryError as error:
+        if error.code != "metadata_altered" or not replaced():
+            raise
+        raise RefusedError(
+            "publisher_unsigned",
+            f"{publisher} has other keys now, and has not signed its roles with them",
+            consequence="nothing of it is installed until it has; what serves goes on",
+            next_step="where the new keys are: wherry trust adopt",
+        ) from error
 
 
 def _verified(check: Callable[[], None]) -> None:

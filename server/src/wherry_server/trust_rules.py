@@ -27,6 +27,7 @@ BINS_PER_PROJECT = 256
 """A device downloads about one bin and the snapshot per look-up; both stay near 7 KB at 10,000 targets."""
 BITS_DEFAULT = 5
 """32 bins for a publisher: 8 publishers fill a project. 2 publishers of 128, 4 of 64 or 16 of 16 do as well."""
+BITS_MAX = 8
 VERSION_STEP_MAX = 10_000
 """A publish steps by one; after a restore from a backup publishers submit again what they kept, which is further on."""
 EFFECTS = frozenset({"replace"})

@@ -5,14 +5,17 @@ The server is trusted with nothing: a role that it altered, took back or made up
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 from securesystemslib.exceptions import UnverifiedSignatureError
-from securesystemslib.signer import CryptoSigner
+from securesystemslib.signer import Key, Signer
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Delegations, Metadata, SuccinctRoles, TargetFile, Targets
 from tuf.api.serialization import DeserializationError
@@ -20,12 +23,18 @@ from tuf.api.serialization import DeserializationError
 from wherry_shared import key_files, limits
 from wherry_shared.digest import check_digest
 from wherry_shared.errors import RefusedError
+from wherry_shared.key_holders import PREFIX, open_key
 from wherry_shared.publishing_remote import Remote
 
 LIFE = timedelta(days=90)
 """Life of publisher roles and bins (contracts.md §2); `publishing.renew` signs them anew."""
 KEY_VARIABLE = "WHERRY_PUBLISHER_KEY"
 KEY_DEFAULT = Path("~/.config/wherry/publisher.pem")
+
+
+class _Partners(msgspec.Struct, frozen=True):
+    threshold: int
+    pems: list[str]
 
 
 class PublisherKey:
@@ -35,7 +44,7 @@ class PublisherKey:
     `repair` hands in again.
     """
 
-    def __init__(self, path: Path, signer: CryptoSigner) -> None:
+    def __init__(self, path: Path, signer: Signer) -> None:
         self.path = path
         self.signer = signer
 
@@ -47,7 +56,10 @@ class PublisherKey:
             RefusedError: `key_invalid`.
             DeviceError: `key_exposed`.
         """
-        place = (path or Path(os.environ.get(KEY_VARIABLE) or KEY_DEFAULT)).expanduser()
+        named = str(path or os.environ.get(KEY_VARIABLE) or KEY_DEFAULT)
+        if named.startswith(PREFIX):
+            return cls(KEY_DEFAULT.expanduser(), open_key(named))  # only what it signed is kept beside that path
+        place = Path(named).expanduser()
         try:
             return cls(place, key_files.load(place))
         except FileNotFoundError:
@@ -79,6 +91,20 @@ class PublisherKey:
     def remembered(self, root_digest: str) -> dict[str, bytes]:
         """Return what `remember` kept for a project, by role."""
         return {path.stem: path.read_bytes() for path in sorted(self._memory(root_digest).glob("*.json"))}
+
+    def keep_partners(self, root_digest: str, publisher: str, partners: Sequence[Key], threshold: int) -> None:
+        """Keep who signs with this key for a publisher, as a person said it."""
+        pems = [key_files.pem_of(key) for key in partners]
+        keep(self._memory(root_digest) / f"{publisher}.partners", msgspec.json.encode(_Partners(threshold, pems)))
+
+    def partners(self, root_digest: str, publisher: str) -> tuple[list[Key], int]:
+        """Return what `keep_partners` kept, without any: nobody, 1."""
+        try:
+            data = (self._memory(root_digest) / f"{publisher}.partners").read_bytes()
+        except FileNotFoundError:
+            return [], 1
+        found = msgspec.json.decode(data, type=_Partners)
+        return [key_files.parse_public(pem) for pem in found.pems], found.threshold
 
     def _memory(self, root_digest: str) -> Path:
         return self.path.parent / "signed" / check_digest(f"sha256:{root_digest}")[7:23]
@@ -144,13 +170,10 @@ class Session:
         if version == 0:
             return 0, self._first_role(name)
         metadata = parse(data)
-        signature = metadata.signatures.get(self.key.keyid)
-        try:
-            if signature is None:
-                raise UnverifiedSignatureError("no signature of this key")
-            self.key.signer.public_key.verify_signature(signature, metadata.signed_bytes)
-        except UnverifiedSignatureError as error:
-            raise _foreign(name, f"is not what this key signed: {error}") from error
+        partners, threshold = self.key.partners(self.state.root_digest, name)
+        own = signatures_of(metadata, [self.key.signer.public_key])
+        if not own and (not partners or signatures_of(metadata, partners) < threshold):
+            raise _foreign(name, "is not what this key signed, nor enough of those who sign with it")
         if metadata.signed.version != version:
             raise _foreign(name, f"has version {metadata.signed.version} and was announced as {version}")
         return version, metadata.signed
@@ -162,7 +185,7 @@ class Session:
                 "ceremony_needed",
                 f"the first role of {name} has to be signed by all its keys together",
                 consequence="nothing was signed",
-                next_step="hold a signing ceremony",
+                next_step=f"say who signs with you: wherry trust adopt {name} --with FILE.pub",
             )
         bins = SuccinctRoles([self.key.keyid], known.threshold, known.bits, name)
         delegations = Delegations({self.key.keyid: self.key.signer.public_key}, succinct_roles=bins)
@@ -228,6 +251,18 @@ class Session:
                 consequence="nothing was signed: devices would refuse the result",
                 next_step="if the server was restored from a backup: wherry trust repair",
             )
+
+
+def signatures_of(metadata: Metadata[Targets], keys: Sequence[Key]) -> int:
+    """Return how many of `keys` signed these bytes."""
+    good = set()
+    for key in keys:
+        signature = metadata.signatures.get(key.keyid)
+        if signature is not None:
+            with contextlib.suppress(UnverifiedSignatureError):
+                key.verify_signature(signature, metadata.signed_bytes)
+                good.add(key.keyid)
+    return len(good)
 
 
 def signed_bytes(key: PublisherKey, content: Targets) -> bytes:

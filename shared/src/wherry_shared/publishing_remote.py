@@ -31,6 +31,10 @@ class _PublisherState(msgspec.Struct, frozen=True):
     bits: int
     version: int
     bins: dict[str, int]
+    unsigned: list[str] = []
+    """Roles that its present keys have not signed, since former ones did."""
+    proposed: list[str] = []
+    """Roles for which something waits for signatures."""
 
 
 class State(msgspec.Struct, frozen=True):

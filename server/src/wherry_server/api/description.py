@@ -64,6 +64,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "create_webhook": {"name": "chat", "url": "https://chat.example/hook", "types": ["rollout.*"]},
     "publish_bundle": {"model": "file-type", "version": "1.1.0", "manifest": "sha256:" + "0" * 64},
     "add_publisher": {"name": "lab", "public_key_pem": "-----BEGIN PUBLIC KEY-----…", "models": ["file-type"]},
+    "put_offline": {"roots": ["{…}"], "targets": "{…}"},
 }
 """An example of each body, by operation."""
 PARAMETERS: dict[str, Any] = {

@@ -16,13 +16,15 @@ from wherry_server import audit
 from wherry_server.api.again import Again
 from wherry_server.auth import Admin, Identity, Publisher, ScopedPublisher, ServicesDep, Viewer
 from wherry_server.services import Services
-from wherry_server.trust import MODELS_MAX
+from wherry_server.trust_offline import MODELS_MAX
 from wherry_shared.errors import RefusedError
 from wherry_shared.limits import TUF_METADATA_BYTES_MAX
 
 router = APIRouter(prefix="/api/v1/trust", tags=["trust"], route_class=Again)
 _ETAG = re.compile(r'"(0|[1-9][0-9]{0,14})"')
 KEYS_MAX = 16
+ROOTS_MAX = 64
+"""As many as a device follows at once."""
 
 
 class NewPublisher(BaseModel):
@@ -57,6 +59,31 @@ async def add_publisher(body: NewPublisher, services: ServicesDep, who: Admin) -
         "keyids": list(publisher.keyids),
         "bits": publisher.bits,
     }
+
+
+class Offline(BaseModel):
+    """What a ceremony signed: metadata files as text, byte for byte."""
+
+    roots: list[str] = Field(default=[], max_length=ROOTS_MAX)
+    """From the first root on; those that are here already may be left out."""
+    targets: str = Field(default="", max_length=TUF_METADATA_BYTES_MAX)
+
+
+@router.get("/offline")
+async def offline_metadata(services: ServicesDep, _who: Viewer) -> dict[str, Any]:
+    """Every root from the first, and the targets metadata: what a ceremony begins from."""
+    roots, targets = await run_in_threadpool(services.trust.offline)
+    return {"roots": [root.decode() for root in roots], "targets": targets.decode()}
+
+
+@router.put("/offline")
+async def put_offline(body: Offline, services: ServicesDep, who: Admin) -> dict[str, int]:
+    """Take roots and targets that a ceremony signed, all of it or nothing; again it changes nothing."""
+    roots = [root.encode() for root in body.roots]
+    targets = body.targets.encode() if body.targets else None
+    now = await run_in_threadpool(services.trust.accept_offline, roots, targets)
+    await _record(services, who, "trust.offline", "root", **now)
+    return now
 
 
 @router.get("/bins", response_class=Response)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 from rich.console import Console
 
 from wherry_server import calls
+from wherry_server.cli import ceremony
 from wherry_server.cli.common import GLOBALS, AsJson, client, date, show, table
 from wherry_shared.access import find_access
 from wherry_shared.errors import RefusedError
@@ -20,6 +22,10 @@ if TYPE_CHECKING:  # tuf and cryptography cost a quarter of a second
     from wherry_shared.publishing import PublisherKey, Remote
 
 app = typer.Typer(name="trust", help="The signing keys that devices trust.", no_args_is_help=True)
+app.registered_commands.extend(ceremony.app.registered_commands)
+app.registered_groups.extend(ceremony.app.registered_groups)
+
+KeyFile = Annotated[Path | None, typer.Option(help="Publisher's key (WHERRY_PUBLISHER_KEY).")]
 
 
 @app.callback()
@@ -33,21 +39,6 @@ def trust_status(as_json: AsJson = False) -> None:
     with client() as server:
         found = server.plain(calls.trust_state())
     show(found, as_json, lambda console: _render(console, found))
-
-
-@app.command("publisher")
-def add_publisher(
-    name: Annotated[str, typer.Argument(help="Whom to trust.")],
-    key: Annotated[list[Path], typer.Option(help="File with a public key (PEM); may be repeated.", exists=True)],
-    model: Annotated[list[str], typer.Option(help="Model that the publisher may release; may be repeated.")],
-    threshold: Annotated[int, typer.Option(help="How many of the keys have to sign.", min=1)] = 1,
-    as_json: AsJson = False,
-) -> None:
-    """Delegate models to a publisher; where the targets key is offline this needs a ceremony."""
-    pems = [file.read_text(encoding="ascii", errors="replace") for file in key]
-    with client() as server:
-        found = server.plain(calls.add_publisher(name, pems, model, threshold))
-    show(found, as_json, lambda console: console.print(f"{name} may release {', '.join(found['models'])}"))
 
 
 @app.command("role")
@@ -72,9 +63,6 @@ def withdraw(role: Annotated[str, typer.Argument(help="Role of the proposal.")],
     with client() as server:
         server.send(calls.withdraw_proposal(role))
     show({"role": role, "withdrawn": True}, as_json, lambda console: console.print(f"the proposal for {role} is gone"))
-
-
-KeyFile = Annotated[Path | None, typer.Option(help="Publisher's key (WHERRY_PUBLISHER_KEY).")]
 
 
 @app.command("policy")
@@ -114,6 +102,75 @@ def repair_roles(key: KeyFile = None, as_json: AsJson = False) -> None:
     from wherry_shared.publishing import repair
 
     _on_roles(repair, "handed in again", key, as_json)
+
+
+@app.command("adopt")
+def adopt_roles(
+    publisher: Annotated[str, typer.Argument(help="The publisher.")],
+    partner: Annotated[
+        list[Path] | None,
+        typer.Option("--with", help="Public key of another who signs for it; repeat it.", exists=True),
+    ] = None,
+    threshold: Annotated[int, typer.Option(help="How many of you sign together.", min=1)] = 1,
+    former: Annotated[
+        list[Path] | None, typer.Option(help="Public key that signed before and was replaced; repeat it.", exists=True)
+    ] = None,
+    former_threshold: Annotated[int, typer.Option(help="How many of those signed together.", min=1)] = 1,
+    key: KeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sign a publisher's roles with the keys that it has now: the first time with several, or after keys were replaced."""
+    from wherry_shared import key_files
+    from wherry_shared.publishing_parties import adopt
+
+    def read(paths: list[Path] | None) -> list[Any]:
+        return [key_files.parse_public(path.read_text(encoding="ascii", errors="replace")) for path in paths or []]
+
+    with _signing(key) as (remote, opened):
+        done = adopt(
+            remote,
+            opened,
+            publisher,
+            partners=read(partner),
+            threshold=threshold,
+            former=read(former),
+            former_threshold=former_threshold,
+        )
+
+    def render(console: Console) -> None:
+        for one in done:
+            console.print(f"{one.role} version {one.version} {one.outcome}")
+        if not done:
+            console.print("nothing to be signed here; what others began: wherry trust cosign")
+
+    show([asdict(one) for one in done], as_json, render)
+
+
+@app.command("cosign")
+def cosign_proposals(
+    yes: Annotated[bool, typer.Option("--yes", help="Sign without asking; what changes was read before.")] = False,
+    key: KeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read what others of this publisher's keys proposed, and sign it too."""
+    from wherry_shared.publishing_parties import cosign, proposals
+
+    done: list[dict[str, str]] = []
+    with _signing(key) as (remote, opened):
+        for found in list(proposals(remote, opened)):
+            if not yes:
+                typer.echo("\n".join((found.role, *found.changes)), err=True)
+                if not typer.confirm("Sign this?", err=True):
+                    continue
+            done.append({"role": found.role, "outcome": cosign(remote, opened, found)})
+
+    def render(console: Console) -> None:
+        for one in done:
+            console.print(f"{one['role']} {one['outcome']}")
+        if not done:
+            console.print("nothing was signed")
+
+    show(done, as_json, render)
 
 
 def _on_roles(action: Callable[[Remote, PublisherKey], list[str]], what: str, key: Path | None, as_json: bool) -> None:
@@ -156,5 +213,11 @@ def _render(console: Console, state: dict[str, Any]) -> None:
     ]
     if publishers:
         console.print(table(("publisher", "models", "#threshold", "#bins in use"), publishers))
+        for publisher in state["publishers"]:
+            if publisher["unsigned"]:
+                count, name = len(publisher["unsigned"]), publisher["name"]
+                console.print(
+                    f"{name} has new keys that have not signed {count} of its roles: wherry trust adopt {name}"
+                )
     else:
         console.print("no publishers yet; the first wherry-optimizer sign registers one (in development)")
