@@ -255,7 +255,14 @@ def files(stocked: Running, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     (folder / "plan.json").write_text(json.dumps({"selector": "all", "stages": [{"share": 1.0}]}))
     trust = Trust.open(stocked.settings.trust_folder)
     Ceremony(folder / "ceremony").load(*trust.offline(), trust.root_digest)
-    names = {"CEREMONY": "ceremony", "BUNDLE": "bundle", "PUBLIC": "public.pem", "FLEET": "fleet", "PLAN": "plan.json"}
+    names = {
+        "CEREMONY": "ceremony",
+        "EXPORT": "audit.jsonl",
+        "BUNDLE": "bundle",
+        "PUBLIC": "public.pem",
+        "FLEET": "fleet",
+        "PLAN": "plan.json",
+    }
     found = {word: str(folder / name) for word, name in names.items()}
     return {**found, "KEY": str(data.parent / f"{data.name}-publisher.pem")}
 

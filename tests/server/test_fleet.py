@@ -68,7 +68,7 @@ def test_a_token_is_good_for_as_many_devices_as_it_says_also_when_they_come_at_o
     assert len(devices) == 5
     with server.http() as http:
         assert len(http.get("/api/v1/devices", params={"name": "crowd-"}).json()["devices"]) == 5
-        assert http.get("/api/v1/audit/verify").json() == {"whole": True, "broken_at": None}
+        assert http.get("/api/v1/audit/verify").json()["whole"]
 
 
 def test_an_enrolment_whose_answer_got_lost_is_repeated_without_harm(server: Running) -> None:
@@ -414,7 +414,7 @@ def test_a_device_renews_its_certificate_over_a_new_key_and_keeps_its_secrets(se
         assert certificate.serial_number != first.serial_number
         assert client.post("/device/v1/logs", json=[]).status_code == 204, "the bearer stays"
         assert http.get("/api/v1/devices/renewing").json()["certificate_expires_at"] >= before
-        assert http.get("/api/v1/audit/verify").json() == {"whole": True, "broken_at": None}
+        assert http.get("/api/v1/audit/verify").json()["whole"]
 
 
 @pytest.mark.parametrize(

@@ -565,14 +565,29 @@ class Entry:
     detail: dict[str, Any]
     previous_hash: str
     hash: str
+    seal: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedEntry(Entry):
+    """An entry with all that its hash is over, so that it can be verified alone."""
+
+    project: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Whether every entry follows from the one before it; else the first that does not."""
+    """Whether the audit log is what was written; else the first entry that is not, and why."""
 
     whole: bool
     broken_at: int | None
+    why: str
+    entries: int
+    """That follow from each other, from the first on."""
+    unsealed: int
+    """Of those, written before there were seals."""
+    head: str
+    """Hash of the last of them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,6 @@ from wherry_server.blobs import (
     checked,
     damaged,
     digest_of,
-    end_softly,
     key_of,
 )
 from wherry_shared.digest import check_digest
@@ -45,7 +44,6 @@ class FolderBlobs(Blobs):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.where = str(folder)
-        end_softly()
         self._store = LocalStore(folder, mkdir=True)
 
     def path(self, digest: str) -> Path:

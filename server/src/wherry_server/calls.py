@@ -400,6 +400,11 @@ def list_audit(
     return _get("/audit", list[answers.Entry], actor=actor, action=action, subject=subject, before=before, limit=limit)
 
 
+def export_audit(after: int = 0) -> Call[bytes]:
+    """The audit log behind an entry as lines of JSON, the oldest first."""
+    return _get("/audit/export", bytes, after=after or None)
+
+
 def verify_audit() -> Call[answers.Verdict]:
     """Compute the whole chain of the audit log again."""
     return _get("/audit/verify", answers.Verdict)

@@ -226,9 +226,12 @@ async def save(
     check_name(name, "cohort")
     parse_selector(selector)
     async with database.write() as connection:
+        said: dict[str, Any] = {"selector": selector}
         if replace:
+            now = await find(connection, project, name)
             if check is not None:
-                check(await find(connection, project, name))
+                check(now)
+            said = {"before": {"selector": now["selector"]}, **said}
             changed = await connection.execute(
                 update(_COHORT).where(_COHORT.c.project_id == project, _COHORT.c.name == name).values(selector=selector)
             )
@@ -249,7 +252,7 @@ async def save(
                     next_step="change it with PUT, or choose another name",
                 ) from error
         action = "cohort.change" if replace else "cohort.create"
-        await audit.append(connection, project, actor, action, name, selector=selector)
+        await audit.append(connection, project, actor, action, name, **said)
         return await find(connection, project, name)
 
 
@@ -282,12 +285,13 @@ async def remove(
         RefusedError: `cohort_unknown`.
     """
     async with database.write() as connection:
+        now = await find(connection, project, name)
         if check is not None:
-            check(await find(connection, project, name))
+            check(now)
         gone = await connection.execute(delete(_COHORT).where(_COHORT.c.project_id == project, _COHORT.c.name == name))
         if gone.rowcount != 1:
             raise _unknown(name)
-        await audit.append(connection, project, actor, "cohort.delete", name)
+        await audit.append(connection, project, actor, "cohort.delete", name, before={"selector": now["selector"]})
 
 
 async def preview(connection: AsyncConnection, project: str, selector: str, limit: int) -> dict[str, Any]:

@@ -380,7 +380,14 @@ class Conductor:
             )
             if (after.state, after.stage) != (before.state, before.stage):
                 action = "rollout.stage" if after.state == before.state else f"rollout.{after.state}"
-                said = {"model": row.model, "stage": after.stage, "reason": after.reason}
+                said = {
+                    "model": row.model,
+                    "stage": after.stage,
+                    "reason": after.reason,
+                    "before": {"state": before.state, "stage": before.stage},
+                    "after": {"state": after.state, "stage": after.stage},
+                    "evidence": {"decision": row.revision + 1},
+                }
                 await audit.append(connection, row.project_id, "director", action, str(row.number), **said)
             if after.reason in CONDEMNING and before.state != "returning":
                 bad = await quarantine.condemnable(connection, row, known.plan)

@@ -111,7 +111,7 @@ async def enrol(services: Services, request: wire.EnrolRequest) -> wire.EnrolAns
     token_hash = _token_hash(request.token)
     key = check_request(request.csr_pem)
     bearer = secrets.token_urlsafe(32)
-    async with services.database.write() as connection:
+    async with services.database.write(audited=True) as connection:
         token = (
             await connection.execute(
                 select(_tokens.c.uses_left, _tokens.c.expires_at, _tokens.c.labels).where(
@@ -203,7 +203,7 @@ async def renew(services: Services, device: DeviceIdentity, request: wire.RenewR
             consequence="no certificate was issued",
             next_step=f"make a request whose common name is {device.id}",
         )
-    async with services.database.write() as connection:
+    async with services.database.write(audited=True) as connection:
         issued = services.authority.issue(key, device.id, device.project)
         kept = await connection.execute(
             update(_devices)

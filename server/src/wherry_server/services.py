@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import insert, select
 
+from wherry_server import audit
 from wherry_server.blob_folder import FolderBlobs
 from wherry_server.blobs import Blobs
 from wherry_server.db import migrate
@@ -68,6 +69,7 @@ async def _ensure_project(settings: Settings) -> None:
             )
             if found is None:
                 await connection.execute(insert(Project).values(project_id=settings.project, created_at=now_us()))
+                await audit.begin(connection, settings.project)
     finally:
         await database.close()
 
@@ -111,7 +113,7 @@ def open_services(settings: Settings) -> Services:
         ) from error
     return Services(
         settings=settings,
-        database=Database.open(settings.database_url),
+        database=Database.open(settings.database_url, audit_key=audit.seal_key(master_key)),
         blobs=open_blobs(settings),
         trust=Trust.open(settings.trust_folder),
         authority=DeviceAuthority.open(settings.keys_folder, days=settings.certificate_days),

@@ -111,7 +111,9 @@ async def remove(database: Database, project: str, actor: str, name: str) -> Non
         row = await _find(connection, project, name)
         await connection.execute(delete(_DUE).where(_DUE.c.webhook_id == row.id))
         await connection.execute(delete(_HOOKS).where(_HOOKS.c.id == row.id))
-        await audit.append(connection, project, actor, "webhook.delete", name)
+        await audit.append(
+            connection, project, actor, "webhook.delete", name, before={"url": row.url, "types": row.types}
+        )
 
 
 async def deliveries(connection: AsyncConnection, project: str, name: str, state: str) -> list[dict[str, Any]]:

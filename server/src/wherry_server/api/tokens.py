@@ -106,19 +106,16 @@ async def list_tokens(
 async def revoke_token(token_id: str, services: ServicesDep, admin: Admin) -> None:
     """Revoke an API token by the id that the list shows; from then on it opens nothing."""
     async with services.database.write() as connection:
-        found = [
-            hashed
-            for hashed in await connection.scalars(
-                select(_tokens.c.token_hash).where(_tokens.c.project_id == services.project)
-            )
-            if len(token_id) >= 12 and hashed.startswith(token_id)
-        ]
+        rows = await connection.execute(select(_tokens).where(_tokens.c.project_id == services.project))
+        found = [row for row in rows if len(token_id) >= 12 and row.token_hash.startswith(token_id)]
         if len(found) != 1:
             raise RefusedError(
                 "token_unknown", f"there is no token {token_id[:80]!r}", next_step="see the ids: wherry token list"
             )
-        await connection.execute(delete(_tokens).where(_tokens.c.token_hash == found[0]))
-        await audit.append(connection, services.project, admin.actor, "token.revoke", found[0][:12])
+        (row,) = found
+        await connection.execute(delete(_tokens).where(_tokens.c.token_hash == row.token_hash))
+        was = {"name": row.name, "role": row.role, "models": row.models, "cohorts": row.cohorts}
+        await audit.append(connection, services.project, admin.actor, "token.revoke", row.token_hash[:12], before=was)
 
 
 @router.post("/enrolment-tokens", status_code=201)

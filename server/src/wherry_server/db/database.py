@@ -50,15 +50,15 @@ def _sqlstate(error: BaseException) -> str:
 class Database:
     """An engine with Wherry's transaction rules."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
-        self.engine = engine
+    def __init__(self, engine: AsyncEngine, audit_key: bytes = b"") -> None:
+        self.engine = engine.execution_options(wherry_audit_key=audit_key)
         self.is_sqlite = engine.dialect.name == "sqlite"
 
     @classmethod
-    def open(cls, url: str) -> Database:
-        """Open `sqlite+aiosqlite:///PATH` or `postgresql+asyncpg://…`."""
+    def open(cls, url: str, *, audit_key: bytes = b"") -> Database:
+        """Open `sqlite+aiosqlite:///PATH` or `postgresql+asyncpg://…`; `audit_key` seals what is added to the audit log."""
         if not url.startswith("sqlite"):
-            return cls(create_async_engine(url, isolation_level="REPEATABLE READ", pool_pre_ping=True))
+            return cls(create_async_engine(url, isolation_level="REPEATABLE READ", pool_pre_ping=True), audit_key)
         engine = create_async_engine(url, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
 
         @event.listens_for(engine.sync_engine, "connect")
@@ -76,7 +76,7 @@ class Database:
             mode = connection.get_execution_options().get("wherry_begin", "BEGIN")
             connection.exec_driver_sql(mode)
 
-        return cls(engine)
+        return cls(engine, audit_key)
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
@@ -86,11 +86,19 @@ class Database:
             await connection.rollback()
 
     @asynccontextmanager
-    async def write(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction that writes: commits at the end, rolls back on any exception."""
+    async def write(self, *, audited: bool = False) -> AsyncIterator[AsyncConnection]:
+        """A transaction that writes: commits at the end, rolls back on any exception.
+
+        Args:
+            audited: wait at the beginning for others that add to the audit log, rather than lose against one of them at the end:
+                for what many do at once.
+        """
         async with self.engine.connect() as connection:
             await connection.execution_options(wherry_begin="BEGIN IMMEDIATE" if self.is_sqlite else "BEGIN")
             async with connection.begin():
+                if audited and not self.is_sqlite:  # SQLite has one writer at a time anyway
+                    # as the first statement: PostgreSQL takes the snapshot after it
+                    await connection.exec_driver_sql("LOCK TABLE audit_head IN EXCLUSIVE MODE")
                 yield connection
 
     async def close(self) -> None:

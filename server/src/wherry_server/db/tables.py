@@ -8,7 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BigInteger, Boolean, Column, Index, Integer, LargeBinary, Table, UniqueConstraint, false, text
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Index,
+    Integer,
+    LargeBinary,
+    String,
+    Table,
+    UniqueConstraint,
+    false,
+    text,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import JSON
 from sqlmodel import Field, SQLModel
@@ -522,6 +534,19 @@ class AuditEntry(SQLModel, table=True):
     detail: dict[str, Any] = _json()
     previous_hash: str
     hash: str
+    seal: str = Field(default="", sa_column=Column(String, nullable=False, server_default=""))
+    """By the server's key over the hash: who can only write to the database makes none."""
+
+
+class AuditHead(SQLModel, table=True):
+    """How long the log of a project is and what its last entry is, so that a missing end shows."""
+
+    __tablename__ = "audit_head"
+    project_id: str = Field(primary_key=True)
+    entries: int = _time(default=0)
+    entry_id: int = _time(default=0)
+    hash: str
+    seal: str = ""
 
 
 class LogRequest(SQLModel, table=True):
