@@ -2,7 +2,8 @@
 
 Whoever enters an engine takes a slot, puts the mark of what it runs there, and clears it when it is back. That is two
 stores and no system call, so every run can afford it. A worker that dies leaves the marks of the runs in which it was,
-and the supervisor reads from them whose run it may have been; nobody else has to be blamed.
+and the supervisor reads from them whose run it may have been; nobody else has to be blamed. Behind the slots is the
+worker's pulse, by which it is known to live although it says nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ SLOTS = 512
 """Runs that can be told at once: as many as the run gate lets in, those left behind, and loads are always fewer."""
 BEYOND = 0
 """The slot that says that there were more; then nothing that the page says excludes anybody."""
-PAGE_BYTES = SLOTS * 8
+BEATS, HELD_MS = SLOTS, SLOTS + 1
+"""Where the pulse is: a count that grows about once a second, and for how long no run ended although others waited."""
+PAGE_BYTES = (SLOTS + 2) * 8
 
 
 def mark_of(loadable: Loadable) -> int:
@@ -40,10 +43,16 @@ def read_page(descriptor: int, known: Mapping[int, Ran]) -> tuple[Ran, ...]:
 
     A mark that is not `known` is told too, under empty names: somebody ran, and it was none of the others.
     """
-    slots = struct.unpack(f"{SLOTS}Q", os.pread(descriptor, PAGE_BYTES, 0))
+    slots = struct.unpack(f"{SLOTS}Q", os.pread(descriptor, SLOTS * 8, 0))
     if slots[BEYOND]:
         return ()
     return tuple(sorted({known.get(mark, Ran("", "", "")) for mark in slots if mark}))
+
+
+def read_pulse(descriptor: int) -> tuple[int, int]:
+    """Return (beats so far, milliseconds for which no run ended although others waited); no beats: it has no pulse."""
+    beats, held_ms = struct.unpack("2Q", os.pread(descriptor, 16, BEATS * 8))
+    return beats, held_ms
 
 
 class Page:
@@ -72,6 +81,11 @@ class Page:
         if slot != BEYOND:
             self._slots[slot] = 0
             self._free.append(slot)
+
+    def beat(self, held_ms: int) -> None:
+        """Show that this process lives; `held_ms`: for how long no run ended although others waited."""
+        self._slots[HELD_MS] = held_ms
+        self._slots[BEATS] += 1
 
 
 UNREAD = Page()

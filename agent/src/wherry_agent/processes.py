@@ -74,6 +74,15 @@ STOP_S = 12.0
 """A worker that was told to end answers what is in flight within this time, or is killed."""
 HAND_OVER_SECONDS_MAX = 180.0
 """From the start of a worker that takes over until it answers for every model."""
+LOOK_S = 15.0
+"""Between two looks at the pulse of the worker."""
+SILENT_LOOKS = 8
+"""A worker whose pulse stood still for so many looks in a row hangs. Looks are counted, not seconds: a device that slept
+looks once when it wakes."""
+HELD_SECONDS_MAX = 300.0
+"""A worker in which no run ended for so long, although others waited for one to end, hangs in its engine."""
+ABORT_S = 5.0
+"""A worker that hangs is ended by SIGABRT, which says what it ran; after this time by SIGKILL."""
 SPARE_AFTER_S = 10.0
 """After a worker served what it was told; a start at once would compete with it."""
 SPARE_MEMORY_BYTES_MIN = 512 * 1024 * 1024
@@ -299,6 +308,12 @@ class _Seat:
         """Where its worker opens gRPC's unix socket."""
         self.grpc_said = self.grpc_open = False
         """Its worker has said what became of gRPC; and that this socket is open."""
+        self.loading: set[str] = set()
+        """Models for which its worker has not answered yet: who waits for them has limits of its own."""
+        self.pulse = self.silent = 0
+        """Beats at the last look; how many looks in a row found no more."""
+        self.hangs = ""
+        """Why its worker is being ended."""
         self.thread = threading.Thread(target=main, args=(self,), name="worker", daemon=True)
 
     @property
@@ -388,6 +403,7 @@ class WorkerProcess:
     def start(self) -> None:
         """Start the first worker."""
         self._seat.thread.start()
+        threading.Thread(target=self._watch, name="worker-pulse", daemon=True).start()
 
     @property
     def pid(self) -> int:
@@ -412,6 +428,7 @@ class WorkerProcess:
             if isinstance(message, Serve):
                 self._told = message
                 self._know(message)
+                seat.loading = {model.name for model in message.models}
         self._write(seat, message)
         if isinstance(message, Serve) and follower is not None and follower.ready:
             self._tell(follower, message)
@@ -515,6 +532,8 @@ class WorkerProcess:
             seat.page = in_flight.make_page()
         try:
             detail, code = self._live(seat, seat.page)
+            if seat.hangs:
+                detail, seat.hangs = f"{detail}, being ended since {seat.hangs}", ""
             ran = () if code is None or code in FROM_OUTSIDE_CODES else self._running(seat)
         finally:
             with self._lock:
@@ -541,6 +560,7 @@ class WorkerProcess:
             with self._lock:
                 seat.child, seat.writer = child, LineWriter(ours)
                 seat.ready = False
+                seat.pulse = seat.silent = 0
                 if self._stopping.is_set() or seat not in (self._seat, self._next, self._spare):
                     child.kill()  # it is not wanted any more
             try:
@@ -627,6 +647,38 @@ class WorkerProcess:
                 seat.ordered = seat.ordered or (not gone and seat.alive)
                 seat.kill()
 
+    # -- the pulse -------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """End a worker that lives and does nothing: nobody else would notice, as long as nothing new is asked of it."""
+        while not self._stopping.wait(LOOK_S):
+            with self._lock:
+                seat = self._seat
+                seat.hangs = seat.hangs or self._hangs(seat)
+                child = seat.child if seat.hangs and seat.alive else None
+            if child is None:
+                continue
+            log.error("worker %d is ended: %s", child.pid, seat.hangs)
+            child.send_signal(signal.SIGABRT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(ABORT_S)
+                continue
+            child.kill()
+
+    def _hangs(self, seat: _Seat) -> str:
+        """Say why a worker hangs; empty if it does not, or if somebody waits for what it loads. The lock is held."""
+        if seat.page < 0 or not seat.ready or seat.loading or not seat.alive:
+            seat.silent = 0
+            return ""
+        beats, held_ms = in_flight.read_pulse(seat.page)
+        seat.silent = seat.silent + 1 if beats and beats == seat.pulse else 0
+        seat.pulse = beats
+        if seat.silent >= SILENT_LOOKS:
+            return f"it showed no sign of life for {seat.silent * LOOK_S:.0f} s"
+        if held_ms >= HELD_SECONDS_MAX * 1000:
+            return f"no run ended for {held_ms / 1000:.0f} s although others waited"
+        return ""
+
     # -- hand-over -------------------------------------------------------------------------------
 
     def _needed(self) -> int:
@@ -644,6 +696,8 @@ class WorkerProcess:
                 told = self._told
                 # after a cold hand-over: there was no moment with two
                 finished = self._finish() if answers and self._next is None else None
+            if isinstance(event, Serving) and self._told is not None and event.revision == self._told.revision:
+                seat.loading.discard(event.model)
             if isinstance(event, Grpc):
                 seat.grpc_said, seat.grpc_open = True, not event.socket
                 if answers:

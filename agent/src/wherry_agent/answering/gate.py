@@ -28,6 +28,8 @@ class RunGate:
             self._permits.put(None)
         self._lock = threading.Lock()
         self._waiting = 0
+        self.left = 0
+        """Changes with every run that ends; no exact count."""
 
     @property
     def waiting(self) -> int:
@@ -55,6 +57,7 @@ class RunGate:
 
     def leave(self) -> None:
         """Give the permit back."""
+        self.left += 1
         self._permits.put(None)
 
     def __enter__(self) -> int:

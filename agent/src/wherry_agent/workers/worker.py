@@ -87,6 +87,10 @@ class Worker:
         self._stopping = False
         self.registry = Registry()
         self._gate = RunGate()
+        self._page = page
+        self._left = -1
+        self._left_at = time.monotonic()
+        """When a run had ended, or nobody waited, for the last time that somebody looked."""
         self._helpers = Helpers()
         self._flags = Flags()
         self._regions = Regions(ledger)
@@ -107,6 +111,7 @@ class Worker:
 
     def run(self) -> None:
         """Serve until `Stop`, or until the supervisor is gone."""
+        self._page.beat(0)
         self._ticker.start()
         self.say(Ready(pid=os.getpid()))
         hand_over = False
@@ -194,12 +199,20 @@ class Worker:
                 if not self._urgent:
                     self._tick.wait(STATS_SECONDS)
                 self._urgent = False
+            self._page.beat(self._held_ms())
             self._send_stats()
             self._regions.reclaim()
             time.sleep(STATS_SECONDS_MIN)  # a candidate that fails every request must not flood the supervisor
             if self._loader.freed.is_set():
                 self._loader.freed.clear()
                 memory.trim()
+
+    def _held_ms(self) -> int:
+        """Return for how long no run ended although others waited."""
+        gate, now = self._gate, time.monotonic()
+        if not gate.waiting or gate.left != self._left:
+            self._left, self._left_at = gate.left, now
+        return int((now - self._left_at) * 1000)
 
     def _send_stats(self) -> None:
         arms = [stats for counter in self._loader.counters() if (stats := counter.news()) is not None]
