@@ -161,6 +161,43 @@ def test_a_change_of_a_flag_holds_only_for_what_was_read(surface: Running) -> No
         assert (details[0]["before"]["default"], details[0]["after"]["default"]) == ("off", "on")
 
 
+@pytest.mark.parametrize(
+    ("path", "change", "code"),
+    [
+        ("devices/tagged", ("POST", "devices/tagged/revoke", None), "device_changed"),
+        ("devices/tagged", ("POST", "devices/tagged/decommission", None), "device_changed"),
+        ("tokens/TOKEN", ("DELETE", "tokens/TOKEN", None), "token_changed"),
+        ("webhooks/tagged", ("PUT", "webhooks/tagged", {"url": "https://b.example/"}), "webhook_changed"),
+        ("webhooks/tagged", ("DELETE", "webhooks/tagged", None), "webhook_changed"),
+    ],
+)
+def test_a_change_of_a_device_a_token_or_a_webhook_holds_only_for_what_was_read(
+    surface: Running, path: str, change: tuple[str, str, Any], code: str
+) -> None:
+    with surface.http() as http:
+        http.delete("/api/v1/webhooks/tagged")
+        http.post("/api/v1/devices/tagged/decommission")
+        device = surface.device("tagged")
+        http.post("/api/v1/tokens", json={"name": "tagged", "role": "viewer"})
+        token = next(one["id"] for one in http.get("/api/v1/tokens", params={"name": "tagged"}).json())
+        hook = http.post("/api/v1/webhooks", json={"name": "tagged", "url": "https://a.example/"})
+        assert hook.headers["etag"] == http.get("/api/v1/webhooks/tagged").headers["etag"]
+        path, (method, target, body) = path.replace("TOKEN", token), change
+        target = target.replace("TOKEN", token)
+        first = http.get(f"/api/v1/{path}")
+        with surface.as_device(device) as itself:
+            itself.get("/device/v1/offer")
+        assert http.get(f"/api/v1/{path}").headers["etag"] == first.headers["etag"]
+        late = http.request(method, f"/api/v1/{target}", json=body, headers={"If-Match": '"other"'})
+        assert (late.status_code, late.json()["code"]) == (412, code)
+        assert "If-Match" in late.json()["next_step"]
+        assert http.get(f"/api/v1/{path}").json() == first.json(), "nothing was changed"
+        good = http.request(method, f"/api/v1/{target}", json=body, headers={"If-Match": first.headers["etag"]})
+        assert good.is_success, good.text
+        again = http.request(method, f"/api/v1/{target}", json=body, headers={"If-Match": first.headers["etag"]})
+        assert again.status_code in (404, 412), "it is something else by now"
+
+
 def test_a_command_holds_only_for_the_revision_that_was_read(surface: Running) -> None:
     number = rollout(surface)["number"]
     with surface.http() as http:

@@ -219,6 +219,26 @@ def test_every_receiver_has_room_whatever_the_others_take() -> None:
     assert room(names[-1], under_way, failures=3) == 0
 
 
+def test_a_webhook_that_moves_keeps_its_secret_and_what_is_due(server: Running) -> None:
+    receiver = Receiver()
+    with Client(Access(server=server.url, token=server.admin)) as client:
+        client.send(calls.create_webhook("moving", "https://old.example/", ["cohort.*"]))
+        client.send(calls.create_cohort("moved", "all"))
+        receiver.status = 0
+        post(server, receiver)
+        _, tag = client.tagged(calls.show_webhook("moving"))
+        client.send(calls.change_webhook("moving", "https://new.example/", ["token.*"], tag))
+        with pytest.raises(RefusedError) as caught:
+            client.send(calls.delete_webhook("moving", tag))
+        assert caught.value.code == "webhook_changed"
+        shown, tag = client.tagged(calls.show_webhook("moving"))
+        assert (shown.failures, shown.open_at, shown.waiting, shown.types) == (0, 0, 1, ["token.*"])
+        receiver.status = 204
+        post(server, receiver)
+        assert [request.url.host for request in receiver.came] == ["old.example", "new.example"]
+        client.send(calls.delete_webhook("moving", tag))
+
+
 def test_pauses_grow_to_a_bound_and_differ() -> None:
     for tries in range(1, 40):
         most = min(PAUSE_S_FIRST * 2 ** (tries - 1), PAUSE_S_MAX)

@@ -171,9 +171,9 @@ def request_logs(device: str) -> Call[answers.LogsRequested]:
     return _post(f"/devices/{_q(device)}/logs", answers.LogsRequested)
 
 
-def end_device(device: str, ending: Literal["revoke", "decommission"]) -> Call[answers.Ended]:
+def end_device(device: str, ending: Literal["revoke", "decommission"], if_match: str = "") -> Call[answers.Ended]:
     """Shut a device out."""
-    return _post(f"/devices/{_q(device)}/{ending}", answers.Ended)
+    return _post(f"/devices/{_q(device)}/{ending}", answers.Ended, if_match=if_match)
 
 
 def fleet_state() -> Call[answers.FleetState]:
@@ -350,9 +350,25 @@ def create_webhook(name: str, url: str, types: Sequence[str] = ("*",)) -> Call[a
     return _post("/webhooks", answers.WebhookMade, {"name": name, "url": url, "types": list(types)})
 
 
-def delete_webhook(name: str) -> Call[None]:
+def show_webhook(name: str) -> Call[answers.WebhookShown]:
+    """Show a webhook, how many events have not arrived, and how its receiver fares."""
+    return _get(f"/webhooks/{_q(name)}", answers.WebhookShown)
+
+
+def change_webhook(name: str, url: str, types: Sequence[str], if_match: str = "") -> Call[answers.WebhookShown]:
+    """Give a webhook another address and other types; its secret stays."""
+    return Call(
+        method="PUT",
+        path=f"{API}/webhooks/{_q(name)}",
+        result=answers.WebhookShown,
+        body={"url": url, "types": list(types)},
+        if_match=if_match,
+    )
+
+
+def delete_webhook(name: str, if_match: str = "") -> Call[None]:
     """Forget a webhook."""
-    return _delete(f"/webhooks/{_q(name)}")
+    return _delete(f"/webhooks/{_q(name)}", if_match)
 
 
 def list_deliveries(name: str, state: str | None = None, limit: int | None = None) -> Call[list[answers.Delivery]]:
@@ -381,9 +397,14 @@ def list_tokens(name: str = "", role: str | None = None, limit: int | None = Non
     return _get("/tokens", list[answers.TokenSummary], name=name, role=role, limit=limit)
 
 
-def revoke_token(token_id: str) -> Call[None]:
+def show_token(token_id: str) -> Call[answers.TokenSummary]:
+    """Show an API token."""
+    return _get(f"/tokens/{_q(token_id)}", answers.TokenSummary)
+
+
+def revoke_token(token_id: str, if_match: str = "") -> Call[None]:
     """Revoke an API token."""
-    return _delete(f"/tokens/{_q(token_id)}")
+    return _delete(f"/tokens/{_q(token_id)}", if_match)
 
 
 def create_enrolment_token(

@@ -137,6 +137,12 @@ class Client:
         found: T = _result(call, self._answer(call))
         return found
 
+    def tagged(self, call: Call[T]) -> tuple[T, str]:
+        """Make a call and return its typed answer with its entity tag, for a change that holds only while it is still that."""
+        answer = self._answer(call)
+        found: T = _result(call, answer)
+        return found, answer.headers.get("etag", "")
+
     def plain(self, call: Call[Any]) -> Any:
         """Make a call and return its answer as plain JSON values, with whatever a newer server adds; lists are whole."""
         if call.method == "GET" and call.result not in (None, bytes):
@@ -151,6 +157,11 @@ class Client:
             return found
         answer = check(self._answer(call))
         return answer.json() if answer.content else None
+
+    def plain_tagged(self, call: Call[Any]) -> tuple[Any, str]:
+        """Make a call whose answer has a tag, and return both, the answer as plain JSON values."""
+        answer = check(self._answer(call))
+        return answer.json(), answer.headers.get("etag", "")
 
     def pages(self, call: Call[T]) -> Iterator[T]:
         """Yield a list page by page."""
@@ -240,6 +251,12 @@ class AsyncClient:
         """
         found: T = _result(call, await self._answer(call))
         return found
+
+    async def tagged(self, call: Call[T]) -> tuple[T, str]:
+        """Make a call and return its typed answer with its entity tag, for a change that holds only while it is still that."""
+        answer = await self._answer(call)
+        found: T = _result(call, answer)
+        return found, answer.headers.get("etag", "")
 
     async def pages(self, call: Call[T]) -> AsyncIterator[T]:
         """Yield a list page by page."""

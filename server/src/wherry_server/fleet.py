@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -257,7 +257,14 @@ def _kind(row: Any) -> str:
     return "simulated" if row.simulated else "real"
 
 
-async def end_device(connection: AsyncConnection, project: str, name: str, state: Ending) -> Any:
+def identity_of(device: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what operators know a device by, and change: another one that enrolled under its name is another."""
+    return {name: device[name] for name in ("id", "name", "state", "labels")}
+
+
+async def end_device(
+    connection: AsyncConnection, project: str, name: str, state: Ending, check: Callable[[Any], None] = lambda _: None
+) -> Any:
     """Shut a device out, and return its row as it was.
 
     `revoked` keeps the name, so that nobody enrols under it by mistake; `decommissioned` gives it free for a new
@@ -265,9 +272,10 @@ async def end_device(connection: AsyncConnection, project: str, name: str, state
     it had not settled, or not given back, is withdrawn; what it had said of a bundle stays said.
 
     Raises:
-        RefusedError: `device_unknown`.
+        RefusedError: `device_unknown`, or what `check` raises of `identity_of` the device.
     """
     row = await find_device(connection, project, name)
+    check(identity_of(_device(row)))
     values: dict[str, str] = {"state": state}
     if state == "decommissioned" and row.state != "decommissioned":
         values["name"] = f"{row.name}~{row.id}"

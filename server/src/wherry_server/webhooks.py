@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import hmac
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -89,6 +89,25 @@ def _check(url: str, types: Sequence[str]) -> None:
 async def every(connection: AsyncConnection, project: str) -> list[dict[str, Any]]:
     """Return all webhooks, with what waits and what is dead, and how their receivers fare."""
     rows = (await connection.execute(select(_HOOKS).where(_HOOKS.c.project_id == project))).all()
+    return await _counted(connection, project, rows)
+
+
+async def find(connection: AsyncConnection, project: str, name: str) -> dict[str, Any]:
+    """Return one of them.
+
+    Raises:
+        RefusedError: `webhook_unknown`.
+    """
+    (found,) = await _counted(connection, project, [await _find(connection, project, name)])
+    return found
+
+
+def definition(webhook: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what operators say of a webhook, without how it fares."""
+    return {name: webhook[name] for name in ("name", "url", "types", "created_at", "created_by")}
+
+
+async def _counted(connection: AsyncConnection, project: str, rows: Sequence[Any]) -> list[dict[str, Any]]:
     counted = await connection.execute(
         select(_DUE.c.webhook_id, _DUE.c.state, func.count().label("many"))
         .where(_DUE.c.project_id == project)
@@ -101,14 +120,51 @@ async def every(connection: AsyncConnection, project: str) -> list[dict[str, Any
     ]
 
 
-async def remove(database: Database, project: str, actor: str, name: str) -> None:
+async def change(
+    database: Database,
+    project: str,
+    actor: str,
+    name: str,
+    url: str,
+    types: Sequence[str],
+    *,
+    check: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Give a webhook another address and other types, and have its receiver asked at once.
+
+    Raises:
+        RefusedError: `webhook_unknown`, `webhook_invalid`, or what `check` raises of what is there.
+    """
+    _check(url, types)
+    async with database.write() as connection:
+        row = await _find(connection, project, name)
+        check(_public(row))
+        if (row.url, row.types) != (url, list(types)):
+            values = {"url": url, "types": list(types), "failures": 0, "open_at": 0}
+            await connection.execute(update(_HOOKS).where(_HOOKS.c.id == row.id).values(values))
+            before = {"url": row.url, "types": row.types}
+            await audit.append(
+                connection, project, actor, "webhook.change", name, before=before, url=url, types=list(types)
+            )
+        return await find(connection, project, name)
+
+
+async def remove(
+    database: Database,
+    project: str,
+    actor: str,
+    name: str,
+    *,
+    check: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> None:
     """Forget a webhook and what was due to it.
 
     Raises:
-        RefusedError: `webhook_unknown`.
+        RefusedError: `webhook_unknown`, or what `check` raises of what is there.
     """
     async with database.write() as connection:
         row = await _find(connection, project, name)
+        check(_public(row))
         await connection.execute(delete(_DUE).where(_DUE.c.webhook_id == row.id))
         await connection.execute(delete(_HOOKS).where(_HOOKS.c.id == row.id))
         await audit.append(

@@ -62,6 +62,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "create_token": {"name": "ci", "role": "publisher", "days": 30},
     "create_enrolment_token": {"uses": 10, "days": 7, "labels": {"site": "north"}},
     "create_webhook": {"name": "chat", "url": "https://chat.example/hook", "types": ["rollout.*"]},
+    "change_webhook": {"url": "https://chat.example/hook", "types": ["rollout.*", "device.*"]},
     "publish_bundle": {"model": "file-type", "version": "1.1.0", "manifest": "sha256:" + "0" * 64},
     "add_publisher": {"name": "lab", "public_key_pem": "-----BEGIN PUBLIC KEY-----…", "models": ["file-type"]},
     "put_offline": {"roots": ["{…}"], "targets": "{…}"},

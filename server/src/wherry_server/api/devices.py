@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Response
 
 from wherry_server import audit, cohorts, fleet, scopes
 from wherry_server.answers import DeviceDetail, DeviceList, DeviceLogs, Ended, FleetState, LogsRequested, shaped
+from wherry_server.api import etags
 from wherry_server.api.again import Again
 from wherry_server.api.pages import Paging
 from wherry_server.auth import ScopedOperator, ServicesDep, Viewer
@@ -45,10 +46,12 @@ async def list_devices(
 
 
 @router.get("/devices/{device}")
-async def show_device(device: str, services: ServicesDep, _viewer: Viewer) -> DeviceDetail:
+async def show_device(device: str, response: Response, services: ServicesDep, _viewer: Viewer) -> DeviceDetail:
     """Show a device by id or name: what runs and why, what it should have, latency, memory, last reason."""
     async with services.database.read() as connection:
-        return shaped(DeviceDetail, await fleet.show_device(connection, services.project, device))
+        found = await fleet.show_device(connection, services.project, device)
+    response.headers["ETag"] = etags.etag(fleet.identity_of(found))
+    return shaped(DeviceDetail, found)
 
 
 @router.get("/devices/{device}/logs")
@@ -72,13 +75,21 @@ async def request_logs(device: str, services: ServicesDep, operator: ScopedOpera
 
 @router.post("/devices/{device}/{ending}")
 async def end_device(
-    device: str, ending: Literal["revoke", "decommission"], services: ServicesDep, operator: ScopedOperator
+    device: str,
+    ending: Literal["revoke", "decommission"],
+    services: ServicesDep,
+    operator: ScopedOperator,
+    if_match: etags.IfMatch = "",
 ) -> Ended:
     """Shut a device out: revoke it (its name stays taken) or decommission it (its name is free again)."""
     state: fleet.Ending = "revoked" if ending == "revoke" else "decommissioned"
+
+    def unchanged(now: dict[str, Any]) -> None:
+        etags.check(if_match, etags.etag(now), "device_changed", f"device {device[:80]}")
+
     async with services.database.write() as connection:
         operator.check("operate", await scopes.of_device(connection, operator, device))
-        row = await fleet.end_device(connection, services.project, device, state)
+        row = await fleet.end_device(connection, services.project, device, state, unchanged)
         await audit.append(
             connection,
             services.project,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import asdict
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import delete, select
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import audit, auth, enrolment
 from wherry_server.answers import TokenMade, TokenSummary
+from wherry_server.api import etags
 from wherry_server.api.again import Again
 from wherry_server.api.pages import Paging
 from wherry_server.auth import Admin, Operator, ServicesDep
@@ -86,36 +89,50 @@ async def list_tokens(
         rows = await connection.execute(
             select(_tokens).where(_tokens.c.project_id == services.project).order_by(_tokens.c.created_at)
         )
-        found = [
-            TokenSummary(
-                id=row.token_hash[:12],
-                name=row.name,
-                role=row.role,
-                models=row.models,
-                cohorts=row.cohorts,
-                created_at=row.created_at,
-                expires_at=row.expires_at,
-            )
-            for row in rows
-            if name in row.name and role in (None, row.role)
-        ]
+        found = [_summary(row) for row in rows if name in row.name and role in (None, row.role)]
     return page.cut(found, lambda one: [one.created_at, one.id])
 
 
+@router.get("/tokens/{token_id}")
+async def show_token(token_id: str, response: Response, services: ServicesDep, _admin: Admin) -> TokenSummary:
+    """Show an API token by the id that the list shows."""
+    async with services.database.read() as connection:
+        found = _summary(await _find(connection, services.project, token_id))
+    response.headers["ETag"] = etags.etag(asdict(found))
+    return found
+
+
 @router.delete("/tokens/{token_id}", status_code=204)
-async def revoke_token(token_id: str, services: ServicesDep, admin: Admin) -> None:
+async def revoke_token(token_id: str, services: ServicesDep, admin: Admin, if_match: etags.IfMatch = "") -> None:
     """Revoke an API token by the id that the list shows; from then on it opens nothing."""
     async with services.database.write() as connection:
-        rows = await connection.execute(select(_tokens).where(_tokens.c.project_id == services.project))
-        found = [row for row in rows if len(token_id) >= 12 and row.token_hash.startswith(token_id)]
-        if len(found) != 1:
-            raise RefusedError(
-                "token_unknown", f"there is no token {token_id[:80]!r}", next_step="see the ids: wherry token list"
-            )
-        (row,) = found
+        row = await _find(connection, services.project, token_id)
+        etags.check(if_match, etags.etag(asdict(_summary(row))), "token_changed", f"token {token_id[:80]}")
         await connection.execute(delete(_tokens).where(_tokens.c.token_hash == row.token_hash))
         was = {"name": row.name, "role": row.role, "models": row.models, "cohorts": row.cohorts}
         await audit.append(connection, services.project, admin.actor, "token.revoke", row.token_hash[:12], before=was)
+
+
+async def _find(connection: AsyncConnection, project: str, token_id: str) -> Any:
+    rows = await connection.execute(select(_tokens).where(_tokens.c.project_id == project))
+    found = [row for row in rows if len(token_id) >= 12 and row.token_hash.startswith(token_id)]
+    if len(found) != 1:
+        raise RefusedError(
+            "token_unknown", f"there is no token {token_id[:80]!r}", next_step="see the ids: wherry token list"
+        )
+    return found[0]
+
+
+def _summary(row: Any) -> TokenSummary:
+    return TokenSummary(
+        id=row.token_hash[:12],
+        name=row.name,
+        role=row.role,
+        models=row.models,
+        cohorts=row.cohorts,
+        created_at=row.created_at,
+        expires_at=row.expires_at,
+    )
 
 
 @router.post("/enrolment-tokens", status_code=201)

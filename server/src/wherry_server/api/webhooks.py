@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Path, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from wherry_server import webhooks
 from wherry_server.answers import Delivery, Redelivered, WebhookMade, WebhookShown, shaped
+from wherry_server.api import etags
 from wherry_server.api.again import Again
 from wherry_server.api.pages import Paging
 from wherry_server.auth import Admin, Operator, ServicesDep, Viewer
@@ -18,13 +20,18 @@ Name = Annotated[str, Path(max_length=64, pattern="^[a-z0-9][a-z0-9._-]*$")]
 EVENT_MAX = 2**31 - 1
 
 
-class WebhookWish(BaseModel):
-    """A webhook to make."""
+class ReceiverWish(BaseModel):
+    """Where events are sent, and which."""
 
     model_config = ConfigDict(extra="forbid")
-    name: str = Field(max_length=64)
     url: str = Field(max_length=webhooks.URL_CHARS_MAX)
     types: list[str] = Field(default=["*"], max_length=webhooks.TYPES_MAX)
+
+
+class WebhookWish(ReceiverWish):
+    """A webhook to make."""
+
+    name: str = Field(max_length=64)
 
 
 @router.get("")
@@ -36,7 +43,7 @@ async def list_webhooks(services: ServicesDep, _viewer: Viewer, page: Paging) ->
 
 
 @router.post("", status_code=201)
-async def create_webhook(wish: WebhookWish, services: ServicesDep, admin: Admin) -> WebhookMade:
+async def create_webhook(wish: WebhookWish, response: Response, services: ServicesDep, admin: Admin) -> WebhookMade:
     """Make a webhook; it is told what happens from now on."""
     made = await webhooks.create(
         services.database,
@@ -47,13 +54,53 @@ async def create_webhook(wish: WebhookWish, services: ServicesDep, admin: Admin)
         wish.url,
         wish.types,
     )
+    response.headers["ETag"] = etags.etag(webhooks.definition(made))
     return shaped(WebhookMade, made)
 
 
+@router.get("/{name}")
+async def show_webhook(name: Name, response: Response, services: ServicesDep, _viewer: Viewer) -> WebhookShown:
+    """Show a webhook, how many events have not arrived, and how its receiver fares."""
+    async with services.database.read() as connection:
+        found = await webhooks.find(connection, services.project, name)
+    return _shown(found, response)
+
+
+@router.put("/{name}")
+async def change_webhook(
+    name: Name,
+    wish: ReceiverWish,
+    response: Response,
+    services: ServicesDep,
+    admin: Admin,
+    if_match: etags.IfMatch = "",
+) -> WebhookShown:
+    """Give a webhook another address and other types; its secret stays, and what is due to it goes to the new address."""
+    found = await webhooks.change(
+        services.database,
+        services.project,
+        admin.actor,
+        name,
+        wish.url,
+        wish.types,
+        check=_unchanged(name, if_match),
+    )
+    return _shown(found, response)
+
+
 @router.delete("/{name}", status_code=204)
-async def delete_webhook(name: Name, services: ServicesDep, admin: Admin) -> None:
+async def delete_webhook(name: Name, services: ServicesDep, admin: Admin, if_match: etags.IfMatch = "") -> None:
     """Forget a webhook and what was due to it."""
-    await webhooks.remove(services.database, services.project, admin.actor, name)
+    await webhooks.remove(services.database, services.project, admin.actor, name, check=_unchanged(name, if_match))
+
+
+def _shown(found: dict[str, Any], response: Response) -> WebhookShown:
+    response.headers["ETag"] = etags.etag(webhooks.definition(found))
+    return shaped(WebhookShown, found)
+
+
+def _unchanged(name: str, if_match: str) -> Callable[[dict[str, Any]], None]:
+    return lambda now: etags.check(if_match, etags.etag(webhooks.definition(now)), "webhook_changed", f"webhook {name}")
 
 
 @router.get("/{name}/deliveries")

@@ -16,6 +16,10 @@ from rich.table import Table
 from wherry_server.client import Client
 from wherry_shared.access import find_access
 
+IfMatch = Annotated[
+    str,
+    typer.Option("--if-match", help="Only while it is still what was shown with this tag; else nothing is changed."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of text.")]
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from wherry_server import calls
-from wherry_server.cli.common import AsJson, client, show, size, table, when
+from wherry_server.cli.common import AsJson, IfMatch, client, show, size, table, when
 from wherry_server.client import Client
 from wherry_shared.errors import UnreachableError
 
@@ -77,7 +77,8 @@ def show_device(
     with client() as server:
         if logs:
             _fetch_logs(server, device, LOGS_WAIT_S)
-        found = server.plain(calls.show_device(device))
+        shown, tag = server.plain_tagged(calls.show_device(device))
+    found = {**shown, "tag": tag}
 
     def render(console: Console) -> None:
         _render(console, found)
@@ -100,6 +101,7 @@ def _render(console: Console, device: dict[str, Any]) -> None:
     console.print(f"  engines  {', '.join(device['engines']) or 'none reported'}")
     if device["labels"]:
         console.print("  labels   " + " ".join(f"{key}={value}" for key, value in sorted(device["labels"].items())))
+    console.print(f"  tag      {device['tag']}")
     for model in device["models"]:
         _render_model(console, model)
     if not device["models"]:
@@ -147,20 +149,20 @@ def _render_model(console: Console, model: dict[str, Any]) -> None:
 
 
 @app.command("revoke")
-def revoke_device(device: Device, as_json: AsJson = False) -> None:
+def revoke_device(device: Device, if_match: IfMatch = "", as_json: AsJson = False) -> None:
     """Shut a device out at once; its name stays taken."""
-    _end(device, "revoke", as_json)
+    _end(device, "revoke", if_match, as_json)
 
 
 @app.command("decommission")
-def decommission_device(device: Device, as_json: AsJson = False) -> None:
+def decommission_device(device: Device, if_match: IfMatch = "", as_json: AsJson = False) -> None:
     """Take a device out of the fleet; its name is free for a new enrolment."""
-    _end(device, "decommission", as_json)
+    _end(device, "decommission", if_match, as_json)
 
 
-def _end(device: str, ending: Literal["revoke", "decommission"], as_json: bool) -> None:
+def _end(device: str, ending: Literal["revoke", "decommission"], if_match: str, as_json: bool) -> None:
     with client() as server:
-        found = server.plain(calls.end_device(device, ending))
+        found = server.plain(calls.end_device(device, ending, if_match))
     show(found, as_json, lambda console: console.print(f"{device} is {found['state']}"))
 
 

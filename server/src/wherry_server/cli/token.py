@@ -8,10 +8,13 @@ import typer
 from rich.console import Console
 
 from wherry_server import calls
-from wherry_server.cli.common import AsJson, client, date, show, table, when
+from wherry_server.cli.common import AsJson, IfMatch, client, date, show, table, when
 from wherry_shared.errors import RefusedError
 
 app = typer.Typer(name="token", help="Tokens: for devices that enrol, for people and machines.", no_args_is_help=True)
+
+
+TokenId = Annotated[str, typer.Argument(help="Id as in wherry token list.")]
 
 
 @app.command("create")
@@ -82,13 +85,24 @@ def list_tokens(as_json: AsJson = False) -> None:
     show(found, as_json, render)
 
 
+@app.command("show")
+def show_token(token_id: TokenId, as_json: AsJson = False) -> None:
+    """Show a token of a person or machine, without its secret."""
+    with client() as server:
+        found, tag = server.plain_tagged(calls.show_token(token_id))
+
+    def render(console: Console) -> None:
+        console.print(f"{found['id']}  {found['role']} {found['name']}, good until {date(found['expires_at'])}")
+        console.print(f"tag  {tag}", soft_wrap=True)
+
+    show({**found, "tag": tag}, as_json, render)
+
+
 @app.command("revoke")
-def revoke_token(
-    token_id: Annotated[str, typer.Argument(help="Id as in wherry token list.")], as_json: AsJson = False
-) -> None:
+def revoke_token(token_id: TokenId, if_match: IfMatch = "", as_json: AsJson = False) -> None:
     """Revoke a token; from then on it opens nothing."""
     with client() as server:
-        server.send(calls.revoke_token(token_id))
+        server.send(calls.revoke_token(token_id, if_match))
     show(
         {"id": token_id, "revoked": True}, as_json, lambda console: console.print(f"{token_id} opens nothing any more")
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from wherry_server import calls
-from wherry_server.cli.common import AsJson, client, show, soon, table, when
+from wherry_server.cli.common import AsJson, IfMatch, client, show, soon, table, when
 
 app = typer.Typer(name="webhook", help="Other systems that are told what happens.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="Name of the webhook.")]
@@ -28,15 +28,19 @@ def list_webhooks(as_json: AsJson = False) -> None:
                 " ".join(one["types"]),
                 one["waiting"],
                 one["dead"],
-                f"failed {one['failures']} times in a row, asked again {soon(one['open_at'])}"
-                if one["failures"]
-                else "",
+                _fares(one),
             )
             for one in found
         ]
         console.print(table(("webhook", "url", "types", "#waiting", "#dead", "receiver"), rows))
 
     show(found, as_json, render)
+
+
+def _fares(webhook: dict[str, Any]) -> str:
+    if not webhook["failures"]:
+        return ""
+    return f"failed {webhook['failures']} times in a row, asked again {soon(webhook['open_at'])}"
 
 
 @app.command("create")
@@ -52,11 +56,45 @@ def create_webhook(
     show(made, as_json, lambda console: console.print(made["secret"], soft_wrap=True))
 
 
+@app.command("show")
+def show_webhook(name: Name, as_json: AsJson = False) -> None:
+    """Show a webhook, how many events have not arrived, and how its receiver fares."""
+    with client() as server:
+        found, tag = server.plain_tagged(calls.show_webhook(name))
+
+    def render(console: Console) -> None:
+        console.print(f"{found['name']}  {found['url']}", soft_wrap=True)
+        console.print(f"  types     {' '.join(found['types'])}", markup=False)
+        console.print(f"  events    {found['waiting']} waiting, {found['dead']} dead")
+        console.print(f"  receiver  {_fares(found) or 'answers'}")
+        console.print(f"  tag       {tag}")
+
+    show({**found, "tag": tag}, as_json, render)
+
+
+@app.command("change")
+def change_webhook(
+    name: Name,
+    url: Annotated[str | None, typer.Option(help="Where events are sent from now on.")] = None,
+    event: Annotated[
+        list[str] | None, typer.Option("--type", help="Instead of all its types; may be repeated.")
+    ] = None,
+    if_match: IfMatch = "",
+    as_json: AsJson = False,
+) -> None:
+    """Give a webhook another address or other types; its secret stays."""
+    with client() as server:
+        known, tag = server.tagged(calls.show_webhook(name))
+        wish = calls.change_webhook(name, url or known.url, event or known.types, if_match or tag)
+        made = server.plain(wish)
+    show(made, as_json, lambda console: console.print(f"webhook {name} is changed"))
+
+
 @app.command("delete")
-def delete_webhook(name: Name, as_json: AsJson = False) -> None:
+def delete_webhook(name: Name, if_match: IfMatch = "", as_json: AsJson = False) -> None:
     """Forget a webhook and what was due to it."""
     with client() as server:
-        server.send(calls.delete_webhook(name))
+        server.send(calls.delete_webhook(name, if_match))
     show({"name": name, "deleted": True}, as_json, lambda console: console.print(f"webhook {name} is forgotten"))
 
 
