@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args
 
-from wherry_server.plan import parse_plan
+import msgspec
+
+from wherry_server.plan import Plan, parse_plan
 from wherry_server.rollout import (
     ACTIVE,
     FINAL,
@@ -22,21 +24,28 @@ from wherry_server.rollout import (
     Retry,
     State,
     Withdraw,
+    approvable,
     decide,
 )
-from wherry_server.rollouts import ALLOWED, APPROVABLE
+from wherry_server.rollouts import ALLOWED
 from wherry_shared.clock import Now, Since
 
 PAGE = Path(__file__).parents[2] / "docs" / "rollouts.md"
 NOW = Now("boot", 1_000_000, 1_000_000.0)
-PLAN = parse_plan(
-    {
-        "models": [{"model": "m", "version": "1.0.0", "manifest": "sha256:" + "a" * 64}],
-        "selector": "all",
-        "stages": [{"share": 0.25}, {"share": 1.0}],
-    }
+WISH = {
+    "models": [{"model": "m", "version": "1.0.0", "manifest": "sha256:" + "a" * 64}],
+    "selector": "all",
+    "stages": [{"share": 0.25}, {"share": 1.0}],
+    "approval": {"stages": [1, 2]},
+}
+BOTH = {"approval": {"stages": [1, 2], "rounds": [1, 2]}}
+PLAN = parse_plan(WISH)
+SHADOW = parse_plan({**WISH, **BOTH, "strategy": "shadow", "trial": {"agreement_min": 0.9}})
+BLUE_GREEN = parse_plan({**WISH, **BOTH, "strategy": "blue_green"})
+EVIDENCE = Evidence(
+    stages=[Counts(pending=5), Counts()], members=20, next_cut_offs={"": 9}, approvals={"0": 1, "1": 1, "0/2": 1}
 )
-EVIDENCE = Evidence(stages=[Counts(pending=5), Counts()], members=20, next_cut_offs={"": 9})
+SECOND = Evidence(stages=[Counts(confirmed=2, pending=3), Counts(proved=15)], members=20, unpromoted=[0, 15])
 
 HEAD = """\
 # What an operator can do to a rollout
@@ -55,17 +64,22 @@ halts whatever was ordered, except that `revert` goes further than a halt.
 | `revert` | it ends for good, and *every* device that it changed goes back to its own former bundle; who is away gets that at its next hello |
 | `retry` | devices that ended their attempt *without a verdict* (`excused`) try once more, each as its attempt + 1 |
 | `retry-failed` | those that returned, failed or refused as well; until they settle again they are pending, and their former failures no longer count |
-| `approve` | one person agrees that a stage begins; it begins when as many different people agreed as the plan says. Not an order: it never starts anything by itself |
+| `approve` | one person agrees that a stage (of one of two rounds) begins; it begins when as many different people agreed as the plan says. Not an order: it never starts anything by itself |
 | supersede | a newer rollout of the model takes a device over (plan: `priority`, `supersede`): its assignment here counts neither way, and a revert here leaves it alone |
 | delete | there is none: a rollout and its decisions are history. What was never started is aborted |
 
-In a state (rows) an action (columns) leads to this; `·` is refused with `rollout_state` and changes nothing.
+In a state (rows) an action (columns) leads to this; `·` is refused with `rollout_state` (`approve`: `approval_pointless`) and changes
+nothing. The plan has two stages and asks for approval of both, in both rounds where there are [two](strategies.md#two-rounds).
 
 """
 TAIL = """
 *withdraw (unconfirmed)* writes, in the transaction that decides, an offer of its own former bundle to every device that is not
 confirmed; *withdraw (all)* to every device that has the bundle or may have it. `returning` waits for them for `revert_s`, then ends
 whether they answered or not; who answers later goes back later.
+
+A second round is asked about again only where the plan says so (`approval.rounds`), and each of its stages by itself: who agreed that devices
+try a candidate beside the incumbent has not agreed that it answers. A `blue_green` flips in one stage, its last. While people are waited for no
+deadline runs; what is tried goes on and is judged. `wherry rollout show`, `explain` and the API name the round, and what comes next.
 
 `done`, `halted`, `aborted` and `reverted` are final: no evidence leaves them. A `done` rollout still exposes newcomers of its cohort.
 
@@ -119,6 +133,29 @@ devices, rehearsed with `stages = [{share = 1.0}]` and either strategy (`wherry-
 """
 
 
+def rounds() -> dict[str, tuple[Plan, Progress, Evidence]]:
+    """States of rollouts that have two rounds, where they are no others' states."""
+    first = Progress(state="running", stage=0, cut_offs={"": 9}, entered=Since.at(NOW))
+    proving = msgspec.structs.replace(EVIDENCE, stages=[Counts(proved=3, pending=2), Counts()], unpromoted=[5, 0])
+    second = msgspec.structs.replace(first, promoting=True)
+    flipping = msgspec.structs.replace(second, stage=1)
+    last = msgspec.structs.replace(first, stage=1)
+    proved = msgspec.structs.replace(EVIDENCE, stages=[Counts(proved=5), Counts(proved=15)], unpromoted=[5, 15])
+    return {
+        "running, first of two rounds": (SHADOW, first, proving),
+        "the same, all proved, the second not agreed to": (
+            SHADOW,
+            last,
+            msgspec.structs.replace(proved, approvals={}),
+        ),
+        "running, second round": (SHADOW, second, SECOND),
+        "paused, second round": (SHADOW, msgspec.structs.replace(second, state="paused"), SECOND),
+        "done, after a second round": (SHADOW, msgspec.structs.replace(flipping, state="done"), SECOND),
+        "running, first round of a `blue_green`": (BLUE_GREEN, first, proving),
+        "running, second round of a `blue_green`": (BLUE_GREEN, flipping, SECOND),
+    }
+
+
 def states() -> dict[str, Progress]:
     """A progress in each state."""
     under_way = {"stage": 0, "cut_offs": {"": 9}, "entered": Since.at(NOW)}
@@ -131,11 +168,11 @@ def states() -> dict[str, Progress]:
     return found
 
 
-def outcome(progress: Progress, command: Command) -> str:
+def outcome(progress: Progress, command: Command, plan: Plan = PLAN, evidence: Evidence = EVIDENCE) -> str:
     """What an action does in a state, in words."""
     if progress.state not in ALLOWED[command] or (command == "revert" and progress.stage < 0):
         return "·"
-    after, decisions = decide(PLAN, progress, Evidence(**{**_fields(), "command": command}), NOW)
+    after, decisions = decide(plan, progress, msgspec.structs.replace(evidence, command=command), NOW)
     said = []
     for one in decisions:
         match one:
@@ -152,8 +189,18 @@ def outcome(progress: Progress, command: Command) -> str:
     return ", ".join(said)
 
 
-def _fields() -> dict[str, object]:
-    return {name: getattr(EVIDENCE, name) for name in EVIDENCE.__struct_fields__}
+def approved(plan: Plan, progress: Progress) -> str:
+    """What agreeing means in a state: the stages that it may be about, and their rounds where there are two."""
+    found = [
+        [str(stage + 1) for stage in range(len(plan.stages)) if approvable(plan, progress, stage, number)]
+        for number in range(1, plan.rounds + 1)
+    ]
+    said = [
+        f"stage {' or '.join(stages)}" + (f" of round {number}" if plan.rounds > 1 else "")
+        for number, stages in enumerate(found, 1)
+        if stages
+    ]
+    return ", ".join(said) or "·"
 
 
 def page() -> str:
@@ -163,8 +210,10 @@ def page() -> str:
     lines = [f"| state | {' | '.join(shown)} | approve |", "| --- |" + " --- |" * (len(commands) + 1)]
     for name, progress in states().items():
         cells = [outcome(progress, command) for command in commands]
-        agreed = "counted" if progress.state in APPROVABLE else "·"
-        lines.append(f"| {name} | {' | '.join(cells)} | {agreed} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {approved(PLAN, progress)} |")
+    for name, (plan, progress, found) in rounds().items():
+        cells = [outcome(progress, command, plan, found) for command in commands]
+        lines.append(f"| {name} | {' | '.join(cells)} | {approved(plan, progress)} |")
     kinds = [
         ("holds its devices against others", ACTIVE),
         ("is final", FINAL),

@@ -30,7 +30,10 @@ from wherry_server.rollout import (
     Taken,
     Withdraw,
     allowed_now,
+    approvable,
+    approval_key,
     decide,
+    following,
     next_share,
     reach,
     seen,
@@ -41,6 +44,7 @@ from wherry_server.rollout import (
 from wherry_server.sequential import Pairs, expected_harm
 from wherry_server.targeting import cut_offs, exposed, key_of
 from wherry_shared.clock import Now, Since
+from wherry_shared.errors import RefusedError
 
 DIGEST = "sha256:" + "a" * 64
 SALT = "salt"
@@ -137,7 +141,12 @@ class Fleet:
             found,
             unexposed=len(open_now),
             closed=len(below) - len(open_now),
-            approvals={str(stage): 1 for stage in range(len(self.plan.stages)) if now_s >= 40 * (stage + 1)},
+            approvals={
+                approval_key(stage, number): 1
+                for stage in range(len(self.plan.stages))
+                for number in (1, 2)
+                if now_s >= agreed_s(stage, number)
+            },
         )
         following = len(self.plan.stages) if self.progress.promoting else self.progress.stage + 1
         adaptive = self.plan.strategy == "adaptive"
@@ -207,6 +216,19 @@ SPLIT: dict[str, Any] = {
     "gates": [{"metric": "errors", "harm": 0.1}],
     "hold_back": None,
 }
+
+
+def agreed_s(stage: int, number: int) -> int:
+    """When somebody agreed to a stage of a round."""
+    return 40 * (stage + 1) + 150 * (number - 1)
+
+
+def _fitting(pace: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:
+    """Approvals of a second round are of plans that have one."""
+    second = pace.get("approval", {}).get("rounds") == [2]
+    return {} if second and plan_of(**{"stages": [{"share": 1.0}], **how}).rounds == 1 else pace
+
+
 behaviours = st.sampled_from(["confirmed"] * 6 + ["confirmed_idle", "failed", "mute", "stuck", "vanishes"])
 devices = st.lists(
     st.tuples(st.sampled_from(["", "", "b"]), behaviours, st.integers(0, 50)), min_size=0, max_size=25
@@ -227,7 +249,7 @@ plans = st.builds(
         sample_min=sample,
         settled_share=settled,
         **{"gates": gates, "on_halt": on_halt, **how},
-        **pace,
+        **_fitting(pace, how),
     ),
     st.lists(st.sampled_from([0.05, 0.1, 0.25, 0.5, 1.0]), min_size=1, max_size=4),
     st.sampled_from([0, 0, 30]),
@@ -265,6 +287,7 @@ plans = st.builds(
             {"window": {"from": "00:05", "until": "00:20"}},
             {"window": {"from": "00:01", "until": "23:59"}, "rate": {"per_minute": 30}},
             {"start_at": "1970-01-01T00:01:00+00:00", "approval": {"stages": [1]}},
+            {"approval": {"stages": [1], "rounds": [2]}},
         ]
     ),
 )
@@ -325,8 +348,10 @@ def test_whatever_happens_a_rollout_is_bounded_final_and_ends(
         if before.state in ("paused", "returning", "halted", "aborted", "reverted"):
             assert not exposing or command == "resume"
             assert not promoting or command == "resume"
-        if after.stage > before.stage:
-            assert now_s >= 40 * (after.stage + 1) or not plan.approvers(after.stage), "it began unapproved"
+        if after.stage > before.stage or second:
+            number = 2 if after.promoting else 1
+            agreed = now_s >= agreed_s(after.stage, number)
+            assert agreed or not plan.approvers(after.stage, number), "it began unapproved"
             assert now.wall_us >= plan.start_us, "it began before its date"
         if after.stage > before.stage or second:
             anchors, stage_s = 0, now_s
@@ -648,3 +673,50 @@ def test_a_comparison_decides_as_its_pairs_say(taken: list[tuple[int, int, Pairs
     # the next turn has nothing new to take and says the same
     again, _ = decide(plan, after, msgspec.structs.replace(evidence, taken=[]), later(2))
     assert again.compared == after.compared
+
+
+BOTH = {"approval": {"stages": [1, 2], "rounds": [1, 2]}}
+
+
+@pytest.mark.parametrize(
+    ("how", "begins"),
+    [
+        (SHADOW, [(0, 1), (1, 1), (0, 2), (1, 2)]),
+        ({"strategy": "blue_green", "gates": []}, [(0, 1), (1, 1), (1, 2)]),
+        ({**SHADOW, "on_success": "end", "approval": {"stages": [1, 2]}}, [(0, 1), (1, 1)]),
+        ({"approval": {"stages": [1, 2]}}, [(0, 1), (1, 1)]),
+    ],
+)
+def test_every_stage_of_both_rounds_waits_for_its_own_approval(how: dict[str, Any], begins: list[tuple[int, int]]):
+    plan = plan_of(**{**BOTH, **how})
+    counts = Counts(proved=25) if plan.two_rounds else Counts(confirmed=25)
+    progress, found = Progress(), evidence_of(Counts(), Counts(), command="start", next_cut_offs={"": 9})
+    for index, (stage, number) in enumerate(begins):
+        waits, decisions = decide(plan, progress, found, later(9 * STAGE_MAX_S * (index + 1)))
+        assert not [one for one in decisions if isinstance(one, Expose | Promote)], "no deadline runs, nothing begins"
+        assert waits.state == "running"
+        still = msgspec.structs.replace(found, command="")
+        assert [one.code for one in why_not_yet(plan, waits, still, NOW)] == ["approval"]
+        assert approvable(plan, waits, stage, number)
+        assert not any(approvable(plan, waits, *one) for one in begins[:index]), "what began asks nobody"
+        if index:
+            assert following(plan, waits) == (stage, number)
+        agreed = {approval_key(*one): 1 for one in begins[: index + 1]}
+        progress, decisions = decide(
+            plan, waits, msgspec.structs.replace(still, approvals=agreed), later(9 * STAGE_MAX_S * (index + 1))
+        )
+        assert (progress.stage, progress.promoting) == (stage, number == 2)
+        assert isinstance(decisions[-1], Promote if number == 2 else Expose)
+        beside = {"disagreed": ((0, 100),)}
+        found = evidence_of(counts, counts, approvals=agreed, next_cut_offs={"": 9}, beside=beside)
+        if number == 2:
+            found = evidence_of(Counts(confirmed=25), counts, unpromoted=[0, 25], approvals=agreed, beside=beside)
+    assert following(plan, progress) is None
+
+
+@pytest.mark.parametrize("rule", [{"rounds": [2]}, {"rounds": []}, {"rounds": [0]}])
+def test_a_plan_without_a_second_round_asks_for_no_approval_of_one(rule: dict[str, Any]):
+    for how in ({}, {**SHADOW, "on_success": "end"}):
+        with pytest.raises(RefusedError) as caught:
+            plan_of(**how, approval=rule)
+        assert caught.value.code == "plan_approval"

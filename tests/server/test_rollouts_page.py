@@ -24,5 +24,9 @@ def test_each_state_and_each_action_is_on_it() -> None:
 @pytest.mark.parametrize("command", [command for command in get_args(Command) if command])
 def test_what_is_allowed_does_something(command: Command) -> None:
     said = [rollouts_page.outcome(progress, command) for progress in rollouts_page.states().values()]
+    said += [
+        rollouts_page.outcome(progress, command, plan, known)
+        for plan, progress, known in rollouts_page.rounds().values()
+    ]
     assert "" not in said
     assert set(said) - {"·"}

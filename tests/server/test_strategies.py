@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from tests.server.fleet_kit import PROJECT, fleet, manifest_of, run
+from wherry_server import rollouts
 from wherry_server.cli.rollout import _said
 from wherry_server.explaining import explain
 from wherry_server.fleet import end_device
+from wherry_shared.errors import RefusedError
 
 SHADOW = {
     "strategy": "shadow",
@@ -44,6 +46,34 @@ def test_nothing_takes_over_before_everything_was_proved_beside_the_incumbent(tm
             said = [_said(decision) for one in explained["decided"] for decision in one["decisions"]]
             assert said.count("running: proved_beside") == 1
             assert "promote up to stage 2" in said
+
+    run(work())
+
+
+@pytest.mark.backends
+def test_a_second_round_waits_for_its_own_approval_and_says_so(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            devices = await found.enrol(60, version="1.0.0")
+            number = await found.roll_out("1.1.0", **SHADOW, approval={"stages": [1], "rounds": [2]})
+            for _ in range(20):
+                await found.turn()
+            shown = await found.show(number)
+            assert (shown["round"], shown["rounds_total"], shown["stage"]) == (1, 2, 1)
+            assert shown["following"] == {"stage": 1, "round": 2, "approvers": 1}
+            assert [why["code"] for why in shown["why_not_yet"]] == ["approval"]
+            assert {device.running for device in devices} == {OLD}
+            with pytest.raises(RefusedError) as caught:
+                await rollouts.approve(found.database, PROJECT, "token:ann", number, 1)
+            assert caught.value.code == "approval_pointless"
+            await rollouts.approve(found.database, PROJECT, "token:ann", number, 1, 2)
+            done = await found.until(number, "done")
+            assert (done["round"], done["following"]) == (2, None)
+            async with found.database.read() as connection:
+                explained = await explain(connection, PROJECT, number, "")
+            assert not explained["differing"]
+            assert (explained["round"], {one["round"] for one in explained["decided"]}) == (2, {1, 2})
 
     run(work())
 

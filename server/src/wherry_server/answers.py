@@ -352,6 +352,9 @@ class RolloutSummary:
     wanted: str
     stage: int
     stages_total: int
+    round: int = 1
+    """Of `rounds_total`: in the second one what was proved beside the incumbent is promoted, stage by stage."""
+    rounds_total: int = 1
     priority: int
     revision: int
     created_at: int
@@ -419,6 +422,15 @@ class Why:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Following:
+    """What begins when the current stage has proved itself: a stage, from 1, and how many people have to agree to it."""
+
+    stage: int
+    round: int
+    approvers: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutDetail(RolloutSummary):
     """A rollout with counts per stage; `counts` has `real` and `simulated` devices apart, by outcome."""
 
@@ -428,6 +440,7 @@ class RolloutDetail(RolloutSummary):
     unexposed: int
     held: int
     closed: int = 0
+    following: Following | None = None
     counts: dict[str, dict[str, int]]
     outcomes: list[Outcomes]
     gates: list[GateState]
@@ -469,6 +482,11 @@ class Explained:
     number: int
     state: str
     reason: str
+    stage: int = -1
+    stages_total: int = 1
+    round: int = 1
+    rounds_total: int = 1
+    following: Following | None = None
     why_not_yet: list[Why]
     gates: list[GateState]
     needs: list[GateNeeds]

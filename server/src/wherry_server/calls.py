@@ -294,9 +294,9 @@ def simulate_rollout(wish: dict[str, Any]) -> Call[answers.Forecast]:
     return _post("/forecasts", answers.Forecast, wish)
 
 
-def approve_rollout(number: int, stage: int = 1) -> Call[answers.RolloutDetail]:
-    """Agree that a stage begins."""
-    return _post(f"/rollouts/{number}/approvals", answers.RolloutDetail, {"stage": stage})
+def approve_rollout(number: int, stage: int = 1, round_: int = 1) -> Call[answers.RolloutDetail]:
+    """Agree that a stage of a round begins."""
+    return _post(f"/rollouts/{number}/approvals", answers.RolloutDetail, {"stage": stage, "round": round_})
 
 
 def list_quarantine(

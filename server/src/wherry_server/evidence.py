@@ -25,7 +25,17 @@ from wherry_server import cohorts
 from wherry_server.gates import BESIDE, counts_devices
 from wherry_server.outcomes import FAILURES
 from wherry_server.plan import Plan
-from wherry_server.rollout import ACTIVE, Command, Counts, Evidence, Progress, ahead, reach, takes_newcomers
+from wherry_server.rollout import (
+    ACTIVE,
+    Command,
+    Counts,
+    Evidence,
+    Progress,
+    ahead,
+    approval_key,
+    reach,
+    takes_newcomers,
+)
 from wherry_server.sequential import SHARE_STEPS, Pairs
 from wherry_server.targeting import cut_off_of, exact, key_of, parse_selector
 from wherry_shared import reasons
@@ -348,7 +358,7 @@ async def approvals(connection: AsyncConnection, row: Any, plan: Plan) -> dict[s
     if plan.approval is None:
         return {}
     found = await connection.execute(_APPROVALS, {"rollout": row.id})
-    return {str(one.stage): one.people for one in found}
+    return {approval_key(one.stage, one.round): one.people for one in found}
 
 
 async def _failures(connection: AsyncConnection, row: Any, plan: Plan) -> dict[str, _Failure]:
@@ -450,7 +460,9 @@ _TAKEN = text(
 _BAD = text("SELECT hardware_class FROM known_bad WHERE project_id = :project AND manifest IN :manifests").bindparams(
     bindparam("manifests", expanding=True)
 )
-_APPROVALS = text("SELECT stage, count(*) AS people FROM approval WHERE rollout_id = :rollout GROUP BY stage")
+_APPROVALS = text(
+    "SELECT stage, round, count(*) AS people FROM approval WHERE rollout_id = :rollout GROUP BY stage, round"
+)
 _FAILED = text(
     "SELECT a.device_id, a.attempt, a.released_at FROM assignment a WHERE a.project_id = :project"
     " AND a.to_manifest IN :manifests AND a.outcome IN :outcomes AND a.rollout_id <> :me AND NOT EXISTS (SELECT 1 FROM"

@@ -51,6 +51,7 @@ async def explain(connection: AsyncConnection, project: str, number: int, device
         {
             "revision": one.revision,
             "at": one.at,
+            "round": 2 if one.progress_before.get("promoting") else 1,
             "decisions": one.decisions,
             "known": {name: value for name, value in one.evidence.items() if name not in ("at", "taken")},
             "follows": follows(plan, one.progress_before, one.evidence, one.decisions),
@@ -61,6 +62,7 @@ async def explain(connection: AsyncConnection, project: str, number: int, device
         "number": number,
         "state": shown["state"],
         "reason": shown["reason"],
+        **{name: shown[name] for name in ("stage", "stages_total", "round", "rounds_total", "following")},
         "why_not_yet": shown["why_not_yet"],
         "gates": shown["gates"],
         "needs": _needs(plan),

@@ -34,6 +34,7 @@ from wherry_server.rollout import (
     Taken,
     Withdraw,
     ahead,
+    approval_key,
     decide,
     reach,
     takes_newcomers,
@@ -243,7 +244,11 @@ class _Fleet:
             members=self.members,
             unexposed=len(free),
             closed=len(below) - len(free),
-            approvals={str(stage): plan.approvers(stage) for stage in range(len(plan.stages))},
+            approvals={
+                approval_key(stage, number): plan.approvers(stage, number)
+                for stage in range(len(plan.stages))
+                for number in (1, 2)
+            },
             happened={gate.metric: self.happened[gate.metric] for gate in plan.gates if gate.metric in self.happened},
             unmeasured=self._unmeasured(),
             taken=self._taken(now) if plan.compared and progress.state in ACTIVE else [],

@@ -85,6 +85,8 @@ class Approval(_Strict, frozen=True, kw_only=True):
     approvers: int = 1
     stages: list[int] = msgspec.field(default_factory=lambda: [1])
     """Numbers of the stages that wait for it, from 1."""
+    rounds: list[int] = msgspec.field(default_factory=lambda: [1])
+    """In which of two rounds they do."""
     creator: bool = False
     """Whether the one who made the rollout may be one of them."""
     names: list[str] = []
@@ -123,7 +125,9 @@ def start_us(text: str) -> int:
     )
 
 
-def check(rate: Rate | None, window: Window | None, approval: Approval | None, start_at: str, stages: int) -> None:
+def check(
+    rate: Rate | None, window: Window | None, approval: Approval | None, start_at: str, stages: int, rounds: int
+) -> None:
     """Check what a plan says of pace.
 
     Raises:
@@ -140,6 +144,8 @@ def check(rate: Rate | None, window: Window | None, approval: Approval | None, s
         raise RefusedError("plan_approval", f"{approval.approvers} approvers, expected 1 to {APPROVERS_MAX}")
     if not approval.stages or not all(1 <= stage <= stages for stage in approval.stages):
         raise RefusedError("plan_approval", f"approval names stages {approval.stages}, the plan has {stages}")
+    if not approval.rounds or not all(1 <= one <= rounds for one in approval.rounds):
+        raise RefusedError("plan_approval", f"approval names rounds {approval.rounds}, the plan has {rounds}")
     if approval.names and len(set(approval.names)) < approval.approvers:
         raise RefusedError("plan_approval", f"{approval.approvers} approvers of {len(set(approval.names))} named ones")
 

@@ -176,9 +176,19 @@ class Plan(_Strict, frozen=True, kw_only=True):
         """When the first stage may begin, microseconds UTC; 0 where nothing is said."""
         return pacing.start_us(self.start_at)
 
-    def approvers(self, stage: int) -> int:
-        """Return how many people have to agree before a stage begins."""
-        return self.approval.approvers if self.approval is not None and stage + 1 in self.approval.stages else 0
+    def approvers(self, stage: int, round_: int = 1) -> int:
+        """Return how many people have to agree before a stage begins; who flips together does so in the last one."""
+        rule = self.approval
+        if rule is None or round_ not in rule.rounds:
+            return 0
+        flips = round_ == 2 and self.strategy == "blue_green"
+        asked = stage == len(self.stages) - 1 if flips else stage + 1 in rule.stages
+        return rule.approvers if asked else 0
+
+    @property
+    def rounds(self) -> int:
+        """How often devices are told: once, or first to try the candidate beside the incumbent and then to let it answer."""
+        return 2 if self.two_rounds and self.on_success != "end" else 1
 
     @property
     def tries(self) -> Mode:
@@ -366,7 +376,7 @@ def _check(plan: Plan) -> None:
         _within(getattr(plan, name), 1, SECONDS_MAX, name)
     _within(plan.priority, -PRIORITY_MAX, PRIORITY_MAX, "priority")
     _within(plan.attempt, 1, ATTEMPT_MAX, "attempt")
-    pacing.check(plan.rate, plan.window, plan.approval, plan.start_at, len(plan.stages))
+    pacing.check(plan.rate, plan.window, plan.approval, plan.start_at, len(plan.stages), plan.rounds)
     _check_trial(plan.trial)
     if plan.late_s <= plan.trial.max_s:
         raise RefusedError(

@@ -173,7 +173,7 @@ class Evidence(_Value, frozen=True, kw_only=True):
     closed: int = 0
     """Members that are free and at or below the cut-offs, and whose maintenance window is shut."""
     approvals: dict[str, int] = {}
-    """Index of a stage → people who agreed to it."""
+    """`approval_key` of a stage → people who agreed to it."""
     at: Now | None = None
     """When it was decided; written down with the decision, so that it can be made again."""
     held: int = 0
@@ -215,6 +215,11 @@ class Evidence(_Value, frozen=True, kw_only=True):
     def to_promote(self) -> int:
         """Devices that a second round has come to and that are still to be told."""
         return sum(self.unpromoted[: self.promoted_to + 1]) if self.promoted_to is not None else 0
+
+
+def approval_key(stage: int, round_: int) -> str:
+    """Return under what `Evidence.approvals` has a stage of a round."""
+    return str(stage) if round_ == 1 else f"{stage}/{round_}"
 
 
 class _Decision(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="decision"):
@@ -411,6 +416,24 @@ def takes_newcomers(plan: Plan, progress: Progress) -> bool:
     return progress.stage >= 0 and (not progress.promoting or progress.stage == len(plan.stages) - 1)
 
 
+def following(plan: Plan, progress: Progress) -> tuple[int, int] | None:
+    """Return what begins when the current stage has proved itself: the index of a stage, and its round; None: the end."""
+    last = len(plan.stages) - 1
+    if progress.stage < last:
+        return progress.stage + 1, 2 if progress.promoting else 1
+    if progress.promoting or plan.rounds == 1:
+        return None
+    return (last if plan.strategy == "blue_green" else 0), 2
+
+
+def approvable(plan: Plan, progress: Progress, stage: int, round_: int) -> bool:
+    """Tell whether the agreement of people to a stage (its index) of a round still means something."""
+    if progress.state not in ("created", "running", "paused") or not plan.approvers(stage, round_):
+        return False
+    begun = (2 if progress.promoting else 1, progress.stage)
+    return (round_, stage) > begun
+
+
 def why_not_yet(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> list[Why]:
     """Say what a rollout waits for; empty in a final state."""
     evidence = seen(progress, evidence)
@@ -427,9 +450,8 @@ def why_not_yet(plan: Plan, progress: Progress, evidence: Evidence, now: Now) ->
                 Why(code="revert_deadline", have=waited, need=plan.revert_s, unit="s"),
             ]
         case "running":
-            missing = _missing(plan, progress, evidence, now)
-            last = progress.stage == len(plan.stages) - 1 or progress.promoting
-            return missing if missing or last else _entry(plan, progress.stage + 1, evidence, now)
+            missing, coming = _missing(plan, progress, evidence, now), following(plan, progress)
+            return missing if missing or coming is None else _entry(plan, *coming, evidence, now)
         case "done" | "halted" | "aborted" | "reverted":
             return []
 
@@ -447,7 +469,7 @@ def _created(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> tu
     if evidence.command != "start":
         return progress, ()
     started = msgspec.structs.replace(progress, state="running")
-    if _entry(plan, 0, evidence, now):
+    if _entry(plan, 0, 1, evidence, now):
         return started, (Moved(state="running", reason="operator"),)
     entered, decisions = _enter_stage(plan, started, 0, evidence, now)
     return entered, (Moved(state="running", reason="operator"), *decisions)
@@ -483,7 +505,7 @@ def _running(
     plan: Plan, progress: Progress, evidence: Evidence, found: list[Verdict], now: Now
 ) -> tuple[Progress, tuple[Decision, ...]]:
     if progress.stage < 0:
-        waits = _entry(plan, 0, evidence, now)
+        waits = _entry(plan, 0, 1, evidence, now)
         return (progress, ()) if waits else _enter_stage(plan, progress, 0, evidence, now)
     progress, pace = _pace(plan, progress, evidence, now)
     missing = _missing(plan, progress, evidence, now)
@@ -500,10 +522,10 @@ def _running(
             if not plan.held_back:
                 return ended, (moved,)
             return _release(plan, ended, moved, evidence)
+        if _entry(plan, progress.stage + 1, 2 if progress.promoting else 1, evidence, now):
+            return progress, ()
         if progress.promoting:
             return _promote(plan, progress, progress.stage + 1, evidence, now)
-        if _entry(plan, progress.stage + 1, evidence, now):
-            return progress, ()
         return _enter_stage(plan, progress, progress.stage + 1, evidence, now)
     if evidence.closed or (
         pace == 0 and (evidence.unexposed or evidence.to_promote)
@@ -531,14 +553,14 @@ def _first_round_over(
     if plan.split is None:
         if plan.on_success == "end":
             return _return(progress, "reverted", "shadow_passed", "all", now, found=found)
-        return _promote(plan, progress, 0 if plan.strategy == "shadow" else len(plan.stages) - 1, evidence, now, found)
+        return _second_round(plan, progress, evidence, found, "proved_beside", now)
     verdict = split_verdict(found, plan)
     reason = f"split_{verdict}"
     then = "back" if verdict == "worse" else getattr(plan.split, verdict)
     if then == "back":
         return _return(progress, "reverted", reason, "all", now, found=found)
     if plan.two_rounds:
-        return _promote(plan, progress, 0, evidence, now, found, reason)
+        return _second_round(plan, progress, evidence, found, reason, now)
     ended = msgspec.structs.replace(progress, state="done", entered=None, proved=None, reason=reason)
     moved = Moved(state="done", reason=reason, verdicts=found)
     return (ended, (moved,)) if then == "keep" else _release(plan, ended, moved, evidence)
@@ -552,6 +574,17 @@ def _release(plan: Plan, ended: Progress, moved: Moved, evidence: Evidence) -> t
     return ended, (moved, Expose(stage=ended.stage, share=share, cut_offs=ended.cut_offs, limit=first))
 
 
+def _second_round(
+    plan: Plan, progress: Progress, evidence: Evidence, found: list[Verdict], reason: str, now: Now
+) -> tuple[Progress, tuple[Decision, ...]]:
+    """Begin to promote, if everybody agreed who is asked."""
+    coming = following(plan, progress)
+    assert coming is not None
+    if _entry(plan, *coming, evidence, now):
+        return progress, ()
+    return _promote(plan, progress, coming[0], evidence, now, found, reason)
+
+
 def _promote(
     plan: Plan,
     progress: Progress,
@@ -559,7 +592,7 @@ def _promote(
     evidence: Evidence,
     now: Now,
     found: Sequence[Verdict] = (),
-    reason: str = "proved_beside",
+    reason: str = "",
 ) -> tuple[Progress, tuple[Decision, ...]]:
     """Begin the second round, or its next stage."""
     entered = msgspec.structs.replace(
@@ -646,12 +679,12 @@ def _enter_stage(
     return entered, (Expose(stage=index, share=reach(plan, entered), cut_offs=raised, limit=limit),)
 
 
-def _entry(plan: Plan, index: int, evidence: Evidence, now: Now) -> list[Why]:
+def _entry(plan: Plan, index: int, round_: int, evidence: Evidence, now: Now) -> list[Why]:
     """Say what a stage waits for before it begins: a date, people."""
     found = []
-    if index == 0 and now.wall_us < plan.start_us:
+    if index == 0 and round_ == 1 and now.wall_us < plan.start_us:
         found.append(Why(code="start_at", need=-(-(plan.start_us - now.wall_us) // MICROSECONDS), unit="s"))
-    agreed, needed = evidence.approvals.get(str(index), 0), plan.approvers(index)
+    agreed, needed = evidence.approvals.get(approval_key(index, round_), 0), plan.approvers(index, round_)
     if agreed < needed:
         found.append(Why(code="approval", have=agreed, need=needed, unit="people"))
     return found
@@ -728,7 +761,7 @@ def _return(
 def _missing(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> list[Why]:
     """What the current stage still has to prove, most telling first; `soak` is last and stands alone at the end."""
     if progress.stage < 0:
-        return _entry(plan, 0, evidence, now)
+        return _entry(plan, 0, 1, evidence, now)
     stage = plan.stages[progress.stage]
     fresh, total = evidence.stage(progress.stage), evidence.total
     found: list[Why] = []

@@ -20,7 +20,18 @@ from wherry_server.db.tables import Approval, Assignment, Bundle, Decision, Roll
 from wherry_server.lease import boot_id
 from wherry_server.outcomes import LIVE
 from wherry_server.plan import Plan, parse_plan
-from wherry_server.rollout import Command, Evidence, Progress, State, Why, seen, verdicts, why_not_yet
+from wherry_server.rollout import (
+    Command,
+    Evidence,
+    Progress,
+    State,
+    Why,
+    approvable,
+    following,
+    seen,
+    verdicts,
+    why_not_yet,
+)
 from wherry_server.targeting import parse_selector
 from wherry_server.times import now_us
 from wherry_shared.clock import MICROSECONDS, Now
@@ -223,8 +234,10 @@ async def command(
         return await show(connection, project, number)
 
 
-async def approve(database: Database, project: str, actor: str, number: int, stage: int) -> dict[str, Any]:
-    """Agree that a stage (from 1) begins, and return the rollout. Twice is as good as once.
+async def approve(
+    database: Database, project: str, actor: str, number: int, stage: int, round_: int = 1
+) -> dict[str, Any]:
+    """Agree that a stage (from 1) of a round begins, and return the rollout. Twice is as good as once.
 
     Raises:
         RefusedError: `rollout_unknown`, `rollout_state`, `approval_pointless` or `approval_refused`.
@@ -234,10 +247,10 @@ async def approve(database: Database, project: str, actor: str, number: int, sta
         plan, progress = parse_plan(row.plan), evidence.load_progress(row.progress)
         if row.state not in APPROVABLE:
             raise RefusedError("rollout_state", f"rollout {number} is {row.state}: nothing waits for approval")
-        if not plan.approvers(stage - 1) or progress.stage >= stage - 1:
+        if not approvable(plan, progress, stage - 1, round_):
             raise RefusedError(
                 "approval_pointless",
-                f"stage {stage} of rollout {number} does not wait for approval",
+                f"stage {stage} of round {round_} of rollout {number} does not wait for approval",
                 consequence="nothing was changed",
                 next_step="see what it waits for: wherry rollout show",
             )
@@ -251,15 +264,18 @@ async def approve(database: Database, project: str, actor: str, number: int, sta
                 "approval_refused", "the plan names who may approve", next_step=f"ask {', '.join(allowed.names)[:200]}"
             )
         known = select(_APPROVAL.c.at).where(
-            _APPROVAL.c.rollout_id == row.id, _APPROVAL.c.stage == stage - 1, _APPROVAL.c.actor == actor
+            _APPROVAL.c.rollout_id == row.id,
+            _APPROVAL.c.stage == stage - 1,
+            _APPROVAL.c.round == round_,
+            _APPROVAL.c.actor == actor,
         )
         if await connection.scalar(known) is None:
             await connection.execute(
                 insert(_APPROVAL).values(
-                    rollout_id=row.id, stage=stage - 1, actor=actor, project_id=project, at=now_us()
+                    rollout_id=row.id, stage=stage - 1, round=round_, actor=actor, project_id=project, at=now_us()
                 )
             )
-            await audit.append(connection, project, actor, "rollout.approve", str(number), stage=stage)
+            await audit.append(connection, project, actor, "rollout.approve", str(number), stage=stage, round=round_)
     async with database.read() as connection:
         return await show(connection, project, number)
 
@@ -398,6 +414,7 @@ async def show(
         "closed": found.closed,
         "counts": tallies,
         "outcomes": details,
+        "following": _following(plan, progress),
         "gates": msgspec.to_builtins(verdicts(plan, seen(progress, found), progress.compared)),
         "why_not_yet": msgspec.to_builtins(waits),
     }
@@ -454,6 +471,13 @@ def _here(now: int) -> Now:
     return Now(boot_id(), time.monotonic_ns() // 1_000_000, now / MICROSECONDS)
 
 
+def _following(plan: Plan, progress: Progress) -> dict[str, int] | None:
+    coming = following(plan, progress) if progress.state in APPROVABLE else None
+    if coming is None:
+        return None
+    return {"stage": coming[0] + 1, "round": coming[1], "approvers": plan.approvers(*coming)}
+
+
 def _stage_state(index: int, progress: Progress) -> str:
     if index > progress.stage:
         return "ahead"
@@ -490,6 +514,8 @@ def _summary(row: Any) -> dict[str, Any]:
         "wanted": row.wanted,
         "stage": progress.get("stage", -1),
         "stages_total": len(plan["stages"]),
+        "round": 2 if progress.get("promoting") else 1,
+        "rounds_total": msgspec.convert(plan, Plan).rounds,
         "priority": row.priority,
         "revision": row.revision,
         "created_at": row.created_at,

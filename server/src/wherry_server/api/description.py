@@ -50,7 +50,7 @@ BODIES: dict[str, dict[str, Any]] = {
         "devices": 1000,
         "outcomes": {"failed": 0.05, "settle_s": 120},
     },
-    "approve_rollout": {"stage": 2},
+    "approve_rollout": {"stage": 2, "round": 1},
     "release_device": {"device": "bench-1", "model": "file-type"},
     "clear_hardware": {"manifest": "sha256:" + "0" * 64, "hardware_class": "x86_64/onnxruntime"},
     "create_cohort": {"name": "berlin", "selector": "label.site = berlin"},

@@ -19,9 +19,10 @@ Number = Annotated[int, Path(ge=1, le=1 << 53)]
 
 
 class ApprovalWish(BaseModel):
-    """The stage that may begin, from 1."""
+    """The stage that may begin, from 1, and in which round."""
 
     stage: Annotated[int, Field(ge=1, le=1000)] = 1
+    round: Annotated[int, Field(ge=1, le=2)] = 1
 
 
 class Rollback(BaseModel):
@@ -113,8 +114,8 @@ async def approve_rollout(
     """Agree that a stage begins; how many people have to is the plan's."""
     async with services.database.read() as connection:
         approver.check("approve", await scopes.of_rollout(connection, services.project, number))
-    actor = approver.actor
-    return shaped(RolloutDetail, await rollouts.approve(services.database, services.project, actor, number, wish.stage))
+    found = await rollouts.approve(services.database, services.project, approver.actor, number, wish.stage, wish.round)
+    return shaped(RolloutDetail, found)
 
 
 @router.post("/rollouts/{number}/{command}", status_code=202)

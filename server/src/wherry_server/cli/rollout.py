@@ -50,7 +50,7 @@ WAITS = {
     "paused": "it is paused: wherry rollout resume",
     "no_devices": "no device of the cohort is exposed yet",
     "start_at": "seconds until its date",
-    "approval": "people who agreed that the next stage begins: wherry rollout approve",
+    "approval": "people who agreed that what comes next begins: wherry rollout approve",
     "window": "devices are exposed, the others' maintenance windows are shut",
     "held": "the devices are in quarantine, held by another rollout, or the bundle is known to be bad on their hardware",
     "exposing": "devices are being exposed",
@@ -243,7 +243,9 @@ def explain(
     found = client().plain(calls.explain_rollout(number, device or ""))
 
     def render(out: Console) -> None:
-        out.print(f"rollout {number} is {found['state']}" + (f" ({found['reason']})" if found["reason"] else ""))
+        reason = f" ({found['reason']})" if found["reason"] else ""
+        where = f", stage {found['stage'] + 1}/{found['stages_total']}" if found["stage"] >= 0 else ""
+        out.print(f"rollout {number} is {found['state']}{reason}{_round(found) and ',' + _round(found)}{where}")
         for why in found["why_not_yet"]:
             out.print(f"waits: {_why(why)}", markup=False)
         for gate in found["gates"]:
@@ -333,11 +335,19 @@ def _command(name: calls.Command, help_text: str, typed: str = "") -> None:
 
 @app.command()
 def approve(
-    number: Number, stage: Annotated[int, typer.Option(help="The stage that may begin.")] = 1, as_json: AsJson = False
+    number: Number,
+    stage: Annotated[int | None, typer.Option(help="The stage that may begin; the next one unless told.")] = None,
+    round_: Annotated[int | None, typer.Option("--round", help="Its round, 1 or 2.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Agree that a stage begins, where the plan asks for approval."""
-    found = client().plain(calls.approve_rollout(number, stage))
-    show(found, as_json, lambda out: out.print(f"rollout {number}: stage {stage} is approved (now {found['state']})"))
+    with client() as server:
+        coming = server.send(calls.show_rollout(number)).following if stage is None else None
+        if coming is not None:
+            stage, round_ = coming.stage, round_ or coming.round
+        found = server.plain(calls.approve_rollout(number, stage or 1, round_ or 1))
+    what = f"stage {stage or 1}" + (f" of round {round_ or 1}" if found["rounds_total"] > 1 else "")
+    show(found, as_json, lambda out: out.print(f"rollout {number}: {what} is approved (now {found['state']})"))
 
 
 _command("start", "Start a rollout.")
@@ -400,6 +410,7 @@ def progress_view(found: dict[str, Any], width: int) -> RenderableType:
         (f"rollout {found['number']}", "bold"),
         f"  {found['model']}:{found['version']} for {found['cohort'] or found['selector']}  ",
         (found["state"], "bold green" if found["state"] == "done" else "bold"),
+        _round(found),
         f" ({found['reason']})" if found["reason"] else "",
     )
     rows: list[list[Any]] = []
@@ -516,6 +527,11 @@ def _size(stage: dict[str, Any]) -> str:
     return f"{stage['share']:.4g}".rstrip() if stage["share"] < 0.0001 else f"{stage['share'] * 100:g} %"
 
 
+def _round(found: dict[str, Any]) -> str:
+    """Name the round of a rollout that has two."""
+    return f" round {found['round']}/2" if found["rounds_total"] > 1 else ""
+
+
 def _line(found: dict[str, Any]) -> str:
     counts = {
         name: found["counts"]["real"][name] + found["counts"]["simulated"][name] for name in found["counts"]["real"]
@@ -525,6 +541,6 @@ def _line(found: dict[str, Any]) -> str:
     waits = "; ".join(_why(why) for why in found["why_not_yet"])
     return (
         f"rollout {found['number']} {found['model']}:{found['version']} {found['state']}{reason}"
-        f" stage {found['stage'] + 1}/{found['stages_total']}: {said or 'nobody exposed'}"
+        f"{_round(found)} stage {found['stage'] + 1}/{found['stages_total']}: {said or 'nobody exposed'}"
         f"{f'; waits: {waits}' if waits else ''}"
     )

@@ -84,9 +84,10 @@ def change_webhook(
 ) -> None:
     """Give a webhook another address or other types; its secret stays."""
     with client() as server:
-        known, tag = server.tagged(calls.show_webhook(name))
-        wish = calls.change_webhook(name, url or known.url, event or known.types, if_match or tag)
-        made = server.plain(wish)
+        if not (url and event):  # what is not said stays, if it still is
+            known, tag = server.tagged(calls.show_webhook(name))
+            url, event, if_match = url or known.url, event or known.types, if_match or tag
+        made = server.plain(calls.change_webhook(name, url, event, if_match))
     show(made, as_json, lambda console: console.print(f"webhook {name} is changed"))
 
 

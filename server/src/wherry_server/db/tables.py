@@ -395,6 +395,7 @@ class Approval(SQLModel, table=True):
     __tablename__ = "approval"
     rollout_id: str = Field(primary_key=True)
     stage: int = Field(primary_key=True)
+    round: int = Field(default=1, sa_column=Column(Integer, primary_key=True, server_default="1"))
     actor: str = Field(primary_key=True)
     project_id: str
     at: int = _time()
