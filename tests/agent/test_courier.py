@@ -134,8 +134,8 @@ class Device:
             "current": self.trust.current,
         }
 
-    def refresh(self, **arguments) -> CourierAnswer:
-        return self.run(Refresh(**self.common()), **arguments)
+    def refresh(self, *, watched: dict[str, list[str]] | None = None, **arguments) -> CourierAnswer:
+        return self.run(Refresh(**self.common(), watched=watched or {}), **arguments)
 
     def verify(self, envelope: bytes, **arguments) -> CourierAnswer:
         task = Verify(**self.common(), device=self.id, project="default", envelope=base64.b64encode(envelope).decode())
@@ -490,6 +490,14 @@ def test_floor_and_revocation_of_the_publisher_are_obeyed(device, server, key, t
     assert reason(said("1.0.0")) == reasons.BELOW_FLOOR
     assert reason(said("1.1.0")) == reasons.REVOKED
     assert isinstance(said("1.2.0"), Resolved)
+    with server.remote() as remote:
+        set_policy(remote, key, "guarded", revoked={manifests["1.0.0"]: "stop", manifests["1.1.0"]: "replace"})
+    answer = device.refresh(watched={"guarded": list(manifests.values()), MODEL: [manifests["1.0.0"]], "unknown": []})
+    assert isinstance(answer, Refreshed)
+    assert {(one.model, one.manifest, one.effect) for one in answer.revoked} == {
+        ("guarded", manifests["1.0.0"], "stop"),
+        ("guarded", manifests["1.1.0"], "replace"),
+    }
 
 
 def test_a_mirror_that_lies_is_dropped_and_the_server_asked(device: Device, server: RunningServer, bundle: Path):

@@ -100,6 +100,8 @@ class Refresh(_Message, tag="refresh", frozen=True, kw_only=True):
     """Role → version below which a set is refused."""
     current: int = 0
     """The `trust/N` to start from; 0: only the immutable root v1."""
+    watched: dict[str, list[str]] = {}
+    """Model → manifests that are here: whether their publishers revoked them."""
 
 
 class Verify(_Message, tag="verify", frozen=True, kw_only=True):
@@ -197,10 +199,19 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     changed: bool = False
 
 
+class Revoked(msgspec.Struct, frozen=True, kw_only=True):
+    """A publisher's word about a version that is here."""
+
+    model: str
+    manifest: str
+    effect: Literal["replace", "stop"]
+
+
 class Refreshed(_Message, tag="refreshed", frozen=True, kw_only=True):
     """Metadata are up to date."""
 
     trust: Trust
+    revoked: list[Revoked] = []
 
 
 class Verified(_Message, tag="verified", frozen=True, kw_only=True):

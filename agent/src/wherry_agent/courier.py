@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -36,6 +36,7 @@ from wherry_agent.children import (
     Renew,
     Resolve,
     Resolved,
+    Revoked,
     Scrub,
     Verified,
     Verify,
@@ -143,7 +144,20 @@ def _refresh(task: Refresh, disk: Disk, wall_us: int) -> Refreshed:
     keeper = _keeper(task, disk, wall_us)
     with keeper.online() as session:
         session.director_keys()
-        return Refreshed(trust=keeper.commit(session))
+        said = [found for model, manifests in task.watched.items() for found in _revoked(session, model, manifests)]
+        return Refreshed(trust=keeper.commit(session), revoked=said)
+
+
+def _revoked(session: Session, model: str, manifests: list[str]) -> Iterator[Revoked]:
+    """Ask the policy of a model about versions; one that cannot be had says nothing, and installs nothing either."""
+    try:
+        policy = session.policy(model)
+    except RefusedError as error:
+        log.warning("the policy of %s cannot be read: %s", model, error)
+        return
+    for manifest in manifests:
+        if manifest in policy.revoked:
+            yield Revoked(model=model, manifest=manifest, effect="stop" if manifest in policy.stop else "replace")
 
 
 def _verify(task: Verify, disk: Disk, wall_us: int) -> Verified:

@@ -37,6 +37,7 @@ from wherry_agent import (
     identity,
     machine,
     readings,
+    revoking,
     sampling,
     shelter,
     status,
@@ -1043,16 +1044,22 @@ class Daemon:
     def _refresh_by_courier(self, etag: str) -> None:
         current, floors, time_floor_us = self._known()
         task = children.Refresh(
-            home=self._settings.home, server=self._server, time_floor_us=time_floor_us, floors=floors, current=current
+            home=self._settings.home,
+            server=self._server,
+            time_floor_us=time_floor_us,
+            floors=floors,
+            current=current,
+            watched=revoking.watched(self._state),
         )
 
         def done(answer: children.CourierAnswer) -> None:
             self._tell_of_disk(answer)
             if isinstance(answer, children.Refreshed):
+                revoked = tuple(s.Revocation(one.model, one.manifest, one.effect) for one in answer.revoked)
                 now_us = self._now().wall_us
                 self._etag = etag
                 self._courier_until_us = now_us + (answer.trust.expires_at - now_us) // 2
-                self._turn(s.Refreshed(answer.trust))
+                self._turn(s.Refreshed(answer.trust, revoked))
                 if answer.trust.changed:
                     self._say_hello()  # an offer that could not be verified before comes again
             else:

@@ -31,7 +31,7 @@ from typing import assert_never
 
 import msgspec
 
-from wherry_agent import health, mending, upgrades
+from wherry_agent import health, mending, revoking, upgrades
 from wherry_agent.children import Candidate, Loadable, Ran
 from wherry_agent.contracts import broken_by
 from wherry_agent.state import (
@@ -172,6 +172,7 @@ def step(state: State, event: Event, now: Now) -> tuple[State, tuple[Effect, ...
         case Refreshed():
             turn.adopt_trust(event.trust)
             turn.refreshed()
+            revoking.revoked(turn, event)
         case RefreshFailed():
             turn.refresh_failed(event.reason)
         case WorkerReady():

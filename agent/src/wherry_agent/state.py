@@ -492,10 +492,20 @@ class Offered:
 
 
 @dataclass(frozen=True, slots=True)
+class Revocation:
+    """A publisher's word about a version that this device has."""
+
+    model: str
+    manifest: str
+    effect: Literal["replace", "stop"]
+
+
+@dataclass(frozen=True, slots=True)
 class Refreshed:
-    """Trust is up to date."""
+    """Trust is up to date; `revoked` is what publishers say of versions that are here."""
 
     trust: Trust
+    revoked: tuple[Revocation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,9 @@ class Policy:
 
     floor: str = ""
     revoked: frozenset[str] = frozenset()
+    """Manifests that nobody is to install."""
+    stop: frozenset[str] = frozenset()
+    """Those of them that are not to serve any more either."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,8 @@ class Session:
         digests = [entry.get("digest") if isinstance(entry, dict) else None for entry in revoked]
         if not all(isinstance(digest, str) and is_digest(digest) for digest in digests):
             raise RefusedError(reasons.TRUST_INVALID, f"the policy of {model} revokes something unreadable")
-        return Policy(floor, frozenset(str(digest) for digest in digests))
+        stop = frozenset(str(entry["digest"]) for entry in revoked if entry.get("effect") == "stop")
+        return Policy(floor, frozenset(str(digest) for digest in digests), stop)
 
     def director_keys(self) -> dict[str, str]:
         """Return key id → PEM of the keys that may sign offers.

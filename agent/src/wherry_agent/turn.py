@@ -735,7 +735,11 @@ class Turn:
         detail = detail[:REPORT_DETAIL_CHARS_MAX]
         back, ended = slot.last_good, slot.phase
         phase = Idle() if back is not None else Safe(reason, detail)
-        held = Held(incumbent, Since.at(self.now), HELD_RETRY_MIN_MS) if back is None and over else None
+        held = (
+            Held(incumbent, Since.at(self.now), HELD_RETRY_MIN_MS)
+            if back is None and over and reason not in WITHDRAWN
+            else None
+        )
         self.put(
             name,
             replace(slot, incumbent=back, last_good=None, phase=phase, ends=ends, settled=None, faults=0, held=held),

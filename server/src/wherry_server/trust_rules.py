@@ -30,8 +30,8 @@ BITS_DEFAULT = 5
 BITS_MAX = 8
 VERSION_STEP_MAX = 10_000
 """A publish steps by one; after a restore from a backup publishers submit again what they kept, which is further on."""
-EFFECTS = frozenset({"replace"})
-"""What a revocation does. `stop`, which would end what already serves, is refused until devices act on it."""
+EFFECTS = frozenset({"replace", "stop"})
+"""What a revocation does: nobody installs it any more; with `stop` nobody serves it any more either."""
 REVOKED_MAX = 1000
 
 
@@ -194,13 +194,6 @@ def check_policy(path: str, target: TargetFile) -> None:
     if floor:
         ids.parse_version(floor)
     for entry in revoked:
-        if isinstance(entry, dict) and entry.get("effect") == "stop":
-            raise RefusedError(
-                "unsupported",
-                f"{path} revokes with effect stop, which devices of this release do not act on",
-                consequence="the policy was not accepted",
-                next_step="revoke with effect replace, and release a version that replaces the bad one",
-            )
         if (
             not isinstance(entry, dict)
             or not is_digest(str(entry.get("digest", "")))

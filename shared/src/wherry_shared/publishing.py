@@ -117,7 +117,7 @@ def set_policy(
         key: the publisher's.
         model: whose policy.
         floor: lowest version that devices may run; empty for none.
-        revoked: manifest digest → `replace`; `stop` is refused by servers of this release.
+        revoked: manifest digest → `replace` (nobody installs it) or `stop` (nobody serves it any more either).
 
     Returns:
         The version of the publisher role that says so.

@@ -70,7 +70,8 @@ def set_model_policy(
     model: Annotated[str, typer.Argument(help="Model whose policy this is.")],
     floor: Annotated[str, typer.Option(help="Lowest version that devices may run; empty: none.")] = "",
     revoke: Annotated[
-        list[str] | None, typer.Option(help="Manifest digest that no device may install any more.")
+        list[str] | None,
+        typer.Option(help="Manifest digest that no device may install any more; DIGEST=stop: nor serve."),
     ] = None,
     key: KeyFile = None,
     as_json: AsJson = False,
