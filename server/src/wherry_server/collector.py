@@ -3,13 +3,16 @@
 Back-pressure is end to end: a device keeps at most 20 messages on the way and drops none before its acknowledgement, so
 what does not fit into the queue here is left out, counted, and comes again. A batch that the database does not take now
 waits and is tried again; one that it will never take is divided until the one bad message stands alone.
+
+A device that sends without end takes its own share only, by its name in the topic, which a guarded broker vouches for.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable
 
 from wherry_server.db.database import DATABASE_ERRORS, transient
@@ -24,6 +27,9 @@ BATCH_MAX = 2_000
 BATCH_S = 0.025
 """How long the first message of a batch waits for others."""
 QUEUE_MAX = 50_000
+DEVICE_WINDOW_S = 10.0
+DEVICE_MESSAGES_MAX = 2_000
+"""Of one device in that time: ten times what one that was away for long has to say at its fastest."""
 RETRY_MIN_S = 0.1
 RETRY_MAX_S = 5.0
 
@@ -34,13 +40,21 @@ class Collector:
     """A bounded queue in front of `Ingest`."""
 
     def __init__(
-        self, ingest: Ingest, acknowledge: Callable[[str, bytes], None], stored: Callable[[Stored], None]
+        self,
+        ingest: Ingest,
+        acknowledge: Callable[[str, bytes], None],
+        stored: Callable[[Stored], None],
+        clear: Callable[[str], None] = lambda _topic: None,
     ) -> None:
+        """Prepare; `clear` is told topics that nobody uses, where a device may have had the broker keep something."""
         self._ingest = ingest
         self._acknowledge = acknowledge
         self._stored = stored
         self._queue: deque[Message] = deque()
+        self._clear = clear
         self._filled = asyncio.Event()
+        self._sent: Counter[str] = Counter()
+        self._window_s = time.monotonic()
 
     def received(self, topic: str, payload: bytes) -> None:
         """Take a message from the broker; never raises."""
@@ -51,9 +65,22 @@ class Collector:
             device, kind = topics.parse_up(topic)
         except RefusedError as error:
             self._ingest.refuse(error.code, now_us(), error.message)
+            if payload:  # an empty one is what clears
+                self._clear(topic)
+            return
+        if not self._within_share(device):
+            self._ingest.refuse("device_rate", now_us(), f"{device} sends more than anybody has to say")
             return
         self._queue.append((kind, device, payload))
         self._filled.set()
+
+    def _within_share(self, device: str) -> bool:
+        now = time.monotonic()
+        if now - self._window_s >= DEVICE_WINDOW_S:
+            self._sent.clear()
+            self._window_s = now
+        self._sent[device] += 1
+        return self._sent[device] <= DEVICE_MESSAGES_MAX
 
     async def run(self) -> None:
         """Store batches until cancelled."""

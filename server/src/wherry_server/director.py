@@ -15,10 +15,12 @@ import httpx
 import uvloop
 from sqlalchemy import text
 
-from wherry_server import retention
+from wherry_server import retention, revocation
+from wherry_server.broker_link import open_link
 from wherry_server.collector import Collector
 from wherry_server.conductor import Conductor
 from wherry_server.db.database import DATABASE_ERRORS
+from wherry_server.doorkeeper import Doorkeeper
 from wherry_server.ingest import KINDS, LOGS_FOR_US, Ingest, Stored
 from wherry_server.jobs import collect_rarely, every, for_ever, stop_on_signals, until_stopped
 from wherry_server.lease import RENEW_S, Lease
@@ -39,6 +41,8 @@ FORGET_S = 600.0
 """Old telemetry and reports are looked for this often."""
 WEBHOOKS_S = 1.0
 """What happened is looked for this often, to tell it."""
+DOORS_S = 0.5
+"""Devices that were shut out are looked for this often."""
 LOGS_S = 2.0
 """An open request for logs is repeated this often to devices that have nothing to say."""
 
@@ -62,13 +66,9 @@ class Process:
         limits = httpx.Limits(max_connections=UNDER_WAY_MAX)
         http = httpx.AsyncClient(timeout=ANSWER_S, limits=limits, trust_env=False)
         postman = Postman(services.database, services.project, services.master_key, http)
-        link = Link(
-            services.settings.broker_host,
-            services.settings.broker_port,
-            name="director",
-            filters=[topics.ingest_filter(kind) for kind in (("hello",) if separate else KINDS)],
-        )
-        collector = Collector(ingest, link.publish, conductor.stored)
+        heard = [topics.ingest_filter(kind) for kind in (("hello",) if separate else KINDS)]
+        link = open_link(services.settings, "director", heard)
+        collector = Collector(ingest, link.publish, conductor.stored, link.clear)
 
         def hello(topic: str, payload: bytes) -> None:
             """Answer a hello that others store."""
@@ -101,6 +101,8 @@ class Process:
         async def forget() -> None:
             if lease.epoch:
                 await retention.forget(services.database, services.project, services.settings)
+                async with services.database.write() as connection:
+                    await revocation.forget(connection)
 
         await every(0, hold, once=True)
         log.info("directing project %s", services.project)
@@ -115,6 +117,13 @@ class Process:
             "forget": every(FORGET_S, forget),
             "logs": every(LOGS_S, ask_logs),
         }
+        if services.settings.broker_tls:
+            doorkeeper = Doorkeeper(services)
+
+            async def watch_doors() -> None:
+                await doorkeeper.turn(leading=bool(lease.epoch))
+
+            jobs["doors"] = every(DOORS_S, watch_doors)
         if not separate:
             jobs["ingest"] = for_ever(collector.run)
         try:

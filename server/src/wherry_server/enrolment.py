@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server import audit
+from wherry_server import audit, revocation
 from wherry_server.auth import DAY_US, DeviceIdentity, hash_secret
 from wherry_server.db.tables import Device, EnrolmentToken, table
 from wherry_server.hellos import facts_to_keep
@@ -164,6 +164,7 @@ async def enrol(services: Services, request: wire.EnrolRequest) -> wire.EnrolAns
                 consequence="this device was not enrolled",
                 next_step=f"give it another name (wherry-agent run --name), or: wherry device decommission {request.name}",
             )
+        await revocation.note(connection, services.project, device, issued)
         await audit.append(
             connection,
             services.project,
@@ -183,6 +184,7 @@ async def enrol(services: Services, request: wire.EnrolRequest) -> wire.EnrolAns
         mac_key=base64.b64encode(device_key(services.master_key, device)).decode(),
         broker_host=services.settings.broker_host,
         broker_port=services.settings.broker_port,
+        broker_tls=services.settings.broker_tls,
         tuf_path=f"/tuf/{services.project}",
     )
 
@@ -221,6 +223,7 @@ async def renew(services: Services, device: DeviceIdentity, request: wire.RenewR
                 consequence="no certificate was issued",
                 next_step="enrol it again with a new token",
             )
+        await revocation.note(connection, services.project, device.id, issued)
         await audit.append(
             connection,
             services.project,

@@ -9,6 +9,7 @@ import msgspec
 from sqlalchemy import ColumnElement, and_, case, exists, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from wherry_server import revocation
 from wherry_server.db.tables import (
     Assignment,
     Bundle,
@@ -280,6 +281,7 @@ async def end_device(
     if state == "decommissioned" and row.state != "decommissioned":
         values["name"] = f"{row.name}~{row.id}"
     await connection.execute(update(_devices).where(_devices.c.id == row.id).values(values))
+    await revocation.shut_out(connection, project, row.id)
     await connection.execute(
         update(_assignments)
         .where(_assignments.c.device_id == row.id, _assignments.c.outcome.in_(AWAITED))

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import uvloop
 
+from wherry_server.broker_link import open_link
 from wherry_server.collector import Collector
 from wherry_server.ingest import Ingest, Kind
 from wherry_server.jobs import collect_rarely, for_ever, stop_on_signals, until_stopped
-from wherry_server.mqtt import Link
 from wherry_server.services import open_services
 from wherry_server.settings import Settings
 from wherry_shared import topics
@@ -80,9 +80,9 @@ def run(settings: Settings, part: Part) -> None:
     async def main() -> None:
         stopping = asyncio.Event()
         stop_on_signals(stopping)
-        link = Link(settings.broker_host, settings.broker_port, name="ingest", filters=part.filters())
+        link = open_link(settings, "ingest", part.filters())
         ingest = Ingest(services.database, services.master_key, services.project)
-        collector = Collector(ingest, link.publish, lambda _stored: None)
+        collector = Collector(ingest, link.publish, lambda _stored: None, link.clear)
         link.on_message = collector.received
         log.info("storing part %d of %d of project %s", part.number, part.of, services.project)
         try:

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import random
 import secrets
+import ssl
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,10 +66,13 @@ class Link:
         *,
         name: str,
         filters: Sequence[str] = (),
+        context: Callable[[], ssl.SSLContext] | None = None,
     ) -> None:
+        """Prepare; `context`, if the broker speaks TLS, is made anew for each connection."""
         self._address = (host, port)
         self._name = name
         self._filters = filters
+        self._context = context
         self.on_message: Callable[[str, bytes], None] = lambda _topic, _payload: None
         """Called with topic and payload; set before `run`."""
         self.on_connect: Callable[[], None] = lambda: None
@@ -100,6 +104,11 @@ class Link:
         if self.connected.is_set():
             self._client.publish(topic, payload, qos=0)
 
+    def clear(self, topic: str) -> None:
+        """Have the broker forget what it keeps of a topic; without a connection nothing happens."""
+        if self.connected.is_set():
+            self._client.publish(topic, b"", qos=0, retain=True)
+
     def publish_retained(self, topic: str, payload: bytes) -> asyncio.Future[None]:
         """Publish retained with QoS 1; the future is done when the broker has it.
 
@@ -128,7 +137,8 @@ class Link:
         client.on_subscribe = lambda *_: granted.set()
         self._client = client
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            await client.connect(*self._address, version=MQTTv311, keepalive=KEEPALIVE_S)
+            context = self._context() if self._context is not None else False
+            await client.connect(*self._address, ssl=context, version=MQTTv311, keepalive=KEEPALIVE_S)
             if self._filters:
                 client.subscribe([Subscription(name, qos=1) for name in self._filters])
                 await granted.wait()

@@ -18,6 +18,7 @@ from wherry_shared.ids import check_name
 
 DEFAULT_PORT = 8400
 DEFAULT_BROKER_PORT = 8401
+DEFAULT_BROKER_SERVER_PORT = 8402
 FILE = "settings.json"
 CERTIFICATE_DAYS_MAX = 3650
 PRESIGN_S_MAX = 3600
@@ -34,6 +35,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     broker_host: str = "127.0.0.1"
     """Where devices, director and ingest find the broker."""
     broker_port: int = DEFAULT_BROKER_PORT
+    broker_tls: bool = False
+    """Whether the broker asks for certificates: devices come to `broker_port` with theirs, the roles of the server to
+    `broker_server_port` with one that they make themselves (`wherry broker config` writes such a broker's configuration)."""
+    broker_server_host: str = "127.0.0.1"
+    broker_server_port: int = DEFAULT_BROKER_SERVER_PORT
+    broker_reload: list[str] = []
+    """Command that has the broker read its list of revoked certificates again; empty: SIGHUP to the process that its
+    `mosquitto.pid` names."""
     project: str = "default"
     database: str = ""
     """SQLAlchemy URL; empty: SQLite in the data folder."""
@@ -102,6 +111,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def keys_folder(self) -> Path:
         """Secrets of the server: device CA, master key of frames. Mode 0700."""
         return self.data / "keys"
+
+    @property
+    def broker_folder(self) -> Path:
+        """What the broker reads: configuration, access rules, certificates, revoked certificates."""
+        return self.data / "broker"
 
     @property
     def master_key_file(self) -> Path:

@@ -13,6 +13,7 @@ from wherry_server.cli import (
     apply,
     audit,
     blobs,
+    broker,
     bundle,
     cohort,
     deploy,
@@ -62,7 +63,7 @@ def root(
 
 for alone in (serve.commands, doctor.commands, deploy.commands, fleet.commands, audit.commands, apply.commands):
     app.registered_commands.extend(alone.registered_commands)
-for group in (bundle, blobs, model, device, cohort, rollout, flag, quarantine, token, trust, audit, webhook):
+for group in (bundle, blobs, model, device, cohort, rollout, flag, quarantine, token, trust, audit, broker, webhook):
     app.add_typer(group.app)
 
 

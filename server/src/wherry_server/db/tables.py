@@ -129,6 +129,28 @@ class Device(SQLModel, table=True):
     """Label `simulated=true` at enrolment: counted apart everywhere."""
 
 
+class DeviceCertificate(SQLModel, table=True):
+    """A certificate that was issued to a device, until it expires."""
+
+    __tablename__ = "device_certificate"
+    serial: str = Field(primary_key=True)
+    """In hex."""
+    project_id: str
+    device_id: str = Field(index=True)
+    issued_at: int = _time()
+    expires_at: int = _time()
+    revoked_at: int = _time(default=0)
+
+
+class SessionCut(SQLModel, table=True):
+    """A device whose session at the broker is to be ended."""
+
+    __tablename__ = "session_cut"
+    device_id: str = Field(primary_key=True)
+    project_id: str
+    asked_at: int = _time()
+
+
 class DeviceModel(SQLModel, table=True):
     """The current word of a device about one model: the newest report by (epoch known, seq)."""
 

@@ -1,0 +1,60 @@
+"""Shutting devices out of the API, at once, and noting what the broker has to be told.
+
+The API asks the database who is active. The broker asks a list of revoked certificates, so every certificate is known
+until it expires; `doorkeeper` writes the list and ends sessions that are open.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import delete, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from wherry_server.db.tables import DeviceCertificate, SessionCut, table
+from wherry_server.identity import Issued
+from wherry_server.times import now_us
+
+DAY_US = 86_400 * 1_000_000
+
+_certificates = table(DeviceCertificate)
+_cuts = table(SessionCut)
+
+
+async def note(connection: AsyncConnection, project: str, device: str, issued: Issued) -> None:
+    """Remember a certificate that was issued."""
+    await connection.execute(
+        insert(_certificates).values(
+            serial=issued.serial,
+            project_id=project,
+            device_id=device,
+            issued_at=now_us(),
+            expires_at=issued.expires_at,
+            revoked_at=0,
+        )
+    )
+
+
+async def shut_out(connection: AsyncConnection, project: str, device: str) -> None:
+    """Revoke all certificates of a device and have its session at the broker ended."""
+    now = now_us()
+    await connection.execute(
+        update(_certificates)
+        .where(_certificates.c.device_id == device, _certificates.c.expires_at > now, _certificates.c.revoked_at == 0)
+        .values(revoked_at=now)
+    )
+    await connection.execute(delete(_cuts).where(_cuts.c.device_id == device))
+    await connection.execute(insert(_cuts).values(device_id=device, project_id=project, asked_at=now))
+
+
+async def revoked(connection: AsyncConnection) -> list[tuple[str, int]]:
+    """Return the certificates that would still be good if they were not revoked: (serial, when), of all projects."""
+    rows = await connection.execute(
+        select(_certificates.c.serial, _certificates.c.revoked_at)
+        .where(_certificates.c.revoked_at > 0, _certificates.c.expires_at > now_us())
+        .order_by(_certificates.c.serial)
+    )
+    return [(row.serial, row.revoked_at) for row in rows]
+
+
+async def forget(connection: AsyncConnection) -> None:
+    """Forget certificates that expired."""
+    await connection.execute(delete(_certificates).where(_certificates.c.expires_at < now_us() - DAY_US))

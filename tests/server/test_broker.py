@@ -1,0 +1,170 @@
+"""What a thief at the broker gets: a real mosquitto as `wherry broker config` writes it, and devices that misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import msgspec
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from paho.mqtt.enums import MQTTProtocolVersion
+
+from tests.broker_kit import Guarded, Member, down, guarded, up
+from tests.server.harness import csr, until
+from wherry_server.doorkeeper import Doorkeeper
+from wherry_shared import wire
+
+pytestmark = pytest.mark.services
+TLS = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    with guarded(tmp_path_factory.mktemp("broker")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def pair(site: Guarded) -> tuple[Member, Member]:
+    return site.device("thief"), site.device("victim")
+
+
+def test_a_device_reads_its_own_topics_whatever_it_subscribes_to(site: Guarded, pair: tuple[Member, Member]) -> None:
+    thief, victim = pair
+    role = site.role()
+    role.publish(down(victim, "offer"), b"kept for the victim", retain=True)
+    ear = site.let_in(thief.pair, thief.id)
+    tricks = ["#", "+/#", "w1/#", "w1/+/offer", "w1/+/+/report", down(victim, "offer"), down(victim, "ack")]
+    tricks += [f"$share/group/{down(victim, 'offer')}", "$share/group/w1/#", "$SYS/#", f"w1/{victim.id}/#"]
+    ear.subscribe(*tricks, down(thief, "offer"))
+    fellow = site.let_in(victim.pair, victim.id)
+    fellow.publish(up(victim, "report"), b"what the victim says")
+    role.publish(down(victim, "offer"), b"for the victim", retain=True)
+    role.publish(down(victim, "ack"), b"for the victim")
+    role.publish(down(thief, "offer"), b"for the thief")
+    role.publish(
+        down(thief, "ack"), b"the end"
+    )  # everything before it was delivered by then, one connection, one order
+    found: set[tuple[str, bytes]] = set()
+    until(lambda: found.update(ear.all_heard()) or any(payload == b"the end" for _, payload in found))
+    assert found == {(down(thief, "offer"), b"for the thief"), (down(thief, "ack"), b"the end")}
+    for client in (role, ear, fellow):
+        client.close()
+
+
+def test_a_device_writes_its_own_reports_only(site: Guarded, pair: tuple[Member, Member]) -> None:
+    thief, victim = pair
+    role = site.role()
+    role.subscribe("w1/#", "#")
+    hand = site.let_in(thief.pair, thief.id, will=(up(victim, "report"), b"forged by will"))
+    for topic in (up(victim, "report"), up(victim, "hello"), down(victim, "offer"), down(victim, "ack")):
+        hand.publish(topic, b"forged")
+        hand.publish(topic, b"forged and kept", retain=True)
+    for topic in (down(thief, "offer"), down(thief, "ack"), f"w1/{thief.id}/report", f"w2/aa/{thief.id}/report", "any"):
+        hand.publish(topic, b"forged")
+    hand.client.socket().shutdown(2)  # without a goodbye: the broker publishes the will, if it may
+    hand.ends.get(timeout=20)
+    hand = site.let_in(thief.pair, thief.id)
+    hand.publish(up(thief, "report"), b"the end")
+    assert role.hear() == (up(thief, "report"), b"the end")
+    hand.close()
+    role.close()
+
+
+def test_the_client_id_is_the_certificates_name(site: Guarded, pair: tuple[Member, Member]) -> None:
+    thief, victim = pair
+    fellow = site.let_in(victim.pair, victim.id)
+    for version in (MQTTProtocolVersion.MQTTv311, MQTTProtocolVersion.MQTTv5):
+        hand = site.let_in(thief.pair, victim.id, version=version)  # claims the victim's id, to end its session
+        hand.publish(up(thief, "report"), b"still the thief")
+        hand.close()
+    fellow.publish(up(victim, "report"), b"still here")
+    assert fellow.ends.empty()
+    fellow.close()
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion")  # that they are old is why they are tried
+def test_nobody_gets_in_without_a_certificate_of_the_right_authority(
+    site: Guarded, pair: tuple[Member, Member], tmp_path: Path
+) -> None:
+    thief = pair[0]
+    server_port = site.settings.broker_server_port
+    assert site.kept_out(None)
+    assert site.kept_out(None, port=server_port)
+    assert site.kept_out(thief.pair, "wherry-server", port=server_port), "a device where the server's roles come in"
+    with site.services() as services:
+        shown = services.authority.issue_server(["127.0.0.1"], days=1)
+        stranger = type(services.authority)
+    file = tmp_path / "pair.pem"
+    file.write_bytes(shown.certificate + shown.key)
+    assert site.kept_out(file), "what a server shows is no device"
+    stranger.create(tmp_path, "elsewhere")
+    own = stranger.open(tmp_path, days=1).issue_double(pair[1].id, timedelta(hours=1))
+    file.write_bytes(own.certificate + own.key)
+    assert site.kept_out(file, pair[1].id), "an authority of the thief's own, with the victim's name"
+    old = site.context(thief.pair)
+    old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
+    old.set_ciphers("ALL:@SECLEVEL=0")
+    assert site.kept_out(None, context=old)
+
+
+def test_a_device_that_is_revoked_is_out_at_once_with_every_certificate_it_ever_got(site: Guarded) -> None:
+    member, bystander = site.device("lost"), site.device("kept")
+    with site.server.as_device(member.answer) as http:
+        key = ec.generate_private_key(ec.SECP256R1())
+        request = wire.RenewRequest(format=1, csr_pem=csr(key, member.id))
+        answer = http.post("/device/v1/renew", content=wire.encode(request))
+        renewed = wire.parse(wire.RenewAnswer, answer.content)
+    fresh = site.member("lost-renewed", replace_certificate(member.answer, renewed.certificate_pem), key)
+    live, other = site.let_in(fresh.pair, fresh.id), site.let_in(bystander.pair, bystander.id)
+    with site.server.http() as http, site.server.as_device(member.answer) as device:
+        assert device.get("/device/v1/offer").status_code == 204
+        assert http.post("/api/v1/devices/lost/revoke").status_code == 200
+        assert device.get("/device/v1/offer").json()["code"] == "device_revoked"
+    sessions = {version: tls_session(site, fresh, version) for version in TLS}
+    with site.services() as services:
+        asyncio.run(Doorkeeper(services).turn(leading=True))
+    live.ends.get(timeout=20)
+    for version, (context, session) in sessions.items():
+        until(lambda v=version, c=context, s=session: not resumes(site, fresh, c, s))  # type: ignore[misc]
+    for one in (member, fresh):
+        until(lambda one=one: site.kept_out(one.pair, one.id))  # type: ignore[misc]
+    other.publish(up(bystander, "report"), b"still here")
+    assert other.ends.empty()
+    other.close()
+
+
+def tls_session(site: Guarded, member: Member, version: ssl.TLSVersion) -> tuple[ssl.SSLContext, ssl.SSLSession | None]:
+    """Connect with one version of TLS; return what a client keeps to resume the session without showing a certificate."""
+    context = site.context(member.pair)
+    context.minimum_version = context.maximum_version = version
+    plain = socket.create_connection(("127.0.0.1", site.settings.broker_port), 10)
+    with context.wrap_socket(plain, server_hostname="127.0.0.1") as secure:
+        secure.sendall(hello_packet("nobody"))
+        assert secure.recv(4) == b"\x20\x02\x00\x00"
+        return context, secure.session
+
+
+def resumes(site: Guarded, member: Member, context: ssl.SSLContext, session: ssl.SSLSession | None) -> bool:
+    """Tell whether a client gets in by an earlier session."""
+    try:
+        plain = socket.create_connection(("127.0.0.1", site.settings.broker_port), 10)
+        with context.wrap_socket(plain, server_hostname="127.0.0.1", session=session) as secure:
+            secure.sendall(hello_packet(member.id))
+            return secure.recv(4) == b"\x20\x02\x00\x00"
+    except OSError:
+        return False
+
+
+def hello_packet(name: str) -> bytes:
+    body = b"\x00\x04MQTT\x04\x02\x00\x3c" + len(name).to_bytes(2, "big") + name.encode()
+    return bytes([0x10, len(body)]) + body
+
+
+def replace_certificate(answer: wire.EnrolAnswer, pem: str) -> wire.EnrolAnswer:
+    return msgspec.structs.replace(answer, certificate_pem=pem)
