@@ -43,6 +43,7 @@ VALUES: dict[str, Any] = {
     "command": "pause",
     "ending": "revoke",
     "event": 1,
+    "verdict": "accept",
     "project": "default",
     "role": "none",
     "token_id": "0" * 12,

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import contextlib
+import itertools
+import queue
 import socket
+import sqlite3
 import ssl
+import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -14,10 +21,18 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from paho.mqtt.enums import MQTTProtocolVersion
 
-from tests.broker_kit import Guarded, Member, down, guarded, up
+from tests.broker_kit import Client, Guarded, Member, down, guarded, up
+from tests.server.fleet_kit import FakeDevice
 from tests.server.harness import csr, until
+from tests.server.test_ingest import report
+from wherry_server import collector
+from wherry_server.broker_link import open_link
 from wherry_server.doorkeeper import Doorkeeper
-from wherry_shared import wire
+from wherry_server.ingest import KINDS, Ingest
+from wherry_server.jobs import every, until_stopped
+from wherry_server.services import open_services
+from wherry_shared import frames, topics, wire
+from wherry_shared.limits import MIB, MQTT_PAYLOAD_BYTES_MAX
 
 pytestmark = pytest.mark.services
 TLS = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
@@ -137,6 +152,146 @@ def test_a_device_that_is_revoked_is_out_at_once_with_every_certificate_it_ever_
     other.publish(up(bystander, "report"), b"still here")
     assert other.ends.empty()
     other.close()
+
+
+class Served:
+    """Ingest at the guarded broker, in a thread."""
+
+    def __init__(self, site: Guarded) -> None:
+        self.ready = threading.Event()
+        self.site = site
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.run()), daemon=True)
+        self.thread.start()
+        assert self.ready.wait(20)
+
+    async def run(self) -> None:
+        self.loop, self.stopping = asyncio.get_running_loop(), asyncio.Event()
+        services = open_services(self.site.settings)
+        self.ingest = Ingest(services.database, services.master_key, services.project)
+        link = open_link(self.site.settings, "ingest", [topics.ingest_filter(kind) for kind in KINDS])
+        self.gathers = collector.Collector(self.ingest, link.publish, lambda _stored: None, link.clear, guarded=True)
+        link.on_message, link.on_connect = self.gathers.received, self.ready.set
+        keeper = Doorkeeper(services)
+
+        async def watch() -> None:
+            await keeper.turn(leading=True)
+
+        jobs = {"link": link.run(), "ingest": self.gathers.run(), "doors": every(0.1, watch)}
+        try:
+            await until_stopped(jobs, self.stopping)
+        finally:
+            await services.close()
+
+    def settle(self) -> None:
+        """Wait until nothing of what was sent is on its way any more."""
+        last = -1
+        while last != (last := self.ingest.refused["bad_topic"]):
+            time.sleep(0.3)
+
+    def stop(self) -> None:
+        self.loop.call_soon_threadsafe(self.stopping.set)
+        self.thread.join(20)
+
+
+def stored(site: Guarded, device: str) -> int:
+    with sqlite3.connect(site.settings.data / "wherry.sqlite") as database:
+        (count,) = database.execute("SELECT count(*) FROM report_log WHERE device_id = ?", [device]).fetchone()
+        return int(count)
+
+
+def test_a_hostile_device_takes_nothing_from_others_and_is_shut_out(
+    site: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("DEVICE_MESSAGES_MAX", 200), ("FLOOD_MESSAGES", 2_000), ("STRAYS_MAX", 2_000)):
+        monkeypatch.setattr(collector, name, value)
+    thief, victim = site.device("flooding"), site.device("honest")
+    served = Served(site)
+    villain, honest = (FakeDevice(one.id, base64.b64decode(one.answer.mac_key)) for one in (thief, victim))
+    hand, fellow = site.let_in(thief.pair, thief.id), site.let_in(victim.pair, victim.id)
+    fellow.subscribe(down(victim, "ack"))
+    good = report(villain, 1)
+    bad = [b"", b"\0" * 40, b"{}" * 30, good[:-1], good[:8] + b"\xff" * 40, b"x" * MQTT_PAYLOAD_BYTES_MAX]
+    bad += [report(honest, 1), villain.frame("report", villain_hello(honest.id))]
+    bad += [frames.seal(villain.key, "report", villain.id, b"[" * 50_000)]
+    bad += [report(villain, seq, first) for seq, first in ((0, 0), (-1, 1), (2**62, 1), (4, 9))]
+    hello = villain.frame("hello", villain_hello(honest.id))
+    shut_out = threading.Event()
+    hand.client.on_disconnect = lambda *_: shut_out.set()
+
+    def flood() -> None:
+        for number in itertools.count():
+            if shut_out.is_set():
+                return
+            hand.client.publish(up(thief, "report"), bad[number % len(bad)], qos=0)
+            hand.client.publish(up(thief, "report"), report(villain, 3 - number % 3), qos=0)  # again, and in disorder
+            hand.client.publish(up(thief, "hello"), hello, qos=0)
+            hand.client.publish(f"w1/{number:06x}/{thief.id}/hello", b"kept for ever", qos=0, retain=True)
+            time.sleep(0.0005)  # the rest of this process has to live, too
+
+    thread = threading.Thread(target=flood, daemon=True)
+    thread.start()
+    for seq in (1, 2, 3):
+        honest.acked = min(honest.acked, seq - 1)
+        while honest.acked < seq:  # as a device does, which sends again what is not acknowledged
+            fellow.publish(up(victim, "report"), report(honest, seq))
+            with contextlib.suppress(queue.Empty):
+                ack = frames.unseal(honest.key, "ack", honest.id, fellow.hear(2.0)[1])
+                honest.acked = wire.parse(wire.Ack, ack).seq
+    assert shut_out.wait(60)
+    thread.join(20)
+    until(lambda: site.kept_out(thief.pair, thief.id))
+    assert (stored(site, victim.id), stored(site, thief.id)) == (3, 3), "each once, whatever was sent again"
+    seen = set(served.ingest.refused)
+    assert {
+        "frame_forged",
+        "frame_invalid",
+        "message_invalid",
+        "message_foreign",
+        "stream_invalid",
+        "bad_topic",
+    } <= seen
+    with site.server.http() as http, site.server.as_device(thief.answer) as device:
+        shown = http.get("/api/v1/devices/flooding").json()
+        assert (shown["state"], shown["state_reason"]) == ("quarantined", "flooding")
+        assert device.get("/device/v1/offer").json()["code"] == "device_revoked"
+        assert http.post("/api/v1/devices/flooding/readmit").json()["state"] == "active"
+        assert device.get("/device/v1/offer").status_code == 204
+    served.settle()
+    until(lambda: not kept(site, thief))
+    hand, role = until(lambda: back(site, thief)), site.role()
+    role.subscribe(up(thief, "telemetry"))
+    hand.publish(up(thief, "telemetry"), b"x" * (MQTT_PAYLOAD_BYTES_MAX + 1))
+    hand.publish(up(thief, "telemetry"), b"the end")
+    assert role.hear()[1] == b"the end", "what is too large is dropped"
+    hand.client.publish(up(thief, "telemetry"), b"x" * MIB, qos=1)
+    hand.ends.get(timeout=20)  # and what is much too large ends the connection
+    role.close()
+    served.stop()
+    fellow.close()
+
+
+def back(site: Guarded, member: Member) -> Client | None:
+    """Connect, if the broker has read by now that the device is let in again."""
+    made = site.connect(member.pair, member.id)
+    with contextlib.suppress(queue.Empty):
+        if made.codes.get(timeout=2) == 0:
+            return made
+    made.client.loop_stop()
+    return None
+
+
+def kept(site: Guarded, member: Member) -> list[str]:
+    """Return topics of no use on which the broker keeps something of a device."""
+    role = site.role()
+    role.subscribe("w1/+/+/hello")
+    role.subscribe("$SYS/broker/version")  # behind the kept messages, which come with the subscription before
+    role.close()
+    topic_of = up(member, "hello")
+    return [topic for topic, payload in role.all_heard() if payload and member.id in topic and topic != topic_of]
+
+
+def villain_hello(foreign: str) -> wire.Hello:
+    return wire.Hello(format=1, device=foreign, at=1, boot="b", agent="0")
 
 
 def tls_session(site: Guarded, member: Member, version: ssl.TLSVersion) -> tuple[ssl.SSLContext, ssl.SSLSession | None]:

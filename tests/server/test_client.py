@@ -35,6 +35,7 @@ ARGUMENTS: dict[str, Any] = {
     "number": 7,
     "command": "pause",
     "ending": "revoke",
+    "verdict": "accept",
     "content": b"",
     "replaces": 1,
     "wish": {},

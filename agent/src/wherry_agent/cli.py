@@ -57,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     enrol = commands.add_parser("enrol", parents=[common, server], help="enrol this device and exit")
     enrol.set_defaults(run=_enrol)
 
+    key = commands.add_parser("key", parents=[common], help="print the public key with which this device enrols")
+    key.set_defaults(run=_key)
+
     status = commands.add_parser("status", parents=[common], help="what runs here, and why")
     status.add_argument("--json", action="store_true", help="for programs")
     status.set_defaults(run=_status)
@@ -163,6 +166,16 @@ def _enrol(arguments: argparse.Namespace) -> int:
         known = identity.load(home)
     assert known is not None
     print(f"{known.device} in project {known.project} of {known.server}")
+    return 0
+
+
+def _key(arguments: argparse.Namespace) -> int:
+    from wherry_agent.courier_enrol import public_key
+    from wherry_agent.disk import Disk
+
+    pem, digest = public_key(Path(_settings(arguments).home), Disk())
+    print(pem.decode(), end="")
+    print(digest.removeprefix("sha256:"), file=sys.stderr)
     return 0
 
 

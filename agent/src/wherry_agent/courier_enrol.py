@@ -14,7 +14,13 @@ import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
 from cryptography.x509.oid import NameOID
 
 from wherry_agent import identity as identities
@@ -25,6 +31,7 @@ from wherry_agent.identity import Identity
 from wherry_agent.trust import ROOT_FILE
 from wherry_shared import ids, limits, reasons, wire
 from wherry_shared.clock import MICROSECONDS
+from wherry_shared.digest import of_bytes
 from wherry_shared.errors import RefusedError, UnreachableError
 
 PATH = "/device/v1/enrol"
@@ -55,7 +62,7 @@ def enrol(task: Enrol, disk: Disk) -> Identity:
     folder = identities.folder(home)
     disk.mkdir(folder)
     disk.mkdir(home / "trust")
-    key = _key(folder / identities.KEY_FILE, disk)
+    key = device_key(folder / identities.KEY_FILE, disk)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, task.name[:64])])
     request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
     server = task.server.rstrip("/")
@@ -86,7 +93,21 @@ def enrol(task: Enrol, disk: Disk) -> Identity:
     return identity
 
 
-def _key(path: Path, disk: Disk) -> ec.EllipticCurvePrivateKey:
+def public_key(home: Path, disk: Disk) -> tuple[bytes, str]:
+    """Return the public key (PEM) with which this device enrols, and its digest, by which operators know it; makes it.
+
+    Raises:
+        RefusedError: `identity_invalid`.
+        DeviceError: `disk_full` or `disk`.
+    """
+    disk.mkdir(home)
+    disk.mkdir(identities.folder(home))
+    public = device_key(identities.folder(home) / identities.KEY_FILE, disk).public_key()
+    encoded = public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo), of_bytes(encoded)
+
+
+def device_key(path: Path, disk: Disk) -> ec.EllipticCurvePrivateKey:
     """Read the device key, or make it: an enrolment that was cut short goes on with the same one."""
     data = disk.read(path)
     if data is not None:
@@ -114,7 +135,7 @@ def _ask(http: Http, server: str, task: Enrol, csr_pem: str) -> wire.EnrolAnswer
     with http.request("POST", server + PATH, headers=headers, body=body) as response:
         data = response.read(ANSWER_BYTES_MAX)
         if response.status in (408, 429) or response.status >= 500:
-            raise UnreachableError(reasons.NETWORK, f"the server answered {response.status}")
+            raise UnreachableError(reasons.NETWORK, problem(data, response.status))
         if response.status != 200:
             raise RefusedError(reasons.ENROL_REFUSED, problem(data, response.status))
     answer = wire.parse(wire.EnrolAnswer, data)

@@ -93,6 +93,8 @@ class DeviceSummary:
     id: str
     name: str
     state: str
+    state_reason: str
+    """Why it is in quarantine: `cloned`, `flooding`; else empty."""
     simulated: bool
     labels: dict[str, str]
     arch: str
@@ -180,6 +182,8 @@ class DeviceDetail:
     id: str
     name: str
     state: str
+    state_reason: str
+    """Why it is in quarantine: `cloned`, `flooding`; else empty."""
     simulated: bool
     labels: dict[str, str]
     arch: str
@@ -212,6 +216,36 @@ class Ended:
 
     device: str
     state: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Readmitted:
+    """A device that is let in again."""
+
+    device: str
+    state: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnrolmentShown:
+    """A key that waits for a person (`pending`), may enrol (`expected`) or may not (`refused`)."""
+
+    key: str
+    name: str
+    state: str
+    labels: dict[str, str]
+    facts: dict[str, Any]
+    created_at: int
+    expires_at: int
+    created_by: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """A key that may enrol, and the token that its device is given: no secret, it names this server's root of trust."""
+
+    key: str
+    token: str
 
 
 @dataclass(frozen=True, kw_only=True)

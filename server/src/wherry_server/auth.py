@@ -218,7 +218,7 @@ async def identify_device(request: Request, services: ServicesDep) -> DeviceIden
     """Return the device that `Authorization: Bearer DEVICE:SECRET` proves.
 
     Raises:
-        RefusedError: `unauthenticated` or `device_revoked`.
+        RefusedError: `unauthenticated`, `device_revoked` or `certificate_lapsed`.
     """
     device, _, secret = _bearer(request).partition(":")
     row = None
@@ -226,9 +226,13 @@ async def identify_device(request: Request, services: ServicesDep) -> DeviceIden
         async with services.database.read() as connection:
             row = (
                 await connection.execute(
-                    select(_devices.c.name, _devices.c.bearer_hash, _devices.c.state).where(
-                        _devices.c.id == device, _devices.c.project_id == services.project
-                    )
+                    select(
+                        _devices.c.name,
+                        _devices.c.bearer_hash,
+                        _devices.c.state,
+                        _devices.c.state_reason,
+                        _devices.c.certificate_expires_at,
+                    ).where(_devices.c.id == device, _devices.c.project_id == services.project)
                 )
             ).one_or_none()
     if row is None or not hmac.compare_digest(row.bearer_hash, hash_secret(secret)):
@@ -241,9 +245,16 @@ async def identify_device(request: Request, services: ServicesDep) -> DeviceIden
     if row.state != "active":
         raise RefusedError(
             "device_revoked",
-            f"device {row.name!r} is {row.state}",
+            f"device {row.name!r} is {row.state}{f' ({row.state_reason})' if row.state_reason else ''}",
             consequence="it gets nothing more from this server",
             next_step="enrol it again with a new token",
+        )
+    if row.certificate_expires_at + services.settings.certificate_grace_days * DAY_US < now_us():
+        raise RefusedError(
+            "certificate_lapsed",
+            f"the certificate of device {row.name!r} expired too long ago to be renewed without a person",
+            consequence="it gets nothing from this server",
+            next_step=f"if the device is still in good hands: wherry device readmit {row.name}",
         )
     return DeviceIdentity(id=device, name=row.name, project=services.project)
 

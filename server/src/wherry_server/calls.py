@@ -176,6 +176,29 @@ def end_device(device: str, ending: Literal["revoke", "decommission"], if_match:
     return _post(f"/devices/{_q(device)}/{ending}", answers.Ended, if_match=if_match)
 
 
+def readmit_device(device: str) -> Call[answers.Readmitted]:
+    """Let a device in again."""
+    return _post(f"/devices/{_q(device)}/readmit", answers.Readmitted)
+
+
+def list_enrolment_requests(limit: int | None = None) -> Call[list[answers.EnrolmentShown]]:
+    """List the keys that wait for a person, may enrol, or were refused."""
+    return _get("/enrolment-requests", list[answers.EnrolmentShown], limit=limit)
+
+
+def expect_device(
+    public_key: str, name: str = "", labels: Mapping[str, str] | None = None, days: int = 30
+) -> Call[answers.Expected]:
+    """Let the device with a key in when it comes, without a secret."""
+    body = {"public_key": public_key, "name": name, "labels": dict(labels or {}), "days": days}
+    return _post("/enrolment-requests", answers.Expected, body)
+
+
+def settle_enrolment(key: str, verdict: Literal["accept", "refuse"]) -> Call[answers.EnrolmentShown]:
+    """Accept or refuse a key that waits."""
+    return _post(f"/enrolment-requests/{_q(key)}/{verdict}", answers.EnrolmentShown)
+
+
 def fleet_state() -> Call[answers.FleetState]:
     """Count devices by model, version and state."""
     return _get("/fleet", answers.FleetState)
@@ -408,10 +431,11 @@ def revoke_token(token_id: str, if_match: str = "") -> Call[None]:
 
 
 def create_enrolment_token(
-    uses: int = 1, days: int = 7, labels: Mapping[str, str] | None = None
+    uses: int = 1, days: int = 7, labels: Mapping[str, str] | None = None, *, hold: bool = False
 ) -> Call[answers.TokenMade]:
-    """Make a token by which devices enrol."""
-    return _post("/enrolment-tokens", answers.TokenMade, {"uses": uses, "days": days, "labels": dict(labels or {})})
+    """Make a token by which devices enrol; with `hold` a person has to accept each."""
+    body = {"uses": uses, "days": days, "labels": dict(labels or {}), "hold": hold}
+    return _post("/enrolment-tokens", answers.TokenMade, body)
 
 
 def list_audit(

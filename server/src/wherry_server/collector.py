@@ -20,6 +20,7 @@ from wherry_server.ingest import Frame, Ingest, Kind, Stored
 from wherry_server.times import now_us
 from wherry_shared import topics
 from wherry_shared.errors import RefusedError
+from wherry_shared.ids import is_device_id
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,11 @@ BATCH_S = 0.025
 QUEUE_MAX = 50_000
 DEVICE_WINDOW_S = 10.0
 DEVICE_MESSAGES_MAX = 2_000
-"""Of one device in that time: ten times what one that was away for long has to say at its fastest."""
+"""Of one device in that time; what is beyond is left out, and comes again."""
+FLOOD_MESSAGES = 20_000
+"""In that time nobody has as much to say, with 20 on the way and an acknowledgement for each: the device is shut out."""
+STRAYS_MAX = 100
+"""Messages of one device in that time on topics that nobody uses, where a broker would keep them: as good as a flood."""
 RETRY_MIN_S = 0.1
 RETRY_MAX_S = 5.0
 
@@ -45,15 +50,28 @@ class Collector:
         acknowledge: Callable[[str, bytes], None],
         stored: Callable[[Stored], None],
         clear: Callable[[str], None] = lambda _topic: None,
+        *,
+        guarded: bool = False,
     ) -> None:
-        """Prepare; `clear` is told topics that nobody uses, where a device may have had the broker keep something."""
+        """Prepare.
+
+        Args:
+            ingest: stores.
+            acknowledge: sends, by topic.
+            stored: hears what became of a batch.
+            clear: is told topics that nobody uses, where a device may have had the broker keep something.
+            guarded: whether the broker vouches for names of devices in topics, so that who floods can be shut out.
+        """
         self._ingest = ingest
         self._acknowledge = acknowledge
         self._stored = stored
         self._queue: deque[Message] = deque()
         self._clear = clear
         self._filled = asyncio.Event()
+        self._guarded = guarded
         self._sent: Counter[str] = Counter()
+        self._strays: Counter[str] = Counter()
+        self._floods: set[str] = set()
         self._window_s = time.monotonic()
 
     def received(self, topic: str, payload: bytes) -> None:
@@ -67,6 +85,7 @@ class Collector:
             self._ingest.refuse(error.code, now_us(), error.message)
             if payload:  # an empty one is what clears
                 self._clear(topic)
+                self._stray(topic)
             return
         if not self._within_share(device):
             self._ingest.refuse("device_rate", now_us(), f"{device} sends more than anybody has to say")
@@ -75,12 +94,30 @@ class Collector:
         self._filled.set()
 
     def _within_share(self, device: str) -> bool:
+        self._turn()
+        self._sent[device] += 1
+        if self._sent[device] == FLOOD_MESSAGES:
+            self._flood(device)
+        return self._sent[device] <= DEVICE_MESSAGES_MAX
+
+    def _stray(self, topic: str) -> None:
+        self._turn()
+        for device in filter(is_device_id, topic.split("/")[:4]):
+            self._strays[device] += 1
+            if self._strays[device] == STRAYS_MAX:
+                self._flood(device)
+
+    def _turn(self) -> None:
         now = time.monotonic()
         if now - self._window_s >= DEVICE_WINDOW_S:
             self._sent.clear()
+            self._strays.clear()
             self._window_s = now
-        self._sent[device] += 1
-        return self._sent[device] <= DEVICE_MESSAGES_MAX
+
+    def _flood(self, device: str) -> None:
+        if self._guarded:
+            self._floods.add(device)
+            self._filled.set()
 
     async def run(self) -> None:
         """Store batches until cancelled."""
@@ -91,7 +128,18 @@ class Collector:
             batch = [self._queue.popleft() for _ in range(min(BATCH_MAX, len(self._queue)))]
             if not self._queue:
                 self._filled.clear()
-            await self._store(batch)
+            await self._suspect()
+            if batch:
+                await self._store(batch)
+
+    async def _suspect(self) -> None:
+        for device in list(self._floods):
+            try:
+                await self._ingest.suspect(device, f"more than {FLOOD_MESSAGES} messages in {DEVICE_WINDOW_S:.0f} s")
+            except DATABASE_ERRORS as error:
+                log.warning("%s floods and is not shut out yet: %s", device, error)
+                return  # the next turn tries again
+            self._floods.discard(device)
 
     async def _store(self, batch: list[Message]) -> None:
         wait = RETRY_MIN_S

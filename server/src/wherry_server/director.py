@@ -68,7 +68,7 @@ class Process:
         postman = Postman(services.database, services.project, services.master_key, http)
         heard = [topics.ingest_filter(kind) for kind in (("hello",) if separate else KINDS)]
         link = open_link(services.settings, "director", heard)
-        collector = Collector(ingest, link.publish, conductor.stored, link.clear)
+        collector = Collector(ingest, link.publish, conductor.stored, link.clear, guarded=services.settings.broker_tls)
 
         def hello(topic: str, payload: bytes) -> None:
             """Answer a hello that others store."""

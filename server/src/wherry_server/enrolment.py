@@ -2,6 +2,9 @@
 
 Its certificate is short-lived: the device renews it over a new key, by what it got when it became known.
 
+Three ways in: a token, for one device or many; a token of which a person accepts each device by its key; a key that a person
+named before the device came, which needs no secret.
+
 An enrolment that is repeated with the same key, because the answer got lost, gives the same device again and uses
 nothing up; another key under a name that is taken is refused.
 """
@@ -12,12 +15,13 @@ import base64
 import re
 import secrets
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import audit, revocation
+from wherry_server import enrolment_requests as requests
 from wherry_server.auth import DAY_US, DeviceIdentity, hash_secret
 from wherry_server.db.tables import Device, EnrolmentToken, table
 from wherry_server.hellos import facts_to_keep
@@ -30,6 +34,8 @@ from wherry_shared.frames import device_key
 from wherry_shared.ids import new_device_id
 
 TOKEN_PREFIX = "wherry1"  # noqa: S105  # names the form of the token
+BY_KEY = "by-the-key-of-this-device"
+"""In the place of a token's secret, where the key is known: it only names the root of trust."""
 USES_MAX = 1_000_000
 DAYS_MAX = 365
 LABELS_MAX = 32
@@ -49,8 +55,11 @@ async def create_token(
     uses: int,
     days: int,
     labels: Mapping[str, str],
+    hold: bool = False,
 ) -> str:
     """Store a token by which `uses` devices may enrol within `days`, and return the text to paste; shown this once.
+
+    With `hold` each of them waits until a person accepts its key.
 
     Raises:
         RefusedError: `labels_invalid`.
@@ -66,14 +75,28 @@ async def create_token(
             uses_left=uses,
             expires_at=now + days * DAY_US,
             labels=dict(labels),
+            hold=hold,
             created_at=now,
             created_by=actor,
         )
     )
     await audit.append(
-        connection, services.project, actor, "enrolment_token.create", hashed[:12], uses=uses, days=days, labels=labels
+        connection,
+        services.project,
+        actor,
+        "enrolment_token.create",
+        hashed[:12],
+        uses=uses,
+        days=days,
+        labels=labels,
+        hold=hold,
     )
     return f"{TOKEN_PREFIX}.{secret}.{services.trust.root_digest}"
+
+
+def token_by_key(services: Services) -> str:
+    """Return what is pasted on a device whose key is known: no secret, it names the root of trust."""
+    return f"{TOKEN_PREFIX}.{BY_KEY}.{services.trust.root_digest}"
 
 
 def check_labels(labels: Mapping[str, Any]) -> None:
@@ -98,7 +121,8 @@ async def enrol(services: Services, request: wire.EnrolRequest) -> wire.EnrolAns
     """Enrol a device.
 
     Raises:
-        RefusedError: `enrolment_refused` (token), `csr_invalid`, `bad_name`, `labels_invalid` or `name_taken`.
+        RefusedError: `enrolment_refused` (token or key), `csr_invalid`, `bad_name`, `labels_invalid` or `name_taken`.
+        UnreachableError: `enrolment_pending`, a person has to accept it first.
     """
     if _NAME.fullmatch(request.name) is None:
         raise RefusedError(
@@ -112,40 +136,18 @@ async def enrol(services: Services, request: wire.EnrolRequest) -> wire.EnrolAns
     key = check_request(request.csr_pem)
     bearer = secrets.token_urlsafe(32)
     async with services.database.write(audited=True) as connection:
-        token = (
-            await connection.execute(
-                select(_tokens.c.uses_left, _tokens.c.expires_at, _tokens.c.labels).where(
-                    _tokens.c.token_hash == token_hash, _tokens.c.project_id == services.project
-                )
-            )
-        ).one_or_none()
-        if token is None:
-            raise _refused("the token is not known here")
-        if token.expires_at <= now_us():
-            raise _refused("the token has expired")
-        labels = {**request.labels, **token.labels}  # what the operator said counts more
+        way = await _way_in(connection, services.project, token_hash, key.key_digest)
+        labels = {**request.labels, **way.labels}  # what the operator said counts more
+        name = way.name or request.name
         known = (
             await connection.execute(
                 select(_devices.c.id, _devices.c.key_digest, _devices.c.state).where(
-                    _devices.c.project_id == services.project, _devices.c.name == request.name
+                    _devices.c.project_id == services.project, _devices.c.name == name
                 )
             )
         ).one_or_none()
-        if known is None:
-            await _use(connection, token_hash)
-            device = new_device_id()
-            issued = services.authority.issue(key, device, services.project)
-            await _insert(
-                connection,
-                services,
-                request,
-                device=device,
-                labels=labels,
-                key=key,
-                issued=issued,
-                bearer=bearer,
-            )
-        elif known.key_digest == key.key_digest and known.state == "active":
+        again = known is not None and known.key_digest == key.key_digest and known.state == "active"
+        if known is not None and again:
             device = known.id
             issued = services.authority.issue(key, device, services.project)
             await connection.execute(
@@ -157,23 +159,48 @@ async def enrol(services: Services, request: wire.EnrolRequest) -> wire.EnrolAns
                     certificate_expires_at=issued.expires_at,
                 )
             )
-        else:
+        elif known is not None:
             raise RefusedError(
                 "name_taken",
-                f"a device named {request.name!r} is enrolled already",
+                f"a device named {name!r} is enrolled already",
                 consequence="this device was not enrolled",
-                next_step=f"give it another name (wherry-agent run --name), or: wherry device decommission {request.name}",
+                next_step=f"give it another name (wherry-agent run --name), or: wherry device decommission {name}",
             )
-        await revocation.note(connection, services.project, device, issued)
-        await audit.append(
-            connection,
-            services.project,
-            f"device:{device}",
-            "device.enrol",
-            request.name,
-            certificate=issued.serial,
-            again=known is not None,
-        )
+        elif way.hold:
+            if await requests.file(connection, services.project, request, key.key_digest, labels):
+                await _use(connection, token_hash)
+            device = ""
+        else:
+            if way.by_key:
+                await requests.used(connection, services.project, key.key_digest)
+            else:
+                await _use(connection, token_hash)
+            device = new_device_id()
+            issued = services.authority.issue(key, device, services.project)
+            await _insert(
+                connection,
+                services,
+                request,
+                name=name,
+                device=device,
+                labels=labels,
+                key=key,
+                issued=issued,
+                bearer=bearer,
+            )
+        if device:
+            await revocation.note(connection, services.project, device, issued)
+            await audit.append(
+                connection,
+                services.project,
+                f"device:{device}",
+                "device.enrol",
+                name,
+                certificate=issued.serial,
+                again=again,
+            )
+    if not device:
+        raise requests.is_waiting(key.key_digest)
     return wire.EnrolAnswer(
         format=wire.FORMAT,
         device=device,
@@ -191,6 +218,8 @@ async def enrol(services: Services, request: wire.EnrolRequest) -> wire.EnrolAns
 
 async def renew(services: Services, device: DeviceIdentity, request: wire.RenewRequest) -> wire.RenewAnswer:
     """Give a device its next certificate, over the key of its request; bearer and frame key stay.
+
+    One that was away for long renews by its bearer, too, until `certificate_grace_days` after its certificate expired.
 
     A device whose answer got lost asks again with another key: the newest certificate is the one on record.
 
@@ -235,6 +264,36 @@ async def renew(services: Services, device: DeviceIdentity, request: wire.RenewR
     return wire.RenewAnswer(format=wire.FORMAT, certificate_pem=issued.pem)
 
 
+class _Way(NamedTuple):
+    """How a device may come in."""
+
+    labels: dict[str, str]
+    name: str = ""
+    """Under which it has to come; empty: its own."""
+    by_key: bool = False
+    hold: bool = False
+
+
+async def _way_in(connection: AsyncConnection, project: str, token_hash: str, key: str) -> _Way:
+    asked = await requests.find(connection, project, key)
+    if asked is not None and asked.state in ("expected", "enrolled"):
+        return _Way(asked.labels, asked.name, by_key=True)
+    if asked is not None and asked.state == "refused":
+        raise _refused("an operator refused the key of this device")
+    token = (
+        await connection.execute(
+            select(_tokens.c.expires_at, _tokens.c.labels, _tokens.c.hold).where(
+                _tokens.c.token_hash == token_hash, _tokens.c.project_id == project
+            )
+        )
+    ).one_or_none()
+    if token is None:
+        raise _refused("the token is not known here")
+    if token.expires_at <= now_us():
+        raise _refused("the token has expired")
+    return _Way(token.labels, hold=bool(token.hold))
+
+
 def _token_hash(token: str) -> str:
     parts = token.split(".")
     if len(parts) != 3 or parts[0] != TOKEN_PREFIX:
@@ -266,6 +325,7 @@ async def _insert(
     services: Services,
     request: wire.EnrolRequest,
     *,
+    name: str,
     device: str,
     labels: dict[str, str],
     key: Request,
@@ -277,7 +337,7 @@ async def _insert(
         insert(Device).values(
             id=device,
             project_id=services.project,
-            name=request.name,
+            name=name,
             labels=labels,
             facts=facts_to_keep(request.facts) if request.facts is not None else {},
             bearer_hash=hash_secret(bearer),

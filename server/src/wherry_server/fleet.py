@@ -9,7 +9,7 @@ import msgspec
 from sqlalchemy import ColumnElement, and_, case, exists, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server import revocation
+from wherry_server import audit, revocation
 from wherry_server.db.tables import (
     Assignment,
     Bundle,
@@ -29,6 +29,7 @@ from wherry_shared.sketch import Sketch
 from wherry_shared.wire import Window
 
 Ending = Literal["revoked", "decommissioned"]
+Suspicion = Literal["cloned", "flooding"]
 SEEN_RECENTLY_US = 15 * 60 * 1_000_000
 """A device heard of within this time counts as reachable: three heartbeats of one that has nothing else to say."""
 LISTED_MAX = 1000
@@ -281,13 +282,62 @@ async def end_device(
     if state == "decommissioned" and row.state != "decommissioned":
         values["name"] = f"{row.name}~{row.id}"
     await connection.execute(update(_devices).where(_devices.c.id == row.id).values(values))
-    await revocation.shut_out(connection, project, row.id)
+    await _shut_out(connection, project, row.id, f"device_{state}")
+    return row
+
+
+async def suspect(connection: AsyncConnection, project: str, device: str, why: Suspicion, detail: str) -> bool:
+    """Put a device into quarantine: it is shut out until a person has looked. False if it was shut out already."""
+    changed = await connection.execute(
+        update(_devices)
+        .where(_devices.c.id == device, _devices.c.project_id == project, _devices.c.state == "active")
+        .values(state="quarantined", state_reason=why)
+    )
+    if changed.rowcount != 1:
+        return False
+    await _shut_out(connection, project, device, f"device_{why}")
+    await audit.append(connection, project, "server:ingest", "device.quarantine", device, why=why, detail=detail[:200])
+    return True
+
+
+async def readmit(connection: AsyncConnection, project: str, name: str) -> Any:
+    """Let a device in again that was revoked, in quarantine, or away for too long; return its row as it was.
+
+    Raises:
+        RefusedError: `device_unknown`, or `device_cloned`: its secrets are in other hands, so it has to enrol anew.
+    """
+    row = await find_device(connection, project, name)
+    if row.state == "decommissioned" or row.state_reason == "cloned":
+        raise RefusedError(
+            "device_cloned" if row.state_reason == "cloned" else "device_unknown",
+            f"{row.name} cannot be let in again: "
+            + ("somebody else has its secrets" if row.state_reason == "cloned" else "it left the fleet"),
+            consequence="nothing was changed",
+            next_step=f"wherry device decommission {row.name}, remove its identity folder and enrol it again",
+        )
+    now = now_us()
+    await connection.execute(
+        update(_devices)
+        .where(_devices.c.id == row.id)
+        .values(
+            state="active",
+            state_reason="",
+            certificate_expires_at=case(
+                (_devices.c.certificate_expires_at < now, now), else_=_devices.c.certificate_expires_at
+            ),
+        )
+    )
+    await revocation.let_in(connection, row.id)
+    return row
+
+
+async def _shut_out(connection: AsyncConnection, project: str, device: str, why: str) -> None:
+    await revocation.shut_out(connection, project, device)
     await connection.execute(
         update(_assignments)
-        .where(_assignments.c.device_id == row.id, _assignments.c.outcome.in_(AWAITED))
-        .values(outcome="withdrawn", reason=f"device_{state}", settled_at=now_us())
+        .where(_assignments.c.device_id == device, _assignments.c.outcome.in_(AWAITED))
+        .values(outcome="withdrawn", reason=why, settled_at=now_us())
     )
-    return row
 
 
 # --- logs ---------------------------------------------------------------------------------------
@@ -362,6 +412,7 @@ def _device(row: Any) -> dict[str, Any]:
         "id": row.id,
         "name": row.name,
         "state": row.state,
+        "state_reason": row.state_reason,
         "simulated": bool(row.simulated),
         "labels": row.labels,
         "arch": row.facts.get("arch", ""),

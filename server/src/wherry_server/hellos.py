@@ -47,16 +47,25 @@ def standing(hello: Hello) -> Standing:
 
 def is_news(hello: Hello, before: Standing) -> bool:
     """Tell whether a hello was said after `before`, as the rules above have it."""
-    if hello.at > before.at:
+    if is_later(hello, before):
         return True
+    return _fell_nowhere(hello, before) and hello.boot[:BOOT_CHARS_MAX] != before.boot
+
+
+def is_later(hello: Hello, before: Standing) -> bool:
+    """Tell whether a hello was certainly said after `before`: by 1 or 2."""
     said = nexts(hello)
-    rose = False
-    for name, (epoch, following) in before.nexts.items():
-        now_epoch, now_following = said.get(name, ("", 0))
-        if now_epoch != epoch or now_following < following:
-            return False
-        rose = rose or now_following > following
-    return rose or hello.boot[:BOOT_CHARS_MAX] != before.boot
+    return hello.at > before.at or (
+        _fell_nowhere(hello, before) and any(said[name][1] > following for name, (_, following) in before.nexts.items())
+    )
+
+
+def _fell_nowhere(hello: Hello, before: Standing) -> bool:
+    said = nexts(hello)
+    return all(
+        said.get(name, ("", 0))[0] == epoch and said[name][1] >= following
+        for name, (epoch, following) in before.nexts.items()
+    )
 
 
 def facts_to_keep(facts: DeviceFacts) -> dict[str, Any]:

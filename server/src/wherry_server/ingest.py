@@ -22,8 +22,8 @@ import msgspec
 from sqlalchemy import Table, bindparam, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from wherry_server import clones, fleet, outcomes
 from wherry_server import hellos as hello_rules
-from wherry_server import outcomes
 from wherry_server.db import bulk
 from wherry_server.db.database import Database
 from wherry_server.db.tables import (
@@ -147,8 +147,8 @@ class Ingest:
             await self._store_reports(connection, fresh_reports, late, positions, now, insert)
             await self._store_telemetry(connection, fresh_telemetry, now, insert)
             await self._save_streams(connection, positions, now)
-            hellos = await self._news(connection, hellos, now)
-            await self._store_hellos(connection, hellos, now)
+            hellos, places = await self._news(connection, hellos, now)
+            await self._store_hellos(connection, hellos, places, now)
             fresh = {parsed.device for parsed in (*fresh_reports, *fresh_telemetry)}
             await self._touch(connection, fresh - {hello.device for hello in hellos}, now)
             wanted = await self._log_requests(connection, {device for device, _, _ in positions}, now)
@@ -169,6 +169,12 @@ class Ingest:
     def ack(self, device: str, stream: wire.StreamName, epoch: str, seq: int, logs: int) -> bytes:
         """Return a sealed acknowledgement, also one that only carries a request for logs."""
         return self._ack(device, stream, epoch, seq, logs)
+
+    async def suspect(self, device: str, detail: str) -> None:
+        """Shut a device out that sends without end."""
+        async with self._database.write() as connection:
+            if await fleet.suspect(connection, self._project, device, "flooding", detail):
+                log.warning("%s is in quarantine: %s", device, detail)
 
     def refuse(self, code: str, now: int, detail: str = "") -> None:
         """Count a message that cannot be stored; log at a bounded rate."""
@@ -516,28 +522,39 @@ class Ingest:
 
     # --- hello ----------------------------------------------------------------------------------
 
-    async def _news(self, connection: AsyncConnection, hellos: list[_Parsed], now: int) -> list[_Parsed]:
-        """Return the newest hello of each device that has one which was not said before the last accepted one."""
+    async def _news(
+        self, connection: AsyncConnection, hellos: list[_Parsed], now: int
+    ) -> tuple[list[_Parsed], dict[str, clones.Places]]:
+        """Return the newest hello of each device that has one which was not said before the last accepted one, and places."""
         if not hellos:
-            return []
+            return [], {}
         rows = await bulk.select_in(connection, _SAID, sorted({parsed.device for parsed in hellos}))
         standing = {
             row.id: hello_rules.Standing(row.hello_at, row.boot, _nexts.decode(row.hello_streams or "{}"))
             for row in rows
         }
+        places = {row.id: _places.decode(row.places or "[]") for row in rows}
         news: dict[str, _Parsed] = {}
         for parsed in hellos:
             said = hello_rules.standing(parsed.message)
             if said == standing[parsed.device]:
                 continue  # the broker keeps the last one for whoever subscribes
             if hello_rules.is_news(parsed.message, standing[parsed.device]):
+                was, here = standing[parsed.device], places[parsed.device]
+                later = hello_rules.is_later(parsed.message, was)
+                places[parsed.device], cloned = clones.judge(here, parsed.message, later=later)
+                if cloned:
+                    detail = f"now in {places[parsed.device].now}, again"
+                    await fleet.suspect(connection, self._project, parsed.device, "cloned", detail)
                 standing[parsed.device] = said
                 news[parsed.device] = parsed
             else:
                 self.refuse("hello_old", now, f"{parsed.device} said a later one already")
-        return list(news.values())
+        return list(news.values()), places
 
-    async def _store_hellos(self, connection: AsyncConnection, hellos: list[_Parsed], now: int) -> None:
+    async def _store_hellos(
+        self, connection: AsyncConnection, hellos: list[_Parsed], places: dict[str, clones.Places], now: int
+    ) -> None:
         if not hellos:
             return
         newest = {parsed.device: parsed.message for parsed in hellos}
@@ -551,6 +568,7 @@ class Ingest:
                     "boot": hello.boot[: hello_rules.BOOT_CHARS_MAX],
                     "hello_at": hello.at,
                     "hello_streams": hello_rules.nexts(hello),
+                    "places": list(places[device]),
                     "trust_version": hello.trust_version,
                     "trust_state": hello.trust_state,
                     **({"facts": hello_rules.facts_to_keep(hello.facts)} if with_facts else {}),
@@ -742,8 +760,9 @@ _METRIC_COLUMNS = (
 
 
 _ACTIVE = "SELECT id FROM device WHERE id IN :keys AND project_id = :project AND state = 'active'"
-_SAID = "SELECT id, boot, hello_at, CAST(hello_streams AS TEXT) AS hello_streams FROM device WHERE id IN :keys"
+_SAID = "SELECT id, boot, hello_at, CAST(hello_streams AS TEXT) AS hello_streams, CAST(places AS TEXT) AS places FROM device WHERE id IN :keys"
 _nexts = msgspec.json.Decoder(hello_rules.Nexts)
+_places = msgspec.json.Decoder(clones.Places)
 _STREAMS = (
     "SELECT device_id, epoch, contiguous, highest, lost, opened_at FROM stream"
     " WHERE device_id IN :keys AND stream = :stream"

@@ -82,7 +82,7 @@ def run(settings: Settings, part: Part) -> None:
         stop_on_signals(stopping)
         link = open_link(settings, "ingest", part.filters())
         ingest = Ingest(services.database, services.master_key, services.project)
-        collector = Collector(ingest, link.publish, lambda _stored: None, link.clear)
+        collector = Collector(ingest, link.publish, lambda _stored: None, link.clear, guarded=settings.broker_tls)
         link.on_message = collector.received
         log.info("storing part %d of %d of project %s", part.number, part.of, services.project)
         try:

@@ -32,6 +32,7 @@ STATUS: dict[str, int] = {
     "scope_missing": 403,
     "device_revoked": 403,
     "enrolment_refused": 403,
+    "certificate_lapsed": 403,
     # what is asked for
     "blob_unknown": 404,
     "bundle_unknown": 404,
@@ -45,11 +46,14 @@ STATUS: dict[str, int] = {
     "publisher_unknown": 404,
     "proposal_unknown": 404,
     "token_unknown": 404,
+    "request_unknown": 404,
     "webhook_unknown": 404,
     "delivery_unknown": 404,
     # what stands against it
     "version_taken": 409,
     "name_taken": 409,
+    "device_cloned": 409,
+    "requests_full": 409,
     "name_ambiguous": 409,
     "bin_proposed": 409,
     "publisher_taken": 409,

@@ -45,6 +45,12 @@ async def shut_out(connection: AsyncConnection, project: str, device: str) -> No
     await connection.execute(insert(_cuts).values(device_id=device, project_id=project, asked_at=now))
 
 
+async def let_in(connection: AsyncConnection, device: str) -> None:
+    """Take back what `shut_out` did."""
+    await connection.execute(update(_certificates).where(_certificates.c.device_id == device).values(revoked_at=0))
+    await connection.execute(delete(_cuts).where(_cuts.c.device_id == device))
+
+
 async def revoked(connection: AsyncConnection) -> list[tuple[str, int]]:
     """Return the certificates that would still be good if they were not revoked: (serial, when), of all projects."""
     rows = await connection.execute(

@@ -50,6 +50,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Who stores what devices say: the director, or processes of their own (`wherry serve ingest`)."""
     certificate_days: Annotated[float, msgspec.Meta(gt=0, le=CERTIFICATE_DAYS_MAX)] = 30
     """Life of a device certificate; devices renew theirs after two thirds of it."""
+    certificate_grace_days: Annotated[float, msgspec.Meta(ge=0, le=CERTIFICATE_DAYS_MAX)] = 365
+    """How long after its certificate expired a device that was away may still renew it by itself."""
     telemetry_days: Annotated[int, msgspec.Meta(ge=1)] = 90
     """Days that measurements are kept."""
     reports_days: Annotated[int, msgspec.Meta(ge=1)] = 365

@@ -7,11 +7,20 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Response
 
 from wherry_server import audit, cohorts, fleet, scopes
-from wherry_server.answers import DeviceDetail, DeviceList, DeviceLogs, Ended, FleetState, LogsRequested, shaped
+from wherry_server.answers import (
+    DeviceDetail,
+    DeviceList,
+    DeviceLogs,
+    Ended,
+    FleetState,
+    LogsRequested,
+    Readmitted,
+    shaped,
+)
 from wherry_server.api import etags
 from wherry_server.api.again import Again
 from wherry_server.api.pages import Paging
-from wherry_server.auth import ScopedOperator, ServicesDep, Viewer
+from wherry_server.auth import Operator, ScopedOperator, ServicesDep, Viewer
 from wherry_server.targeting import SELECTOR_CHARS_MAX, And, parse_selector
 
 router = APIRouter(prefix="/api/v1", tags=["fleet"], route_class=Again)
@@ -71,6 +80,24 @@ async def request_logs(device: str, services: ServicesDep, operator: ScopedOpera
         requested_at = await fleet.request_logs(connection, services.project, row.id)
         await audit.append(connection, services.project, operator.actor, "device.logs", row.name)
     return LogsRequested(device=row.id, requested_at=requested_at)
+
+
+@router.post("/devices/{device}/readmit")
+async def readmit_device(device: str, services: ServicesDep, operator: Operator) -> Readmitted:
+    """Let a device in again: one that was revoked, in quarantine for flooding, or away for longer than it may be."""
+    async with services.database.write() as connection:
+        row = await fleet.readmit(connection, services.project, device)
+        await audit.append(
+            connection,
+            services.project,
+            operator.actor,
+            "device.readmit",
+            row.name,
+            id=row.id,
+            was=row.state,
+            why=row.state_reason,
+        )
+    return Readmitted(device=row.id, state="active")
 
 
 @router.post("/devices/{device}/{ending}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,7 +11,8 @@ from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import audit, auth, enrolment
-from wherry_server.answers import TokenMade, TokenSummary
+from wherry_server import enrolment_requests as requests
+from wherry_server.answers import EnrolmentShown, Expected, TokenMade, TokenSummary, shaped
 from wherry_server.api import etags
 from wherry_server.api.again import Again
 from wherry_server.api.pages import Paging
@@ -46,6 +47,17 @@ class EnrolmentTokenRequest(BaseModel):
     uses: int = Field(default=1, ge=1, le=enrolment.USES_MAX)
     days: int = Field(default=7, ge=1, le=enrolment.DAYS_MAX)
     labels: dict[str, str] = Field(default_factory=dict)
+    hold: bool = Field(default=False, description="whether a person has to accept each device")
+
+
+class ExpectedDevice(BaseModel):
+    """A device that may enrol by its key: `public_key` is PEM, or the digest that the device prints."""
+
+    model_config = ConfigDict(extra="forbid")
+    public_key: str = Field(min_length=1, max_length=2000)
+    name: str = Field(default="", pattern="^([A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?)?$")
+    labels: dict[str, str] = Field(default_factory=dict)
+    days: int = Field(default=30, ge=1, le=enrolment.DAYS_MAX)
 
 
 @router.post("/tokens", status_code=201)
@@ -140,6 +152,54 @@ async def create_enrolment_token(body: EnrolmentTokenRequest, services: Services
     """Make a token by which devices enrol."""
     async with services.database.write() as connection:
         token = await enrolment.create_token(
-            connection, services, operator.actor, uses=body.uses, days=body.days, labels=body.labels
+            connection,
+            services,
+            operator.actor,
+            uses=body.uses,
+            days=body.days,
+            labels=body.labels,
+            hold=body.hold,
         )
     return TokenMade(token=token)
+
+
+@router.get("/enrolment-requests")
+async def list_enrolment_requests(services: ServicesDep, _operator: Operator, page: Paging) -> list[EnrolmentShown]:
+    """List the keys that wait for a person, may enrol, or were refused."""
+    async with services.database.read() as connection:
+        found = await requests.waiting(connection, services.project, page.limit)
+    return [shaped(EnrolmentShown, one) for one in found]
+
+
+@router.post("/enrolment-requests", status_code=201)
+async def expect_device(body: ExpectedDevice, services: ServicesDep, operator: Operator) -> Expected:
+    """Let the device with a key in when it comes, without a secret."""
+    enrolment.check_labels(body.labels)
+    key = requests.key_of(body.public_key)
+    actor = operator.actor
+    async with services.database.write() as connection:
+        await requests.expect(
+            connection, services.project, actor, key=key, name=body.name, labels=body.labels, days=body.days
+        )
+        await audit.append(connection, services.project, actor, "enrolment.expect", key, name=body.name)
+    return Expected(key=key, token=enrolment.token_by_key(services))
+
+
+@router.post("/enrolment-requests/{key}/{verdict}")
+async def settle_enrolment(
+    key: str, verdict: Literal["accept", "refuse"], services: ServicesDep, operator: Operator
+) -> EnrolmentShown:
+    """Accept or refuse a key that waits, named by its first twelve digits, or by the name under which it asks."""
+    state = {"accept": "expected", "refuse": "refused"}[verdict]
+    async with services.database.write() as connection:
+        row = await requests.settle(connection, services.project, key, state)
+        await audit.append(
+            connection,
+            services.project,
+            operator.actor,
+            f"enrolment.{verdict}",
+            row.key_digest,
+            name=row.name,
+        )
+        found = await requests.waiting(connection, services.project, requests.EXPECTED_MAX)
+    return shaped(EnrolmentShown, next(one for one in found if one["key"] == row.key_digest))

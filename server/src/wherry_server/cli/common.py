@@ -15,6 +15,7 @@ from rich.table import Table
 
 from wherry_server.client import Client
 from wherry_shared.access import find_access
+from wherry_shared.errors import RefusedError
 
 IfMatch = Annotated[
     str,
@@ -62,6 +63,21 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     for row in rows:
         made.add_row(*("" if cell is None else str(cell) for cell in row))
     return made
+
+
+def labels_of(items: Sequence[str] | None) -> dict[str, str]:
+    """Read labels written as KEY=VALUE.
+
+    Raises:
+        RefusedError: `labels_invalid`.
+    """
+    labels: dict[str, str] = {}
+    for item in items or []:
+        key, mark, value = item.partition("=")
+        if not mark:
+            raise RefusedError("labels_invalid", f"label {item[:80]!r} is not KEY=VALUE", next_step="write site=north")
+        labels[key] = value
+    return labels
 
 
 def size(count: float) -> str:

@@ -1,16 +1,17 @@
-"""`wherry device`: list, show, logs."""
+"""`wherry device`: list, show, logs; let in, shut out."""
 
 from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from wherry_server import calls
-from wherry_server.cli.common import AsJson, IfMatch, client, show, size, table, when
+from wherry_server.cli.common import AsJson, IfMatch, client, labels_of, show, size, table, when
 from wherry_server.client import Client
 from wherry_shared.errors import UnreachableError
 
@@ -158,6 +159,68 @@ def revoke_device(device: Device, if_match: IfMatch = "", as_json: AsJson = Fals
 def decommission_device(device: Device, if_match: IfMatch = "", as_json: AsJson = False) -> None:
     """Take a device out of the fleet; its name is free for a new enrolment."""
     _end(device, "decommission", if_match, as_json)
+
+
+@app.command("readmit")
+def readmit_device(device: Device, as_json: AsJson = False) -> None:
+    """Let a device in again that was revoked, in quarantine for flooding, or away for longer than it may be."""
+    with client() as server:
+        found = server.plain(calls.readmit_device(device))
+    show(found, as_json, lambda console: console.print(f"{device} is {found['state']} again"))
+
+
+Key = Annotated[str, typer.Argument(help="First twelve digits of its key, or the name under which it asks.")]
+
+
+@app.command("expect")
+def expect_device(
+    key: Annotated[
+        Path, typer.Option("--key", help="File with its public key in PEM, as wherry-agent key prints it.", exists=True)
+    ],
+    name: Annotated[str, typer.Option(help="Name that it gets.", show_default="its own choice")] = "",
+    label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE put on it; may be repeated.")] = None,
+    days: Annotated[int, typer.Option(help="How long it may take to come.", min=1)] = 30,
+    as_json: AsJson = False,
+) -> None:
+    """Let a device in by its key when it comes; what is pasted on it is no secret."""
+    with client() as server:
+        made = server.plain(calls.expect_device(key.read_text(), name, labels_of(label), days))
+    show(made, as_json, lambda console: console.print(made["token"], soft_wrap=True))
+
+
+@app.command("pending")
+def pending_devices(as_json: AsJson = False) -> None:
+    """List the keys that wait to be accepted, may enrol, or were refused."""
+    with client() as server:
+        found = server.plain(calls.list_enrolment_requests())
+
+    def render(console: Console) -> None:
+        rows = [
+            (one["key"].removeprefix("sha256:")[:12], one["name"], one["state"], when(one["created_at"]))
+            for one in found
+        ]
+        console.print(table(("key", "name", "state", "since"), rows))
+
+    show(found, as_json, render)
+
+
+@app.command("accept")
+def accept_device(key: Key, as_json: AsJson = False) -> None:
+    """Accept a device that waits; compare its key with what wherry-agent key prints on it."""
+    _settle(key, "accept", as_json)
+
+
+@app.command("refuse")
+def refuse_device(key: Key, as_json: AsJson = False) -> None:
+    """Refuse a device that waits."""
+    _settle(key, "refuse", as_json)
+
+
+def _settle(key: str, verdict: Literal["accept", "refuse"], as_json: bool) -> None:
+    with client() as server:
+        found = server.plain(calls.settle_enrolment(key, verdict))
+    word = {"expected": "may enrol", "refused": "may not enrol"}[found["state"]]
+    show(found, as_json, lambda console: console.print(f"{found['name'] or found['key']} {word}"))
 
 
 def _end(device: str, ending: Literal["revoke", "decommission"], if_match: str, as_json: bool) -> None:

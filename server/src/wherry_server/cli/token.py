@@ -8,8 +8,7 @@ import typer
 from rich.console import Console
 
 from wherry_server import calls
-from wherry_server.cli.common import AsJson, IfMatch, client, date, show, table, when
-from wherry_shared.errors import RefusedError
+from wherry_server.cli.common import AsJson, IfMatch, client, date, labels_of, show, table, when
 
 app = typer.Typer(name="token", help="Tokens: for devices that enrol, for people and machines.", no_args_is_help=True)
 
@@ -22,18 +21,15 @@ def create_enrolment_token(
     uses: Annotated[int, typer.Option(help="How many devices may enrol with it.", min=1)] = 1,
     days: Annotated[int, typer.Option(help="How long it is good.", min=1)] = 7,
     label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE put on each device; may be repeated.")] = None,
+    hold: Annotated[
+        bool, typer.Option("--hold", help="Each device waits until its key is accepted: wherry device pending.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the token only.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a token by which devices enrol; it is shown this once."""
-    labels: dict[str, str] = {}
-    for item in label or []:
-        key, mark, value = item.partition("=")
-        if not mark:
-            raise RefusedError("labels_invalid", f"label {item[:80]!r} is not KEY=VALUE", next_step="write site=north")
-        labels[key] = value
     with client() as server:
-        made = server.plain(calls.create_enrolment_token(uses, days, labels))
+        made = server.plain(calls.create_enrolment_token(uses, days, labels_of(label), hold=hold))
         address = server.server
 
     def render(console: Console) -> None:

@@ -103,7 +103,9 @@ class Device(SQLModel, table=True):
     project_id: str = Field(index=True)
     name: str
     state: str = "active"
-    """`active`, `revoked`, `decommissioned`"""
+    """`active`, `revoked`, `quarantined`, `decommissioned`"""
+    state_reason: str = ""
+    """Why it is in quarantine: `cloned`, `flooding`."""
     labels: dict[str, Any] = _searched()
     facts: dict[str, Any] = _searched()
     bearer_hash: str
@@ -121,6 +123,8 @@ class Device(SQLModel, table=True):
     """When the last accepted hello was said, by the device's clock."""
     hello_streams: dict[str, Any] = _json(nullable=True)
     """Stream → [epoch, next number] of that hello."""
+    places: dict[str, Any] = _json(nullable=True)
+    """From where it spoke: `clones.Places`."""
     trust_version: int = _time(default=0)
     """The number of the trust set that the device uses."""
     trust_state: str = ""
@@ -457,7 +461,26 @@ class EnrolmentToken(SQLModel, table=True):
     uses_left: int
     expires_at: int = _time()
     labels: dict[str, Any] = _json()
+    hold: bool = False
+    """Whether a person has to accept each device that comes with it."""
     created_at: int = _time()
+    created_by: str
+
+
+class EnrolmentRequest(SQLModel, table=True):
+    """A key that waits for a person, or that a person let in before it came."""
+
+    __tablename__ = "enrolment_request"
+    project_id: str = Field(primary_key=True)
+    key_digest: str = Field(primary_key=True)
+    state: str
+    """`pending`: a person has to say; `expected`: it may enrol; `refused`."""
+    name: str
+    """Under which it asks, or has to come; empty: any."""
+    labels: dict[str, Any] = _json()
+    facts: dict[str, Any] = _json()
+    created_at: int = _time()
+    expires_at: int = _time()
     created_by: str
 
 
