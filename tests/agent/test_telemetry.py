@@ -269,6 +269,70 @@ def test_a_buffer_that_cannot_be_read_begins_anew_with_another_epoch(
     assert again.held(9) == []
 
 
+def spoil(path: Path, start: int = 3 * 4096) -> None:
+    """Alter pages behind the first ones, so that opening finds nothing wrong."""
+    data = bytearray(path.read_bytes())
+    assert len(data) > start
+    data[start:] = b"\xff" * (len(data) - start)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("first", ["held", "first", "message", "add", "acknowledge"])
+def test_a_buffer_that_the_disk_altered_begins_anew_whatever_is_asked_of_it(
+    tmp_path: Path, buffers: Callable[..., Buffer], first: str
+) -> None:
+    buffer = buffers()
+    for _ in range(100):
+        buffer.add(message(3))
+    buffer.close()
+    spoil(tmp_path / "telemetry.db")
+    again = buffers()
+    assert again.epoch == buffer.epoch, "nothing is noticed when it is opened"
+    ask: dict[str, Callable[[], object]] = {
+        "held": lambda: again.held(20),
+        "first": lambda: again.first,
+        "message": lambda: again.message(1),
+        "add": lambda: again.add(message(2)),
+        "acknowledge": lambda: again.acknowledge(again.epoch, 1),
+    }
+    ask[first]()
+    assert again.epoch != buffer.epoch
+    again.add(message(1))
+    sent = again.message(again.held(1)[0])
+    assert sent is not None
+    assert sent.windows
+    assert (sent.epoch, sent.first) == (again.epoch, again.first)
+
+
+def test_windows_that_went_with_an_altered_buffer_are_counted(tmp_path: Path, buffers: Callable[..., Buffer]) -> None:
+    buffer = buffers()
+    for _ in range(100):
+        buffer.add(message(3))
+    buffer.acknowledge(buffer.epoch, 10)
+    buffer._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    spoil(tmp_path / "telemetry.db")
+    buffer._database.execute("PRAGMA shrink_memory")
+    assert buffer.held(20) == []
+    buffer.add(message(1))
+    sent = buffer.message(1)
+    assert sent is not None
+    assert sent.dropped == 90 * 3
+
+
+def test_a_message_that_the_disk_altered_is_lost_alone_and_counted(buffers: Callable[..., Buffer]) -> None:
+    buffer = buffers()
+    buffer.add(message(2))
+    buffer.add(message(3))
+    with buffer._database:
+        buffer._database.execute("UPDATE message SET body = ? WHERE seq = 1", (b"no message",))
+    assert buffer.message(1) is None
+    assert buffer.held(9) == [2]
+    buffer.add(message(1))
+    sent = buffer.message(3)
+    assert sent is not None
+    assert sent.dropped == 2
+
+
 def test_what_cannot_be_kept_is_dropped_and_counted(buffers: Callable[..., Buffer]) -> None:
     buffer = buffers()
     blocker = sqlite3.connect(buffer._path)

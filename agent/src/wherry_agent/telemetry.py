@@ -15,6 +15,7 @@ import sqlite3
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -22,6 +23,7 @@ from wherry_agent import sampling
 from wherry_agent.children import ArmStats, Sampled
 from wherry_agent.handle_server import merged
 from wherry_shared import wire
+from wherry_shared.errors import RefusedError
 from wherry_shared.limits import SAMPLE_BYTES_MAX, SAMPLES_PER_WINDOW_MAX
 from wherry_shared.sketch import since
 from wherry_shared.wire import IN_PROCESS, Arm, Sample, Sum, Telemetry, Window
@@ -257,10 +259,12 @@ class Buffer:
         self._may_sample = may_sample
         self._bytes_max = bytes_max
         self._database = self._open()
-        row = self._database.execute("SELECT epoch, next, dropped FROM stream").fetchone()
-        self.epoch: str = row[0]
-        self._next: int = row[1]
-        self._dropped: int = row[2]
+        self.epoch: str
+        self._next: int
+        self._dropped: int
+        self._waiting = 0
+        """Windows of the messages held, as far as they could be counted."""
+        self._take_up()
 
     @property
     def next(self) -> int:
@@ -270,8 +274,8 @@ class Buffer:
     @property
     def first(self) -> int:
         """Oldest number still held, `next` if none is."""
-        row = self._database.execute("SELECT min(seq) FROM message").fetchone()
-        return int(row[0]) if row[0] is not None else self._next
+        rows = self._rows("SELECT min(seq) FROM message")
+        return int(rows[0][0]) if rows and rows[0][0] is not None else self._next
 
     @property
     def untold(self) -> int:
@@ -280,16 +284,20 @@ class Buffer:
 
     def held(self, count: int) -> list[int]:
         """Return the oldest `count` numbers that are not acknowledged."""
-        rows = self._database.execute("SELECT seq FROM message ORDER BY seq LIMIT ?", (count,)).fetchall()
-        return [int(row[0]) for row in rows]
+        return [int(row[0]) for row in self._rows("SELECT seq FROM message ORDER BY seq LIMIT ?", count)]
 
     def message(self, seq: int) -> Telemetry | None:
         """Return a message as it is to be sent now."""
-        row = self._database.execute("SELECT body FROM message WHERE seq = ?", (seq,)).fetchone()
-        if row is None:
+        rows = self._rows("SELECT body, windows FROM message WHERE seq = ?", seq)
+        if not rows:
             return None
-        message = sampling.without(wire.parse(Telemetry, row[0]), self._may_sample)
-        return msgspec.structs.replace(message, first=self.first)
+        try:
+            told = wire.parse(Telemetry, rows[0][0])
+        except (RefusedError, TypeError) as error:  # not what was written: the disk altered it
+            log.warning("telemetry: message %d is lost: %s", seq, error)
+            self._lose(seq, rows[0][1])
+            return None
+        return msgspec.structs.replace(sampling.without(told, self._may_sample), first=self.first)
 
     def add(self, message: Telemetry) -> None:
         """Number and keep messages with the windows of `message`, split to fit; the oldest give way.
@@ -303,6 +311,7 @@ class Buffer:
             except sqlite3.Error as error:
                 self._dropped += len(windows)
                 log.warning("telemetry: %d windows dropped: %s", len(windows), error)
+                self._mind(error)
 
     def acknowledge(self, epoch: str, seq: int) -> None:
         """Drop what the server has."""
@@ -311,8 +320,10 @@ class Buffer:
         try:
             with self._database:
                 self._database.execute("DELETE FROM message WHERE seq <= ?", (seq,))
+            self._count()
         except sqlite3.Error as error:  # it is sent again, and the server knows it already
             log.warning("telemetry: an acknowledgement could not be noted: %s", error)
+            self._mind(error)
 
     def close(self) -> None:
         """Close the file."""
@@ -327,6 +338,47 @@ class Buffer:
             lost = self._make_room()
             self._database.execute("UPDATE stream SET next = ?, dropped = ?", (seq + 1, lost))
         self._next, self._dropped = seq + 1, lost
+        self._waiting += len(message.windows) - lost
+
+    def _take_up(self) -> None:
+        """Go on where the file stands."""
+        row = self._database.execute("SELECT epoch, next, dropped FROM stream").fetchone()
+        self.epoch, self._next, self._dropped = str(row[0]), int(row[1]), int(row[2])
+        with contextlib.suppress(sqlite3.Error):  # then nobody knows how many are lost with it
+            self._count()
+
+    def _count(self) -> None:
+        (self._waiting,) = self._database.execute("SELECT coalesce(sum(windows), 0) FROM message").fetchone()
+
+    def _rows(self, query: str, *values: int) -> list[tuple[Any, ...]]:
+        """Return what the file has; nothing where it cannot be read: telemetry is not worth the agent's life."""
+        try:
+            return self._database.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            log.warning("telemetry: the buffer cannot be read: %s", error)
+            self._mind(error)
+            return []
+
+    def _mind(self, error: sqlite3.Error) -> None:
+        """Begin anew where the file is not what was written; other trouble may pass."""
+        if type(error) is not sqlite3.DatabaseError:
+            return
+        lost = self._dropped + self._waiting
+        log.error("telemetry: the disk altered the buffer, which begins anew; %d windows are lost", self._waiting)
+        self._database.close()
+        self._database = self._anew()
+        self._take_up()
+        self._dropped = lost
+
+    def _lose(self, seq: int, windows: object) -> None:
+        try:
+            with self._database:
+                self._database.execute("DELETE FROM message WHERE seq = ?", (seq,))
+                self._dropped += windows if isinstance(windows, int) else 0
+                self._database.execute("UPDATE stream SET dropped = ?", (self._dropped,))
+            self._count()
+        except sqlite3.Error as error:
+            self._mind(error)
 
     def _make_room(self) -> int:
         """Drop the oldest messages over the bound; return how many windows went with them."""
@@ -336,7 +388,7 @@ class Buffer:
             row = self._database.execute("SELECT seq, windows, size, body FROM message ORDER BY seq LIMIT 1").fetchone()
             self._database.execute("DELETE FROM message WHERE seq = ?", (row[0],))
             # what it would have told of earlier losses is told by a later one
-            count, size, lost = count - 1, size - row[2], lost + row[1] + wire.parse(Telemetry, row[3]).dropped
+            count, size, lost = count - 1, size - row[2], lost + row[1] + _told_lost(row[3])
         return lost
 
     def _open(self) -> sqlite3.Connection:
@@ -346,12 +398,17 @@ class Buffer:
             log.warning("telemetry: kept in memory only: %s", error)
         except sqlite3.DatabaseError as error:
             log.warning("telemetry: the buffer could not be read and begins anew: %s", error)
-            try:
-                for suffix in ("", "-wal", "-shm"):
-                    self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
-                return self._connect(self._path)
-            except (OSError, sqlite3.Error) as again:
-                log.warning("telemetry: kept in memory only: %s", again)
+            return self._anew()
+        return self._connect(":memory:")
+
+    def _anew(self) -> sqlite3.Connection:
+        """Leave the file that is there, and begin another; in memory where that cannot be."""
+        try:
+            for suffix in ("", "-wal", "-shm"):
+                self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
+            return self._connect(self._path)
+        except (OSError, sqlite3.Error) as error:
+            log.warning("telemetry: kept in memory only: %s", error)
         return self._connect(":memory:")
 
     def _connect(self, path: Path | str) -> sqlite3.Connection:
@@ -379,6 +436,14 @@ class Buffer:
             database.close()
             raise
         return database
+
+
+def _told_lost(body: object) -> int:
+    """Return of how many lost windows a message would have told."""
+    try:
+        return wire.parse(Telemetry, body).dropped if isinstance(body, bytes) else 0
+    except RefusedError:
+        return 0  # the disk altered it
 
 
 def _split(windows: list[Window]) -> list[list[Window]]:
