@@ -102,8 +102,11 @@ for others. `wherry quarantine clear` lets it be offered there again, until it f
 
 ## Why not yet, and what if
 
-`wherry rollout explain N [--device D]` says what the rollout, or a device in it, waits for, and asks the engine every recorded decision
-again with its recorded evidence and moment: one that does not follow is named. `wherry rollout simulate PLAN` runs the same engine over
+`wherry rollout explain N [--device D]` says what the rollout, or a device in it, waits for (until when, or what keeps it out), and asks the
+engine every recorded decision again with its recorded evidence and moment: one that does not follow, or did not lead to where the next one
+began, is named. `wherry rollout devices N [--state silent]` lists the devices that it exposed, and where each one stands.
+
+`wherry rollout simulate PLAN` runs the same engine over
 the fleet as it stands, or over `--devices N`, where each device fails, is silent or late with stated probabilities (`--failed`, `--silent`,
 `--late`; of those that fail, `--returned` and `--crashed`), independent of the others, and settles in `--settle` seconds, half or half as much
 again; people approve at once, and devices are back at once. For gates with a control it gives devices values: the bundle is `--worse` times

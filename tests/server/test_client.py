@@ -47,7 +47,7 @@ ARGUMENTS: dict[str, Any] = {
 
 
 def operations(server: Running) -> dict[str, tuple[str, str]]:
-    described = httpx.get(f"{server.url}/openapi.json", trust_env=False).json()
+    described = httpx.get(f"{server.url}/openapi.json", trust_env=False, timeout=60).json()
     return {
         operation["operationId"]: (method.upper(), path)
         for path, item in described["paths"].items()
@@ -206,7 +206,7 @@ def test_a_rollout_is_followed_over_a_cut_by_both_clients(server: Running, clien
 
 
 def test_answers_have_the_fields_of_the_description(server: Running) -> None:
-    described = httpx.get(f"{server.url}/openapi.json", trust_env=False).json()["components"]["schemas"]
+    described = httpx.get(f"{server.url}/openapi.json", trust_env=False, timeout=60).json()["components"]["schemas"]
     known = {name: one for name, one in vars(answers).items() if inspect.isclass(one) and is_dataclass(one)}
     shared = set(known) & set(described)
     assert len(shared) > 30

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from tests.server.fleet_kit import PROJECT, fleet, run
 from wherry_server import cohorts, explaining, rollouts
@@ -132,7 +134,8 @@ def test_every_decision_of_a_rollout_follows_from_its_evidence(tmp_path: Path):
                     assert told["replayed"] == len(told["decided"]) > 2
                     assert told["differing"] == []
                     assert [one["gate"] for one in told["needs"]] == (["failed"] if number == bad else [])
-                    assert told["device"]["code"] in ("exposed", "ahead", "held")
+                    expected = {"confirmed"} if number == good else {"returned", "known_bad"}
+                    assert told["device"]["code"] in expected
                 row = await rollouts.find(connection, PROJECT, bad)
                 (last, *_) = (await rollouts.decisions(connection, PROJECT, bad, 0, 1000))[::-1]
                 first = (await rollouts.decisions(connection, PROJECT, bad, 0, 1000))[0]
@@ -141,6 +144,16 @@ def test_every_decision_of_a_rollout_follows_from_its_evidence(tmp_path: Path):
             assert explaining.follows(plan, first["progress_before"], first["evidence"], first["decisions"]) is True
             assert explaining.follows(plan, first["progress_before"], first["evidence"], last["decisions"]) is False
             assert explaining.follows(plan, first["progress_before"], {}, first["decisions"]) is None
+            # and so is a rollout that somebody put elsewhere than where its decisions led
+            same = (first["progress_before"], first["evidence"], first["decisions"])
+            assert explaining.follows(plan, *same, last["progress_before"]) is False
+            async with found.database.write() as connection:
+                where = {"p": json.dumps({**row.progress, "stage": 1}), "n": bad}
+                cast = "CAST(:p AS JSON)" if connection.dialect.name == "postgresql" else ":p"
+                await connection.execute(text(f"UPDATE rollout SET progress = {cast} WHERE number = :n"), where)
+            async with found.database.read() as connection:
+                told = await explaining.explain(connection, PROJECT, bad, "")
+            assert told["differing"] == [last["revision"]]
 
     run(work())
 
@@ -181,7 +194,7 @@ def test_a_device_is_told_why_not_yet_and_a_plan_is_forecast_over_the_fleet(tmp_
                 with pytest.raises(RefusedError) as caught:
                     await explaining.simulate(connection, PROJECT, {**wish, "outcomes": {"luck": 1}})
                 assert caught.value.code == "forecast_range"
-            assert sorted(codes) == ["ahead"] * 9 + ["exposed"]
+            assert sorted(codes) == ["ahead"] * 9 + ["confirmed"]
             assert (shown["devices"], shown["ends"], shown["exposed"]["high"]) == (10, {"done": 2}, 10)
 
     run(work())

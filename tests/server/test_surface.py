@@ -276,7 +276,7 @@ def test_a_stream_tells_decisions_once_and_goes_on_where_it_was_cut(surface: Run
 
 
 def test_every_body_and_path_of_the_description_has_an_example(surface: Running) -> None:
-    described = httpx.get(f"{surface.url}/openapi.json", trust_env=False).json()
+    described = httpx.get(f"{surface.url}/openapi.json", trust_env=False, timeout=60).json()
     for path, item in described["paths"].items():
         for method, operation in item.items():
             if not path.startswith("/api/v1/"):
@@ -317,7 +317,7 @@ FUZZED = settings(
 
 
 def test_nothing_that_the_description_allows_is_answered_otherwise_than_it_says(surface: Running) -> None:
-    schema = openapi.from_dict(httpx.get(f"{surface.url}/openapi.json", trust_env=False).json())
+    schema = openapi.from_dict(httpx.get(f"{surface.url}/openapi.json", trust_env=False, timeout=60).json())
     wrong, seen = [], set()
     with requests.Session() as session:
         session.trust_env = False

@@ -531,6 +531,22 @@ class Explained:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RolloutDevice:
+    """A device that a rollout exposed; its state is an outcome, or `pending`, `silent` or `late` until there is one."""
+
+    device: str
+    name: str
+    state: str
+    stage: int
+    reason: str
+    attempt: int
+    exposed_at: int
+    noticed_at: int
+    settled_at: int
+    last_seen_at: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Forecast:
     """What a plan would do; a spread has the values that a tenth, half and nine tenths of the runs stayed below."""
 

@@ -307,6 +307,13 @@ def list_decisions(number: int, after: int = 0, limit: int | None = None) -> Cal
     return _get(f"/rollouts/{number}/decisions", list[answers.DecisionShown], after=after or None, limit=limit)
 
 
+def list_rollout_devices(
+    number: int, state: str = "", stage: int | None = None, limit: int | None = None
+) -> Call[list[answers.RolloutDevice]]:
+    """List the devices that a rollout exposed, and where each one stands."""
+    return _get(f"/rollouts/{number}/devices", list[answers.RolloutDevice], state=state, stage=stage, limit=limit)
+
+
 def explain_rollout(number: int, device: str = "") -> Call[answers.Explained]:
     """Explain where a rollout, and a device in it, is, and replay what was decided."""
     return _get(f"/rollouts/{number}/explain", answers.Explained, device=device)

@@ -127,6 +127,24 @@ async def scan(connection: AsyncConnection, row: Any, plan: Plan) -> Scan:
     return found
 
 
+async def held_by(connection: AsyncConnection, row: Any, plan: Plan, device: str) -> dict[str, Any] | None:
+    """Return what keeps a rollout from a member of its cohort, as `code` with what belongs to it; None if nothing does."""
+    holder = (await _taken(connection, row, plan)).get(device)
+    if holder is not None and holder != row.id:
+        other = (await connection.execute(_HOLDER, {"rollout": holder})).one()
+        return {"code": "held", "rollout": other.number, "rollout_state": other.state, "priority": other.priority}
+    failed = (await _failures(connection, row, plan)).get(device)
+    if failed is not None and not failed.released and failed.attempt >= plan.attempt and not plan.rollback:
+        return {"code": "quarantine", "rollout": failed.rollout, "reason": failed.reason, "attempt": failed.attempt}
+    bad = await _known_bad(connection, row.project_id, plan)
+    if bad:
+        facts = await connection.scalar(_FACTS, {"device": device})
+        found = sorted(bad & classes(facts or ""))
+        if found:
+            return {"code": "known_bad", "hardware_class": found[0]}
+    return None
+
+
 def stratum_of(plan: Plan, member: cohorts.Member) -> str:
     """Return the stratum of a member."""
     return "/".join(_text(member.view.get(name)) for name in plan.strata) if member.view is not None else ""
@@ -371,7 +389,7 @@ async def _failures(connection: AsyncConnection, row: Any, plan: Plan) -> dict[s
     for one in rows:
         known = found.get(one.device_id)
         if known is None or one.attempt > known.attempt:
-            found[one.device_id] = _Failure(one.attempt, bool(one.released_at))
+            found[one.device_id] = _Failure(one.attempt, bool(one.released_at), one.reason, one.number)
     return found
 
 
@@ -410,6 +428,8 @@ _key = attrgetter("key")
 class _Failure(NamedTuple):
     attempt: int
     released: bool
+    reason: str
+    rollout: int
 
 
 class _Tried(msgspec.Struct):
@@ -422,14 +442,17 @@ class _Variants(msgspec.Struct):
 
 _report = msgspec.json.Decoder(_Variants)
 
+UNSETTLED = (
+    "WHEN a.exposed_at <= :silent AND (a.noticed_at = 0"
+    " OR (SELECT d.last_seen_at FROM device d WHERE d.id = a.device_id) <= :silent) THEN 'silent'"
+    " WHEN a.noticed_at > 0 AND a.noticed_at <= :late THEN 'late' ELSE 'pending' END"
+)
+"""The end of an SQL CASE over `assignment a`: what a device counts as that has not settled."""
 # Who fell silent is looked up only among those that have been exposed for long enough.
 _TALLY = text(
-    "SELECT a.stage, a.outcome, a.reason, a.simulated,"
+    "SELECT a.stage, a.outcome, a.reason, a.simulated,"  # noqa: S608 - constants
     " CASE WHEN a.outcome IN ('returned', 'failed', 'refused') THEN 'failed'"
-    " WHEN a.outcome <> 'exposed' THEN a.outcome"
-    " WHEN a.exposed_at <= :silent AND (a.noticed_at = 0"
-    " OR (SELECT d.last_seen_at FROM device d WHERE d.id = a.device_id) <= :silent) THEN 'silent'"
-    " WHEN a.noticed_at > 0 AND a.noticed_at <= :late THEN 'late' ELSE 'pending' END AS became, count(*) AS devices"
+    f" WHEN a.outcome <> 'exposed' THEN a.outcome {UNSETTLED} AS became, count(*) AS devices"
     " FROM assignment a WHERE a.rollout_id = :rollout GROUP BY a.stage, a.outcome, a.reason, a.simulated, became"
 )
 _HAPPENED = text(
@@ -463,8 +486,11 @@ _BAD = text("SELECT hardware_class FROM known_bad WHERE project_id = :project AN
 _APPROVALS = text(
     "SELECT stage, round, count(*) AS people FROM approval WHERE rollout_id = :rollout GROUP BY stage, round"
 )
+_HOLDER = text("SELECT number, state, priority FROM rollout WHERE id = :rollout")
+_FACTS = text("SELECT CAST(facts AS TEXT) FROM device WHERE id = :device")
 _FAILED = text(
-    "SELECT a.device_id, a.attempt, a.released_at FROM assignment a WHERE a.project_id = :project"
+    "SELECT a.device_id, a.attempt, a.released_at, a.reason, r.number FROM assignment a"
+    " JOIN rollout r ON r.id = a.rollout_id WHERE a.project_id = :project"
     " AND a.to_manifest IN :manifests AND a.outcome IN :outcomes AND a.rollout_id <> :me AND NOT EXISTS (SELECT 1 FROM"
     " assignment n WHERE n.device_id = a.device_id AND n.model = a.model AND n.to_manifest = a.to_manifest"
     " AND n.exposed_at > a.exposed_at AND n.outcome IN ('confirmed', 'confirmed_idle'))"

@@ -6,18 +6,18 @@ Every decision is written down with its evidence and its moment; asking the engi
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from sqlalchemy import select, text
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server import cohorts, evidence, fleet, forecast, gates, rollouts
+from wherry_server import cohorts, evidence, forecast, gates, rollouts, standing
 from wherry_server.db.tables import Decision, table
 from wherry_server.plan import Plan, parse_plan
-from wherry_server.rollout import Evidence, Progress, decide, reach
-from wherry_server.targeting import exposed, key_of, parse_selector
-from wherry_server.times import now_us
+from wherry_server.rollout import Evidence, Progress, decide
+from wherry_server.targeting import parse_selector
 from wherry_shared.errors import RefusedError
 
 _DECISION = table(Decision)
@@ -25,12 +25,17 @@ REPLAYED_MAX = 2_000
 """The newest decisions of a rollout are replayed, no more than these."""
 
 
-def follows(plan: Plan, before: Any, known: Any, decided: Any) -> bool | None:
-    """Tell whether a recorded decision follows from its evidence; None if the record does not say when it was."""
+def follows(plan: Plan, before: Any, known: Any, decided: Any, then: Any = None) -> bool | None:
+    """Tell whether a recorded decision, and the progress that was there `then`, follow from its evidence.
+
+    None if the record does not say when it was.
+    """
     found = msgspec.convert(known, Evidence)
     if found.at is None:
         return None
-    _, again = decide(plan, msgspec.convert(before, Progress), found, found.at)
+    after, again = decide(plan, msgspec.convert(before, Progress), found, found.at)
+    if then is not None and after != msgspec.convert(then, Progress):
+        return False
     return msgspec.json.encode(msgspec.to_builtins(again), order="sorted") == msgspec.json.encode(
         decided, order="sorted"
     )
@@ -47,17 +52,7 @@ async def explain(connection: AsyncConnection, project: str, number: int, device
     plan = parse_plan(row.plan)
     query = select(_DECISION).where(_DECISION.c.rollout_id == row.id).order_by(_DECISION.c.revision.desc())
     rows = (await connection.execute(query.limit(REPLAYED_MAX))).all()[::-1]
-    decided = [
-        {
-            "revision": one.revision,
-            "at": one.at,
-            "round": 2 if one.progress_before.get("promoting") else 1,
-            "decisions": one.decisions,
-            "known": {name: value for name, value in one.evidence.items() if name not in ("at", "taken")},
-            "follows": follows(plan, one.progress_before, one.evidence, one.decisions),
-        }
-        for one in rows
-    ]
+    decided = await asyncio.to_thread(_replayed, plan, rows, row.progress)
     return {
         "number": number,
         "state": shown["state"],
@@ -69,37 +64,24 @@ async def explain(connection: AsyncConnection, project: str, number: int, device
         "decided": decided,
         "replayed": sum(one["follows"] is not None for one in decided),
         "differing": [one["revision"] for one in decided if one["follows"] is False],
-        "device": await _device(connection, row, plan, device) if device else None,
+        "device": await standing.device(connection, row, plan, device) if device else None,
     }
 
 
-async def _device(connection: AsyncConnection, row: Any, plan: Plan, device: str) -> dict[str, Any]:
-    found = await fleet.find_device(connection, row.project_id, device)
-    progress = evidence.load_progress(row.progress)
-    key = key_of(row.salt, found.id)
-    said: dict[str, Any] = {"device": found.id, "name": found.name, "share_key": f"{key:016x}", "cut_off": None}
-    assigned = (await connection.execute(_ASSIGNED, {"rollout": row.id, "device": found.id})).one_or_none()
-    if assigned is not None:
-        detail = {
-            name: getattr(assigned, name) for name in ("outcome", "reason", "attempt", "exposed_at", "settled_at")
+def _replayed(plan: Plan, rows: Sequence[Any], progress: Any) -> list[dict[str, Any]]:
+    """Return decisions with whether each follows, and led to where the next one began (the last: to `progress`)."""
+    began = [*(one.progress_before for one in rows[1:]), progress]
+    return [
+        {
+            "revision": one.revision,
+            "at": one.at,
+            "round": 2 if one.progress_before.get("promoting") else 1,
+            "decisions": one.decisions,
+            "known": {name: value for name, value in one.evidence.items() if name not in ("at", "taken")},
+            "follows": follows(plan, one.progress_before, one.evidence, one.decisions, then),
         }
-        return {**said, "code": "exposed", "stage": assigned.stage + 1, **detail}
-    scan = await evidence.scan(connection, row, plan)
-    held = next((one for one in scan.held if one.device == found.id), None)
-    free = next((one for one in scan.free if one.device == found.id), None)
-    one = held or free
-    if one is None:
-        return {**said, "code": "not_member"}
-    share = reach(plan, progress)
-    at = progress.cut_offs.get(one.stratum)
-    said |= {"stratum": one.stratum, "cut_off": f"{at:016x}" if at is not None else None}
-    if held is not None:
-        return {**said, "code": "held"}
-    if progress.stage < 0 or not exposed(key, one.stratum, progress.cut_offs, share):
-        return {**said, "code": "ahead"}
-    if plan.window is not None and not plan.window.open_at(now_us(), one.timezone):
-        return {**said, "code": "window", "timezone": one.timezone}
-    return {**said, "code": "next"}
+        for one, then in zip(rows, began, strict=True)
+    ]
 
 
 async def simulate(connection: AsyncConnection, project: str, wish: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +148,3 @@ def _spread(values: list[int]) -> dict[str, int]:
 _WHATEVER = ("models", "flag", "variant", "measure", "start", "device", "cohort")
 _ANY = {"model": "model", "version": "1.0.0", "manifest": "sha256:" + "0" * 64}
 """Which bundle it is makes no difference to a forecast."""
-_ASSIGNED = text(
-    "SELECT stage, outcome, reason, attempt, exposed_at, settled_at FROM assignment WHERE rollout_id = :rollout"
-    " AND device_id = :device ORDER BY model LIMIT 1"
-)

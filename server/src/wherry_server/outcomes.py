@@ -28,6 +28,23 @@ Outcome: TypeAlias = Literal[
     "reverted",
     "superseded",
 ]
+Standing: TypeAlias = Literal[
+    "pending",
+    "silent",
+    "late",
+    "proved",
+    "confirmed",
+    "confirmed_idle",
+    "returned",
+    "failed",
+    "refused",
+    "excused",
+    "withdrawn",
+    "revert_pending",
+    "reverted",
+    "superseded",
+]
+"""Where a device stands: its outcome, or what it counts as until it has one."""
 FAILURES = ("returned", "failed", "refused")
 ENDED = (*FAILURES, "excused")
 """The device has ended the attempt and runs what it ran before."""

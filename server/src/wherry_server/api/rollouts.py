@@ -7,12 +7,21 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Body, Path, Query, Response
 from pydantic import BaseModel, Field
 
-from wherry_server import explaining, rollouts, scopes
-from wherry_server.answers import DecisionShown, Explained, Forecast, RolloutDetail, RolloutSummary, shaped
+from wherry_server import explaining, rollouts, scopes, standing
+from wherry_server.answers import (
+    DecisionShown,
+    Explained,
+    Forecast,
+    RolloutDetail,
+    RolloutDevice,
+    RolloutSummary,
+    shaped,
+)
 from wherry_server.api import etags
 from wherry_server.api.again import Again
-from wherry_server.api.pages import CursorId, Paging
+from wherry_server.api.pages import CursorId, Paging, check_text
 from wherry_server.auth import ScopedApprover, ScopedOperator, ServicesDep, Viewer
+from wherry_server.outcomes import Standing
 
 router = APIRouter(prefix="/api/v1", tags=["rollouts"], route_class=Again)
 Number = Annotated[int, Path(ge=1, le=1 << 53)]
@@ -84,6 +93,25 @@ async def list_decisions(
             connection, services.project, number, max(after, page.behind(CursorId) or 0), page.limit + 1
         )
     return [shaped(DecisionShown, one) for one in page.full(found, lambda one: one["revision"])]
+
+
+@router.get("/rollouts/{number}/devices")
+async def list_rollout_devices(
+    number: Number,
+    services: ServicesDep,
+    _viewer: Viewer,
+    page: Paging,
+    state: Annotated[Standing | None, Query(description="as the engine counts it")] = None,
+    stage: Annotated[int | None, Query(ge=1, le=1000, description="the stage that exposed it, from 1")] = None,
+) -> list[RolloutDevice]:
+    """List the devices that a rollout exposed, and where each one stands."""
+    after = page.behind(str) or ""
+    check_text(after)
+    async with services.database.read() as connection:
+        found = await standing.devices(
+            connection, services.project, number, state=state, stage=stage, after=after, limit=page.limit + 1
+        )
+    return [shaped(RolloutDevice, one) for one in page.full(found, lambda one: one["device"])]
 
 
 @router.get("/rollouts/{number}/explain")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console, Group, RenderableType
@@ -16,6 +16,7 @@ from rich.text import Text
 from wherry_server import calls, desired
 from wherry_server.cli.common import GLOBALS, AsJson, client, console, show, table, when
 from wherry_server.client import Client
+from wherry_server.outcomes import Standing
 from wherry_shared.errors import RefusedError
 
 app = typer.Typer(name="rollout", help="Move devices to a bundle in stages.", no_args_is_help=True)
@@ -37,9 +38,24 @@ _MEASURE = Console(width=1000)
 """Wide enough to ask a table how wide it is by itself."""
 Number = Annotated[int, typer.Argument(help="Number of the rollout.")]
 PLACES = {
-    "exposed": "it was exposed",
+    "pending": "it was exposed and has not settled",
+    "silent": "it never spoke of its exposure, or then vanished, until the deadline for that",
+    "late": "it spoke of its exposure and did not settle within its deadline",
+    "proved": "it came through the first round",
+    "confirmed": "it has the bundle, proved by requests",
+    "confirmed_idle": "it has the bundle, proved by golden vectors without requests",
+    "returned": "it went back from its trial, and is in quarantine",
+    "failed": "the bundle failed there, and it is in quarantine",
+    "refused": "it refused the bundle, and is in quarantine",
+    "excused": "it ended its attempt without a verdict: wherry rollout retry",
+    "withdrawn": "it was withdrawn before it had changed",
+    "revert_pending": "it is to go back, and has not said yet that it has",
+    "reverted": "it went back",
+    "superseded": "a newer rollout took it over",
     "not_member": "it is no active member of the cohort",
-    "held": "it is in quarantine, held by another rollout, or of hardware on which the bundle is known to be bad",
+    "held": "another rollout holds it, and is not outranked",
+    "quarantine": "it is in quarantine, where the bundle failed before: wherry quarantine release",
+    "known_bad": "the bundle is known to be bad on its hardware: wherry quarantine hardware",
     "ahead": "it belongs to a later stage: its key is above the cut-off",
     "window": "its maintenance window is shut",
     "next": "it is exposed in one of the next turns",
@@ -267,8 +283,35 @@ def explain(
         if found["device"]:
             said = {**found["device"]}
             code, name = said.pop("code"), said.pop("name")
-            more = ", ".join(f"{key} {value}" for key, value in said.items() if value not in (None, "", 0))
+            told = {key: when(value) if key.endswith("_at") and value else value for key, value in said.items()}
+            more = ", ".join(f"{key} {value}" for key, value in told.items() if value not in (None, "", 0))
             out.print(f"{name}: {PLACES[code]} [{code}]; {more}", markup=False)
+
+    show(found, as_json, render)
+
+
+@app.command()
+def devices(
+    number: Number,
+    state: Annotated[str | None, typer.Option(help=f"In this state: {', '.join(get_args(Standing))}.")] = None,
+    stage: Annotated[int | None, typer.Option(min=1, help="Exposed by this stage.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the devices that a rollout exposed, and where each one stands."""
+    found = client().plain(calls.list_rollout_devices(number, state or "", stage))
+
+    def render(out: Console) -> None:
+        rows = [
+            (
+                one["name"],
+                one["stage"],
+                one["state"],
+                one["reason"],
+                *(when(one[at]) if one[at] else "" for at in ("exposed_at", "settled_at", "last_seen_at")),
+            )
+            for one in found
+        ]
+        out.print(table(["DEVICE", "#STAGE", "STATE", "REASON", "EXPOSED", "SETTLED", "SEEN"], rows))
 
     show(found, as_json, render)
 
