@@ -35,6 +35,32 @@ def test_a_bound_gives_the_verdict_of_its_table(bound: Bound, bad: int, judged: 
     assert verdict.outcome == outcome
 
 
+FEW = [
+    # bad, judged, population, cohort, verdict, needed, why
+    (1, 1, 1, 20, "unknown", 5, "one failed device in a stage of one is not 100 %"),
+    (1, 1, 1, 1, "breach", 1, "unless there is no other"),
+    (1, 3, 3, 3, "breach", 3, "or no others"),
+    (1, 3, 3, 20, "unknown", 5, "one of three may be a broken board"),
+    (2, 2, 2, 20, "breach", 2, "two of two are not"),
+    (1, 5, 5, 20, "breach", 5, "and five are the sample that was asked for"),
+    (0, 1, 1, 20, "pass", 1, "one that is well lets the next stage begin"),
+]
+
+
+@pytest.mark.parametrize(("bad", "judged", "population", "cohort", "outcome", "needed", "why"), FEW)
+def test_a_share_of_few_devices_is_no_verdict(
+    bad: int, judged: int, population: int, cohort: int, outcome: str, needed: int, why: str
+):
+    bound = Bound(share=0.1, sample_min=5)
+    verdict = threshold("failure", bound, bad=bad, judged=judged, population=population, cohort=cohort)
+    assert (verdict.outcome, verdict.needed) == (outcome, needed), why
+    at_once = Bound(share=0.1, count=0, sample_min=5)
+    assert (
+        bad == 0
+        or threshold("g", at_once, bad=bad, judged=judged, population=population, cohort=cohort).outcome == "breach"
+    )
+
+
 @given(
     st.builds(
         Bound,
@@ -45,10 +71,12 @@ def test_a_bound_gives_the_verdict_of_its_table(bound: Bound, bad: int, judged: 
     st.integers(0, 20),
     st.integers(0, 20),
     st.integers(0, 20),
+    st.integers(0, 30),
 )
-def test_more_failures_never_turn_a_breach_into_a_pass(bound: Bound, bad: int, good: int, rest: int):
-    before = threshold("g", bound, bad=bad, judged=bad + good, population=bad + good + rest)
-    after = threshold("g", bound, bad=bad + 1, judged=bad + good + 1, population=bad + good + rest + 1)
+def test_more_failures_never_turn_a_breach_into_a_pass(bound: Bound, bad: int, good: int, rest: int, cohort: int):
+    seen = {"judged": bad + good, "population": bad + good + rest}
+    before = threshold("g", bound, bad=bad, cohort=cohort, **seen)
+    after = threshold("g", bound, bad=bad + 1, cohort=cohort, **{name: number + 1 for name, number in seen.items()})
     if before.outcome == "breach":
         assert after.outcome == "breach"
 

@@ -297,6 +297,12 @@ commands = st.lists(
 )
 
 
+def told(evidence: Evidence, progress: Progress) -> int:
+    """Return how many devices of the stage were exposed, or in a second round promoted or through without."""
+    waiting = evidence.unpromoted[progress.stage : progress.stage + 1] if progress.promoting else []
+    return evidence.stage(progress.stage).ever - sum(waiting)
+
+
 @given(plans, devices, commands, st.integers(0, 2**32), st.integers(1, 10), st.integers(0, 3))
 @settings(max_examples=150, deadline=None)
 def test_whatever_happens_a_rollout_is_bounded_final_and_ends(
@@ -308,7 +314,7 @@ def test_whatever_happens_a_rollout_is_bounded_final_and_ends(
     wanted = {0: "start", **{turn + 1: command for turn, command in orders}}
     boots = {chance.randrange(1, 80) for _ in range(reboots)}
     now_s, boot, boot_s = 0.0, 0, 0.0
-    breached, anchors, stage_s = False, 0, 0.0
+    breached, anchors, stage_s, stage_told = False, 0, 0.0, 0
     window_s = 86_400 if plan.window is not None else 0
     limit_s = window_s + (2 * len(plan.stages) + 1) * (STAGE_MAX_S + 60) * (reboots + 2) + 2 * REVERT_S + 1000
     turn = 0
@@ -354,12 +360,12 @@ def test_whatever_happens_a_rollout_is_bounded_final_and_ends(
             assert agreed or not plan.approvers(after.stage, number), "it began unapproved"
             assert now.wall_us >= plan.start_us, "it began before its date"
         if after.stage > before.stage or second:
-            anchors, stage_s = 0, now_s
+            anchors, stage_s, stage_told = 0, now_s, told(evidence, after)
         anchors += after.paced is not None and after.paced != before.paced
         if plan.rate is not None and exposing and after.state == "running":
             assert exposing[-1].limit is not None
             fastest = max(plan.rate.per_minute, plan.rate.ramp_to or 0) / 60
-            here = evidence.stage(after.stage).ever + exposing[-1].limit
+            here = told(evidence, after) - stage_told + exposing[-1].limit
             assert here <= anchors + fastest * (now_s - stage_s) + 1e-6, "faster than the rate"
         for one in exposing:
             assert one.cut_offs == after.cut_offs
@@ -415,8 +421,8 @@ def started(plan: Plan, members: int = 100) -> Progress:
     return progress
 
 
-def evidence_of(*stages: Counts, **more: Any) -> Evidence:
-    return Evidence(stages=list(stages), members=100, **more)
+def evidence_of(*stages: Counts, alone: bool = False, **more: Any) -> Evidence:
+    return Evidence(stages=list(stages), members=1 if alone else 100, **more)
 
 
 def codes(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> list[str]:
@@ -558,8 +564,27 @@ def test_only_a_person_leaves_a_final_state():
 def test_one_device_is_a_sample_where_there_is_only_one():
     plan = plan_of(stages=[{"share": 1.0, "confirmed_min": 0}])
     progress = started(plan, members=1)
-    assert decide(plan, progress, evidence_of(Counts(confirmed_idle=1)), later(1))[0].state == "done"
-    assert decide(plan, progress, evidence_of(Counts(failed=1)), later(1))[0].reason == "failure_bound"
+    assert decide(plan, progress, evidence_of(Counts(confirmed_idle=1), alone=True), later(1))[0].state == "done"
+    assert decide(plan, progress, evidence_of(Counts(failed=1), alone=True), later(1))[0].reason == "failure_bound"
+
+
+def test_one_failed_device_in_a_stage_of_one_neither_halts_nor_widens():
+    plan = plan_of(stages=[{"share": 0.01}, {"share": 1.0}])
+    progress = started(plan)
+    one = evidence_of(Counts(failed=1), Counts())
+    waits, decisions = decide(plan, progress, one, later(1))
+    assert (waits.state, waits.stage, decisions) == ("running", 0, ())
+    assert {"too_few", "gate_failure"} <= set(codes(plan, waits, one, later(1)))
+    assert "too_few" not in codes(plan, waits, evidence_of(Counts(pending=1), Counts()), later(1))
+    # a person says what follows, or the deadline does
+    again, decisions = decide(plan, waits, msgspec.structs.replace(one, command="retry_failed"), later(2))
+    assert decisions == (Retry(failed=True),)
+    assert decide(plan, again, evidence_of(Counts(confirmed=1), Counts()), later(3))[0].stage == 1
+    assert decide(plan, waits, one, later(STAGE_MAX_S))[0].reason == "stage_deadline:too_few"
+    # two are a share, and so is one where a count says so
+    assert decide(plan, progress, evidence_of(Counts(failed=2), Counts()), later(1))[0].reason == "failure_bound"
+    strict = plan_of(failure={"count": 0})
+    assert decide(strict, progress, one, later(1))[0].reason == "failure_bound"
 
 
 GATED = [

@@ -417,6 +417,14 @@ def test_who_watches_a_rollout_that_reaches_nobody_is_told_why_and_let_go(
     assert "none of its devices may have m:1.0.0" in capsys.readouterr().err
 
 
+def test_who_watches_a_stage_of_one_that_failed_is_told_what_can_follow(capsys: pytest.CaptureFixture[str]) -> None:
+    server = Told(waiting("in_flight", "gate_failure"), waiting("too_few", "gate_failure"))
+    with pytest.raises(typer.Exit) as ended:
+        follow(cast("Client", server), 7, as_json=False)
+    assert ended.value.exit_code == EXIT_HELD
+    assert "go on with retry-failed" in capsys.readouterr().err
+
+
 def test_a_device_that_is_held_beside_others_keeps_nobody_from_watching_to_the_end() -> None:
     server = Told(waiting("sample"), waiting("held", "in_flight"), waiting("held", state="paused"))
     with pytest.raises(AssertionError, match="for ever"):

@@ -30,6 +30,8 @@ from wherry_shared.errors import RefusedError
 from wherry_shared.limits import METRIC_NAME_PATTERN
 
 COUNT_MAX = 10_000_000
+SHARE_BAD_MIN = 2
+"""Devices that are a share of fewer than the sample: one failed device in a stage of one is not 100 %."""
 TOLERATED_MIN = 0.0001
 HARM_MIN = 0.001
 HARM_OF_CAP_MAX = 0.9
@@ -74,7 +76,8 @@ def counts_devices(metric: str) -> bool:
 class Bound(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How much is too much: more than `count` devices at once, or more than `share` of at least `sample_min`.
 
-    Where fewer than `sample_min` devices exist at all, all of them are the sample.
+    Where fewer than `sample_min` devices are exposed, all of them are the sample; but a single one is no share then, unless
+    the cohort has no more: it may just be broken.
     """
 
     count: int | None = None
@@ -177,8 +180,17 @@ def check_bound(bound: Bound, what: str) -> None:
         raise RefusedError("plan_bound", f"{what}.sample_min {bound.sample_min} is not 1 to {COUNT_MAX}")
 
 
-def threshold(gate: str, bound: Bound, *, bad: int, judged: int, population: int) -> Verdict:
-    """Judge `bad` of `judged` devices, out of a `population` of which the others may still answer."""
+def threshold(gate: str, bound: Bound, *, bad: int, judged: int, population: int, cohort: int = 0) -> Verdict:
+    """Judge `bad` of `judged` devices.
+
+    Args:
+        gate: its name.
+        bound: what is too much.
+        bad: devices that count against it.
+        judged: devices that count at all, these included.
+        population: devices that are exposed: those that are not judged may still answer.
+        cohort: devices that there are, also those that are not exposed.
+    """
     needed = min(bound.sample_min, population)
     outcome: Literal["pass", "breach", "unknown"]
     if bound.count is not None and bad > bound.count:
@@ -187,6 +199,9 @@ def threshold(gate: str, bound: Bound, *, bad: int, judged: int, population: int
         outcome = "unknown"
     elif bound.share is not None and bad > exact(bound.share) * judged:
         outcome = "breach"
+        wanted = min(bound.sample_min, cohort)
+        if bad < SHARE_BAD_MIN and judged < wanted:  # a stage of one: neither too much nor none
+            outcome, needed = "unknown", wanted
     else:
         outcome = "pass"
     return Verdict(gate=gate, outcome=outcome, bad=bad, judged=judged, needed=needed)

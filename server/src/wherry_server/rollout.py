@@ -24,6 +24,7 @@ Rules for whoever edits this:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
@@ -285,11 +286,12 @@ def verdicts(plan: Plan, evidence: Evidence, compared: Compared) -> list[Verdict
     total = evidence.total
     population = total.standing
     second = evidence.promoted_to is not None
+    bound = functools.partial(threshold, cohort=evidence.members)
     return [
-        threshold("failure", plan.failure, bad=total.failed, judged=total.settled, population=population),
-        threshold("silent", plan.silent, bad=total.silent, judged=total.heard, population=population),
-        threshold("late", plan.late, bad=total.late, judged=total.heard, population=population),
-        threshold(
+        bound("failure", plan.failure, bad=total.failed, judged=total.settled, population=population),
+        bound("silent", plan.silent, bad=total.silent, judged=total.heard, population=population),
+        bound("late", plan.late, bad=total.late, judged=total.heard, population=population),
+        bound(
             "excused",
             plan.excused,
             bad=total.excused,
@@ -776,6 +778,10 @@ def _missing(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> li
         found.append(Why(code="widening", have=total.standing, need=need))
     if total.standing == 0:
         found.append(Why(code="held" if evidence.held else "no_devices", have=0, need=1))
+    judged = verdicts(plan, evidence, progress.compared)
+    few = [one for one in judged if one.numbers is None and one.outcome == "unknown" and one.bad]
+    if few and not _more_come(plan, progress, evidence):
+        found.append(Why(code="too_few", have=few[0].judged, need=few[0].needed))
     sample = min(plan.sample_min, fresh.standing)
     if fresh.settled < sample:
         found.append(Why(code="sample", have=fresh.settled, need=sample))
@@ -788,7 +794,7 @@ def _missing(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> li
         found.append(Why(code="traffic", have=good, need=confirmed))
     # a split ends by its time: what is undecided then has an answer of its own
     waited = {gate.metric for gate in plan.compared} if plan.split is not None else frozenset()
-    for verdict in verdicts(plan, evidence, progress.compared):
+    for verdict in judged:
         if verdict.outcome != "pass" and total.standing and verdict.gate not in waited:
             found.append(Why(code=f"gate_{verdict.gate}", have=verdict.judged, need=verdict.needed))
     soaked = _elapsed_s(progress.proved, now)
@@ -798,6 +804,12 @@ def _missing(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> li
     if soaked < soak_s:
         found.append(Why(code="soak", have=soaked, need=soak_s, unit="s"))
     return found
+
+
+def _more_come(plan: Plan, progress: Progress, evidence: Evidence) -> bool:
+    """Tell whether the stage still hears of devices by itself."""
+    widens = plan.strategy == "adaptive" and not progress.widened and allowed_now(plan, evidence) > 0
+    return bool(evidence.unexposed or evidence.closed or evidence.to_promote or evidence.total.pending) or widens
 
 
 def _elapsed_s(since: Since | None, now: Now) -> int:

@@ -24,7 +24,9 @@ app = typer.Typer(name="rollout", help="Move devices to a bundle in stages.", no
 EXIT_NOT_DONE = 3
 """Exit status of `watch` for a rollout that ended without being done."""
 EXIT_HELD = 4
-"""Exit status of `watch` for a rollout that goes on only once somebody lets go of its devices."""
+"""Exit status of `watch` for a rollout that goes on only once somebody lets go of its devices, or says what follows."""
+TOO_FEW = "too_few"
+"""Code in `why_not_yet`: too few devices were exposed for a verdict on what failed, and a person has to say what follows."""
 HELD = "held"
 """Code in `why_not_yet`: every device in reach is in quarantine, held by another rollout, or known to fail with the bundle."""
 FINAL = frozenset({"done", "halted", "aborted", "reverted"})
@@ -75,6 +77,7 @@ WAITS = {
     "sample": "devices that have settled, of the minimum sample",
     "in_flight": "devices that have settled or passed a deadline, of those needed",
     "traffic": "devices confirmed with traffic, of those needed",
+    "too_few": "devices judged, of the sample, and no more come by themselves: retry-failed, revert or abort, or wait for its deadline",
     "soak": "seconds of soaking",
     "revert_pending": "devices that are back",
     "revert_deadline": "seconds until nobody waits for them any more",
@@ -419,14 +422,20 @@ def follow(api: Client, number: int, *, as_json: bool) -> None:
                 sys.stdout.write((json.dumps(found) if machine else _line(found)) + "\n")
                 sys.stdout.flush()
                 last = said
-            if is_held(found):
+            if is_held(found) or is_stuck(found):
                 break
     else:
         with Live(console=console(), refresh_per_second=4) as live:
             for found in shown:
                 live.update(progress_view(found, live.console.width))
-                if is_held(found):
+                if is_held(found) or is_stuck(found):
                     break
+    if is_stuck(found):
+        sys.stderr.write(
+            f"rollout {number} waits: what failed is too few devices for a verdict, and no more are exposed before there is one"
+            f" (wherry rollout devices {number}); go on with retry-failed, or end it with revert or abort\n"
+        )
+        raise typer.Exit(EXIT_HELD)
     if is_held(found):
         sys.stderr.write(
             f"rollout {number} waits: none of its devices may have {found['model']}:{found['version']}; each is in quarantine,"
@@ -442,6 +451,11 @@ def is_held(found: dict[str, Any]) -> bool:
     """Tell whether a rollout reached nobody and cannot, until a device is let go by somebody else."""
     codes = {why["code"] for why in found["why_not_yet"]}
     return found["state"] == "running" and HELD in codes and codes <= {HELD, "soak"}
+
+
+def is_stuck(found: dict[str, Any]) -> bool:
+    """Tell whether a rollout waits for a person's word on a failure that is too few devices to judge."""
+    return found["state"] == "running" and any(why["code"] == TOO_FEW for why in found["why_not_yet"])
 
 
 # --- for people ---------------------------------------------------------------------------------
