@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 from tests.offering import give
 from tests.s3 import KEY_ID, REGION, S3, SECRET, Door
 from tests.server.harness import Running, free_port, in_database, release, running, until
+from tests.tls_front import TlsFront, server_certificate
 from tests.trust_kit import Answer, little_server
 from wherry_agent.courier_blobs import Blobs as Courier
 from wherry_agent.courier_http import Http
@@ -38,6 +39,7 @@ from wherry_server.cli import app
 from wherry_server.db.database import Database
 from wherry_server.db.tables import BlobOwner
 from wherry_server.encodings import StoppedError, compress
+from wherry_server.identity import DeviceAuthority
 from wherry_server.services import prepare
 from wherry_server.settings import Settings
 from wherry_server.spool import Spool
@@ -191,11 +193,16 @@ def test_a_blob_that_was_altered_where_it_is_kept_is_not_used(blobs: Blobs, s3: 
             blobs.path(DIGEST).write_bytes(wrong)
         else:
             assert s3.ask("PUT", f"/{blobs.where.removeprefix('s3://')}/{key_of(DIGEST)}", wrong) == 200
-        await blobs.get(DIGEST, bytes_max=len(DATA))
+        with pytest.raises(DeviceError) as caught:
+            await blobs.get(DIGEST, bytes_max=len(DATA))
+        assert caught.value.code == "blob_damaged"
+        if isinstance(blobs, BucketBlobs):
+            with pytest.raises(DeviceError) as caught:
+                async with blobs.local(DIGEST, len(DATA)):
+                    pytest.fail("it was taken for what it should be")
+            assert caught.value.code == "blob_damaged"
 
-    with pytest.raises(DeviceError) as caught:
-        asyncio.run(run())
-    assert caught.value.code == "blob_damaged"
+    asyncio.run(run())
 
 
 def test_work_on_files_finds_a_blob_as_a_file_and_leaves_none(blobs: Blobs, tmp_path: Path) -> None:
@@ -407,6 +414,38 @@ def test_the_environment_says_where_the_bucket_is_and_who_we_are(
     assert SECRET not in address
 
 
+def test_without_any_credentials_it_says_which_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    with little_server(lambda _path, _headers: Answer(404)) as instance:  # what stands for the machine's own service
+        monkeypatch.setenv("AWS_METADATA_ENDPOINT", instance.url)
+        blobs = BucketBlobs("s3://wherry-any", Spool(tmp_path), endpoint=instance.url, region=REGION)
+        for call in (blobs.check, lambda: blobs.address(DIGEST, 60)):
+            with pytest.raises(UnreachableError, match="no credentials") as caught:
+                asyncio.run(call())
+            assert caught.value.code == "blobs_forbidden"
+            assert "keys/s3.json" in caught.value.next_step
+
+
+def test_a_store_with_an_authority_of_its_own_is_believed_when_the_environment_names_it(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    DeviceAuthority.create(tmp_path, "store")
+    front = TlsFront(s3.port, *server_certificate(tmp_path, tmp_path))
+    bucket, url = s3.bucket(), f"https://127.0.0.1:{front.port}"
+    monkeypatch.delenv("AWS_CA_BUNDLE", raising=False)
+    with pytest.raises(UnreachableError):
+        asyncio.run(bucket_of(bucket, url, tmp_path).check())
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "devices-ca.pem"))
+    blobs = bucket_of(bucket, url, tmp_path)
+    asyncio.run(blobs.put_bytes(DATA))
+    assert asyncio.run(blobs.size(DIGEST)) == len(DATA)
+    front.close()
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "none"))
+    with pytest.raises(RefusedError, match="AWS_CA_BUNDLE"):
+        bucket_of(bucket, url, tmp_path)
+
+
 def test_a_key_file_that_is_none_is_refused_without_quoting_it(tmp_path: Path) -> None:
     file = tmp_path / "s3.json"
     assert Credentials.load(file) is None
@@ -568,6 +607,8 @@ def test_a_bucket_out_of_reach_is_said_so_and_nothing_is_lost(
     with served(tmp_path / "data", s3.bucket(), door.url, presign_s=0) as server:
         manifest, device = given(server, tmp_path, "away", weights)
         url = f"/device/v1/blobs/{manifest.layers[0].digest}"
+        with server.as_device(device) as http:
+            assert http.get(f"{url}/info").status_code == 200  # the manifest was read: it says who may have what
         door.shut = True
         try:
             with server.http() as http:
@@ -576,13 +617,19 @@ def test_a_bucket_out_of_reach_is_said_so_and_nothing_is_lost(
                 assert "then upload again" in answer.json()["next_step"]
                 found = until(lambda: (now := health(http))["blobs"] != pulse.LATE and now)
                 assert (found["status"], found["blobs"]) == ("degraded", "blobs_unreachable")
+            with server.as_device(device) as http:
+                assert (http.get(url).status_code, http.get(f"{url}/info").status_code) == (503, 200)
+            bring = courier(server, device, tmp_path / "home")
+            bring.tries_max = 1
+            with pytest.raises(UnreachableError, match="503"):
+                bring.bring(manifest.layers[0].digest, len(weights))
         finally:
             door.shut = False
         with server.http() as http:
             assert health(http)["status"] == "ok"
             assert http.put(f"/api/v1/blobs/{DIGEST}", content=DATA).status_code == 201
-        with server.as_device(device) as http:
-            assert http.get(url).content == weights
+        bring.bring(manifest.layers[0].digest, len(weights))
+        assert bring.store.read(manifest.layers[0].digest, len(weights)) == weights
 
 
 def test_a_server_is_not_made_ready_over_a_bucket_that_does_not_let_it_in(tmp_path: Path) -> None:
@@ -604,17 +651,23 @@ def doctor(folder: Path) -> tuple[int, dict[str, dict[str, str]]]:
 
 def test_the_doctor_asks_the_bucket_and_the_way_of_devices_to_it(s3: S3, door: Door, tmp_path: Path) -> None:
     bucket, folder = s3.bucket(), tmp_path / "data"
-    with served(folder, bucket, s3.url, s3_public_endpoint=door.url, broker_port=free_port()) as server:
-        server.settings.save()
-        code, found = doctor(folder)
-        levels = {name: row["level"] for name, row in found.items()}
-        assert levels == {"data folder": "bad", "database": "ok", "blobs": "note", "broker": "bad", "api": "ok"}
-        assert (code, "s3.json" in found["data folder"]["detail"]) == (1, True)
-        assert door.url in found["blobs"]["detail"], "plain http to the bucket, where the API may be https"
-        (folder / "keys" / "s3.json").chmod(0o600)
-        assert doctor(folder)[1]["data folder"]["level"] == "ok"
-        door.late_s[:] = [1000.0]
-        assert "answers 403" in doctor(folder)[1]["blobs"]["detail"]
+    keys = folder / "keys"
+    keys.mkdir(parents=True)
+    (keys / "s3.json").write_bytes(msgspec.json.encode(CREDENTIALS))
+    ports = ["--port", str(free_port()), "--broker-port", str(free_port())]
+    store = ["--blobs", bucket, "--s3-endpoint", s3.url, "--s3-region", REGION, "--s3-public-endpoint", door.url]
+    made = CliRunner().invoke(app, ["init", "--data", str(folder), *ports, *store])
+    assert made.exit_code == 0, made.output
+    code, found = doctor(folder)
+    levels = {name: row["level"] for name, row in found.items()}
+    assert levels == {"data folder": "bad", "database": "ok", "blobs": "note", "broker": "bad", "api": "note"}
+    assert (code, "s3.json" in found["data folder"]["detail"]) == (1, True)
+    assert door.url in found["blobs"]["detail"], "plain http to the bucket, where the API may be https"
+    (keys / "s3.json").chmod(0o600)
+    door.late_s[:] = [1000.0]
+    found = doctor(folder)[1]
+    assert found["data folder"]["level"] == "ok"
+    assert "answers 403" in found["blobs"]["detail"]
     asyncio.run(_nothing_in(bucket_of(bucket, s3.url, tmp_path)))
     absent = json.loads((folder / "settings.json").read_bytes()) | {"blobs": "s3://wherry-absent"}
     (folder / "settings.json").write_text(json.dumps(absent))

@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -30,12 +30,17 @@ from wherry_shared.digest import check_digest
 from wherry_shared.errors import RefusedError, UnreachableError, WherryError
 from wherry_shared.limits import MIB
 
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig  # not there at run time
+
 PART_BYTES = 8 * MIB
 """One part of a multipart upload, and the largest blob that is sent without one: 8 GiB are 1,024 of 10,000 parts."""
 PARTS_AT_ONCE = 2
 """An upload holds at most this many parts in memory, and one."""
 PIECE_BYTES = 2 * MIB
 """A download through this process is so many bytes per request: none is open for as long as a slow reader takes."""
+UPLOADS_AT_ONCE = 8
+"""More wait before their bytes are read, so that uploads hold 256 MiB of memory at most."""
 CONNECT_S = 5.0
 CALL_S = 60.0
 """One request with its body."""
@@ -43,6 +48,10 @@ RETRIES_MAX = 3
 RETRY_S = 30.0
 """No request is begun again after so long."""
 LISTED_AT_ONCE = 1_000
+CA_BUNDLE = "AWS_CA_BUNDLE"
+"""Environment: a file of authorities to believe beside those of this machine."""
+KEYLESS = ("/latest/api/token", "/latest/meta-data")
+"""What is asked for last, an instance's own credentials: whoever cannot get those has none at all."""
 _CODE = re.compile(r"<Code>([A-Za-z0-9.]{1,60})</Code>")
 _STATUS = re.compile(r"status code: (\d{3})")
 
@@ -103,6 +112,7 @@ class BucketBlobs(Blobs):
         """
         self.where = url
         self._spool = spool
+        self._turn = asyncio.Semaphore(UPLOADS_AT_ONCE)
         self._store = _open(url, endpoint, region, credentials)
         self._public = _open(url, public_endpoint, region, credentials) if public_endpoint else self._store
 
@@ -125,7 +135,10 @@ class BucketBlobs(Blobs):
         found = await self._stat(digest, "the upload was not kept", "then upload again")
         if found is not None and time.time() - found.modified_s < REFRESHED_S:
             return False
-        await self._write(digest, chunks, length)  # over the same bytes: a bucket cannot make an object newer otherwise
+        async with self._turn:
+            await self._write(
+                digest, chunks, length
+            )  # over the same bytes: a bucket cannot make an object newer otherwise
         return True
 
     async def _write(self, digest: str, chunks: AsyncIterable[bytes], length: int | None) -> None:
@@ -198,8 +211,11 @@ class BucketBlobs(Blobs):
         """Give a copy in the spool."""
         async with self._spool.file(size) as path:
             with path.open("xb") as file:
-                async for piece in self.read(digest, 0, size):
-                    await asyncio.to_thread(file.write, piece)
+                try:
+                    async for piece in checked(digest, self.read(digest, 0, size), size):
+                        await asyncio.to_thread(file.write, piece)
+                except RefusedError as error:
+                    raise damaged(digest, "was altered where it is kept") from error
             yield path
 
     def scratch(self, bytes_max: int) -> contextlib.AbstractAsyncContextManager[Path]:
@@ -229,13 +245,20 @@ class BucketBlobs(Blobs):
         said = str(error)
         code, status = _CODE.search(said), _STATUS.search(said)
         denied = status is not None and status[1] in ("401", "403")
+        if any(path in said for path in KEYLESS):
+            return UnreachableError(
+                "blobs_forbidden",
+                f"there are no credentials for {self.where}",
+                consequence=consequence,
+                next_step="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or write keys/s3.json in the data folder",
+            )
         refused = denied or isinstance(error, PermissionDeniedError | UnauthenticatedError)
         if code is not None:
             why = code[1]
         elif status is not None:
             why = f"it answered {status[1]}"
         else:
-            why = "no answer in time" if "timed out" in said or "timeout" in said.split("Debug", 1)[0] else "no answer"
+            why = "no answer in time" if "kind: Timeout" in said else "no answer"
         if refused:
             return UnreachableError(
                 "blobs_forbidden",
@@ -258,14 +281,30 @@ def _open(url: str, endpoint: str, region: str, credentials: Credentials | None)
     given: dict[str, Any] = {"region": region, "endpoint": endpoint.rstrip("/")}
     if credentials is not None:
         given.update(msgspec.structs.asdict(credentials))
+    options: ClientConfig = {
+        "allow_http": endpoint.startswith("http:"),
+        "connect_timeout": timedelta(seconds=CONNECT_S),
+        "timeout": timedelta(seconds=CALL_S),
+    }
+    bundle = os.environ.get(CA_BUNDLE)
+    if bundle:
+        options["root_certificate"] = _authorities(Path(bundle))
     return S3Store(
         parts.netloc,
         prefix=prefix or None,
-        client_options={
-            "allow_http": endpoint.startswith("http:"),
-            "connect_timeout": timedelta(seconds=CONNECT_S),
-            "timeout": timedelta(seconds=CALL_S),
-        },
+        client_options=options,
         retry_config={"max_retries": RETRIES_MAX, "retry_timeout": timedelta(seconds=RETRY_S)},
         **{key: value for key, value in given.items() if value},
     )
+
+
+def _authorities(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RefusedError(
+            "settings_invalid",
+            f"{CA_BUNDLE} names {path}, which cannot be read: {error.strerror}",
+            consequence="the bucket was not opened",
+            next_step="correct it, or unset it",
+        ) from error

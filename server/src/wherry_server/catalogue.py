@@ -103,15 +103,20 @@ async def publish(services: Services, actor: str, model: str, version: str, mani
 
 
 async def _read(services: Services, digest: str) -> tuple[Manifest, Config, int]:
-    if await services.blobs.size(digest) is None:
-        raise _missing([digest])
-    data = await services.blobs.get(digest, bytes_max=MANIFEST_BYTES_MAX)
+    data = await _get(services, digest, MANIFEST_BYTES_MAX)
     manifest = parse_manifest(data)
-    if await services.blobs.size(manifest.config.digest) is None:
-        raise _missing([manifest.config.digest])
-    config = parse_config(await services.blobs.get(manifest.config.digest, bytes_max=CONFIG_BYTES_MAX))
+    config = parse_config(await _get(services, manifest.config.digest, CONFIG_BYTES_MAX))
     check_layers(manifest, config)
     return manifest, config, len(data)
+
+
+async def _get(services: Services, digest: str, bytes_max: int) -> bytes:
+    try:
+        return await services.blobs.get(digest, bytes_max=bytes_max)
+    except RefusedError as error:
+        if error.code != "blob_unknown":
+            raise
+        raise _missing([digest]) from error
 
 
 async def _check_blobs(services: Services, digest: str, manifest: Manifest) -> None:

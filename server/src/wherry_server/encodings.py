@@ -16,13 +16,17 @@ from pathlib import Path
 
 import zstandard
 from sqlalchemy import and_, insert, select
+from sqlalchemy.exc import DBAPIError
 
 from wherry_server.blobs import Blobs
 from wherry_server.db.database import DATABASE_ERRORS, Database
 from wherry_server.db.tables import BlobEncoding, BlobOwner, table
 from wherry_server.times import now_us
-from wherry_shared.errors import WherryError
+from wherry_shared.errors import UnreachableError, WherryError
 from wherry_shared.limits import KIB, MIB, ZSTD_WINDOW_BYTES_MAX
+
+AGAIN_S = 600.0
+"""A blob that nobody answered for is taken up again after so long; what this machine cannot encode, at the next start."""
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +90,7 @@ class Encoder:
         self._queue: asyncio.Queue[str] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
         self._stop = threading.Event()
+        self._again: dict[str, asyncio.TimerHandle] = {}
 
     async def start(self) -> None:
         """Take up what is not encoded yet and begin to work."""
@@ -111,6 +116,8 @@ class Encoder:
     async def close(self) -> None:
         """Give up the blob under way and end."""
         self._stop.set()
+        for again in self._again.values():
+            again.cancel()
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -130,8 +137,10 @@ class Encoder:
                 zstandard.ZstdError,
                 *DATABASE_ERRORS,
             ) as error:  # another process may have been quicker
-                # devices fetch the raw blob; the next start tries again
-                log.warning("blob %s was not encoded: %s", digest, error)
+                log.warning("blob %s was not encoded: %s", digest, error)  # devices fetch it raw
+                if isinstance(error, UnreachableError | DBAPIError):
+                    again = asyncio.get_running_loop().call_later(AGAIN_S, self._queue.put_nowait, digest)
+                    self._again[digest] = again
             finally:
                 self._queue.task_done()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 import msgspec
@@ -69,11 +70,23 @@ async def get_blob(digest: DigestPath, request: Request, services: ServicesDep, 
         headers["Content-Range"] = f"bytes {answer.start}-{answer.stop - 1}/{size}"
     headers["Content-Length"] = str(answer.length)
     return StreamingResponse(
-        services.blobs.read(digest, answer.start, answer.stop),
+        await _begun(services.blobs.read(digest, answer.start, answer.stop)),
         status_code=answer.status,
         headers=headers,
         media_type="application/octet-stream",
     )
+
+
+async def _begun(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Return a stream whose first piece is at hand: a store that does not answer is a problem, not a broken body."""
+    first = await anext(pieces, b"")
+
+    async def whole() -> AsyncIterator[bytes]:
+        yield first
+        async for piece in pieces:
+            yield piece
+
+    return whole()
 
 
 @router.get("/blobs/{digest}/info")
