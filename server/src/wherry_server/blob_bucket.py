@@ -24,7 +24,7 @@ import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import S3Store
 
-from wherry_server.blobs import REFRESHED_S, Blobs, Stored, checked, damaged, digest_of, key_of
+from wherry_server.blobs import REFRESHED_S, Blobs, Stored, checked, damaged, digest_of, end_softly, key_of
 from wherry_server.spool import Spool
 from wherry_shared.digest import check_digest
 from wherry_shared.errors import RefusedError, UnreachableError, WherryError
@@ -112,6 +112,7 @@ class BucketBlobs(Blobs):
         """
         self.where = url
         self._spool = spool
+        end_softly()
         self._turn = asyncio.Semaphore(UPLOADS_AT_ONCE)
         self._store = _open(url, endpoint, region, credentials)
         self._public = _open(url, public_endpoint, region, credentials) if public_endpoint else self._store

@@ -28,6 +28,7 @@ from wherry_server.blobs import (
     checked,
     damaged,
     digest_of,
+    end_softly,
     key_of,
 )
 from wherry_shared.digest import check_digest
@@ -44,6 +45,7 @@ class FolderBlobs(Blobs):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.where = str(folder)
+        end_softly()
         self._store = LocalStore(folder, mkdir=True)
 
     def path(self, digest: str) -> Path:

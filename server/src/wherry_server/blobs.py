@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import atexit
+import functools
 import hashlib
+import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Collection
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -25,6 +28,7 @@ WRITE_CHUNK_BYTES = 1 * MIB
 """What is read at a time from a file that this process made."""
 REFRESHED_S = 86_400.0
 """A blob that was uploaded at least so long ago is as new when somebody uploads it again."""
+LET_GO_S = 0.1
 STATS_AT_ONCE = 16
 """So many blobs are asked about at the same time."""
 
@@ -142,6 +146,16 @@ class Blobs(abc.ABC):
         if "sha256:" + hashlib.sha256(data).hexdigest() != digest:
             raise damaged(digest, "was altered where it is kept")
         return data
+
+
+@functools.cache
+def end_softly() -> None:
+    """Have this process wait a moment at its end, for whoever makes calls of obstore.
+
+    Its threads give back Python objects shortly after the call has returned, and one that does so while the interpreter
+    ends aborts the process (PyO3/pyo3-async-runtimes issue 40): every twentieth run of a command that ended with a call.
+    """
+    atexit.register(time.sleep, LET_GO_S)
 
 
 def key_of(digest: str) -> str:
