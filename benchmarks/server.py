@@ -3,6 +3,8 @@
 For each database:
 - telemetry end to end, as `telemetry_per_s` measures it: devices → mosquitto → ingest → committed and acknowledged;
 - a stage of 100,000 devices from the start command to the last offer signed, published to the broker and marked;
+- a flag by a rule over a fact and a share, from the command to the last offer with it published and marked; and what the director
+  takes of a core meanwhile and afterwards, while nothing changes, without a flag and with it;
 - p50 and p99 of ten common calls of the API at that many devices and a million telemetry windows, one caller at a time;
 - memory of each role (RSS and PSS) after all of that.
 
@@ -17,6 +19,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import secrets
 import statistics
 import subprocess
@@ -39,7 +42,7 @@ import stage_100k  # noqa: E402 - the path has to be set first
 import telemetry_per_s  # noqa: E402
 from tests.postgres import Postgres  # noqa: E402
 
-from wherry_server import dev, rollouts  # noqa: E402
+from wherry_server import dev, flag_book, rollouts  # noqa: E402
 from wherry_server.db import bulk  # noqa: E402
 from wherry_server.db.database import Database  # noqa: E402
 from wherry_server.db.tables import TelemetryWindow, table  # noqa: E402
@@ -164,6 +167,65 @@ async def stage(settings: Settings, devices: int) -> float:
     return seconds
 
 
+FLAG = {
+    "name": "bench",
+    "type": "boolean",
+    "variants": {"on": True, "off": False},
+    "default": "off",
+    "rules": [{"when": "arch = x86_64", "share": 0.5, "variant": "on"}],
+}
+_FLAGGED = (
+    "SELECT CASE WHEN EXISTS (SELECT 1 FROM unpublished) THEN 0 ELSE count(*) END FROM offer"
+    " WHERE CAST(flags AS TEXT) <> '{}'"
+)
+IDLE_S = 20.0
+"""So long the director's share of a core is measured."""
+
+
+def cpu_s(process: subprocess.Popen[bytes]) -> float:
+    """Return the processor seconds that a process and its children have taken."""
+    ticks = 0
+    for pid in (process.pid, *map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def idle(director: subprocess.Popen[bytes]) -> float:
+    """Return what share of a core the director takes while nothing changes."""
+    before, started = cpu_s(director), time.perf_counter()
+    time.sleep(IDLE_S)
+    return round((cpu_s(director) - before) / (time.perf_counter() - started), 3)
+
+
+async def flag(settings: Settings, devices: int) -> float:
+    """Return the seconds from making a flag to the last offer with it that the broker has and that is marked."""
+    database = Database.open(settings.database_url)
+    started = time.perf_counter()
+    await flag_book.save(database, settings.project, "bench", FLAG, replace=False)
+    while await scalar(database, _FLAGGED) < devices:
+        if time.perf_counter() - started > STAGE_S_MAX:
+            raise SystemExit("the flag does not arrive")
+        await asyncio.sleep(0.25)
+    seconds = time.perf_counter() - started
+    await database.close()
+    return seconds
+
+
+def flags(settings: Settings, devices: int, director: subprocess.Popen[bytes]) -> dict[str, float]:
+    """Measure what a flag costs."""
+    without = idle(director)
+    before = cpu_s(director)
+    seconds = asyncio.run(flag(settings, devices))
+    taken = cpu_s(director) - before
+    return {
+        "brought_s": round(seconds, 2),
+        "brought_cpu_s": round(taken, 2),
+        "idle_cores_without": without,
+        "idle_cores_with": idle(director),
+    }
+
+
 def calls(device: str) -> dict[str, tuple[str, str, Any]]:
     """The ten calls: what operators, consoles and scripts ask most."""
     return {
@@ -238,6 +300,8 @@ def measure(folder: Path, urls: tuple[str, str], options: argparse.Namespace) ->
         answered = ask(settings, asyncio.run(any_device()), options.rounds)
         for name, times in answered.items():
             print(f"  {name}: p50 {times['p50']} ms, p99 {times['p99']} ms", flush=True)
+        flagged = flags(settings, options.devices, director)
+        print(f"  a flag for {options.devices}: {flagged}", flush=True)
         rss = {"director": memory(director), "api": memory(api)}
         print(f"  memory: {rss}", flush=True)
     return {
@@ -245,6 +309,7 @@ def measure(folder: Path, urls: tuple[str, str], options: argparse.Namespace) ->
         "telemetry_bytes": size,
         "broker": kind,
         "stage_s": round(seconds, 2),
+        "flags": flagged,
         "calls_ms": answered,
         "memory_mb": rss,
     }
@@ -274,6 +339,7 @@ def main() -> None:
     result = {
         **{f"telemetry_per_s_{key}": one["telemetry_per_s"] for key, one in found.items()},
         **{f"stage_100k_s_{key}": one["stage_s"] for key, one in found.items()},
+        **{f"flag_100k_s_{key}": one["flags"]["brought_s"] for key, one in found.items()},
         "api_p99_ms": max(times["p99"] for one in found.values() for times in one["calls_ms"].values()),
         "rss_mb": {key: {role: used["rss"] for role, used in one["memory_mb"].items()} for key, one in found.items()},
         "devices": options.devices,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from typer.testing import CliRunner
 
 from tests.server.fleet_kit import MODEL, PROJECT, FakeDevice, Fleet, fleet, manifest_of, run
@@ -113,6 +113,37 @@ async def bear(found: Fleet) -> int:
     if bearer is not None:
         bearer._look_at = 0.0
     return await found.conductor.bear_flags()
+
+
+def test_where_there_are_no_flags_offers_are_not_read_again_and_again(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0")
+            devices = await found.enrol(3, version="1.0.0")
+            await found.until(await found.roll_out("1.0.0"), "done")
+            asked = list[str]()
+
+            @event.listens_for(found.database.engine.sync_engine, "before_cursor_execute")
+            def before(_connection: Any, _cursor: Any, statement: str, *_more: Any) -> None:
+                asked.append(statement)
+
+            def scans() -> int:
+                return sum("CAST(flags AS TEXT) <>" in one for one in asked)
+
+            for _ in range(4):
+                assert await bear(found) == 0
+            known = scans()
+            assert known <= 1
+            await save(found, THRESHOLD)
+            assert await bear(found) == 3
+            await flag_book.remove(found.database, PROJECT, "test", "new-threshold")
+            assert await bear(found) == 3, "what offers still carry is found and taken out"
+            assert await offered(found, devices[0]) == {}
+            for _ in range(4):
+                assert await bear(found) == 0
+            assert scans() == known + 2, "once while they carried it, once when none did"
+
+    run(work())
 
 
 @pytest.mark.backends

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 LOOK_S = 2.0
 LOOK_SHARE = 20
 """A look at every device is repeated at the earliest after this many times what it took: at most 5 % of a core."""
+CARRIED_S = 600.0
+"""Where no flag is defined and no offer carried one, offers are read through again after this."""
 DEVICES_PER_TURN = 5_000
 """Offers composed for flags in one turn."""
 NONE = b"{}"
@@ -48,6 +50,8 @@ class Bearer:
     outbox: Outbox | None = None
     _known: tuple[tuple[str, int], ...] | None = None
     _look_at: float = 0.0
+    _bare: tuple[int, float] = (0, 0.0)
+    """Epoch of the lease in which no offer carried a flag, and until when that is believed: who leads writes the offers."""
     _due: set[str] = field(default_factory=set)
     """Devices whose flags are, or may be, not as they should be."""
 
@@ -82,15 +86,26 @@ class Bearer:
         """Find every device whose flags are not as they should be."""
         started = time.monotonic()
         found = await flag_values.definitions(connection, self.services.project)
+        if found.flags:
+            self._bare = (0, 0.0)
         if found.flags or await self._any(connection):
             self._due |= (await self._wanted(connection, found, None)).keys()
         ended = time.monotonic()
         self._known, self._look_at = found.revisions, ended + max(LOOK_S, LOOK_SHARE * (ended - started))
 
     async def _any(self, connection: AsyncConnection) -> bool:
-        """Tell whether any offer still carries a flag."""
+        """Tell whether any offer still carries a flag.
+
+        Finding none reads every offer, so it is remembered: while nothing is defined, whoever holds the lease composes none.
+        """
+        epoch, until = self._bare
+        if epoch == self.lease.epoch and time.monotonic() < until:
+            return False
         found = await connection.execute(_CARRIED, {"project": self.services.project})
-        return found.one_or_none() is not None
+        if found.one_or_none() is not None:
+            return True
+        self._bare = (self.lease.epoch, time.monotonic() + CARRIED_S)
+        return False
 
     async def _wanted(
         self, connection: AsyncConnection, found: Definitions, only: list[str] | None
