@@ -24,13 +24,16 @@ import pytest
 
 from tests.agent.serving_kit import instead, loadable, until, worker
 from tests.shared.engines import models
+from tests.trust_kit import assets_of
 from wherry_agent import handle_messages as messages
 from wherry_agent import handle_server
 from wherry_agent.answering import arms
 from wherry_agent.answering.arms import Counter, load_variant
 from wherry_agent.children import ArmStats, ServeModel
+from wherry_agent.disk import Disk
 from wherry_agent.handle import Model
 from wherry_agent.handle_server import HandleCrash, HandleServer, HandleVerdict, allowed
+from wherry_agent.store import Store
 from wherry_agent.telemetry import Context, Windows
 from wherry_shared.engines import BadInput, EngineFault
 from wherry_shared.engines.canonical import BUCKET_BITS
@@ -487,6 +490,29 @@ def test_a_version_that_does_not_load_leaves_what_serves(tmp_path: Path, supervi
     with supervisor.model() as model:
         supervisor.publish_and_settle(broken)
         assert model.run(ONES).by.version == "1.0.0"
+
+
+def test_assets_of_a_version_stay_as_long_as_an_application_has_it(tmp_path: Path, supervisor: Supervisor):
+    """Releases come and go, and an application cannot load them: what answers goes on with its own labels."""
+    store = Store(tmp_path, Disk())
+    assets, tar = assets_of({"labels.txt": b"cat dog"})
+    store.add(assets.digest, tar)
+    folder = store.unpack(assets.digest, assets.files)
+    weights = models.scale(tmp_path / "good.onnx", 2.0)
+    good = loadable(weights, assets_path=str(folder))
+    (tmp_path / "junk.onnx").write_bytes(b"junk")
+    supervisor.publish(good)
+    with supervisor.model() as model:
+        for number in (1, 2):
+            broken = instead(good, tmp_path / "junk.onnx")
+            supervisor.publish_and_settle(
+                msgspec.structs.replace(broken, manifest="sha256:" + f"{number}" * 64, assets_path="")
+            )
+        answer = model.run(ONES)
+        assert answer.by.version == "1.0.0"
+        assert supervisor.server.leases() == {good.digest, assets.digest}
+        store.collect(supervisor.server.leases())
+        assert answer.by.asset("labels.txt").read_bytes() == b"cat dog"
 
 
 def test_an_application_can_give_its_own_verdict(tmp_path: Path, supervisor: Supervisor):

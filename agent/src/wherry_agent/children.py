@@ -59,6 +59,12 @@ class Loadable(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         names = (path.rpartition("/")[2] for path in (self.golden_path, self.config_path, self.assets_path) if path)
         return frozenset({self.digest, self.manifest, *(f"sha256:{name}" for name in names)})
 
+    @property
+    def leased(self) -> frozenset[str]:
+        """The blobs that an application which has it in memory may still read: weights, and assets that answers lead to."""
+        assets = self.assets_path.rpartition("/")[2]
+        return frozenset({self.digest, f"sha256:{assets}"}) if assets else frozenset({self.digest})
+
 
 class Ran(msgspec.Struct, frozen=True, order=True):
     """A version that the worker was loading or running when it died."""

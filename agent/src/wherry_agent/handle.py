@@ -648,9 +648,9 @@ class Model:
     def _state(self, revision: int, *, ok: bool = True, reason: str = "", detail: str = "") -> messages.Engaged:
         engaged = self._engaged
         self._sequences.settle(self._loaded(), on_trial=isinstance(self._engaged, _Inline))
-        holds = [loaded.loadable.digest for loaded in {*self._loaded(), *self._sequences.loaded()}]
+        holds = {digest for one in (*self._loaded(), *self._sequences.loaded()) for digest in one.loadable.leased}
         if isinstance(engaged, _Remote):
-            holds.append(engaged.candidate.digest)  # its assets are read here
+            holds |= engaged.counter.loadable.leased  # its assets are read here
         digest = self.served.digest if engaged is not None else ""
         if isinstance(engaged, _Inline):
             digest = engaged.published.active.loadable.digest  # it runs in this process, whoever answers
@@ -658,7 +658,7 @@ class Model:
             revision=revision,
             digest=digest,
             in_process=isinstance(engaged, _InProcess | _Inline),
-            holds=holds,
+            holds=sorted(holds),
             ok=ok,
             reason=reason,
             detail=detail,

@@ -456,7 +456,7 @@ def _digests(serve: ServeModel | None) -> list[str]:
     if serve is None:
         return []
     loadables: list[Loadable] = [serve.active, *([serve.incumbent] if serve.incumbent is not None else [])]
-    return [loadable.digest for loadable in loadables]
+    return [digest for loadable in loadables for digest in loadable.leased]
 
 
 def merged(one: ArmStats, other: ArmStats) -> ArmStats:
