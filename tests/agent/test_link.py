@@ -1,12 +1,18 @@
-"""What a device says to a broker before anything is known of that broker."""
+"""What a device says to a broker before anything is known of that broker, and that its threads outlive any trouble."""
 
 from __future__ import annotations
 
 import socket
 from pathlib import Path
 
+import pytest
+
+from tests.agent.serving_kit import until
+from wherry_agent import link as link_module
+from wherry_agent.courier_http import Http
 from wherry_agent.identity import Identity
 from wherry_agent.link import Callbacks, Link
+from wherry_shared.errors import UnreachableError
 
 BEARER = "the-secret-of-this-device"
 
@@ -52,3 +58,40 @@ def test_the_broker_is_told_the_devices_name_and_never_its_secret(tmp_path: Path
     assert BEARER.encode() not in said
     assert said[0] == 0x10, "CONNECT"
     assert said[9] & 0xC0 == 0x80, "a user name and no password"
+
+
+def test_no_trouble_ends_the_threads_that_keep_in_touch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "HTTP_AFTER_S", 0.0)
+    monkeypatch.setattr(link_module, "HTTP_EVERY_S", 0.01)
+    monkeypatch.setattr(link_module, "RECONNECT_MIN_S", 0.01)
+    asked: dict[str, int] = {"http": 0, "mqtt": 0}
+
+    def outgoing(_kind: str) -> list[bytes]:
+        asked["http"] += 1
+        raise ZeroDivisionError
+
+    def client(*_: object) -> None:
+        asked["mqtt"] += 1
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(link_module, "new_client", client)
+    callbacks = Callbacks(up=nothing, down=nothing, offer=nothing, ack=nothing, reached=nothing, outgoing=outgoing)
+    link = Link(tmp_path, identity(1), "http://127.0.0.1:1", callbacks)
+    link.start()
+    try:
+        until(lambda: asked["http"] > 2 and asked["mqtt"] > 2, "both try again and again", 60)
+    finally:
+        link.stop()
+
+
+@pytest.mark.parametrize("ca", [b"-----BEGIN CERTIFICATE-----\nnonsense\n", None])
+def test_an_authority_that_cannot_be_read_is_said_so(tmp_path: Path, ca: bytes | None) -> None:
+    path = tmp_path / "ca.pem"
+    if ca is not None:
+        path.write_bytes(ca)
+    http = Http(ca=path, server="https://127.0.0.1:1")
+    with (
+        pytest.raises(UnreachableError, match=r"ca\.pem is no certificate authority"),
+        http.request("GET", "https://127.0.0.1:1/x"),
+    ):
+        pass

@@ -177,7 +177,10 @@ class Http:
         sent = dict(headers or {})
         for _ in range(REDIRECTS_MAX + 1):
             connection = self._connection(url)
-            watch = _Watch(connection)
+            try:
+                watch = _Watch(connection)
+            except RuntimeError as error:  # no thread can be had in this moment
+                raise _unreachable(url, error) from error
             try:
                 raw = self._send(connection, watch, method, url, dict(sent), body)
                 target = (
@@ -236,7 +239,15 @@ class Http:
             raise _bad_url(url)
         if parts.scheme == "http":
             return http.client.HTTPConnection(parts.hostname, port, timeout=CONNECT_TIMEOUT_S)
-        context = self._tls(home=origin(url) == self._home)
+        try:
+            context = self._tls(home=origin(url) == self._home)
+        except (OSError, ValueError) as error:  # the file of the authority is gone, or the disk altered it
+            raise UnreachableError(
+                NETWORK,
+                f"{origin(url)}: {self._ca} is no certificate authority: {error}",
+                consequence="the server cannot be told from another",
+                next_step="put the file back, or enrol again",
+            ) from error
         return _Secure(parts.hostname, port, context)
 
     def _tls(self, *, home: bool) -> ssl.SSLContext:

@@ -200,6 +200,8 @@ class Link:
                 self._one_connection()
             except (OSError, ValueError) as error:
                 log.info("broker %s:%d: %s", self._identity.broker_host, self._identity.broker_port, error)
+            except Exception:  # the thread's border: a device whose thread ended would be dark for ever
+                log.exception("broker %s:%d", self._identity.broker_host, self._identity.broker_port)
             if time.monotonic() - began > STEADY_S:
                 wait_s = RECONNECT_MIN_S
             else:
@@ -266,7 +268,7 @@ class Link:
     def _keep_http(self) -> None:
         while not self._stop.is_set():
             if self._connected.is_set():
-                self._answer_wish()
+                self._try(self._answer_wish)
                 self._stop.wait(1.0)
                 continue
             down_s = time.monotonic() - self._down_since
@@ -274,10 +276,7 @@ class Link:
                 self._stop.wait(HTTP_AFTER_S - down_s)
                 continue
             self._nudged.clear()
-            try:
-                self._exchange()
-            except WherryError as error:
-                log.info("server %s: %s", self._server, error)
+            self._try(self._exchange)
             self._wait_down(HTTP_EVERY_S * (0.5 + random.random()))  # noqa: S311 - jitter
 
     def _answer_wish(self) -> None:
@@ -286,10 +285,15 @@ class Link:
             return
         self._offer_wanted.clear()
         self._offer_again_s = time.monotonic() + OFFER_EVERY_S * (0.5 + random.random())  # noqa: S311 - jitter
+        self._get_offer(self._http(), "")
+
+    def _try(self, what: Callable[[], None]) -> None:
         try:
-            self._get_offer(self._http(), "")
+            what()
         except WherryError as error:
             log.info("server %s: %s", self._server, error)
+        except Exception:  # the thread's border, as of the other one
+            log.exception("server %s", self._server)
 
     def _wait_down(self, seconds: float) -> None:
         began = time.monotonic()
