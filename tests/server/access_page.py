@@ -56,6 +56,7 @@ VERBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "rollout list": ("read", ()),
     "rollout show": ("read", ("1",)),
     "rollout decisions": ("read", ("1",)),
+    "rollout devices": ("read", ("1",)),
     "rollout explain": ("read", ("1",)),
     "rollout simulate": ("read", ("PLAN", "--devices", "10", "--runs", "1")),
     "rollout watch": ("read", ("99",)),
@@ -103,6 +104,11 @@ VERBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "trust policy": ("publish", ("file-type", "--floor", "1.0.0", "--key", "KEY")),
     "trust renew": ("publish", ("--key", "KEY")),
     "trust repair": ("publish", ("--key", "KEY")),
+    "login": (LOCAL, ()),
+    "logout": (LOCAL, ()),
+    "whoami": ("read", ()),
+    "session list": ("administer", ()),
+    "session revoke": ("administer", ("0" * 12,)),
     "audit list": ("read", ()),
     "audit export": ("read", ("EXPORT",)),
     "audit verify": ("read", ()),
@@ -134,6 +140,25 @@ these models only, for one of these cohorts by name, or for a device that such a
 (cohorts themselves, flags, enrolment tokens, hardware known to be bad) is out of its reach, and the answer is 403 `scope_missing`.
 Reading is not narrowed; what must not be read belongs into a project of its own.
 
+## People
+
+Where `settings.json` names an OpenID provider, people log in: a browser at `/auth/login`, the command line by `wherry login`
+(`wherry logout`, `wherry whoami`, `wherry session list` and `revoke`). What they may do follows from their groups, as the settings
+say it now; who is in none of them cannot log in.
+
+```json
+{"oidc": {"issuer": "https://id.example.org", "client_id": "wherry", "public_url": "https://wherry.example.org",
+          "groups": {"ml-admins": [{"role": "admin"}], "line-3": [{"role": "operator", "cohorts": ["line-3"]}]}}}
+```
+
+The client is registered with the redirect address `PUBLIC_URL/auth/callback`; its secret, if it has one, is put into
+`keys/oidc.secret` of the data folder. The server uses the authorization code flow with PKCE and checks signature (RS256, PS256,
+ES256), issuer, audience, times and nonce of the ID token. Without https only loopback addresses are served.
+
+A session ends after `session_hours` (8). A browser keeps it in a cookie (`HttpOnly`, `SameSite=Lax`, over https `Secure` and
+`__Host-`), so a change needs `X-CSRF-Token` too: `csrf_token` of `GET /api/v1/me`. The command line gets a session of its own, after
+the person agreed to it on a page of the server; it is in `~/.config/wherry/login.json`, mode 0600.
+
 `tests/server/test_access.py` tries every row with every role. This page is written by `python -m tests.server.access_page`.
 
 """
@@ -141,7 +166,7 @@ Reading is not narrowed; what must not be read belongs into a project of its own
 
 def _row(shown: list[str], need: str, *, scoped: bool | None = None) -> str:
     if need in ("public", "device", LOCAL):
-        words = {"public": "anybody", "device": "a device, for itself", LOCAL: "whoever has the folder"}
+        words = {"public": "anybody", "device": "a device, for itself", LOCAL: "on this machine"}
         return f"| {' | '.join(shown)} | {words[need]} |" + " |" * len(ROLES)
     mark = "✓, within its scope" if scoped else "✓"
     marks = [mark if any(one == need for one in MAY[role]) else "" for role in ROLES]

@@ -46,6 +46,7 @@ VALUES: dict[str, Any] = {
     "verdict": "accept",
     "project": "default",
     "role": "none",
+    "session": "0" * 12,
     "token_id": "0" * 12,
 }
 REFUSALS = ("unauthenticated", "token_expired", "role_missing", "scope_missing")

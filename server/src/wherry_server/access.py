@@ -13,8 +13,10 @@ from fastapi.routing import APIRoute
 from wherry_server.auth import Need, identify_device
 from wherry_server.grants import Permission
 
-PUBLIC = frozenset({"health", "enrol", "tuf_metadata"})
-"""Operations that need nobody to be known: a token is in the body, or all that is told is signed, or says nothing."""
+PUBLIC = frozenset(
+    {"health", "enrol", "tuf_metadata", "login", "login_callback", "allow_command_line", "fetch_session"}
+)
+"""Operations that need nobody to be known: what lets in is in the request, or all that is told is signed, or says nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -622,6 +622,50 @@ class TokenSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GrantShown:
+    """A role, narrowed where models or cohorts are named."""
+
+    role: str
+    models: list[str]
+    cohorts: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Me:
+    """Who asks."""
+
+    name: str
+    kind: str
+    """`token` or `person`"""
+    project: str
+    grants: list[GrantShown]
+    csrf_token: str
+    """What a browser sends along with a change, as X-CSRF-Token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggedIn:
+    """A session of the command line, shown this once."""
+
+    token: str
+    name: str
+    expires_at: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionShown:
+    """Somebody who is logged in; `id` is the beginning of a hash."""
+
+    id: str
+    name: str
+    subject: str
+    kind: str
+    groups: list[str]
+    created_at: int
+    expires_at: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Entry:
     """One entry, with the hash that the next one repeats."""
 

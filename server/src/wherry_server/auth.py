@@ -7,7 +7,6 @@ keeps the server from starting (`access`).
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import secrets
 from collections.abc import Sequence
@@ -19,9 +18,11 @@ from fastapi.security.utils import get_authorization_scheme_param
 from sqlalchemy import insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from wherry_server import sessions
 from wherry_server.db.tables import ApiToken, Device, table
 from wherry_server.grants import Grant, Permission, Role, Subject, roles_with
-from wherry_server.rates import Rates
+from wherry_server.rates import READING, Rates
+from wherry_server.secrets_kept import hash_secret as hash_secret  # noqa: PLC0414  # others have it from here
 from wherry_server.services import Services
 from wherry_server.times import now_us
 from wherry_shared.errors import RefusedError
@@ -43,8 +44,11 @@ class Identity:
     grants: tuple[Grant, ...]
     project: str
     id: str
-    """Of the token: its hash."""
+    """Of the token or session: its hash."""
     kind: str = "token"
+    """`token` or `person`"""
+    csrf_token: str = ""
+    """That a change needs beside the cookie; empty where there is no cookie."""
 
     @property
     def actor(self) -> str:
@@ -77,11 +81,6 @@ class DeviceIdentity:
     id: str
     name: str
     project: str
-
-
-def hash_secret(secret: str) -> str:
-    """Return what is stored of a secret."""
-    return hashlib.sha256(secret.encode()).hexdigest()
 
 
 async def create_token(
@@ -134,21 +133,89 @@ def _bearer(request: Request) -> str:
 
 
 async def identify(request: Request, services: ServicesDep) -> Identity:
-    """Return who holds the API token of a request.
+    """Return who holds the API token or the session of a request.
 
     Raises:
-        RefusedError: `unauthenticated` or `token_expired`.
+        RefusedError: `unauthenticated`, `token_expired` or `csrf_missing`.
         TooManyError: `rate_limited`.
     """
     known: Identity | None = getattr(request.state, "identity", None)
     if known is not None:
         return known
-    secret = _bearer(request)
+    cookie = _session_cookie(request, services)
+    if cookie:
+        found = await _person(services, cookie, "browser")
+        _check_csrf(request, services, found)
+    else:
+        secret = _bearer(request)
+        if secret.startswith(sessions.PREFIX):
+            found = await _person(services, secret, "cli")
+        else:
+            found = await _token(services, secret)
+    rates: Rates = request.app.state.rates
+    rates.take(found.id, request.method)
+    request.state.identity = found
+    return found
+
+
+def _session_cookie(request: Request, services: Services) -> str:
+    """Return the session that a browser sent; whoever says who asks in words means that."""
+    if services.settings.oidc is None or "authorization" in request.headers:
+        return ""
+    secure = (services.settings.oidc.public_url or services.settings.url).startswith("https:")
+    return request.cookies.get(sessions.COOKIE_SECURE if secure else sessions.COOKIE, "")
+
+
+def _check_csrf(request: Request, services: Services, person: Identity) -> None:
+    """Refuse a change that a foreign page may have had the browser ask for.
+
+    Raises:
+        RefusedError: `csrf_missing`.
+    """
+    if request.method in READING:
+        return
+    given = request.headers.get(sessions.CSRF_HEADER, "")
+    oidc = services.settings.oidc
+    own = ("", ((oidc.public_url if oidc else "") or services.settings.url).rstrip("/"))
+    if (
+        not hmac.compare_digest(given.encode(), person.csrf_token.encode())
+        or request.headers.get("origin", "") not in own
+    ):
+        raise RefusedError(
+            "csrf_missing",
+            "a change by a browser needs the header X-CSRF-Token, and comes from a page of this server",
+            consequence="nothing was done",
+            next_step="read csrf_token of GET /api/v1/me and send it along",
+        )
+
+
+async def _person(services: Services, secret: str, kind: sessions.Kind) -> Identity:
+    async with services.database.read() as connection:
+        row = await sessions.find(connection, services.project, secret, kind)
+    if row is None:
+        raise RefusedError(
+            "unauthenticated",
+            "this session is not known here, or has ended",
+            consequence="nothing was done",
+            next_step="log in again: wherry login, or /auth/login in a browser",
+        )
+    return Identity(
+        name=row.name,
+        grants=sessions.granted(services.settings.oidc, row.groups),
+        project=services.project,
+        id=row.session_hash,
+        kind="person",
+        csrf_token=sessions.csrf_token(secret) if kind == "browser" else "",
+    )
+
+
+async def _token(services: Services, secret: str) -> Identity:
+    hashed = hash_secret(secret)
     async with services.database.read() as connection:
         row = (
             await connection.execute(
                 select(_tokens.c.name, _tokens.c.role, _tokens.c.models, _tokens.c.cohorts, _tokens.c.expires_at).where(
-                    _tokens.c.token_hash == hash_secret(secret), _tokens.c.project_id == services.project
+                    _tokens.c.token_hash == hashed, _tokens.c.project_id == services.project
                 )
             )
         ).one_or_none()
@@ -166,12 +233,8 @@ async def identify(request: Request, services: ServicesDep) -> Identity:
             consequence="nothing was done",
             next_step="have an admin make a new one: wherry token api NAME",
         )
-    hashed = hash_secret(secret)
-    rates: Rates = request.app.state.rates
-    rates.take(hashed, request.method)
     grant = Grant(role=row.role, models=tuple(row.models), cohorts=tuple(row.cohorts))
-    request.state.identity = Identity(name=row.name, grants=(grant,), project=services.project, id=hashed)
-    return request.state.identity  # type: ignore[no-any-return]  # just set
+    return Identity(name=row.name, grants=(grant,), project=services.project, id=hashed)
 
 
 class Need:

@@ -437,6 +437,21 @@ def revoke_token(token_id: str, if_match: str = "") -> Call[None]:
     return _delete(f"/tokens/{_q(token_id)}", if_match)
 
 
+def show_me() -> Call[answers.Me]:
+    """Show who asks and what was granted to them."""
+    return _get("/me", answers.Me)
+
+
+def list_sessions(limit: int | None = None) -> Call[list[answers.SessionShown]]:
+    """List who is logged in."""
+    return _get("/sessions", list[answers.SessionShown], limit=limit)
+
+
+def revoke_session(session: str) -> Call[None]:
+    """End somebody's session."""
+    return _delete(f"/sessions/{_q(session)}")
+
+
 def create_enrolment_token(
     uses: int = 1, days: int = 7, labels: Mapping[str, str] | None = None, *, hold: bool = False
 ) -> Call[answers.TokenMade]:

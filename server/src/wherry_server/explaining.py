@@ -70,7 +70,7 @@ async def explain(connection: AsyncConnection, project: str, number: int, device
 
 def _replayed(plan: Plan, rows: Sequence[Any], progress: Any) -> list[dict[str, Any]]:
     """Return decisions with whether each follows, and led to where the next one began (the last: to `progress`)."""
-    began = [*(one.progress_before for one in rows[1:]), progress]
+    began = [*(one.progress_before for one in rows[1:]), progress] if rows else []
     return [
         {
             "revision": one.revision,

@@ -25,6 +25,29 @@ PRESIGN_S_MAX = 3600
 """A signed address opens one blob to whoever has it: long enough to begin a download, never a day."""
 
 
+class GrantWish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A role of a group of people, narrowed where models or cohorts are named."""
+
+    role: Literal["viewer", "operator", "approver", "publisher", "admin"]
+    models: list[str] = []
+    cohorts: list[str] = []
+
+
+class Oidc(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where people log in. The client's secret, if it has one, is in `keys/oidc.secret`."""
+
+    issuer: str
+    client_id: str
+    public_url: str = ""
+    """Address under which browsers reach this API; the provider leads back to its `/auth/callback`. Empty: host and port."""
+    scopes: tuple[str, ...] = ("openid", "profile", "email", "groups")
+    name_claim: str = "email"
+    groups_claim: str = "groups"
+    groups: dict[str, list[GrantWish]] = {}
+    """Group → what its members are granted; who is in none of these cannot log in."""
+    session_hours: Annotated[float, msgspec.Meta(gt=0, le=168)] = 8
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a server process runs with."""
 
@@ -60,6 +83,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What one API token may read in a second (five seconds' worth at once); 0: as much as it likes."""
     api_changes_per_s: Annotated[float, msgspec.Meta(ge=0)] = 50
     """What one API token may change in a second (five seconds' worth at once); 0: as much as it likes."""
+    oidc: Oidc | None = None
+    """Where people log in; without it there are API tokens only."""
     encode_blobs: bool = True
     """Whether accepted weights are also stored as zstd."""
     blobs: str = ""

@@ -16,6 +16,8 @@ from wherry_shared.errors import DeviceError, RefusedError, UnreachableError, Wh
 DEFAULT_DATA = Path("~/.local/share/wherry/dev")
 """Where `wherry dev` keeps its data unless told otherwise."""
 CLIENT_FILE = "client.json"
+LOGIN_FILE = Path("~/.config/wherry/login.json")
+"""What `wherry login` keeps: as `client.json`, of the person who logged in."""
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 """Hosts before which no proxy stands, whatever the environment says."""
 
@@ -28,9 +30,10 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def find_access(server: str | None = None, token: str | None = None, data: Path | None = None) -> Access:
-    """Put together address and token: arguments, then WHERRY_SERVER and WHERRY_TOKEN, then `client.json`.
+    """Put together address and token: arguments, then WHERRY_SERVER and WHERRY_TOKEN, then a file.
 
-    The file is read from `data`, from WHERRY_DATA or from the default data folder, whichever is named first.
+    The file is the `client.json` of `data` or of WHERRY_DATA where one of them is named; else what `wherry login` kept, else the
+    `client.json` of the default data folder.
 
     Raises:
         RefusedError: `access_missing` or `client_file_invalid`.
@@ -38,8 +41,7 @@ def find_access(server: str | None = None, token: str | None = None, data: Path 
     server = server or os.environ.get("WHERRY_SERVER")
     token = token or os.environ.get("WHERRY_TOKEN")
     if not server or not token:
-        folder = data or Path(os.environ.get("WHERRY_DATA") or DEFAULT_DATA)
-        file = folder.expanduser() / CLIENT_FILE
+        file = _saved(data)
         if file.exists():
             try:
                 saved = msgspec.json.decode(file.read_bytes(), type=Access)
@@ -57,6 +59,14 @@ def find_access(server: str | None = None, token: str | None = None, data: Path 
             next_step="start wherry dev on this machine, or give --server and --token (WHERRY_SERVER, WHERRY_TOKEN)",
         )
     return Access(server=server.rstrip("/"), token=token)
+
+
+def _saved(data: Path | None) -> Path:
+    named = data or os.environ.get("WHERRY_DATA")
+    login = LOGIN_FILE.expanduser()
+    if not named and login.exists():
+        return login
+    return Path(named or DEFAULT_DATA).expanduser() / CLIENT_FILE
 
 
 def unreachable(server: str, error: Exception) -> UnreachableError:

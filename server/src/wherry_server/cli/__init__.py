@@ -21,6 +21,7 @@ from wherry_server.cli import (
     doctor,
     flag,
     fleet,
+    login,
     model,
     quarantine,
     rollout,
@@ -61,9 +62,32 @@ def root(
     GLOBALS.server, GLOBALS.token, GLOBALS.as_json = server, token, as_json
 
 
-for alone in (serve.commands, doctor.commands, deploy.commands, fleet.commands, audit.commands, apply.commands):
+for alone in (
+    serve.commands,
+    doctor.commands,
+    deploy.commands,
+    fleet.commands,
+    audit.commands,
+    apply.commands,
+    login.commands,
+):
     app.registered_commands.extend(alone.registered_commands)
-for group in (bundle, blobs, model, device, cohort, rollout, flag, quarantine, token, trust, audit, broker, webhook):
+for group in (
+    bundle,
+    blobs,
+    model,
+    device,
+    cohort,
+    rollout,
+    flag,
+    quarantine,
+    token,
+    trust,
+    audit,
+    broker,
+    webhook,
+    login,
+):
     app.add_typer(group.app)
 
 

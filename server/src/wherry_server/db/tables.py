@@ -501,6 +501,22 @@ class ApiToken(SQLModel, table=True):
     created_at: int = _time()
 
 
+class Session(SQLModel, table=True):
+    """A person who is logged in: stored as a hash, with the groups that the provider named."""
+
+    __tablename__ = "session"
+    session_hash: str = Field(primary_key=True)
+    project_id: str = Field(index=True)
+    kind: str
+    """`browser`, `cli`, or `code`: what the command line fetches its session with, once"""
+    subject: str
+    name: str
+    groups: list[Any] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))
+    challenge: str = ""
+    created_at: int = _time()
+    expires_at: int = _time()
+
+
 class Idempotency(SQLModel, table=True):
     """The answer to a create, for whoever sends it again with the same key."""
 
