@@ -1,4 +1,4 @@
-"""Environments of the peers that `benchmarks/serving.py` compares with: made once under `build/peers/`, by pip."""
+"""Environments of the peers that benchmarks compare with, and of what makes their data: made once under `build/peers/`, by pip."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ FOLDER = ROOT / "build" / "peers"
 PEERS = {
     "mlserver": ["mlserver==1.7.1", "onnxruntime==1.32.0", "numpy<3"],
     "kserve": ["kserve==0.21.0", "onnxruntime==1.32.0", "numpy<3"],
+    "nncf": ["nncf==3.4.0", "onnx==1.22.0", "onnxruntime==1.32.0"],
+    "trainer": ["jax", "pillow"],
 }
 """Peer → what is installed beside nothing of ours."""
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from tests.optimizer.models import blobs, classifier, conv
+from wherry_optimizer.activations import rows_of
 from wherry_optimizer.passes import Work, prune
 from wherry_shared.engines import load
 from wherry_shared.errors import RefusedError
@@ -80,9 +81,8 @@ def test_the_rows_of_a_convolution_are_what_it_multiplies(tmp_path: Path) -> Non
     graph = onnx.load(path).graph
     weight = numpy_helper.to_array(graph.initializer[0])
     attributes = {item.name: onnx.helper.get_attribute_value(item) for item in graph.node[0].attribute}
-    layer = prune._Layer("conv", "Conv", "image", "w", attributes)
     image = np.random.default_rng(0).normal(size=(2, 3, 9, 11)).astype(np.float32)
-    rows = prune._rows(image, layer, list(weight.shape), 10_000, np.random.default_rng(0))
+    rows = rows_of(image, "Conv", attributes, list(weight.shape), 10_000, np.random.default_rng(0))
     product = rows @ weight.reshape(4, -1).T
     # the graph pools relu(conv) over positions: the same from our rows, image by image
     pooled = np.maximum(product, 0).reshape(2, -1, 4).mean(axis=1)

@@ -148,7 +148,7 @@ def answer_of(session: Session, sample: Sample, state: Mapping[str, str]) -> dic
     held = {name: sample.inputs[name] for name in state}
     found: list[dict[str, Array]] = []
     for step in range(len(next(iter(given.values())))):
-        outputs = session.run({name: value[step] for name, value in given.items()} | held)
+        outputs = session.run({name: np.asarray(value[step]) for name, value in given.items()} | held)
         held = {name: outputs[output] for name, output in state.items()}
         found.append({name: value for name, value in outputs.items() if name not in state.values()})
     return {name: np.stack([row[name] for row in found]) for name in found[0]}
@@ -162,7 +162,7 @@ def calls_of(session: Session, sample: Sample, state: Mapping[str, str]) -> Iter
     given = {name: value for name, value in sample.inputs.items() if name not in state}
     held = {name: sample.inputs[name] for name in state}
     for step in range(len(next(iter(given.values())))):
-        call = {name: value[step] for name, value in given.items()} | held
+        call = {name: np.asarray(value[step]) for name, value in given.items()} | held
         yield call
         outputs = session.run(call)
         held = {name: outputs[output] for name, output in state.items()}

@@ -23,9 +23,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import onnx
-from numpy.lib.stride_tricks import sliding_window_view
 from onnx import numpy_helper
 
+from wherry_optimizer.activations import Taps, rows_of
 from wherry_optimizer.model import is_quantized, prepare, read_onnx
 from wherry_optimizer.passes import Array, Result, Work, excluded
 from wherry_shared.errors import RefusedError
@@ -264,62 +264,17 @@ def _hessians(
     work: Work,
 ) -> dict[str, Matrix]:
     """Run the model on calibration data with the layers' inputs as outputs and add up x xᵀ for each."""
-    import onnxruntime
-
-    probe = prepare(read_onnx(path))
-    present = {output.name for output in probe.graph.output}
-    wanted = sorted({layer.input for layer in layers})
-    fed = {item.name for item in probe.graph.input}
-    asked = [name for name in wanted if name not in fed]
-    for name in asked:
-        if name not in present:
-            probe.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 4
-    session = onnxruntime.InferenceSession(probe.SerializeToString(), settings, providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(work.seed)
     sums: dict[str, npt.NDArray[np.float32]] = {}
+    taps = Taps(prepare(read_onnx(path)), {layer.input for layer in layers})
     for sample in work.calibration[: parameters.samples]:
-        found = session.run(asked, dict(sample)) if asked else []  # asked for none, ONNX Runtime answers with all
-        values = dict(zip(asked, found, strict=True)) | {name: sample[name] for name in wanted if name in fed}
+        values = taps.run(sample)
         for layer in layers:
-            rows = _rows(values[layer.input], layer, list(weights[layer.weight].dims), parameters.positions, rng)
+            dims = list(weights[layer.weight].dims)
+            rows = rows_of(values[layer.input], layer.operator, layer.attributes, dims, parameters.positions, rng)
             product = rows.T @ rows
             if layer.name in sums:
                 sums[layer.name] += product
             else:
                 sums[layer.name] = product
     return {name: total.astype(np.float64) for name, total in sums.items()}
-
-
-def _rows(
-    value: Array, layer: _Layer, dims: Sequence[int], positions: int, rng: np.random.Generator
-) -> npt.NDArray[np.float32]:
-    """Return the inputs of single outputs, (positions, columns) float32."""
-    if layer.operator != "Conv":
-        return _some(value.reshape(-1, value.shape[-1]), positions, rng).astype(np.float32)
-    spatial = len(dims) - 2
-    kernel = [int(size) for size in dims[2:]]
-    strides: list[int] = list(layer.attributes.get("strides", [1] * spatial))
-    dilations: list[int] = list(layer.attributes.get("dilations", [1] * spatial))
-    pads = list(layer.attributes.get("pads", [0] * 2 * spatial))
-    padded = np.pad(value, [(0, 0), (0, 0), *((pads[axis], pads[axis + spatial]) for axis in range(spatial))])
-    spans = tuple((size - 1) * dilation + 1 for size, dilation in zip(kernel, dilations, strict=True))
-    axes = tuple(range(2, 2 + spatial))
-    windows: Array = sliding_window_view(padded, spans, axes)  # type: ignore[call-overload]  # NumPy's own stub allows one axis only
-    # windows: (batch, channels, *out, *span) → strides along out, dilation along span
-    steps = tuple(slice(None, None, stride) for stride in strides)
-    holes = tuple(slice(None, None, dilation) for dilation in dilations)
-    windows = windows[(slice(None), slice(None), *steps, *holes)]
-    batch, channels = windows.shape[:2]
-    outs = windows.shape[2 : 2 + spatial]
-    total = batch * int(np.prod(outs))
-    chosen = np.arange(total) if total <= positions else rng.choice(total, positions, replace=False)
-    where = np.unravel_index(chosen, (batch, *outs))
-    index: tuple[Any, ...] = (where[0], slice(None), *where[1:])
-    taken = windows[index]
-    return np.asarray(taken, dtype=np.float32).reshape(len(chosen), channels * int(np.prod(kernel)))
-
-
-def _some(rows: Array, count: int, rng: np.random.Generator) -> Array:
-    return rows if len(rows) <= count else rows[rng.choice(len(rows), count, replace=False)]

@@ -1,0 +1,96 @@
+"""What flows through a network: the inputs of its layers on calibration samples, as rows of the matrices they multiply.
+
+Second-order pruning and least-squares repair both hold y = W x as it was, for the x that really occur.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from numpy.lib.stride_tricks import sliding_window_view
+
+Array = npt.NDArray[Any]
+
+
+class Taps:
+    """A model that also tells tensors from inside."""
+
+    def __init__(self, model: onnx.ModelProto, wanted: Collection[str]) -> None:
+        """Open the model.
+
+        Args:
+            model: is left as it is.
+            wanted: tensors to tell, which may be inputs and outputs as well.
+        """
+        import onnxruntime
+
+        probe = onnx.ModelProto()
+        probe.CopyFrom(model)
+        present = {output.name for output in probe.graph.output}
+        self._fed = sorted({item.name for item in probe.graph.input} & set(wanted))
+        self._asked = sorted(set(wanted) - set(self._fed))
+        for name in self._asked:
+            if name not in present:
+                probe.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+        settings = onnxruntime.SessionOptions()
+        settings.log_severity_level = 4
+        self._session = onnxruntime.InferenceSession(
+            probe.SerializeToString(), settings, providers=["CPUExecutionProvider"]
+        )
+
+    def run(self, sample: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the wanted tensors for one call."""
+        # asked for none, ONNX Runtime answers with all
+        found = self._session.run(self._asked, dict(sample)) if self._asked else []
+        return dict(zip(self._asked, found, strict=True)) | {name: sample[name] for name in self._fed}
+
+
+def rows_of(
+    value: Array,
+    operator: str,
+    attributes: Mapping[str, Any],
+    dims: Sequence[int],
+    positions: int,
+    rng: np.random.Generator,
+) -> npt.NDArray[np.float32]:
+    """Return the inputs of single outputs of a layer, (positions, columns) float32, at most `positions`, drawn by `rng`.
+
+    Args:
+        value: input of the layer.
+        operator: Conv, Gemm or MatMul.
+        attributes: of the node.
+        dims: shape of its weight.
+        positions: so many at most.
+        rng: draws them.
+    """
+    if operator != "Conv":
+        return _some(value.reshape(-1, value.shape[-1]), positions, rng).astype(np.float32)
+    spatial = len(dims) - 2
+    kernel = [int(size) for size in dims[2:]]
+    strides: list[int] = list(attributes.get("strides", [1] * spatial))
+    dilations: list[int] = list(attributes.get("dilations", [1] * spatial))
+    pads = list(attributes.get("pads", [0] * 2 * spatial))
+    padded = np.pad(value, [(0, 0), (0, 0), *((pads[axis], pads[axis + spatial]) for axis in range(spatial))])
+    spans = tuple((size - 1) * dilation + 1 for size, dilation in zip(kernel, dilations, strict=True))
+    axes = tuple(range(2, 2 + spatial))
+    windows: Array = sliding_window_view(padded, spans, axes)  # type: ignore[call-overload]  # NumPy's own stub allows one axis only
+    # windows: (batch, channels, *out, *span) → strides along out, dilation along span
+    steps = tuple(slice(None, None, stride) for stride in strides)
+    holes = tuple(slice(None, None, dilation) for dilation in dilations)
+    windows = windows[(slice(None), slice(None), *steps, *holes)]
+    batch, channels = windows.shape[:2]
+    outs = windows.shape[2 : 2 + spatial]
+    total = batch * int(np.prod(outs))
+    chosen = np.arange(total) if total <= positions else rng.choice(total, positions, replace=False)
+    where = np.unravel_index(chosen, (batch, *outs))
+    index: tuple[Any, ...] = (where[0], slice(None), *where[1:])
+    taken = windows[index]
+    return np.asarray(taken, dtype=np.float32).reshape(len(chosen), channels * int(np.prod(kernel)))
+
+
+def _some(rows: Array, count: int, rng: np.random.Generator) -> Array:
+    return rows if len(rows) <= count else rows[rng.choice(len(rows), count, replace=False)]
