@@ -58,7 +58,7 @@ def searched(name: str, case: Case, *, prune: bool, seconds: float, prefer: str)
             seconds_max=seconds,
             prune=prune,
             prefer=prefer,
-        say=lambda text: print(f"{name}: {text}", file=sys.stderr, flush=True),
+            say=lambda text: print(f"{name}: {text}", file=sys.stderr, flush=True),
         )
     except RefusedError as error:
         if error.code not in ("budget_unmet", "unconfirmed"):

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 CLIPS = 26
-LINES = 170
+LINES = 330
 CHUNK = 512
 RATE = 16_000
 VOICES = ("en-us", "en-gb", "de", "fr-fr", "es", "it")
@@ -84,13 +84,11 @@ def speech(folder: Path, out: Path) -> None:
 def lines(corpus: Path, alphabet: list[str], out: Path) -> None:
     """Write images of text lines, (3, 48, width) in [-1, 1], and the indices of their characters."""
     rng = np.random.default_rng(9)
-    words = re.findall(r"[A-Za-z]{2,10}", corpus.read_text(encoding="utf-8", errors="replace"))
+    words = re.findall(r"[A-Za-z]{4,12}", corpus.read_text(encoding="utf-8", errors="replace"))
     index = {character: position for position, character in enumerate(alphabet)}
     arrays = {}
     for number in range(LINES):
-        begin = int(rng.integers(len(words) - 5))
-        text = " ".join(words[begin : begin + int(rng.integers(2, 5))])
-        text += "" if number % 3 else f" {int(rng.integers(10, 9999))}"
+        text = words[int(rng.integers(len(words)))] + ("" if number % 3 else f"-{int(rng.integers(10, 9999))}")
         font = ImageFont.load_default(size=int(rng.integers(24, 34)))
         left, top, right, bottom = font.getbbox(text)
         image = Image.new("L", (int(right - left) + 24, 48), 255 - int(rng.integers(0, 40)))
@@ -98,7 +96,7 @@ def lines(corpus: Path, alphabet: list[str], out: Path) -> None:
             (12 - left, (48 - (bottom - top)) / 2 - top), text, font=font, fill=int(rng.integers(0, 80))
         )
         image = image.rotate(float(rng.uniform(-1.5, 1.5)), fillcolor=235)
-        value = np.asarray(image, np.float32) + rng.normal(0, rng.uniform(2, 22), (48, image.width))
+        value = np.asarray(image, np.float32) + rng.normal(0, rng.uniform(2, 30), (48, image.width))
         arrays[f"image{number}"] = np.repeat((np.clip(value, 0, 255) / 127.5 - 1)[None], 3, 0).astype(np.float32)
         arrays[f"label{number}"] = np.array([index[character] for character in text], np.int64)
     np.savez(out / "lines.npz", **arrays)

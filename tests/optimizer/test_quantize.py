@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.optimizer.models import blobs, classifier, conv
-from wherry_optimizer.model import read_onnx
+from wherry_optimizer.model import read_onnx, sort_nodes
 from wherry_optimizer.passes import (
     CATALOGUE,
     Work,
@@ -207,3 +207,28 @@ def test_a_weight_behind_an_identity_is_found(tmp_path: Path) -> None:
     onnx.save(model, path)
     parameters = quantize_weights.Parameters(form="fold", minimum_elements=500)
     assert quantize_weights.apply(path, parameters, Work(tmp_path, [])).notes["quantized_weights"] == 2
+
+
+def test_quantizers_leave_nodes_in_order_where_a_subgraph_reads_them(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weight = numpy_helper.from_array(rng.normal(0, 0.3, (8, 8)).astype(np.float32), "w")
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 8])
+    branch = helper.make_graph([helper.make_node("Relu", ["h"], ["y"])], "branch", [], [y])
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], name="first"),
+        helper.make_node("If", ["flag"], ["y"], then_branch=branch, else_branch=branch, name="choose"),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8])
+    flag = helper.make_tensor_value_info("flag", TensorProto.BOOL, [])
+    graph = helper.make_graph(nodes, "g", [x, flag], [y], [weight])
+    path = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8), path)
+    calls = [{"x": rng.normal(size=(1, 8)).astype(np.float32), "flag": np.array(True)} for _ in range(8)]
+    made = quantize.apply(path, quantize.Parameters(), Work(tmp_path, calls))
+    onnx.checker.check_model(read_onnx(made.path))
+    mixed = onnx.load(path)
+    turned = list(mixed.graph.node)[::-1]
+    del mixed.graph.node[:]
+    mixed.graph.node.extend(turned)
+    sort_nodes(mixed.graph)
+    assert [node.name for node in mixed.graph.node] == ["first", "choose"]

@@ -155,6 +155,46 @@ def subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from subgraphs(inner)
 
 
+def sort_nodes(graph: onnx.GraphProto) -> None:
+    """Put nodes behind what they read, also what their subgraphs read from outside; tools have been seen to leave them otherwise."""
+    makers = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
+    needs = [
+        sorted(
+            {
+                makers[name]
+                for inner in (node, *(one for below in _below(node) for one in below.node))
+                for name in inner.input
+                if name in makers and makers[name] != index
+            }
+        )
+        for index, node in enumerate(graph.node)
+    ]
+    placed: dict[int, None] = {}
+    for first in range(len(needs)):
+        stack = [first]
+        while stack:
+            index = stack[-1]
+            missing = [need for need in needs[index] if need not in placed]
+            if not missing or index in placed:
+                stack.pop()
+                placed.setdefault(index)
+            elif len(stack) > len(needs):
+                return  # a cycle: the checker says so better than this could
+            else:
+                stack += missing
+    nodes = [graph.node[index] for index in placed]
+    if list(placed) != sorted(placed):
+        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del graph.node[:]
+        graph.node.extend(copies)
+
+
+def _below(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield from subgraphs(attribute.g)
+
+
 def author_of(model: Model) -> str:
     """Return whose work an ONNX file says that it is (`model_author` of the ONNX metadata), empty if it says nothing."""
     if model.format != "onnx":

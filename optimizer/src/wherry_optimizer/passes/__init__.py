@@ -82,6 +82,14 @@ CATALOGUE: tuple[PassInfo, ...] = (
         "second-order pruning of Conv, Gemm and MatMul weights with reconstruction from calibration activations",
     ),
     PassInfo(
+        "prune-channels",
+        "prune_channels",
+        ("onnx",),
+        "",
+        True,
+        "removal of whole channels, neurons and attention heads with least-squares repair of what reads them",
+    ),
+    PassInfo(
         "quantize-static",
         "quantize",
         ("onnx",),

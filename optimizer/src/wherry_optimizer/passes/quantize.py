@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import onnx
 
-from wherry_optimizer.model import is_quantized, prepare, read_onnx
+from wherry_optimizer.model import is_quantized, prepare, read_onnx, sort_nodes
 from wherry_optimizer.passes import Array, Result, Work, excluded
 from wherry_shared.errors import RefusedError
 
@@ -92,6 +92,9 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
         ) from error
     finally:
         root.setLevel(level)
+    made = onnx.load(target)
+    sort_nodes(made.graph)
+    onnx.save(made, target)
     return Result(target, _notes(target, parameters, len(kept_float)))
 
 

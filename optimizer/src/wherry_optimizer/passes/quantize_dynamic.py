@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import onnx
 
-from wherry_optimizer.model import is_quantized, prepare, read_onnx
+from wherry_optimizer.model import is_quantized, prepare, read_onnx, sort_nodes, subgraphs
 from wherry_optimizer.passes import Result, Work, excluded
 from wherry_shared.errors import RefusedError
 
@@ -68,9 +68,15 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
         ) from error
     finally:
         root.setLevel(level)
-    made = onnx.load(target).graph
-    count = sum(node.op_type.endswith("Integer") or node.op_type.startswith("DynamicQuantize") for node in made.node)
-    if not is_quantized(onnx.load(target, load_external_data=False)):
+    made = onnx.load(target)
+    sort_nodes(made.graph)
+    onnx.save(made, target)
+    count = sum(
+        node.op_type.endswith("Integer") or node.op_type.startswith("DynamicQuantize")
+        for graph in subgraphs(made.graph)
+        for node in graph.node
+    )
+    if not is_quantized(made):
         raise RefusedError(
             "pass_noop",
             f"quantization changed nothing: no {', '.join(parameters.operators)} to quantize",

@@ -7,7 +7,7 @@ How they are decoded is `form`:
 
 - `dequantize`: a DequantizeLinear. The runtime folds it at load only with the session option `disable_quant_qdq`, which
   the variant should then carry, and which a model with static QDQ must not.
-- `fold`: Cast and Mul (4-bit: shifts first), which every runtime folds into float weights while it loads the model. It
+- `fold`: any weight of two axes or more; Cast and Mul (4-bit: shifts first), which every runtime folds into float weights while it loads the model. It
   costs nothing at run time, needs no option, and may follow static or dynamic int8, whose operators it leaves alone.
 
 Memory is that of float weights once they are folded.
@@ -85,7 +85,7 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
 
 def _quantize_graph(graph: onnx.GraphProto, parameters: Parameters) -> tuple[int, int]:
     """Quantize the initializers of one graph; return how many became int8 and 4-bit."""
-    axes = _axes(graph)
+    axes = _axes(graph, anything=parameters.form == "fold")
     eight = four = 0
     nodes: list[onnx.NodeProto] = []
     for tensor in list(graph.initializer):
@@ -185,8 +185,12 @@ def quantize_channels(weights: Array, axis: int) -> tuple[Array, Array]:
     return np.clip(np.rint(weights / scale.reshape(shape)), -127, 127).astype(np.int8), scale
 
 
-def _axes(graph: onnx.GraphProto) -> dict[str, tuple[str, int]]:
-    """Return operator and output-channel axis of every weight that all its users read in the same way."""
+def _axes(graph: onnx.GraphProto, *, anything: bool) -> dict[str, tuple[str, int]]:
+    """Return operator and output-channel axis of every weight that all its users read in the same way.
+
+    With `anything`, others are given their first axis: a weight that is decoded before it is used may be used in any way,
+    such as being sliced and stacked first, as exporters do with those of recurrent cells.
+    """
     found: dict[str, tuple[str, int] | None] = {}
     for node in _nodes(graph):
         for index, name in enumerate(node.input):
@@ -196,7 +200,11 @@ def _axes(graph: onnx.GraphProto) -> dict[str, tuple[str, int]]:
             use = None if axis is None or node.domain not in ("", "ai.onnx") else (node.op_type, axis)
             found[name] = use if found.get(name, use) == use else None
     outputs = {item.name for item in graph.output}
-    return {name: use for name, use in found.items() if use is not None and name not in outputs}
+    known = {name: use for name, use in found.items() if use is not None and name not in outputs}
+    if anything:
+        ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
+        known |= {name: ("", 0) for name in found if name not in known and ranks.get(name, 0) >= 2}
+    return known
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

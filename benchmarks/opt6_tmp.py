@@ -1,0 +1,193 @@
+"""What the optimizer's search finds on real models, what it refuses, and how its peers do on the same data.
+
+Models come from PyPI packages only (`optimizer_models.py`). For each one a search under a budget of half a point is run,
+what it chose is confirmed on a test split, and the recipes that are known to ruin it have to be among the refused. NNCF's
+post-training quantization makes its file in an environment of its own from the same calibration calls; then all files run
+interleaved in one process. Writes `build/bench/optimizer.json`: `models`, `peers`, `refused`.
+
+`--quick`: magika only, without pruning and peers, under a minute of CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from optimizer_models import CASES, FOLDER, ROOT, Case
+from peers.environments import python_of
+
+from wherry_optimizer import attempt, gate, measure, metrics, search
+from wherry_optimizer import auto as auto_module
+from wherry_optimizer.candidates import SOURCE, TARGETS
+from wherry_shared.engines import load
+from wherry_shared.errors import RefusedError
+
+OUT = ROOT / "build" / "bench" / "optimizer.json"
+TARGET = TARGETS["x86-vnni"]
+MUST_REFUSE = {
+    "vad": ("int8-dynamic-all", "int8-static-all"),
+    "ocr": ("int8-dynamic-all",),
+    "magika": ("int8-static-all",),
+    "minilm": ("int8-static-all",),
+}
+"""Candidates that ruin these models (facts/optimizer.md)."""
+PEERS = ("nncf",)
+
+
+def searched(name: str, case: Case, *, prune: bool, seconds: float, prefer: str) -> tuple[search.Result, float]:
+    """Search, with the report under `build/bench/optimizer/NAME`."""
+    began = time.monotonic()
+    try:
+        result = auto_module.auto(
+            case.path,
+            case.parts,
+            metric=case.metric,
+            outputs=case.outputs,
+            drop_max=case.drop_max,
+            state=case.state,
+            targets=[TARGET.name],
+            output=FOLDER / name,
+            cache=FOLDER / "cache",
+            seconds_max=seconds,
+            prune=prune,
+            prefer=prefer,
+            say=lambda text: print(f"{name}: {text}", file=sys.stderr, flush=True),
+        )
+    except RefusedError as error:
+        if error.code not in ("budget_unmet", "unconfirmed"):
+            raise
+        print(f"{name}: {error.diagnostics()}", file=sys.stderr)
+        raise
+    return result, time.monotonic() - began
+
+
+def of_peer(peer: str, name: str, case: Case, problem: attempt.Problem) -> Path:
+    """Return the file that a peer makes of a model with the same calibration calls."""
+    target = FOLDER / "peers" / f"{name}.{peer}.onnx"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        calls = target.with_suffix(".pickle")
+        calls.write_bytes(pickle.dumps(problem.calibration))
+        script = Path(__file__).parent / "peers" / f"{peer}_quantize.py"
+        subprocess.run([python_of(peer), script, case.path, calls, target], check=True)
+    return target
+
+
+def figures_of(path: Path, case: Case, problem: attempt.Problem, source: Path) -> dict[str, Any]:
+    """Return size and accuracy of a file on the test split, and its latency interleaved with the source's."""
+    metric = metrics.make(problem.metric)
+    sessions = {
+        "source": load(source, "onnx", options={"threads": 1}),
+        "own": load(path, "onnx", options={"threads": 1}),
+    }
+    evidence = {
+        key: [metric.evidence(attempt.answer_of(session, sample, case.state), sample.label) for sample in problem.test]
+        for key, session in sessions.items()
+    }
+    drop = gate.compare(metric.value, evidence["own"], evidence["source"])
+    call = problem.calibration[0]
+    calls = {key: lambda session=session: session.run(call) for key, session in sessions.items()}
+    latency = measure.interleaved(calls, dict.fromkeys(calls, "source"), rounds=25, seconds=12.0)
+    return {
+        "compressed_ratio": measure.download_bytes(path) / source.stat().st_size,
+        "latency_ratio": latency["own"].ratio,
+        "metric_drop": drop.drop,
+        "interval": [drop.low, drop.high],
+    }
+
+
+def dominated(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Tell whether another is at least as good in bytes, latency and accuracy, and better in one of them."""
+    keys = ("compressed_ratio", "latency_ratio", "metric_drop")
+    return all(other[key] <= one[key] for key in keys) and any(other[key] < one[key] for key in keys)
+
+
+def run(names: list[str], *, prune: bool, peers: bool, seconds: float, prefer: str) -> dict[str, Any]:
+    """Do every model; the shape is that of `build/bench/optimizer.json`."""
+    models: dict[str, Any] = {}
+    of_peers: dict[str, dict[str, Any]] = {peer: {} for peer in PEERS} if peers else {}
+    refused: list[dict[str, str]] = []
+    missing: list[str] = []
+    for name in names:
+        case = CASES[name]()
+        try:
+            result, search_s = searched(name, case, prune=prune, seconds=seconds, prefer=prefer)
+        except RefusedError as error:
+            models[name] = {"failed": error.code, "why": error.message}
+            continue
+        (found,) = result.found
+        source, chosen = found.find(SOURCE), found.find(found.chosen)
+        drop = found.confirmation.drop if found.confirmation else None
+        models[name] = {
+            "compressed_ratio": chosen.answer.download_bytes / source.answer.bytes,
+            "latency_ratio": chosen.latency_ratio,
+            "metric_drop": drop.drop if drop else 0.0,
+            "search_s": search_s,
+            "chosen": chosen.id,
+            "selection_drop": chosen.drop.drop if chosen.drop else 0.0,
+            "interval": [drop.low, drop.high] if drop else None,
+            "peak_memory_bytes": [source.peak_bytes, chosen.peak_bytes],
+            "candidates": len(found.tried) - 1,
+            "pareto": [
+                {
+                    "id": item.id,
+                    "compressed_ratio": item.answer.download_bytes / source.answer.bytes,
+                    "latency_ratio": item.latency_ratio,
+                    "selection_drop": item.drop.drop if item.drop else 0.0,
+                }
+                for item in found.tried
+                if item.pareto
+            ],
+        }
+        refused += [
+            {"model": name, "candidate": item.id, "by": item.verdict.by, "why": item.verdict.why}
+            for item in found.refused
+        ]
+        kept_out = {item.id for item in found.refused}
+        missing += [f"{name}: {one}" for one in MUST_REFUSE.get(name, ()) if one not in kept_out]
+        for peer, rows in of_peers.items():
+            try:
+                made = of_peer(peer, name, case, result.problem)
+                found_there = figures_of(made, case, result.problem, case.path)
+            except (subprocess.CalledProcessError, RefusedError) as error:
+                rows[name] = {"failed": str(error)}
+                continue
+            found_there["dominated_by_ours"] = dominated(found_there, models[name])
+            found_there["dominates_ours"] = dominated(models[name], found_there)
+            rows[name] = found_there
+        print(json.dumps({name: models[name]}, indent=2), flush=True)
+    return {"models": models, "peers": of_peers, "refused": refused, "not_refused": missing}
+
+
+def main() -> int:
+    """Run, print and write; 1 if a recipe that ruins a model was let through."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(CASES)}; all by default")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--seconds", type=float, default=300.0, help="of search per model")
+    parser.add_argument("--prefer", choices=("balanced", "size", "latency"), default="balanced")
+    parser.add_argument("--no-peers", action="store_true")
+    given = parser.parse_args()
+    names = ["magika"] if given.quick else given.models or list(CASES)
+    result = run(
+        names,
+        prune=False,
+        peers=not (given.quick or given.no_peers),
+        seconds=given.seconds,
+        prefer=given.prefer,
+    )
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+    return 1 if result["not_refused"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
