@@ -120,3 +120,31 @@ def test_a_layer_that_would_move_too_far_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(RefusedError) as caught:
         prune.apply(path, prune.Parameters(sparsity=0.5, exclude=["^layer/"]), work)
     assert caught.value.code == "pass_noop"
+
+
+@pytest.mark.parametrize(("stay", "of"), [(2, 4), (1, 4), (4, 8)])
+def test_a_pattern_holds_in_every_block_and_loses_less_than_the_smallest_weights(stay: int, of: int) -> None:
+    rng = np.random.default_rng(stay)
+    x = correlated(400, 42, rng)
+    weights = rng.normal(size=(12, 42))
+    pruned = prune.prune_pattern(weights, x.T @ x, stay, of, 0.01)
+    blocks = pruned[:, : 42 // of * of].reshape(12, -1, of)
+    assert ((blocks != 0).sum(axis=2) == stay).all()
+    assert (pruned[:, 42 // of * of :] != 0).all()
+    order = np.argsort(np.abs(weights[:, : 42 // of * of].reshape(12, -1, of)), axis=2)
+    plain = weights.copy().reshape(12, -1)[:, : 42 // of * of].reshape(12, -1, of)
+    np.put_along_axis(plain, order[:, :, : of - stay], 0.0, axis=2)
+    whole = np.concatenate([plain.reshape(12, -1), weights[:, 42 // of * of :]], axis=1)
+    assert lost(weights, pruned, x) < 0.75 * lost(weights, whole, x)
+
+
+def test_two_of_four_weights_of_a_graph_stay(tmp_path: Path) -> None:
+    path = classifier(tmp_path / "m.onnx")
+    points, _ = blobs(128, seed=4)
+    work = Work(tmp_path, [{"x": point[None]} for point in points])
+    result = prune.apply(path, prune.Parameters(pattern="2:4", minimum_elements=500, samples=128), work)
+    assert [row["zeros"] for row in result.notes["layers"]] == pytest.approx([0.5, 0.5], abs=0.01)
+    assert result.notes["pattern"] == "2:4"
+    for wrong in ("4:2", "2:2", "2/4", "0:4"):
+        with pytest.raises(ValueError, match="N:M"):
+            prune.Parameters(pattern=wrong)

@@ -188,7 +188,7 @@ def test_repair_keeps_far_more_than_removing_alone(build: Any, tmp_path: Path) -
             one, two = (next(iter(load(file, "onnx").run(call).values())) for file in (path, result.path))
             gaps, sizes = gaps + float(np.square(one - two).sum()), sizes + float(np.square(one).sum())
         lost.append(np.sqrt(gaps / sizes))
-    assert lost[0] < 0.6 * lost[1], lost
+    assert lost[0] < 0.75 * lost[1], lost
 
 
 def test_a_head_goes_as_a_whole(tmp_path: Path) -> None:

@@ -232,3 +232,35 @@ def test_quantizers_leave_nodes_in_order_where_a_subgraph_reads_them(tmp_path: P
     mixed.graph.node.extend(turned)
     sort_nodes(mixed.graph)
     assert [node.name for node in mixed.graph.node] == ["first", "choose"]
+
+
+def test_the_operators_that_hurt_most_go_back_to_float(tmp_path: Path, work: Work) -> None:
+    path = classifier(tmp_path / "m.onnx")
+    result = quantize.apply(path, quantize.Parameters(rollback=1), work)
+    assert result.notes["quantized_nodes"] == 1
+    rows = result.notes["sensitivity"]
+    assert {row["layer"] for row in rows} == {"layer/one", "layer/two"}
+    assert rows == sorted(rows, key=lambda row: row["output_error_without"])
+    assert result.notes["given_back"] == [rows[0]["layer"]]
+    points, _ = blobs(64)
+    feed = {"x": points}
+    errors = []
+    own = tmp_path / "own"
+    own.mkdir()
+    for made in (result.path, quantize.apply(path, quantize.Parameters(), Work(own, work.calibration)).path):
+        gap = load(made, "onnx").run(feed)["p"] - load(path, "onnx").run(feed)["p"]
+        errors.append(float(np.linalg.norm(gap)))
+    assert errors[0] < errors[1]
+    assert "first_quantized" in {t.name for t in onnx.load(result.path).graph.initializer} or "second_quantized" in {
+        t.name for t in onnx.load(result.path).graph.initializer
+    }
+
+
+@pytest.mark.parametrize("ranges", ["minmax", "averaged"])
+def test_ranges_are_found_on_samples_of_any_length(ranges: str, tmp_path: Path) -> None:
+    path = conv(tmp_path / "c.onnx")
+    rng = np.random.default_rng(0)
+    calls = [{"image": rng.normal(size=(1, 3, 9 + index, 11 + index)).astype(np.float32)} for index in range(6)]
+    made = quantize.apply(path, quantize.Parameters(ranges=ranges), Work(tmp_path, calls))
+    one, two = (load(file, "onnx").run(calls[0])["y"] for file in (path, made.path))
+    np.testing.assert_allclose(one, two, atol=0.1)

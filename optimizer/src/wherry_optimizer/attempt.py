@@ -49,6 +49,9 @@ COMPARED_MAX = 4096
 MEMORY_BYTES_MAX = 6 * 2**30
 SECONDS_MAX = 300.0
 TOLD_CHARS_MAX = 300
+LARGE_BYTES = 32 * 2**20
+LARGE_LEVEL = 9
+"""Files beyond `LARGE_BYTES` are compressed at this level while candidates are compared: the highest takes minutes."""
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
@@ -258,11 +261,12 @@ def _attempt(problem: Problem, task: Task, cache: Path) -> Answer:
         session.close()
         if source is not session:
             source.close()
+    size = path.stat().st_size
     return Answer(
         path=str(path),
         digest=digest.of_file(path),
-        bytes=path.stat().st_size,
-        download_bytes=measure.download_bytes(path),
+        bytes=size,
+        download_bytes=measure.download_bytes(path, measure.ZSTD_LEVEL if size <= LARGE_BYTES else LARGE_LEVEL),
         notes=notes,
         evidence=evidence,
         error=error,

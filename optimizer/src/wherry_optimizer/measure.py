@@ -62,11 +62,11 @@ class PeakAnswer(msgspec.Struct, frozen=True, kw_only=True):
     load_ms: float
 
 
-def download_bytes(path: Path) -> int:
+def download_bytes(path: Path, level: int = ZSTD_LEVEL) -> int:
     """Return the bytes on the wire: zstd at a high level within the window that devices decode, or raw if smaller."""
     data = path.read_bytes()
     parameters = zstandard.ZstdCompressionParameters.from_level(
-        ZSTD_LEVEL, window_log=limits.ZSTD_WINDOW_BYTES_MAX.bit_length() - 1
+        level, window_log=limits.ZSTD_WINDOW_BYTES_MAX.bit_length() - 1
     )
     return min(len(data), len(zstandard.ZstdCompressor(compression_params=parameters).compress(data)))
 

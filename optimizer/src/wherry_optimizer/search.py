@@ -8,7 +8,7 @@ in one process; the variant that is chosen is confirmed once on samples that not
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
@@ -253,7 +253,7 @@ def confirm(
 
 def _pool(
     proposed: Sequence[Candidate], task: Callable[[Candidate], Task], workers: int, seconds: float, run: Run
-) -> Sequence[tuple[Candidate, Answer | None]]:
+) -> Iterator[tuple[Candidate, Answer | None]]:
     """Try candidates at the same time; those that are not begun when the time is up get no answer.
 
     The pool is joblib's, so `joblib.parallel_config(backend="dask")` around a search moves it to a cluster whose machines
@@ -262,10 +262,8 @@ def _pool(
     from joblib import Parallel, delayed
 
     ends = time.time() + seconds
-    found = Parallel(n_jobs=min(workers, len(proposed)), prefer="threads")(
-        delayed(_begin)(run, task(candidate), ends) for candidate in proposed
-    )
-    return list(zip(proposed, found, strict=True))
+    pool = Parallel(n_jobs=min(workers, len(proposed)), prefer="threads", return_as="generator")
+    yield from zip(proposed, pool(delayed(_begin)(run, task(one), ends) for one in proposed), strict=True)
 
 
 def _begin(run: Run, task: Task, ends: float) -> Answer | None:

@@ -7,6 +7,9 @@ fitted again, which is the least-squares problem min ‖(W′ − W) X‖² with
 conjugate gradients. Going in rounds and fitting matters: with correlated inputs, choosing once and correcting column by
 column loses up to seven times as much.
 
+N:M patterns (of every M weights in a row at most N stay) go the same way, block by block, as in "SparseGPT: Massive language
+models can be accurately pruned in one-shot" (Frantar and Alistarh, 2023).
+
 Zeros in a dense tensor make no CPU faster: what shrinks is the compressed download. Activations come from running the
 model with the layers' inputs as extra outputs.
 """
@@ -14,6 +17,7 @@ model with the layers' inputs as extra outputs.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +59,8 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     sparsity: float = 0.5
     """Share of weights to remove in each pruned layer."""
+    pattern: str = ""
+    """`N:M`: of every M weights in a row of a layer at most N stay, such as 2:4; `sparsity` then says nothing."""
     minimum_elements: int = 4096
     """Layers with fewer weights are left alone."""
     error_max: float = 0.5
@@ -71,6 +77,18 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         """Check what the type cannot say."""
         if not 0 < self.sparsity < 1:
             raise ValueError("sparsity lies between 0 and 1")
+        if self.pattern and not (re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.pattern) and self.stay < self.of):
+            raise ValueError("pattern is N:M with N below M, such as 2:4")
+
+    @property
+    def stay(self) -> int:
+        """N of the pattern, 0 without one."""
+        return int(self.pattern.partition(":")[0] or 0)
+
+    @property
+    def of(self) -> int:
+        """M of the pattern, 0 without one."""
+        return int(self.pattern.partition(":")[2] or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +128,11 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
         tensor = weights[layer.weight]
         original = numpy_helper.to_array(tensor)
         matrix = _as_matrix(original, layer)
-        pruned = prune_matrix(matrix, gathered[layer.name], parameters.sparsity, parameters.damping)
+        hessian = gathered[layer.name]
+        if parameters.pattern:
+            pruned = prune_pattern(matrix, hessian, parameters.stay, parameters.of, parameters.damping)
+        else:
+            pruned = prune_matrix(matrix, hessian, parameters.sparsity, parameters.damping)
         error = _relative_error(matrix, pruned, gathered[layer.name])
         row = {"layer": layer.name[-80:], "weights": int(original.size), "output_error": round(error, 4)}
         if error > parameters.error_max:
@@ -131,7 +153,12 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
     total = sum(tensor_size(tensor) for tensor in weights.values())
     zeros = sum(round(row["weights"] * row.get("zeros", 0)) for row in report)
     return Result(
-        target, {"sparsity": parameters.sparsity, "zeros_of_all_weights": round(zeros / total, 3), "layers": report}
+        target,
+        {
+            "pattern" if parameters.pattern else "sparsity": parameters.pattern or parameters.sparsity,
+            "zeros_of_all_weights": round(zeros / total, 3),
+            "layers": report,
+        },
     )
 
 
@@ -144,13 +171,7 @@ def prune_matrix(weights: Matrix, hessian: Matrix, sparsity: float, damping: flo
         sparsity: share of zeros over the whole layer.
         damping: see `Parameters.damping`.
     """
-    h = hessian.astype(np.float64, copy=True)
-    dead = np.diag(h) == 0  # inputs that are always zero: their weights do nothing here
-    h[dead, dead] = 1.0
-    h[np.diag_indices(len(h))] += damping * float(np.mean(np.diag(h)))
-    h /= float(np.mean(np.diag(h)))  # then single precision serves the products, which are nearly all of the work
-    price = (1.0 / np.diag(np.linalg.inv(h))).astype(np.float32)
-    single = h.astype(np.float32)
+    price, single = _prices(hessian, damping)
     target = weights.astype(np.float32)
     fitted = target
     for number in range(1, ROUNDS + 1):
@@ -162,6 +183,44 @@ def prune_matrix(weights: Matrix, hessian: Matrix, sparsity: float, damping: flo
         ends = (LAST_FIT_STEPS, LAST_FIT_GAIN_MIN) if number == ROUNDS else (FIT_STEPS, FIT_GAIN_MIN)
         fitted = _fit(target, fitted, kept.reshape(weights.shape), single, *ends)
     return fitted.astype(np.float64)
+
+
+def prune_pattern(weights: Matrix, hessian: Matrix, stay: int, of: int, damping: float) -> Matrix:
+    """Return a copy of `weights` with at most `stay` of every `of` entries of a row left, the rest fitted to keep W x.
+
+    Args:
+        weights: (rows, columns); the columns that do not fill a last block of `of` stay as they are.
+        hessian: Σ x xᵀ over calibration inputs, (columns, columns).
+        stay: N of N:M.
+        of: M of N:M.
+        damping: see `Parameters.damping`.
+    """
+    price, single = _prices(hessian, damping)
+    target = weights.astype(np.float32)
+    rows, columns = target.shape
+    whole = columns // of * of
+    fitted, left = target, of
+    while left > stay:  # a step removes a part of what is too much in each block, so that the others are fitted between
+        left = max(stay, left - max(1, (of - stay + ROUNDS - 1) // ROUNDS))
+        cost = (fitted**2 * price)[:, :whole].reshape(rows, whole // of, of)
+        order = np.argsort(-cost, axis=2, kind="stable")
+        kept = np.zeros(cost.shape, dtype=bool)
+        np.put_along_axis(kept, order[:, :, :left], True, axis=2)
+        mask = np.ones((rows, columns), dtype=bool)
+        mask[:, :whole] = kept.reshape(rows, whole)
+        ends = (LAST_FIT_STEPS, LAST_FIT_GAIN_MIN) if left == stay else (FIT_STEPS, FIT_GAIN_MIN)
+        fitted = _fit(target, fitted, mask, single, *ends)
+    return fitted.astype(np.float64)
+
+
+def _prices(hessian: Matrix, damping: float) -> tuple[Single, Single]:
+    """Return what removing a weight costs per square of it, (columns,), and the damped H, of mean diagonal one."""
+    h = hessian.astype(np.float64, copy=True)
+    dead = np.diag(h) == 0  # inputs that are always zero: their weights do nothing here
+    h[dead, dead] = 1.0
+    h[np.diag_indices(len(h))] += damping * float(np.mean(np.diag(h)))
+    h /= float(np.mean(np.diag(h)))  # then single precision serves the products, which are nearly all of the work
+    return (1.0 / np.diag(np.linalg.inv(h))).astype(np.float32), h.astype(np.float32)
 
 
 def _fit(

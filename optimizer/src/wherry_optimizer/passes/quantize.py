@@ -10,14 +10,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
+import numpy as np
 import onnx
 
-from wherry_optimizer.model import is_quantized, prepare, read_onnx, sort_nodes
+from wherry_optimizer.model import is_quantized, prepare, read_onnx, sort_nodes, subgraphs
 from wherry_optimizer.passes import Array, Result, Work, excluded
 from wherry_shared.errors import RefusedError
+
+SENSITIVITY_SAMPLES = 8
+"""Calibration samples on which operators are ranked."""
+SENSITIVITY_NODES_MAX = 128
 
 
 class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,6 +38,11 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """7-bit weights, for x86 CPUs whose 8-bit products saturate (AVX2 without VNNI)."""
     samples: int = 64
     """Calibration samples used at most."""
+    ranges: Literal["minmax", "averaged"] = "minmax"
+    """How ranges of activations are found: over all samples, or as a moving average of those of single ones, which outliers
+    move less. Both take samples of any length; onnxruntime's percentile and entropy methods do not, and gained nothing."""
+    rollback: int = 0
+    """So many operators go back to float, those whose quantization moves the outputs most."""
 
 
 class _Reader:
@@ -65,6 +75,8 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
         node.name = name
     kept_float = [name for name in names if excluded(name, parameters.exclude)]
     CalibrationDataReader.register(_Reader)
+    original = onnx.ModelProto()
+    original.CopyFrom(prepared)  # the quantizer changes what it is given
     target = work.folder / "quantized.onnx"
     root = logging.getLogger()
     level = root.level
@@ -81,7 +93,10 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
             activation_type=QuantType.QInt8 if parameters.symmetric_activations else QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             nodes_to_exclude=kept_float,
-            extra_options={"ActivationSymmetric": True} if parameters.symmetric_activations else None,
+            extra_options={
+                "ActivationSymmetric": parameters.symmetric_activations,
+                "CalibMovingAverage": parameters.ranges == "averaged",
+            },
         )
     except Exception as error:  # the quantizer raises whatever its graph surgery meets
         raise RefusedError(
@@ -94,8 +109,101 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
         root.setLevel(level)
     made = onnx.load(target)
     sort_nodes(made.graph)
+    notes: dict[str, Any] = {}
+    if parameters.rollback:
+        made, notes = _roll_back(made, original, parameters, work)
     onnx.save(made, target)
-    return Result(target, _notes(target, parameters, len(kept_float)))
+    return Result(target, {**_notes(target, parameters, len(kept_float)), **notes})
+
+
+def _roll_back(
+    made: onnx.ModelProto, original: onnx.ModelProto, parameters: Parameters, work: Work
+) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """Give the operators back to float whose quantization moves the outputs most, and tell what each one costs.
+
+    Ranked by what giving back each one alone gains, as NNCF's accuracy control does, but on the outputs, so that no labels
+    are looked at here.
+    """
+    before = {node.name: node for node in original.graph.node}
+    nodes = [
+        node.name
+        for node in made.graph.node
+        if node.name in before
+        and ("*" in parameters.operators or node.op_type in parameters.operators)
+        and list(node.input) != list(before[node.name].input)
+    ][:SENSITIVITY_NODES_MAX]
+    calls = list(work.calibration[:SENSITIVITY_SAMPLES])
+    outputs = [output.name for output in original.graph.output]
+    wanted = _outputs(original, outputs, calls)
+    ranked = sorted(
+        (_error(_outputs(_given_back(made, before, original, [name]), outputs, calls), wanted), name) for name in nodes
+    )
+    chosen = [name for _, name in ranked[: parameters.rollback]]
+    rows = [{"layer": name[-80:], "output_error_without": round(error, 5)} for error, name in ranked]
+    quantized = round(_error(_outputs(made, outputs, calls), wanted), 5)
+    return _given_back(made, before, original, chosen), {
+        "output_error": quantized,
+        "given_back": [name[-80:] for name in chosen],
+        "sensitivity": rows,
+    }
+
+
+def _given_back(
+    made: onnx.ModelProto, before: Mapping[str, onnx.NodeProto], original: onnx.ModelProto, names: Sequence[str]
+) -> onnx.ModelProto:
+    """Return a copy in which the named nodes read what they read before quantization."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(made)
+    weights = {tensor.name: tensor for tensor in original.graph.initializer}
+    present = {tensor.name for tensor in copy.graph.initializer}
+    for node in copy.graph.node:
+        if node.name not in names:
+            continue
+        for index, name in enumerate(before[node.name].input):
+            node.input[index] = name
+            if name in weights and name not in present:
+                copy.graph.initializer.append(weights[name])
+                present.add(name)
+    _drop_unread(copy.graph)
+    return copy
+
+
+def _drop_unread(graph: onnx.GraphProto) -> None:
+    """Take out nodes that nobody reads any more, and their weights."""
+    while True:
+        read = {output.name for output in graph.output}
+        read |= {name for inner in subgraphs(graph) for node in inner.node for name in node.input}
+        read |= {output.name for inner in subgraphs(graph) for output in inner.output}
+        kept = [node for node in graph.node if any(name in read for name in node.output)]
+        if len(kept) == len(graph.node):
+            break
+        del graph.node[:]
+        graph.node.extend(kept)
+    weights = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(weights)
+
+
+def _outputs(model: onnx.ModelProto, names: Sequence[str], calls: Sequence[Mapping[str, Array]]) -> list[list[Array]]:
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4
+    settings.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    return [session.run(list(names), dict(call)) for call in calls]
+
+
+def _error(found: Sequence[Sequence[Array]], wanted: Sequence[Sequence[Array]]) -> float:
+    """Return how far outputs moved: L2, as a share, the largest over the outputs."""
+    errors = []
+    for index in range(len(wanted[0])):
+        gap = sum(
+            float(np.square(a[index].astype(np.float64) - b[index]).sum()) for a, b in zip(found, wanted, strict=True)
+        )
+        size = sum(float(np.square(b[index].astype(np.float64)).sum()) for b in wanted)
+        errors.append(float(np.sqrt(gap / size)) if size else float(gap > 0))
+    return max(errors, default=0.0)
 
 
 def _notes(target: Path, parameters: Parameters, excluded_nodes: int) -> dict[str, Any]:
