@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import http.client
 import importlib.util
+import json
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import threading
 import time
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -25,6 +27,13 @@ START_S = 60.0
 REGION = "eu-central-1"
 KEY_ID = "AKIAWHERRYTESTS"
 SECRET = "a-secret-of-the-bucket"
+
+
+def with_key(folder: Path) -> None:
+    """Put the key of the buckets into the data folder of a server that is to be made."""
+    keys = folder / "keys"
+    keys.mkdir(parents=True, exist_ok=True)
+    (keys / "s3.json").write_text(json.dumps({"access_key_id": KEY_ID, "secret_access_key": SECRET}))
 
 
 class S3:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.postgres import Postgres
+from tests.s3 import S3
 from tests.server.harness import Running, running
 from wherry_server.settings import Settings
 
@@ -33,6 +34,14 @@ def no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def postgres() -> Iterator[Postgres]:
     """A PostgreSQL server that the tests of one process share."""
     started = Postgres()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """An S3 server that the tests of one process share."""
+    started = S3()
     yield started
     started.close()
 

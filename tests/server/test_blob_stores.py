@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -23,8 +24,10 @@ from sqlalchemy import insert
 from typer.testing import CliRunner
 
 from tests.offering import give
-from tests.s3 import KEY_ID, REGION, S3, SECRET, Door
+from tests.s3 import KEY_ID, REGION, S3, SECRET, Door, with_key
 from tests.server.harness import Running, free_port, in_database, release, running, until
+from tests.server.test_director_process import role
+from tests.server.test_replicas import answers
 from tests.tls_front import TlsFront, server_certificate
 from tests.trust_kit import Answer, little_server
 from wherry_agent.courier_blobs import Blobs as Courier
@@ -52,13 +55,6 @@ from wherry_shared.limits import ZSTD_WINDOW_BYTES_MAX
 DATA = bytes(range(256)) * 2000
 DIGEST = of_bytes(DATA)
 CREDENTIALS = Credentials(KEY_ID, SECRET)
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3]:
-    started = S3()
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")
@@ -489,9 +485,7 @@ def test_blobs_can_be_in_another_folder(tmp_path: Path) -> None:
 @contextmanager
 def served(folder: Path, bucket: str, endpoint: str, **overrides: Any) -> Iterator[Running]:
     """Run a server whose blobs are in a bucket."""
-    keys = folder / "keys"
-    keys.mkdir(parents=True, exist_ok=True)
-    (keys / "s3.json").write_bytes(msgspec.json.encode(CREDENTIALS))
+    with_key(folder)
     with running(folder, blobs=bucket, s3_endpoint=endpoint, s3_region=REGION, **overrides) as server:
         yield server
 
@@ -633,9 +627,7 @@ def test_a_bucket_out_of_reach_is_said_so_and_nothing_is_lost(
 
 
 def test_a_server_is_not_made_ready_over_a_bucket_that_does_not_let_it_in(tmp_path: Path) -> None:
-    keys = tmp_path / "data" / "keys"
-    keys.mkdir(parents=True)
-    (keys / "s3.json").write_bytes(msgspec.json.encode(CREDENTIALS))
+    with_key(tmp_path / "data")
     with little_server(lambda _path, _headers: Answer(403, b"<Error><Code>AccessDenied</Code></Error>")) as refusing:
         settings = Settings.load(tmp_path / "data", blobs="s3://wherry-any", s3_endpoint=refusing.url, s3_region=REGION)
         with pytest.raises(UnreachableError) as caught:
@@ -651,9 +643,7 @@ def doctor(folder: Path) -> tuple[int, dict[str, dict[str, str]]]:
 
 def test_the_doctor_asks_the_bucket_and_the_way_of_devices_to_it(s3: S3, door: Door, tmp_path: Path) -> None:
     bucket, folder = s3.bucket(), tmp_path / "data"
-    keys = folder / "keys"
-    keys.mkdir(parents=True)
-    (keys / "s3.json").write_bytes(msgspec.json.encode(CREDENTIALS))
+    with_key(folder)
     ports = ["--port", str(free_port()), "--broker-port", str(free_port())]
     store = ["--blobs", bucket, "--s3-endpoint", s3.url, "--s3-region", REGION, "--s3-public-endpoint", door.url]
     made = CliRunner().invoke(app, ["init", "--data", str(folder), *ports, *store])
@@ -663,7 +653,7 @@ def test_the_doctor_asks_the_bucket_and_the_way_of_devices_to_it(s3: S3, door: D
     assert levels == {"data folder": "bad", "database": "ok", "blobs": "note", "broker": "bad", "api": "note"}
     assert (code, "s3.json" in found["data folder"]["detail"]) == (1, True)
     assert door.url in found["blobs"]["detail"], "plain http to the bucket, where the API may be https"
-    (keys / "s3.json").chmod(0o600)
+    (folder / "keys" / "s3.json").chmod(0o600)
     door.late_s[:] = [1000.0]
     found = doctor(folder)[1]
     assert found["data folder"]["level"] == "ok"
@@ -706,3 +696,33 @@ def test_uploads_are_collected_by_a_command_that_first_only_counts(tmp_path: Pat
     assert "1 leftovers" in done.stdout
     assert not blobs.path(DIGEST).exists()
     assert blobs.path(digest).exists()
+
+
+@pytest.mark.soak
+def test_an_api_that_is_killed_in_an_upload_leaves_nothing_to_see_and_another_takes_it(s3: S3, tmp_path: Path) -> None:
+    bucket, ports = s3.bucket(), (free_port(), free_port())
+    data = hashlib.shake_256(b"killed").digest(3 * PART_BYTES)
+    digest = of_bytes(data)
+    with_key(tmp_path / "data")
+    settings = Settings.load(tmp_path / "data", blobs=bucket, s3_endpoint=s3.url, s3_region=REGION)
+    token = dev.init(settings).admin
+    path = f"/api/v1/blobs/{digest}"
+    with role("api", settings, "--port", str(ports[0])) as first, role("api", settings, "--port", str(ports[1])):
+        until(lambda: all(answers(port) for port in ports), 60)
+        with socket.create_connection(("127.0.0.1", ports[0])) as raw:
+            raw.sendall(
+                f"PUT {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+                f"Content-Length: {len(data)}\r\n\r\n".encode()
+            )
+            raw.sendall(data[: 2 * PART_BYTES + 100_000])
+            until(lambda: s3.uploads(bucket) == 1)
+            first.kill()
+            first.wait()
+        headers = {"Authorization": f"Bearer {token}"}
+        second = f"http://127.0.0.1:{ports[1]}"
+        with httpx.Client(base_url=second, headers=headers, trust_env=False, timeout=60) as http:
+            assert http.head(path).status_code == 404
+            assert asyncio.run(listed(bucket_of(bucket, s3.url, tmp_path))) == {}
+            assert http.put(path, content=data).status_code == 201
+            assert http.head(path).headers["wherry-bytes"] == str(len(data))
+    assert s3.uploads(bucket) == 1, "what the bucket's lifecycle rule is for"

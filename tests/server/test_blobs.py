@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
 from sqlalchemy import insert
 
 from tests.offering import give
+from tests.s3 import REGION, S3, with_key
 from tests.server.harness import Running, in_database, release, running, until
 from wherry_server.blob_folder import INCOMING
 from wherry_server.db.tables import Assignment
@@ -20,7 +23,26 @@ from wherry_shared.digest import of_bytes
 
 pytestmark = pytest.mark.backends
 
-DATA = bytes(range(256)) * 2000
+
+@pytest.fixture(scope="module")
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server on SQLite and a folder, and one on PostgreSQL and a bucket, whose bytes it sends itself."""
+    more: dict[str, Any] = {}
+    folder = tmp_path_factory.mktemp("server") / "data"
+    if request.param == "postgres":
+        s3: S3 = request.getfixturevalue("s3")
+        more = {"database": request.getfixturevalue("postgres").database(), "blobs": s3.bucket(), "s3_endpoint": s3.url}
+        more |= {"s3_region": REGION, "presign_s": 0}
+        with_key(folder)
+    with running(folder, **more) as started:
+        yield started
+
+
+def arriving(server: Running, s3: S3) -> int:
+    """Return how many uploads were begun and are not at their end."""
+    if server.settings.blobs:
+        return s3.uploads(server.settings.blobs)
+    return len(list((server.settings.data / "blobs" / INCOMING).glob("*")))
 
 
 def test_what_a_stopped_server_left_uncompressed_is_taken_up_at_the_next_start(tmp_path: Path) -> None:
@@ -50,18 +72,17 @@ def test_an_altered_upload_is_refused_and_leaves_nothing(server: Running) -> Non
         assert http.head(f"/api/v1/blobs/{digest}").headers["wherry-bytes"] == "14"
 
 
-def test_an_upload_that_is_cut_short_leaves_nothing(server: Running) -> None:
-    data = b"cut!" * 2_000_000
+def test_an_upload_that_is_cut_short_leaves_nothing(server: Running, s3: S3) -> None:
+    data = b"cut!" * 5_000_000
     digest = of_bytes(data)
-    incoming = server.settings.blobs_folder / INCOMING
     with socket.create_connection(("127.0.0.1", server.settings.port)) as raw:
         raw.sendall(
             f"PUT /api/v1/blobs/{digest} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.admin}\r\n"
             f"Content-Length: {len(data)}\r\n\r\n".encode()
         )
         raw.sendall(data[: len(data) // 2])
-        until(lambda: list(incoming.glob("*")))
-    until(lambda: not list(incoming.glob("*")))
+        until(lambda: arriving(server, s3))
+    until(lambda: not arriving(server, s3))
     with server.http() as http:
         assert http.head(f"/api/v1/blobs/{digest}").status_code == 404
         assert http.put(f"/api/v1/blobs/{digest}", content=data).status_code == 201
