@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import errno
 import fcntl
+import functools
 import logging
 import os
 import queue
@@ -224,7 +225,7 @@ class Daemon:
         self._worker.start()
         for effect in effects:
             self._run(effect)
-        threading.Thread(target=self._look_at_device, name="facts", daemon=True).start()
+        self._look_again()
         self._status = status.Server(
             self._run_folder / status.SOCKET,
             {"status": lambda: self._ask(self.snapshot), "modules": lambda: {"modules": readings.modules()}},
@@ -517,7 +518,15 @@ class Daemon:
         self._queue.put(lambda: self._know(found))
 
     def _look_again(self) -> None:
-        threading.Thread(target=self._look_at_device, name="facts", daemon=True).start()
+        self._in_thread("facts", self._look_at_device, lambda: self._later("facts", ENROL_WAIT_MAX_S, self._look_again))
+
+    def _in_thread(self, name: str, what: Callable[[], None], otherwise: Callable[[], None] = lambda: None) -> None:
+        """Do something beside the loop; `otherwise`: what is done where no thread can be had in this moment."""
+        try:
+            threading.Thread(target=what, name=name, daemon=True).start()
+        except RuntimeError as error:
+            log.error("%s: %s", name, error)
+            otherwise()
 
     def _look_at_engines(self) -> None:
         """Probe the engines again if what is installed is not what it was at the last probe."""
@@ -528,7 +537,7 @@ class Daemon:
             if installed != self._engines_seen:
                 self._look_at_device()
 
-        threading.Thread(target=ask, name="facts", daemon=True).start()
+        self._in_thread("facts", ask)
 
     def _know(self, found: DeviceFacts) -> None:
         if self._facts is not None and self._facts.engines != found.engines:
@@ -1039,7 +1048,8 @@ class Daemon:
                 return
             self._queue.put(lambda: self._trust_task("!refresh", lambda: self._refresh_by_courier(new)))
 
-        threading.Thread(target=ask, name="timestamp", daemon=True).start()
+        failed = s.RefreshFailed(reasons.CHILD_FAILED, "no thread can be had")
+        self._in_thread("timestamp", ask, lambda: self._queue.put(failed))
 
     def _refresh_by_courier(self, etag: str) -> None:
         current, floors, time_floor_us = self._known()
@@ -1421,7 +1431,7 @@ class Daemon:
             self._send_telemetry()
         if ack.logs and ack.logs != self._logs_sent:
             self._logs_sent = ack.logs
-            threading.Thread(target=self._post_logs, args=(ack.logs,), name="logs", daemon=True).start()
+            self._in_thread("logs", functools.partial(self._post_logs, ack.logs))
 
     def _post_logs(self, asked: int) -> None:
         try:

@@ -111,14 +111,22 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 class Short:
     """A child with one task. `cancel` ends it; then `done` is not called."""
 
-    def __init__(self, name: str, run: Callable[[Short], Callable[[], None]]) -> None:
+    def __init__(
+        self, name: str, run: Callable[[Short], Callable[[], None]], lost: Callable[[str], Callable[[], None]]
+    ) -> None:
+        """Begin; `run` and `lost` (given what went wrong) return what tells of the end."""
         self._name = name
         self._run = run
+        self._lost = lost
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._cancelled = False
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # no thread can be had in this moment: whoever waits tries again
+            log.error("%s: %s", name, error)
+            lost(f"{name}: {error}")()
 
     def cancel(self) -> None:
         """Kill the child; its answer is dropped."""
@@ -129,7 +137,8 @@ class Short:
 
     def join(self, timeout_s: float) -> None:
         """Wait for the child's end."""
-        self._thread.join(timeout_s)
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
 
     def start(self, argv: Sequence[str]) -> subprocess.Popen[bytes] | None:
         """Start the child with piped ends; None if it was cancelled before."""
@@ -144,7 +153,14 @@ class Short:
         return self._child
 
     def _main(self) -> None:
-        done = self._run(self)
+        try:
+            done = self._run(self)
+        except Exception as error:  # the thread's border: somebody waits for its end
+            log.exception("%s", self._name)
+            with self._lock:
+                if self._child is not None:
+                    self._child.kill()
+            done = self._lost(f"{self._name}: {error}")
         with self._lock:
             if self._cancelled:
                 return
@@ -181,7 +197,10 @@ def courier(
             answer = msgspec.structs.replace(answer, detail=f"the courier ended with {code} and no answer")
         return lambda: done(answer)
 
-    return Short("courier", run)
+    def lost(detail: str) -> Callable[[], None]:
+        return lambda: done(Failed(reason=reasons.CHILD_FAILED, detail=detail, retry_after_s=0))
+
+    return Short("courier", run, lost)
 
 
 def canary(task: Judge, done: Callable[[Judged], None], groups: Path | None = None) -> Short:
@@ -235,7 +254,10 @@ def canary(task: Judge, done: Callable[[Judged], None], groups: Path | None = No
         result = verdict
         return lambda: done(result)
 
-    return Short("canary", run)
+    def lost(detail: str) -> Callable[[], None]:
+        return lambda: done(Judged(passed=False, reason=reasons.CHILD_FAILED, detail=detail))
+
+    return Short("canary", run, lost)
 
 
 def _watch_canary(child: subprocess.Popen[bytes], seconds: float, timed_out: threading.Event) -> None:
@@ -281,7 +303,13 @@ def drain(stream: IO[bytes], name: str) -> None:
             for line in stream:
                 log.info("%s: %s", name, line.decode(errors="replace").rstrip()[:LOG_LINE_CHARS_MAX])
 
-    threading.Thread(target=run, name=f"{name}-log", daemon=True).start()
+    try:
+        threading.Thread(target=run, name=f"{name}-log", daemon=True).start()
+    except (
+        RuntimeError
+    ) as error:  # no thread can be had in this moment; a pipe that nobody reads would hold the child up
+        log.error("what %s writes is not in the log: %s", name, error)
+        stream.close()
 
 
 class _Seat:
@@ -455,7 +483,11 @@ class WorkerProcess:
             available = self._available_bytes()
             if available >= needed:
                 self._next = _Seat(self._life)
-                self._next.thread.start()
+                try:
+                    self._next.thread.start()
+                except RuntimeError as error:  # no thread can be had in this moment
+                    self._give_up(self._next, f"no other worker can be started: {error}")
+                    return
                 self._after(HAND_OVER_SECONDS_MAX, self._next, "it did not serve within its time")
                 return
             log.info("hand-over: %d bytes are available, %d would be needed for two workers", available, needed)
@@ -812,9 +844,9 @@ class WorkerProcess:
             if self._warm_start == "off" or self._spare is not None or self._spare_planned:
                 return
             self._spare_planned = True
-        timer = threading.Timer(SPARE_AFTER_S, self._make_spare)
-        timer.daemon = True
-        timer.start()
+        if not _begin(threading.Timer(SPARE_AFTER_S, self._make_spare)):
+            with self._lock:
+                self._spare_planned = False
 
     def _make_spare(self) -> None:
         with self._lock:
@@ -842,9 +874,18 @@ class WorkerProcess:
                 log.warning("worker %d did not make way in %.0f s", child.pid, seconds)
                 child.kill()
 
-        timer = threading.Timer(seconds, end)
-        timer.daemon = True
+        _begin(threading.Timer(seconds, end))
+
+
+def _begin(timer: threading.Timer) -> bool:
+    """Start a timer; False if no thread can be had in this moment, which must not end who wanted it."""
+    timer.daemon = True
+    try:
         timer.start()
+    except RuntimeError as error:
+        log.error("a worker is not watched over: %s", error)
+        return False
+    return True
 
 
 def resident_bytes(pid: int) -> int:

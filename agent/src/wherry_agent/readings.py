@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import subprocess
@@ -164,7 +165,8 @@ class Metered:
         """What is known now, None for nothing."""
         if time.monotonic() - self._asked_s > self._settings.check_s / 2:
             self._asked_s = time.monotonic()
-            threading.Thread(target=self._ask_again, name="metered", daemon=True).start()
+            with contextlib.suppress(RuntimeError):  # no thread can be had in this moment: what is known stands
+                threading.Thread(target=self._ask_again, name="metered", daemon=True).start()
         return self._known
 
     def _ask_again(self) -> None:
