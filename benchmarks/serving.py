@@ -11,7 +11,8 @@ server process.
 Memory is the set of a server in proportion among its own processes, when nothing is asked any more: what the files mapped
 by several of them hold counts once, and what anybody else maps counts whole. PSS of the kernel would give away half of the
 worker's libraries, since this script maps the same files, and nothing of the peers', which have files of their own.
-`idle_pss_ratio_to_best_peer` counts the process that serves, alone; `idle_pss_with_supervisor_ratio` adds the resident set of
+`idle_pss_ratio_to_best_peer` counts the process that serves, alone, after all requests of the run, `fresh_pss_ratio_to_best_peer`
+the same before the first one; `idle_pss_with_supervisor_ratio` adds the resident set of
 the agent's supervisor, which peers have no counterpart of and without which nothing is delivered, as `supervisor_rss` measured
 it (left out with `--quick`); what both map counts twice there.
 
@@ -61,6 +62,8 @@ from wherry_shared.bundle import Bounds, Interface, TensorSpec  # noqa: E402
 START_SECONDS_MAX = 90.0
 IMAGE = (1, 3, 224, 224)
 CONNECTIONS = 8
+REST_S = 3.0
+"""Without a request before memory is looked at: the worker gives back what it holds for speed when it is not asked."""
 WARM_CALLS = 3
 """Of each way of asking, before any clock runs."""
 OUT = ROOT / "build" / "bench" / "serving.json"
@@ -487,6 +490,10 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
         stack.callback(kserve_client.close)
         cases["kserve binary image"] = post(kserve_client, "image", binary_body(image))
 
+        time.sleep(1.0)
+        fresh = {
+            key: set_mb(one.process.pid) for key, one in (("wherry worker", worker), *((p.name, p) for p in peers))
+        }
         for call in cases.values():
             for _ in range(WARM_CALLS):
                 call()
@@ -511,7 +518,7 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
                 result = wrk(port, path, binary, framed, folder, max(1.0, seconds * 2))
                 rates[key].append(result["per_s"])
                 failed += int(result["failed"])
-        time.sleep(2.0)  # what was freed has time to go back
+        time.sleep(REST_S)
         memory = {
             "wherry worker": set_mb(worker.process.pid),
             "wherry worker without gRPC": rest_only_mb(folder, loadables),
@@ -547,12 +554,14 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
             p50["grpc image"] / min(p50["mlserver grpc image"], p50["kserve grpc image"]), 2
         ),
         "idle_pss_ratio_to_best_peer": round(memory["wherry worker"] / best_memory, 2),
+        "fresh_pss_ratio_to_best_peer": round(fresh["wherry worker"] / min(fresh["mlserver"], fresh["kserve"]), 2),
         "idle_rest_only_ratio_to_best_peer": round(memory["wherry worker without gRPC"] / best_memory, 2),
         "idle_bare_ratio_to_best_peer": round(memory["bare process with gRPC"] / best_memory, 2),
         "requests_failed": failed,
         "start_s": {"wherry worker": round(start_s, 2), **{peer.name: round(peer.start_s, 2) for peer in peers}},
         "p50_us": {key: round(value, 1) for key, value in p50.items()},
         "requests_per_s": {key: round(value) for key, value in per_s.items()},
+        "fresh_pss_mb": {key: round(value, 1) for key, value in fresh.items()},
         "idle_pss_mb": {key: round(value, 1) for key, value in memory.items()},
         "rounds": rounds,
         "seconds": seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import resource
 import subprocess
 import sys
@@ -22,12 +23,14 @@ from wherry_agent.answering import memory
 from wherry_agent.children import Loadable, ServeModel
 from wherry_agent.workers.worker import Worker
 from wherry_shared import digest
+from wherry_shared.bundle import Interface, TensorSpec
 
 MIB = 1024 * 1024
 MODEL_BYTES = 64 * MIB
 SWAPS = 20
 LEFT_BEHIND_MAX = MODEL_BYTES // 4
 AGENT_BYTES_MAX = 700 * MIB
+SHAPE = (6, MIB // 4)
 SAMPLE_S = 0.1
 WIDTH = 4096
 
@@ -79,18 +82,43 @@ def test_a_worker_trims_once_for_what_was_freed(monkeypatch: pytest.MonkeyPatch)
     loader = SimpleNamespace(freed=threading.Event())
     teller = SimpleNamespace(_stopping=False, _urgent=True, _tick=threading.Condition(), _loader=loader)
 
-    def sent() -> None:
+    def sent() -> bool:
         turns.append("sent")
         teller._urgent, teller._stopping = True, len(turns) > 5
         if turns.count("sent") == 2:
             loader.freed.set()
+        return False
 
     teller._send_stats = sent
     teller._regions = SimpleNamespace(reclaim=lambda: None)
+    teller._page, teller._held_ms = SimpleNamespace(beat=lambda held_ms: None), lambda: 0
     monkeypatch.setattr("wherry_agent.workers.worker.STATS_SECONDS_MIN", 0)
     monkeypatch.setattr(memory, "trim", lambda: turns.append("trimmed"))
     Worker._tell(teller)  # type: ignore[arg-type]
     assert turns == ["sent", "sent", "trimmed", "sent", "sent", "sent"]
+
+
+def test_a_worker_that_is_asked_nothing_more_gives_its_buffers_back(tmp_path: Path) -> None:
+    mean = [helper.make_node("ReduceMean", ["x"], ["y"], axes=[0, 1])]
+    file = save(tmp_path / "mean.onnx", mean, [floats("x", SHAPE)], [floats("y", [1, 1])])
+    interface = Interface(
+        inputs=[TensorSpec(name="x", datatype="FP32", shape=[*SHAPE])],
+        outputs=[TensorSpec(name="y", datatype="FP32", shape=[1, 1])],
+    )
+    x = np.ones(SHAPE, np.float32)
+    tensor = {"name": "x", "datatype": "FP32", "shape": SHAPE, "parameters": {"binary_data_size": x.nbytes}}
+    head = json.dumps({"inputs": [tensor]}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    with worker(tmp_path) as process:
+        process.serve(ServeModel(name="scale", active=loadable(file, interface=interface)))
+        before = pss_bytes(process.process.pid)
+        for _ in range(2):
+            status, answer = process.call("POST", "/v2/models/scale/infer", head + x.tobytes(), headers)
+            assert (status, answer["outputs"][0]["data"]) == (200, [1.0])
+        until(
+            lambda: pss_bytes(process.process.pid) < before + x.nbytes // 2,
+            "what the large requests were received into is given back",
+        )
 
 
 def version(of: Loadable, number: int) -> Loadable:

@@ -8,9 +8,11 @@ import json
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from http import client as http_client
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import msgspec
@@ -778,6 +780,49 @@ def test_any_data_is_an_array_of_its_shape_or_bad_input(datatype: str, data: Any
     except BadInput:
         return
     assert list(array.shape) == shape
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(["FP32", "FP64", "INT32", "UINT8", "FP16"]),
+    st.lists(st.integers(0, 255), min_size=1, max_size=40),
+    st.sampled_from(["", " ", "\n   ", " " * 70]),
+    st.randoms(use_true_random=False),
+    st.sampled_from([None, "null", '"7"', "1e400", "[3]", "300.5", "70000", "{}"]),
+)
+def test_a_long_list_is_read_as_a_short_one_would_be(
+    datatype: str, numbers: list[int], gap: str, random: Random, odd: str | None
+):
+    texts = [
+        str(number) if "INT" in datatype else f"{number}.25"
+        for number in numbers * (tensors.PIECE_BYTES // len(numbers))
+    ]
+    if odd is not None:
+        texts[random.randrange(len(texts))] = odd
+    text = f"[{f',{gap}'.join(texts)}]".encode()
+    assert len(text) > tensors.PIECE_BYTES
+
+    def read() -> Any:
+        try:
+            return tensors.decode("x", datatype, [len(texts)], msgspec.Raw(text)).tolist()
+        except BadInput as error:
+            return str(error)
+
+    in_pieces = read()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensors, "PIECE_BYTES", 1 << 40)
+        assert in_pieces == read()
+
+
+def test_a_shape_that_lies_makes_no_array_of_its_size():
+    text = msgspec.Raw(b"[" + b"1," * tensors.PIECE_BYTES + b"1]")
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadInput, match="asks for 67108864"):
+            tensors.decode("x", "FP64", [tensors.ELEMENTS_MAX], text)
+        assert tracemalloc.get_traced_memory()[1] < 8 * tensors.ELEMENTS_MAX // 10
+    finally:
+        tracemalloc.stop()
 
 
 def _encodable(data: Any) -> bool:

@@ -56,6 +56,12 @@ class Buffers:
                 self._stock.append(buffer)
                 self.kept_bytes += buffer.size
 
+    def clear(self) -> None:
+        """Let go of what waits for its next use."""
+        with self._lock:
+            self._stock.clear()
+            self.kept_bytes = 0
+
 
 def aligned_start(buffer: Buffer, before: int) -> int:
     """Return where to begin in a buffer so that what comes `before` bytes later is aligned; less than `ALIGNMENT`."""

@@ -22,6 +22,10 @@ from wherry_shared.limits import TENSOR_RANK_MAX
 
 ELEMENTS_MAX = 64 * 1024 * 1024
 LISTED_MAX = 256
+PIECE_BYTES = 1 << 16
+"""A longer list of numbers is read piece by piece: as Python's numbers, all at once, it takes ten times the memory of its tensor."""
+_NUMBER_BYTES_MAX = 64
+"""So far ahead the end of a number is looked for, where a piece is to end."""
 COPIED_BYTES_MAX = 1 << 15
 """Up to here an output is copied into its response; beyond, it is sent from where it lies."""
 
@@ -77,6 +81,10 @@ def decode(name: str, datatype: str, shape: Sequence[int], data: msgspec.Raw) ->
         return narrowed
     if not memoryview(data):
         raise BadInput(f"input {name[:80]!r} has neither data nor binary_data_size nor a shared memory region")
+    if len(memoryview(data)) > PIECE_BYTES and dtype.kind in "fiu":
+        array = _piecewise(name, datatype, dtype, count, memoryview(data))
+        if array is not None:
+            return array.reshape(shape)
     values = _values(name, datatype, dtype, data)
     if len(values) != count:
         raise BadInput(f"input {name[:80]!r} has {len(values)} values, its shape {list(shape)} asks for {count}")
@@ -206,6 +214,33 @@ def _values(name: str, datatype: str, dtype: np.dtype[Any], data: msgspec.Raw) -
         return cast("list[Any]", msgspec.convert(flat, decoder.type))
     except (msgspec.DecodeError, RecursionError, TypeError) as error:
         raise BadInput(f"input {name[:80]!r}: its data are not {datatype} values: {error}") from error
+
+
+def _piecewise(name: str, datatype: str, dtype: np.dtype[Any], count: int, text: memoryview) -> Array | None:
+    """Read a flat list of `count` numbers; None if that is not what it is, which `_values` finds words for."""
+    end = len(text) - 1
+    if bytes(text[:1]) != b"[" or 2 * count > len(
+        text
+    ):  # a number and its comma: nothing is made for a shape that lies
+        return None
+    decoder = _flat[dtype.kind]
+    made, filled, start = np.empty(count, dtype), 0, 1
+    while start <= end:
+        cut = end
+        if end - start > PIECE_BYTES:
+            comma = bytes(text[start + PIECE_BYTES : start + PIECE_BYTES + _NUMBER_BYTES_MAX]).find(b",")
+            cut = start + PIECE_BYTES + comma
+            if comma < 0:
+                return None
+        try:
+            values = decoder.decode(b"[" + bytes(text[start:cut]) + b"]")
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return None
+        if not values or filled + len(values) > count:
+            return None
+        made[filled : filled + len(values)] = _array(name, datatype, dtype, values)
+        filled, start = filled + len(values), cut + 1
+    return made if filled == count else None
 
 
 def _flatten(value: Any, into: list[Any], depth: int) -> None:

@@ -37,6 +37,7 @@ from wherry_agent.children import (
 from wherry_agent.in_flight import UNREAD, Page
 from wherry_agent.lines import LineWriter, read_lines
 from wherry_agent.serving.flags import Flags
+from wherry_agent.serving.http import buffers
 from wherry_agent.serving.ledger import Ledger
 from wherry_agent.serving.listener import HttpServer
 from wherry_agent.serving.protocol import Protocol
@@ -194,14 +195,18 @@ class Worker:
             self._tick.notify()
 
     def _tell(self) -> None:
+        busy = False
         while not self._stopping:
             with self._tick:
                 if not self._urgent:
                     self._tick.wait(STATS_SECONDS)
                 self._urgent = False
             self._page.beat(self._held_ms())
-            self._send_stats()
+            before, busy = busy, self._send_stats()
             self._regions.reclaim()
+            if before and not busy:  # it may be quiet for long: what only speed needs goes back to the device
+                buffers.clear()
+                self._loader.freed.set()
             time.sleep(STATS_SECONDS_MIN)  # a candidate that fails every request must not flood the supervisor
             if self._loader.freed.is_set():
                 self._loader.freed.clear()
@@ -214,13 +219,15 @@ class Worker:
             self._left, self._left_at = gate.left, now
         return int((now - self._left_at) * 1000)
 
-    def _send_stats(self) -> None:
+    def _send_stats(self) -> bool:
+        """Report what was answered since the last time; tell whether anything was."""
         arms = [stats for counter in self._loader.counters() if (stats := counter.news()) is not None]
         if arms:
             self.say(Stats(arms=arms))
         for sampled in self._samples.drain():
             self.say(sampled)
         self._loader.settle()
+        return bool(arms)
 
     def _stop(self, *, hand_over: bool) -> None:
         self._stopping = True
