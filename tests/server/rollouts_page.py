@@ -65,7 +65,7 @@ halts whatever was ordered, except that `revert` goes further than a halt.
 | `retry` | devices that ended their attempt *without a verdict* (`excused`) try once more, each as its attempt + 1 |
 | `retry-failed` | those that returned, failed or refused as well; until they settle again they are pending, and their former failures no longer count |
 | `approve` | one person agrees that a stage (of one of two rounds) begins; it begins when as many different people agreed as the plan says. Not an order: it never starts anything by itself |
-| supersede | a newer rollout of the model takes a device over (plan: `priority`, `supersede`): its assignment here counts neither way, and a revert here leaves it alone |
+| supersede | a newer rollout of the model takes a device over (plan: `priority`, `supersede`): its assignment here counts neither way, and a revert here leaves it alone, but for where it will go back to: never to what was reverted |
 | delete | there is none: a rollout and its decisions are history. What was never started is aborted |
 
 In a state (rows) an action (columns) leads to this; `·` is refused with `rollout_state` (`approve`: `approval_pointless`) and changes

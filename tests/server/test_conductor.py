@@ -653,13 +653,41 @@ def test_a_revert_leaves_alone_what_a_newer_release_has(tmp_path: Path):
             devices = await found.enrol(4, version="1.0.0")
             first = await found.roll_out("1.1.0")
             await found.until(first, "done")
-            await found.until(await found.roll_out("1.2.0", device=devices[0].id), "done")
+            newer = await found.roll_out("1.2.0", device=devices[0].id)
+            await found.until(newer, "done")
             await found.command(first, "revert")
             shown = await found.until(first, "reverted")
             running = [device.running for device in devices]
             assert running == [manifest_of("1.2.0"), *[manifest_of("1.0.0")] * 3]
             counts = shown["counts"]["real"]
             assert (counts["reverted"], counts["superseded"], counts["confirmed"]) == (3, 1, 0)
+            # and what it has does not go back to what was taken back
+            await found.command(newer, "revert")
+            await found.until(newer, "reverted")
+            assert {device.running for device in devices} == {manifest_of("1.0.0")}
+
+    run(work())
+
+
+def test_a_device_taken_over_on_its_way_back_goes_back_to_what_it_had_before_that(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0", "1.2.0")
+            (device,) = await found.enrol(1, version="1.0.0")
+            first = await found.roll_out("1.1.0")
+            await found.until(first, "done")
+            device.online = False
+            await found.command(first, "revert")
+            await found.turn()
+            newer = await found.roll_out("1.2.0", priority=1)
+            await found.turn()
+            device.online = True
+            await found.until(newer, "done")
+            assert device.running == manifest_of("1.2.0")
+            await found.command(newer, "revert")
+            await found.until(newer, "reverted")
+            assert device.running == manifest_of("1.0.0")
+            assert (await found.show(first))["state"] == "reverted"
 
     run(work())
 

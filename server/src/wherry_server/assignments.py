@@ -38,6 +38,8 @@ class Prepared:
     withdrawn: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     """Devices in scope that a newer rollout has: left alone, and counted as superseded."""
+    scope: Scope = "unconfirmed"
+    """Of the withdrawal, if there is one."""
     retried: list[tuple[str, str]] = field(default_factory=list)
     """(device, model) of those that try once more."""
     composed: list[Composed] = field(default_factory=list)
@@ -216,6 +218,19 @@ async def apply(connection: AsyncConnection, row: Any, plan: Plan, prepared: Pre
             _PROMOTE,
             [{"rollout": row.id, "device": device, "model": model, "now": now} for device, model in prepared.promoted],
         )
+    if prepared.scope != "unconfirmed":
+        for planned in plan.targets:
+            await connection.execute(
+                _FORMER,
+                {
+                    "rollout": row.id,
+                    "project": row.project_id,
+                    "model": planned.model,
+                    "to": planned.manifest,
+                    "all": prepared.scope == "all",
+                    "stage": prepared.stage,
+                },
+            )
     if prepared.lost:
         await connection.execute(_LOST, [{"rollout": row.id, "device": device, "now": now} for device in prepared.lost])
     await offers.write(connection, row.project_id, prepared.composed)
@@ -242,8 +257,8 @@ async def _insert(connection: AsyncConnection, row: Any, plan: Plan, prepared: P
             "target": planned.target,
             "now": now,
         }
-        await connection.execute(_SUPERSEDE, named)
         await connection.execute(_ASSIGN, {**named, "tried": prepared.tried})
+        await connection.execute(_SUPERSEDE, named)
 
 
 # A device belongs to the rollout that exposed it last, unless that one gave it back.
@@ -285,6 +300,16 @@ _OTHERS_PENDING = text(
     "UPDATE assignment SET outcome = 'superseded', settled_at = :now WHERE rollout_id <> :rollout"
     " AND outcome = 'revert_pending' AND device_id IN :devices AND model = :model"
 ).bindparams(bindparam("devices", expanding=True))
+# Whom another rollout took over would go back to what is taken back here: it goes back to what it had before that.
+_FORMER = text(
+    "UPDATE assignment SET (from_manifest, from_target) = (SELECT a.from_manifest, a.from_target FROM assignment a"
+    " WHERE a.rollout_id = :rollout AND a.device_id = assignment.device_id AND a.model = assignment.model)"
+    " WHERE model = :model AND from_manifest = :to AND to_manifest <> :to"
+    " AND rollout_id IN (SELECT id FROM rollout WHERE project_id = :project AND model = :model AND id <> :rollout)"
+    " AND EXISTS (SELECT 1 FROM assignment a WHERE a.rollout_id = :rollout AND a.device_id = assignment.device_id"
+    " AND a.model = assignment.model AND a.to_manifest = :to AND a.exposed_at <= assignment.exposed_at"
+    " AND (:all OR a.stage = :stage))"
+)
 _WITHDRAW = text(
     "UPDATE assignment SET outcome = CASE WHEN outcome IN ('exposed', 'proved') AND COALESCE((SELECT m.running FROM device_model m"
     " WHERE m.device_id = assignment.device_id AND m.model = assignment.model), '') = from_manifest"
@@ -310,9 +335,11 @@ _ASSIGN = text(
     " errors, latency_ratio, released_at, simulated, tried, compared, agreed, skipped)"
     " SELECT :rollout, e.device_id, :model, :project, :stage, e.stratum, e.share_key,"
     # A device that runs the bundle already goes back to where its last assignment came from, else it stays.
-    " CASE WHEN m.running = :to THEN COALESCE(NULLIF(p.from_manifest, ''), :to) ELSE COALESCE(m.running, '') END,"
+    # What is being taken back from it is nothing to go back to either.
+    " CASE WHEN m.running = :to THEN COALESCE(NULLIF(p.from_manifest, ''), :to)"
+    " ELSE COALESCE(t.from_manifest, m.running, '') END,"
     " CASE WHEN m.running = :to THEN COALESCE(NULLIF(p.from_target, ''), :target)"
-    " ELSE COALESCE(b.model || '/' || b.version, '') END,"
+    " ELSE COALESCE(t.from_target, b.model || '/' || b.version, '') END,"
     " :to, :target, e.attempt, :now, 0, 'exposed', '', '', 0, 0, 0, 0, 0, d.simulated, :tried, 0, 0, 0"
     " FROM exposing e JOIN device d ON d.id = e.device_id AND d.state = 'active'"
     " LEFT JOIN device_model m ON m.device_id = e.device_id AND m.model = :model"
@@ -320,5 +347,8 @@ _ASSIGN = text(
     " LEFT JOIN assignment p ON m.running = :to AND p.device_id = e.device_id AND p.model = :model"
     " AND p.to_manifest = :to AND p.exposed_at = (SELECT max(q.exposed_at) FROM assignment q"
     " WHERE q.device_id = e.device_id AND q.model = :model AND q.to_manifest = :to)"
+    " LEFT JOIN assignment t ON m.running <> :to AND t.device_id = e.device_id AND t.model = :model"
+    " AND t.to_manifest = m.running AND t.outcome IN ('revert_pending', 'withdrawn') AND t.exposed_at = (SELECT max(q.exposed_at)"
+    " FROM assignment q WHERE q.device_id = e.device_id AND q.model = :model AND q.to_manifest = m.running)"
     " WHERE true ORDER BY e.device_id ON CONFLICT (rollout_id, device_id, model) DO NOTHING"
 )

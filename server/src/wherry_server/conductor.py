@@ -320,6 +320,7 @@ class Conductor:
                     devices = sorted({found.device_id for found in rows})
                     current = await offers.current(connection, devices)
                     flags = await flag_values.without(connection, row, devices) if known.plan.flag else {}
+                prepared.scope, prepared.stage = one.scope, one.stage
                 await asyncio.to_thread(
                     assignments.withdraw, prepared, row, known.plan, rows, current, self.composer, moment, flags
                 )
