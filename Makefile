@@ -39,6 +39,8 @@ test: setup  ## unit, scenario, property, simulator and end-to-end tests
 	$(BIN)/python -m pytest -m "not soak" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: setup  ## the long forms of the suites
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes -r requirements/soak.txt \
+		|| echo "== atheris does not install here: parsers are fuzzed without its guidance"
 	$(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)
 
 mutants: setup  ## put deliberate bugs into the machine and require the simulator to catch each

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, Key, Metadata, Root, Targets, VerificationResult
-from tuf.api.serialization import DeserializationError
+from tuf.api.serialization import DeserializationError, SerializationError
 
 from wherry_server import trust_rules as rules
 from wherry_shared import ids, key_files, limits
@@ -57,7 +57,8 @@ def parse(kind: type[P], data: bytes) -> Metadata[P]:
         raise RefusedError("metadata_invalid", f"{len(data)} bytes of {kind.type}, at most {bytes_max}")
     try:
         metadata = Metadata[P].from_bytes(data)
-    except (DeserializationError, RecursionError) as error:
+        _ = metadata.signed_bytes  # what has no canonical form (a float) cannot have been signed
+    except (DeserializationError, SerializationError, RecursionError) as error:
         raise RefusedError("metadata_invalid", f"not TUF metadata: {error}") from error
     if not isinstance(metadata.signed, kind):
         raise RefusedError("metadata_invalid", f"{metadata.signed.type} metadata where {kind.type} was expected")

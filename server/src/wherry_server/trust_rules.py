@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from tuf.api.metadata import DelegatedRole, Metadata, TargetFile, Targets
-from tuf.api.serialization import DeserializationError
+from tuf.api.serialization import DeserializationError, SerializationError
 
 from wherry_shared import ids, limits
 from wherry_shared.digest import is_digest
@@ -73,7 +73,8 @@ def parse_targets(data: bytes) -> Metadata[Targets]:
         raise RefusedError("bin_too_large", f"{len(data)} bytes, at most {limits.TUF_METADATA_BYTES_MAX}")
     try:
         metadata = Metadata[Targets].from_bytes(data)
-    except (DeserializationError, RecursionError) as error:
+        _ = metadata.signed_bytes  # what has no canonical form (a float) cannot have been signed
+    except (DeserializationError, SerializationError, RecursionError) as error:
         raise RefusedError("bin_invalid", f"not TUF metadata: {error}") from error
     if not isinstance(metadata.signed, Targets):
         raise RefusedError("bin_invalid", f"{metadata.signed.type} metadata where targets metadata were expected")
@@ -197,6 +198,6 @@ def check_policy(path: str, target: TargetFile) -> None:
         if (
             not isinstance(entry, dict)
             or not is_digest(str(entry.get("digest", "")))
-            or entry.get("effect") not in EFFECTS
+            or str(entry.get("effect")) not in EFFECTS
         ):
             raise RefusedError("policy_invalid", f"{path} revokes something that is not a digest with an effect")

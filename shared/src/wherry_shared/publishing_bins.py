@@ -18,7 +18,7 @@ from securesystemslib.exceptions import UnverifiedSignatureError
 from securesystemslib.signer import Key, Signer
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Delegations, Metadata, SuccinctRoles, TargetFile, Targets
-from tuf.api.serialization import DeserializationError
+from tuf.api.serialization import DeserializationError, SerializationError
 
 from wherry_shared import key_files, limits
 from wherry_shared.digest import check_digest
@@ -282,7 +282,8 @@ def parse(data: bytes) -> Metadata[Targets]:
         raise RefusedError("bin_too_large", f"{len(data)} bytes, at most {limits.TUF_METADATA_BYTES_MAX}")
     try:
         metadata = Metadata[Targets].from_bytes(data)
-    except (DeserializationError, RecursionError) as error:
+        _ = metadata.signed_bytes  # what has no canonical form (a float) cannot have been signed
+    except (DeserializationError, SerializationError, RecursionError) as error:
         raise RefusedError("bin_invalid", f"not TUF metadata: {error}") from error
     if not isinstance(metadata.signed, Targets):
         raise RefusedError("bin_invalid", "not targets metadata")
