@@ -63,7 +63,8 @@ async def take(
 def own_pairs(members: Sequence[Any], candidates: dict[str, float], controls: dict[str, float]) -> Pairs:
     """Return one difference of each device that answers some requests with the candidate, the others as before.
 
-    Which requests those are is decided by a hash, so where the bundle does no harm the difference is expected to be 0.
+    Which requests those are is decided by a hash, so where the bundle does no harm the difference is expected to be 0; of latency
+    both are over what the device took before, so that neither side is the other's denominator.
     """
     parts = [
         pair_up([candidates[member.device_id]], [controls[member.device_id]])
@@ -133,6 +134,8 @@ def _sides(rows: Iterable[Any], value: Callable[[Any], float]) -> tuple[dict[str
 def _measurable(plan: Plan, known: Lane, members: Sequence[Any], scan: Scan) -> list[str]:
     """Return the candidates and unused controls whose latency is worth reading, by the order of keys."""
     wave = sorted(members, key=lambda member: int(member.share_key))[:LATENCY_DEVICES_MAX]
+    if plan.paired:
+        return [member.device_id for member in wave]
     ranked = (
         (control_rank(one.key, plan.held_back), known.spent.get(one.stratum, KEY_MAX + 1), one.device)
         for one in (*scan.free, *scan.held)

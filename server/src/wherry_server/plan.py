@@ -452,9 +452,10 @@ def _check_strategy(plan: Plan) -> None:
     if split.by == "requests":
         if "keep" in (split.better, split.same, split.undecided):
             raise RefusedError("plan_strategy", "a split of requests ends on each device: promote or back, not keep")
-        if any(gate.metric in QUANTILES or gate.metric == "crash_rate" for gate in plan.compared):
+        if any(gate.metric == "crash_rate" for gate in plan.compared):
             raise RefusedError(
-                "plan_strategy", "both sides of a split of requests share a worker: compare errors or app:NAME"
+                "plan_strategy",
+                "both sides of a split of requests share a worker, and die together: compare errors, latency or app:NAME",
             )
         if plan.late_s <= split.for_s:
             raise RefusedError("plan_range", f"late_s {plan.late_s} is not above split.for_s {split.for_s}")
