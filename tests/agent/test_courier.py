@@ -926,6 +926,16 @@ def test_a_host_that_refuses_an_address_is_asked_by_a_new_one_and_not_for_ever(t
     assert len(server.asked) == 1, "the server's own refusal stands"
 
 
+def test_an_address_that_cannot_be_sent_is_not_quoted(tmp_path: Path):
+    where = "http://127.0.0.1:9/blob?X-Amz-Signature=of one blob"
+    with (
+        little_server(lambda _path, _headers: Answer(302, b"", {"Location": where})) as server,
+        pytest.raises(UnreachableError) as caught,
+    ):
+        blobs(tmp_path, server, tries=1).bring(DIGEST, len(DATA), encoded=False)
+    assert "Signature" not in caught.value.diagnostics()
+
+
 @pytest.mark.parametrize("location", ["file:///etc/passwd", "http://user:pass@127.0.0.1/", "gopher://x/"])
 def test_redirects_to_strange_places_are_not_followed(tmp_path: Path, location: str):
     with (

@@ -51,6 +51,7 @@ from wherry_shared.bundle import Manifest
 from wherry_shared.digest import of_bytes
 from wherry_shared.errors import DeviceError, RefusedError, UnreachableError, WherryError
 from wherry_shared.limits import ZSTD_WINDOW_BYTES_MAX
+from wherry_shared.publishing import PublisherKey, push
 
 DATA = bytes(range(256)) * 2000
 DIGEST = of_bytes(DATA)
@@ -197,6 +198,11 @@ def test_a_blob_that_was_altered_where_it_is_kept_is_not_used(blobs: Blobs, s3: 
                 async with blobs.local(DIGEST, len(DATA)):
                     pytest.fail("it was taken for what it should be")
             assert caught.value.code == "blob_damaged"
+
+        await blobs.delete(DIGEST)
+        with pytest.raises(DeviceError, match="not in") as caught:
+            await anext(blobs.read(DIGEST, 0, 10))
+        assert caught.value.code == "blob_damaged"
 
     asyncio.run(run())
 
@@ -461,6 +467,8 @@ def test_a_key_file_that_is_none_is_refused_without_quoting_it(tmp_path: Path) -
         {"blobs": "file://host/folder"},
         {"blobs": "https://bucket"},
         {"blobs": "s3://bucket?x=1"},
+        {"blobs": "s3://bucket/some prefix"},
+        {"blobs": "s3://bucket/a//b"},
         {"blobs": "/folder"},
         {"s3_endpoint": "127.0.0.1:9000"},
         {"s3_public_endpoint": "https://user:password@host"},
@@ -557,7 +565,15 @@ def test_a_device_is_sent_to_the_bucket_and_resumes_there_by_new_addresses(s3: S
         bring.bring(digest, len(weights))
         assert bring.store.read(digest, len(weights)) == weights
         assert bring.wire_bytes == len(weights), "nothing was fetched twice"
-    ranges = [headers.get("range") for _, headers in door.asked]
+        # a bucket that lost a blob is filled again by pushing what named it
+        asyncio.run(bucket_of(server.settings.blobs, s3.url, tmp_path).delete(digest))
+        with server.as_device(device) as http:
+            lost = http.get(url).headers["location"]
+            assert httpx.get(lost, trust_env=False).status_code == 404
+        with server.remote() as remote:
+            push(tmp_path / "far-1.0.0", remote, PublisherKey.open(tmp_path / "data-publisher.pem"))
+        assert httpx.get(lost, trust_env=False).content == weights
+    ranges = [headers.get("range") for _, headers in door.asked[:4]]
     assert ranges == [None, "bytes=200000-", "bytes=200000-", "bytes=500000-"]
     assert door.refused == ["expired"]
     assert not any({"authorization", "if-range"} & headers.keys() for _, headers in door.asked)

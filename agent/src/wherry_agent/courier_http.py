@@ -275,5 +275,5 @@ def _bad_url(url: str) -> RefusedError:
 
 
 def _unreachable(url: str, error: Exception) -> UnreachableError:
-    why = str(error) or type(error).__name__
+    why = str(error).partition("?")[0] or type(error).__name__  # the library quotes an address that it cannot send
     return UnreachableError(NETWORK, f"{origin(url)}: {why}", next_step="check the address and the network")

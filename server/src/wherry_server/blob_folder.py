@@ -96,7 +96,10 @@ class FolderBlobs(Blobs):
 
     async def read(self, digest: str, start: int, stop: int) -> AsyncIterator[bytes]:
         """Yield the bytes [start, stop) of a blob that is here, a bounded piece at a time."""
-        descriptor = os.open(self.path(digest), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            descriptor = os.open(self.path(digest), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise damaged(digest, f"is not in {self.where} any more") from error
         try:
             while start < stop:
                 piece = await asyncio.to_thread(os.pread, descriptor, min(READ_CHUNK_BYTES, stop - start), start)

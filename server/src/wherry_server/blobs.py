@@ -221,5 +221,5 @@ def damaged(digest: str, how: str) -> DeviceError:
         "blob_damaged",
         f"{digest} {how}",
         consequence="it was not used",
-        next_step="find out what changed it, then delete it and push its bundle again",
+        next_step="find out what changed it, remove what is left of it, then push its bundle again",
     )

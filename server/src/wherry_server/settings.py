@@ -6,6 +6,7 @@ name here.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
@@ -21,6 +22,8 @@ DEFAULT_BROKER_PORT = 8401
 DEFAULT_BROKER_SERVER_PORT = 8402
 FILE = "settings.json"
 CERTIFICATE_DAYS_MAX = 3650
+BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{2,62}(/[A-Za-z0-9._-]+)*/?")
+"""Where a bucket is: nothing in it that would have to be written otherwise in an address."""
 PRESIGN_S_MAX = 3600
 """A signed address opens one blob to whoever has it: long enough to begin a download, never a day."""
 
@@ -195,7 +198,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 def _check_urls(settings: Settings, file: Path) -> None:
     place = urlsplit(settings.blobs)
-    bucket = place.scheme == "s3" and place.netloc and "@" not in place.netloc
+    bucket = BUCKET.fullmatch(settings.blobs)
     folder = place.scheme == "file" and not place.netloc and place.path.startswith("/")
     if (settings.blobs and not (bucket or folder)) or place.query or place.fragment:
         raise _invalid(file, ValueError("blobs is not of the form file:///FOLDER or s3://BUCKET/PREFIX"))
