@@ -93,6 +93,13 @@ anew after a pause, and after a time in which nobody could be exposed), and `win
 shut, and neither does `stage_max_s` while rate or windows are what holds a stage up. A device that is away when it is exposed
 takes the offer when it is back, also outside of its window: for a hard bound give it a window of its own (`docs/device.md`).
 
+## What can be relied on
+
+Success is what devices proved, never what they downloaded; all having ended is not success. One failed device in a stage of one is no
+verdict. After a breach, an abort or a halt nothing widens, and a resume goes on where it was. Who has changed goes back. Who is away is counted, and waited for until a deadline only.
+What waits says why, device by device. A device gets a bundle that failed on it once. Newcomers join the stage that their key gives them.
+`tests/server/test_what_others_get_wrong.py` has a scenario for each of these, and `test_orders_of_events.py` looks for counterexamples.
+
 ## Quarantine
 
 A device on which a bundle failed is in quarantine for that bundle: no rollout offers it there again, unless its plan has a higher
