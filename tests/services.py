@@ -34,3 +34,13 @@ def needs_private_mounts() -> None:
     done = subprocess.run(["unshare", "-m", "true"], capture_output=True, text=True, timeout=30)
     if done.returncode:
         lacks(f"no mounts of its own for this user: {done.stderr.strip()}")
+
+
+def needs_network_namespaces() -> None:
+    """Go on only where this user may make network namespaces and cables between them: root, as a rule."""
+    needs("ip")
+    name = f"wherry-probe-{os.getpid()}"
+    done = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, timeout=30)
+    if done.returncode:
+        lacks(f"no network namespaces for this user: {done.stderr.strip()}")
+    subprocess.run(["ip", "netns", "del", name], check=True, timeout=30)

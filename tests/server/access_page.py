@@ -33,6 +33,7 @@ VERBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "device revoke": ("operate", ("nobody",)),
     "device decommission": ("operate", ("nobody",)),
     "device readmit": ("operate", ("nobody",)),
+    "device invite": ("operate", ()),
     "device expect": (
         "operate",
         (
@@ -45,6 +46,7 @@ VERBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "device refuse": ("operate", ("nobody",)),
     "broker config": (LOCAL, ()),
     "broker revoked": (LOCAL, ()),
+    "proxy config": (LOCAL, ()),
     "device logs": ("operate", ("nobody", "--wait", "0")),
     "cohort list": ("read", ()),
     "cohort create": ("operate", ("made", "all")),

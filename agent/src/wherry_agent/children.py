@@ -85,6 +85,8 @@ class Enrol(_Message, tag="enrol", frozen=True, kw_only=True):
     token: str
     name: str
     labels: dict[str, str] = {}
+    ca: str = ""
+    """File with the authority of the server's certificate; empty: those of the system."""
 
 
 class Renew(_Message, tag="renew", frozen=True, kw_only=True):

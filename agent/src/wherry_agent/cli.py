@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     server = argparse.ArgumentParser(add_help=False)
     server.add_argument("--server", metavar="URL", help="address of the Wherry server")
     server.add_argument("--token", metavar="TOKEN", help="enrolment token, needed once")
+    server.add_argument("--ca", metavar="FILE", help="authority of the server's certificate, needed once")
     server.add_argument("--name", help="name of the device (its host name)")
     server.add_argument("--label", metavar="K=V", action="append", default=[], help="label for cohorts; repeatable")
 
@@ -96,7 +97,7 @@ def _add_tuf(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def _settings(arguments: argparse.Namespace) -> settings.Settings:
     flags: dict[str, Any] = {
         name: value
-        for name in ("home", "server", "token", "name", "http_port", "grpc_port", "log_level")
+        for name in ("home", "server", "token", "ca", "name", "http_port", "grpc_port", "log_level")
         if (value := getattr(arguments, name, None)) is not None
     }
     if getattr(arguments, "label", None):
@@ -153,7 +154,12 @@ def _enrol(arguments: argparse.Namespace) -> int:
         box: queue.SimpleQueue[children.CourierAnswer] = queue.SimpleQueue()
         name = chosen.name or socket.gethostname()
         task = children.Enrol(
-            home=chosen.home, server=chosen.server, token=chosen.token, name=name, labels=chosen.labels
+            home=chosen.home,
+            server=chosen.server,
+            token=chosen.token,
+            name=name,
+            labels=chosen.labels,
+            ca=chosen.ca,
         )
         processes.courier(task, box.put)
         answer = box.get()

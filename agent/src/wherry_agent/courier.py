@@ -266,7 +266,8 @@ def _identity(home: str) -> Identity:
 def _http(home: str, known: Identity, server: str) -> Http:
     ca = identity.folder(Path(home)) / identity.CA_FILE
     private = server.startswith("https:") and ca.is_file() and ca.stat().st_size > 0
-    return Http(ca=ca if private else None, server=server, authorization=known.authorization)
+    pair = identity.shown_pair(Path(home), known, time.time())
+    return Http(ca=ca if private else None, server=server, authorization=known.authorization, pair=pair)
 
 
 def _keeper(task: Refresh | Verify | Resolve, disk: Disk, wall_us: int) -> Keeper:

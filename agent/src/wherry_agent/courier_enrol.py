@@ -66,7 +66,7 @@ def enrol(task: Enrol, disk: Disk) -> Identity:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, task.name[:64])])
     request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
     server = task.server.rstrip("/")
-    http = Http()
+    http = Http(ca=Path(task.ca) if task.ca else None)
     answer = _ask(http, server, task, request.public_bytes(Encoding.PEM).decode())
     root = _root(http, server + answer.tuf_path, parts[2])
     not_before, not_after = validity(answer.certificate_pem.encode())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import logging
 import math
 import socket
 import ssl
@@ -21,6 +22,8 @@ from urllib.parse import urljoin, urlsplit
 from wherry_shared.errors import RefusedError, UnreachableError
 from wherry_shared.limits import KIB
 from wherry_shared.reasons import NETWORK
+
+log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 30.0
@@ -158,8 +161,17 @@ class Response:
 class Http:
     """A client for one device."""
 
-    def __init__(self, *, ca: Path | None = None, server: str = "", authorization: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        ca: Path | None = None,
+        server: str = "",
+        authorization: str = "",
+        pair: tuple[Path, Path] | None = None,
+    ) -> None:
+        """Prepare; `authorization` and the certificate and key of `pair` are for `server` only."""
         self._ca = ca
+        self._pair = pair
         self._home = origin(server) if server else ""
         self._authorization = authorization
         self._contexts: dict[bool, ssl.SSLContext] = {}

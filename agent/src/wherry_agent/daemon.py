@@ -367,6 +367,7 @@ class Daemon:
                 token=settings.token,
                 name=settings.name or socket.gethostname(),
                 labels=settings.labels,
+                ca=settings.ca,
             )
             box: queue.SimpleQueue[children.CourierAnswer] = queue.SimpleQueue()
             courier(task, box.put)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from wherry_shared.clock import MICROSECONDS
 from wherry_shared.errors import RefusedError
 from wherry_shared.frames import KEY_BYTES
 
@@ -67,6 +68,15 @@ def folder(home: Path) -> Path:
 def pair_folder(home: Path, identity: Identity) -> Path:
     """Return where the key and certificate in use are."""
     return folder(home) / identity.pair
+
+
+def shown_pair(home: Path, identity: Identity, wall_s: float) -> tuple[Path, Path] | None:
+    """Return certificate and key to show over HTTPS; None once it has expired, when only the bearer is left to renew it."""
+    if identity.not_after and wall_s * MICROSECONDS >= identity.not_after:
+        return None
+    found = pair_folder(home, identity)
+    files = found / CERTIFICATE_FILE, found / KEY_FILE
+    return files if all(file.is_file() for file in files) else None
 
 
 def load(home: Path) -> Identity | None:

@@ -342,4 +342,6 @@ class Link:
         from wherry_agent.courier_http import Http
 
         ca = identities.folder(self._home) / identities.CA_FILE
-        return Http(ca=ca if ca.exists() else None, server=self._server, authorization=self._identity.authorization)
+        known = self._identity
+        pair = identities.shown_pair(self._home, known, time.time())
+        return Http(ca=ca if ca.exists() else None, server=self._server, authorization=known.authorization, pair=pair)

@@ -32,6 +32,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Address of the API; only needed until the device is enrolled."""
     token: str = ""
     """Enrolment token; only needed until the device is enrolled."""
+    ca: str = ""
+    """File with the certificate of the authority that signed for the server; only needed until the device is enrolled."""
     name: str = ""
     """Name of the device at enrolment; empty for its host name."""
     labels: dict[str, str] = {}

@@ -21,6 +21,7 @@ from wherry_server.api import (
     events,
     flags,
     health,
+    install,
     login,
     messages,
     quarantine,
@@ -56,6 +57,7 @@ ROUTERS = (
     device,
     messages,
     tuf,
+    install,
 )
 """In the order in which the description of the API shows them."""
 BODY_BYTES_MAX = 4 * MIB

@@ -18,7 +18,7 @@ from fastapi.security.utils import get_authorization_scheme_param
 from sqlalchemy import insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server import sessions
+from wherry_server import peer, revocation, sessions
 from wherry_server.db.tables import ApiToken, Device, table
 from wherry_server.grants import Grant, Permission, Role, Subject, roles_with
 from wherry_server.rates import READING, Rates
@@ -30,6 +30,7 @@ from wherry_shared.ids import is_device_id
 
 TOKEN_PREFIX = "wherryapi_"  # noqa: S105  # what leaked tokens are found by, not a secret
 TOKEN_DAYS_MAX = 3650
+RENEW_PATH = "/device/v1/renew"
 DAY_US = 86_400 * 1_000_000
 
 _tokens = table(ApiToken)
@@ -278,12 +279,16 @@ Admin = Annotated[Identity, Depends(Need("administer"))]
 
 
 async def identify_device(request: Request, services: ServicesDep) -> DeviceIdentity:
-    """Return the device that `Authorization: Bearer DEVICE:SECRET` proves.
+    """Return the device that `Authorization: Bearer DEVICE:SECRET` proves, or its certificate, or both.
 
     Raises:
-        RefusedError: `unauthenticated`, `device_revoked` or `certificate_lapsed`.
+        RefusedError: `unauthenticated`, `device_revoked`, `certificate_invalid`, `certificate_missing` or `certificate_lapsed`.
     """
-    device, _, secret = _bearer(request).partition(":")
+    rule = services.settings.device_certificates
+    shown = peer.certificate(request, services) if rule != "off" else None
+    device, secret = shown.device if shown is not None else "", ""
+    if shown is None or "authorization" in request.headers:
+        device, _, secret = _bearer(request).partition(":")
     row = None
     if is_device_id(device):
         async with services.database.read() as connection:
@@ -298,26 +303,39 @@ async def identify_device(request: Request, services: ServicesDep) -> DeviceIden
                     ).where(_devices.c.id == device, _devices.c.project_id == services.project)
                 )
             ).one_or_none()
-    if row is None or not hmac.compare_digest(row.bearer_hash, hash_secret(secret)):
+            revoked = shown is not None and await revocation.is_revoked(connection, shown.serial, shown.device)
+    known = row is not None and (
+        (shown is not None and not secret) or hmac.compare_digest(row.bearer_hash, hash_secret(secret))
+    )
+    if row is None or not known or (shown is not None and shown.device != device):
         raise RefusedError(
             "unauthenticated",
             "no device of this server has this secret",
             consequence="nothing was done",
             next_step="enrol the device again",
         )
-    if row.state != "active":
+    if row.state != "active" or revoked:
         raise RefusedError(
             "device_revoked",
             f"device {row.name!r} is {row.state}{f' ({row.state_reason})' if row.state_reason else ''}",
             consequence="it gets nothing more from this server",
             next_step="enrol it again with a new token",
         )
-    if row.certificate_expires_at + services.settings.certificate_grace_days * DAY_US < now_us():
+    now = now_us()
+    if row.certificate_expires_at + services.settings.certificate_grace_days * DAY_US < now:
         raise RefusedError(
             "certificate_lapsed",
             f"the certificate of device {row.name!r} expired too long ago to be renewed without a person",
             consequence="it gets nothing from this server",
             next_step=f"if the device is still in good hands: wherry device readmit {row.name}",
+        )
+    renews_late = request.url.path == RENEW_PATH and row.certificate_expires_at < now
+    if rule == "required" and shown is None and not renews_late:
+        raise RefusedError(
+            "certificate_missing",
+            f"device {row.name!r} has to show its certificate here",
+            consequence="nothing was done",
+            next_step="connect by HTTPS with the certificate and key of its identity",
         )
     return DeviceIdentity(id=device, name=row.name, project=services.project)
 

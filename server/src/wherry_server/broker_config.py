@@ -8,12 +8,16 @@ of another authority. mosquitto grants any subscription and holds back what the 
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from wherry_server.identity import DeviceAuthority, ServersAuthority
 from wherry_server.secret_files import write_secret
 from wherry_server.settings import Settings
+from wherry_shared.errors import DeviceError
 from wherry_shared.limits import MQTT_PAYLOAD_BYTES_MAX
 
 CONFIGURATION = "mosquitto.conf"
@@ -148,6 +152,28 @@ def write(
     ):
         replace(folder / name, content)
     return folder / CONFIGURATION
+
+
+def program() -> str:
+    """Return the path of mosquitto.
+
+    Raises:
+        DeviceError: `mosquitto_missing`.
+    """
+    found = shutil.which("mosquitto", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"]))
+    if found is None:
+        raise DeviceError(
+            "mosquitto_missing",
+            "mosquitto is not installed, and the broker of wherry dev has no certificates and no access rules",
+            consequence="nothing was started",
+            next_step="install the Debian package mosquitto: apt install mosquitto",
+        )
+    return found
+
+
+def become(settings: Settings) -> NoReturn:
+    """Be the broker whose configuration is in the data folder."""
+    os.execv(program(), [program(), "-c", str(settings.broker_folder / CONFIGURATION)])
 
 
 def replace(path: Path, content: bytes) -> None:

@@ -20,7 +20,7 @@ import msgspec
 
 from wherry_server import calls
 from wherry_server.calls import Call
-from wherry_shared.access import LOOPBACK, Access, problem, unreachable
+from wherry_shared.access import LOOPBACK, Access, problem, tls_context, unreachable
 from wherry_shared.errors import UnreachableError
 
 T = TypeVar("T")
@@ -111,6 +111,8 @@ def _options(access: Access) -> dict[str, Any]:
     options: dict[str, Any] = {"base_url": access.server, "timeout": TIMEOUT_S, "trust_env": not here}
     if url.scheme == "http":  # reading the system's certificates takes longer than most calls; this context trusts none
         options["verify"] = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    elif (context := tls_context(access)) is not None:
+        options["verify"] = context
     return options
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
+import getpass
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -24,10 +26,11 @@ import httpx
 import msgspec
 from sqlalchemy import select
 
-from wherry_server import auth, broker, enrolment
+from wherry_server import auth, broker, broker_config, enrolment, revocation
 from wherry_server.blob_folder import FolderBlobs
 from wherry_server.db.database import DATABASE_ERRORS, transient
 from wherry_server.db.tables import ApiToken, EnrolmentToken, table
+from wherry_server.identity import CERTIFICATE_FILE
 from wherry_server.secret_files import write_secret
 from wherry_server.services import Services, open_blobs, open_services, prepare
 from wherry_server.settings import Settings
@@ -78,10 +81,15 @@ def run(settings: Settings, *, quiet: bool) -> None:
             ("broker", settings.broker_host, settings.broker_port, "--broker-port"),
         ):
             _check_free(name, host, port, option)
+        if settings.broker_tls:
+            _check_free("broker", settings.broker_server_host, settings.broker_server_port, "--broker-port")
+            broker_config.program()
         say(f"Starting the Wherry development server on {settings.data} …")
         settings.save()
         prepare(settings)
         services = open_services(settings)
+        if settings.broker_tls:
+            asyncio.run(_write_certificates(services))
         asyncio.run(services.blobs.check())
         if isinstance(services.blobs, FolderBlobs):
             services.blobs.sweep()
@@ -108,6 +116,18 @@ def run(settings: Settings, *, quiet: bool) -> None:
         finally:
             supervisor.stop()
         say("stopped; the data stay in " + str(settings.data))
+
+
+async def _write_certificates(services: Services) -> None:
+    """Make what API and broker show in the network, and the broker's configuration."""
+    settings = services.settings
+    async with services.database.read() as connection:
+        revoked = services.authority.revocations(await revocation.revoked(connection))
+    await services.database.close()
+    broker_config.write(settings, services.authority, revoked, user=getpass.getuser(), listen=settings.broker_host)
+    pair = services.authority.issue_server([settings.host, "localhost"], days=broker_config.CERTIFICATE_DAYS)
+    for path, data in zip(settings.https_pair, (pair.certificate, pair.key), strict=True):
+        write_secret(path, data)
 
 
 def init(settings: Settings) -> Shown:
@@ -196,7 +216,8 @@ async def _ensure_access(services: Services) -> Shown:
     finally:
         await services.close()
     write_secret(enrolment_file, pasted.encode() + b"\n")
-    write_secret(settings.client_file, msgspec.json.encode(Access(server=settings.url, token=token)) + b"\n")
+    access = Access(server=settings.url, token=token, ca=services.authority.ca_pem if settings.https else "")
+    write_secret(settings.client_file, msgspec.json.encode(access) + b"\n")
     return Shown(admin=token, fresh=bool(fresh), enrolment=pasted)
 
 
@@ -220,7 +241,10 @@ def _stop_on_signals() -> threading.Event:
 
 def _wait_ready(settings: Settings, supervisor: Supervisor, stop: threading.Event) -> None:
     deadline = time.monotonic() + READY_S
-    with httpx.Client(base_url=settings.url, timeout=2.0, trust_env=False) as http:
+    verify: bool | ssl.SSLContext = True
+    if settings.https:
+        verify = ssl.create_default_context(cafile=str(settings.keys_folder / CERTIFICATE_FILE))
+    with httpx.Client(base_url=settings.url, timeout=2.0, trust_env=False, verify=verify) as http:
         while not stop.wait(TURN_S / 4):
             supervisor.turn()
             try:
@@ -245,8 +269,10 @@ def screen(settings: Settings, shown: Shown) -> str:
     lines = [
         f"Wherry development server, project {settings.project}, data in {settings.data}",
         f"  API     {settings.url}   (shapes: {settings.url}/docs)",
-        f"  broker  mqtt://{settings.broker_host}:{settings.broker_port}   (MQTT 3.1.1)",
-        f"  {broker.WARNING};",
+        f"  broker  {'mqtts' if settings.broker_tls else 'mqtt'}://{settings.broker_host}:{settings.broker_port}   (MQTT 3.1.1)",
+        "  devices prove themselves by certificates, at the broker and at the API;"
+        if settings.broker_tls
+        else f"  {broker.WARNING};",
         "  all signing keys but publishers' are on this machine.",
         "",
     ]
@@ -259,9 +285,12 @@ def screen(settings: Settings, shown: Shown) -> str:
     lines.append("Next, in other terminals:")
     if not standard:
         lines.append(f"  export WHERRY_DATA={settings.data}")
+    if settings.https:
+        lines.append("  wherry device invite                 # prints one line to paste on a Raspberry Pi")
     lines += [
         f"  wherry-agent run --server {settings.url} --home ~/wherry-device --name bench-1 \\",
-        f"      --token {shown.enrolment}",
+        f"      --token {shown.enrolment}"
+        + (f" --ca {settings.keys_folder / CERTIFICATE_FILE}" if settings.https else ""),
         "  wherry-optimizer pack model.onnx --name my-model --version 1.0.0 --licence Apache-2.0 \\",
         '      --attribution "me" --output my-model-1.0.0',
         "  wherry-optimizer sign my-model-1.0.0",

@@ -99,7 +99,7 @@ class DeviceAuthority:
 
     def __init__(self, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate, days: float) -> None:
         self._key = key
-        self._certificate = certificate
+        self.certificate = certificate
         self._life = timedelta(days=days)
         self.ca_pem = certificate.public_bytes(serialization.Encoding.PEM).decode()
 
@@ -126,7 +126,7 @@ class DeviceAuthority:
         certificate = (
             x509.CertificateBuilder()
             .subject_name(_name(project, device))
-            .issuer_name(self._certificate.subject)
+            .issuer_name(self.certificate.subject)
             .public_key(request.public_key)
             .serial_number(serial)
             .not_valid_before(now - min(CLOCK_SKEW, self._life * CLOCK_SKEW_SHARE))
@@ -149,19 +149,19 @@ class DeviceAuthority:
     def issue_server(self, hosts: Sequence[str], *, days: float) -> Pair:
         """Make what a server shows that devices reach under `hosts` (names or addresses)."""
         return _pair(
-            self._key, self._certificate, hosts[0], timedelta(days=days), ExtendedKeyUsageOID.SERVER_AUTH, hosts
+            self._key, self.certificate, hosts[0], timedelta(days=days), ExtendedKeyUsageOID.SERVER_AUTH, hosts
         )
 
     def issue_double(self, device: str, life: timedelta) -> Pair:
         """Make a short-lived certificate that names a device, by which the server takes its session at the broker over."""
-        return _pair(self._key, self._certificate, device, life, ExtendedKeyUsageOID.CLIENT_AUTH)
+        return _pair(self._key, self.certificate, device, life, ExtendedKeyUsageOID.CLIENT_AUTH)
 
     def revocations(self, serials: Iterable[tuple[str, int]]) -> bytes:
         """Sign the list (PEM) of revoked certificates: (serial in hex, when in µs)."""
         now = datetime.now(UTC).replace(microsecond=0)
         builder = (
             x509.CertificateRevocationListBuilder()
-            .issuer_name(self._certificate.subject)
+            .issuer_name(self.certificate.subject)
             .last_update(now - CLOCK_SKEW)
             .next_update(now + timedelta(days=REVOCATIONS_DAYS))
         )

@@ -37,6 +37,8 @@ STATUS: dict[str, int] = {
     "device_revoked": 403,
     "enrolment_refused": 403,
     "certificate_lapsed": 403,
+    "certificate_invalid": 401,
+    "certificate_missing": 401,
     # what is asked for
     "blob_unknown": 404,
     "bundle_unknown": 404,
@@ -50,6 +52,7 @@ STATUS: dict[str, int] = {
     "publisher_unknown": 404,
     "proposal_unknown": 404,
     "token_unknown": 404,
+    "wheel_unknown": 404,
     "request_unknown": 404,
     "session_unknown": 404,
     "login_off": 404,

@@ -51,6 +51,14 @@ async def let_in(connection: AsyncConnection, device: str) -> None:
     await connection.execute(delete(_cuts).where(_cuts.c.device_id == device))
 
 
+async def is_revoked(connection: AsyncConnection, serial: str, device: str) -> bool:
+    """Tell whether a certificate is not good any more, or was never issued to this device."""
+    found = await connection.scalar(
+        select(_certificates.c.revoked_at).where(_certificates.c.serial == serial, _certificates.c.device_id == device)
+    )
+    return found is None or found > 0
+
+
 async def revoked(connection: AsyncConnection) -> list[tuple[str, int]]:
     """Return the certificates that would still be good if they were not revoked: (serial, when), of all projects."""
     rows = await connection.execute(

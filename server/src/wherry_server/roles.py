@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 from wherry_server.settings import Settings
 
@@ -41,6 +41,10 @@ def run(role: Role, settings: Settings, part: str = "1/1") -> None:
         from wherry_server import ingest_process
 
         ingest_process.run(settings, ingest_process.Part.parse(part))
+    elif settings.broker_tls:
+        from wherry_server import broker_config
+
+        broker_config.become(settings)
     else:
         from wherry_server import broker
 
@@ -52,14 +56,18 @@ def run_api(settings: Settings) -> None:
     import uvicorn
 
     from wherry_server.app import create_app
+    from wherry_server.peer import tls_options
     from wherry_server.services import open_services
 
+    speaks: dict[str, Any] = {"http": "httptools"}
+    if settings.https:
+        speaks = tls_options(settings.keys_folder, settings.https_pair)
     uvicorn.run(
         create_app(open_services(settings)),
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http="httptools",
+        **speaks,
         ws="none",
         access_log=False,
         log_config=None,

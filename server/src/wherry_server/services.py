@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from dataclasses import dataclass
+from pathlib import Path
 
 from sqlalchemy import insert, select
 
@@ -37,6 +38,8 @@ class Services:
     trust: Trust
     authority: DeviceAuthority
     project: str
+    proxy_secret: str
+    """What a proxy that ends TLS says to be believed; empty: there is none."""
     master_key: bytes
     """Frame keys of devices are derived from it: `wherry_shared.frames.device_key`."""
 
@@ -118,5 +121,13 @@ def open_services(settings: Settings) -> Services:
         trust=Trust.open(settings.trust_folder),
         authority=DeviceAuthority.open(settings.keys_folder, days=settings.certificate_days),
         project=settings.project,
+        proxy_secret=_read_secret(settings.proxy_secret_file),
         master_key=master_key,
     )
+
+
+def _read_secret(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        return ""

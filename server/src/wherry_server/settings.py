@@ -58,6 +58,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     host: str = "127.0.0.1"
     """Where the API listens."""
     port: int = DEFAULT_PORT
+    https: bool = False
+    """Whether the API ends TLS itself, with a certificate of the device authority for `host`."""
+    device_certificates: Literal["off", "optional", "required"] = "off"
+    """Over HTTPS: whether a device proves itself by its certificate, beside its secret. `required`: the secret alone opens nothing,
+    but may renew a certificate that has expired. Behind a proxy that ends TLS: `wherry proxy config`."""
     broker_host: str = "127.0.0.1"
     """Where devices, director and ingest find the broker."""
     broker_port: int = DEFAULT_BROKER_PORT
@@ -112,7 +117,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def url(self) -> str:
         """The address of the API."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+        return f"{'https' if self.https else 'http'}://{host}:{self.port}"
 
     @property
     def blobs_folder(self) -> Path | None:
@@ -146,6 +151,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def broker_folder(self) -> Path:
         """What the broker reads: configuration, access rules, certificates, revoked certificates."""
         return self.data / "broker"
+
+    @property
+    def wheels_folder(self) -> Path:
+        """Wheels that invited devices get beside the agent's own, for those without a package index."""
+        return self.data / "wheels"
+
+    @property
+    def https_pair(self) -> tuple[Path, Path]:
+        """Certificate and key that the API shows."""
+        return self.keys_folder / "https.pem", self.keys_folder / "https.key"
+
+    @property
+    def proxy_secret_file(self) -> Path:
+        """What a proxy says to be believed which certificate it saw."""
+        return self.keys_folder / "proxy.secret"
 
     @property
     def master_key_file(self) -> Path:

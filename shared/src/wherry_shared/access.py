@@ -7,6 +7,7 @@ and understand the same answers.
 from __future__ import annotations
 
 import os
+import ssl
 from pathlib import Path
 
 import msgspec
@@ -27,10 +28,17 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
 
     server: str
     token: str
+    ca: str = ""
+    """Certificate (PEM) of the authority that signed for the server; empty: those of the system."""
+
+
+def tls_context(access: Access) -> ssl.SSLContext | None:
+    """Return what to check the server's certificate with, None for the system's own way."""
+    return ssl.create_default_context(cadata=access.ca) if access.ca else None
 
 
 def find_access(server: str | None = None, token: str | None = None, data: Path | None = None) -> Access:
-    """Put together address and token: arguments, then WHERRY_SERVER and WHERRY_TOKEN, then a file.
+    """Put together address and token: arguments, then WHERRY_SERVER, WHERRY_TOKEN and WHERRY_CA, then a file.
 
     The file is the `client.json` of `data` or of WHERRY_DATA where one of them is named; else what `wherry login` kept, else the
     `client.json` of the default data folder.
@@ -40,6 +48,7 @@ def find_access(server: str | None = None, token: str | None = None, data: Path 
     """
     server = server or os.environ.get("WHERRY_SERVER")
     token = token or os.environ.get("WHERRY_TOKEN")
+    ca = _read_ca(os.environ.get("WHERRY_CA", ""))
     if not server or not token:
         file = _saved(data)
         if file.exists():
@@ -50,7 +59,7 @@ def find_access(server: str | None = None, token: str | None = None, data: Path 
                     "client_file_invalid", f"{file}: {error}", next_step="start wherry dev again, it writes the file"
                 ) from error
             if not server or server.rstrip("/") == saved.server.rstrip("/"):  # its token is for its server only
-                server, token = saved.server, token or saved.token
+                server, token, ca = saved.server, token or saved.token, ca or saved.ca
     if not server or not token:
         raise RefusedError(
             "access_missing",
@@ -58,7 +67,16 @@ def find_access(server: str | None = None, token: str | None = None, data: Path 
             consequence="nothing was asked",
             next_step="start wherry dev on this machine, or give --server and --token (WHERRY_SERVER, WHERRY_TOKEN)",
         )
-    return Access(server=server.rstrip("/"), token=token)
+    return Access(server=server.rstrip("/"), token=token, ca=ca)
+
+
+def _read_ca(name: str) -> str:
+    try:
+        return Path(name).expanduser().read_text() if name else ""
+    except OSError as error:
+        raise RefusedError(
+            "access_missing", f"WHERRY_CA: {error}", next_step="name a file with a certificate"
+        ) from error
 
 
 def _saved(data: Path | None) -> Path:

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
-from wherry_shared.access import LOOPBACK, find_access, problem, unreachable
+from wherry_shared.access import LOOPBACK, Access, find_access, problem, tls_context, unreachable
 from wherry_shared.errors import RefusedError
 
 TIMEOUT_S = 60.0
@@ -56,10 +56,13 @@ class _Answer(NamedTuple):
 class Remote:
     """Calls on one server with one token."""
 
-    def __init__(self, server: str, token: str, *, http: httpx.Client | None = None) -> None:
+    def __init__(self, server: str, token: str, *, ca: str = "", http: httpx.Client | None = None) -> None:
         self.server = server.rstrip("/")
         here = httpx.URL(self.server).host in LOOPBACK
-        self._http = http or httpx.Client(base_url=self.server, timeout=TIMEOUT_S, trust_env=not here)  # no proxy
+        context = tls_context(Access(server=server, token=token, ca=ca))
+        self._http = http or httpx.Client(
+            base_url=self.server, timeout=TIMEOUT_S, trust_env=not here, verify=True if context is None else context
+        )  # no proxy before a loopback address
         self._headers = {"Authorization": f"Bearer {token}"}
 
     @classmethod
@@ -70,7 +73,7 @@ class Remote:
             RefusedError: `access_missing` or `client_file_invalid`.
         """
         access = find_access(server, token, data)
-        return cls(access.server, access.token)
+        return cls(access.server, access.token, ca=access.ca)
 
     def __enter__(self) -> Self:
         return self

@@ -23,6 +23,7 @@ from wherry_server.cli import (
     fleet,
     login,
     model,
+    proxy,
     quarantine,
     rollout,
     serve,
@@ -85,6 +86,7 @@ for group in (
     trust,
     audit,
     broker,
+    proxy,
     webhook,
     login,
 ):

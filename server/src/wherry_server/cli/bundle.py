@@ -30,7 +30,7 @@ def push_bundle(
     access = find_access(GLOBALS.server, GLOBALS.token)
     quiet = as_json or GLOBALS.as_json
     with (
-        Remote(access.server, access.token) as remote,
+        Remote(access.server, access.token, ca=access.ca) as remote,
         Progress(
             TextColumn("uploading"),
             BarColumn(),

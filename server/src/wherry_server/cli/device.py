@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import ssl
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +15,7 @@ from rich.console import Console
 from wherry_server import calls
 from wherry_server.cli.common import AsJson, IfMatch, client, labels_of, show, size, table, when
 from wherry_server.client import Client
-from wherry_shared.errors import UnreachableError
+from wherry_shared.errors import RefusedError, UnreachableError
 
 app = typer.Typer(name="device", help="Enrolled devices.", no_args_is_help=True)
 
@@ -186,6 +188,43 @@ def expect_device(
     with client() as server:
         made = server.plain(calls.expect_device(key.read_text(), name, labels_of(label), days))
     show(made, as_json, lambda console: console.print(made["token"], soft_wrap=True))
+
+
+@app.command("invite")
+def invite_device(
+    count: Annotated[int, typer.Option(help="How many devices may come by this line.", min=1)] = 1,
+    days: Annotated[int, typer.Option(help="How long it is good.", min=1)] = 7,
+    label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE put on each; may be repeated.")] = None,
+    hold: Annotated[
+        bool, typer.Option("--hold", help="Each device waits until its key is accepted: wherry device pending.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print one line to paste on a Raspberry Pi: it installs the agent from this server, enrols it and starts it."""
+    with client() as server:
+        if not server.server.startswith("https:"):
+            raise RefusedError(
+                "invite_needs_https",
+                f"devices cannot be invited to {server.server}: it is not served by HTTPS",
+                consequence="no token was made",
+                next_step="serve an address of this machine that devices reach: wherry dev --lan ADDRESS",
+            )
+        program: bytes = server.send(calls.Call(method="GET", path="/install/join.py", result=bytes))
+        shown: bytes = server.send(calls.Call(method="GET", path="/install/ca.pem", result=bytes))
+        authority = ssl.PEM_cert_to_DER_cert(shown.decode())
+        token = server.send(calls.create_enrolment_token(count, days, labels_of(label), hold=hold)).token
+        address = server.server
+    line = (
+        f"f=$(mktemp) && curl -fsSk {address}/install/join.py -o $f"
+        f" && echo '{hashlib.sha256(program).hexdigest()}  '$f | sha256sum -c --status"
+        f" && python3 $f {address} --ca {hashlib.sha256(authority).hexdigest()} --token {token}"
+        + (" --many" if count > 1 else "")
+    )
+
+    def render(_console: Console) -> None:
+        print(line)  # as it is, whatever the width of the terminal
+
+    show({"line": line, "uses": count, "days": days}, as_json, render)
 
 
 @app.command("pending")

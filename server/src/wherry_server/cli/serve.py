@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -29,12 +29,22 @@ def dev(
     data: Data = None,
     port: Port = None,
     broker_port: BrokerPort = None,
+    lan: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Serve real devices at this address of this machine: HTTPS and MQTT with certificates (needs mosquitto).",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
 ) -> None:
     """Start everything on this machine: API, director, MQTT broker, SQLite, generated keys. For development."""
     from wherry_server import dev as development
 
-    development.run(Settings.load(data, port=port, broker_port=broker_port), quiet=quiet)
+    served: dict[str, Any] = {}
+    if lan is not None:
+        served = {"host": lan, "broker_host": lan, "https": True, "broker_tls": True, "device_certificates": "required"}
+    development.run(Settings.load(data, port=port, broker_port=broker_port, **served), quiet=quiet)
 
 
 @commands.command()

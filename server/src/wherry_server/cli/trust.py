@@ -195,7 +195,7 @@ def _signing(key: Path | None) -> Iterator[tuple[Remote, PublisherKey]]:
             consequence="nothing was signed",
             next_step="run this where bundles are signed, or name the key: --key FILE",
         )
-    with Remote(access.server, access.token) as remote:
+    with Remote(access.server, access.token, ca=access.ca) as remote:
         yield remote, opened
 
 
