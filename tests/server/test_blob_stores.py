@@ -35,6 +35,7 @@ from wherry_agent.courier_http import Http
 from wherry_agent.disk import Disk
 from wherry_agent.store import Store
 from wherry_server import dev, pulse, uploads
+from wherry_server.api.blobs import body_chunks
 from wherry_server.blob_bucket import PART_BYTES, BucketBlobs, Credentials
 from wherry_server.blob_folder import INCOMING, FolderBlobs
 from wherry_server.blobs import Blobs, key_of
@@ -269,6 +270,20 @@ def test_what_is_uploaded_again_after_a_day_is_new_again(blobs: Blobs, monkeypat
         assert await blobs.get(DIGEST, bytes_max=len(DATA)) == DATA
 
     asyncio.run(run())
+
+
+def test_a_sender_that_stands_still_is_not_waited_for(blobs: Blobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wherry_server.api.blobs.SILENCE_S", 0.05)
+
+    class Request:
+        async def stream(self) -> AsyncIterator[bytes]:
+            yield DATA * 20  # more than one part: the upload to a bucket has begun
+            await asyncio.sleep(3600)
+
+    with pytest.raises(RefusedError, match="stood still") as caught:
+        asyncio.run(blobs.put(of_bytes(DATA * 40), body_chunks(Request())))
+    assert caught.value.code == "length_mismatch"
+    assert left_in(blobs) == []
 
 
 # --- a folder -------------------------------------------------------------------------------------

@@ -137,9 +137,7 @@ class BucketBlobs(Blobs):
         if found is not None and time.time() - found.modified_s < REFRESHED_S:
             return False
         async with self._turn:
-            await self._write(
-                digest, chunks, length
-            )  # over the same bytes: a bucket cannot make an object newer otherwise
+            await self._write(digest, chunks, length)  # perhaps over the same bytes, which makes them newer
         return True
 
     async def _write(self, digest: str, chunks: AsyncIterable[bytes], length: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated
@@ -18,6 +19,9 @@ from wherry_shared.errors import RefusedError
 
 router = APIRouter(prefix="/api/v1/blobs", tags=["bundles"])
 
+SILENCE_S = 60.0
+"""A sender that sends nothing for so long keeps others from uploading: few may at a time."""
+
 Digest = Annotated[str, Path(pattern="^sha256:[0-9a-f]{64}$")]
 
 
@@ -25,15 +29,23 @@ async def body_chunks(request: Request) -> AsyncIterator[bytes]:
     """Yield the body as it arrives.
 
     Raises:
-        RefusedError: `length_mismatch`, if the sender went away.
+        RefusedError: `length_mismatch`, if the sender went away or stands still.
     """
-    try:
-        async for chunk in request.stream():
-            yield chunk
-    except ClientDisconnect as error:
-        raise RefusedError(
-            "length_mismatch", "the upload was cut short", consequence="nothing of it was kept"
-        ) from error
+    pieces = aiter(request.stream())
+    while True:
+        try:
+            async with asyncio.timeout(SILENCE_S):
+                chunk = await anext(pieces, None)
+        except (ClientDisconnect, TimeoutError) as error:
+            raise RefusedError(
+                "length_mismatch",
+                "the upload was cut short" if isinstance(error, ClientDisconnect) else "the upload stood still",
+                consequence="nothing of it was kept",
+                next_step="upload it again",
+            ) from error
+        if chunk is None:
+            return
+        yield chunk
 
 
 @router.put(
