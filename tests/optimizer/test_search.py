@@ -17,10 +17,13 @@ from wherry_optimizer import attempt, candidates, card, gate, labelled, passes, 
 from wherry_optimizer import auto as auto_module
 from wherry_optimizer.attempt import Answer, Step, Task
 from wherry_optimizer.candidates import SOURCE, TARGETS, Candidate, Fared, Row
-from wherry_optimizer.data import Sample
+from wherry_optimizer.data import Sample, file_type
 from wherry_optimizer.labelled import cut
 from wherry_optimizer.metrics import MetricOf
 from wherry_optimizer.model import load as load_model
+from wherry_optimizer.recipe import DataOf
+from wherry_optimizer.sources import locate
+from wherry_shared.bundle import Interface, TensorSpec
 from wherry_shared.errors import RefusedError
 
 X86 = TARGETS["x86-vnni"]
@@ -64,6 +67,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> search.Re
             targets=["x86-vnni"],
             output=folder / "out",
             cache=cache,
+            prune=False,
             run=attempt.attempt,
         )
 
@@ -123,7 +127,7 @@ def test_a_search_that_is_begun_again_makes_nothing_again(searched: search.Resul
         asked.append(answer.cached)
         return answer
 
-    settings = search.Settings(budget=searched.settings.budget, weigh=False)
+    settings = search.Settings(budget=searched.settings.budget, prune=False, weigh=False)
     again = search.search(searched.problem, X86, settings, searched.folder, run=remembered)
     assert asked
     assert all(asked)
@@ -396,6 +400,10 @@ def test_operators_are_given_back_one_after_another_until_the_gate_lets_one_pass
         tried[f"int8-static-less-{count}"] = DROPPED
     tried["int8-static-less-4"] = GOOD
     assert proposed(tried, prune=False) == []
+    both = dict.fromkeys(FIRST, GOOD) | {"int8-static": DROPPED, "int8-dynamic": DROPPED}
+    assert proposed(both) == ["int8-static-less-1", "int8-dynamic-less-1"]
+    both |= {"int8-static-less-1": CRASHED, "int8-dynamic-less-1": GOOD}
+    assert "zeros-0.5+int8-dynamic-less-1" in proposed(both)
     assert "channels-0.25+int8-static-less-4" in proposed(tried)
 
 
@@ -476,3 +484,39 @@ def test_steps_of_a_sample_carry_their_state(tmp_path: Path) -> None:
     assert set(found) == {"y"}
     calls = list(attempt.calls_of(session, sample, {"state": "next"}))
     assert [float(call["state"][0]) for call in calls] == [0, 1, 3]
+
+
+@pytest.fixture(scope="module")
+def files() -> attempt.Problem:
+    """The network of magika with some files of this environment."""
+    path = locate(
+        "magika/models/standard_v3_3/model.onnx", distribution="magika", version="", folder=Path(), what="the model"
+    )
+    names = ["bytes", "target_label"]
+    interface = Interface(
+        inputs=[TensorSpec(name=names[0], datatype="INT32", shape=["batch", 2048])],
+        outputs=[TensorSpec(name=names[1], datatype="FP32", shape=["batch", 214])],
+    )
+    found = file_type.load(DataOf(kind="file-type", calibration=5, evaluation=16), interface, Path())
+    parts = labelled.Parts(found.calibration, found.evaluation, found.evaluation[:2], True, found.description)
+    return auto_module.make_problem(load_model(path), parts, MetricOf(name="accuracy"), {}, 0)
+
+
+def test_a_real_network_that_static_int8_of_everything_ruins_is_refused_and_of_some_is_not(
+    files: attempt.Problem, cache: Path
+) -> None:
+    planned = {one.id: one for one in candidates.propose({}, "onnx", X86)}
+
+    def run(task: Task) -> Answer:
+        wanted = [list(planned[key].steps) for key in ("int8-static", "int8-static-all")]
+        if task.steps and list(task.steps) not in wanted:
+            return Answer(code="left_out", why="of no matter here")
+        return attempt.attempt(task)
+
+    settings = search.Settings(budget=gate.Budget(0.04), prune=False, weigh=False)
+    found = search.search(files, X86, settings, cache, run=run)
+    verdicts = {item.id: item.verdict for item in found.tried}
+    assert verdicts["int8-static-all"].by == "drop"
+    assert found.find("int8-static-all").drop.drop > 0.2
+    assert verdicts["int8-static"].passed, verdicts["int8-static"].why
+    assert found.find("int8-static").answer.download_bytes < 0.25 * files.source.stat().st_size

@@ -15,6 +15,10 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 Array = npt.NDArray[Any]
 
+SENSITIVITY_SAMPLES = 8
+"""Calibration samples on which the operators of a model are ranked by what quantizing them costs."""
+SENSITIVITY_NODES_MAX = 128
+
 
 class Taps:
     """A model that also tells tensors from inside."""
@@ -94,3 +98,26 @@ def rows_of(
 
 def _some(rows: Array, count: int, rng: np.random.Generator) -> Array:
     return rows if len(rows) <= count else rows[rng.choice(len(rows), count, replace=False)]
+
+
+def run_all(model: onnx.ModelProto, names: Sequence[str], calls: Sequence[Mapping[str, Array]]) -> list[list[Array]]:
+    """Return the named outputs of a model for each call, on one thread."""
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4
+    settings.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    return [session.run(list(names), dict(call)) for call in calls]
+
+
+def distance(found: Sequence[Sequence[Array]], wanted: Sequence[Sequence[Array]]) -> float:
+    """Return how far outputs moved: L2, as a share, the largest over the outputs."""
+    errors = []
+    for index in range(len(wanted[0])):
+        gap = sum(
+            float(np.square(a[index].astype(np.float64) - b[index]).sum()) for a, b in zip(found, wanted, strict=True)
+        )
+        size = sum(float(np.square(b[index].astype(np.float64)).sum()) for b in wanted)
+        errors.append(float(np.sqrt(gap / size)) if size else float(gap > 0))
+    return max(errors, default=0.0)

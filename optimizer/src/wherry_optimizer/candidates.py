@@ -127,34 +127,42 @@ def _onnx(tried: Mapping[str, Fared], target: Target, *, prune: bool) -> list[Ca
     if not all(candidate.id in tried for candidate in singles):
         return singles
     more: list[Candidate] = []
-    static_fared = tried["int8-static"]
-    best_static, best_id = static, "int8-static"
-    if not static_fared.passed and not static_fared.code:
-        for count in ROLLBACKS:
-            key = f"int8-static-less-{count}"
-            best_static = Step(use="quantize-static", parameters={**static.parameters, "rollback": count})
-            best_id = key
-            if key not in tried:
-                more.append(Candidate(key, (best_static, FOLD)))
-                break
-            if tried[key].passed or tried[key].code:
-                break
-    tail: tuple[Step, ...] = (FOLD,)
-    name = "int8-weights"
-    if best_id in tried and tried[best_id].passed:
-        tail, name = (best_static, FOLD), best_id
-    elif tried["int8-dynamic"].passed:
-        tail, name = (dynamic, FOLD), "int8-dynamic"
-    if prune:
-        channels = _ladder(tried, "channels", CHANNELS, "prune-channels", "ratio", tail, name)
-        more += channels
+    best: list[tuple[tuple[Step, ...], str]] = []
+    for key, step in (("int8-static", static), ("int8-dynamic", dynamic)):
+        found = _give_back(tried, key, step, more)
+        if found is not None:
+            best.append(found)
+    tail, name = best[0] if best else ((FOLD,), "int8-weights")
+    if prune and not more:  # what pruning ends in is known only when no quantizer is left to try
+        more += _ladder(tried, "channels", CHANNELS, "prune-channels", "ratio", tail, name)
         more += _ladder(tried, "zeros", SPARSITIES, "prune-obs", "sparsity", tail, name)
-        best = [share for share in CHANNELS if _passed(tried, f"channels-{share:g}+{name}")]
-        if best:
-            first = Step(use="prune-channels", parameters={"ratio": best[-1]})
-            lead = f"channels-{best[-1]:g}"
+        shares = [share for share in CHANNELS if _passed(tried, f"channels-{share:g}+{name}")]
+        if shares:
+            first = Step(use="prune-channels", parameters={"ratio": shares[-1]})
+            lead = f"channels-{shares[-1]:g}"
             more += _ladder(tried, f"{lead}+zeros", SPARSITIES[:1], "prune-obs", "sparsity", tail, name, (first,))
     return more
+
+
+def _give_back(
+    tried: Mapping[str, Fared], key: str, step: Step, more: list[Candidate]
+) -> tuple[tuple[Step, ...], str] | None:
+    """Return the steps and name of the quantizer that passed, whole or less some operators; add the next try otherwise."""
+    if tried[key].passed:
+        return (step, FOLD), key
+    if tried[key].code:
+        return None
+    for count in ROLLBACKS:
+        less = f"{key}-less-{count}"
+        steps = (Step(use=step.use, parameters={**step.parameters, "rollback": count}), FOLD)
+        if less not in tried:
+            more.append(Candidate(less, steps))
+            return None
+        if tried[less].passed:
+            return steps, less
+        if tried[less].code:
+            return None
+    return None
 
 
 def _ladder(

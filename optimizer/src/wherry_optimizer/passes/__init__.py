@@ -120,7 +120,7 @@ CATALOGUE: tuple[PassInfo, ...] = (
         ("tflite",),
         "int8",
         False,
-        "ai-edge-quantizer: dynamic-range or weight-only int8",
+        "ai-edge-quantizer: dynamic-range, weight-only or static int8, or 4-bit weights",
     ),
 )
 

@@ -47,10 +47,10 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Share of the classes of each group that goes."""
     minimum_channels: int = 8
     """Groups with fewer classes are left alone, and as many stay in each."""
-    samples: int = 100
-    positions: int = 64
+    samples: int = 200
+    positions: int = 128
     """Positions of a layer looked at per sample, drawn by the seed."""
-    damping: float = 0.01
+    damping: float = 0.001
     """Added to the diagonal of H, as a share of its mean."""
     exclude: list[str] = []
     """Patterns of names of consuming nodes whose groups are left alone."""
@@ -265,28 +265,28 @@ def _moments(
     before = Taps(original, inputs)
     after = Taps(current, inputs)
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in original.graph.initializer}
+    matrices = {one.output: _matrix(weights[one.weight], one).astype(np.float32) for one in consumers}
     totals: dict[str, Moments] = {}
     for number, call in enumerate(calls):
         old, new = before.run(call), after.run(call)
         for consumer in consumers:
-            weight = weights[consumer.weight]
             was, now = (
                 rows_of(
                     values[consumer.input],
                     consumer.operator,
                     consumer.attributes,
-                    list(weight.shape),
+                    list(weights[consumer.weight].shape),
                     parameters.positions,
                     np.random.default_rng([seed, number]),  # the same positions of both
-                ).astype(np.float64)
+                )
                 for values in (old, new)
             )
-            y = was @ _matrix(weight, consumer).T
+            y = was @ matrices[consumer.output].T
             if consumer.bias:
-                y = y + weights[consumer.bias].astype(np.float64).reshape(-1)
+                y += weights[consumer.bias].reshape(-1)
             x = np.pad(now, ((0, 0), (0, 1)), constant_values=1.0)
             held = totals.get(consumer.output)
-            own = (x.T @ x, y.T @ x, float(np.square(y).sum()))
+            own = ((x.T @ x).astype(np.float64), (y.T @ x).astype(np.float64), float(np.square(y).sum()))
             totals[consumer.output] = own if held is None else (held[0] + own[0], held[1] + own[1], held[2] + own[2])
     return totals
 

@@ -13,16 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import numpy as np
 import onnx
 
+from wherry_optimizer.activations import SENSITIVITY_NODES_MAX, SENSITIVITY_SAMPLES, distance, run_all
 from wherry_optimizer.model import is_quantized, prepare, read_onnx, sort_nodes, subgraphs
 from wherry_optimizer.passes import Array, Result, Work, excluded
 from wherry_shared.errors import RefusedError
-
-SENSITIVITY_SAMPLES = 8
-"""Calibration samples on which operators are ranked."""
-SENSITIVITY_NODES_MAX = 128
 
 
 class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -134,13 +130,13 @@ def _roll_back(
     ][:SENSITIVITY_NODES_MAX]
     calls = list(work.calibration[:SENSITIVITY_SAMPLES])
     outputs = [output.name for output in original.graph.output]
-    wanted = _outputs(original, outputs, calls)
+    wanted = run_all(original, outputs, calls)
     ranked = sorted(
-        (_error(_outputs(_given_back(made, before, original, [name]), outputs, calls), wanted), name) for name in nodes
+        (distance(run_all(_given_back(made, before, original, [name]), outputs, calls), wanted), name) for name in nodes
     )
     chosen = [name for _, name in ranked[: parameters.rollback]]
     rows = [{"layer": name[-80:], "output_error_without": round(error, 5)} for error, name in ranked]
-    quantized = round(_error(_outputs(made, outputs, calls), wanted), 5)
+    quantized = round(distance(run_all(made, outputs, calls), wanted), 5)
     return _given_back(made, before, original, chosen), {
         "output_error": quantized,
         "given_back": [name[-80:] for name in chosen],
@@ -182,28 +178,6 @@ def _drop_unread(graph: onnx.GraphProto) -> None:
     weights = [tensor for tensor in graph.initializer if tensor.name in read]
     del graph.initializer[:]
     graph.initializer.extend(weights)
-
-
-def _outputs(model: onnx.ModelProto, names: Sequence[str], calls: Sequence[Mapping[str, Array]]) -> list[list[Array]]:
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 4
-    settings.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
-    return [session.run(list(names), dict(call)) for call in calls]
-
-
-def _error(found: Sequence[Sequence[Array]], wanted: Sequence[Sequence[Array]]) -> float:
-    """Return how far outputs moved: L2, as a share, the largest over the outputs."""
-    errors = []
-    for index in range(len(wanted[0])):
-        gap = sum(
-            float(np.square(a[index].astype(np.float64) - b[index]).sum()) for a, b in zip(found, wanted, strict=True)
-        )
-        size = sum(float(np.square(b[index].astype(np.float64)).sum()) for b in wanted)
-        errors.append(float(np.sqrt(gap / size)) if size else float(gap > 0))
-    return max(errors, default=0.0)
 
 
 def _notes(target: Path, parameters: Parameters, excluded_nodes: int) -> dict[str, Any]:
