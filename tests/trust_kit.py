@@ -24,7 +24,7 @@ from wherry_server.auth import create_token
 from wherry_server.services import Services, open_services, prepare
 from wherry_server.settings import Settings
 from wherry_server.trust import Trust
-from wherry_shared import key_files
+from wherry_shared import key_files, statements
 from wherry_shared.bundle import (
     ANNOTATION_VARIANT,
     ARTIFACT_TYPE,
@@ -118,6 +118,8 @@ def write_bundle(
         provenance=Provenance(source_digests={}),
         assets=assets[0] if assets else None,
     )
+    layers.append(writer.add_bytes(statements.provenance_statement(config), statements.IN_TOTO_TYPE))
+    layers.append(writer.add_bytes(statements.bill_of_materials(config), statements.CYCLONEDX_TYPE))
     manifest = Manifest(
         schema_version=2,
         media_type=MANIFEST_TYPE,

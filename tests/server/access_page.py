@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "fleet": ("read", ()),
     "apply": ("operate", ("--file", "FLEET", "--yes")),
     "bundle push": ("publish", ("BUNDLE", "--key", "KEY")),
+    "bundle verify": (LOCAL, ()),
     "bundle list": ("read", ()),
     "bundle show": ("read", ("file-type:1.1.0",)),
     "model list": ("read", ()),

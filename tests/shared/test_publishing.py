@@ -90,7 +90,7 @@ def test_sign_and_push_release_a_bundle(server, remote, key, bundle: Path, versi
     assert server.trust.target(MODEL, version) is None  # nothing was handed in yet
     seen: list[tuple[int, int]] = []
     pushed = push(bundle, remote, key, progress=lambda done, total: seen.append((done, total)))
-    assert (pushed.outcome, pushed.blobs) == ("released", 5)
+    assert (pushed.outcome, pushed.blobs) == ("released", 7)
     assert seen[-1] == (pushed.uploaded_bytes, pushed.uploaded_bytes)
     assert seen[0][0] < seen[-1][0]
     assert server.trust.target(MODEL, version) == signed.manifest == of_bytes(server.blob(signed.manifest))

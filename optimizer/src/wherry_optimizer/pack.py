@@ -24,7 +24,7 @@ from wherry_optimizer.golden import Chosen, Runnable, budget, select
 from wherry_optimizer.model import Model, author_of, load, read_onnx
 from wherry_optimizer.precision import FLOAT, precision_of
 from wherry_optimizer.recipe import Hints, ProcessingFile, read_processing
-from wherry_shared import bundle, golden, limits, operations
+from wherry_shared import bundle, golden, limits, operations, statements
 from wherry_shared import licence as licences
 from wherry_shared.bundle import (
     Accuracy,
@@ -502,6 +502,12 @@ def _finish(
 ) -> Packed:
     encoded = bundle.encode_config(config)
     bundle.parse_config(encoded)  # what readers would refuse is refused here
+    said = {bundle.ANNOTATION_PATH: "provenance.intoto.json"}, {bundle.ANNOTATION_PATH: "bom.cdx.json"}
+    layers = [
+        *layers,
+        writer.add_bytes(statements.provenance_statement(config), statements.IN_TOTO_TYPE, said[0]),
+        writer.add_bytes(statements.bill_of_materials(config), statements.CYCLONEDX_TYPE, said[1]),
+    ]
     unique = list({(layer.digest, layer.media_type): layer for layer in layers}.values())
     manifest = Manifest(
         schema_version=2,

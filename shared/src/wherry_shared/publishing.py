@@ -26,6 +26,8 @@ from wherry_shared.publishing_remote import Remote
 __all__ = ["PublisherKey", "Pushed", "Remote", "Signed", "push", "renew", "repair", "set_policy", "sign"]
 
 FORMAT = 1
+CHAIN = "chain"
+"""Folder beside the signed bins of a bundle, with all that signs it."""
 SIGN_TRIES = 5
 """How often `push` signs again when other releases come between."""
 
@@ -104,6 +106,7 @@ def push(bundle: Path, remote: Remote, key: PublisherKey | None = None, *, progr
     if outcome == "proposed":
         return Pushed(release.target, release.manifest, sent, blobs, "proposed")
     remote.add_bundle(release.model, release.version, release.manifest)
+    _keep_chain(release, remote)
     return Pushed(release.target, release.manifest, sent, blobs, "released")
 
 
@@ -253,6 +256,21 @@ def _hand_in(release: _Bundle, remote: Remote, key: PublisherKey | None) -> Lite
         consequence="the blobs are there, the bundle is not released",
         next_step=f"sign again where the publisher's key is: wherry-optimizer sign {release.path}",
     )
+
+
+def _keep_chain(release: _Bundle, remote: Remote) -> None:
+    """Keep beside the bundle what signs it, from the first root on, so that it can be verified without any server."""
+    role, _, data = remote.bin(release.target)
+    publisher = role.rpartition("-")[0]
+    roots, targets = remote.offline()
+    files = {f"{number}.root.json": root for number, root in enumerate(roots, 1)}
+    files |= {"targets.json": targets, f"{publisher}.json": remote.role(publisher)[2], f"{role}.json": data}
+    folder = release.path / SIGNED / CHAIN
+    for path in folder.glob("*.json"):
+        if path.name not in files:
+            path.unlink()
+    for name, content in files.items():
+        keep(folder / name, content)
 
 
 def _newest_kept(release: _Bundle) -> tuple[str, bytes] | None:

@@ -44,6 +44,11 @@ class State(msgspec.Struct, frozen=True):
     publishers: list[_PublisherState]
 
 
+class _Offline(msgspec.Struct, frozen=True):
+    roots: list[str]
+    targets: str
+
+
 class _Answer(NamedTuple):
     """An answer, read whole within bounds."""
 
@@ -129,6 +134,15 @@ class Remote:
             if error.code == "proposal_unknown":
                 return None
             raise
+
+    def offline(self) -> tuple[list[bytes], bytes]:
+        """Return every root from the first, and the targets metadata."""
+        answer = self._call("GET", "/api/v1/trust/offline")
+        try:
+            found = msgspec.json.decode(answer.body, type=_Offline)
+        except msgspec.DecodeError as error:
+            raise RefusedError("answer_invalid", f"{self.server} does not speak this protocol: {error}") from error
+        return [root.encode() for root in found.roots], found.targets.encode()
 
     def has_blob(self, digest: str) -> bool:
         """Tell whether the server holds a blob."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,6 +60,29 @@ def push_bundle(
             console.print(f"next: wherry deploy {model}:{version} --device NAME")
 
     show(asdict(pushed), as_json, render)
+
+
+@app.command("verify")
+def verify_bundle(
+    path: Annotated[Path, typer.Argument(help="Folder of a bundle.", exists=True, file_okay=False)],
+    root_digest: Annotated[
+        str, typer.Option(help="SHA-256 of the first root, the third part of any enrolment token.")
+    ] = "",
+    unsigned: Annotated[
+        bool, typer.Option("--unsigned", help="Of one that was not pushed yet: bytes and statements.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Verify a bundle without any server: its bytes, its provenance and bill of materials, its signatures up to the root."""
+    from wherry_server.verifying import verify
+
+    found = [asdict(link) for link in verify(path, datetime.now(UTC), root_digest=root_digest, unsigned=unsigned)]
+
+    def render(console: Console) -> None:
+        for link in found:
+            console.print(f"ok  {link['what']:<10} {link['detail']}", markup=False)
+
+    show(found, as_json, render)
 
 
 @app.command("list")
