@@ -28,7 +28,7 @@ from wherry_agent.identity import Identity
 from wherry_agent.renewal import LOOK_EVERY_S, LOOK_FIRST_S, WAIT_MAX_S, WAIT_MIN_S, Around, Renewal, due_s
 from wherry_server.identity import DeviceAuthority, Issued, Request
 from wherry_shared import reasons
-from wherry_shared.errors import DeviceError
+from wherry_shared.errors import DeviceError, RefusedError
 from wherry_simulators.disk import Loss, Recorder, tries
 
 US = 1_000_000
@@ -114,9 +114,26 @@ def test_an_identity_of_an_older_release_is_told_how_long_it_is_valid(home: Path
 
 @pytest.mark.parametrize("name", ["..", "pair-", "pair-../x", "elsewhere"])
 def test_an_identity_that_names_another_folder_is_not_believed(home: Path, name: str) -> None:
-    path = home / "identity" / "device.json"
-    path.write_text(json.dumps({**json.loads(path.read_bytes()), "pair": name}))
+    for path in (home / "identity").glob("device*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_bytes()), "pair": name}))
     assert reason(run(Renew(home=str(home), server=""), print)) == reasons.TRUST_INVALID
+
+
+@pytest.mark.parametrize("altered", [b"", b"\0" * 400, b'{"format": 1}'])
+def test_an_identity_that_the_disk_altered_is_read_from_its_copy(home: Path, altered: bytes) -> None:
+    assert isinstance(run(Renew(home=str(home), server=""), print), Renewed)
+    before = known(home)
+    path = home / "identity" / identity.DEVICE_FILE
+    path.write_bytes(altered)
+    assert known(home) == before
+    assert isinstance(run(Renew(home=str(home), server=""), print), Renewed)
+    assert json.loads(path.read_bytes())["pair"] == known(home).pair != before.pair, "a renewal writes both anew"
+    for one in (home / "identity").glob("device*.json"):
+        one.write_bytes(altered)
+    with pytest.raises(RefusedError, match="identity_invalid"):
+        identity.load(home)
+    (home / "identity" / identity.DEVICE_FILE).unlink()
+    assert identity.load(home) is None, "who removes it wants to enrol again"
 
 
 Issue = Callable[[DeviceAuthority, Request, str, str], Issued]
@@ -182,7 +199,8 @@ def test_a_power_cut_leaves_the_old_pair_or_the_new_one(home: Path, tmp_path: Pa
 def test_a_renewal_that_cannot_be_written_leaves_the_old_pair_and_the_next_one_tidies(home: Path) -> None:
     steps: list[tuple[str, Path]] = []
     assert isinstance(run(Renew(home=str(home), server=""), print, disk=Disk(lambda *s: steps.append(s))), Renewed)
-    for number in range(len(steps) - 1):  # the last is the folder's, when the new pair is named already
+    named = steps.index(("rename", home / "identity" / identity.DEVICE_FILE))
+    for number in range(named + 1):  # after it the new pair is named already
         before = certificate_in_use(home)
         left = iter(range(1000))
 

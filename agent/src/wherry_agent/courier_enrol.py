@@ -89,7 +89,7 @@ def enrol(task: Enrol, disk: Disk) -> Identity:
         not_before=not_before,
         not_after=not_after,
     )
-    disk.write_atomic(folder / identities.DEVICE_FILE, identities.encode(identity))
+    identities.write(home, disk, identity)
     return identity
 
 

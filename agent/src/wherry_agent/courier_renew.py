@@ -55,7 +55,7 @@ def renew(task: Renew, known: Identity, http: Http, server: str, disk: Disk) -> 
     disk.write_atomic(folder / pair / identities.KEY_FILE, secret)
     disk.write_atomic(folder / pair / identities.CERTIFICATE_FILE, certificate_pem)
     renewed = msgspec.structs.replace(known, pair=pair, not_before=valid[0], not_after=valid[1])
-    disk.write_atomic(folder / identities.DEVICE_FILE, identities.encode(renewed))
+    identities.write(home, disk, renewed)
     return _renewed(valid)
 
 

@@ -1,6 +1,6 @@
 """Who this device is: what enrolment gave it, kept under `HOME/identity`; only its key and certificate are ever renewed.
 
-`device.json` is written last and makes the identity whole; a device without it is not enrolled. Light enough for the
+`device.json` is written after all it names and makes the identity whole; a device without it is not enrolled. Light enough for the
 supervisor: keys and certificates stay PEM files that only the courier opens.
 """
 
@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import base64
 import binascii
+import logging
 from pathlib import Path
 
 import msgspec
 
+from wherry_agent.disk import Disk
 from wherry_shared.clock import MICROSECONDS
-from wherry_shared.errors import RefusedError
+from wherry_shared.errors import DeviceError, RefusedError
 from wherry_shared.frames import KEY_BYTES
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 FOLDER = "identity"
 DEVICE_FILE = "device.json"
+COPY_FILE = "device.copy.json"
+"""The same once more: a worn card that alters the one must not cost the device its name, and with it everything that serves."""
 KEY_FILE = "key.pem"
 CERTIFICATE_FILE = "certificate.pem"
 CA_FILE = "ca.pem"
@@ -80,12 +86,38 @@ def shown_pair(home: Path, identity: Identity, wall_s: float) -> tuple[Path, Pat
 
 
 def load(home: Path) -> Identity | None:
-    """Read the identity, None if this device is not enrolled.
+    """Read the identity, from its copy if the disk altered it; None if this device is not enrolled.
 
     Raises:
         RefusedError: `identity_invalid`.
     """
-    path = folder(home) / DEVICE_FILE
+    try:
+        return _read(folder(home) / DEVICE_FILE)
+    except RefusedError as error:
+        try:
+            copy = _read(folder(home) / COPY_FILE)
+        except (RefusedError, OSError):
+            copy = None
+        if copy is None:
+            raise
+        log.error("%s; its copy is taken", error.message)
+        return copy
+
+
+def write(home: Path, disk: Disk, identity: Identity) -> None:
+    """Put an identity, and then its copy, in the place of what was there; without room for the copy the old one stays.
+
+    Raises:
+        DeviceError: `disk_full`, `read_only` or `disk`.
+    """
+    disk.write_atomic(folder(home) / DEVICE_FILE, encode(identity))
+    try:
+        disk.write_atomic(folder(home) / COPY_FILE, encode(identity))
+    except DeviceError as error:
+        log.warning("the identity has no new copy: %s", error)
+
+
+def _read(path: Path) -> Identity | None:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
