@@ -10,10 +10,9 @@ import pytest
 from sqlalchemy import text
 
 from tests.server.fleet_kit import PROJECT, fleet, run
-from wherry_server import cohorts, explaining, rollouts
+from wherry_server import explaining, rollouts
 from wherry_server.forecast import Member, Outcomes, forecast, synthetic
 from wherry_server.plan import Plan, parse_plan
-from wherry_server.targeting import parse_selector
 from wherry_shared.errors import RefusedError
 
 WELL = Outcomes(failed=0, silent=0)
@@ -154,25 +153,6 @@ def test_every_decision_of_a_rollout_follows_from_its_evidence(tmp_path: Path):
             async with found.database.read() as connection:
                 told = await explaining.explain(connection, PROJECT, bad, "")
             assert told["differing"] == [last["revision"]]
-
-    run(work())
-
-
-def test_a_static_cohort_keeps_whom_it_took(tmp_path: Path):
-    async def work() -> None:
-        async with fleet(tmp_path) as found:
-            first = await found.enrol(cohorts.STATIC_MAX, site="north")
-            async with found.database.read() as connection:
-                selector = await cohorts.frozen(connection, PROJECT, "label.site = north")
-            parse_selector(selector)
-            await found.enrol(3, site="north")
-            async with found.database.read() as connection:
-                kept = await cohorts.members(connection, PROJECT, parse_selector(selector))
-                assert {member.id for member in kept} == {device.id for device in first}
-                for refused in ("label.site = north", "label.site = south"):
-                    with pytest.raises(RefusedError) as caught:
-                        await cohorts.frozen(connection, PROJECT, refused)
-                    assert caught.value.code == "cohort_static"
 
     run(work())
 

@@ -266,10 +266,12 @@ class FleetState:
 
 @dataclass(frozen=True, kw_only=True)
 class CohortShown:
-    """A saved selector."""
+    """A saved selector. A static one keeps `kept` devices, whom `kept_from` took when it was saved."""
 
     name: str
     selector: str
+    kept: int = 0
+    kept_from: str = ""
     created_at: int
     created_by: str
 

@@ -227,13 +227,13 @@ def show_cohort(name: str) -> Call[answers.CohortDetail]:
     return _get(f"/cohorts/{_q(name)}", answers.CohortDetail)
 
 
-def change_cohort(name: str, selector: str, if_match: str = "") -> Call[answers.CohortShown]:
-    """Give a cohort another selector."""
+def change_cohort(name: str, selector: str, if_match: str = "", *, static: bool = False) -> Call[answers.CohortShown]:
+    """Give a cohort another selector; a static one keeps whom it takes now."""
     return Call(
         method="PUT",
         path=f"{API}/cohorts/{_q(name)}",
         result=answers.CohortShown,
-        body={"selector": selector},
+        body={"selector": selector, "static": static},
         if_match=if_match,
     )
 

@@ -1,11 +1,12 @@
 """Cohorts: saved selectors, and who they take now.
 
-Membership is worked out from facts and labels whenever somebody asks, and stored nowhere: a static cohort is a selector that names its
-devices. How a large fleet is read for it is in `views`.
+Membership is worked out from facts and labels whenever somebody asks. A static cohort is a list of devices, stored once and never changed,
+and a selector of those that are on it: rollouts, flags and previews know no difference. How a large fleet is read is in `views`.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,16 +17,16 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from wherry_server import audit
 from wherry_server.db import bulk
 from wherry_server.db.database import Database
-from wherry_server.db.tables import Cohort, table
+from wherry_server.db.tables import Cohort, KeptMember, table
 from wherry_server.targeting import Selector, View, matches, parse_selector
 from wherry_server.times import now_us
-from wherry_server.views import Judge, Seen, looks
+from wherry_server.views import Judge, Seen, lists, looks
 from wherry_shared.errors import RefusedError
 from wherry_shared.ids import check_name
 
 _COHORT = table(Cohort)
-STATIC_MAX = 80
-"""Devices of a static cohort: their ids are its selector, which has 2,000 characters."""
+STATIC_MAX = 200_000
+"""Devices of a static cohort: so many rows are written in one transaction."""
 
 WALK_MIN, WALK_MAX = 200, 20_000
 """Devices of one read of those that go by name; every read is larger than the one before."""
@@ -89,8 +90,9 @@ async def _members_of(
     rows = await bulk.select_in(connection, _DEVICES, devices)
     fields = looks(selector) | also
     runs = await _running(connection, project) if any(field.startswith("runs.") for field in fields) else {}
+    kept = await keeping(connection, lists(fields), devices)
     now = now_us()
-    seen = [(row, Seen(row, runs.get(row.id, {}), now)) for row in rows]
+    seen = [(row, Seen(row, runs.get(row.id, {}), now, kept.get(row.id, ()))) for row in rows]
     return [Member(row.id, view if fields else None, row.facts) for row, view in seen if matches(selector, view)]
 
 
@@ -135,6 +137,17 @@ async def _running(connection: AsyncConnection, project: str) -> dict[str, dict[
     found: dict[str, dict[str, str]] = {}
     for row in await connection.execute(_RUNS, {"project": project}):
         found.setdefault(row.device_id, {})[row.model] = row.version
+    return found
+
+
+async def keeping(
+    connection: AsyncConnection, lists_asked: Sequence[str], devices: Sequence[str]
+) -> dict[str, set[str]]:
+    """Return for each of a few devices the lists, of these, that keep it."""
+    found: dict[str, set[str]] = {}
+    for one in lists_asked:
+        for row in await bulk.select_in(connection, _KEPT, devices, list=one):
+            found.setdefault(row.device_id, set()).add(one)
     return found
 
 
@@ -185,14 +198,15 @@ _RUNS = text(
     "SELECT m.device_id, m.model, b.version FROM device_model m JOIN bundle b"
     " ON b.project_id = m.project_id AND b.manifest = m.running WHERE m.project_id = :project"
 )
+_KEPT = "SELECT device_id FROM kept_member WHERE list_id = :list AND device_id IN :keys"
 _VERSIONS = text("SELECT manifest, version FROM bundle WHERE project_id = :project")
 
 
 # --- saved cohorts ------------------------------------------------------------------------------
 
 
-async def frozen(connection: AsyncConnection, project: str, selector: str) -> str:
-    """Return the selector of exactly those devices that `selector` takes now.
+async def _keep(connection: AsyncConnection, project: str, selector: str) -> dict[str, Any]:
+    """Store whom a selector takes now, and return what a static cohort of them has.
 
     Raises:
         RefusedError: `bad_selector`, or `cohort_static` for nobody, or for more than STATIC_MAX.
@@ -203,9 +217,12 @@ async def frozen(connection: AsyncConnection, project: str, selector: str) -> st
             "cohort_static",
             f"the selector takes {len(found)} devices now, a static cohort has 1 to {STATIC_MAX}",
             consequence="nothing was stored",
-            next_step="give the devices a label, and save a cohort of that",
+            next_step="give the devices a label, and save a live cohort of that",
         )
-    return f"id in ({', '.join(sorted(member.id for member in found))})"
+    made = secrets.token_hex(8)
+    rows = [(made, member.id, project) for member in found]
+    await bulk.insert_new(connection, table(KeptMember), ("list_id", "device_id", "project_id"), rows)
+    return {"selector": f"kept.{made} = true", "kept": len(found), "kept_from": selector}
 
 
 async def save(
@@ -216,24 +233,38 @@ async def save(
     selector: str,
     *,
     replace: bool,
+    static: bool = False,
     check: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Save a cohort and return it; `check` sees the one that is replaced, and may refuse.
 
+    Args:
+        database: where.
+        project: whose.
+        actor: who wants it, for the audit log.
+        name: of the cohort.
+        selector: whom it takes.
+        replace: whether it is there already.
+        static: whether it keeps whom the selector takes now, whatever becomes of them.
+        check: sees what is replaced.
+
     Raises:
-        RefusedError: `bad_name`, `bad_selector`, `name_taken` (without `replace`) or `cohort_unknown` (with it).
+        RefusedError: `bad_name`, `bad_selector`, `cohort_static`, `name_taken` (without `replace`) or `cohort_unknown` (with it).
     """
     check_name(name, "cohort")
     parse_selector(selector)
     async with database.write() as connection:
-        said: dict[str, Any] = {"selector": selector}
+        before: dict[str, Any] = {}
         if replace:
             now = await find(connection, project, name)
             if check is not None:
                 check(now)
-            said = {"before": {"selector": now["selector"]}, **said}
+            before = {"before": _said(now)}
+        live = {"selector": selector, "kept": 0, "kept_from": ""}
+        values = await _keep(connection, project, selector) if static else live
+        if replace:
             changed = await connection.execute(
-                update(_COHORT).where(_COHORT.c.project_id == project, _COHORT.c.name == name).values(selector=selector)
+                update(_COHORT).where(_COHORT.c.project_id == project, _COHORT.c.name == name).values(**values)
             )
             if changed.rowcount != 1:
                 raise _unknown(name)
@@ -241,7 +272,7 @@ async def save(
             try:
                 await connection.execute(
                     insert(_COHORT).values(
-                        project_id=project, name=name, selector=selector, created_at=now_us(), created_by=actor
+                        project_id=project, name=name, **values, created_at=now_us(), created_by=actor
                     )
                 )
             except IntegrityError as error:
@@ -252,8 +283,13 @@ async def save(
                     next_step="change it with PUT, or choose another name",
                 ) from error
         action = "cohort.change" if replace else "cohort.create"
-        await audit.append(connection, project, actor, action, name, **said)
+        await audit.append(connection, project, actor, action, name, **before, **_said(values))
         return await find(connection, project, name)
+
+
+def _said(cohort: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the audit log says of a cohort."""
+    return {key: cohort[key] for key in ("selector", "kept", "kept_from") if cohort[key]}
 
 
 async def find(connection: AsyncConnection, project: str, name: str) -> dict[str, Any]:
@@ -291,7 +327,7 @@ async def remove(
         gone = await connection.execute(delete(_COHORT).where(_COHORT.c.project_id == project, _COHORT.c.name == name))
         if gone.rowcount != 1:
             raise _unknown(name)
-        await audit.append(connection, project, actor, "cohort.delete", name, before={"selector": now["selector"]})
+        await audit.append(connection, project, actor, "cohort.delete", name, before=_said(now))
 
 
 async def preview(connection: AsyncConnection, project: str, selector: str, limit: int) -> dict[str, Any]:
@@ -319,6 +355,8 @@ def _public(row: Any) -> dict[str, Any]:
     return {
         "name": row.name,
         "selector": row.selector,
+        "kept": row.kept,
+        "kept_from": row.kept_from,
         "created_at": row.created_at,
         "created_by": row.created_by,
     }

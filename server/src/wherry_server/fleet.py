@@ -9,7 +9,7 @@ import msgspec
 from sqlalchemy import ColumnElement, and_, case, exists, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server import audit, revocation
+from wherry_server import audit, cohorts, revocation
 from wherry_server.db.tables import (
     Assignment,
     Bundle,
@@ -23,7 +23,7 @@ from wherry_server.db.tables import (
 )
 from wherry_server.targeting import Selector, matches
 from wherry_server.times import now_us
-from wherry_server.views import Seen, looks
+from wherry_server.views import Seen, lists, looks
 from wherry_shared.errors import RefusedError
 from wherry_shared.sketch import Sketch
 from wherry_shared.wire import Window
@@ -93,8 +93,10 @@ async def _taken(
         for run in await connection.execute(query.where(_models.c.device_id.in_([row.id for row in rows]))):
             if run.running in versions:
                 runs.setdefault(run.device_id, {})[run.model] = versions[run.running]
+    kept = await cohorts.keeping(connection, lists(looks(selector)), [row.id for row in rows])
     now = now_us()
-    return [row for row in rows if row.state == "active" and matches(selector, Seen(row, runs.get(row.id, {}), now))]
+    seen = ((row, Seen(row, runs.get(row.id, {}), now, kept.get(row.id, ()))) for row in rows if row.state == "active")
+    return [row for row, view in seen if matches(selector, view)]
 
 
 def _conditions(project: str, wanted: Filter) -> list[ColumnElement[bool]]:

@@ -21,7 +21,8 @@ does not have equals nothing and is neither below nor above anything; `!=` is tr
 
 Fields: `id`, `name`, `state`, `simulated`, `arch`, `os`, `python`, `agent`, `cpu_model`, `cpu_feature`, `cores`,
 `memory_bytes`, `disk_free_bytes`, `accelerator`, `timezone`, `engine`, `engine.NAME` (its version), `label.KEY`,
-`runs.MODEL` (the version that answers there), `last_seen` and `enrolled` (ages).
+`runs.MODEL` (the version that answers there), `kept.LIST` (`true` on the devices that a static cohort keeps), `last_seen` and
+`enrolled` (ages).
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ FIELDS = frozenset(
     }
     | {"disk_free_bytes", "accelerator", "timezone", "engine", "last_seen", "enrolled"}
 )
-FAMILIES = frozenset({"engine", "label", "runs"})
+FAMILIES = frozenset({"engine", "kept", "label", "runs"})
 """First parts of fields with a dot: `label.site`."""
 AGES = frozenset({"last_seen", "enrolled"})
 SIZES = frozenset({"memory_bytes", "disk_free_bytes"})

@@ -26,10 +26,10 @@ class Seen(Mapping[str, Value | Sequence[str]]):
     Labels that an operator set win over those that the device reports about itself.
     """
 
-    __slots__ = ("_facts", "_now", "_row", "_runs")
+    __slots__ = ("_facts", "_kept", "_now", "_row", "_runs")
 
-    def __init__(self, row: Any, runs: Mapping[str, str], now: int) -> None:
-        self._row, self._runs, self._now = row, runs, now
+    def __init__(self, row: Any, runs: Mapping[str, str], now: int, kept: Iterable[str] = ()) -> None:
+        self._row, self._runs, self._now, self._kept = row, runs, now, kept
         self._facts: dict[str, Any] | None = None
 
     def __getitem__(self, field: str) -> Value | Sequence[str]:
@@ -112,12 +112,16 @@ class Seen(Mapping[str, Value | Sequence[str]]):
                 return self._label(rest)
             case "runs":
                 return self._runs.get(rest)
+            case "kept":
+                return "true" if rest in self._kept else None
             case _:
                 return None
 
     def _members(self, family: str) -> Iterable[str]:
         if family == "label":
             return {**(self.facts.get("labels") or {}), **(_decoded(self._row.labels) or {})}
+        if family == "kept":
+            return self._kept
         return self._runs if family == "runs" else [str(one.get("name")) for one in self._engines()]
 
 
@@ -129,7 +133,7 @@ _OF_ROW = ("id", "name", "state")
 _TEXTS = ("arch", "os", "python", "agent", "cpu_model", "accelerator", "timezone")
 _NUMBERS = ("cores", "memory_bytes", "disk_free_bytes")
 _PLAIN = (*_TEXTS, *_NUMBERS, "simulated", "enrolled", "last_seen", "cpu_feature", "engine")
-_IN_FAMILIES = ("engine", "label", "runs")
+_IN_FAMILIES = ("engine", "kept", "label", "runs")
 
 
 def looks(selector: Selector) -> set[str]:
@@ -143,6 +147,11 @@ def looks(selector: Selector) -> set[str]:
             return looks(inner)
         case And(parts=parts) | Or(parts=parts):
             return set().union(*(looks(part) for part in parts))
+
+
+def lists(fields: AbstractSet[str]) -> list[str]:
+    """Return the lists of static cohorts that are looked at."""
+    return sorted(field.partition(".")[2] for field in fields if field.startswith("kept."))
 
 
 class Row(NamedTuple):
@@ -161,8 +170,8 @@ class Row(NamedTuple):
 class Projection:
     """What has to be read of `device d` to see some fields of it.
 
-    The expressions come in one order: `seen` (facts and labels, as JSON text), a manifest for each model, `simulated`, and
-    the columns that are nearly every device's own.
+    The expressions come in one order: `seen` (facts and labels, as JSON text), a manifest for each model, the name of each list
+    that keeps the device, `simulated`, and the columns that are nearly every device's own.
     """
 
     def __init__(self, fields: AbstractSet[str], *, sqlite: bool) -> None:
@@ -173,13 +182,15 @@ class Projection:
         self._facts = sorted(keys)
         self._labels = sorted(field.partition(".")[2] for field in fields if field.startswith("label."))
         self.models = sorted(field.partition(".")[2] for field in fields if field.startswith("runs."))
-        self.width = 2 + len(self.models) + len(self.columns)
+        self.lists = lists(fields)
+        self.width = 2 + len(self.models) + len(self.lists) + len(self.columns)
         self._decoded: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
 
     @property
     def bound(self) -> dict[str, str]:
         """The values that the expressions bind by name."""
         found = {f"model{at}": model for at, model in enumerate(self.models)}
+        found |= {f"list{at}": one for at, one in enumerate(self.lists)}
         for at, name in enumerate(self._facts):
             found[f"fact{at}"] = f'$."{name}"' if self._sqlite else name
         for at, name in enumerate(self._labels):
@@ -212,7 +223,8 @@ class Projection:
     def expressions(self) -> str:
         """What to select."""
         runs = [f"m{at}.running AS run{at}" for at in range(len(self.models))]
-        return ", ".join([f"{self.seen} AS seen", *runs, "d.simulated", *(f"d.{one}" for one in self.columns)])
+        kept = [f"k{at}.list_id AS kept{at}" for at in range(len(self.lists))]
+        return ", ".join([f"{self.seen} AS seen", *runs, *kept, "d.simulated", *(f"d.{one}" for one in self.columns)])
 
     @property
     def joins(self) -> str:
@@ -220,6 +232,9 @@ class Projection:
         return "".join(
             f" LEFT JOIN device_model m{at} ON m{at}.device_id = d.id AND m{at}.model = :model{at}"
             for at in range(len(self.models))
+        ) + "".join(
+            f" LEFT JOIN kept_member k{at} ON k{at}.device_id = d.id AND k{at}.list_id = :list{at}"
+            for at in range(len(self.lists))
         )
 
     def view(self, values: Sequence[Any], versions: Mapping[str, str], now: int) -> Seen:
@@ -232,18 +247,20 @@ class Projection:
             for model, manifest in zip(self.models, rest[:models], strict=True)
             if manifest in versions
         }
-        own = dict(zip(self.columns, rest[models + 1 :], strict=True))
+        own_from = models + len(self.lists)
+        kept = [one for one in rest[models:own_from] if one]
+        own = dict(zip(self.columns, rest[own_from + 1 :], strict=True))
         row = Row(
             own.get("id", ""),
             own.get("name", ""),
             "active",
             labels,
             facts,
-            rest[models],
+            rest[own_from],
             own.get("last_seen_at", 0),
             own.get("enrolled_at", 0),
         )
-        return Seen(row, runs, now)
+        return Seen(row, runs, now, kept)
 
     def _decode(self, seen: str) -> tuple[dict[str, Any], dict[str, Any]]:
         known = self._decoded.get(seen)

@@ -26,12 +26,17 @@ class SelectorWish(BaseModel):
     selector: str = Field(max_length=4_000)
 
 
-class CohortWish(SelectorWish):
+class MembershipWish(SelectorWish):
+    """Whom a cohort takes."""
+
+    static: bool = False
+    """Keep whom the selector takes now, whatever becomes of them; else membership is live."""
+
+
+class CohortWish(MembershipWish):
     """A cohort to save."""
 
     name: str = Field(max_length=64)
-    static: bool = False
-    """Keep whom the selector takes now, whatever becomes of them; else membership is live."""
 
 
 @router.get("/cohorts")
@@ -52,11 +57,9 @@ async def list_cohorts(
 async def create_cohort(wish: CohortWish, response: Response, services: ServicesDep, operator: Operator) -> CohortShown:
     """Save a cohort under a new name."""
     actor = operator.actor
-    selector = wish.selector
-    if wish.static:
-        async with services.database.read() as connection:
-            selector = await cohorts.frozen(connection, services.project, selector)
-    saved = await cohorts.save(services.database, services.project, actor, wish.name, selector, replace=False)
+    saved = await cohorts.save(
+        services.database, services.project, actor, wish.name, wish.selector, replace=False, static=wish.static
+    )
     response.headers["ETag"] = etags.etag(saved)
     return shaped(CohortShown, saved)
 
@@ -82,7 +85,7 @@ async def show_cohort(name: Name, response: Response, services: ServicesDep, _vi
 @router.put("/cohorts/{name}")
 async def change_cohort(
     name: Name,
-    wish: SelectorWish,
+    wish: MembershipWish,
     response: Response,
     services: ServicesDep,
     operator: Operator,
@@ -91,7 +94,14 @@ async def change_cohort(
     """Give a cohort another selector; rollouts that are there keep the one they were created with."""
     actor = operator.actor
     saved = await cohorts.save(
-        services.database, services.project, actor, name, wish.selector, replace=True, check=_unchanged(name, if_match)
+        services.database,
+        services.project,
+        actor,
+        name,
+        wish.selector,
+        replace=True,
+        static=wish.static,
+        check=_unchanged(name, if_match),
     )
     response.headers["ETag"] = etags.etag(saved)
     return shaped(CohortShown, saved)

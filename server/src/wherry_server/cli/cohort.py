@@ -15,6 +15,8 @@ app = typer.Typer(name="cohort", help="Saved selectors: who a rollout is for.", 
 Name = Annotated[str, typer.Argument(help="Name of the cohort.")]
 Selector = Annotated[str, typer.Argument(help='Such as: label.site = berlin and not name = lab-*; or "all".')]
 
+Static = Annotated[bool, typer.Option("--static", help="Keep whom it takes now, whatever becomes of them.")]
+
 
 @app.command("list")
 def list_cohorts(as_json: AsJson = False) -> None:
@@ -22,7 +24,7 @@ def list_cohorts(as_json: AsJson = False) -> None:
     found = client().plain(calls.list_cohorts())
 
     def render(console: Console) -> None:
-        rows = [(one["name"], one["selector"], when(one["created_at"]), one["created_by"]) for one in found]
+        rows = [(one["name"], _of(one), when(one["created_at"]), one["created_by"]) for one in found]
         console.print(table(["COHORT", "SELECTOR", "CREATED", "BY"], rows))
 
     show(found, as_json, render)
@@ -32,19 +34,19 @@ def list_cohorts(as_json: AsJson = False) -> None:
 def create(
     name: Name,
     selector: Selector,
-    static: Annotated[bool, typer.Option("--static", help="Keep whom it takes now, whatever becomes of them.")] = False,
+    static: Static = False,
     as_json: AsJson = False,
 ) -> None:
     """Save a selector under a name."""
     made = client().plain(calls.create_cohort(name, selector, static=static))
-    show(made, as_json, lambda console: console.print(f"saved cohort {made['name']}: {made['selector']}"))
+    show(made, as_json, lambda console: console.print(f"saved cohort {made['name']}: {_of(made)}"))
 
 
 @app.command()
-def change(name: Name, selector: Selector, as_json: AsJson = False) -> None:
+def change(name: Name, selector: Selector, static: Static = False, as_json: AsJson = False) -> None:
     """Give a cohort another selector; rollouts that are there keep theirs."""
-    made = client().plain(calls.change_cohort(name, selector))
-    show(made, as_json, lambda console: console.print(f"changed cohort {made['name']}: {made['selector']}"))
+    made = client().plain(calls.change_cohort(name, selector, static=static))
+    show(made, as_json, lambda console: console.print(f"changed cohort {made['name']}: {_of(made)}"))
 
 
 @app.command("show")
@@ -68,8 +70,15 @@ def delete(name: Name, as_json: AsJson = False) -> None:
     show({"name": name, "deleted": True}, as_json, lambda console: console.print(f"cohort {name} is forgotten"))
 
 
+def _of(cohort: dict[str, Any]) -> str:
+    """Say whom a cohort takes."""
+    return f"the {cohort['kept']} that were {cohort['kept_from']}" if cohort["kept"] else str(cohort["selector"])
+
+
 def _whom(console: Console, found: dict[str, Any]) -> None:
     console.print(f"selector  {found['selector']}")
+    if found.get("kept"):
+        console.print(f"static    {_of(found)}")
     console.print(f"devices   {found['devices']} now, {found['simulated']} of them simulated")
     if found["names"]:
         rest = found["devices"] - len(found["names"])

@@ -317,6 +317,19 @@ class Cohort(SQLModel, table=True):
     selector: str
     created_at: int = _time()
     created_by: str
+    kept: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default="0"))
+    """Devices of a static cohort, when it was made; 0 of a live one."""
+    kept_from: str = Field(default="", sa_column=Column(String, nullable=False, server_default=""))
+    """The selector that took them."""
+
+
+class KeptMember(SQLModel, table=True):
+    """A device of a static cohort. A list never changes, and outlives its cohort: rollouts have its selector."""
+
+    __tablename__ = "kept_member"
+    list_id: str = Field(primary_key=True)
+    device_id: str = Field(primary_key=True)
+    project_id: str
 
 
 class Flag(SQLModel, table=True):
