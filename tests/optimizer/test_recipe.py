@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
+import jsonschema_rs
 import pytest
 
 from tests.optimizer.models import INT8, RECIPE, workshop
@@ -93,3 +95,13 @@ def test_the_documented_recipe_is_one() -> None:
     text = (Path(__file__).parents[2] / "docs" / "formats" / "recipe.md").read_text()
     example = text.partition("```toml\n")[2].partition("```")[0]
     assert recipe.parse_recipe(example.encode()).variants[1].required
+
+
+def test_the_schema_takes_what_is_packaged_and_no_misspelt_field() -> None:
+    judge = jsonschema_rs.validator_for(recipe.schema())
+    for name in recipe.packaged():
+        judge.validate(tomllib.loads(recipe.find_recipe(name).read_text(encoding="utf-8")))
+    whole = tomllib.loads(recipe.find_recipe("file-type-1.1.0").read_text(encoding="utf-8"))
+    whole["variants"][1]["passes"][0]["perchannel"] = True
+    (error,) = judge.iter_errors(whole)
+    assert list(error.instance_path)[:3] == ["variants", 1, "passes"]

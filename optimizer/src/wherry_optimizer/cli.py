@@ -260,6 +260,14 @@ def sign(
     out.print(signing.describe(signed, opened, made), markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command("recipe-schema")
+def recipe_schema() -> None:
+    """Print the JSON Schema of a recipe, with the parameters of every pass that is installed."""
+    from wherry_optimizer import recipe
+
+    _print_json(recipe.schema())
+
+
 @app.command("passes")
 def list_passes(as_json: AsJson = False) -> None:
     """List the passes that a recipe may use, and what each needs."""

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from wherry_optimizer import passes
 from wherry_shared import digest, limits, operations
 from wherry_shared.bundle import Bounds, EngineName, Operation, Processing
 from wherry_shared.errors import RefusedError
@@ -203,6 +204,25 @@ class LoadedRecipe(msgspec.Struct, frozen=True, kw_only=True):
     recipe: Recipe
     folder: Path
     digest: str
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of a recipe, with the parameters of every pass that is installed.
+
+    Raises:
+        RefusedError: `pass_invalid` where another distribution's pass cannot be loaded.
+    """
+    rows = []
+    for info in passes.catalogue():
+        # a schema of its own each, since the classes are all called Parameters
+        ((own,), parts) = msgspec.json.schema_components([passes.module(info).Parameters])
+        fields = dict(parts[own["$ref"].rpartition("/")[2]])
+        fields["properties"] = {"use": {"const": info.name}, **fields.get("properties", {})}
+        fields["required"] = ["use", *fields.get("required", [])]
+        rows.append({**fields, "title": info.name, "description": info.summary})
+    whole = msgspec.json.schema(Recipe)
+    whole["$defs"]["VariantOf"]["properties"]["passes"] = {"type": "array", "items": {"oneOf": rows}, "default": []}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole}
 
 
 def packaged() -> list[str]:
