@@ -31,6 +31,10 @@ NOT_BY_CALLS = {
     "put_bin": "wherry trust renew, policy and bundle push, by wherry_shared.publishing",
     "follow_rollout": "wherry rollout watch, by Client.follow",
 }
+PAGED = {"cursor", "limit"}
+"""Of lists, which the client reads to their end."""
+SAME = {"add_publisher": {"public_key_pem"}, "list_devices": {"after"}}
+"""What another argument says as well: one of several keys, and a cursor."""
 ARGUMENTS: dict[str, Any] = {
     "number": 7,
     "command": "pause",
@@ -93,6 +97,44 @@ def test_every_call_is_reached_by_a_command() -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "calls"
     }
     assert set(of_calls()) - used == set(NOT_BY_CALLS)
+
+
+def test_every_filter_and_field_of_the_description_is_an_argument_of_its_call(server: Running) -> None:
+    described = httpx.get(f"{server.url}/openapi.json", trust_env=False, timeout=60).json()
+    schemas, missing = described["components"]["schemas"], {}
+    for path, item in described["paths"].items():
+        for operation in item.values():
+            name = operation["operationId"]
+            if not path.startswith(PREFIXES) or name in NOT_BY_CALLS:
+                continue
+            wanted = {one["name"] for one in operation.get("parameters", []) if one["in"] == "query"} - PAGED
+            body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+            if "$ref" in body and "wish" not in inspect.signature(of_calls()[name]).parameters:
+                wanted |= set(schemas[body["$ref"].rsplit("/", 1)[-1]]["properties"])
+            known = {parameter.rstrip("_") for parameter in inspect.signature(of_calls()[name]).parameters}
+            left = wanted - known - SAME.get(name, set())
+            if left:
+                missing[name] = left
+    assert missing == {}
+
+
+def test_every_argument_of_a_call_is_given_by_a_command() -> None:
+    known = {name: list(inspect.signature(function).parameters) for name, function in of_calls().items()}
+    given: dict[str, set[str]] = {name: set() for name in known}
+    for file in Path(command_line.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            if isinstance(node.func.value, ast.Name) and node.func.value.id == "calls":
+                name = node.func.attr
+                if name not in given:  # a type
+                    continue
+                given[name] |= {*known[name][: len(node.args)], *(one.arg for one in node.keywords if one.arg)}
+    assert {
+        name: left
+        for name, arguments in known.items()
+        if name not in NOT_BY_CALLS and (left := set(arguments) - given[name] - {"limit", "if_match"})
+    } == {}
 
 
 def test_answers_are_values_and_lists_are_read_to_their_end(client: Client) -> None:

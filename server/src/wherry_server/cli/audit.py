@@ -28,12 +28,13 @@ def list_audit(
     actor: Annotated[str, typer.Option(help="Whose entries, such as token:admin.")] = "",
     action: Annotated[str, typer.Option(help="Such as rollout.create.")] = "",
     subject: Annotated[str, typer.Option(help="Of what.")] = "",
+    before: Annotated[int | None, typer.Option(help="Older than the entry of this number.", min=1)] = None,
     count: Annotated[int, typer.Option(help="How many of the newest.", min=1)] = 50,
     as_json: AsJson = False,
 ) -> None:
     """List the newest entries."""
     with client() as server:
-        entries = server.each(calls.list_audit(actor, action, subject, limit=min(count, 1000)))
+        entries = server.each(calls.list_audit(actor, action, subject, before, limit=min(count, 1000)))
         found = msgspec.to_builtins(list(itertools.islice(entries, count)))
 
     def render(console: Console) -> None:

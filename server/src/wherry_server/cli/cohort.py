@@ -19,9 +19,9 @@ Static = Annotated[bool, typer.Option("--static", help="Keep whom it takes now, 
 
 
 @app.command("list")
-def list_cohorts(as_json: AsJson = False) -> None:
+def list_cohorts(name: Annotated[str, typer.Option(help="Part of the name.")] = "", as_json: AsJson = False) -> None:
     """List the saved cohorts."""
-    found = client().plain(calls.list_cohorts())
+    found = client().plain(calls.list_cohorts(name))
 
     def render(console: Console) -> None:
         rows = [(one["name"], _of(one), when(one["created_at"]), one["created_by"]) for one in found]

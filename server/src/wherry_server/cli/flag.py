@@ -71,9 +71,9 @@ def parse_rule(text: str) -> dict[str, Any]:
 
 
 @app.command("list")
-def list_flags(as_json: AsJson = False) -> None:
+def list_flags(name: Annotated[str, typer.Option(help="Part of the name.")] = "", as_json: AsJson = False) -> None:
     """List the flags."""
-    found = client().plain(calls.list_flags())
+    found = client().plain(calls.list_flags(name))
 
     def render(out: Console) -> None:
         rows = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 from rich.console import Console
 
@@ -12,10 +14,10 @@ app = typer.Typer(name="model", help="Models and their versions.", no_args_is_he
 
 
 @app.command("list")
-def list_models(as_json: AsJson = False) -> None:
+def list_models(name: Annotated[str, typer.Option(help="Part of the name.")] = "", as_json: AsJson = False) -> None:
     """List models with their versions, the newest first."""
     with client() as server:
-        found = server.plain(calls.list_models())
+        found = server.plain(calls.list_models(name))
 
     def render(console: Console) -> None:
         rows = [

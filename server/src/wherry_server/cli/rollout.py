@@ -232,9 +232,13 @@ def show_rollout(number: Number, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def decisions(number: Number, as_json: AsJson = False) -> None:
+def decisions(
+    number: Number,
+    after: Annotated[int, typer.Option(min=0, help="Behind this revision.")] = 0,
+    as_json: AsJson = False,
+) -> None:
     """List what was decided on a rollout."""
-    found = client().plain(calls.list_decisions(number))
+    found = client().plain(calls.list_decisions(number, after))
 
     def render(out: Console) -> None:
         rows = [(one["revision"], when(one["at"]), "; ".join(_said(d) for d in one["decisions"])) for one in found]

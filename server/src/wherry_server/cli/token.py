@@ -59,10 +59,14 @@ def create_api_token(
 
 
 @app.command("list")
-def list_tokens(as_json: AsJson = False) -> None:
+def list_tokens(
+    name: Annotated[str, typer.Option(help="Part of the name.")] = "",
+    role: Annotated[str | None, typer.Option(help="Of this role.")] = None,
+    as_json: AsJson = False,
+) -> None:
     """List the tokens of people and machines, without their secrets."""
     with client() as server:
-        found = server.plain(calls.list_tokens())
+        found = server.plain(calls.list_tokens(name, role))
 
     def render(console: Console) -> None:
         rows = [
