@@ -80,7 +80,8 @@ SILENT_LOOKS = 8
 """A worker whose pulse stood still for so many looks in a row hangs. Looks are counted, not seconds: a device that slept
 looks once when it wakes."""
 HELD_SECONDS_MAX = 300.0
-"""A worker in which no run ended for so long, although others waited for one to end, hangs in its engine."""
+"""A worker in which no run ended for so long, although others waited for one to end, hangs in its engine; where the terms
+of a model give a request more than half of it, twice what they give."""
 ABORT_S = 5.0
 """A worker that hangs is ended by SIGABRT, which says what it ran; after this time by SIGKILL."""
 SPARE_AFTER_S = 10.0
@@ -707,7 +708,10 @@ class WorkerProcess:
         seat.pulse = beats
         if seat.silent >= SILENT_LOOKS:
             return f"it showed no sign of life for {seat.silent * LOOK_S:.0f} s"
-        if held_ms >= HELD_SECONDS_MAX * 1000:
+        deadline_ms = (
+            max((model.deadline_ms for model in self._told.models), default=0) if self._told is not None else 0
+        )
+        if held_ms >= max(HELD_SECONDS_MAX * 1000, 2 * deadline_ms):
             return f"no run ended for {held_ms / 1000:.0f} s although others waited"
         return ""
 
