@@ -20,6 +20,7 @@ from wherry_shared.bundle import Descriptor
 from wherry_shared.digest import check_digest, of_bytes
 from wherry_shared.errors import RefusedError
 from wherry_shared.image_layout import SIGNED, Layout
+from wherry_shared.key_holders import using
 from wherry_shared.publishing_bins import Bin, PublisherKey, Session, expiry, keep, parse, signed_bytes
 from wherry_shared.publishing_remote import Remote
 
@@ -310,7 +311,8 @@ def _sign(release: _Bundle, session: Session, current: Bin) -> Signed:
             **current.targets,
             target.path: target,
         }:
-            metadata.sign(session.key.signer, append=True)
+            with using(session.key.signer):
+                metadata.sign(session.key.signer, append=True)
             data = metadata.to_bytes()
             return _keep_signed(release, current, metadata.signed.version, data, "cosigned")
         raise RefusedError(

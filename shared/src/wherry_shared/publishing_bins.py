@@ -23,7 +23,7 @@ from tuf.api.serialization import DeserializationError, SerializationError
 from wherry_shared import key_files, limits
 from wherry_shared.digest import check_digest
 from wherry_shared.errors import RefusedError
-from wherry_shared.key_holders import PREFIX, open_key
+from wherry_shared.key_holders import PREFIX, open_key, using
 from wherry_shared.publishing_remote import Remote
 
 LIFE = timedelta(days=90)
@@ -268,7 +268,8 @@ def signatures_of(metadata: Metadata[Targets], keys: Sequence[Key]) -> int:
 def signed_bytes(key: PublisherKey, content: Targets) -> bytes:
     """Sign `content` with a publisher's key alone."""
     metadata = Metadata(content)
-    metadata.sign(key.signer)
+    with using(key.signer):
+        metadata.sign(key.signer)
     return metadata.to_bytes()
 
 

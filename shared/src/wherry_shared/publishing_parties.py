@@ -14,6 +14,7 @@ from securesystemslib.signer import Key
 from tuf.api.metadata import Delegations, Metadata, SuccinctRoles, Targets
 
 from wherry_shared.errors import RefusedError
+from wherry_shared.key_holders import using
 from wherry_shared.publishing_bins import PublisherKey, Session, expiry, parse, signatures_of, signed_bytes
 from wherry_shared.publishing_remote import Remote
 
@@ -132,7 +133,8 @@ def cosign(remote: Remote, key: PublisherKey, proposal: Proposal) -> Outcome:
         RefusedError: what the server refused.
     """
     metadata = proposal.metadata
-    metadata.sign(key.signer, append=True)
+    with using(key.signer):
+        metadata.sign(key.signer, append=True)
     outcome = Session(remote, key).submit(proposal.role, metadata.to_bytes(), proposal.replaces)
     return "accepted" if outcome == "accepted" else "proposed"
 

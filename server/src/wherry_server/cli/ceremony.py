@@ -35,12 +35,29 @@ Threshold = Annotated[int, typer.Option(help="How many of the keys have to sign.
 
 @app.command("key")
 def make_key(
-    file: Annotated[Path, typer.Argument(help="Where the key goes; its public half goes beside it, as FILE.pub.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="Where the key goes: a file, with its public half as FILE.pub beside it; or pkcs11:TOKEN/ID."
+        ),
+    ],
+    public: Annotated[Path | None, typer.Option(help="Where the public half goes.", show_default="FILE.pub")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a signing key in an encrypted file; the password is typed, or in WHERRY_KEY_PASSWORD_FILE."""
-    from wherry_shared import key_files
+    """Make a signing key in an encrypted file (password typed, or in WHERRY_KEY_PASSWORD_FILE) or in a security module."""
+    from wherry_shared import key_files, key_holders
 
+    if str(file).startswith(key_holders.PREFIX):
+        held = key_holders.make_in_module(str(file))
+        public = public or Path(f"{str(file).removeprefix(key_holders.PREFIX).replace('/', '-')}.pub")
+        public.write_text(key_files.public_pem(held), encoding="ascii")
+        made = {"key": str(file), "public": str(public), "keyid": held.public_key.keyid}
+        show(
+            made,
+            as_json,
+            lambda console: console.print(f"{file}, never out of its module; {public}, key {made['keyid'][:12]}"),
+        )
+        return
     password = key_files.password_of(f"the new key {file}", fresh=True)
     try:
         signer = key_files.create(file, password)
@@ -48,7 +65,7 @@ def make_key(
         raise RefusedError(
             "key_taken", f"{file} is there already", consequence="it was left alone", next_step="choose another name"
         ) from error
-    public = file.with_name(file.name + ".pub")
+    public = public or file.with_name(file.name + ".pub")
     public.write_text(key_files.public_pem(signer), encoding="ascii")
     found = {"key": str(file), "public": str(public), "keyid": signer.public_key.keyid}
     show(found, as_json, lambda console: console.print(f"{file} (encrypted) and {public}, key {found['keyid'][:12]}"))
@@ -223,7 +240,7 @@ def sign(
 ) -> None:
     """Read what changes, and sign it."""
     from wherry_server.ceremony import Ceremony
-    from wherry_shared.key_holders import open_key
+    from wherry_shared.key_holders import open_key, using
 
     held = Ceremony(folder)
     held.check(_now())
@@ -231,7 +248,9 @@ def sign(
         for line in held.changes():
             typer.echo(line, err=True)
         typer.confirm("Sign this?", abort=True, err=True)
-    done = held.sign(open_key(key), _now())
+    signer = open_key(key)
+    with using(signer):
+        done = held.sign(signer, _now())
 
     def render(console: Console) -> None:
         console.print(f"signed {' and '.join(done)}")
