@@ -137,7 +137,7 @@ class Running:
 @contextmanager
 def running(folder: Path, **overrides: Any) -> Iterator[Running]:
     """Run a server over a new or used data folder."""
-    settings = Settings.load(folder, port=free_port(), **overrides)
+    settings = Settings.load(folder, port=free_port(), **{"refused_per_s": 0, **overrides})
     prepare(settings)
     admin = in_database(settings, lambda c: auth.create_token(c, settings.project, "admin", "admin", 1))
     server = uvicorn.Server(

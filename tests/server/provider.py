@@ -32,6 +32,7 @@ class Provider:
         self.wrong_issuer = False
         self.codes: dict[str, dict[str, str]] = {}
         self.url = ""
+        self.secret = SECRET
 
     def authorize(self, asked: dict[str, str]) -> str:
         code = secrets.token_urlsafe(16)
@@ -40,7 +41,7 @@ class Provider:
 
     def token(self, form: dict[str, str]) -> dict[str, Any] | None:
         asked = self.codes.pop(form.get("code", ""), None)
-        if asked is None or (form.get("client_id"), form.get("client_secret")) != (CLIENT, SECRET):
+        if asked is None or (form.get("client_id"), form.get("client_secret")) != (CLIENT, self.secret):
             return None
         digest = hashlib.sha256(form.get("code_verifier", "").encode()).digest()
         if base64.urlsafe_b64encode(digest).decode().rstrip("=") != asked["code_challenge"]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
@@ -31,6 +30,7 @@ from wherry_server.api import (
     tuf,
     webhooks,
 )
+from wherry_server.border import DOCS, Asgi, Headers, Message, Receive, Scope, Send, Strangers
 from wherry_server.encodings import Encoder
 from wherry_server.pulse import Pulse
 from wherry_server.rates import Rates
@@ -63,11 +63,6 @@ ROUTERS = (
 BODY_BYTES_MAX = 4 * MIB
 """Any request body but a blob: room for TUF metadata (2 MiB) and for twenty frames of 100 KB."""
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Asgi = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
-
 
 class BodyLimit:
     """Refuses a body at its first byte too many, declared or not."""
@@ -75,7 +70,7 @@ class BodyLimit:
     def __init__(self, app: Asgi) -> None:
         self._app = app
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, counting its body."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
@@ -122,22 +117,35 @@ def create_app(services: Services) -> FastAPI:
                 await app.state.encoder.close()
             await services.close()
 
+    # the scripts of these pages come from elsewhere: not where browsers are let in
+    docs_url, redoc_url = (None, None) if services.settings.oidc else DOCS
     app = FastAPI(
         title="Wherry",
         version=__version__,
         summary="Carries machine-learning models to fleets of edge devices: small, signed, staged, reversible.",
         lifespan=lifespan,
+        docs_url=docs_url,
+        redoc_url=redoc_url,
         generate_unique_id_function=_operation_id,
         responses={"4XX": {"description": "Problem", "content": {problems.MEDIA_TYPE: {"schema": problems.SCHEMA}}}},
     )
     app.state.services = services
-    app.state.rates = Rates(services.settings.api_reads_per_s, services.settings.api_changes_per_s)
+    settings = services.settings
+    app.state.rates = Rates(
+        settings.api_reads_per_s,
+        settings.api_changes_per_s,
+        device_requests_per_s=settings.device_requests_per_s,
+        public_per_s=settings.public_per_s,
+        refused_per_s=settings.refused_per_s,
+    )
     app.state.streams = set()
     app.state.encoder = None
     app.state.readers = Readers(services.blobs)
     app.state.pulse = Pulse(services.blobs)
     problems.install(app)
     app.add_middleware(BodyLimit)
+    app.add_middleware(Strangers, rates=app.state.rates)
+    app.add_middleware(Headers, https=settings.oidc is not None and settings.oidc.public_url.startswith("https:"))
     access.operations(module.router for module in ROUTERS)
     for module in ROUTERS:
         app.include_router(module.router)

@@ -283,6 +283,7 @@ async def identify_device(request: Request, services: ServicesDep) -> DeviceIden
 
     Raises:
         RefusedError: `unauthenticated`, `device_revoked`, `certificate_invalid`, `certificate_missing` or `certificate_lapsed`.
+        TooManyError: `rate_limited`.
     """
     rule = services.settings.device_certificates
     shown = peer.certificate(request, services) if rule != "off" else None
@@ -337,6 +338,8 @@ async def identify_device(request: Request, services: ServicesDep) -> DeviceIden
             consequence="nothing was done",
             next_step="connect by HTTPS with the certificate and key of its identity",
         )
+    rates: Rates = request.app.state.rates
+    rates.count("device_requests_per_s", device)
     return DeviceIdentity(id=device, name=row.name, project=services.project)
 
 

@@ -93,6 +93,17 @@ STATUS: dict[str, int] = {
 """HTTP status by code. What is not listed: 422 refused, 503 unreachable, 507 this machine cannot."""
 
 
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+"""What every answer says to browsers, unless it says otherwise itself."""
+
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["title", "status", "detail", "code"],
@@ -211,6 +222,7 @@ async def _failed(request: Request, error: Exception) -> Response:
         "the server failed at this request",
         consequence="it may or may not have been carried out",
         next_step="look into the server's log",
+        headers=HEADERS,  # beyond all layers: nothing else adds them
     )
 
 

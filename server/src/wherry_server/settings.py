@@ -91,6 +91,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What one API token may read in a second (five seconds' worth at once); 0: as much as it likes."""
     api_changes_per_s: Annotated[float, msgspec.Meta(ge=0)] = 50
     """What one API token may change in a second (five seconds' worth at once); 0: as much as it likes."""
+    device_requests_per_s: Annotated[float, msgspec.Meta(ge=0)] = 50
+    """What one device may ask over HTTP in a second (five seconds' worth at once); 0: as much as it likes."""
+    public_per_s: Annotated[float, msgspec.Meta(ge=0)] = 500
+    """What one address may ask in a second of what needs nobody to be known: enrolment, TUF metadata, logins; 0: no limit."""
+    refused_per_s: Annotated[float, msgspec.Meta(ge=0)] = 20
+    """How often one address may be refused in a second before it has to wait; 0: no limit."""
     oidc: Oidc | None = None
     """Where people log in; without it there are API tokens only."""
     encode_blobs: bool = True
