@@ -86,6 +86,7 @@ def enrol(task: Enrol, disk: Disk) -> Identity:
         broker_host=answer.broker_host,
         broker_port=answer.broker_port,
         broker_tls=answer.broker_tls,
+        broker_tokens=answer.broker_tokens,
         not_before=not_before,
         not_after=not_after,
     )

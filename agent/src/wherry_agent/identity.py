@@ -48,6 +48,8 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     broker_host: str
     broker_port: int
     broker_tls: bool = False
+    broker_tokens: bool = False
+    """Whether the broker's password is a token that the server gives for each connection."""
     pair: str = ""
     """Folder below `identity` that holds the key and certificate in use; empty: `identity` itself, where enrolment put
     them. Replacing `device.json` is what makes a renewed pair count, whole."""

@@ -23,7 +23,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from wherry_agent import identity as identities
 from wherry_agent.identity import Identity
-from wherry_shared import frames, topics
+from wherry_shared import frames, topics, wire
 from wherry_shared.errors import WherryError
 from wherry_shared.limits import MQTT_PAYLOAD_BYTES_MAX
 
@@ -211,6 +211,8 @@ class Link:
         self._lost.clear()  # before the identity is read: another certificate ends a connection with this one
         identity = self._identity
         client = new_client(self._home, identity)
+        if identity.broker_tokens:
+            client.username_pw_set(identity.device, self._broker_token())
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
         client.on_disconnect = self._on_disconnect
@@ -232,6 +234,21 @@ class Link:
             elif was_up:
                 self._down_since = time.monotonic()
                 self._callbacks.down()
+
+    def _broker_token(self) -> str:
+        """Ask the server for the password of the next connection.
+
+        Raises:
+            OSError: there is none.
+        """
+        try:
+            with self._http().request("POST", f"{self._server}/device/v1/broker-token", body=b"") as answer:
+                body = answer.read(ANSWER_BYTES_MAX)
+                if answer.status != 200:
+                    raise OSError(f"the server gave no token for the broker: HTTP {answer.status}")
+            return wire.parse(wire.BrokerToken, body).token
+        except WherryError as error:
+            raise OSError(f"no token for the broker: {error}") from error
 
     def _on_connect(
         self, client: mqtt.Client, _data: Any, _flags: Any, code: ReasonCode, _p: Properties | None

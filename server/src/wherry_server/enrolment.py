@@ -212,6 +212,7 @@ async def enrol(services: Services, request: wire.EnrolRequest) -> wire.EnrolAns
         broker_host=services.settings.broker_host,
         broker_port=services.settings.broker_port,
         broker_tls=services.settings.broker_tls,
+        broker_tokens=services.settings.broker_tokens,
         tuf_path=f"/tuf/{services.project}",
     )
 

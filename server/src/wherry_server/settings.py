@@ -71,6 +71,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     `broker_server_port` with one that they make themselves (`wherry broker config` writes such a broker's configuration)."""
     broker_server_host: str = "127.0.0.1"
     broker_server_port: int = DEFAULT_BROKER_SERVER_PORT
+    broker_tokens: bool = False
+    """Whether devices give the broker a signed token as their password (for EMQX and others that check them); where it has TLS, the
+    certificate is not asked for then."""
     broker_reload: list[str] = []
     """Command that has the broker read its list of revoked certificates again; empty: SIGHUP to the process that its
     `mosquitto.pid` names."""

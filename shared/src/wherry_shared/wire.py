@@ -346,8 +346,18 @@ class EnrolAnswer(_Wire, frozen=True, kw_only=True):
     broker_host: str
     broker_port: int
     broker_tls: bool = False
+    broker_tokens: bool = False
+    """Whether the broker wants a token as the password, which `POST /device/v1/broker-token` gives."""
     tuf_path: str = ""
     """Path of this project's TUF metadata below the server's address, `/tuf/PROJECT`."""
+
+
+class BrokerToken(_Wire, frozen=True, kw_only=True):
+    """`POST /device/v1/broker-token`: the password of the device that asked, for a broker that checks tokens."""
+
+    format: int
+    token: str
+    expires_at: int
 
 
 class RenewRequest(_Wire, frozen=True, kw_only=True):

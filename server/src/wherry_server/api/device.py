@@ -12,6 +12,7 @@ from fastapi.responses import StreamingResponse
 from wherry_server import enrolment, fleet, ranges
 from wherry_server.api.again import Again
 from wherry_server.auth import CurrentDevice, ServicesDep
+from wherry_server.broker_tokens import Issuer
 from wherry_server.reading import Readers
 from wherry_shared import wire
 from wherry_shared.digest import check_digest
@@ -46,6 +47,14 @@ async def enrol(request: Request, services: ServicesDep) -> Response:
 async def renew(request: Request, services: ServicesDep, device: CurrentDevice) -> Response:
     """Give the device that asks its next certificate."""
     answer = await enrolment.renew(services, device, wire.parse(wire.RenewRequest, await request.body()))
+    return Response(wire.encode(answer), media_type=JSON)
+
+
+@router.post("/broker-token")
+async def broker_token(services: ServicesDep, device: CurrentDevice) -> Response:
+    """Give the device that asks its password for a broker that checks tokens."""
+    token = Issuer.ensure(services.settings.keys_folder, services.project).issue(device.id)
+    answer = wire.BrokerToken(format=wire.FORMAT, token=token.text, expires_at=token.expires_at)
     return Response(wire.encode(answer), media_type=JSON)
 
 

@@ -10,6 +10,7 @@ from fastapi.responses import FileResponse, JSONResponse
 
 from wherry_server import wheels
 from wherry_server.auth import ServicesDep
+from wherry_server.broker_tokens import Issuer
 from wherry_shared.errors import RefusedError
 
 router = APIRouter(prefix="/install", tags=["device"])
@@ -25,6 +26,12 @@ async def join_program() -> Response:
 async def authority(services: ServicesDep) -> Response:
     """The certificate of the authority that signs for this server and its devices."""
     return Response(services.authority.ca_pem, media_type="application/x-pem-file")
+
+
+@router.get("/broker-keys.json", response_class=JSONResponse)
+def broker_keys(services: ServicesDep) -> Response:
+    """The public keys (JWK set) with which a broker checks tokens of devices."""
+    return JSONResponse(Issuer.ensure(services.settings.keys_folder, services.project).key_set())
 
 
 @router.get("/wheels.json", response_class=JSONResponse)
