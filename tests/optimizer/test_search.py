@@ -404,16 +404,19 @@ def test_operators_are_given_back_one_after_another_until_the_gate_lets_one_pass
     assert proposed(both) == ["int8-static-less-1", "int8-dynamic-less-1"]
     both |= {"int8-static-less-1": CRASHED, "int8-dynamic-less-1": GOOD}
     assert "zeros-0.5+int8-dynamic-less-1" in proposed(both)
-    assert "channels-0.25+int8-static-less-4" in proposed(tried)
+    assert "channels-0.5+int8-static-less-4" in proposed(tried)
 
 
-def test_pruning_climbs_as_long_as_it_passes_and_ends_in_the_best_quantizer() -> None:
+def test_pruning_climbs_while_it_passes_and_steps_down_where_it_does_not() -> None:
     tried = dict.fromkeys(FIRST, GOOD)
-    assert proposed(tried) == ["channels-0.25+int8-static", "zeros-0.5+int8-static"]
-    tried |= {"channels-0.25+int8-static": GOOD, "zeros-0.5+int8-static": DROPPED}
-    assert proposed(tried) == ["channels-0.5+int8-static", "channels-0.25+zeros-0.5+int8-static"]
-    tried |= {"channels-0.5+int8-static": CRASHED, "channels-0.25+zeros-0.5+int8-static": GOOD}
+    assert proposed(tried) == ["channels-0.5+int8-static", "zeros-0.5+int8-static"]
+    tried |= {"channels-0.5+int8-static": GOOD, "zeros-0.5+int8-static": DROPPED}
+    lead = "channels-0.5+zeros-0.5+int8-static"
+    assert proposed(tried) == ["channels-0.625+int8-static", "zeros-0.3+int8-static", lead]
+    tried |= {"channels-0.625+int8-static": DROPPED, "zeros-0.3+int8-static": DROPPED, lead: GOOD}
     assert proposed(tried) == []
+    tried = dict.fromkeys(FIRST, GOOD) | {"channels-0.5+int8-static": CRASHED, "zeros-0.5+int8-static": DROPPED}
+    assert proposed(tried) == ["zeros-0.3+int8-static"]
 
 
 def test_arm_gets_signed_activations_first_and_x86_unsigned_ones() -> None:

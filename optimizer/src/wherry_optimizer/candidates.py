@@ -26,8 +26,10 @@ SOURCE = "float"
 """Id of the source as it is."""
 ROLLBACKS = (1, 2, 4, 8, 16)
 """So many operators are given back to float, one try after another, until the gate lets one pass."""
-CHANNELS = (0.25, 0.5, 0.625)
-SPARSITIES = (0.5, 0.7)
+CHANNELS = (0.125, 0.25, 0.5, 0.625, 0.75)
+SPARSITIES = (0.3, 0.5, 0.7, 0.8)
+STARTED_AT = 0.5
+"""A pruning ladder begins with this share, and goes up while the gate lets it pass, else down until it does."""
 FOLD = Step(use="quantize-weights", parameters={"form": "fold"}, optional=True)
 """What is still float after other quantizers: recurrent weights, embedding tables, excluded layers."""
 
@@ -140,7 +142,7 @@ def _onnx(tried: Mapping[str, Fared], target: Target, *, prune: bool) -> list[Ca
         if shares:
             first = Step(use="prune-channels", parameters={"ratio": shares[-1]})
             lead = f"channels-{shares[-1]:g}"
-            more += _ladder(tried, f"{lead}+zeros", SPARSITIES[:1], "prune-obs", "sparsity", tail, name, (first,))
+            more += _ladder(tried, f"{lead}+zeros", SPARSITIES[:2], "prune-obs", "sparsity", tail, name, (first,))
     return more
 
 
@@ -175,13 +177,18 @@ def _ladder(
     name: str,
     head: tuple[Step, ...] = (),
 ) -> list[Candidate]:
-    """Return the next rung of a pruning ladder: each is tried only where the one before passed."""
-    for share in shares:
+    """Return the next rung of a pruning ladder: up from `STARTED_AT` while it passes, else down until it does."""
+    middle = shares.index(STARTED_AT)
+    up, down = shares[middle:], shares[:middle][::-1]
+    first = tried.get(f"{word}-{STARTED_AT:g}+{name}")
+    if first is not None and first.code:
+        return []  # it could not be made at all
+    for share in up if first is None or first.passed else down:
         key = f"{word}-{share:g}+{name}"
         if key not in tried:
             step = Step(use=use, parameters={parameter: share})
             return [Candidate(key, (*head, step, *tail))]
-        if not tried[key].passed:
+        if tried[key].passed != (share >= STARTED_AT):
             return []
     return []
 
