@@ -373,6 +373,7 @@ async def fleet(folder: Path) -> AsyncIterator[Fleet]:
         authority=cast("Any", None),
         project=PROJECT,
         master_key=secrets.token_bytes(32),
+        proxy_secret="",
     )
     signer = Ed25519PrivateKey.generate()
     lease = Lease(database, PROJECT, "director")

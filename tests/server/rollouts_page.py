@@ -89,8 +89,8 @@ What is rolled out is a bundle, or a variant of a [feature flag](flags.md#rollin
 
 Inside a stage `rate` bounds how many devices are exposed per minute (evenly growing with `ramp_to` and `ramp_s`; the ramp begins
 anew after a pause, and after a time in which nobody could be exposed), and `window` at which hours of its own time zone (fact
-`timezone`) a device is exposed. A device counts as silent or late from when it was exposed, so no clock runs while its window is
-shut, and neither does `stage_max_s` while rate or windows are what holds a stage up. A device that is away when it is exposed
+`timezone`) a device is exposed. A device counts as silent or late from when it was exposed, and as late by the time in which its window
+was open since then, so no clock runs while its window is shut, and neither does `stage_max_s` while rate or windows are what holds a stage up. A device that is away when it is exposed
 takes the offer when it is back, also outside of its window: for a hard bound give it a window of its own (`docs/device.md`).
 
 ## What can be relied on

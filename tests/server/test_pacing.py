@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
 
 from tests.server.fleet_kit import MODEL, PROJECT, FakeDevice, Fleet, fleet, manifest_of, run
 from wherry_agent import conditions
-from wherry_server import offers, quarantine, rollouts
+from wherry_server import evidence, offers, quarantine, rollouts, standing
 from wherry_server.pacing import DAYS, Rate, Window, start_us
 from wherry_server.plan import parse_plan
 from wherry_server.targeting import counted_cut_offs
@@ -194,6 +194,87 @@ def test_a_device_is_exposed_in_its_own_night_and_nothing_is_late_meanwhile(tmp_
             await found.turn()
             assert {one.running for one in tokyo} == {manifest_of("1.1.0")}
             assert (await found.show(number))["state"] == "done"
+
+    run(work())
+
+
+@given(
+    st.sampled_from(["00:00", "01:00", "09:30", "22:00"]),
+    st.sampled_from(["00:00", "02:00", "10:00", "05:15"]),
+    st.sets(st.sampled_from(DAYS), min_size=1),
+    st.integers(0, 5 * 24 * 60),
+    st.integers(0, 3 * 24 * 60),
+    st.sampled_from(["UTC", "Asia/Tokyo", "nowhere"]),
+)
+@settings(max_examples=40, deadline=None)
+def test_the_time_in_which_a_window_was_open_is_that_of_its_minutes(
+    opens: str, until: str, days: set[Any], since_min: int, for_min: int, zone: str
+):
+    window = Window(from_=opens, until=until, days=sorted(days))
+    since = at("2026-01-05T00:00") + since_min * 60_000_000
+    minutes = sum(window.open_at(since + minute * 60_000_000, zone) for minute in range(for_min))
+    end = since + for_min * 60_000_000
+    assert window.open_for(minutes * 60, since, end, zone)
+    assert not window.open_for(minutes * 60 + 1, since, end, zone)
+
+
+def test_a_device_is_late_only_by_the_time_in_its_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two devices say that they know and then nothing: the night of one is over before it has had its time."""
+
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            found.conductor.moment = lambda: at("2026-01-05T00:00") + int(found.seconds * 1e6)
+            await found.publish("1.0.0", "1.1.0")
+            berlin, helsinki = await found.enrol(1, version="1.0.0"), await found.enrol(1, version="1.0.0")
+            await set_timezones(found, berlin, "Europe/Berlin")  # 01:00
+            await set_timezones(found, helsinki, "Europe/Helsinki")  # 02:00
+            for device in (*berlin, *helsinki):
+                device.behaviours["1.1.0"] = "stuck"
+            number = await found.roll_out(
+                "1.1.0",
+                window={"from": "00:00", "until": "03:00"},
+                late_s=5_400,
+                late={"count": 5},
+                silent={"count": 5},
+                trial={"max_s": 60},
+            )
+            for _ in range(3):
+                await found.turn()
+
+            async with found.database.write() as connection:  # ingest reads its own clock
+                noticed = {"at": at("2026-01-05T00:00")}
+                await connection.execute(text("UPDATE assignment SET noticed_at = :at WHERE noticed_at > 0"), noticed)
+                await connection.execute(text("UPDATE device SET last_seen_at = :at"), {"at": at("2027-01-01T00:00")})
+
+            async def stands() -> dict[str, int]:
+                async with found.database.read() as connection:
+                    row = await rollouts.find(connection, PROJECT, number)
+                    plan = parse_plan(row.plan)
+                    tallied = await evidence.tally(connection, row.id, plan, found.conductor.moment())
+                (stage,) = evidence.counts(plan, tallied)
+                return {name: getattr(stage, name) for name in stage.__struct_fields__ if getattr(stage, name)}
+
+            assert await stands() == {"pending": 2}
+            await found.turn(seconds=6_000)
+            await found.turn()
+            assert await stands() == {"pending": 1, "late": 1}, (
+                "Berlin has had its hour and a half, Helsinki's night was over before"
+            )
+            await found.turn(seconds=12 * 3600)
+            await found.turn()
+            assert await stands() == {"pending": 1, "late": 1}, "outside of its window nobody is late"
+            moment = found.conductor.moment()
+            monkeypatch.setattr(standing, "now_us", lambda: moment)
+            async with found.database.read() as connection:
+                for state, whom in (("pending", helsinki), ("late", berlin)):
+                    listed = await standing.devices(connection, PROJECT, number, state=state, limit=1)  # type: ignore[arg-type]
+                    assert [one["device"] for one in listed] == [whom[0].id]
+                row = await rollouts.find(connection, PROJECT, number)
+                told = await standing.device(connection, row, parse_plan(row.plan), helsinki[0].id)
+                assert (told["code"], "late_in_s" in told) == ("pending", False)
+            await found.turn(seconds=9 * 3600)
+            await found.turn()
+            assert await stands() == {"late": 2}, "its next window has begun, and half an hour of it is over"
 
     run(work())
 

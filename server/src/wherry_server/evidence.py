@@ -24,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from wherry_server import cohorts
 from wherry_server.gates import BESIDE, counts_devices
 from wherry_server.outcomes import FAILURES
+from wherry_server.pacing import Window
 from wherry_server.plan import Plan
 from wherry_server.rollout import (
     ACTIVE,
@@ -43,6 +44,7 @@ from wherry_shared.errors import RefusedError
 from wherry_shared.facts import DeviceFacts, hardware_class
 
 SECOND_US = 1_000_000
+MINUTE_US = 60 * SECOND_US
 CLASS_BAD_DEVICES_MIN = 2
 """A hardware class is known bad by no fewer devices than this: one may just be broken."""
 CLASS_BAD_SHARE_MIN = 0.1
@@ -86,6 +88,13 @@ def below(candidates: list[Candidate], stored: Mapping[str, int], share: float) 
     """Return the candidates at or below the cut-offs, in their order."""
     cut_offs = {stratum: cut_off_of(stratum, stored, share) for stratum in {one.stratum for one in candidates}}
     return [one for one in candidates if one.key <= cut_offs[one.stratum]]
+
+
+def timezone_of(facts: str) -> str:
+    """Return the time zone that facts (JSON text) name, empty if they name none."""
+    found = msgspec.json.decode(facts)
+    zone = found.get("timezone") if isinstance(found, dict) else None
+    return zone if isinstance(zone, str) else ""
 
 
 def in_window(plan: Plan, candidates: list[Candidate], now: int) -> list[Candidate]:
@@ -196,13 +205,23 @@ async def read(
     return ahead(plan, progress, evidence, found.keys)
 
 
+class Told(NamedTuple):
+    """Devices of one stage with one outcome for one reason, and what they count as."""
+
+    stage: int
+    outcome: str
+    reason: str
+    simulated: bool
+    became: str
+    devices: int
+
+
 @dataclass(frozen=True, slots=True)
 class Tally:
     """What became of the devices of a rollout, counted once for all that is made of it."""
 
     now: int
-    rows: tuple[Any, ...]
-    """(stage, outcome, reason, simulated, became, devices)"""
+    rows: tuple[Told, ...]
 
     @property
     def broken(self) -> int:
@@ -222,11 +241,27 @@ class Tally:
 
 async def tally(connection: AsyncConnection, rollout: str, plan: Plan, now: int) -> Tally:
     """Count the devices of a rollout."""
-    rows = await connection.execute(
-        _TALLY,
-        {"rollout": rollout, "silent": now - plan.silent_s * SECOND_US, "late": now - plan.late_s * SECOND_US},
-    )
-    return Tally(now, tuple(rows))
+    named = {"rollout": rollout, "silent": now - plan.silent_s * SECOND_US, "late": now - plan.late_s * SECOND_US}
+    told = [Told(*row) for row in await connection.execute(_TALLY, named)]
+    if plan.window is not None and any(one.became == "late" for one in told):
+        told = [one for one in told if one.became != "late"]
+        told += await _overdue(connection, plan.window, plan.late_s, named, now)
+    return Tally(now, tuple(told))
+
+
+async def _overdue(
+    connection: AsyncConnection, window: Window, late_s: int, named: Mapping[str, Any], now: int
+) -> list[Told]:
+    """Return the devices that would be late if their windows never shut: late is who had so much time *in* its window."""
+    zone = "json_extract(d.facts, '$.timezone')" if connection.dialect.name == "sqlite" else "d.facts ->> 'timezone'"
+    found: list[Told] = []
+    for row in await connection.execute(text(_OVERDUE.replace("{zone}", zone)), named):
+        since = row.minute * MINUTE_US
+        late = window.open_for(late_s, since, now, row.zone if isinstance(row.zone, str) else "")
+        found.append(
+            Told(row.stage, row.outcome, row.reason, row.simulated, "late" if late else "pending", row.devices)
+        )
+    return found
 
 
 def counts(plan: Plan, tallied: Tally) -> list[Counts]:
@@ -454,6 +489,13 @@ _TALLY = text(
     " CASE WHEN a.outcome IN ('returned', 'failed', 'refused') THEN 'failed'"
     f" WHEN a.outcome <> 'exposed' THEN a.outcome {UNSETTLED} AS became, count(*) AS devices"
     " FROM assignment a WHERE a.rollout_id = :rollout GROUP BY a.stage, a.outcome, a.reason, a.simulated, became"
+)
+_OVERDUE = (
+    "SELECT stage, outcome, reason, simulated, minute, zone, count(*) AS devices FROM"  # noqa: S608 - constants
+    " (SELECT a.stage, a.outcome, a.reason, a.simulated, a.noticed_at / 60000000 AS minute, {zone} AS zone,"
+    f" CASE WHEN a.outcome <> 'exposed' THEN a.outcome {UNSETTLED} AS became"
+    " FROM assignment a JOIN device d ON d.id = a.device_id WHERE a.rollout_id = :rollout AND a.noticed_at <= :late) AS o"
+    " WHERE became = 'late' GROUP BY stage, outcome, reason, simulated, minute, zone"
 )
 _HAPPENED = text(
     "SELECT count(*) AS failed, sum(CASE WHEN outcome = 'returned' THEN 1 ELSE 0 END) AS returned,"

@@ -7,6 +7,7 @@ the maintenance window of each device. None of them is evidence, so no deadline 
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from datetime import time as clock_time
 from functools import lru_cache
 from typing import Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -78,6 +79,21 @@ class Window(_Strict, frozen=True, kw_only=True):
             return today in self.days and opens <= minute < shuts
         return (today in self.days and minute >= opens) or (yesterday in self.days and minute < shuts)
 
+    def open_for(self, seconds: int, since_us: int, until_us: int, timezone: str) -> bool:
+        """Tell whether it was open for so long in all between two moments, on a device of `timezone`."""
+        zone, left = _zone(timezone), seconds * MICROSECONDS
+        opens, shuts = _clock(self.from_), _clock(self.until)
+        day = datetime.fromtimestamp(since_us / MICROSECONDS, zone).date() - timedelta(days=1)
+        last = datetime.fromtimestamp(until_us / MICROSECONDS, zone).date()
+        while left > 0 and day <= last:
+            if DAYS[day.weekday()] in self.days:
+                following = day + timedelta(days=1) if shuts <= opens else day
+                begun = round(datetime.combine(day, opens, zone).timestamp()) * MICROSECONDS
+                ended = round(datetime.combine(following, shuts, zone).timestamp()) * MICROSECONDS
+                left -= max(min(ended, until_us) - max(begun, since_us), 0)
+            day += timedelta(days=1)
+        return left <= 0
+
 
 class Approval(_Strict, frozen=True, kw_only=True):
     """Who has to agree before a stage begins: so many different people."""
@@ -99,6 +115,11 @@ def _zone(name: str) -> ZoneInfo:
         return ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError, OSError):  # what a device says of itself is no ground to stop
         return ZoneInfo(UTC_NAME)
+
+
+def _clock(text: str) -> clock_time:
+    hours, _, minutes = text.partition(":")
+    return clock_time(int(hours), int(minutes))
 
 
 def _minute(clock: str) -> int:

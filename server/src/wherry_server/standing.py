@@ -6,12 +6,14 @@ A device that was exposed is in the state that the engine counts it in (`evidenc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import evidence, fleet, rollouts
+from wherry_server.db import bulk
 from wherry_server.outcomes import Standing
 from wherry_server.plan import Plan, parse_plan
 from wherry_server.rollout import reach
@@ -38,15 +40,27 @@ async def devices(
         RefusedError: `rollout_unknown`.
     """
     row = await rollouts.find(connection, project, number)
+    plan, now = parse_plan(row.plan), now_us()
     named = {
-        **_deadlines(row.id, parse_plan(row.plan), now_us()),
+        **_deadlines(row.id, plan, now),
         "state": state or "",
         "stage": -1 if stage is None else stage - 1,
         "after": after,
         "limit": limit,
     }
-    found = await connection.execute(_DEVICES, named)
-    return [{"device": one.device_id, "name": one.name, **_shown(one)} for one in found]
+    windowed = plan.window is not None and state in (None, "pending", "late")
+    if windowed:  # who waits for its window is told from who is late below
+        named["state"] = ""
+    found: list[dict[str, Any]] = []
+    while len(found) < limit:
+        rows = (await connection.execute(_DEVICES, named)).all()
+        waits = await _waits(connection, plan, rows, now) if windowed else frozenset()
+        shown = [{"device": one.device_id, "name": one.name, **_shown(one, waits)} for one in rows]
+        found += [one for one in shown if state in (None, one["state"])]
+        if len(rows) < limit:
+            break
+        named["after"] = rows[-1].device_id
+    return found[:limit]
 
 
 async def device(connection: AsyncConnection, row: Any, plan: Plan, name: str) -> dict[str, Any]:
@@ -61,7 +75,7 @@ async def device(connection: AsyncConnection, row: Any, plan: Plan, name: str) -
     said: dict[str, Any] = {"device": found.id, "name": found.name, "share_key": f"{key:016x}", "cut_off": None}
     assigned = (await connection.execute(_DEVICE, {**_deadlines(row.id, plan, now), "device": found.id})).one_or_none()
     if assigned is not None:
-        shown = _shown(assigned)
+        shown = _shown(assigned, await _waits(connection, plan, [assigned], now))
         return {**said, "code": shown.pop("state"), **shown, **await _more(connection, row, plan, assigned, now)}
     scan = await evidence.scan(connection, row, plan)
     one = next((one for one in (*scan.held, *scan.free) if one.device == found.id), None)
@@ -83,13 +97,29 @@ def _deadlines(rollout: str, plan: Plan, now: int) -> dict[str, Any]:
     return {"rollout": rollout, "silent": now - plan.silent_s * MICROSECONDS, "late": now - plan.late_s * MICROSECONDS}
 
 
-def _shown(row: Any) -> dict[str, Any]:
-    return {**{name: getattr(row, name) for name in _SHOWN}, "stage": row.stage + 1}
+async def _waits(connection: AsyncConnection, plan: Plan, rows: Sequence[Any], now: int) -> frozenset[str]:
+    """Return the devices that would be late if their windows never shut, and are not."""
+    if plan.window is None:
+        return frozenset()
+    late = {row.device_id: row.noticed_at for row in rows if row.state == "late"}
+    facts = await bulk.select_in(connection, _FACTS, list(late))
+    return frozenset(
+        one.id
+        for one in facts
+        if not plan.window.open_for(plan.late_s, late[one.id], now, evidence.timezone_of(one.facts))
+    )
+
+
+def _shown(row: Any, waits: frozenset[str]) -> dict[str, Any]:
+    state = "pending" if row.device_id in waits else row.state
+    return {**{name: getattr(row, name) for name in _SHOWN}, "stage": row.stage + 1, "state": state}
 
 
 async def _more(connection: AsyncConnection, row: Any, plan: Plan, assigned: Any, now: int) -> dict[str, Any]:
     """Return what there is to say of an assigned device beside its state: its deadline, or who took it over."""
     if assigned.state == "pending":
+        if assigned.noticed_at and plan.window is not None:
+            return {}  # when it is late depends on when its window is open
         if not assigned.noticed_at:
             return {"silent_in_s": max(plan.silent_s - (now - assigned.exposed_at) // MICROSECONDS, 0)}
         return {"late_in_s": max(plan.late_s - (now - assigned.noticed_at) // MICROSECONDS, 0)}
@@ -99,6 +129,7 @@ async def _more(connection: AsyncConnection, row: Any, plan: Plan, assigned: Any
     return {}
 
 
+_FACTS = "SELECT id, CAST(facts AS TEXT) AS facts FROM device WHERE id IN :keys"
 _COLUMNS = (
     "SELECT a.device_id, d.name, a.stage, a.reason, a.attempt, a.exposed_at, a.noticed_at, a.settled_at, d.last_seen_at,"  # noqa: S608 - constants
     f" CASE WHEN a.outcome <> 'exposed' THEN a.outcome {evidence.UNSETTLED} AS state"
