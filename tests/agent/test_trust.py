@@ -305,11 +305,28 @@ def test_a_server_in_trouble_is_no_trust_trouble(device: Device, repository: Rep
     assert not (device.home / "trust" / ".scratch").exists()
 
 
-def test_an_altered_first_root_is_refused_before_anything_is_asked(device: Device, repository: Repository):
+@pytest.mark.parametrize("altered", [b"", b"garbage", None])
+def test_a_first_root_that_the_disk_altered_is_asked_for_again(
+    device: Device, repository: Repository, altered: bytes | None
+):
+    repository.publish()
+    path = device.home / "trust" / "root.json"
+    whole = path.read_bytes()
+    path.unlink() if altered is None else path.write_bytes(altered)
+    assert device.refresh(TARGET) == ONE
+    assert path.read_bytes() == whole
+    assert repository.web.asked[0][0].endswith("/1.root.json")
+
+
+def test_another_first_root_is_not_believed_whoever_gives_it(device: Device, repository: Repository):
     path = device.home / "trust" / "root.json"
     path.write_bytes(path.read_bytes() + b" ")
+    for said in (path.read_bytes(), b"", 404):
+        repository.replaced = {"1.root.json": said}
+        assert refused(device.refresh) == "trust_invalid"
+    assert {asked.rpartition("/")[2] for asked, _ in repository.web.asked} == {"1.root.json"}, "nothing else is asked"
+    repository.web.close()
     assert refused(device.refresh) == "trust_invalid"
-    assert repository.web.asked == []
 
 
 def test_root_rotates_and_new_online_keys_may_count_from_anew(device: Device, repository: Repository):

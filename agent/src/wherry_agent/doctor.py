@@ -334,7 +334,7 @@ def _server(patient: Patient) -> Finding:
         with patient.http().request("GET", url) as answer:
             answer.read(limits.TUF_METADATA_BYTES_MAX)
     except WherryError as error:
-        return bad(f"{patient.server}: {error.message}", error.next_step or "check the address and the network")
+        return bad(error.message, error.next_step or "check the address and the network")
     words = f"{patient.server} answers {answer.status} for trust metadata"
     return ok(words) if answer.status == 200 else bad(words, "is this the server that the device enrolled at?")
 

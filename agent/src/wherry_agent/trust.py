@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ from wherry_shared import limits, reasons
 from wherry_shared.bundle import FORMAT
 from wherry_shared.digest import is_digest
 from wherry_shared.errors import RefusedError, UnreachableError
+
+log = logging.getLogger(__name__)
 
 ROOT_FILE = "root.json"
 SIGNED_AT = "x-wherry-signed-at"
@@ -392,15 +395,29 @@ class Keeper:
                 shutil.copyfile(path, history / path.name)
 
     def _root(self) -> bytes:
+        """Return the first root; one that the disk altered is asked for again, since its digest proves it whoever gives it."""
         data = self._disk.read(self._folder / ROOT_FILE)
-        if data is None or hashlib.sha256(data).hexdigest() != self._root_digest:
+        if data is not None and self._is_root(data):
+            return data
+        try:
+            with self._http.request("GET", f"{self._url}/1.root.json") as answer:
+                data = answer.read(limits.TUF_ROOT_BYTES_MAX) if answer.status == 200 else b""
+        except (RefusedError, UnreachableError) as error:
+            log.warning("the first root cannot be asked for again: %s", error)
+            data = b""
+        if not self._is_root(data):
             raise RefusedError(
                 reasons.TRUST_INVALID,
-                "the root of trust on this device is missing or altered",
+                "the root of trust on this device is missing or altered, and nobody has it",
                 consequence="nothing is installed; what serves goes on",
-                next_step="enrol the device again",
+                next_step="let the device reach its server, or enrol it again",
             )
+        self._disk.write_atomic(self._folder / ROOT_FILE, data)
+        log.warning("the root of trust on this device was altered, and is here again")
         return data
+
+    def _is_root(self, data: bytes) -> bool:
+        return hashlib.sha256(data).hexdigest() == self._root_digest
 
     def _numbers(self) -> list[int]:
         return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
