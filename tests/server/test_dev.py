@@ -103,7 +103,7 @@ def test_a_development_server_starts_survives_the_death_of_a_child_and_goes_on_w
         assert before is not None
         os.kill(before, signal.SIGKILL)
         after = until(lambda: next((pid for pid in [child(process.pid, "api")] if pid and pid != before), None))
-        until(lambda: answers(url))
+        until(lambda: answers(url), 60)
         until(lambda: len(children_of(process.pid)) == 3)
         children = children_of(process.pid)
         assert after in children
