@@ -240,6 +240,32 @@ def inspect(bundle: BundlePath, as_json: AsJson = False) -> None:
     out.print(f"manifest {descriptor.digest}", markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command("prove")
+def prove_bundle(
+    bundle: BundlePath,
+    *,
+    tries: Annotated[int, typer.Option(min=0, help="Files with broken weights that are tried, per variant.")] = 12,
+    seed: Annotated[int, typer.Option(help="Of the places that are broken.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure false alarms and misses of the golden vectors; exit status 1 if a variant misses its own."""
+    from rich.table import Table
+
+    from wherry_optimizer import proof
+
+    proofs = proof.prove(bundle, tries=tries, seed=seed)
+    if as_json:
+        _print_json([item.as_dict() for item in proofs])
+    else:
+        rows = Table("variant", "ways to run it", "false alarms", *(f"{kind}: caught" for kind in proof.KINDS))
+        for item in proofs:
+            caught = [f"{one} of {of}" for one, of in item.broken.values()]
+            rows.add_row(item.variant, str(item.ways), ", ".join(item.false_alarms) or "none", *caught)
+        out.print(rows)
+    if any(item.false_alarms for item in proofs):
+        raise typer.Exit(1)
+
+
 @app.command()
 def sign(
     bundle: BundlePath,
