@@ -8,6 +8,8 @@ is our JSON over the best way of the best peer, `rps_binary_ratio_to_best_peer` 
 environments of their own (`peers/environments.py`), with the same ONNX Runtime, one thread a run and no more than one
 server process.
 
+`loopback_floor_us` is what one of these clients waits for a process that answers prepared bytes and does nothing else.
+
 Memory is the set of a server in proportion among its own processes, when nothing is asked any more: what the files mapped
 by several of them hold counts once, and what anybody else maps counts whole. PSS of the kernel would give away half of the
 worker's libraries, since this script maps the same files, and nothing of the peers', which have files of their own.
@@ -33,6 +35,7 @@ import shutil
 import signal
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -131,6 +134,10 @@ class Raw:
     def __init__(self, address: int | Path) -> None:
         self._address = address
         self._socket = self._open()
+        self._head = b"-"
+        """Of the answer before; most are alike in all but their tensors."""
+        self._whole = 0
+        """Bytes of an answer with that head."""
 
     def ask(self, request: bytes) -> bytes:
         """Return the body of a 200 answer.
@@ -143,6 +150,8 @@ class Raw:
             self._socket.close()
             self._socket = self._open()
             data = self._send(request)
+        if len(data) == self._whole and data.startswith(self._head):
+            return data[len(self._head) :]
         while (end := data.find(b"\r\n\r\n")) < 0:
             data += self._more()
         found = re.search(rb"content-length: *(\d+)", data[:end], re.IGNORECASE)
@@ -151,16 +160,18 @@ class Raw:
             data += self._more()
         if not data.startswith(b"HTTP/1.1 200"):
             raise RuntimeError(data[:500].decode(errors="replace"))
+        self._head, self._whole = data[: end + 4], len(data)
         return data[end + 4 :]
 
     def _open(self) -> socket.socket:
         if isinstance(self._address, int):
-            made = socket.create_connection(("127.0.0.1", self._address), timeout=30)
+            made = socket.create_connection(("127.0.0.1", self._address))
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return made
-        made = socket.socket(socket.AF_UNIX)
-        made.settimeout(30)
-        made.connect(str(self._address))
+        else:
+            made = socket.socket(socket.AF_UNIX)
+            made.connect(str(self._address))
+        # a timeout of the kernel's: Python's own asks the kernel twice for each answer
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 30, 0))
         return made
 
     def _send(self, request: bytes) -> bytes:
@@ -318,6 +329,36 @@ def set_mb(pid: int) -> float:
                 if mapping is not None:  # of a file that several map, as much as the one that has most of it
                     files[mapping] = max(files.get(mapping, 0), fields["Rss"] - private_kb)
     return (own_kb + sum(files.values())) / 1024
+
+
+ECHO = """
+import socket, sys
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+length, answer = int(sys.argv[1]), bytes.fromhex(sys.argv[2])
+connection, _ = listener.accept()
+connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+while True:
+    got = 0
+    while got < length:
+        chunk = len(connection.recv(65536))
+        if not chunk:
+            sys.exit()
+        got += chunk
+    connection.sendall(answer)
+"""
+
+
+def echo(stack: contextlib.ExitStack, request: bytes, body: bytes) -> Callable[[], bytes]:
+    """Return a call that is answered with `body` by a process that does nothing else: what two processes cost here."""
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    argv = [sys.executable, "-c", ECHO, str(len(request)), answer.hex()]
+    process = stack.enter_context(subprocess.Popen(argv, env=child_environment(), stdout=subprocess.PIPE))
+    stack.callback(process.kill)
+    assert process.stdout is not None
+    client = Raw(int(process.stdout.readline()))
+    stack.callback(client.close)
+    return lambda: client.ask(request)
 
 
 BARE = """
@@ -478,6 +519,9 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
             "grpc uds small": grpc_call(stack, grpc_path, "small", small),
             "grpc uds image": grpc_call(stack, grpc_path, "image", image),
         }
+        data, length = binary_body(small)
+        request = head("small", len(data), length) + data
+        cases["echo small"] = echo(stack, request, tcp.ask(request))
         for peer in peers:
             client = Raw(peer.http_port)
             stack.callback(client.close)
@@ -539,6 +583,7 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
         "handle_overhead_us": round(over("handle small", "bare small"), 2),
         "rest_json_overhead_us": round(over("rest json small", "bare small"), 1),
         "rest_binary_overhead_us": round(over("rest binary small", "bare small"), 1),
+        "loopback_floor_us": round(p50["echo small"], 1),
         "uds_overhead_us": round(over("uds binary small", "bare small"), 1),
         "grpc_overhead_us": round(over("grpc small", "bare small"), 1),
         "shm_600k_ratio_to_bare": round(p50["shm image"] / p50["bare image"], 2),
