@@ -44,6 +44,13 @@ class Fake:
     def check(self, inputs: Any) -> int:
         return int(inputs["x"].size).bit_length() - 1
 
+    def short_way(self) -> Callable[..., int]:
+        def run(results: dict[str, Any], inputs: Any, outputs: Any) -> int:
+            self.run_into(results, inputs, outputs)
+            return self.check(inputs)
+
+        return run
+
     def run_into(self, results: dict[str, Any], inputs: Any, outputs: Any, interrupt: Any = None) -> None:
         self.ran += 1
         results["y"] = self.act(inputs["x"])

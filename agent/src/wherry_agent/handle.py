@@ -607,7 +607,7 @@ class Model:
         if loaded is None:
             loaded = load_variant(loadable)
             counter.leave_out(RUNS_LEFT_OUT)
-        return _InProcess(loaded, loaded.bound.short_way(), counter, _served(loadable, ""), counter.pending.append)
+        return _InProcess(loaded, loaded.short_way, counter, _served(loadable, ""), counter.pending.append)
 
     def _inline(self, serve: ServeModel, have: dict[tuple[str, str, str], Loaded]) -> _Inline:
         active = have.get(key_of(serve.active)) or load_variant(serve.active)

@@ -25,7 +25,7 @@ from wherry_agent.answering.withheld import withhold
 from wherry_agent.children import ArmName, ArmStats, Loadable
 from wherry_agent.in_flight import UNREAD, Page, mark_of
 from wherry_shared import golden, reasons
-from wherry_shared.engines.canonical import BUCKET_BITS, Bound, open_bound
+from wherry_shared.engines.canonical import BUCKET_BITS, BUCKET_MASK, Bound, ShortWay, open_bound
 from wherry_shared.engines.errors import EngineFault, OutOfMemory
 from wherry_shared.engines.session import Array, EngineLimits
 from wherry_shared.errors import DeviceError, RefusedError
@@ -68,9 +68,12 @@ class Loaded:
     page: Page = UNREAD
     """Where every run of it is noted under `mark`, for the supervisor to read if it is the last one."""
     mark: int = field(init=False)
+    short_way: ShortWay = field(init=False)
+    """Of `bound`, for who runs it in the path of a request."""
 
     def __post_init__(self) -> None:
         self.mark = mark_of(self.loadable)
+        self.short_way = self.bound.short_way()
 
     @property
     def version(self) -> str:
@@ -286,7 +289,7 @@ class Counter:
             self._fold_left_out -= left_out
             if left_out < len(runs) or answered:
                 packed = np.array(runs[left_out:] + answered, np.int64)
-                times_ns, buckets = packed >> BUCKET_BITS, packed & (1 << BUCKET_BITS) - 1
+                times_ns, buckets = packed >> BUCKET_BITS, packed & BUCKET_MASK
                 for bucket in np.unique(buckets).tolist():
                     self._sketch(bucket).merge(_sketched(times_ns[buckets == bucket] / 1000))
 

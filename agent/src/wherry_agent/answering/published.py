@@ -20,6 +20,7 @@ from wherry_agent.answering.route import WHOLE, Route, route_of
 from wherry_agent.answering.sequences import Ongoing, Sequences, with_state
 from wherry_agent.answering.shadow import Case, Shadow
 from wherry_agent.children import ArmName, Loadable, ServeModel, arm_of
+from wherry_shared.engines.canonical import BUCKET_BITS, BUCKET_MASK
 from wherry_shared.engines.errors import BadInput, EngineFault
 from wherry_shared.engines.session import Array, Interrupt
 
@@ -291,14 +292,21 @@ def _timed(
 def _counted(
     loaded: Loaded, counter: Counter | None, gate: RunGate, inputs: Mapping[str, Array], outputs: Sequence[str] | None
 ) -> dict[str, Array]:
-    bucket = loaded.bound.check(inputs)
+    results: dict[str, Array] = {}
+    page = loaded.page
+    wait_ns = gate.enter()
     try:
-        with gate as wait_ns:
-            results, engine_ns = _timed(loaded, inputs, outputs)
+        slot = page.begin(loaded.mark)
+        try:
+            took = loaded.short_way(results, inputs, outputs)
+        finally:
+            page.end(slot)
     except EngineFault as fault:
         if counter is not None:
             counter.failed(str(fault), fallback=False)
         raise
+    finally:
+        gate.leave()
     if counter is not None:
-        counter.answered(loaded, bucket, engine_ns, wait_ns, results)
+        counter.answered(loaded, took & BUCKET_MASK, took >> BUCKET_BITS, wait_ns, results)
     return results

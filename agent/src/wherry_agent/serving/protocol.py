@@ -292,7 +292,7 @@ class Protocol:
         header_length = headers.get(HEADER_LENGTH)
         if header_length == "0":
             asked, ask = _RAW, _UNSHARED
-            inputs = _raw_input(loaded.loadable.interface.inputs, body)
+            inputs, size = _raw_input(loaded.loadable.interface.inputs, body), len(body)
         else:
             length = len(body) if header_length is None else _header_length(header_length, len(body))
             blob = memoryview(body)[length:]
@@ -300,7 +300,7 @@ class Protocol:
             plan = self._plans.get(header)
             if plan is not None and plan.raw:
                 asked, ask = plan.asked, plan.ask
-                inputs = plan.inputs(blob, view)
+                inputs, size = plan.inputs(blob, view), len(blob)
             else:
                 asked, ask = _parse(header or memoryview(body)[:length]) if plan is None else (plan.asked, plan.ask)
                 inputs, shared = self._inputs(asked.inputs, blob, view, request)
@@ -308,8 +308,8 @@ class Protocol:
                     plan = self._remember(header, asked, ask)
                 if shared:
                     ask = replace(ask, unshared=False) if plan is None else plan.shared_ask
+                size = sum([array.nbytes for array in inputs.values()])
         names = [output.name for output in asked.outputs] if asked.outputs else None
-        size = sum([array.nbytes for array in inputs.values()])
         if request.connection is not None:
             request.connection.stand_aside(self.inference.expected(published, view, size, ask))
         began = time.perf_counter()

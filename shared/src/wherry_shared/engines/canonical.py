@@ -38,6 +38,7 @@ ShortWay: TypeAlias = Callable[[dict[str, Array], Mapping[str, Array], Sequence[
 One number, since a pair of them for each call would be garbage that Python's collector looks through.
 """
 BUCKET_BITS = 6
+BUCKET_MASK = (1 << BUCKET_BITS) - 1
 """Bits of a shape bucket: no array has 2 ** 64 elements."""
 
 
