@@ -143,6 +143,18 @@ these models only, for one of these cohorts by name, or for a device that such a
 (cohorts themselves, flags, enrolment tokens, hardware known to be bad) is out of its reach, and the answer is 403 `scope_missing`.
 Reading is not narrowed; what must not be read belongs into a project of its own.
 
+## Projects
+
+A project has its own models, fleet, keys and people, and is a set of processes with a data folder of its own
+([ADR 33](adr/0033-a-project-is-a-set-of-processes.md)). Several may share a database server:
+
+```console
+$ wherry init --project line-3 --data /srv/line-3 --database postgresql+asyncpg://…/wherry --port 8410 --broker-port 8411
+$ wherry serve api --data /srv/line-3
+```
+
+Give each a host name of its own where browsers log in, and its own prefix where blobs are in a bucket.
+
 ## People
 
 Where `settings.json` names an OpenID provider, people log in: a browser at `/auth/login`, the command line by `wherry login`

@@ -54,6 +54,10 @@ def init(
         str | None,
         typer.Option(help="SQLAlchemy URL, as postgresql+asyncpg://USER:PASSWORD@HOST/NAME.", show_default="SQLite"),
     ] = None,
+    project: Annotated[
+        str | None,
+        typer.Option(help="Name of the project that this folder is for.", show_default="default, or as before"),
+    ] = None,
     broker_host: Annotated[str | None, typer.Option(help="Host of the MQTT broker.", show_default="127.0.0.1")] = None,
     broker_port: BrokerPort = None,
     host: Annotated[str | None, typer.Option(help="Where the API listens.", show_default="127.0.0.1")] = None,
@@ -85,9 +89,11 @@ def init(
     from wherry_server import dev as development
 
     ingest = {None: None, True: "separate", False: "director"}[separate_ingest]
+    _check_project(data, project)
     settings = Settings.load(
         data,
         database=database,
+        project=project,
         broker_host=broker_host,
         broker_port=broker_port,
         host=host,
@@ -118,6 +124,22 @@ def init(
         console.print("Start, any number of each:", *made["start"], sep="\n  ")
 
     show(made, as_json, render)
+
+
+def _check_project(data: Path | None, project: str | None) -> None:
+    """Refuse to make a folder another project's: its keys are of the one that it was made for.
+
+    Raises:
+        RefusedError: `project_fixed`.
+    """
+    made = Settings.load(data)
+    if project is not None and made.master_key_file.exists() and made.project != project:
+        raise RefusedError(
+            "project_fixed",
+            f"{made.data} is of project {made.project}",
+            consequence="nothing was changed",
+            next_step="give each project a data folder of its own: wherry init --data DIR --project NAME",
+        )
 
 
 @commands.command()
