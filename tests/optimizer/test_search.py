@@ -200,6 +200,11 @@ def apply(path, parameters, work):
         raise KeyError("a tensor")
     target = work.folder / "same.onnx"
     target.write_bytes(path.read_bytes())
+    if parameters.how == "rename":
+        import onnx
+        model = onnx.load(path)
+        model.graph.node[-1].output[0] = model.graph.output[0].name = "renamed"
+        onnx.save(model, target)
     return Result(target)
 """
 
@@ -212,6 +217,7 @@ def apply(path, parameters, work):
         ("hang", {"seconds_max": 1.0}, "pass_timeout"),
         ("raise", {}, "pass_crashed"),
         ("nothing", {}, "pass_noop"),
+        ("rename", {}, "contract_changed"),
     ],
 )
 def test_what_a_pass_does_to_its_process_becomes_a_refusal(

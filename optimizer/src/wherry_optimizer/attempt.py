@@ -255,7 +255,6 @@ def _attempt(problem: Problem, task: Task, cache: Path) -> Answer:
     session = load(path, problem.format, options=options)
     source = session if not task.steps else load(problem.source, problem.format, options={"threads": 1})
     try:
-        check_contract(source, session)
         evidence, error = _compare(problem, task, cache, session, source, metric)
     finally:
         session.close()
@@ -351,10 +350,31 @@ def _make(problem: Problem, steps: Sequence[Step], cache: Path) -> tuple[Path, l
                 consequence="the variant would be the source under another name",
                 next_step="take it out",
             )
+        _check_step(problem, result.path, info.name)
         notes = [*notes, {"pass": info.name, **result.notes}]
         _keep(about, msgspec.json.encode(notes, enc_hook=_plain))
         shutil.move(result.path, target)
     return target, notes
+
+
+def _check_step(problem: Problem, path: Path, name: str) -> None:
+    """Check the contract of what one pass made.
+
+    Raises:
+        RefusedError: `contract_changed`, naming the pass.
+        EngineFault: the file does not load.
+    """
+    options = {"threads": 1}
+    source, made = (load(one, problem.format, options=options) for one in (problem.source, path))
+    try:
+        check_contract(source, made)
+    except RefusedError as error:
+        raise RefusedError(
+            error.code, f"{name}: {error.message}", consequence=error.consequence, next_step=error.next_step
+        ) from error
+    finally:
+        source.close()
+        made.close()
 
 
 def _plain(value: Any) -> Any:
