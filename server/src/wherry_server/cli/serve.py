@@ -106,6 +106,9 @@ def init(
         presign_s=presign_s,
     )
     shown = development.init(settings)
+    from wherry_server.trust import Trust
+
+    keys = "development" if Trust.open(settings.trust_folder).public_state()["development"] else "offline"
     roles = ["api", "director", *(["ingest"] if settings.ingest == "separate" else [])]
     made = {
         "project": settings.project,
@@ -113,6 +116,7 @@ def init(
         "api": settings.url,
         "admin_token": shown.admin if shown.fresh else "",
         "enrolment_token": shown.enrolment,
+        "trust": keys,
         "start": [f"wherry serve {role} --data {settings.data}" for role in roles],
     }
 
@@ -121,6 +125,11 @@ def init(
         if shown.fresh:
             console.print(f"Admin token, shown this once: {shown.admin}\n  (kept in {settings.client_file}, mode 0600)")
         console.print(f"Enrolment token of devices: {shown.enrolment}")
+        if keys == "development":
+            console.print(
+                "Root and targets keys were made on this machine, which is for development: for a fleet hold a ceremony first,"
+                " or leave development by a rotation (docs/runbooks/ceremonies.md, root-rotation.md)"
+            )
         console.print("Start, any number of each:", *made["start"], sep="\n  ")
 
     show(made, as_json, render)
