@@ -13,8 +13,9 @@ server process.
 Memory is the set of a server in proportion among its own processes, when nothing is asked any more: what the files mapped
 by several of them hold counts once, and what anybody else maps counts whole. PSS of the kernel would give away half of the
 worker's libraries, since this script maps the same files, and nothing of the peers', which have files of their own.
-`idle_pss_ratio_to_best_peer` counts the process that serves, alone, after all requests of the run, `fresh_pss_ratio_to_best_peer`
-the same before the first one; `idle_pss_with_supervisor_ratio` adds the resident set of
+`idle_pss_ratio_to_best_peer` counts the process that serves, alone, with its default settings, after all its requests of the run
+(`fresh_pss_ratio_to_best_peer`: before the first one); `idle_grpc_pss_ratio_to_best_peer` that of a second worker, which has gRPC
+switched on and takes all calls over gRPC; `idle_pss_with_supervisor_ratio` adds the resident set of
 the agent's supervisor, which peers have no counterpart of and without which nothing is delivered, as `supervisor_rss` measured
 it (left out with `--quick`); what both map counts twice there.
 
@@ -390,12 +391,10 @@ def bare_mb(files: dict[str, Path]) -> float:
             process.kill()
 
 
-def rest_only_mb(folder: Path, loadables: dict[str, Loadable]) -> float:
-    """Return what a worker without gRPC holds, as an installation without that extra has it."""
-    with serving_kit.worker(folder) as worker:
-        worker.serve(*(ServeModel(name=key, active=item) for key, item in loadables.items()))
-        time.sleep(1.0)
-        return set_mb(worker.process.pid)
+def serve(worker: serving_kit.WorkerProcess, loadables: dict[str, Loadable]) -> None:
+    """Bring the models into service."""
+    answers = worker.serve(*(ServeModel(name=key, active=item) for key, item in loadables.items()))
+    assert all(answer.ok for answer in answers), answers
 
 
 def mappings(smaps: str) -> Iterator[tuple[tuple[str, str, str] | None, dict[str, int]]]:
@@ -466,14 +465,15 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
             "image": serving_kit.loadable(files["image"], model="image", interface=image_interface()),
         }
         grpc_port = free_port()
-        began = time.monotonic()
         grpc_path = folder / "grpc.sock"
-        worker = stack.enter_context(
+        began = time.monotonic()
+        worker = stack.enter_context(serving_kit.worker(folder))
+        serve(worker, loadables)
+        start_s = time.monotonic() - began
+        grpc_worker = stack.enter_context(
             serving_kit.worker(folder, WHERRY_GRPC_PORT=str(grpc_port), WHERRY_GRPC_SOCKET=str(grpc_path))
         )
-        answers = worker.serve(*(ServeModel(name=key, active=item) for key, item in loadables.items()))
-        assert all(answer.ok for answer in answers), answers
-        start_s = time.monotonic() - began
+        serve(grpc_worker, loadables)
         peers = [stack.enter_context(peer(folder, files)) for peer in (mlserver, kserve)]
 
         small = np.ones((1, 16), np.float32)
@@ -535,9 +535,12 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
         cases["kserve binary image"] = post(kserve_client, "image", binary_body(image))
 
         time.sleep(1.0)
-        fresh = {
-            key: set_mb(one.process.pid) for key, one in (("wherry worker", worker), *((p.name, p) for p in peers))
+        servers = {
+            "wherry worker": worker.process,
+            "wherry worker with gRPC": grpc_worker.process,
+            **{peer.name: peer.process for peer in peers},
         }
+        fresh = {key: set_mb(process.pid) for key, process in servers.items()}
         for call in cases.values():
             for _ in range(WARM_CALLS):
                 call()
@@ -563,12 +566,8 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
                 rates[key].append(result["per_s"])
                 failed += int(result["failed"])
         time.sleep(REST_S)
-        memory = {
-            "wherry worker": set_mb(worker.process.pid),
-            "wherry worker without gRPC": rest_only_mb(folder, loadables),
-            "bare process with gRPC": bare_mb(files),
-            **{peer.name: set_mb(peer.process.pid) for peer in peers},
-        }
+        memory = {key: set_mb(process.pid) for key, process in servers.items()}
+        memory["bare process with gRPC"] = bare_mb(files)
 
     p50 = {key: statistics.median(values) for key, values in found.items()}
 
@@ -599,8 +598,8 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
             p50["grpc image"] / min(p50["mlserver grpc image"], p50["kserve grpc image"]), 2
         ),
         "idle_pss_ratio_to_best_peer": round(memory["wherry worker"] / best_memory, 2),
+        "idle_grpc_pss_ratio_to_best_peer": round(memory["wherry worker with gRPC"] / best_memory, 2),
         "fresh_pss_ratio_to_best_peer": round(fresh["wherry worker"] / min(fresh["mlserver"], fresh["kserve"]), 2),
-        "idle_rest_only_ratio_to_best_peer": round(memory["wherry worker without gRPC"] / best_memory, 2),
         "idle_bare_ratio_to_best_peer": round(memory["bare process with gRPC"] / best_memory, 2),
         "requests_failed": failed,
         "start_s": {"wherry worker": round(start_s, 2), **{peer.name: round(peer.start_s, 2) for peer in peers}},
