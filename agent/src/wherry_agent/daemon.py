@@ -38,6 +38,7 @@ from wherry_agent import (
     identity,
     machine,
     readings,
+    retirement,
     revoking,
     sampling,
     shelter,
@@ -1318,7 +1319,24 @@ class Daemon:
             ack=lambda frame: self._queue.put(lambda: self._acked(frame)),
             reached=lambda: self._queue.put(s.Connected()),
             outgoing=self._outgoing,
+            retire=lambda frame: self._queue.put(lambda: self._retire(frame)),
         )
+
+    def _retire(self, frame: bytes) -> None:
+        """The server says that this device has left the fleet: stop, and remove what may be removed."""
+        try:
+            order = wire.parse(wire.Retire, self._link.unseal("retire", frame))
+        except RefusedError as error:
+            log.warning("an order to end is ignored: %s", error)
+            return
+        wipe = retirement.bounded(order.wipe, self._settings.wipe_allowed)
+        log.warning("this device has left the fleet: it stops, and removes %s", wipe)
+        try:
+            retirement.note(self._home, wipe, self._disk)
+        except DeviceError as error:
+            log.error("%s", error.diagnostics())
+            return  # and is told again
+        self._stop()
 
     def _is_up(self) -> None:
         log.info("connected to the broker")
@@ -1583,10 +1601,20 @@ def _failed(model: str, manifest: str, attempt: int, task: s.Task, answer: child
     return s.TaskFailed(model, manifest, attempt, task, failed.reason, failed.detail, failed.retry_after_s)
 
 
+EXIT_DONE = 0
+
+
 def main(settings: Settings) -> int:
     """Run an agent; errors of the WherryError family are told to the person and end it."""
+    home = Path(settings.home)
     try:
-        return Daemon(settings).run()
+        status = EXIT_DONE if retirement.noted(home) is not None else Daemon(settings).run()
+        retired = retirement.noted(home)
+        if retired is None:
+            return status
+        retirement.finish(home, retired, Disk())
+        log.warning("%s: this device has left its fleet; remove %s to enrol it again", home, home / retirement.FILE)
+        return retirement.EXIT
     except WherryError as error:
         print(error.diagnostics(), file=sys.stderr)  # noqa: T201
         return 1

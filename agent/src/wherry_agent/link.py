@@ -63,6 +63,8 @@ class Callbacks:
     """The server answered over HTTP."""
     outgoing: Callable[[topics.Up], list[bytes]]
     """Payloads to post over HTTP now: at most 20 of a stream, one hello."""
+    retire: Callable[[bytes], None] = lambda _frame: None
+    """Bytes that claim to be the server's order to end."""
 
 
 def new_client(home: Path, identity: Identity) -> mqtt.Client:
@@ -354,6 +356,12 @@ class Link:
                 self._callbacks.offer(body, True)
             elif answer.status >= 400:
                 log.warning("the server gave no offer: HTTP %d", answer.status)
+            shut_out = answer.status == 403
+        if shut_out:
+            with http.request("GET", f"{self._server}/device/v1/retirement") as answer:
+                body = answer.read(ANSWER_BYTES_MAX)
+                if answer.status == 200:
+                    self._callbacks.retire(body)
 
     def _http(self) -> Http:
         from wherry_agent.courier_http import Http

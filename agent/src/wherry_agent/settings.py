@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from wherry_agent.conditions import Conditions, parse_window
+from wherry_agent.retirement import Wipe
 from wherry_shared.bundle import Contract, EngineName, StatePair, TensorSpec, check_interface
 from wherry_shared.errors import RefusedError
 
@@ -72,6 +73,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Telemetry kept while the server cannot be reached."""
     samples_consent: list[str] = []
     """Models of which the inputs of a few requests may be sent to the server, where its offer asks for them; empty: none."""
+    wipe_allowed: Wipe = "all"
+    """What the server may have removed when the device leaves the fleet: `nothing`, `models`, `all` (its identity, too)."""
     set_clock: bool = False
     """Set a clock that is behind a verified time forward at start (needs the right to); else it is only reported."""
     contracts: dict[str, Contract] = {}

@@ -15,7 +15,7 @@ from wherry_server.grants import Permission
 
 PUBLIC = frozenset(
     {"health", "enrol", "tuf_metadata", "login", "login_callback", "allow_command_line", "fetch_session"}
-    | {"join_program", "authority", "list_wheels", "get_wheel", "broker_keys"}
+    | {"join_program", "authority", "list_wheels", "get_wheel", "broker_keys", "retirement"}
 )
 """Operations that need nobody to be known: what lets in is in the request, or all that is told is signed, or says nothing."""
 

@@ -171,9 +171,12 @@ def request_logs(device: str) -> Call[answers.LogsRequested]:
     return _post(f"/devices/{_q(device)}/logs", answers.LogsRequested)
 
 
-def end_device(device: str, ending: Literal["revoke", "decommission"], if_match: str = "") -> Call[answers.Ended]:
+def end_device(
+    device: str, ending: Literal["revoke", "decommission"], if_match: str = "", wipe: str = ""
+) -> Call[answers.Ended]:
     """Shut a device out."""
-    return _post(f"/devices/{_q(device)}/{ending}", answers.Ended, if_match=if_match)
+    found = _post(f"/devices/{_q(device)}/{ending}", answers.Ended, if_match=if_match)
+    return msgspec.structs.replace(found, params={"wipe": wipe} if wipe else {})
 
 
 def readmit_device(device: str) -> Call[answers.Readmitted]:

@@ -29,6 +29,8 @@ from wherry_shared.sketch import Sketch
 from wherry_shared.wire import Window
 
 Ending = Literal["revoked", "decommissioned"]
+Wipe = Literal["", "nothing", "models", "all"]
+"""What a device that leaves the fleet is asked to remove; empty: it is told nothing."""
 Suspicion = Literal["cloned", "flooding"]
 SEEN_RECENTLY_US = 15 * 60 * 1_000_000
 """A device heard of within this time counts as reachable: three heartbeats of one that has nothing else to say."""
@@ -267,9 +269,15 @@ def identity_of(device: Mapping[str, Any]) -> dict[str, Any]:
 
 
 async def end_device(
-    connection: AsyncConnection, project: str, name: str, state: Ending, check: Callable[[Any], None] = lambda _: None
+    connection: AsyncConnection,
+    project: str,
+    name: str,
+    state: Ending,
+    check: Callable[[Any], None] = lambda _: None,
+    *,
+    wipe: Wipe = "",
 ) -> Any:
-    """Shut a device out, and return its row as it was.
+    """Shut a device out, and return its row as it was; one that is decommissioned is told when it asks, and what to remove.
 
     `revoked` keeps the name, so that nobody enrols under it by mistake; `decommissioned` gives it free for a new
     enrolment, and the old entry is kept under the name with the device's id behind it. Rollouts wait for it no more: what
@@ -283,9 +291,24 @@ async def end_device(
     values: dict[str, str] = {"state": state}
     if state == "decommissioned" and row.state != "decommissioned":
         values["name"] = f"{row.name}~{row.id}"
+    if state == "decommissioned":
+        values["wipe"] = wipe
     await connection.execute(update(_devices).where(_devices.c.id == row.id).values(values))
     await _shut_out(connection, project, row.id, f"device_{state}")
     return row
+
+
+async def wipe_of(connection: AsyncConnection, project: str, device: str, bearer_hash: str) -> str:
+    """Return what a decommissioned device with this secret is asked to remove, empty if there is no such device."""
+    found = await connection.scalar(
+        select(_devices.c.wipe).where(
+            _devices.c.id == device,
+            _devices.c.project_id == project,
+            _devices.c.bearer_hash == bearer_hash,
+            _devices.c.state == "decommissioned",
+        )
+    )
+    return found or ""
 
 
 async def suspect(connection: AsyncConnection, project: str, device: str, why: Suspicion, detail: str) -> bool:

@@ -53,6 +53,7 @@ STATUS: dict[str, int] = {
     "proposal_unknown": 404,
     "token_unknown": 404,
     "wheel_unknown": 404,
+    "retirement_unknown": 404,
     "request_unknown": 404,
     "session_unknown": 404,
     "login_off": 404,

@@ -352,6 +352,14 @@ class EnrolAnswer(_Wire, frozen=True, kw_only=True):
     """Path of this project's TUF metadata below the server's address, `/tuf/PROJECT`."""
 
 
+class Retire(_Wire, frozen=True, kw_only=True):
+    """`GET /device/v1/retirement`: the device has left the fleet; in a frame of kind `retire`."""
+
+    format: int
+    device: str
+    wipe: Literal["nothing", "models", "all"]
+
+
 class BrokerToken(_Wire, frozen=True, kw_only=True):
     """`POST /device/v1/broker-token`: the password of the device that asked, for a broker that checks tokens."""
 

@@ -8,13 +8,14 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import StreamingResponse
+from fastapi.security.utils import get_authorization_scheme_param
 
 from wherry_server import enrolment, fleet, ranges
 from wherry_server.api.again import Again
-from wherry_server.auth import CurrentDevice, ServicesDep
+from wherry_server.auth import CurrentDevice, ServicesDep, hash_secret
 from wherry_server.broker_tokens import Issuer
 from wherry_server.reading import Readers
-from wherry_shared import wire
+from wherry_shared import frames, wire
 from wherry_shared.digest import check_digest
 from wherry_shared.errors import RefusedError
 from wherry_shared.limits import LOG_LINES_MAX
@@ -48,6 +49,20 @@ async def renew(request: Request, services: ServicesDep, device: CurrentDevice) 
     """Give the device that asks its next certificate."""
     answer = await enrolment.renew(services, device, wire.parse(wire.RenewRequest, await request.body()))
     return Response(wire.encode(answer), media_type=JSON)
+
+
+@router.get("/retirement")
+async def retirement(request: Request, services: ServicesDep) -> Response:
+    """Tell a device that left the fleet what to remove, under the key that only it and this server have."""
+    _, value = get_authorization_scheme_param(request.headers.get("authorization"))
+    device, _, secret = value.partition(":")
+    async with services.database.read() as connection:
+        wipe = await fleet.wipe_of(connection, services.project, device[:64], hash_secret(secret))
+    if not wipe:
+        raise RefusedError("retirement_unknown", "no device of this secret has left the fleet with something to remove")
+    order = wire.Retire(format=wire.FORMAT, device=device, wipe=wipe)  # type: ignore[arg-type]  # as the column has it
+    frame = frames.seal(frames.device_key(services.master_key, device), "retire", device, wire.encode(order))
+    return Response(frame, media_type="application/octet-stream")
 
 
 @router.post("/broker-token")

@@ -106,6 +106,10 @@ async def end_device(
     ending: Literal["revoke", "decommission"],
     services: ServicesDep,
     operator: ScopedOperator,
+    wipe: Annotated[
+        Literal["", "nothing", "models", "all"],
+        Query(description="of decommission: what the device is asked to remove"),
+    ] = "",
     if_match: etags.IfMatch = "",
 ) -> Ended:
     """Shut a device out: revoke it (its name stays taken) or decommission it (its name is free again)."""
@@ -116,7 +120,7 @@ async def end_device(
 
     async with services.database.write() as connection:
         operator.check("operate", await scopes.of_device(connection, operator, device))
-        row = await fleet.end_device(connection, services.project, device, state, unchanged)
+        row = await fleet.end_device(connection, services.project, device, state, unchanged, wipe=wipe)
         await audit.append(
             connection,
             services.project,
@@ -125,6 +129,7 @@ async def end_device(
             row.name,
             id=row.id,
             was=row.state,
+            wipe=wipe,
         )
     return Ended(device=row.id, state=state)
 

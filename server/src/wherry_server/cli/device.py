@@ -158,9 +158,20 @@ def revoke_device(device: Device, if_match: IfMatch = "", as_json: AsJson = Fals
 
 
 @app.command("decommission")
-def decommission_device(device: Device, if_match: IfMatch = "", as_json: AsJson = False) -> None:
+def decommission_device(
+    device: Device,
+    wipe: Annotated[
+        Literal["nothing", "models", "all"] | None,
+        typer.Option(
+            help="Have it stop for good and remove this, as far as its own settings allow.",
+            show_default="it is told nothing",
+        ),
+    ] = None,
+    if_match: IfMatch = "",
+    as_json: AsJson = False,
+) -> None:
     """Take a device out of the fleet; its name is free for a new enrolment."""
-    _end(device, "decommission", if_match, as_json)
+    _end(device, "decommission", if_match, as_json, wipe or "")
 
 
 @app.command("readmit")
@@ -262,9 +273,9 @@ def _settle(key: str, verdict: Literal["accept", "refuse"], as_json: bool) -> No
     show(found, as_json, lambda console: console.print(f"{found['name'] or found['key']} {word}"))
 
 
-def _end(device: str, ending: Literal["revoke", "decommission"], if_match: str, as_json: bool) -> None:
+def _end(device: str, ending: Literal["revoke", "decommission"], if_match: str, as_json: bool, wipe: str = "") -> None:
     with client() as server:
-        found = server.plain(calls.end_device(device, ending, if_match))
+        found = server.plain(calls.end_device(device, ending, if_match, wipe))
     show(found, as_json, lambda console: console.print(f"{device} is {found['state']}"))
 
 

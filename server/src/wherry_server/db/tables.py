@@ -123,6 +123,8 @@ class Device(SQLModel, table=True):
     """When the last accepted hello was said, by the device's clock."""
     hello_streams: dict[str, Any] = _json(nullable=True)
     """Stream → [epoch, next number] of that hello."""
+    wipe: str = ""
+    """Of a decommissioned device: what it was asked to remove."""
     places: dict[str, Any] = _json(nullable=True)
     """From where it spoke: `clones.Places`."""
     trust_version: int = _time(default=0)
