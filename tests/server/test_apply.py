@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
+import msgspec
 import pytest
+from hypothesis import given, settings
 
 from tests.server.harness import Running, release
 from tests.server.test_cli import said, wherry
+from tests.server.test_rollout import plans
 from wherry_server import desired
+from wherry_server.plan import Plan
 from wherry_server.plan_schema import wish_schema
 from wherry_shared.errors import RefusedError
 
@@ -148,3 +152,17 @@ def test_the_schema_takes_plans_and_refuses_what_plans_refuse(server: Running) -
     for wrong in ({"stage": []}, {"stages": [{"shares": 1}]}, {"strategy": "brave"}, {"sample_min": "x"}):
         with pytest.raises(jsonschema_rs.ValidationError):
             jsonschema_rs.validate(schema, {**good, **wrong})
+
+
+@given(plans)
+@settings(max_examples=60, deadline=None)
+def test_the_schema_refuses_no_plan_that_can_be_stored(plan: Plan) -> None:
+    wish = msgspec.json.decode(msgspec.json.encode(plan))
+    for given_by_the_server in ("value", "format"):
+        wish.pop(given_by_the_server)
+    for name in ("flag", "variant", "measure"):
+        assert not wish.pop(name)
+    wish["models"] = [{"model": one.model, "version": one.version} for one in plan.models]
+    jsonschema_rs.validate(wish_schema(), {"start": True, **wish})
+    with pytest.raises(jsonschema_rs.ValidationError):
+        jsonschema_rs.validate(wish_schema(), {**wish, "braveness": 1})

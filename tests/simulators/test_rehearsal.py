@@ -48,6 +48,8 @@ def test_what_simulated_devices_cannot_carry_is_refused_before_they_run(wish: di
             0.5,
             "done",
         ),
+        ({"strategy": "blue_green", "stages": STAGES}, 0.0, "done"),
+        ({"strategy": "shadow", "stages": STAGES, "trial": {"max_s": 600, "agreement_min": 0.5}}, 0.0, "done"),
     ],
 )
 def test_a_forecast_is_close_to_the_real_machine(wish: dict[str, Any], failed: float, state: str) -> None:

@@ -272,7 +272,7 @@ class _Fleet:
             when, became = self._fate(member.id)
             first = self.plan.two_rounds and not self.progress.promoting
             if first and became in ("confirmed", "confirmed_idle"):
-                became = "proved"
+                became, when = "proved", when + self.beside_s
             wave = period(self.plan, now.wall_us)
             heapq.heappush(self.due, _Due(now_s + when, len(self.due), one.stage, wave, member.id, became))
             if self.plan.compared and (self.plan.paired or not first):
@@ -280,6 +280,11 @@ class _Fleet:
                 if became in ("proved", "confirmed"):
                     with_traffic.append(member.id)
         self.left = left
+
+    @property
+    def beside_s(self) -> float:
+        """How long a candidate runs beside the incumbent: a shadow and a split of requests end by their time."""
+        return self.plan.tried[1].max_s if self.plan.tries in ("shadow", "split") else 0.0
 
     def _promote(self, one: Promote, now: Now, now_s: float) -> None:
         """Let candidates take over; who failed beside the incumbent failed there, and the rest confirm."""
