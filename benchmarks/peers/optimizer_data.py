@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-CLIPS = 26
+CLIPS = 60
 LINES = 330
 CHUNK = 512
 RATE = 16_000

@@ -63,6 +63,16 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     assert covered >= 52
 
 
+def test_intervals_of_few_samples_are_as_wide_as_they_have_to_be() -> None:
+    covered = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        gaps = rng.normal(0.02, 0.05, 8)
+        found = gate.compare(MEAN.value, (1 - gaps).tolist(), [1.0] * 8, seed=seed)
+        covered += found.low <= 0.02 <= found.high
+    assert covered >= 90  # by percentiles alone it is about 85
+
+
 def test_equal_answers_have_no_drop_and_no_width() -> None:
     found = gate.compare(MEAN.value, [1.0, 0.0] * 20, [1.0, 0.0] * 20)
     assert (found.drop, found.low, found.high) == (0, 0, 0)

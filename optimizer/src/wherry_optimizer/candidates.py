@@ -91,6 +91,8 @@ class Row:
     latency_ratio: float
     peak_bytes: float
     value: float
+    sure: bool = True
+    """The whole interval of its drop is within the budget."""
 
 
 def propose(tried: Mapping[str, Fared], format_: Format, target: Target, *, prune: bool = True) -> list[Candidate]:
@@ -214,7 +216,10 @@ def _dominates(one: Row, other: Row) -> bool:
 
 
 def rank(rows: Sequence[Row], source: Row, prefer: Prefer) -> list[Row]:
-    """Return rows best first: by the product of download and latency ratios, weighted by what is preferred."""
+    """Return rows best first: by the product of download and latency ratios, weighted by what is preferred.
+
+    Those that are sure come first, where there are any beside the source: the best of many is the luckiest of them, too.
+    """
     weights = {"balanced": (1.0, 1.0), "size": (1.0, 0.0), "latency": (0.0, 1.0)}[prefer]
 
     def cost(row: Row) -> tuple[float, float]:
@@ -222,7 +227,10 @@ def rank(rows: Sequence[Row], source: Row, prefer: Prefer) -> list[Row]:
         time = log(row.latency_ratio) if isfinite(row.latency_ratio) and row.latency_ratio > 0 else 0.0
         return (weights[0] * size + weights[1] * time, size + time)
 
-    return sorted(rows, key=cost)
+    sure = [row for row in rows if row.sure or row.id == SOURCE]
+    if all(row.id == SOURCE for row in sure):
+        return sorted(rows, key=cost)
+    return sorted(sure, key=cost) + sorted((row for row in rows if row not in sure), key=cost)
 
 
 def reason(row: Row, source: Row, prefer: Prefer, count: int, *, measured: str) -> str:

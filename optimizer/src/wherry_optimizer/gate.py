@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import inf, isfinite, sqrt
 from typing import Any
 
 import numpy as np
@@ -102,7 +102,22 @@ def compare(
     if not len(drops) or not isfinite(before) or not isfinite(after):
         return Drop(after, before, float("nan"), float("nan"), float("nan"), count)
     low, high = np.quantile(drops, [tail, 1 - tail])
-    return Drop(after, before, before - after, float(low), float(high), count)
+    drop, stretch = before - after, _stretch(count)
+    return Drop(after, before, drop, drop - (drop - float(low)) * stretch, drop + (float(high) - drop) * stretch, count)
+
+
+def _stretch(count: int) -> float:
+    """Return by how much an interval of percentiles is too narrow where samples are few.
+
+    It is that of the normal distribution and of the uncorrected variance: Student's, and n − 1, make up for it (Hesterberg,
+    "What teachers should know about the bootstrap", 2015).
+    """
+    from scipy.special import ndtri, stdtrit
+
+    if count < 2:
+        return inf
+    tail = (1 + CONFIDENCE) / 2
+    return float(stdtrit(count - 1, tail) / ndtri(tail)) * sqrt(count / (count - 1))
 
 
 def hold(drop: Drop, error: float, budget: Budget, metric: str) -> Verdict:

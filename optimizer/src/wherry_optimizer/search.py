@@ -209,7 +209,7 @@ def search(
             break
     passed = [item for item in tried if item.verdict.passed]
     _weigh(passed, problem, settings, folder, say)
-    rows = {item.id: _row(item) for item in passed}
+    rows = {item.id: _row(item, settings.budget.drop_max) for item in passed}
     best = set(candidates.pareto(list(rows.values())))
     for item in passed:
         item.pareto = item.id in best
@@ -346,6 +346,7 @@ def _as_vector(call: Mapping[str, attempt.Array], problem: Problem) -> bytes:
     return golden.encode(golden.Golden((golden.Vector(dict(call), expected),), tolerances, synthetic=True))
 
 
-def _row(item: Tried) -> Row:
+def _row(item: Tried, drop_max: float) -> Row:
     value = item.drop.value if item.drop is not None else nan
-    return Row(item.id, item.answer.download_bytes, item.latency_ratio, item.peak_bytes, value)
+    sure = item.drop is not None and item.drop.high <= drop_max
+    return Row(item.id, item.answer.download_bytes, item.latency_ratio, item.peak_bytes, value, sure)
