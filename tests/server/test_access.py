@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 from collections.abc import Iterator
@@ -19,15 +20,16 @@ from tests.server import access_page
 from tests.server.access_page import LOCAL, VERBS
 from tests.server.harness import NO_TLS, Running, in_database, release, running, write_bundle
 from tests.server.test_cli_tree import ALL
-from wherry_server import access, auth
+from wherry_server import access, auth, rollouts
 from wherry_server.access import Operation
 from wherry_server.api.description import BODIES, PARAMETERS
 from wherry_server.app import ROUTERS
 from wherry_server.ceremony import Ceremony
 from wherry_server.cli import app
+from wherry_server.db.database import Database
 from wherry_server.grants import MAY, ROLES, Grant, Permission, Role, Subject
 from wherry_server.trust import Trust
-from wherry_shared.errors import WherryError
+from wherry_shared.errors import RefusedError, WherryError
 from wherry_shared.publishing import PublisherKey
 
 OPERATIONS = access.operations(module.router for module in ROUTERS)
@@ -36,6 +38,8 @@ INERT = {
     "put_bin": "whose key signed it decides about models",
 }
 """Operations that any grant with the role may do, whatever its scope."""
+NEEDS_HTTPS = {"device invite"}
+"""Commands that ask nothing of a server without https; the operation that they ask for is in the rows of routes."""
 IDLE = {"trust repair", "trust adopt", "trust cosign"}
 """Commands that find nothing to do here, and so ask for nothing but a look."""
 VALUES: dict[str, Any] = {
@@ -231,6 +235,39 @@ def test_who_made_a_rollout_is_not_who_approves_it(stocked: Running) -> None:
         assert http.post("/api/v1/rollouts", json=wish).json()["code"] == "role_missing"
 
 
+def test_who_has_a_token_and_a_login_of_one_name_is_one_person(stocked: Running) -> None:
+    wish = {
+        **BODIES["create_rollout"],
+        "start": False,
+        "approval": {"stages": [1], "approvers": 2},
+        "cohort": "",
+        "selector": "all",
+    }
+    token = in_database(stocked.settings, lambda c: auth.create_token(c, "default", "ann", "operator", 1))
+    with stocked.http(token) as http:
+        made = http.post("/api/v1/rollouts", json=wish)
+        assert made.status_code == 201, made.text
+        number = made.json()["number"]
+
+    async def approve(actor: str) -> None:
+        database = Database.open(stocked.settings.database_url)
+        try:
+            await rollouts.approve(database, "default", actor, number, 1)
+        finally:
+            await database.close()
+
+    with pytest.raises(RefusedError) as caught:
+        asyncio.run(approve("person:ann"))
+    assert caught.value.code == "approval_refused"
+    for actor in ("token:bob", "person:bob"):
+        asyncio.run(approve(actor))
+    approvals = in_database(
+        stocked.settings,
+        lambda c: c.exec_driver_sql("SELECT count(*) FROM approval WHERE actor LIKE '%:bob'"),
+    )
+    assert approvals.scalar() == 1
+
+
 def test_a_grant_covers_what_lies_within_it_and_nothing_else() -> None:
     subject = Subject(models=frozenset({"a"}), cohorts=frozenset({"x"}))
     assert Grant("operator").covers(Subject.everything())
@@ -276,7 +313,7 @@ def test_a_command_does_for_a_role_what_its_row_says(
     """Everybody who may not, and one who may; in the long form everybody."""
     tree = typer.main.get_command(app)
     for verb, (need, arguments) in sorted(VERBS.items()):
-        if need == LOCAL:
+        if need == LOCAL or verb in NEEDS_HTTPS:
             continue
         given = [*verb.split(), *(files.get(word, word) for word in arguments)]
         everybody = {**tokens, "nobody": "wherryapi_wrong"}

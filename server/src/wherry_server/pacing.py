@@ -106,7 +106,7 @@ class Approval(_Strict, frozen=True, kw_only=True):
     creator: bool = False
     """Whether the one who made the rollout may be one of them."""
     names: list[str] = []
-    """Names of the tokens that may approve; any operator's where none is given."""
+    """Names of the tokens and people that may approve; any approver where none is given."""
 
 
 @lru_cache(maxsize=1024)

@@ -254,12 +254,13 @@ async def approve(
                 consequence="nothing was changed",
                 next_step="see what it waits for: wherry rollout show",
             )
-        allowed = plan.approval
-        if allowed is None or (actor == row.created_by and not allowed.creator):
+        allowed, name = plan.approval, actor.partition(":")[2]
+        same = (f"token:{name}", f"person:{name}")  # one who has both is one
+        if allowed is None or (row.created_by in same and not allowed.creator):
             raise RefusedError(
                 "approval_refused", "who made a rollout does not approve it", next_step="ask somebody else"
             )
-        if allowed.names and actor.partition(":")[2] not in allowed.names:
+        if allowed.names and name not in allowed.names:
             raise RefusedError(
                 "approval_refused", "the plan names who may approve", next_step=f"ask {', '.join(allowed.names)[:200]}"
             )
@@ -267,7 +268,7 @@ async def approve(
             _APPROVAL.c.rollout_id == row.id,
             _APPROVAL.c.stage == stage - 1,
             _APPROVAL.c.round == round_,
-            _APPROVAL.c.actor == actor,
+            _APPROVAL.c.actor.in_(same),
         )
         if await connection.scalar(known) is None:
             await connection.execute(
