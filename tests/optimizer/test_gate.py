@@ -70,7 +70,7 @@ def test_intervals_of_few_samples_are_as_wide_as_they_have_to_be() -> None:
         gaps = rng.normal(0.02, 0.05, 8)
         found = gate.compare(MEAN.value, (1 - gaps).tolist(), [1.0] * 8, seed=seed)
         covered += found.low <= 0.02 <= found.high
-    assert covered >= 90  # by percentiles alone it is about 85
+    assert covered >= 93  # by percentiles alone it is 90
 
 
 def test_equal_answers_have_no_drop_and_no_width() -> None:
