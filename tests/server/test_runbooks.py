@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
+from click.testing import CliRunner
 from tuf.api.metadata import Metadata, Root, Targets
-from typer.testing import CliRunner
 
 from tests.trust_kit import RunningServer, manifest_bytes, write_bundle
 from wherry_agent.children import Trust as Word
@@ -30,6 +31,7 @@ from wherry_shared.digest import of_bytes
 from wherry_shared.errors import RefusedError, WherryError
 
 RUNBOOKS = Path(__file__).parents[2] / "docs" / "runbooks"
+COMMANDS = {"wherry": typer.main.get_command(wherry), "wherry-optimizer": typer.main.get_command(optimizer)}
 LINE = re.compile(r"^(\w+)\$ (wherry|wherry-optimizer) (.+)$")
 S = 1_000_000
 
@@ -65,11 +67,9 @@ class Desk:
     def type(self, line: str, **names: str) -> str:
         found = LINE.match(line)
         assert found is not None
-        arguments = [names.get(word, word) for word in found[3].split()]
+        arguments = re.sub(r"\b[A-Z]{2,}\b", lambda word: names.get(word[0], word[0]), found[3]).split()
         GLOBALS.server = GLOBALS.token = None
-        run = CliRunner().invoke(
-            {"wherry": wherry, "wherry-optimizer": optimizer}[found[2]], arguments, input="y\n" * 9
-        )
+        run = CliRunner().invoke(COMMANDS[found[2]], arguments, input="y\n" * 9)
         if isinstance(run.exception, WherryError):
             raise run.exception
         assert run.exception is None, f"{line}\n{run.output}\n{run.exception!r}"
