@@ -466,6 +466,8 @@ def test_a_bundle_that_breaks_the_applications_contract_is_refused_naming_the_fi
     answer = device.resolve(f"{MODEL}/1.0.0", manifest_of(bundle), contract=contract)
     assert reason(answer) == reasons.CONTRACT_BROKEN
     assert "inputs.x.shape[0]" in answer.detail
+    variant = variant_of(bundle)
+    assert not Store(device.home, Disk()).has(variant.digest, variant.bytes), "before its weights are downloaded"
 
 
 def test_a_bundle_without_a_fitting_variant_says_why(device, server, key, tmp_path: Path):
