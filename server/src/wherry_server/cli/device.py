@@ -213,6 +213,7 @@ def invite_device(
 ) -> None:
     """Print one line to paste on a Raspberry Pi: it installs the agent from this server, enrols it and starts it."""
     with client() as server:
+        server.send(calls.list_enrolment_requests(limit=1))  # who may not invite is told that first
         if not server.server.startswith("https:"):
             raise RefusedError(
                 "invite_needs_https",
