@@ -669,6 +669,26 @@ def test_a_revert_leaves_alone_what_a_newer_release_has(tmp_path: Path):
     run(work())
 
 
+@pytest.mark.parametrize("wish", [{}, {"soak_s": 1000}], ids=["done", "running"])
+def test_a_revert_reaches_a_device_that_a_newer_release_failed_on(tmp_path: Path, wish: dict[str, Any]):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0", "1.2.0")
+            devices = await found.enrol(8, version="1.0.0")
+            first = await found.roll_out("1.1.0", stages=[{"share": 1.0, **wish}])
+            await found.turn()
+            await found.turn()
+            devices[0].behaviours["1.2.0"] = "bad"
+            newer = await found.roll_out("1.2.0", priority=1, failure={"share": 0.5})
+            await found.until(newer, "done")
+            assert devices[0].running == manifest_of("1.1.0")
+            await found.command(first, "revert")
+            await found.until(first, "reverted")
+            assert [device.running for device in devices] == [manifest_of("1.0.0"), *[manifest_of("1.2.0")] * 7]
+
+    run(work())
+
+
 def test_a_device_taken_over_on_its_way_back_goes_back_to_what_it_had_before_that(tmp_path: Path):
     async def work() -> None:
         async with fleet(tmp_path) as found:

@@ -83,7 +83,7 @@ async def read_withdrawing(connection: AsyncConnection, rollout: str, scope: Sco
         _WITHDRAWING,
         {
             "rollout": rollout,
-            "outcomes": list(LIVE),
+            "outcomes": [*LIVE, "superseded"],
             "all": scope == "all",
             "in_stage": scope == "stage",
             "stage": stage,
@@ -146,9 +146,7 @@ def promote(
 async def read_retrying(connection: AsyncConnection, rollout: str, *, failed: bool) -> list[Any]:
     """Return the assignments that ended without success and that nobody else took over: (device_id, model, attempt)."""
     outcomes = list(ENDED) if failed else ["excused"]
-    rows = await connection.execute(
-        _WITHDRAWING, {"rollout": rollout, "outcomes": outcomes, "all": False, "in_stage": False, "stage": -1}
-    )
+    rows = await connection.execute(_RETRYING, {"rollout": rollout, "outcomes": outcomes})
     return [row for row in rows if row.owned]
 
 
@@ -202,7 +200,7 @@ async def apply(connection: AsyncConnection, row: Any, plan: Plan, prepared: Pre
         part = prepared.withdrawn[at : at + offers.DEVICES_PER_READ]
         await connection.execute(
             _WITHDRAW_FLAG if plan.flag else _WITHDRAW,
-            {"rollout": row.id, "devices": part, "now": now, "outcomes": list(STANDING)},
+            {"rollout": row.id, "devices": part, "now": now, "outcomes": [*STANDING, "superseded"]},
         )
         for planned in plan.targets:
             await connection.execute(
@@ -269,11 +267,22 @@ _OWNED = (
     " AND n.outcome NOT IN ('withdrawn', 'revert_pending', 'reverted', 'superseded')"
     " AND NOT (n.outcome IN ('returned', 'failed', 'refused', 'excused') AND r.state IN ('halted', 'aborted', 'reverted')))"
 )
+# What is taken back is taken back from all that run it: also where a later rollout tried another one and the device went back,
+# whatever became of that rollout.
+_RUNS_AGAIN = (
+    "NOT EXISTS (SELECT 1 FROM assignment n WHERE n.device_id = a.device_id AND n.model = a.model"
+    " AND n.rollout_id <> a.rollout_id AND n.exposed_at > a.exposed_at AND n.outcome NOT IN ('withdrawn', 'revert_pending',"
+    " 'reverted', 'superseded', 'returned', 'failed', 'refused', 'excused'))"
+)
 _WITHDRAWING = text(
-    f"SELECT a.device_id, a.model, a.attempt, a.from_manifest, a.from_target, a.tried, {_OWNED} AS owned"  # noqa: S608 - constants
+    f"SELECT a.device_id, a.model, a.attempt, a.from_manifest, a.from_target, a.tried, {_RUNS_AGAIN} AS owned"  # noqa: S608 - constants
     " FROM assignment a JOIN device d ON d.id = a.device_id AND d.state = 'active'"  # who was shut out hears nothing
     " WHERE a.rollout_id = :rollout AND a.outcome IN :outcomes"
-    " AND (a.outcome NOT IN ('confirmed', 'confirmed_idle') OR :all OR (:in_stage AND a.stage = :stage))"
+    " AND (a.outcome NOT IN ('confirmed', 'confirmed_idle', 'superseded') OR :all OR (:in_stage AND a.stage = :stage))"
+).bindparams(bindparam("outcomes", expanding=True))
+_RETRYING = text(
+    f"SELECT a.device_id, a.model, a.attempt, a.tried, {_OWNED} AS owned FROM assignment a"  # noqa: S608 - constants
+    " JOIN device d ON d.id = a.device_id AND d.state = 'active' WHERE a.rollout_id = :rollout AND a.outcome IN :outcomes"
 ).bindparams(bindparam("outcomes", expanding=True))
 _RETRY = text(
     "UPDATE assignment SET outcome = 'exposed', attempt = attempt + 1, exposed_at = :now, noticed_at = 0, settled_at = 0,"
