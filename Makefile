@@ -43,8 +43,9 @@ soak: setup  ## the long forms of the suites
 		|| echo "== atheris does not install here: parsers are fuzzed without its guidance"
 	$(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)
 
-mutants: setup  ## put deliberate bugs into the machine and require the simulator to catch each
+mutants: setup  ## put deliberate bugs into the machine and the rollout engine, and require each to be caught
 	$(BIN)/wherry-sim mutants $(ARGS)
+	$(BIN)/python -m pytest -q --timeout 900 tests/server/test_rollout_mutants.py
 
 lint: setup  ## ruff, mypy strict, import-linter
 	$(BIN)/ruff check .

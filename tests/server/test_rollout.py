@@ -303,7 +303,11 @@ def told(evidence: Evidence, progress: Progress) -> int:
     return evidence.stage(progress.stage).ever - sum(waiting)
 
 
-@given(plans, devices, commands, st.integers(0, 2**32), st.integers(1, 10), st.integers(0, 3))
+WORLDS = (plans, devices, commands, st.integers(0, 2**32), st.integers(1, 10), st.integers(0, 3))
+"""A rollout from start to end: plan, fleet, orders, chance, devices of one transaction, reboots."""
+
+
+@given(*WORLDS)
 @settings(max_examples=150, deadline=None)
 def test_whatever_happens_a_rollout_is_bounded_final_and_ends(
     plan: Plan, members: list[Device], orders: list[tuple[int, str]], seed: int, chunk: int, reboots: int
