@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import click
@@ -12,6 +14,7 @@ from rich.text import Text
 from wherry_optimizer.cli import app as optimizer
 from wherry_server.cli import app
 
+HEAVY = ("alembic", "cryptography", "fastapi", "pydantic", "sqlalchemy")
 WITHOUT = {
     "dev": "a screen that stays",
     "serve": "a process that stays",
@@ -48,3 +51,8 @@ def test_no_help_loses_words_as_markup(name: str) -> None:
     command = (ALL | OPTIMIZER)[name]
     for text in [command.help or "", *(getattr(parameter, "help", None) or "" for parameter in command.params)]:
         assert Text.from_markup(text).plain == text
+
+
+def test_a_command_does_not_wait_for_what_only_a_server_needs() -> None:
+    seen = f"import sys, wherry_server.cli; print([name for name in {HEAVY} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", seen], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -10,7 +10,7 @@ import msgspec
 import typer
 from rich.console import Console
 
-from wherry_server import audit, calls
+from wherry_server import calls
 from wherry_server.answers import ExportedEntry
 from wherry_server.cli.common import AsJson, client, show, table, when
 from wherry_shared.errors import RefusedError
@@ -113,6 +113,8 @@ def _check(entries: list[ExportedEntry], file: Path) -> None:
     Raises:
         RefusedError: `audit_broken`.
     """
+    from wherry_server import audit  # brings the database along, for which other commands need not wait
+
     at = audit.first_broken(entries)
     if at is not None:
         raise RefusedError(

@@ -18,7 +18,6 @@ from rich.console import Console
 from wherry_server import calls
 from wherry_server.cli.common import GLOBALS, AsJson, client, date, show, table, when
 from wherry_server.client import check
-from wherry_server.oidc import challenge_of
 from wherry_server.secret_files import write_secret
 from wherry_shared.access import LOGIN_FILE, LOOPBACK, Access, find_access, unreachable
 from wherry_shared.errors import RefusedError
@@ -57,6 +56,8 @@ def login(
     as_json: AsJson = False,
 ) -> None:
     """Log in by a browser on this machine; commands then act as you until the session ends."""
+    from wherry_server.oidc import challenge_of  # brings cryptography along
+
     server = (GLOBALS.server or find_access(GLOBALS.server, "not needed yet").server).rstrip("/")
     verifier = secrets.token_urlsafe(48)
     with _Listener(("127.0.0.1", 0), _Handler) as listener:
