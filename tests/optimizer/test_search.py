@@ -458,11 +458,11 @@ def test_what_is_preferred_decides_among_them(prefer: candidates.Prefer, first: 
     assert candidates.rank(rows, row(SOURCE, 100, 1.0), prefer)[0].id == first
 
 
-def test_what_is_surely_within_the_budget_comes_before_what_may_not_be() -> None:
-    lucky = Row("lucky", 10, 0.2, 1.0, 0.9, sure=False)
-    rows = [row(SOURCE, 100, 1.0), lucky, row("sure", 30, 0.5)]
-    assert [one.id for one in candidates.rank(rows, rows[0], "balanced")] == ["sure", SOURCE, "lucky"]
-    assert [one.id for one in candidates.rank(rows[:2], rows[0], "balanced")] == ["lucky", SOURCE]
+def test_what_may_be_above_the_budget_has_to_be_better_by_far() -> None:
+    source, sure = row(SOURCE, 100, 1.0), row("sure", 30, 0.5)
+    for latency, first in ((0.45, "sure"), (0.3, "lucky")):
+        lucky = Row("lucky", 30, latency, 1.0, 0.9, sure=False)
+        assert candidates.rank([source, lucky, sure], source, "balanced")[0].id == first
 
 
 def test_figures_that_devices_reported_take_the_place_of_this_machines(tmp_path: Path, cache: Path) -> None:

@@ -30,6 +30,8 @@ CHANNELS = (0.125, 0.25, 0.5, 0.625, 0.75)
 SPARSITIES = (0.3, 0.5, 0.7, 0.8)
 STARTED_AT = 0.5
 """A pruning ladder begins with this share, and goes up while the gate lets it pass, else down until it does."""
+UNSURE = 1.25
+"""A variant whose drop may be above the budget, by its interval, counts as so much larger or slower."""
 FOLD = Step(use="quantize-weights", parameters={"form": "fold"}, optional=True)
 """What is still float after other quantizers: recurrent weights, embedding tables, excluded layers."""
 
@@ -218,19 +220,16 @@ def _dominates(one: Row, other: Row) -> bool:
 def rank(rows: Sequence[Row], source: Row, prefer: Prefer) -> list[Row]:
     """Return rows best first: by the product of download and latency ratios, weighted by what is preferred.
 
-    Those that are sure come first, where there are any beside the source: the best of many is the luckiest of them, too.
+    One that is not sure has to be better by `UNSURE` to come first: the best of many is the luckiest of them, too.
     """
     weights = {"balanced": (1.0, 1.0), "size": (1.0, 0.0), "latency": (0.0, 1.0)}[prefer]
 
     def cost(row: Row) -> tuple[float, float]:
         size = log(row.download_bytes / source.download_bytes) if row.download_bytes else inf
         time = log(row.latency_ratio) if isfinite(row.latency_ratio) and row.latency_ratio > 0 else 0.0
-        return (weights[0] * size + weights[1] * time, size + time)
+        return (weights[0] * size + weights[1] * time + (0.0 if row.sure else log(UNSURE)), size + time)
 
-    sure = [row for row in rows if row.sure or row.id == SOURCE]
-    if all(row.id == SOURCE for row in sure):
-        return sorted(rows, key=cost)
-    return sorted(sure, key=cost) + sorted((row for row in rows if row not in sure), key=cost)
+    return sorted(rows, key=cost)
 
 
 def reason(row: Row, source: Row, prefer: Prefer, count: int, *, measured: str) -> str:
