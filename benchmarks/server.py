@@ -83,10 +83,11 @@ def broker(settings: Settings, folder: Path) -> Iterator[str]:
         process.wait()
 
 
-def made(folder: Path, url: str) -> Settings:
+def made(folder: Path, url: str, publisher: str = "director") -> Settings:
     """Make a server's data folder ready."""
     port = telemetry_per_s.free_port()
-    settings = Settings.load(folder, database=url, port=port, broker_port=telemetry_per_s.free_port())
+    broker_port = telemetry_per_s.free_port()
+    settings = Settings.load(folder, database=url, port=port, broker_port=broker_port, publisher=publisher)
     dev.init(settings)
     return settings
 
@@ -284,9 +285,11 @@ def measure(folder: Path, urls: tuple[str, str], options: argparse.Namespace) ->
     """Measure one database: `urls` of an empty one for telemetry and of another for everything else."""
     rate, kind, size = telemetry(folder, urls[0], options.senders, options.messages)
     print(f"  telemetry: {rate} messages per second through {kind}, {size} bytes each in the database", flush=True)
-    settings = made(folder / "fleet", urls[1])
+    settings = made(folder / "fleet", urls[1], options.publisher)
     asyncio.run(fill(settings, options.devices, options.windows))
-    with broker(settings, folder), role("director", settings) as director, role("api", settings) as api:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(broker(settings, folder))
+        processes = {name: stack.enter_context(role(name, settings)) for name in settings.roles}
         seconds = asyncio.run(stage(settings, options.devices))
         print(f"  stage of {options.devices}: {seconds:.1f} s to the last offer published and marked", flush=True)
 
@@ -300,9 +303,9 @@ def measure(folder: Path, urls: tuple[str, str], options: argparse.Namespace) ->
         answered = ask(settings, asyncio.run(any_device()), options.rounds)
         for name, times in answered.items():
             print(f"  {name}: p50 {times['p50']} ms, p99 {times['p99']} ms", flush=True)
-        flagged = flags(settings, options.devices, director)
+        flagged = flags(settings, options.devices, processes["director"])
         print(f"  a flag for {options.devices}: {flagged}", flush=True)
-        rss = {"director": memory(director), "api": memory(api)}
+        rss = {name: memory(process) for name, process in processes.items()}
         print(f"  memory: {rss}", flush=True)
     return {
         "telemetry_per_s": rate,
@@ -322,6 +325,9 @@ def main() -> None:
     parser.add_argument("--senders", type=int, default=200, help="devices that send telemetry")
     parser.add_argument("--messages", type=int, default=300, help="of each of them")
     parser.add_argument("--rounds", type=int, default=100, help="calls of each kind")
+    parser.add_argument(
+        "--publisher", choices=("director", "separate"), default="separate", help="who takes offers to the broker"
+    )
     options = parser.parse_args()
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix=f"wherry-bench-{secrets.token_hex(2)}-") as name:
@@ -343,6 +349,7 @@ def main() -> None:
         "api_p99_ms": max(times["p99"] for one in found.values() for times in one["calls_ms"].values()),
         "rss_mb": {key: {role: used["rss"] for role, used in one["memory_mb"].items()} for key, one in found.items()},
         "devices": options.devices,
+        "publisher": options.publisher,
         "windows": options.windows,
         **found,
     }

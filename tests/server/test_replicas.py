@@ -27,7 +27,12 @@ CHANGE_S = 60.0
 
 def made(folder: Path, postgres: Postgres) -> Settings:
     settings = Settings.load(
-        folder, database=postgres.empty(), broker_port=free_port(), project=PROJECT, ingest="separate"
+        folder,
+        database=postgres.empty(),
+        broker_port=free_port(),
+        project=PROJECT,
+        ingest="separate",
+        publisher="separate",
     )
     dev.init(settings)
     return Settings.load(folder)
@@ -61,11 +66,13 @@ def test_two_of_each_role_lose_one_of_each_in_the_middle_of_a_rollout(tmp_path: 
             "api": stack.enter_context(role("api", settings, "--port", str(ports[0]))),
             "director": stack.enter_context(role("director", settings)),
             "ingest": stack.enter_context(role("ingest", settings)),
+            "publisher": stack.enter_context(role("publisher", settings)),
         }
         until(lambda: rows(settings, "SELECT 1 FROM lease WHERE epoch = 1"), CHANGE_S)
         stack.enter_context(role("api", settings, "--port", str(ports[1])))
         stack.enter_context(role("director", settings))
         stack.enter_context(role("ingest", settings))
+        stack.enter_context(role("publisher", settings))
         until(lambda: answers(ports[0]) and answers(ports[1]), CHANGE_S)
         fleet = Fleet(settings, devices)
         stack.callback(fleet.stop)

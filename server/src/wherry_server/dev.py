@@ -44,7 +44,6 @@ READY_S = 60.0
 TURN_S = 0.2
 TOKEN_DAYS = 365
 ENROLMENT_USES = 100_000
-ROLES = ("broker", "api", "director")
 NO_ENTRY = ("28000", "28P01", "3D000")
 """SQLSTATE of PostgreSQL: no such user, wrong password, no such database."""
 
@@ -102,7 +101,7 @@ def run(settings: Settings, *, quiet: bool) -> None:
                 command=[sys.executable, "-m", "wherry_server.cli", "serve", role, "--data", str(settings.data)],
                 log=logs / f"{role}.log",
             )
-            for role in (*ROLES, *(["ingest"] if settings.ingest == "separate" else []))
+            for role in ("broker", *settings.roles)
         ]
         supervisor = Supervisor(children, lambda text: print(text, file=sys.stderr, flush=True))  # noqa: T201
         stop = _stop_on_signals()

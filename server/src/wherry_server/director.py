@@ -108,15 +108,15 @@ class Process:
         log.info("directing project %s", services.project)
         jobs = {
             "link": for_ever(link.run),
-            "outbox": for_ever(outbox.run),
             "rollouts": for_ever(conductor.run),
             "lease": every(RENEW_S, hold),
-            "again": every(0, publish_again),
             "trust": every(TRUST_S, renew_trust),
             "webhooks": every(WEBHOOKS_S, tell),
             "forget": every(FORGET_S, forget),
             "logs": every(LOGS_S, ask_logs),
         }
+        if services.settings.publisher == "director":
+            jobs |= {"outbox": for_ever(outbox.run), "again": every(0, publish_again)}
         if services.settings.broker_tls:
             doorkeeper = Doorkeeper(services)
 

@@ -35,12 +35,45 @@ _quiet.setLevel(logging.CRITICAL)
 """gmqtt logs every packet and every ordinary disconnect; what matters is logged here."""
 
 
+class Acknowledged:
+    """Which of the messages that were published together the broker has: a future for each would cost more than the rest."""
+
+    def __init__(self) -> None:
+        self.there: set[int] = set()
+        """Positions of those that it has."""
+        self._left = 0
+        self._over = asyncio.Event()
+        self._over.set()
+
+    def expect(self) -> None:
+        """One more was sent."""
+        self._left += 1
+        self._over.clear()
+
+    def got(self, position: int) -> None:
+        """The broker has it."""
+        self.there.add(position)
+        self._left -= 1
+        if not self._left:
+            self._over.set()
+
+    def lose(self) -> None:
+        """The connection is gone: nothing more will come."""
+        self._over.set()
+
+    async def wait(self, seconds: float) -> None:
+        """Wait until the broker has all of them, the connection is gone, or the time is over."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._over.wait()
+
+
 class _Unacknowledged(PersistentStorage):  # type: ignore[misc]  # gmqtt publishes no types
     """gmqtt's store of what the broker has not acknowledged, from which publishers learn when it has."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.waiting: dict[int, asyncio.Future[None]] = {}
+        self.waiting: dict[int, tuple[Acknowledged, int]] = {}
         self.last = 0
 
     def push_message(self, mid: int, raw_package: bytes) -> None:
@@ -52,8 +85,9 @@ class _Unacknowledged(PersistentStorage):  # type: ignore[misc]  # gmqtt publish
         """The broker has it."""
         super().remove_message_by_mid(mid)
         waiting = self.waiting.pop(mid, None)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(None)
+        if waiting is not None:
+            acknowledged, position = waiting
+            acknowledged.got(position)
 
 
 class Link:
@@ -109,18 +143,17 @@ class Link:
         if self.connected.is_set():
             self._client.publish(topic, b"", qos=0, retain=True)
 
-    def publish_retained(self, topic: str, payload: bytes) -> asyncio.Future[None]:
-        """Publish retained with QoS 1; the future is done when the broker has it.
+    def publish_retained(self, topic: str, payload: bytes, acknowledged: Acknowledged, position: int) -> None:
+        """Publish retained with QoS 1; `acknowledged` is told when the broker has it, or when it will never say so.
 
         Raises:
-            UnreachableError: `broker_unreachable`, without a connection; the future raises it when the connection goes.
+            UnreachableError: `broker_unreachable`, without a connection.
         """
         if not self.connected.is_set():
             raise UnreachableError("broker_unreachable", "no connection to the broker")
         self._client.publish(topic, payload, qos=1, retain=True)
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._sent.waiting[self._sent.last] = future
-        return future
+        acknowledged.expect()
+        self._sent.waiting[self._sent.last] = acknowledged, position
 
     async def _connect(self, lost: asyncio.Event) -> None:
         self._sent = _Unacknowledged()
@@ -154,9 +187,8 @@ class Link:
         self.connected.clear()
         client, self._client = self._client, None
         waiting, self._sent.waiting = self._sent.waiting, {}
-        for future in waiting.values():
-            if not future.done():
-                future.set_exception(UnreachableError("broker_unreachable", "the connection to the broker was lost"))
+        for acknowledged, _ in waiting.values():
+            acknowledged.lose()
         if client is not None:
             with contextlib.suppress(Exception):  # a client that never connected has nothing to close
                 async with asyncio.timeout(1):

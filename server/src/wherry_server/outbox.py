@@ -17,7 +17,7 @@ from sqlalchemy import bindparam, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server.db.database import Database
-from wherry_server.mqtt import Link
+from wherry_server.mqtt import Acknowledged, Link
 from wherry_server.times import now_us
 from wherry_shared import topics
 from wherry_shared.errors import UnreachableError
@@ -35,10 +35,12 @@ BREATH = 100
 class Outbox:
     """Drains one project's offers to one broker."""
 
-    def __init__(self, database: Database, project: str, link: Link) -> None:
+    def __init__(self, database: Database, project: str, link: Link, *, idle_s: float = IDLE_S) -> None:
+        """Prepare; `idle_s` is how often to look without being woken."""
         self._database = database
         self._project = project
         self._link = link
+        self._idle_s = idle_s
         self._woken = asyncio.Event()
 
     def wake(self) -> None:
@@ -61,7 +63,7 @@ class Outbox:
             self._woken.clear()
             if not await self.drain():
                 try:
-                    async with asyncio.timeout(IDLE_S):
+                    async with asyncio.timeout(self._idle_s):
                         await self._woken.wait()
                 except TimeoutError:
                     continue
@@ -100,22 +102,18 @@ class Outbox:
 
     async def _publish(self, rows: Sequence[Any]) -> tuple[list[tuple[str, int, int]], bool]:
         """Return which of them the broker acknowledged, and whether the link took all."""
-        sent: list[tuple[Any, asyncio.Future[None]]] = []
+        acknowledged = Acknowledged()
         try:
-            for row in rows:
-                sent.append((row, self._link.publish_retained(topics.down(row.device_id, "offer"), row.envelope)))
-                if len(sent) % BREATH == 0:
+            for position, row in enumerate(rows):
+                topic = topics.down(row.device_id, "offer")
+                self._link.publish_retained(topic, row.envelope, acknowledged, position)
+                if position % BREATH == BREATH - 1:
                     await asyncio.sleep(0)
-            await asyncio.wait([future for _, future in sent], timeout=ACKNOWLEDGED_S)
+            await acknowledged.wait(ACKNOWLEDGED_S)
         except UnreachableError as error:
             log.warning("offers wait for the broker: %s", error)
-        there = []
-        for row, future in sent:
-            if future.done() and future.exception() is None:
-                there.append((row.device_id, row.epoch, row.serial))
-            else:
-                future.cancel()
-        return there, len(there) == len(rows)
+        there = [rows[position] for position in sorted(acknowledged.there)]
+        return [(row.device_id, row.epoch, row.serial) for row in there], len(there) == len(rows)
 
 
 async def _mark(connection: AsyncConnection, there: Sequence[tuple[str, int, int]]) -> None:

@@ -82,6 +82,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """SQLAlchemy URL; empty: SQLite in the data folder."""
     ingest: Literal["director", "separate"] = "director"
     """Who stores what devices say: the director, or processes of their own (`wherry serve ingest`)."""
+    publisher: Literal["director", "separate"] = "director"
+    """Who takes offers to the broker: the director, or processes of their own (`wherry serve publisher`)."""
     certificate_days: Annotated[float, msgspec.Meta(gt=0, le=CERTIFICATE_DAYS_MAX)] = 30
     """Life of a device certificate; devices renew theirs after two thirds of it."""
     certificate_grace_days: Annotated[float, msgspec.Meta(ge=0, le=CERTIFICATE_DAYS_MAX)] = 365
@@ -116,6 +118,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Days after which an uploaded blob that no bundle names may be deleted (`wherry blobs collect`)."""
     presign_s: Annotated[int, msgspec.Meta(ge=0, le=PRESIGN_S_MAX)] = 300
     """How long an address that a device is sent to in the bucket can be used; 0: the API passes the bytes on itself."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What `wherry serve` has to run, a broker aside."""
+        ingest = ("ingest",) if self.ingest == "separate" else ()
+        publisher = ("publisher",) if self.publisher == "separate" else ()
+        return "api", "director", *ingest, *publisher
 
     @property
     def database_url(self) -> str:

@@ -66,6 +66,12 @@ def init(
         bool | None,
         typer.Option(help="Whether processes of their own store what devices say.", show_default="the director does"),
     ] = None,
+    separate_publisher: Annotated[
+        bool | None,
+        typer.Option(
+            help="Whether processes of their own take offers to the broker.", show_default="the director does"
+        ),
+    ] = None,
     blobs: Annotated[
         str | None,
         typer.Option(help="Where blobs are: file:///FOLDER or s3://BUCKET/PREFIX.", show_default="the data folder"),
@@ -88,7 +94,7 @@ def init(
     """Make a data folder and a database ready for `wherry serve`; doing it again brings the schema to this release."""
     from wherry_server import dev as development
 
-    ingest = {None: None, True: "separate", False: "director"}[separate_ingest]
+    who = {None: None, True: "separate", False: "director"}
     _check_project(data, project)
     settings = Settings.load(
         data,
@@ -98,7 +104,8 @@ def init(
         broker_port=broker_port,
         host=host,
         port=port,
-        ingest=ingest,
+        ingest=who[separate_ingest],
+        publisher=who[separate_publisher],
         blobs=blobs,
         s3_endpoint=s3_endpoint,
         s3_region=s3_region,
@@ -109,7 +116,6 @@ def init(
     from wherry_server.trust import Trust
 
     keys = "development" if Trust.open(settings.trust_folder).public_state()["development"] else "offline"
-    roles = ["api", "director", *(["ingest"] if settings.ingest == "separate" else [])]
     made = {
         "project": settings.project,
         "data": str(settings.data),
@@ -117,7 +123,7 @@ def init(
         "admin_token": shown.admin if shown.fresh else "",
         "enrolment_token": shown.enrolment,
         "trust": keys,
-        "start": [f"wherry serve {role} --data {settings.data}" for role in roles],
+        "start": [f"wherry serve {role} --data {settings.data}" for role in settings.roles],
     }
 
     def render(console: Console) -> None:
@@ -153,7 +159,7 @@ def _check_project(data: Path | None, project: str | None) -> None:
 
 @commands.command()
 def serve(
-    role: Annotated[str, typer.Argument(help="api, director, ingest or broker")],
+    role: Annotated[str, typer.Argument(help="api, director, ingest, publisher or broker")],
     data: Data = None,
     host: Annotated[str | None, typer.Option(help="Where this API listens.", show_default="as it was made")] = None,
     port: Port = None,
@@ -164,9 +170,11 @@ def serve(
 
     settings = Settings.load(data, host=host, port=port)
     match role:
-        case "api" | "director" | "ingest" | "broker":
+        case "api" | "director" | "ingest" | "publisher" | "broker":
             roles.run(role, settings, part)
         case _:
             raise RefusedError(
-                "role_unknown_here", f"there is no role {role[:40]!r}", next_step="say api, director, ingest or broker"
+                "role_unknown_here",
+                f"there is no role {role[:40]!r}",
+                next_step="say api, director, ingest, publisher or broker",
             )
