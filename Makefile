@@ -16,7 +16,7 @@ $(error no Python found ($(or $(PYTHON),python3.11)), so nothing can be installe
 endif
 STAMP := $(VENV)/.installed-$(TAG)
 
-.PHONY: help setup demo test soak lint format types imports bench dist clean mutants
+.PHONY: help setup demo test slow soak lint format types imports bench dist clean mutants
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -36,7 +36,10 @@ demo: setup  ## one real model from the optimizer to a fleet and back (KEEP=1 le
 	$(BIN)/wherry-sim demo $(if $(filter-out 0 no false,$(KEEP)),--keep)
 
 test: setup  ## unit, scenario, property, simulator and end-to-end tests
-	$(BIN)/python -m pytest -m "not soak" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -m "not soak and not slow" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+slow: setup  ## whole sites with faults and waits: killed, cut off, lied to, out of room
+	$(BIN)/python -m pytest -m "slow and not soak" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: setup  ## the long forms of the suites
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes -r requirements/soak.txt \

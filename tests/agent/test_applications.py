@@ -276,7 +276,7 @@ def check_that_flags_are_served_offline_after_a_restart(server: Site, device: Ag
     reads(0.75)  # what rules give now, and not what it was before
     until(lambda: called(server, "GET", f"/rollouts/{number}")["state"] == "reverted", "it is back")
     explained = called(server, "GET", f"/rollouts/{number}/explain?device={device.name}")
-    assert (explained["device"]["outcome"], explained["differing"]) == ("reverted", [])
+    assert (explained["device"]["code"], explained["differing"]) == ("reverted", [])
     told = called(server, "GET", f"/flags/threshold/devices/{device.name}")
     assert (told["variant"], told["by"], told["number"], told["offered_value"]) == ("middle", "rule", 1, 0.75)
     director.offer(threshold=None)

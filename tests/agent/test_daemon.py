@@ -216,6 +216,7 @@ def forged(real: bytes, more: int) -> bytes:
     return dsse.sign(dsse.OFFER_TYPE, wire.encode(claimed), envelope.keyid, lambda _message: bytes(64))
 
 
+@pytest.mark.slow
 def test_a_stream_of_forged_offers_keeps_no_real_one_away(device: Agent, server: Site) -> None:
     known = identity.load(device.home)
     assert known is not None
@@ -357,6 +358,7 @@ def test_sigterm_ends_it_in_order_and_the_journal_answers_then(device: Agent) ->
     assert not (device.home / "run" / "agent.sock").exists()
 
 
+@pytest.mark.slow
 def test_without_a_broker_offers_and_reports_go_over_http(server: Site) -> None:
     with agent(server, "bench-2") as lonely:
         lonely.until("it is enrolled", lambda shown: shown["connected"] == "mqtt")

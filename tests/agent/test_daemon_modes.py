@@ -141,6 +141,7 @@ def test_a_standby_takes_over_at_once_and_stands_by_again(lab: Lab) -> None:
     lab.device.until_serves("1.3.0")
 
 
+@pytest.mark.slow
 def test_a_group_of_which_one_misses_its_golden_vectors_leaves_both_and_a_good_one_brings_both(lab: Lab) -> None:
     lab.begin("1.4.0", "2.0.0", other="1.0.0")
     lab.release("2.0.0", 5.0, model=OTHER, spoil=True)

@@ -14,7 +14,7 @@ from tests.agent.serving_kit import until
 from tests.shared.engines import models
 from wherry_agent import status
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.slow]
 
 
 def heavy(path: Path, factor: float, count: int) -> Path:

@@ -112,6 +112,7 @@ def engine_of(shown: dict) -> str:
 
 @pytest.mark.services
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_a_replaced_engine_is_judged_before_it_serves_and_nobody_notices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

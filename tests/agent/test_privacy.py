@@ -86,6 +86,7 @@ def test_an_errors_words_stay_and_its_values_do_not(text: str, expected: str) ->
 
 
 @pytest.mark.services
+@pytest.mark.slow
 def test_nothing_that_was_asked_is_in_anything_that_is_sent(tmp_path: Path) -> None:
     with site(tmp_path) as server:
         server.release("1.0.0", models.scale(tmp_path / "one.onnx", 2.0))

@@ -313,6 +313,7 @@ def test_where_the_validity_is_not_noted_the_courier_is_asked_once() -> None:
 # --- a whole device -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_device_renews_its_certificate_by_itself_and_goes_on_talking(tmp_path: Path) -> None:
     with site(tmp_path, certificate_days=LIFE_S / DAY_S) as place, agent(place, "press") as device:
         device.until("it is connected", lambda shown: shown["connected"] == "mqtt")

@@ -18,7 +18,7 @@ from wherry_shared import reasons
 from wherry_shared.bundle import Interface, TensorSpec
 from wherry_shared.engines import tiny
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.services, pytest.mark.slow, pytest.mark.timeout(400)]
 
 PAIR = Interface(
     inputs=[TensorSpec(name="x", datatype="FP32", shape=[2])],

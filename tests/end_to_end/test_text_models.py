@@ -16,7 +16,7 @@ from wherry_optimizer.pack import pack_model
 from wherry_shared.golden import decode
 from wherry_shared.image_layout import Layout
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.slow]
 
 MODEL = "words"
 

@@ -28,7 +28,7 @@ from wherry_shared.limits import MQTT_PAYLOAD_BYTES_MAX
 from wherry_shared.topics import down
 from wherry_simulators.processes import wait_for
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.slow]
 
 MEGABYTE = 1_000_000
 DAY_S = 86_400

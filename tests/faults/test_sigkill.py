@@ -24,7 +24,7 @@ from tests.site_kit import (
 )
 from wherry_simulators.processes import wait_for
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.slow]
 
 MEGABYTE = 1_000_000
 WEIGHTS_BYTES = 13 * MEGABYTE

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from wherry_optimizer import pipeline
 from wherry_shared.engines import probe
 
@@ -28,6 +30,7 @@ def test_file_type_gets_an_int8_and_a_pruned_variant_within_budget(tmp_path: Pat
     assert len(result.packed.config.interface.outputs[0].labels) == 214
 
 
+@pytest.mark.slow
 def test_pitch_has_variants_for_both_engines_with_one_interface(tmp_path: Path) -> None:
     result = pipeline.build("pitch-1.0.0", tmp_path)
     assert result.refused == ()

@@ -490,6 +490,10 @@ class Racing(Composer):
     def __init__(self, found: Fleet, inner: Composer) -> None:
         self.found, self.inner, self.done = found, inner, False
 
+    @property
+    def keyid(self) -> str:
+        return self.inner.keyid
+
     def compose_all(self, wanted, *arguments):
         made = self.inner.compose_all(wanted, *arguments)
         if not self.done:

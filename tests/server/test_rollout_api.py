@@ -333,6 +333,8 @@ def shown(*stages: dict[str, Any]) -> dict[str, Any]:
         "reason": "",
         "stage": 0,
         "stages_total": len(stages),
+        "round": 1,
+        "rounds_total": 1,
         "members": 12,
         "stages": list(stages),
         "counts": {"real": {"exposed": 4}, "simulated": {"exposed": 8}},

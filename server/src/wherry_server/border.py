@@ -28,7 +28,16 @@ DOCS_CSP = (
 )
 """Of the page that shows the description: it is there only where people do not log in, since its scripts come from elsewhere."""
 DOCS = ("/docs", "/redoc")
-PUBLIC = ("/auth/", "/device/v1/enrol", "/install/", "/tuf/", "/api/v1/health", "/openapi.json", *DOCS)
+PUBLIC = (
+    "/auth/",
+    "/device/v1/enrol",
+    "/device/v1/retirement",
+    "/install/",
+    "/tuf/",
+    "/api/v1/health",
+    "/openapi.json",
+    *DOCS,
+)
 """Where nobody needs to be known."""
 REFUSALS = frozenset({401})
 REFUSED_AT = frozenset({"/device/v1/enrol", "/auth/token", "/auth/callback", "/auth/allow"})

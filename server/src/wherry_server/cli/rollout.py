@@ -396,7 +396,7 @@ def approve(
         if coming is not None:
             stage, round_ = coming.stage, round_ or coming.round
         found = server.plain(calls.approve_rollout(number, stage or 1, round_ or 1))
-    what = f"stage {stage or 1}" + (f" of round {round_ or 1}" if found["rounds_total"] > 1 else "")
+    what = f"stage {stage or 1}" + (f" of round {round_ or 1}" if found.get("rounds_total", 1) > 1 else "")
     show(found, as_json, lambda out: out.print(f"rollout {number}: {what} is approved (now {found['state']})"))
 
 
@@ -590,7 +590,7 @@ def _size(stage: dict[str, Any]) -> str:
 
 def _round(found: dict[str, Any]) -> str:
     """Name the round of a rollout that has two."""
-    return f" round {found['round']}/2" if found["rounds_total"] > 1 else ""
+    return f" round {found['round']}/2" if found.get("rounds_total", 1) > 1 else ""
 
 
 def _line(found: dict[str, Any]) -> str:
