@@ -11,6 +11,7 @@ from sqlalchemy import text
 
 from tests.server.fleet_kit import PROJECT, fleet, run
 from wherry_server import offers, outbox
+from wherry_server.mqtt import Acknowledged
 from wherry_server.offers import Composer, Current, Number, Wanted
 from wherry_server.outbox import Outbox
 from wherry_server.times import now_us
@@ -29,15 +30,14 @@ class FakeLink:
         self.sent: list[str] = []
         self.most, self.silent = most, silent
 
-    def publish_retained(self, topic: str, _payload: bytes) -> asyncio.Future[None]:
+    def publish_retained(self, topic: str, _payload: bytes, acknowledged: Acknowledged, position: int) -> None:
         if len(self.sent) >= self.most:
             raise UnreachableError("broker_unreachable", "gone")
         device = topic.split("/")[1]
         self.sent.append(device)
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        acknowledged.expect()
         if device not in self.silent:
-            future.set_result(None)
-        return future
+            acknowledged.got(position)
 
 
 async def offered(found: Any, count: int) -> list[str]:
@@ -100,11 +100,11 @@ def test_an_offer_that_changed_on_its_way_waits_again(tmp_path: Path):
             box = Outbox(found.database, PROJECT, link)  # type: ignore[arg-type]
             publish = link.publish_retained
 
-            def changed(topic: str, payload: bytes) -> asyncio.Future[None]:
+            def changed(topic: str, payload: bytes, acknowledged: Acknowledged, position: int) -> None:
                 if not link.sent:
                     found.elsewhere("UPDATE offer SET serial = serial + 1")
                     found.elsewhere("UPDATE unpublished SET serial = serial + 1")
-                return publish(topic, payload)
+                publish(topic, payload, acknowledged, position)
 
             link.publish_retained = changed  # type: ignore[method-assign]
             await box.drain()
