@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tests import fuzz_kit
 from tests.conftest import NOTE
 from tests.fuzz_kit import Parser, Tally
+from tests.services import lacks
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "build" / "bench" / "fuzz.json"
@@ -120,7 +121,7 @@ def test_many_mutations(parsers: list[Parser], record_property: Callable[[str, o
 @pytest.mark.soak
 def test_inputs_guided_by_coverage(tmp_path: Path, record_property: Callable[[str, object], None]):
     if importlib.util.find_spec("atheris") is None:
-        pytest.skip("atheris does not install on this Python and machine; `make soak` tried")
+        lacks("atheris does not install on this Python and machine; `make soak` tried")
     out = tmp_path / "found.json"
     command = [
         sys.executable,

@@ -203,6 +203,23 @@ def author_of(model: Model) -> str:
     return next((entry.value.strip() for entry in properties if entry.key == AUTHOR_PROPERTY), "")
 
 
+def prepare_float(path: Path) -> onnx.ModelProto:
+    """Return what `prepare` makes of an ONNX file that a pass can only take as float.
+
+    Raises:
+        RefusedError: `already_quantized`, or as `read_onnx` and `prepare`.
+    """
+    source = read_onnx(path)
+    if is_quantized(source):
+        raise RefusedError(
+            "already_quantized",
+            f"{path.name} holds quantized operators already",
+            consequence="the variant was not made",
+            next_step="take this pass out of the recipe, or name the float file as its source",
+        )
+    return prepare(source)
+
+
 def is_quantized(model: onnx.ModelProto) -> bool:
     """Tell whether the graph already holds quantized operators."""
     return any(

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import onnx
 
-from wherry_optimizer.model import is_quantized, prepare, read_onnx
+from wherry_optimizer.model import prepare_float
 from wherry_optimizer.passes import Result, Work
 from wherry_shared.errors import RefusedError
 
@@ -29,15 +29,7 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
     """Convert the model; see `passes.Pass`."""
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
-    source = read_onnx(path)
-    if is_quantized(source):
-        raise RefusedError(
-            "already_quantized",
-            f"{path.name} holds quantized operators already",
-            consequence="the variant was not made",
-            next_step="take this pass out of the recipe, or name the float file as its source",
-        )
-    prepared = prepare(source)
+    prepared = prepare_float(path)
     before = _floats(prepared.graph)
     try:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -7,7 +7,6 @@ the fastest on x86; choose `symmetric_activations` for Arm).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,8 @@ import msgspec
 import onnx
 
 from wherry_optimizer.activations import SENSITIVITY_NODES_MAX, SENSITIVITY_SAMPLES, distance, run_all
-from wherry_optimizer.model import is_quantized, prepare, read_onnx, sort_nodes, subgraphs
+from wherry_optimizer.model import prepare_float, sort_nodes, subgraphs
+from wherry_optimizer.ort_quantizer import quantizing
 from wherry_optimizer.passes import Array, Result, Work, excluded
 from wherry_shared.errors import RefusedError
 
@@ -57,15 +57,7 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
     """Quantize the model; see `passes.Pass`."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-    source = read_onnx(path)
-    if is_quantized(source):
-        raise RefusedError(
-            "already_quantized",
-            f"{path.name} holds quantized operators already",
-            consequence="the variant was not made",
-            next_step="take this pass out of the recipe, or name the float file as its source",
-        )
-    prepared = prepare(source)
+    prepared = prepare_float(path)
     names = [node.name or f"wherry_node_{index}" for index, node in enumerate(prepared.graph.node)]
     for node, name in zip(prepared.graph.node, names, strict=True):
         node.name = name
@@ -74,10 +66,7 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
     original = onnx.ModelProto()
     original.CopyFrom(prepared)  # the quantizer changes what it is given
     target = work.folder / "quantized.onnx"
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)  # the quantizer advises on the root logger to run a pre-processing that is ours here
-    try:
+    with quantizing(path):
         quantize_static(
             prepared,
             target,
@@ -94,15 +83,6 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
                 "CalibMovingAverage": parameters.ranges == "averaged",
             },
         )
-    except Exception as error:  # the quantizer raises whatever its graph surgery meets
-        raise RefusedError(
-            "pass_failed",
-            f"onnxruntime could not quantize {path.name}: {str(error).splitlines()[0]}",
-            consequence="the variant was not made",
-            next_step="put `simplify` before it, or leave the operators out that it fails on",
-        ) from error
-    finally:
-        root.setLevel(level)
     made = onnx.load(target)
     sort_nodes(made.graph)
     notes: dict[str, Any] = {}

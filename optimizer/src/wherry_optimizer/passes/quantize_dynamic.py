@@ -7,7 +7,6 @@ since a search should be able to see that for itself.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ import msgspec
 import onnx
 
 from wherry_optimizer.activations import SENSITIVITY_NODES_MAX, SENSITIVITY_SAMPLES, distance, run_all
-from wherry_optimizer.model import is_quantized, prepare, read_onnx, sort_nodes, subgraphs
+from wherry_optimizer.model import is_quantized, prepare_float, sort_nodes, subgraphs
+from wherry_optimizer.ort_quantizer import quantizing
 from wherry_optimizer.passes import Result, Work, excluded
 from wherry_shared.errors import RefusedError
 
@@ -37,15 +37,7 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 def apply(path: Path, parameters: Parameters, work: Work) -> Result:
     """Quantize the model; see `passes.Pass`."""
-    source = read_onnx(path)
-    if is_quantized(source):
-        raise RefusedError(
-            "already_quantized",
-            f"{path.name} holds quantized operators already",
-            consequence="the variant was not made",
-            next_step="take this pass out of the recipe, or name the float file as its source",
-        )
-    prepared = prepare(source)
+    prepared = prepare_float(path)
     for index, node in enumerate(prepared.graph.node):
         node.name = node.name or f"wherry_node_{index}"
     own = [node.name for node in prepared.graph.node if excluded(node.name, parameters.exclude)]
@@ -87,10 +79,7 @@ def _quantized(
 
     copy = onnx.ModelProto()
     copy.CopyFrom(prepared)  # the quantizer changes what it is given
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)  # the quantizer advises on the root logger to run a pre-processing that is ours here
-    try:
+    with quantizing(path):
         quantize_dynamic(
             copy,
             target,
@@ -101,15 +90,6 @@ def _quantized(
             nodes_to_exclude=list(without),
             nodes_to_quantize=None if only is None else list(only),
         )
-    except Exception as error:  # the quantizer raises whatever its graph surgery meets
-        raise RefusedError(
-            "pass_failed",
-            f"onnxruntime could not quantize {path.name}: {(str(error) or repr(error)).splitlines()[0]}",
-            consequence="the variant was not made",
-            next_step="put `simplify` before it, or leave the operators out that it fails on",
-        ) from error
-    finally:
-        root.setLevel(level)
     made = onnx.load(target)
     sort_nodes(made.graph)
     return made
