@@ -102,8 +102,12 @@ class _Layer:
     attributes: dict[str, Any]
 
 
-def apply(path: Path, parameters: Parameters, work: Work) -> Result:
-    """Prune the model; see `passes.Pass`."""
+def prunable(path: Path) -> onnx.ModelProto:
+    """Return what `prepare` makes of an ONNX file that is to be pruned.
+
+    Raises:
+        RefusedError: `already_quantized`, or as `read_onnx` and `prepare`.
+    """
     source = read_onnx(path)
     if is_quantized(source):
         raise RefusedError(
@@ -112,7 +116,12 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
             consequence="the variant was not made",
             next_step="put the pruning pass before the quantizing one, or prune the float source",
         )
-    model = prepare(source)
+    return prepare(source)
+
+
+def apply(path: Path, parameters: Parameters, work: Work) -> Result:
+    """Prune the model; see `passes.Pass`."""
+    model = prunable(path)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     layers = _layers(model.graph, weights, parameters)
     if not layers:
