@@ -220,6 +220,23 @@ def prepare_float(path: Path) -> onnx.ModelProto:
     return prepare(source)
 
 
+def prepare_prunable(path: Path) -> onnx.ModelProto:
+    """Return what `prepare` makes of an ONNX file that is to be pruned.
+
+    Raises:
+        RefusedError: `already_quantized`, or as `read_onnx` and `prepare`.
+    """
+    source = read_onnx(path)
+    if is_quantized(source):
+        raise RefusedError(
+            "already_quantized",
+            f"{path.name} is quantized; prune before quantizing",
+            consequence="the variant was not made",
+            next_step="put the pruning pass before the quantizing one, or prune the float source",
+        )
+    return prepare(source)
+
+
 def is_quantized(model: onnx.ModelProto) -> bool:
     """Tell whether the graph already holds quantized operators."""
     return any(

@@ -30,7 +30,7 @@ import onnx
 from onnx import numpy_helper
 
 from wherry_optimizer.activations import Taps, rows_of
-from wherry_optimizer.model import is_quantized, prepare, read_onnx
+from wherry_optimizer.model import prepare, prepare_prunable, read_onnx
 from wherry_optimizer.passes import Array, Result, Work, excluded
 from wherry_shared.errors import RefusedError
 
@@ -102,26 +102,9 @@ class _Layer:
     attributes: dict[str, Any]
 
 
-def prunable(path: Path) -> onnx.ModelProto:
-    """Return what `prepare` makes of an ONNX file that is to be pruned.
-
-    Raises:
-        RefusedError: `already_quantized`, or as `read_onnx` and `prepare`.
-    """
-    source = read_onnx(path)
-    if is_quantized(source):
-        raise RefusedError(
-            "already_quantized",
-            f"{path.name} is quantized; prune before quantizing",
-            consequence="the variant was not made",
-            next_step="put the pruning pass before the quantizing one, or prune the float source",
-        )
-    return prepare(source)
-
-
 def apply(path: Path, parameters: Parameters, work: Work) -> Result:
     """Prune the model; see `passes.Pass`."""
-    model = prunable(path)
+    model = prepare_prunable(path)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     layers = _layers(model.graph, weights, parameters)
     if not layers:

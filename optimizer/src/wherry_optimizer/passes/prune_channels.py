@@ -24,8 +24,8 @@ from onnx import numpy_helper, shape_inference
 
 from wherry_optimizer.activations import Array, Taps, rows_of
 from wherry_optimizer.channels import Consumer, Dependencies, Group, analyse
+from wherry_optimizer.model import prepare_prunable
 from wherry_optimizer.passes import Result, Work, excluded
-from wherry_optimizer.passes.prune import prunable
 from wherry_shared.errors import RefusedError
 
 ROUNDS = 6
@@ -65,7 +65,7 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 def apply(path: Path, parameters: Parameters, work: Work) -> Result:
     """Prune the model; see `passes.Pass`."""
-    original = prunable(path)
+    original = prepare_prunable(path)
     _own_shapes(original.graph)
     found = analyse(original.graph, _shapes(original))
     weights = {tensor.name: tensor for tensor in original.graph.initializer}
