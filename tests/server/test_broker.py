@@ -143,7 +143,7 @@ def test_a_device_that_is_revoked_is_out_at_once_with_every_certificate_it_ever_
         assert device.get("/device/v1/offer").json()["code"] == "device_revoked"
     sessions = {version: tls_session(site, fresh, version) for version in TLS}
     with site.services() as services:
-        asyncio.run(Doorkeeper(services).turn(leading=True))
+        asyncio.run(Doorkeeper(services, print).turn(leading=True))
     live.ends.get(timeout=20)
     for version, (context, session) in sessions.items():
         until(lambda v=version, c=context, s=session: not resumes(site, fresh, c, s))  # type: ignore[misc]
@@ -171,7 +171,7 @@ class Served:
         link = open_link(self.site.settings, "ingest", [topics.ingest_filter(kind) for kind in KINDS])
         self.gathers = collector.Collector(self.ingest, link.publish, lambda _stored: None, link.clear, guarded=True)
         link.on_message, link.on_connect = self.gathers.received, self.ready.set
-        keeper = Doorkeeper(services)
+        keeper = Doorkeeper(services, link.clear)
 
         async def watch() -> None:
             await keeper.turn(leading=True)
@@ -268,6 +268,45 @@ def test_a_hostile_device_takes_nothing_from_others_and_is_shut_out(
     role.close()
     served.stop()
     fellow.close()
+
+
+def test_of_a_device_that_left_for_good_the_broker_keeps_nothing(site: Guarded) -> None:
+    leaving, staying = site.device("leaving"), site.device("staying")
+    served, role = Served(site), site.role()
+    for member in (leaving, staying):
+        hand = site.let_in(member.pair, member.id)
+        for client, topic in ((hand, up(member, "hello")), (role, down(member, "offer"))):
+            client.client.publish(topic, b"kept", qos=1, retain=True).wait_for_publish(20)
+    for member in (leaving, staying):
+        assert hello_kept(site, member)
+        assert offer_kept(site, member)
+    with site.server.http() as http:
+        assert http.post("/api/v1/devices/leaving/decommission", json={}).status_code == 200
+    until(lambda: not hello_kept(site, leaving))  # from now on nobody takes over its session
+    until(lambda: not offer_kept(site, leaving))
+    assert hello_kept(site, staying)
+    assert offer_kept(site, staying)
+    served.stop()
+    role.close()
+
+
+def hello_kept(site: Guarded, member: Member) -> bool:
+    return keeps(site.role(), up(member, "hello"), "$SYS/broker/version")
+
+
+def offer_kept(site: Guarded, member: Member) -> bool:
+    file = site.folder / "double.pem"
+    with site.services() as services:
+        pair = services.authority.issue_double(member.id, timedelta(minutes=5))
+    file.write_bytes(pair.certificate + pair.key)
+    return keeps(site.let_in(file, member.id), down(member, "offer"), down(member, "ack"))
+
+
+def keeps(client: Client, topic: str, last: str) -> bool:
+    """Tell whether the broker keeps a message of a topic; it comes before the answer to a later subscription."""
+    client.subscribe(topic, last)
+    client.close()
+    return (topic, b"kept") in client.all_heard()
 
 
 def back(site: Guarded, member: Member) -> Client | None:

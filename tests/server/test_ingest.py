@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
 
-from tests.server.fleet_kit import FakeDevice, Fleet, fleet, manifest_of, run
+from tests.server.fleet_kit import PROJECT, FakeDevice, Fleet, fleet, manifest_of, run
 from wherry_server import cohorts, hellos, ingest
 from wherry_server import fleet as devices_of
+from wherry_server.collector import Collector
 from wherry_server.streams import AHEAD_MAX, SEQ_MAX, Position
-from wherry_shared import frames, ids, wire
+from wherry_shared import frames, ids, topics, wire
 from wherry_shared.errors import RefusedError
 from wherry_shared.facts import DeviceFacts
 from wherry_shared.limits import METRICS_PER_WINDOW_MAX, SAMPLE_BYTES_MAX, SAMPLES_PER_WINDOW_MAX
@@ -349,6 +351,29 @@ def test_a_revoked_device_is_heard_no_more(tmp_path: Path):
                 await connection.execute(text("UPDATE device SET state = 'revoked'"))
             assert await found.ingest.store("report", [(device.id, report(device, 1))]) == []
             assert found.ingest.refused["device_unknown"] == 1
+
+    run(work())
+
+
+def test_of_a_device_that_left_for_good_the_broker_keeps_nothing(tmp_path: Path):
+    cleared: list[str] = []
+
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            left, revoked, healthy = devices = await found.enrol(3)
+            async with found.database.write() as connection:
+                for device, state in ((left, "decommissioned"), (revoked, "revoked")):
+                    await devices_of.end_device(connection, PROJECT, device.id, state)  # type: ignore[arg-type]
+            stored = asyncio.Event()
+            gathers = Collector(found.ingest, lambda *_: None, lambda _: stored.set(), cleared.append)
+            task = asyncio.create_task(gathers.run())
+            for device in devices:
+                gathers.received(topics.up(device.id, "hello"), device.hello())
+            gathers.received(topics.up(healthy.id, "hello"), b"")  # as the broker passes on what clears
+            await asyncio.wait_for(stored.wait(), 20)
+            task.cancel()
+            assert cleared == [topics.up(left.id, "hello"), topics.down(left.id, "offer")]
+            assert found.ingest.refused == {"device_unknown": 2}
 
     run(work())
 

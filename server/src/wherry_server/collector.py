@@ -59,7 +59,7 @@ class Collector:
             ingest: stores.
             acknowledge: sends, by topic.
             stored: hears what became of a batch.
-            clear: is told topics that nobody uses, where a device may have had the broker keep something.
+            clear: is told topics that nobody uses any more, where the broker may keep something.
             guarded: whether the broker vouches for names of devices in topics, so that who floods can be shut out.
         """
         self._ingest = ingest
@@ -162,6 +162,9 @@ class Collector:
             break
         for device, frame in result.acks:
             self._acknowledge(topics.down(device, "ack"), frame)
+        for device in result.left:
+            for topic in topics.kept(device):
+                self._clear(topic)
         self._stored(result)
 
 

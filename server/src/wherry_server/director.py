@@ -118,7 +118,7 @@ class Process:
         if services.settings.publisher == "director":
             jobs |= {"outbox": for_ever(outbox.run), "again": every(0, publish_again)}
         if services.settings.broker_tls:
-            doorkeeper = Doorkeeper(services)
+            doorkeeper = Doorkeeper(services, link.clear)
 
             async def watch_doors() -> None:
                 await doorkeeper.turn(leading=bool(lease.epoch))

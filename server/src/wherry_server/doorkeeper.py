@@ -2,7 +2,8 @@
 
 The broker reads a list of revoked certificates, which the director writes and has it read again; a session that is open is
 ended by taking it over, with a certificate that names the device and lives for minutes. What is to be ended stands in a
-table until it was done: a director that dies leaves nothing open.
+table until it was done: a director that dies leaves nothing open. Of a device that left the fleet for good the broker forgets
+what it keeps.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import signal
 import ssl
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,11 +25,12 @@ from sqlalchemy import delete, select
 
 from wherry_server import broker_config
 from wherry_server.broker_link import client_context
-from wherry_server.db.tables import SessionCut, table
+from wherry_server.db.tables import Device, SessionCut, table
 from wherry_server.identity import REVOCATIONS_DAYS
 from wherry_server.revocation import revoked
 from wherry_server.services import Services
 from wherry_server.settings import Settings
+from wherry_shared import topics
 from wherry_shared.errors import UnreachableError
 
 log = logging.getLogger(__name__)
@@ -45,13 +47,16 @@ CUTS_MAX = 200
 DOUBLE_LIFE = timedelta(minutes=5)
 
 _cuts = table(SessionCut)
+_devices = table(Device)
 
 
 class Doorkeeper:
     """Keeps the broker's list up to date, and ends sessions of devices that were shut out."""
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, clear: Callable[[str], None]) -> None:
+        """Prepare; `clear` has the broker forget a topic."""
         self._services = services
+        self._clear = clear
         self._written = ""
         self._again_at = 0.0
 
@@ -60,13 +65,19 @@ class Doorkeeper:
         async with self._services.database.read() as connection:
             serials = await revoked(connection)
             cuts: Sequence[str] = []
+            left: Sequence[str] = []
             if leading:
                 cuts = (await connection.scalars(select(_cuts.c.device_id).limit(CUTS_MAX))).all()
+            if cuts:
+                gone = select(_devices.c.id).where(_devices.c.id.in_(cuts), _devices.c.state == "decommissioned")
+                left = (await connection.scalars(gone)).all()
         await self._write(serials)
         if cuts:
             await asyncio.sleep(SETTLE_S)
         for device in cuts:
-            await self._cut(device)
+            if await self._cut(device) and device in left:
+                for topic in topics.kept(device):
+                    self._clear(topic)
 
     async def _write(self, serials: list[tuple[str, int]]) -> None:
         settings = self._services.settings
@@ -80,7 +91,7 @@ class Doorkeeper:
         self._written, self._again_at = digest, time.monotonic() + WRITE_AGAIN_S
         log.info("%d certificates are revoked", len(serials))
 
-    async def _cut(self, device: str) -> None:
+    async def _cut(self, device: str) -> bool:
         pair = self._services.authority.issue_double(device, DOUBLE_LIFE)
         settings = self._services.settings
         try:
@@ -88,10 +99,11 @@ class Doorkeeper:
             await take_over(settings.broker_host, settings.broker_port, device, context)
         except (OSError, TimeoutError, UnreachableError) as error:
             log.warning("the session of %s at the broker is not ended yet: %s", device, error)
-            return
+            return False
         async with self._services.database.write() as connection:
             await connection.execute(delete(_cuts).where(_cuts.c.device_id == device))
         log.info("the session of %s at the broker is ended", device)
+        return True
 
 
 async def take_over(host: str, port: int, device: str, context: ssl.SSLContext) -> None:

@@ -87,6 +87,8 @@ class Stored:
     hellos: list[Behind] = field(default_factory=list)
     new: int = 0
     """Messages that were not stored before."""
+    left: list[str] = field(default_factory=list)
+    """Devices that left the fleet for good, of which the broker still has a hello."""
 
 
 _Insert: TypeAlias = Callable[[AsyncConnection, Table, Sequence[str], Sequence[tuple[Any, ...]]], Awaitable[None]]
@@ -138,6 +140,7 @@ class Ingest:
             spoken = {parsed.device for part in (hellos, reports, telemetry) for parsed in part}
             known = await self._active(connection, spoken)
             if known != spoken:
+                result.left = await self._left(connection, {parsed.device for parsed in hellos} - known)
                 hellos, reports, telemetry = (self._of_known(part, known, now) for part in (hellos, reports, telemetry))
             positions = await self._streams(connection, reports, telemetry, now)
             reached = {key: position.highest for key, position in positions.items()}
@@ -196,6 +199,8 @@ class Ingest:
     def _open(self, kind: Kind, message_type: type[Any], received: Iterable[Frame], now: int) -> list[_Parsed]:
         opened: list[_Parsed] = []
         for device, frame in received:
+            if kind == "hello" and not frame:
+                continue  # by this a broker forgets the last one
             try:
                 if not is_device_id(device):
                     raise RefusedError("bad_topic", "no device id")
@@ -219,6 +224,10 @@ class Ingest:
     async def _active(self, connection: AsyncConnection, devices: set[str]) -> set[str]:
         rows = await bulk.select_in(connection, _ACTIVE, sorted(devices), project=self._project)
         return {row[0] for row in rows}
+
+    async def _left(self, connection: AsyncConnection, devices: set[str]) -> list[str]:
+        rows = await bulk.select_in(connection, _LEFT, sorted(devices), project=self._project)
+        return [row[0] for row in rows]
 
     # --- streams --------------------------------------------------------------------------------
 
@@ -760,6 +769,7 @@ _METRIC_COLUMNS = (
 
 
 _ACTIVE = "SELECT id FROM device WHERE id IN :keys AND project_id = :project AND state = 'active'"
+_LEFT = "SELECT id FROM device WHERE id IN :keys AND project_id = :project AND state = 'decommissioned'"
 _SAID = "SELECT id, boot, hello_at, CAST(hello_streams AS TEXT) AS hello_streams, CAST(places AS TEXT) AS places FROM device WHERE id IN :keys"
 _nexts = msgspec.json.Decoder(hello_rules.Nexts)
 _places = msgspec.json.Decoder(clones.Places)

@@ -29,6 +29,11 @@ def down(device: str, kind: Down) -> str:
     return f"w1/{device}/{kind}"
 
 
+def kept(device: str) -> tuple[str, str]:
+    """Return the topics of which a broker keeps the last message of a device: its hello and its offer."""
+    return up(device, "hello"), down(device, "offer")
+
+
 def ingest_filter(kind: Up, shard_digits: str = "+") -> str:
     """Return the filter by which ingest subscribes to `kind`, of one shard or of all."""
     return f"w1/{shard_digits}/+/{kind}"
