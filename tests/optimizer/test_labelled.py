@@ -15,8 +15,11 @@ from tests.optimizer.models import FEATURES, blobs, classifier
 from wherry_optimizer import attempt, cli, labelled
 from wherry_optimizer import auto as auto_module
 from wherry_optimizer.data import Sample
+from wherry_optimizer.model import load as load_model
+from wherry_shared import digest
 from wherry_shared.bundle import Bounds, Interface, TensorSpec
 from wherry_shared.errors import RefusedError
+from wherry_shared.image_layout import Layout
 
 POINTS = Interface(
     inputs=[TensorSpec(name="x", datatype="FP32", shape=["batch", FEATURES])],
@@ -204,10 +207,28 @@ def test_the_command_line_searches_and_compares(tmp_path: Path) -> None:
         "MODEL-CARD.md",
         "x86-vnni.onnx",
     }
+    done = CliRunner().invoke(cli.app, [*given, "--name", "blobs", "--version", "1.0.0", "--licence", "MIT"])
+    assert done.exit_code == 0, done.output
+    assert "not stated" in done.output
+    layout = Layout(tmp_path / "out" / "blobs-1.0.0")
+    layout.verify_all()
+    source, chosen = layout.bundle()[2].variants
+    assert source.digest == load_model(model).digest
+    assert chosen.digest == digest.of_file(tmp_path / "out" / "x86-vnni.onnx")
+    assert chosen.accuracy.samples == 32, "the test split"
+    assert chosen.golden.separates == [source.id]
     done = CliRunner().invoke(cli.app, ["compare", str(tmp_path / "out"), str(tmp_path / "out"), "--json"])
     assert done.exit_code == 0
     assert '"int8-static"' in done.output
     assert CliRunner().invoke(cli.app, ["compare", str(tmp_path / "out"), str(tmp_path / "out")]).exit_code == 0
+
+
+def test_a_bundle_needs_its_name_version_and_licence_before_anything_is_tried(tmp_path: Path) -> None:
+    given = ["auto", str(tmp_path / "m.onnx"), "--data", "d.npz", "--name", "blobs", "--licence", "MIT"]
+    assert CliRunner().invoke(cli.app, given).exit_code == 2
+    done = CliRunner().invoke(cli.app, [*given, "--version", "1.0.0", "--licence", "my own"])
+    assert done.exit_code == 1
+    assert done.exception.code == "licence_invalid"
 
 
 def test_the_command_line_takes_no_unknown_preference(tmp_path: Path) -> None:

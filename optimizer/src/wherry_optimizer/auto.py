@@ -7,7 +7,7 @@
     result.chosen("x86-vnni").path
 
 It checks the model, reads the data, searches for each target and writes what was chosen, every refusal with its
-reason, and a report, to one folder. Where nothing passes, or the test split contradicts, the report is written all the
+reason, and a report, to one folder; with a `Release` also a bundle of them. Where nothing passes, or the test split contradicts, the report is written all the
 same and `auto` raises.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from wherry_optimizer import attempt, card, gate, labelled, measure, metrics, search
+from wherry_optimizer import attempt, card, gate, labelled, measure, metrics, search, shipping
 from wherry_optimizer import interface as interfaces
 from wherry_optimizer.attempt import Problem
 from wherry_optimizer.candidates import SOURCE, TARGETS, Prefer, Target
@@ -31,7 +31,8 @@ from wherry_optimizer.labelled import Parts
 from wherry_optimizer.model import Model, is_quantized, read_onnx, subgraphs
 from wherry_optimizer.model import load as load_model
 from wherry_optimizer.precision import precision_of
-from wherry_optimizer.recipe import Hints
+from wherry_optimizer.recipe import ProcessingFile
+from wherry_optimizer.shipping import Release
 from wherry_shared.bundle import Figures
 from wherry_shared.engines import load as open_session
 from wherry_shared.engines.errors import EngineFault
@@ -58,6 +59,7 @@ def auto(
     strict: bool = False,
     targets: Sequence[str] = (),
     output: Path | None = None,
+    release: Release | None = None,
     cache: Path | None = None,
     prefer: Prefer = "balanced",
     seconds_max: float = search.SECONDS_MAX,
@@ -85,6 +87,7 @@ def auto(
         strict: the whole interval of the drop, not the drop alone, has to lie within `drop_max`.
         targets: names of `candidates.TARGETS`; by default this machine's, or `tflite` for such a file.
         output: where chosen files and the report go; none: nothing is written but the cache.
+        release: what the bundle of the source and of all that was chosen is called; none: no bundle is made.
         cache: folder of what was made; by default below the user's cache folder.
         prefer: what to choose by among those that pass and that no other beats.
         seconds_max: for each target; no candidate begins later.
@@ -100,15 +103,20 @@ def auto(
         run: what does a task, see `search.search`.
 
     Raises:
-        RefusedError: `model_*`, `data_*`, `metric_*`, `target_unknown`, `source_failed`; `budget_unmet` where no candidate
+        RefusedError: `model_*`, `data_*`, `metric_*`, `target_unknown`, `source_failed`, and as `shipping.ship`; `budget_unmet` where no candidate
             passed for some target; `unconfirmed` where the test split contradicts the choice.
     """
+    if release is not None:
+        if output is None:
+            raise RuntimeError("a bundle needs a folder")
+        release.check(output)
+    said = release.said() if release is not None else ProcessingFile()
     source = load_model(model)
     check_source(source)
     chosen = [find_target(name, source) for name in targets] or [default_target(source)]
     # one set of data for all: the interface that samples are checked against is the file's own
     try:
-        fitted = interfaces.derive(model, source.format, {}, Hints())
+        fitted = interfaces.derive(model, source.format, {}, said.interface)
     except EngineFault as error:
         raise RefusedError(
             "model_operator",
@@ -147,6 +155,9 @@ def auto(
     if output is not None:
         card.write(result, output)
     check_result(result)
+    if release is not None and output is not None:
+        result = replace(result, bundled=shipping.ship(result, source, fitted, release, output, say))
+        card.write(result, output)
     return result
 
 

@@ -34,6 +34,22 @@ def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def _warn_unstated(attribution: str, licence: str) -> None:
+    """Say that a bundle names nobody."""
+    from wherry_optimizer.pack import UNSTATED
+
+    if attribution == UNSTATED:
+        err.print(
+            'WARNING: the file does not say whose work the model is, so the bundle says "not stated"; '
+            f"most licences, {licence} perhaps among them, ask for a name\n"
+            'next: make it again with --attribution, e.g. --attribution "Example Ltd"',
+            style="bold yellow",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
 @app.command()
 def build(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a packaged recipe.")],
@@ -94,17 +110,43 @@ def auto(
     cache: Annotated[Path | None, typer.Option(help="Folder of what was made already.")] = None,
     memory_gb: Annotated[float, typer.Option(help="Memory of one candidate's process at most.")] = 6.0,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for chosen files and the report.")] = Path(
-        "optimized"
-    ),
+    name: Annotated[str, typer.Option(help="Make a bundle of this name, of the model and all that was chosen.")] = "",
+    version: Annotated[str, typer.Option(help="SemVer of the bundle.")] = "",
+    licence: Annotated[str, typer.Option(help="SPDX expression, e.g. Apache-2.0, or LicenseRef-NAME.")] = "",
+    attribution: Annotated[
+        str, typer.Option(help='Whose work it is, e.g. "Example Ltd"; else what the file says, else "not stated".')
+    ] = "",
+    source: Annotated[str, typer.Option(help="Where the model comes from, e.g. an address.")] = "",
+    processing: Annotated[
+        Path | None, typer.Option(help="TOML: the tables preprocess, postprocess and interface of a recipe.")
+    ] = None,
+    asset: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]FILE", help="A file for applications, e.g. thresholds.json; repeatable."),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for chosen files, the report and NAME-VERSION.")
+    ] = Path("optimized"),
     as_json: AsJson = False,
 ) -> None:
-    """Search for the smallest and fastest variant that loses no more than --max-drop, for each target."""
-    from wherry_optimizer import card
+    """Search for the smallest and fastest variant that loses no more than --max-drop, for each target.
+
+    With --name, --version and --licence all of them become one bundle, ready to be signed.
+    """
+    from wherry_optimizer import assets, card, report
     from wherry_optimizer.auto import auto as search_all
+    from wherry_optimizer.shipping import Release
 
     if prefer not in ("balanced", "size", "latency"):
         raise typer.BadParameter("balanced, size or latency", param_hint="--prefer")
+    for value, option in ((version, "--version"), (licence, "--licence")):
+        if bool(value) != bool(name):
+            raise typer.BadParameter("a bundle needs --name, --version and --licence", param_hint=option)
+    release = None
+    if name:
+        release = Release(
+            name, version, licence, attribution, source, processing=processing, files=assets.named(asset or [])
+        )
     pairs = [text.partition("=") for text in state or []]
     result = search_all(
         model,
@@ -117,6 +159,7 @@ def auto(
         strict=strict,
         targets=target or [],
         output=output,
+        release=release,
         cache=cache,
         prefer=prefer,  # type: ignore[arg-type]  # checked above
         seconds_max=seconds,
@@ -135,6 +178,11 @@ def auto(
     for found in result.found:
         out.print(f"{found.target.name}: {found.chosen}, {found.reason}", markup=False, highlight=False, soft_wrap=True)
     out.print(f"{output / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+    if result.bundled is not None:
+        packed = result.bundled.packed
+        _warn_unstated(packed.config.licence.attribution, licence)
+        out.print(report.table(packed.config))
+        out.print(f"{packed.path} ({packed.digest})", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -187,7 +235,7 @@ def pack(
 ) -> None:
     """Make a bundle of one model as it is, without labels."""
     from wherry_optimizer import assets, report
-    from wherry_optimizer.pack import UNSTATED, pack_model
+    from wherry_optimizer.pack import pack_model
 
     packed = pack_model(
         model,
@@ -201,16 +249,7 @@ def pack(
         processing=processing,
         files=assets.named(asset or []),
     )
-    if packed.config.licence.attribution == UNSTATED:
-        err.print(
-            'WARNING: the file does not say whose work the model is, so the bundle says "not stated"; '
-            f"most licences, {licence} perhaps among them, ask for a name\n"
-            'next: pack it again with --attribution, e.g. --attribution "Example Ltd"',
-            style="bold yellow",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+    _warn_unstated(packed.config.licence.attribution, licence)
     if as_json:
         rows = [report.variant_dict(variant) for variant in packed.config.variants]
         _print_json({"path": str(packed.path), "manifest": packed.digest, "variants": rows})

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf, isfinite, sqrt
+from math import inf, isfinite, nan, sqrt
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,10 @@ class Drop:
     low: float
     high: float
     samples: int
+    error: float = nan
+    """Standard error of the drop."""
+    value_error: float = nan
+    """Standard error of the value."""
 
 
 def judge(accuracy: Accuracy, drop_max: float) -> Verdict:
@@ -90,20 +94,33 @@ def compare(
     count = len(source)
     if all(isinstance(one, float) for one in (*own, *source)):
         gaps = np.asarray(source, dtype=np.float64) - np.asarray(own, dtype=np.float64)
-        drops = gaps[rng.integers(0, count, (RESAMPLES, count))].mean(axis=1)
+        chosen = rng.integers(0, count, (RESAMPLES, count))
+        drops = gaps[chosen].mean(axis=1)
+        values = np.asarray(own, dtype=np.float64)[chosen].mean(axis=1)
     else:
         found = []
         for _ in range(RESAMPLES_SLOW):
             chosen = rng.integers(0, count, count)
-            found.append(value([source[index] for index in chosen]) - value([own[index] for index in chosen]))
-        drops = np.asarray(found)
-        drops = drops[np.isfinite(drops)]  # a resample may hold one class only
+            found.append((value([source[index] for index in chosen]), value([own[index] for index in chosen])))
+        pairs = np.asarray(found)
+        drops, values = pairs[:, 0] - pairs[:, 1], pairs[:, 1]
+        known = np.isfinite(drops)  # a resample may hold one class only
+        drops, values = drops[known], values[known]
     tail = (1 - CONFIDENCE) / 2
     if not len(drops) or not isfinite(before) or not isfinite(after):
         return Drop(after, before, float("nan"), float("nan"), float("nan"), count)
     low, high = np.quantile(drops, [tail, 1 - tail])
     drop, stretch = before - after, _stretch(count)
-    return Drop(after, before, drop, drop - (drop - float(low)) * stretch, drop + (float(high) - drop) * stretch, count)
+    return Drop(
+        after,
+        before,
+        drop,
+        drop - (drop - float(low)) * stretch,
+        drop + (float(high) - drop) * stretch,
+        count,
+        float(drops.std()),
+        float(values.std()),
+    )
 
 
 def _stretch(count: int) -> float:

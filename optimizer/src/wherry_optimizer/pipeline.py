@@ -18,17 +18,18 @@ from typing import Any
 
 import msgspec
 
-from wherry_optimizer import assets, data, evaluate, gate, measure, passes
+from wherry_optimizer import assets, bundling, data, evaluate, gate, passes
 from wherry_optimizer import interface as interfaces
+from wherry_optimizer.bundling import Made
 from wherry_optimizer.data import Dataset
-from wherry_optimizer.golden import WORKERS, Runnable, Runs, Selection, budget, run_all, select
+from wherry_optimizer.golden import WORKERS, Runnable
 from wherry_optimizer.model import Model, load
-from wherry_optimizer.pack import Packed, Piece, check_target, engines_of, provenance, single_file, write_bundle
+from wherry_optimizer.pack import Packed, check_target, engines_of, provenance, single_file
 from wherry_optimizer.precision import precision_of
 from wherry_optimizer.recipe import LoadedRecipe, Recipe, VariantOf, convert_parameters, find_recipe, load_recipe
 from wherry_optimizer.sources import locate
-from wherry_shared import golden, operations
-from wherry_shared.bundle import Accuracy, EngineName, Format, Interface, Licence
+from wherry_shared import operations
+from wherry_shared.bundle import Accuracy, EngineName, Interface, Licence
 from wherry_shared.engines import probe
 from wherry_shared.errors import RefusedError, WherryError
 from wherry_shared.facts import EngineFacts
@@ -75,27 +76,12 @@ class BuildResult:
 
 
 @dataclass(slots=True)
-class Cache:
+class Cache(bundling.Kept):
     """What builds of one process share, by digests of what it was made from, and which engines work here."""
 
     scores: dict[tuple[str, ...], evaluate.Scores] = field(default_factory=dict)
-    runs: dict[tuple[str, ...], Runs] = field(default_factory=dict)
-    """What a variant gave for the candidates of golden vectors."""
     datasets: dict[tuple[bytes, bytes, Path], Dataset] = field(default_factory=dict)
-    downloads: dict[str, int] = field(default_factory=dict)
     engines: list[EngineFacts] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Made:
-    """A variant on its way."""
-
-    spec: VariantOf
-    runnable: Runnable
-    precision: str
-    digest: str
-    notes: list[dict[str, Any]] = field(default_factory=list)
-    accuracy: Accuracy | None = None
 
 
 def build(
@@ -159,37 +145,47 @@ class _Build:
             )
             made = list(self.make(sources, files, fits, dataset, parameters))
             made = self.judge(made, dataset)
-            selection = self.choose_golden(made, dataset, engines)
-            pieces = self.weigh(made, selection, engines)
-            packed = write_bundle(
-                output,
+            about = bundling.About(
                 name=recipe.name,
                 version=recipe.version,
-                interface=interface,
-                pieces=pieces,
                 licence=Licence(
                     expression=recipe.licence.expression,
                     source=recipe.licence.source,
                     attribution=recipe.licence.attribution,
                 ),
                 licence_text=licence_text,
-                provenance=provenance(
+                description=recipe.description,
+                preprocess=recipe.preprocess.chain("preprocess"),
+                postprocess=recipe.postprocess.chain("postprocess"),
+                files=files_of_assets,
+            )
+            bundled = bundling.bundle(
+                output,
+                about,
+                made,
+                interface,
+                [sample.inputs for sample in dataset.calibration],
+                dataset.digest,
+                provenance(
                     sources,
                     recipe_digest=self.loaded.digest,
                     data={recipe.data.kind: dataset.digest},
                     refused=[item.as_dict() for item in self.refused],
                 ),
-                engines=engines,
-                description=recipe.description,
-                files=files_of_assets,
-                preprocess=recipe.preprocess.chain("preprocess"),
-                postprocess=recipe.postprocess.chain("postprocess"),
-                unseparated=selection.unseparated,
+                engines,
+                folder=self.folder,
+                terms=bundling.Terms(recipe.golden, recipe.measure),
+                kept=self.cache,
+                say=self.say,
             )
-        self.say(f"packed {packed.path}")
-        about = {"metric": dataset.metric, "description": dataset.description, "digest": dataset.digest}
-        notes = {item.spec.id: item.notes for item in made}
-        return BuildResult(packed, tuple(self.refused), notes, about | dataset.notes, tuple(selection.left_out))
+        told = {"metric": dataset.metric, "description": dataset.description, "digest": dataset.digest}
+        return BuildResult(
+            bundled.packed,
+            tuple(self.refused),
+            {item.id: item.notes for item in made},
+            told | dataset.notes,
+            tuple(bundled.selection.left_out),
+        )
 
     def pass_parameters(self) -> dict[tuple[str, int], tuple[passes.PassInfo, msgspec.Struct]]:
         """Check every pass of the recipe, before anything heavy starts."""
@@ -264,7 +260,7 @@ class _Build:
         fits: Mapping[str, interfaces.Fitted],
         dataset: Dataset,
         parameters: Mapping[tuple[str, int], tuple[passes.PassInfo, msgspec.Struct]],
-    ) -> Iterator[_Made]:
+    ) -> Iterator[Made]:
         """Run the passes of every variant; one that fails is refused."""
         for spec in self.recipe.variants:
             steps = [parameters[spec.id, number] for number in range(len(spec.passes))]
@@ -281,7 +277,7 @@ class _Build:
         fitted: interfaces.Fitted,
         dataset: Dataset,
         steps: Sequence[tuple[passes.PassInfo, msgspec.Struct]],
-    ) -> _Made:
+    ) -> Made:
         folder = self.folder / spec.id
         folder.mkdir()
         feeds = [
@@ -319,7 +315,15 @@ class _Build:
             quantized=quantized,
         )
         runnable.open().close()  # a file that does not load, or lost a tensor, is no variant
-        return _Made(spec, runnable, precision, load(path).digest, notes)
+        return Made(
+            spec.id,
+            spec.source,
+            runnable,
+            precision,
+            load(path).digest,
+            tuple(str(row["pass"]) for row in notes),
+            notes,
+        )
 
     def _engines(self, spec: VariantOf, model: Model) -> tuple[EngineName, ...]:
         chosen = [name for name in engines_of(model) if not spec.engines or name in spec.engines]
@@ -332,11 +336,12 @@ class _Build:
             )
         return tuple(chosen)
 
-    def judge(self, made: Sequence[_Made], dataset: Dataset) -> list[_Made]:
+    def judge(self, made: Sequence[Made], dataset: Dataset) -> list[Made]:
         """Evaluate all variants and let the gate speak."""
         self.say(f"evaluating {len(made)} variants on {len(dataset.evaluation)} samples")
         with ThreadPoolExecutor(WORKERS) as pool:
-            jobs = {item.spec.id: pool.submit(self._scores, item, dataset) for item in made}
+            jobs = {item.id: pool.submit(self._scores, item, dataset) for item in made}
+        specs = {spec.id: spec for spec in self.recipe.variants}
         found: dict[str, evaluate.Scores] = {}
         failed: dict[str, WherryError] = {}
         for key, job in jobs.items():
@@ -345,25 +350,26 @@ class _Build:
                 failed[key] = error
             else:
                 found[key] = job.result()
-        sources = {item.spec.source: found.get(item.spec.id) for item in made if not item.spec.passes}
-        kept: list[_Made] = []
+        sources = {item.source: found.get(item.id) for item in made if not item.passes}
+        kept: list[Made] = []
         for item in made:
-            if item.spec.id in failed:
-                error = failed[item.spec.id]
-                self._refuse(item.spec, error.code, error.message)
+            if item.id in failed:
+                error = failed[item.id]
+                self._refuse(specs[item.id], error.code, error.message)
                 continue
-            reference = sources.get(item.spec.source)
+            reference = sources.get(item.source)
             if reference is None:
-                self._refuse(item.spec, "source_failed", f"source {item.spec.source!r} gave no answers to compare with")
+                self._refuse(specs[item.id], "source_failed", f"source {item.source!r} gave no answers to compare with")
                 continue
-            item.accuracy = evaluate.compare(dataset, found[item.spec.id], reference)
-            allowed = self.recipe.gate.drop_max if item.spec.drop_max is None else item.spec.drop_max
+            item.accuracy = evaluate.compare(dataset, found[item.id], reference)
+            allowed = specs[item.id].drop_max
+            allowed = self.recipe.gate.drop_max if allowed is None else allowed
             verdict = gate.judge(item.accuracy, allowed)
-            self.say(f"{item.spec.id}: {verdict.why}")
+            self.say(f"{item.id}: {verdict.why}")
             if verdict.passed:
                 kept.append(item)
             else:
-                self._refuse(item.spec, "over_budget", verdict.why, item.accuracy)
+                self._refuse(specs[item.id], "over_budget", verdict.why, item.accuracy)
         if not kept:
             raise RefusedError(
                 "build_empty",
@@ -373,7 +379,7 @@ class _Build:
             )
         return kept
 
-    def _scores(self, item: _Made, dataset: Dataset) -> evaluate.Scores:
+    def _scores(self, item: Made, dataset: Dataset) -> evaluate.Scores:
         runnable = item.runnable
         key = (item.digest, dataset.digest, runnable.engines[0], str(sorted(runnable.options.items())))
         if key not in self.cache.scores:
@@ -381,93 +387,6 @@ class _Build:
             self.cache.scores[key] = evaluate.scores(bound.run, dataset.evaluation, dataset.score)
             bound.close()
         return self.cache.scores[key]
-
-    def choose_golden(self, made: Sequence[_Made], dataset: Dataset, engines: Sequence[EngineFacts]) -> Selection:
-        """Choose golden vectors from calibration data, so that held-back data stay held back."""
-        self.say("choosing golden vectors")
-        candidates = [sample.inputs for sample in dataset.calibration[: self.recipe.golden.candidates]]
-        digests = {item.spec.id: item.digest for item in made}
-
-        def run(item: Runnable, inputs: Sequence[dict[str, data.Array]], available: Sequence[EngineFacts]) -> Runs:
-            ways = f"{item.engines} {sorted(item.options.items())} {sorted(item.tensors.items())} {item.quantized}"
-            key = (digests[item.id], dataset.digest, str(len(inputs)), ways)
-            if key not in self.cache.runs:
-                self.cache.runs[key] = run_all(item, inputs, available)
-            return self.cache.runs[key]
-
-        selection = select(
-            [item.runnable for item in made],
-            candidates,
-            engines,
-            vectors=self.recipe.golden.vectors,
-            sampled_above=self.recipe.golden.sampled_above,
-            synthetic=False,
-            budgets={item.spec.id: budget(item.runnable.path.stat().st_size) for item in made},
-            run=run,
-        )
-        for one, engine, why in selection.left_out:
-            self.say(f"{one}: {engine} left out, it {why}")
-        for one, other in selection.unseparated:
-            self.say(f"{one}: no golden vector tells it from {other}")
-        return selection
-
-    def weigh(self, made: Sequence[_Made], selection: Selection, engines: Sequence[EngineFacts]) -> list[Piece]:
-        """Measure what the variants cost: memory in processes of their own, then latency interleaved."""
-        self.say("measuring")
-        facts = {engine.name: engine for engine in engines}
-        with ThreadPoolExecutor(WORKERS) as pool:
-            sizes = {item.spec.id: pool.submit(self._download_bytes, item) for item in made}
-            memory = {item.spec.id: pool.submit(self._peak, item, selection) for item in made}
-        calls: dict[str, Callable[[], Any]] = {}
-        references: dict[str, str] = {}
-        first = {item.spec.source: item.spec.id for item in made if not item.spec.passes}
-        for item in made:
-            bound = item.runnable.open()
-            inputs = golden.decode(selection.by_variant[item.spec.id].encoded).vectors[0].inputs
-            calls[item.spec.id] = lambda bound=bound, inputs=inputs: bound.run(inputs)  # type: ignore[misc]
-            references[item.spec.id] = first[item.spec.source]
-        latency = measure.interleaved(
-            calls, references, rounds=self.recipe.measure.rounds, seconds=self.recipe.measure.seconds
-        )
-        pieces: list[Piece] = []
-        for item in made:
-            engine = facts[item.runnable.engines[0]]
-            peak = memory[item.spec.id].result()
-            pieces.append(
-                Piece(
-                    item.runnable,
-                    item.precision,
-                    selection.by_variant[item.spec.id],
-                    synthetic=False,
-                    download_bytes=sizes[item.spec.id].result(),
-                    passes=tuple(row["pass"] for row in item.notes),
-                    figures=dict([measure.figures(engine, latency[item.spec.id], peak)]),
-                    memory_bytes=peak.peak_bytes,
-                    accuracy=item.accuracy,
-                )
-            )
-        return pieces
-
-    def _download_bytes(self, item: _Made) -> int:
-        if item.digest not in self.cache.downloads:
-            self.cache.downloads[item.digest] = measure.download_bytes(item.runnable.path)
-        return self.cache.downloads[item.digest]
-
-    def _peak(self, item: _Made, selection: Selection) -> measure.PeakAnswer:
-        vectors = self.folder / f"{item.spec.id}.golden"
-        vectors.write_bytes(selection.by_variant[item.spec.id].encoded)
-        runnable = item.runnable
-        format_: Format = runnable.format
-        return measure.peak(
-            measure.PeakTask(
-                path=str(runnable.path),
-                format=format_,
-                engine=runnable.engines[0],
-                options=runnable.options,
-                golden=str(vectors),
-                tensors=runnable.tensors,
-            )
-        )
 
     def licence_text(self) -> bytes | None:
         """Read the licence text that the recipe names."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from wherry_optimizer import attempt, candidates, gate, measure, metrics
 from wherry_optimizer.attempt import Answer, Problem, Task
+from wherry_optimizer.bundling import Bundled
 from wherry_optimizer.candidates import SOURCE, Candidate, Fared, Prefer, Row, Target
 from wherry_optimizer.labelled import Parts
 from wherry_shared import golden
@@ -83,6 +84,8 @@ class Confirmation:
     drop: gate.Drop
     error: float
     verdict: gate.Verdict
+    source: gate.Drop
+    """Of the source against itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,8 @@ class Result:
     folder: Path
     files: dict[str, Path] = field(default_factory=dict)
     """Target → the chosen file."""
+    bundled: Bundled | None = None
+    """The bundle of the source and of what was chosen, where one was asked for."""
 
     def chosen(self, target: str) -> Tried:
         """Return what was chosen for a target."""
@@ -248,7 +253,8 @@ def confirm(
             )
     drop = gate.compare(metric.value, answers[1].evidence, answers[0].evidence, seed=problem.seed)
     verdict = gate.confirm(drop, answers[1].error, budget, problem.metric.name)
-    return Confirmation(drop, answers[1].error, verdict)
+    own = gate.compare(metric.value, answers[0].evidence, answers[0].evidence, seed=problem.seed)
+    return Confirmation(drop, answers[1].error, verdict, own)
 
 
 def _pool(
