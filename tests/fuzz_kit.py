@@ -25,10 +25,11 @@ from wherry_server import trust_offline, trust_rules
 from wherry_server.plan import parse_plan
 from wherry_server.targeting import parse_selector
 from wherry_server.trust import Trust
-from wherry_shared import dsse, frames, publishing_bins, wire
+from wherry_shared import dsse, frames, wire
 from wherry_shared.bundle import encode_config, parse_config, parse_manifest
 from wherry_shared.errors import WherryError
 from wherry_shared.image_layout import Layout
+from wherry_shared.targets import parse_targets
 
 PEAK_BYTES_MAX = 64 * 1024 * 1024
 """Memory that one input of at most some hundred KB may make a parser take."""
@@ -138,8 +139,7 @@ def parsers(folder: Path) -> list[Parser]:
         Parser("manifest", parse_manifest, [manifest], msgspec.json.encode),
         Parser("config", parse_config, [config], encode_config),
         Parser("oci layout", _layout(folder / "fuzzed"), [index]),
-        Parser("tuf targets (server)", lambda data: _tuf(trust_rules.parse_targets(data)), [*roles, files["targets"]]),
-        Parser("tuf targets (publisher)", lambda data: _tuf(publishing_bins.parse(data)), roles),
+        Parser("tuf targets", lambda data: _tuf(parse_targets(data)), [*roles, files["targets"]]),
         Parser("tuf root", lambda data: _tuf(trust_offline.parse(Root, data)), [files["root"]]),
         Parser("tuf policy", _policy, [roles[0]]),
         Parser("wire offer", lambda data: wire.parse(wire.Offer, data), [wire.encode(offer)], wire.encode),
@@ -165,7 +165,7 @@ def _tuf(metadata: Metadata[Any]) -> bytes:
 
 
 def _policy(data: bytes) -> bytes:
-    metadata = trust_rules.parse_targets(data)
+    metadata = parse_targets(data)
     for path, target in metadata.signed.targets.items():
         trust_rules.check_policy(path, target)
     return metadata.signed_bytes

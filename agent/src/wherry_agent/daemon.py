@@ -845,16 +845,19 @@ class Daemon:
         failed = _failed(effect.model, effect.manifest, effect.attempt, "fetch", why)
         self._queue.put(lambda: self._turn(failed))
 
-    def _start_download(self, effect: s.Fetch) -> None:
-        task = children.Fetch(
+    def _fetch_task(self, manifest: str, variant: str) -> children.Fetch:
+        return children.Fetch(
             home=self._settings.home,
             server=self._server,
             mirrors=self._settings.mirrors,
-            manifest=effect.manifest,
-            variant=effect.variant,
+            manifest=manifest,
+            variant=variant,
             bytes_per_s_max=self._settings.download_bytes_per_s_max,
             reserve_bytes=self._settings.disk_reserve_mb * MIB,
         )
+
+    def _start_download(self, effect: s.Fetch) -> None:
+        task = self._fetch_task(effect.manifest, effect.variant)
 
         def done(answer: children.CourierAnswer) -> None:
             self._shorts.pop(effect.model, None)
@@ -989,15 +992,7 @@ class Daemon:
         if self._shorts or self._trust_busy or self._downloads.wait() is not None:
             self._later(name, MEND_WAIT_S, lambda: self._mend(effect))
             return
-        task = children.Fetch(
-            home=self._settings.home,
-            server=self._server,
-            mirrors=self._settings.mirrors,
-            manifest=effect.manifest,
-            variant=effect.variant,
-            bytes_per_s_max=self._settings.download_bytes_per_s_max,
-            reserve_bytes=self._settings.disk_reserve_mb * MIB,
-        )
+        task = self._fetch_task(effect.manifest, effect.variant)
 
         def done(answer: children.CourierAnswer) -> None:
             self._shorts.pop(MENDS, None)

@@ -46,6 +46,7 @@ from wherry_server.trust_objects import Objects, replace_file, split_name
 from wherry_server.trust_offline import DIRECTOR_TARGET, MODELS_MAX, OFFLINE_LIFE
 from wherry_shared import ids, key_files
 from wherry_shared.errors import RefusedError, WherryError
+from wherry_shared.targets import parse_targets
 
 SNAPSHOT_LIFE = timedelta(days=7)
 TIMESTAMP_LIFE = timedelta(days=1)
@@ -453,7 +454,7 @@ class Trust:
             version = self._version(role)
             if version != if_match:
                 raise RefusedError("bin_changed", f"{role} is at version {version}", next_step="sign again")
-            proposed = rules.parse_targets(data)
+            proposed = parse_targets(data)
             current = self._load_replaced(publisher, role) if version else None
             rules.check_next(role, current, proposed.signed, moment)
             parent = self._check_content(publisher, role, current, proposed.signed)
@@ -519,7 +520,7 @@ class Trust:
         key = (role, version, parent_version)
         found = self._cache.get(key)
         if found is None:
-            found = rules.parse_targets(self._objects.get(version, role))
+            found = parse_targets(self._objects.get(version, role))
             metadata = found
             _verified(lambda: verify(role, metadata.signed_bytes, metadata.signatures))
             for stale in [known for known in tuple(self._cache) if known[0] == role]:
@@ -548,13 +549,13 @@ class Trust:
         except RefusedError as error:
             if error.code != "publisher_unsigned":
                 raise
-            return rules.parse_targets(self._objects.get(self._version(role), role)).signed
+            return parse_targets(self._objects.get(self._version(role), role)).signed
 
     def _was_signed_by_others(self, parent: str, role: str, keyids: Sequence[str]) -> bool:
         """Tell whether an earlier version of `parent` delegated `role` to other keys than these."""
         for version in range(self._version(parent) - 1, 0, -1):
             try:
-                delegations = rules.parse_targets(self._objects.get(version, parent)).signed.delegations
+                delegations = parse_targets(self._objects.get(version, parent)).signed.delegations
             except RefusedError as error:
                 if error.code != "metadata_unknown":  # after a repair numbers may be missing
                     raise
@@ -661,7 +662,7 @@ class Trust:
             data = (self._proposed / f"{role}.json").read_bytes()
         except FileNotFoundError:
             return None
-        stands = rules.parse_targets(data).signed.version > self._version(role)
+        stands = parse_targets(data).signed.version > self._version(role)
         return data if stands else None
 
     def _merge(self, role: str, proposed: Metadata[Targets], data: bytes) -> tuple[Metadata[Targets], bytes]:
@@ -669,7 +670,7 @@ class Trust:
         standing = self._open_proposal(role)
         if standing is None:
             return proposed, data
-        before = rules.parse_targets(standing)
+        before = parse_targets(standing)
         if before.signed_bytes != proposed.signed_bytes:
             raise RefusedError(
                 "bin_proposed",

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from tuf.api.metadata import DelegatedRole, Metadata, TargetFile, Targets
-from tuf.api.serialization import DeserializationError, SerializationError
+from tuf.api.metadata import DelegatedRole, TargetFile, Targets
 
 from wherry_shared import ids, limits
 from wherry_shared.digest import is_digest
@@ -61,24 +60,6 @@ def publisher_of(role: DelegatedRole) -> Publisher:
         keyids=tuple(role.keyids),
         bits=int(own.get("bits", BITS_DEFAULT)),
     )
-
-
-def parse_targets(data: bytes) -> Metadata[Targets]:
-    """Parse untrusted bytes as targets metadata.
-
-    Raises:
-        RefusedError: `bin_too_large` or `bin_invalid`.
-    """
-    if len(data) > limits.TUF_METADATA_BYTES_MAX:
-        raise RefusedError("bin_too_large", f"{len(data)} bytes, at most {limits.TUF_METADATA_BYTES_MAX}")
-    try:
-        metadata = Metadata[Targets].from_bytes(data)
-        _ = metadata.signed_bytes  # what has no canonical form (a float) cannot have been signed
-    except (DeserializationError, SerializationError, RecursionError) as error:
-        raise RefusedError("bin_invalid", f"not TUF metadata: {error}") from error
-    if not isinstance(metadata.signed, Targets):
-        raise RefusedError("bin_invalid", f"{metadata.signed.type} metadata where targets metadata were expected")
-    return metadata
 
 
 def manifest_of(target: TargetFile) -> str:

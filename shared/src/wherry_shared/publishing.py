@@ -21,8 +21,9 @@ from wherry_shared.digest import check_digest, of_bytes
 from wherry_shared.errors import RefusedError
 from wherry_shared.image_layout import SIGNED, Layout
 from wherry_shared.key_holders import using
-from wherry_shared.publishing_bins import Bin, PublisherKey, Session, expiry, keep, parse, signed_bytes
+from wherry_shared.publishing_bins import Bin, PublisherKey, Session, expiry, keep, signed_bytes
 from wherry_shared.publishing_remote import Remote
+from wherry_shared.targets import parse_targets
 
 __all__ = ["PublisherKey", "Pushed", "Remote", "Signed", "push", "renew", "repair", "set_policy", "sign"]
 
@@ -175,7 +176,7 @@ def repair(remote: Remote, key: PublisherKey) -> list[str]:
     done: list[str] = []
     for role, data in key.remembered(state.root_digest).items():  # a publisher sorts before its bins
         _, version, _ = remote.role(role)
-        if parse(data).signed.version > version:
+        if parse_targets(data).signed.version > version:
             remote.put(role, data, version)
             done.append(role)
     return done
@@ -235,10 +236,10 @@ def _hand_in(release: _Bundle, remote: Remote, key: PublisherKey | None) -> Lite
             again = sign(release.path, remote, key)
             role, data = again.role, again.kept.read_bytes()
             continue
-        there = parse(bytes_there).signed.targets.get(release.target) if bytes_there else None
+        there = parse_targets(bytes_there).signed.targets.get(release.target) if bytes_there else None
         if there is not None and _manifest(there) == release.manifest:
             return "accepted"
-        if parse(data).signed.version == version + 1:
+        if parse_targets(data).signed.version == version + 1:
             try:
                 outcome = (
                     remote.put(role, data, version) if key is None else Session(remote, key).submit(role, data, version)
@@ -280,7 +281,7 @@ def _newest_kept(release: _Bundle) -> tuple[str, bytes] | None:
     for path in (release.path / SIGNED).glob("*.json"):
         role, _, version = path.stem.rpartition(".")
         data = path.read_bytes()
-        target = parse(data).signed.targets.get(release.target)
+        target = parse_targets(data).signed.targets.get(release.target)
         if target is None or _manifest(target) != release.manifest or not version.isdigit():
             continue
         if found is None or int(version) > found[0]:
@@ -306,7 +307,7 @@ def _sign(release: _Bundle, session: Session, current: Bin) -> Signed:
     target = _target(release)
     proposed = session.remote.proposal(current.role)
     if proposed is not None:
-        metadata = parse(proposed)
+        metadata = parse_targets(proposed)
         if metadata.signed.version > current.version and metadata.signed.targets == {
             **current.targets,
             target.path: target,

@@ -18,13 +18,13 @@ from securesystemslib.exceptions import UnverifiedSignatureError
 from securesystemslib.signer import Key, Signer
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Delegations, Metadata, SuccinctRoles, TargetFile, Targets
-from tuf.api.serialization import DeserializationError, SerializationError
 
-from wherry_shared import key_files, limits
+from wherry_shared import key_files
 from wherry_shared.digest import check_digest
 from wherry_shared.errors import RefusedError
 from wherry_shared.key_holders import PREFIX, open_key, using
 from wherry_shared.publishing_remote import Remote
+from wherry_shared.targets import parse_targets
 
 LIFE = timedelta(days=90)
 """Life of publisher roles and bins (contracts.md §2); `publishing.renew` signs them anew."""
@@ -169,7 +169,7 @@ class Session:
         self._check_memory(name, version)
         if version == 0:
             return 0, self._first_role(name)
-        metadata = parse(data)
+        metadata = parse_targets(data)
         partners, threshold = self.key.partners(self.state.root_digest, name)
         own = signatures_of(metadata, [self.key.signer.public_key])
         if not own and (not partners or signatures_of(metadata, partners) < threshold):
@@ -232,7 +232,7 @@ class Session:
         self._check_memory(role, version)
         if version == 0:
             return Bin(name, role, 0, {})
-        metadata = parse(data)
+        metadata = parse_targets(data)
         try:
             parent.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
         except (RepositoryError, ValueError) as error:
@@ -244,10 +244,10 @@ class Session:
     def _check_memory(self, role: str, version: int) -> None:
         """Notice a server that fell behind what this key signed: signing over it would fork the role."""
         data = self.key.remembered(self.state.root_digest).get(role)
-        if data is not None and parse(data).signed.version > version:
+        if data is not None and parse_targets(data).signed.version > version:
             raise RefusedError(
                 "bin_rolled_back",
-                f"the server has version {version} of {role}, this key signed {parse(data).signed.version}",
+                f"the server has version {version} of {role}, this key signed {parse_targets(data).signed.version}",
                 consequence="nothing was signed: devices would refuse the result",
                 next_step="if the server was restored from a backup: wherry trust repair",
             )
@@ -271,24 +271,6 @@ def signed_bytes(key: PublisherKey, content: Targets) -> bytes:
     with using(key.signer):
         metadata.sign(key.signer)
     return metadata.to_bytes()
-
-
-def parse(data: bytes) -> Metadata[Targets]:
-    """Parse targets metadata.
-
-    Raises:
-        RefusedError: `bin_too_large` or `bin_invalid`.
-    """
-    if len(data) > limits.TUF_METADATA_BYTES_MAX:
-        raise RefusedError("bin_too_large", f"{len(data)} bytes, at most {limits.TUF_METADATA_BYTES_MAX}")
-    try:
-        metadata = Metadata[Targets].from_bytes(data)
-        _ = metadata.signed_bytes  # what has no canonical form (a float) cannot have been signed
-    except (DeserializationError, SerializationError, RecursionError) as error:
-        raise RefusedError("bin_invalid", f"not TUF metadata: {error}") from error
-    if not isinstance(metadata.signed, Targets):
-        raise RefusedError("bin_invalid", "not targets metadata")
-    return metadata
 
 
 def expiry() -> datetime:

@@ -15,8 +15,9 @@ from tuf.api.metadata import Delegations, Metadata, SuccinctRoles, Targets
 
 from wherry_shared.errors import RefusedError
 from wherry_shared.key_holders import using
-from wherry_shared.publishing_bins import PublisherKey, Session, expiry, parse, signatures_of, signed_bytes
+from wherry_shared.publishing_bins import PublisherKey, Session, expiry, signatures_of, signed_bytes
 from wherry_shared.publishing_remote import Remote
+from wherry_shared.targets import parse_targets
 
 Outcome = Literal["accepted", "proposed"]
 
@@ -148,10 +149,10 @@ def _proposal(session: Session, remote: Remote, name: str, role: str) -> Proposa
         raise
     if data is None:
         return None
-    metadata = parse(data)
+    metadata = parse_targets(data)
     partners, threshold = session.key.partners(session.state.root_digest, name)
     _, version, there = remote.role(role)
-    before = parse(there).signed if version else None
+    before = parse_targets(there).signed if version else None
     return Proposal(
         name, role, version, metadata, tuple(_changes(role == name, before, metadata.signed, partners, threshold))
     )
@@ -185,7 +186,7 @@ def _taken_over(
     _, version, data = remote.role(role)
     if version == 0:
         return None
-    metadata = parse(data)
+    metadata = parse_targets(data)
     now, then = signatures_of(metadata, mine), signatures_of(metadata, former)
     if metadata.signed.version != version or (now < threshold and (not former or then < former_threshold)):
         raise RefusedError(
