@@ -93,8 +93,45 @@ def test_a_candidate_that_gives_nothing_but_nan_has_no_drop() -> None:
     assert not gate.hold(found, 0.0, gate.Budget(1.0), "accuracy").passed
 
 
-def test_fresh_samples_confirm_up_to_the_upper_end_that_was_allowed() -> None:
+def test_confirming_again_is_paid_by_a_wider_interval() -> None:
+    assert sum(gate.CONFIRMATION_RISKS) <= 0.2
+    rng = np.random.default_rng(0)
+    source = (rng.random(400) < 0.9).astype(float)
+    own = np.where(rng.random(400) < 0.02, 1 - source, source)
+    ends = [
+        gate.compare(MEAN.value, own.tolist(), source.tolist(), confidence=gate.confidence_of(number)).high
+        for number in range(len(gate.CONFIRMATION_RISKS))
+    ]
+    assert ends[0] < ends[1] <= ends[2]
+
+
+@pytest.mark.parametrize("tries", [1, 3])
+def test_bad_variants_are_let_through_no_more_often_than_the_risks_say(tries: int) -> None:
+    """Short lists of variants whose drop is exactly at the limit, all on one test split."""
+    budget, through, lists = gate.Budget(0.05, upper_factor=2.0), 0, 150
+    for seed in range(lists):
+        rng = np.random.default_rng(seed)
+        source = np.ones(600)
+        for number in range(tries):
+            own = (rng.random(600) >= 0.1).astype(float)
+            found = gate.compare(MEAN.value, own.tolist(), source.tolist(), confidence=gate.confidence_of(number))
+            if gate.confirm(found, 0.1, budget, "accuracy").passed:
+                through += 1
+                break
+    assert through / lists <= sum(gate.CONFIRMATION_RISKS[:tries])
+
+
+def test_odds_fall_with_the_drop_and_with_what_is_not_known() -> None:
     budget = gate.Budget(0.005)
-    assert gate.confirm(drop(0.009, 0.03), 0.1, budget, "accuracy").passed
-    assert gate.confirm(drop(0.011, 0.03), 0.1, budget, "accuracy").by == "drop"
-    assert gate.confirm(drop(0.006), 0.1, gate.Budget(0.005, upper_factor=1), "accuracy").by == "drop"
+
+    def found(drop: float, width: float) -> gate.Drop:
+        return gate.Drop(0.9, 0.9 + drop, drop, drop - width, drop + width, 400)
+
+    assert gate.odds(found(0, 0), budget, 400) == 1.0
+    assert gate.odds(found(-0.01, 0.004), budget, 400) == gate.odds(found(0, 0.004), budget, 400) > 0.9
+    order = [
+        gate.odds(found(*one), budget, 400) for one in ((0, 0.004), (0.002, 0.004), (0.002, 0.006), (0.005, 0.008))
+    ]
+    assert order == sorted(order, reverse=True)
+    assert gate.odds(found(0.002, 0.006), budget, 100) < gate.odds(found(0.002, 0.006), budget, 4000)
+    assert gate.odds(found(0.0, float("inf")), budget, 400) == 0.0

@@ -458,11 +458,70 @@ def test_what_is_preferred_decides_among_them(prefer: candidates.Prefer, first: 
     assert candidates.rank(rows, row(SOURCE, 100, 1.0), prefer)[0].id == first
 
 
-def test_what_may_be_above_the_budget_has_to_be_better_by_far() -> None:
+def test_what_fresh_samples_may_contradict_has_to_be_better_by_so_much() -> None:
     source, sure = row(SOURCE, 100, 1.0), row("sure", 30, 0.5)
     for latency, first in ((0.45, "sure"), (0.3, "lucky")):
-        lucky = Row("lucky", 30, latency, 1.0, 0.9, sure=False)
+        lucky = Row("lucky", 30, latency, 1.0, 0.9, odds=0.8)
         assert candidates.rank([source, lucky, sure], source, "balanced")[0].id == first
+    near, far = (Row(key, 30, 0.5, 1.0, 0.9, error=error) for key, error in (("near", 0.01), ("far", 0.1)))
+    assert candidates.rank([far, near], source, "balanced")[0].id == "near"
+
+
+def test_the_short_list_gets_safer_and_ends_before_the_source() -> None:
+    rows = [
+        Row(key, 30 + number, 0.5, 1.0, 0.9, error=error)
+        for number, (key, error) in enumerate(
+            [("a", 0.2), ("b", 0.19), ("c", 0.1), ("d", 0.09), ("e", 0.01), ("f", 0.001)]
+        )
+    ]
+    source = row(SOURCE, 100, 1.0)
+    assert [one.id for one in candidates.shortlist(rows[:1], [*rows, source], 3)] == ["a", "c", "e"]
+    assert [one.id for one in candidates.shortlist(rows[:1], [*rows[:2], source], 3)] == ["a"]
+    assert [one.id for one in candidates.shortlist([source], [source, *rows], 3)] == [SOURCE]
+
+
+@pytest.mark.parametrize(("contradicted", "code"), [(1, ""), (3, "unconfirmed")])
+def test_where_the_choice_is_contradicted_a_safer_one_gets_its_chance(
+    contradicted: int, code: str, tmp_path: Path, cache: Path
+) -> None:
+    parts = cut(samples(), labelled=True, description="blobs")
+    spoken: list[str] = []
+
+    def run(task: Task) -> Answer:
+        answer = attempt.attempt(task)
+        if task.part == "test" and task.steps:
+            spoken.append(answer.digest)
+            if len(spoken) <= contradicted:
+                return msgspec.structs.replace(answer, evidence=[0.0] * len(answer.evidence))
+        return answer
+
+    def begin() -> search.Result:
+        return auto_module.auto(
+            classifier(tmp_path / "model.onnx"),
+            parts,
+            drop_max=0.02,
+            targets=["x86-vnni"],
+            cache=cache,
+            output=tmp_path / "out",
+            prune=False,
+            weigh=False,
+            run=run,
+        )
+
+    if code:
+        with pytest.raises(RefusedError) as caught:
+            begin()
+        assert caught.value.code == code
+        assert not list((tmp_path / "out").glob("*.onnx"))
+    else:
+        (found,) = begin().found
+        assert [one.verdict.passed for one in found.confirmations] == [False, True]
+        assert found.chosen == found.confirmations[-1].id
+        errors = [found.find(one.id).answer.error for one in found.confirmations]
+        assert errors[1] <= candidates.SAFER * errors[0]
+        assert "contradicted" in found.reason
+        assert "NOT confirmed" in (tmp_path / "out" / "MODEL-CARD.md").read_text()
+    assert len(spoken) == len(set(spoken)) <= len(gate.CONFIRMATION_RISKS)
 
 
 def test_figures_that_devices_reported_take_the_place_of_this_machines(tmp_path: Path, cache: Path) -> None:

@@ -182,11 +182,11 @@ def check_result(result: search.Result) -> None:
                 next_step="raise --max-drop or --seconds, or ship the model as it is",
             )
         if found.confirmation is not None and not found.confirmation.verdict.passed:
+            told = "; ".join(f"{one.id}: {one.verdict.why}" for one in found.confirmations)
             raise RefusedError(
                 "unconfirmed",
-                f"{found.target.name}: {found.chosen} met the budget on the selection split, but on the test split: "
-                f"{found.confirmation.verdict.why}",
-                consequence="nothing was chosen; a test split that has spoken is used up",
+                f"{found.target.name}: what met the budget on the selection split did not on the test split: {told}",
+                consequence="nothing was chosen; a test split that has spoken so often is used up",
                 next_step="gather more samples and search again, or raise --max-drop",
             )
 

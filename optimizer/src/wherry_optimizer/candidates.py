@@ -30,8 +30,10 @@ CHANNELS = (0.125, 0.25, 0.5, 0.625, 0.75)
 SPARSITIES = (0.3, 0.5, 0.7, 0.8)
 STARTED_AT = 0.5
 """A pruning ladder begins with this share, and goes up while the gate lets it pass, else down until it does."""
-UNSURE = 1.25
-"""A variant whose drop may be above the budget, by its interval, counts as so much larger or slower."""
+ODDS_MIN = 0.01
+SAFER = 0.75
+"""What is confirmed next moves the outputs by at most this share of what the one before did: one that is contradicted tells
+against all that are like it."""
 FOLD = Step(use="quantize-weights", parameters={"form": "fold"}, optional=True)
 """What is still float after other quantizers: recurrent weights, embedding tables, excluded layers."""
 
@@ -93,8 +95,10 @@ class Row:
     latency_ratio: float
     peak_bytes: float
     value: float
-    sure: bool = True
-    """The whole interval of its drop is within the budget."""
+    odds: float = 1.0
+    """How probable it is that fresh samples confirm it."""
+    error: float = 0.0
+    """How far its outputs moved."""
 
 
 def propose(tried: Mapping[str, Fared], format_: Format, target: Target, *, prune: bool = True) -> list[Candidate]:
@@ -218,18 +222,34 @@ def _dominates(one: Row, other: Row) -> bool:
 
 
 def rank(rows: Sequence[Row], source: Row, prefer: Prefer) -> list[Row]:
-    """Return rows best first: by the product of download and latency ratios, weighted by what is preferred.
+    """Return rows best first: by the product of download and latency ratios, weighted by what is preferred, over the odds.
 
-    One that is not sure has to be better by `UNSURE` to come first: the best of many is the luckiest of them, too.
+    The best of many is the luckiest of them too, so what a variant is expected to gain is what it gains if it is confirmed,
+    times the probability that it is. Equals go by how far their outputs moved.
     """
     weights = {"balanced": (1.0, 1.0), "size": (1.0, 0.0), "latency": (0.0, 1.0)}[prefer]
 
-    def cost(row: Row) -> tuple[float, float]:
+    def cost(row: Row) -> tuple[float, float, float]:
         size = log(row.download_bytes / source.download_bytes) if row.download_bytes else inf
         time = log(row.latency_ratio) if isfinite(row.latency_ratio) and row.latency_ratio > 0 else 0.0
-        return (weights[0] * size + weights[1] * time + (0.0 if row.sure else log(UNSURE)), size + time)
+        return (weights[0] * size + weights[1] * time - log(max(row.odds, ODDS_MIN)), size + time, row.error)
 
     return sorted(rows, key=cost)
+
+
+def shortlist(best: Sequence[Row], others: Sequence[Row], count: int) -> list[Row]:
+    """Return what is to be confirmed, one after another until one is: the best, then each time the best that is safer.
+
+    Args:
+        best: ranked, what no other beats.
+        others: ranked, all that may be taken where the first is contradicted, `best` among them.
+        count: at most so many.
+    """
+    found = list(best[:1])
+    for row in others:
+        if len(found) < count and row.id != SOURCE and found[-1].id != SOURCE and row.error <= SAFER * found[-1].error:
+            found.append(row)
+    return found
 
 
 def reason(row: Row, source: Row, prefer: Prefer, count: int, *, measured: str) -> str:

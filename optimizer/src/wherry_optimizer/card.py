@@ -18,7 +18,7 @@ import msgspec
 from wherry_optimizer import measure
 from wherry_optimizer.attempt import TOOLS
 from wherry_optimizer.candidates import SOURCE
-from wherry_optimizer.search import Found, Result, Tried
+from wherry_optimizer.search import Confirmation, Found, Result, Tried
 from wherry_shared.errors import RefusedError
 
 FORMAT = 1
@@ -74,7 +74,6 @@ def as_dict(result: Result) -> dict[str, Any]:
 
 
 def _target(found: Found, files: Mapping[str, Path]) -> dict[str, Any]:
-    confirmation = found.confirmation
     source = found.find(SOURCE)
     return {
         "about": found.target.about,
@@ -83,18 +82,21 @@ def _target(found: Found, files: Mapping[str, Path]) -> dict[str, Any]:
         "file": files[found.target.name].name if found.target.name in files else None,
         "seconds": round(found.seconds, 1),
         "cut_short": found.cut_short,
-        "confirmation": None
-        if confirmation is None
-        else {
-            "passed": confirmation.verdict.passed,
-            "why": confirmation.verdict.why,
-            "value": _number(confirmation.drop.value),
-            "drop": _number(confirmation.drop.drop),
-            "interval": [_number(confirmation.drop.low), _number(confirmation.drop.high)],
-            "error": _number(confirmation.error),
-            "samples": confirmation.drop.samples,
-        },
+        "confirmations": [_confirmation(one) for one in found.confirmations],
         "candidates": [_candidate(item, source) for item in found.tried],
+    }
+
+
+def _confirmation(one: Confirmation) -> dict[str, Any]:
+    return {
+        "id": one.id,
+        "passed": one.verdict.passed,
+        "why": one.verdict.why,
+        "value": _number(one.drop.value),
+        "drop": _number(one.drop.drop),
+        "interval": [_number(one.drop.low), _number(one.drop.high)],
+        "error": _number(one.error),
+        "samples": one.drop.samples,
     }
 
 
@@ -146,9 +148,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     ]
     for name, target in report["targets"].items():
         lines += [f"## {name}: {target['chosen']}", "", f"{target['about']}. {target['reason']}.", ""]
-        if target["confirmation"]:
-            held = "Confirmed" if target["confirmation"]["passed"] else "NOT confirmed"
-            lines += [f"{held} on the test split: {target['confirmation']['why']}.", ""]
+        for one in target["confirmations"]:
+            held = "Confirmed" if one["passed"] else "NOT confirmed"
+            lines += [f"{held} on the test split: {one['id']}: {one['why']}.", ""]
         lines += [
             "| variant | passed | download | latency | peak | value | drop (95 %) | moved |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -170,7 +172,7 @@ def _source_line(report: Mapping[str, Any]) -> str:
     unlabelled = "" if data["labelled"] else "; without labels, so agreement with the float model"
     return (
         f"Source {report['digest']}. Metric: {report['metric']}, on {data['selection']} samples for selection and "
-        f"{data['test']} for the one confirmation ({data['description']}{unlabelled})."
+        f"{data['test']} for the confirmation ({data['description']}{unlabelled})."
     )
 
 
@@ -220,9 +222,9 @@ def page(report: Mapping[str, Any]) -> str:
     for name, target in report["targets"].items():
         parts.append(f"<h2>{html.escape(name)}: {html.escape(target['chosen'])}</h2>")
         parts.append(f"<p>{html.escape(target['about'])}. {html.escape(target['reason'])}.</p>")
-        if target["confirmation"]:
-            held = "Confirmed" if target["confirmation"]["passed"] else "<b>Not confirmed</b>"
-            parts.append(f"<p>{held} on the test split: {html.escape(target['confirmation']['why'])}.</p>")
+        for one in target["confirmations"]:
+            held = "Confirmed" if one["passed"] else "<b>Not confirmed</b>"
+            parts.append(f"<p>{held} on the test split: {html.escape(one['id'])}: {html.escape(one['why'])}.</p>")
         parts += [_plot(target["candidates"], target["chosen"]), _rows(target["candidates"], target["chosen"])]
         parts.append(_sensitivity(target["candidates"]))
     tools = ", ".join(f"{name} {version}" for name, version in report["provenance"]["tools"].items())

@@ -23,6 +23,10 @@ RESAMPLES_SLOW = 200
 """Resamples where the value is not a mean and each costs a whole evaluation."""
 UPPER_FACTOR = 2.0
 """The upper end of the interval of a drop may be so many times the budget; the drop itself, once."""
+CONFIRMATION_RISKS = (0.1, 0.05, 0.05)
+"""Of each confirmation in turn, how probable it may be to let one through whose drop is at the limit. Their number is how
+many a search has, and their sum is the risk of all of them together (Bonferroni; an order and shares that are fixed
+beforehand: Wiens, "A fixed sequence Bonferroni procedure for testing multiple endpoints", 2003)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,7 @@ def compare(
     source: Sequence[Any],
     *,
     seed: int = 0,
+    confidence: float = CONFIDENCE,
 ) -> Drop:
     """Return the drop of a metric with its interval by resampling pairs.
 
@@ -88,6 +93,7 @@ def compare(
         own: evidence of the candidate, one entry per sample.
         source: that of the source on the same samples.
         seed: of the resampling.
+        confidence: of the interval, two-sided.
     """
     before, after = value(source), value(own)
     rng = np.random.default_rng(seed)
@@ -106,11 +112,11 @@ def compare(
         drops, values = pairs[:, 0] - pairs[:, 1], pairs[:, 1]
         known = np.isfinite(drops)  # a resample may hold one class only
         drops, values = drops[known], values[known]
-    tail = (1 - CONFIDENCE) / 2
+    tail = (1 - confidence) / 2
     if not len(drops) or not isfinite(before) or not isfinite(after):
         return Drop(after, before, float("nan"), float("nan"), float("nan"), count)
     low, high = np.quantile(drops, [tail, 1 - tail])
-    drop, stretch = before - after, _stretch(count)
+    drop, stretch = before - after, _stretch(count, confidence)
     return Drop(
         after,
         before,
@@ -123,7 +129,7 @@ def compare(
     )
 
 
-def _stretch(count: int) -> float:
+def _stretch(count: int, confidence: float) -> float:
     """Return by how much an interval of percentiles is too narrow where samples are few.
 
     It is that of the normal distribution and of the uncorrected variance: Student's, and n − 1, make up for it (Hesterberg,
@@ -133,7 +139,7 @@ def _stretch(count: int) -> float:
 
     if count < 2:
         return inf
-    tail = (1 + CONFIDENCE) / 2
+    tail = (1 + confidence) / 2
     return float(stdtrit(count - 1, tail) / ndtri(tail)) * sqrt(count / (count - 1))
 
 
@@ -163,11 +169,31 @@ def hold(drop: Drop, error: float, budget: Budget, metric: str) -> Verdict:
 
 
 def confirm(drop: Drop, error: float, budget: Budget, metric: str) -> Verdict:
-    """Judge the chosen candidate on samples that nothing was chosen by.
+    """Judge a candidate on samples that it was not chosen by, by the same rules as where it was.
 
-    It was chosen as one that meets the budget, so the question is whether fresh samples contradict: the drop may be as
-    large as the upper end of its interval was allowed to be.
+    What is asked of it here is paid by the interval: `drop` has to be compared with `confidence_of` its confirmation, so
+    that trying another where one is contradicted makes luck no more probable.
     """
-    limit = budget.drop_max * budget.upper_factor
-    wide = Budget(limit, budget.floor, budget.error_max, upper_factor=inf)
-    return hold(drop, error, wide, metric)
+    return hold(drop, error, budget, metric)
+
+
+def confidence_of(number: int) -> float:
+    """Return the confidence of the interval of a search's confirmation, counted from zero: its upper end errs as `CONFIRMATION_RISKS`."""
+    return 1 - 2 * CONFIRMATION_RISKS[number]
+
+
+def odds(drop: Drop, budget: Budget, samples: int) -> float:
+    """Return how probable it is that a first confirmation on so many fresh samples passes, by the normal distribution.
+
+    A drop below zero counts as none: compressing improves no network, so what looks like it is luck.
+    """
+    from scipy.special import ndtr, ndtri
+
+    width = (drop.high - drop.low) / (2 * float(ndtri((1 + CONFIDENCE) / 2)))
+    if not isfinite(width):
+        return 0.0
+    fresh = width * sqrt(drop.samples / samples)
+    room = min(budget.drop_max, budget.drop_max * budget.upper_factor - fresh * float(ndtri(1 - CONFIRMATION_RISKS[0])))
+    gap = room - max(drop.drop, 0.0)
+    spread = sqrt(width**2 + fresh**2)
+    return float(ndtr(gap / spread)) if spread else float(gap >= 0)

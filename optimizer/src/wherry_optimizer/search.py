@@ -2,7 +2,8 @@
 
 `candidates.propose` says what to try, `attempt.run` tries it in a child, `gate.hold` judges it; this module only keeps
 time. Whatever fails is kept with its reason, and the others go on. Latency is measured after the pool is idle, interleaved
-in one process; the variant that is chosen is confirmed once on samples that nothing was chosen by.
+in one process, by CPU time; the variant that is chosen is confirmed on samples that it was not chosen by. Where they
+contradict, the next of a short list that was fixed before is confirmed, and each pays its part of the risk (`gate`).
 """
 
 from __future__ import annotations
@@ -79,9 +80,11 @@ class Tried:
 
 @dataclass(frozen=True, slots=True)
 class Confirmation:
-    """What the test split said about the chosen variant."""
+    """What the test split said about a variant of the short list."""
 
+    id: str
     drop: gate.Drop
+    """Its interval has the confidence that this confirmation has to have."""
     error: float
     verdict: gate.Verdict
     source: gate.Drop
@@ -95,12 +98,18 @@ class Found:
     target: Target
     tried: list[Tried]
     chosen: str
-    """Id; the source where no candidate passed."""
+    """Id; the source where no candidate passed; the last of the short list where the test split contradicts all of it."""
     reason: str
-    confirmation: Confirmation | None
+    confirmations: tuple[Confirmation, ...]
+    """In the order in which they were made; only the last may have passed."""
     seconds: float
     cut_short: bool
     """The time was up before the proposals were."""
+
+    @property
+    def confirmation(self) -> Confirmation | None:
+        """That of the chosen variant."""
+        return self.confirmations[-1] if self.confirmations else None
 
     def find(self, key: str) -> Tried:
         """Return a candidate that was tried."""
@@ -214,22 +223,29 @@ def search(
             break
     passed = [item for item in tried if item.verdict.passed]
     _weigh(passed, problem, settings, folder, say)
-    rows = {item.id: _row(item, settings.budget.drop_max) for item in passed}
+    rows = {item.id: _row(item, settings.budget, len(problem.test)) for item in passed}
     best = set(candidates.pareto(list(rows.values())))
     for item in passed:
         item.pareto = item.id in best
-    order = candidates.rank([row for key, row in rows.items() if key in best], rows[SOURCE], settings.prefer)
-    chosen = order[0].id
-    confirmation: Confirmation | None = None
+    ranked = candidates.rank(list(rows.values()), rows[SOURCE], settings.prefer)
+    listed = candidates.shortlist([row for row in ranked if row.id in best], ranked, len(gate.CONFIRMATION_RISKS))
+    chosen = listed[0].id
+    confirmations: list[Confirmation] = []
     if chosen == SOURCE:
         reason = "no candidate passed that is smaller or faster" if len(passed) > 1 else "no candidate passed the gate"
     else:
+        for number, row in enumerate(listed):
+            chosen = row.id
+            candidate = next(item.candidate for item in tried if item.id == chosen)
+            confirmations.append(confirm(problem, candidate, task, metric, settings.budget, run, number))
+            say(f"{chosen}, on {len(problem.test)} test samples: {confirmations[-1].verdict.why}")
+            if confirmations[-1].verdict.passed:
+                break
         where = MADE_HERE if settings.measured_here and settings.weigh else NOT_MEASURED
         reason = candidates.reason(rows[chosen], rows[SOURCE], settings.prefer, len(passed), measured=where)
-        candidate = next(item.candidate for item in tried if item.id == chosen)
-        confirmation = confirm(problem, candidate, task, metric, settings.budget, run)
-        say(f"{chosen}, on {confirmation.drop.samples} test samples: {confirmation.verdict.why}")
-    return Found(target, tried, chosen, reason, confirmation, time.monotonic() - began, cut_short)
+        if chosen != listed[0].id:
+            reason += f"; {', '.join(one.id for one in confirmations[:-1])} came first and fresh samples contradicted"
+    return Found(target, tried, chosen, reason, tuple(confirmations), time.monotonic() - began, cut_short)
 
 
 def confirm(
@@ -239,8 +255,18 @@ def confirm(
     metric: metrics.Metric,
     budget: gate.Budget,
     run: Run,
+    number: int = 0,
 ) -> Confirmation:
-    """Judge the chosen candidate on the test split, which nothing was chosen by.
+    """Judge a candidate of the short list on the test split, which the list was not made by.
+
+    Args:
+        problem: model and data.
+        candidate: the one.
+        task: makes its task.
+        metric: of the problem.
+        budget: of the search.
+        run: what does a task.
+        number: how many of the list were contradicted before.
 
     Raises:
         RefusedError: `source_failed` or what the candidate failed with: it ran on the selection split.
@@ -251,10 +277,11 @@ def confirm(
             raise RefusedError(
                 answer.code, f"on the test split: {answer.why}", next_step="look at the samples that it fails on"
             )
-    drop = gate.compare(metric.value, answers[1].evidence, answers[0].evidence, seed=problem.seed)
+    own, source = answers[1].evidence, answers[0].evidence
+    drop = gate.compare(metric.value, own, source, seed=problem.seed, confidence=gate.confidence_of(number))
     verdict = gate.confirm(drop, answers[1].error, budget, problem.metric.name)
-    own = gate.compare(metric.value, answers[0].evidence, answers[0].evidence, seed=problem.seed)
-    return Confirmation(drop, answers[1].error, verdict, own)
+    same = gate.compare(metric.value, source, source, seed=problem.seed)
+    return Confirmation(candidate.id, drop, answers[1].error, verdict, same)
 
 
 def _pool(
@@ -335,7 +362,10 @@ def _weigh(passed: Sequence[Tried], problem: Problem, settings: Settings, folder
         key: lambda session=session: session.run(call)  # type: ignore[misc]
         for key, session in sessions.items()
     }
-    latency = measure.interleaved(calls, dict.fromkeys(calls, SOURCE), rounds=ROUNDS, seconds=ROUND_SECONDS)
+    # one thread, so CPU time is latency less what other processes take of it
+    latency = measure.interleaved(
+        calls, dict.fromkeys(calls, SOURCE), rounds=ROUNDS, seconds=ROUND_SECONDS, clock=time.process_time
+    )
     for item in chosen:
         item.latency_ratio, item.latency_us = latency[item.id].ratio, latency[item.id].p50_us
     for session in sessions.values():
@@ -352,7 +382,7 @@ def _as_vector(call: Mapping[str, attempt.Array], problem: Problem) -> bytes:
     return golden.encode(golden.Golden((golden.Vector(dict(call), expected),), tolerances, synthetic=True))
 
 
-def _row(item: Tried, drop_max: float) -> Row:
+def _row(item: Tried, budget: gate.Budget, samples: int) -> Row:
     value = item.drop.value if item.drop is not None else nan
-    sure = item.drop is not None and item.drop.high <= drop_max
-    return Row(item.id, item.answer.download_bytes, item.latency_ratio, item.peak_bytes, value, sure)
+    odds = gate.odds(item.drop, budget, samples) if item.drop is not None else 1.0
+    return Row(item.id, item.answer.download_bytes, item.latency_ratio, item.peak_bytes, value, odds, item.answer.error)
