@@ -93,7 +93,7 @@ def test_a_renewal_puts_a_new_pair_in_the_place_of_the_old(home: Path) -> None:
         assert now.subject == first.subject
         assert now.public_key() != first.public_key()
         after = known(home)
-        changed = {"pair": before.pair, "not_before": before.not_before, "not_after": before.not_after}
+        changed = {name: getattr(before, name) for name in ("pair", "not_before", "not_after", "content_key")}
         assert msgspec.structs.replace(after, **changed) == before, "nothing else changes"
         assert (after.not_before, after.not_after) == validity(now)
     assert len(list((home / "identity").rglob("key.pem"))) == 2, "the one in use and the one before"

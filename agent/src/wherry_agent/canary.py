@@ -24,11 +24,11 @@ import msgspec
 
 from wherry_agent.answering import memory
 from wherry_agent.answering.arms import RUNS_LEFT_OUT, read_golden, reason_of
-from wherry_agent.answering.intact import check_weights
+from wherry_agent.answering.intact import check_weights, open_variant
 from wherry_agent.canary_exit import peak_of
 from wherry_agent.children import Judge, Judged, Loadable, encode_line
 from wherry_shared import golden, reasons
-from wherry_shared.engines.canonical import Bound, open_bound
+from wherry_shared.engines.canonical import Bound
 from wherry_shared.engines.errors import BadInput, EngineFault, OutOfMemory
 from wherry_shared.engines.session import Array, EngineLimits
 from wherry_shared.engines.tiny import run_tiny
@@ -123,7 +123,7 @@ class _Proved:
 
 def _prove(candidate: Loadable, vectors: golden.Golden) -> _Proved:
     started = time.perf_counter()
-    bound = open_bound(candidate, EngineLimits(slots=1))
+    bound = open_variant(candidate, EngineLimits(slots=1))
     load_ms = (time.perf_counter() - started) * 1000
     try:
         misses = golden.check(vectors, bound.run)
@@ -230,7 +230,7 @@ def _incumbent(task: Judge, inputs: list[dict[str, Array]]) -> Bound | None:
         return None
     try:
         check_weights(loadable)
-        bound = open_bound(loadable, EngineLimits(slots=1))
+        bound = open_variant(loadable, EngineLimits(slots=1))
         for given in inputs:
             bound.run(given)
     except BadInput as error:

@@ -34,13 +34,18 @@ class Loadable(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     manifest: str
     variant: str
     digest: str
+    """Of the variant's plaintext."""
     engine: str
     """Engine name as in `facts.EngineFacts`."""
     engine_version: str
     format: str
     path: str
     """The verified blob."""
+    at_rest: str = ""
+    """Digest of the file at `path` where that is encrypted."""
     golden_path: str
+    golden_plain: str = ""
+    """Digest of the golden vectors where their file is encrypted."""
     config_path: str
     """The verified bundle config (for assets, labels, processing)."""
     interface: Interface
@@ -54,16 +59,26 @@ class Loadable(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """As the canary measured it here; 0 if not yet."""
 
     @property
+    def stored(self) -> str:
+        """Digest of the file at `path`."""
+        return self.at_rest or self.digest
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether only processes that have this device's keys can read it."""
+        return bool(self.at_rest or self.golden_plain)
+
+    @property
     def digests(self) -> frozenset[str]:
         """The blobs that it needs."""
         names = (path.rpartition("/")[2] for path in (self.golden_path, self.config_path, self.assets_path) if path)
-        return frozenset({self.digest, self.manifest, *(f"sha256:{name}" for name in names)})
+        return frozenset({self.stored, self.manifest, *(f"sha256:{name}" for name in names)})
 
     @property
     def leased(self) -> frozenset[str]:
         """The blobs that an application which has it in memory may still read: weights, and assets that answers lead to."""
         assets = self.assets_path.rpartition("/")[2]
-        return frozenset({self.digest, f"sha256:{assets}"}) if assets else frozenset({self.digest})
+        return frozenset({self.stored, f"sha256:{assets}"}) if assets else frozenset({self.stored})
 
 
 class Ran(msgspec.Struct, frozen=True, order=True):

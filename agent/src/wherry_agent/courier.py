@@ -45,6 +45,7 @@ from wherry_agent.children import (
 from wherry_agent.courier_blobs import INFO_BYTES_MAX, PATH, Blobs
 from wherry_agent.courier_enrol import enrol
 from wherry_agent.courier_http import Http
+from wherry_agent.courier_keys import bring_keys
 from wherry_agent.courier_renew import renew
 from wherry_agent.courier_scrub import scrub
 from wherry_agent.disk import Disk, disk_of
@@ -80,6 +81,7 @@ RETRY_AFTER_S = {
     reasons.DISK_FULL: 60.0,
     reasons.READ_ONLY: 300.0,
     reasons.CHILD_FAILED: 60.0,
+    reasons.KEY_MISSING: 30.0,
 }
 """When to try again, by reason; what is not listed does not change by itself."""
 _REASONS = frozenset(value for name, value in vars(reasons).items() if name.isupper() and isinstance(value, str))
@@ -203,6 +205,9 @@ def _resolve(task: Resolve, disk: Disk, wall_us: int) -> Resolved:
     blobs = _blobs(task, disk, tries_max=3)
     manifest, config = courier_resolve.config_of(blobs, task.offered.manifest, length)
     found, passed_over = courier_resolve.candidates(task, manifest, config, blobs.store, note=log.info)
+    needed = {digest for one in found for digest in one.loadable.digests}
+    known = _identity(task.home)
+    bring_keys(Path(task.home), known, blobs.http, blobs.server, disk, task.offered.manifest, manifest, needed)
     return Resolved(
         manifest=task.offered.manifest,
         candidates=found,
@@ -214,13 +219,12 @@ def _resolve(task: Resolve, disk: Disk, wall_us: int) -> Resolved:
 
 def _fetch(task: Fetch, emit: Emit, disk: Disk) -> Fetched:
     blobs = _blobs(task, disk, tries_max=max(1, task.tries_max))
-    _, config = courier_resolve.config_of(blobs, task.manifest, _manifest_bytes(task.manifest, blobs))
+    manifest, config = courier_resolve.config_of(blobs, task.manifest, _manifest_bytes(task.manifest, blobs))
     variant = next((item for item in config.variants if item.id == task.variant), None)
     if variant is None:
         raise RefusedError(reasons.NO_VARIANT, f"{task.manifest} has no variant {task.variant[:64]}")
-    wanted = {variant.golden.digest: variant.golden.bytes, variant.digest: variant.bytes}
-    if config.assets is not None:
-        wanted[config.assets.digest] = config.assets.bytes
+    wanted = courier_resolve.wanted_blobs(manifest, config, variant)
+    bring_keys(Path(task.home), _identity(task.home), blobs.http, blobs.server, disk, task.manifest, manifest, wanted)
     total = sum(length for digest, length in wanted.items() if not blobs.store.has(digest, length))
     last = time.monotonic()
 

@@ -26,10 +26,11 @@ from cryptography.x509.oid import NameOID
 from wherry_agent import identity as identities
 from wherry_agent.children import Enrol
 from wherry_agent.courier_http import Http
+from wherry_agent.device_keys import DeviceKeys
 from wherry_agent.disk import Disk
 from wherry_agent.identity import Identity
 from wherry_agent.trust import ROOT_FILE
-from wherry_shared import ids, limits, reasons, wire
+from wherry_shared import content_keys, ids, limits, reasons, wire
 from wherry_shared.clock import MICROSECONDS
 from wherry_shared.digest import of_bytes
 from wherry_shared.errors import RefusedError, UnreachableError
@@ -67,7 +68,8 @@ def enrol(task: Enrol, disk: Disk) -> Identity:
     request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
     server = task.server.rstrip("/")
     http = Http(ca=Path(task.ca) if task.ca else None)
-    answer = _ask(http, server, task, request.public_bytes(Encoding.PEM).decode())
+    content_key = DeviceKeys(home).any_or_make(disk)
+    answer = _ask(http, server, task, request.public_bytes(Encoding.PEM).decode(), content_keys.text_of(content_key))
     root = _root(http, server + answer.tuf_path, parts[2])
     not_before, not_after = validity(answer.certificate_pem.encode())
     disk.write_atomic(home / "trust" / ROOT_FILE, root)
@@ -89,6 +91,7 @@ def enrol(task: Enrol, disk: Disk) -> Identity:
         broker_tokens=answer.broker_tokens,
         not_before=not_before,
         not_after=not_after,
+        content_key=content_keys.fingerprint(content_key),
     )
     identities.write(home, disk, identity)
     return identity
@@ -126,10 +129,15 @@ def device_key(path: Path, disk: Disk) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def _ask(http: Http, server: str, task: Enrol, csr_pem: str) -> wire.EnrolAnswer:
+def _ask(http: Http, server: str, task: Enrol, csr_pem: str, content_key: str) -> wire.EnrolAnswer:
     body = wire.encode(
         wire.EnrolRequest(
-            format=wire.FORMAT, token=task.token.strip(), csr_pem=csr_pem, name=task.name, labels=task.labels
+            format=wire.FORMAT,
+            token=task.token.strip(),
+            csr_pem=csr_pem,
+            name=task.name,
+            labels=task.labels,
+            content_key=content_key,
         )
     )
     headers = {"Content-Type": "application/json"}

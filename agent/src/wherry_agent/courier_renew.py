@@ -1,7 +1,8 @@
 """Renewal: a new key and certificate for a device that its server knows, by the secret that enrolment gave it.
 
 The new pair is written whole into a folder of its own; `device.json`, which names the folder, is replaced last. Whenever
-power goes, the device has either the old pair or the new one. The old pair stays until the next renewal, since somebody
+power goes, the device has either the old pair or the new one. The X25519 key for content keys is renewed with it: what was
+sealed for the old one is sealed for the new one here, and the old one goes. The old pair stays until the next renewal, since somebody
 may be connecting with it now.
 """
 
@@ -22,9 +23,10 @@ from wherry_agent import identity as identities
 from wherry_agent.children import Renew, Renewed
 from wherry_agent.courier_enrol import ANSWER_BYTES_MAX, problem, validity
 from wherry_agent.courier_http import Http
+from wherry_agent.device_keys import DeviceKeys
 from wherry_agent.disk import Disk
 from wherry_agent.identity import Identity
-from wherry_shared import reasons, wire
+from wherry_shared import content_keys, reasons, wire
 from wherry_shared.errors import RefusedError, UnreachableError
 
 PATH = "/device/v1/renew"
@@ -45,8 +47,11 @@ def renew(task: Renew, known: Identity, http: Http, server: str, disk: Disk) -> 
         kept = disk.read(identities.pair_folder(home, known) / identities.CERTIFICATE_FILE) or b""
         return _renewed(validity(kept))
     _tidy(folder, known, disk)
+    keys = DeviceKeys(home)
+    keys.tidy(known.content_key, disk)
+    content_key = keys.make(disk)
     key = ec.generate_private_key(ec.SECP256R1())
-    certificate_pem = _ask(http, server, known.device, key)
+    certificate_pem = _ask(http, server, known.device, key, content_keys.text_of(content_key))
     _check(certificate_pem, key, known.device, disk.read(folder / identities.CA_FILE) or b"")
     valid = validity(certificate_pem)
     pair = identities.PAIR_PREFIX + secrets.token_hex(8)
@@ -54,8 +59,15 @@ def renew(task: Renew, known: Identity, http: Http, server: str, disk: Disk) -> 
     secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     disk.write_atomic(folder / pair / identities.KEY_FILE, secret)
     disk.write_atomic(folder / pair / identities.CERTIFICATE_FILE, certificate_pem)
-    renewed = msgspec.structs.replace(known, pair=pair, not_before=valid[0], not_after=valid[1])
+    renewed = msgspec.structs.replace(
+        known,
+        pair=pair,
+        not_before=valid[0],
+        not_after=valid[1],
+        content_key=content_keys.fingerprint(content_key),
+    )
     identities.write(home, disk, renewed)
+    keys.tidy(renewed.content_key, disk)
     return _renewed(valid)
 
 
@@ -75,11 +87,11 @@ def _tidy(folder: Path, known: Identity, disk: Disk) -> None:
     disk.sweep(folder)
 
 
-def _ask(http: Http, server: str, device: str, key: ec.EllipticCurvePrivateKey) -> bytes:
+def _ask(http: Http, server: str, device: str, key: ec.EllipticCurvePrivateKey, content_key: str) -> bytes:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, device)])
     request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
     csr_pem = request.public_bytes(Encoding.PEM).decode()
-    body = wire.encode(wire.RenewRequest(format=wire.FORMAT, csr_pem=csr_pem))
+    body = wire.encode(wire.RenewRequest(format=wire.FORMAT, csr_pem=csr_pem, content_key=content_key))
     with http.request("POST", server + PATH, headers={"Content-Type": "application/json"}, body=body) as response:
         data = response.read(ANSWER_BYTES_MAX)
         if response.status in (404, 408, 429) or response.status >= 500:

@@ -15,7 +15,15 @@ from wherry_agent.store import Store
 from wherry_agent.trust import Keeper, Policy, Session
 from wherry_shared import facts as device_facts
 from wherry_shared import ids, operations, reasons
-from wherry_shared.bundle import Config, Manifest, incompatibilities, parse_config, parse_manifest
+from wherry_shared.bundle import (
+    Config,
+    Manifest,
+    Variant,
+    encrypted_layers,
+    incompatibilities,
+    parse_config,
+    parse_manifest,
+)
 from wherry_shared.errors import RefusedError, UnreachableError
 from wherry_shared.image_layout import check_layers
 from wherry_shared.wire import VariantTried
@@ -161,11 +169,30 @@ def _check_processing(config: Config) -> None:
         raise RefusedError(code, error.message) from error
 
 
+def at_rest(manifest: Manifest, digest: str) -> str:
+    """Return the digest of the bytes that are fetched and kept for a blob that the config names."""
+    layer = encrypted_layers(manifest).get(digest)
+    return layer.digest if layer is not None else digest
+
+
+def wanted_blobs(manifest: Manifest, config: Config, variant: Variant) -> dict[str, int]:
+    """Return what a variant needs in the store: digest → bytes."""
+    encrypted = encrypted_layers(manifest)
+    named = {variant.golden.digest: variant.golden.bytes, variant.digest: variant.bytes}
+    if config.assets is not None:
+        named[config.assets.digest] = config.assets.bytes
+    return {
+        encrypted[digest].digest if digest in encrypted else digest: encrypted[digest].size
+        if digest in encrypted
+        else length
+        for digest, length in named.items()
+    }
+
+
 def _candidate(task: Resolve, manifest: Manifest, config: Config, store: Store, item: device_facts.Ranked) -> Candidate:
     variant = item.variant
-    wanted = {variant.digest: variant.bytes, variant.golden.digest: variant.golden.bytes}
-    if config.assets is not None:
-        wanted[config.assets.digest] = config.assets.bytes
+    wanted = wanted_blobs(manifest, config, variant)
+    weights, golden = at_rest(manifest, variant.digest), at_rest(manifest, variant.golden.digest)
     loadable = Loadable(
         model=task.model,
         target=task.offered.target,
@@ -175,8 +202,10 @@ def _candidate(task: Resolve, manifest: Manifest, config: Config, store: Store, 
         engine=item.engine.name,
         engine_version=item.engine.version,
         format=variant.format,
-        path=str(store.path_of(variant.digest)),
-        golden_path=str(store.path_of(variant.golden.digest)),
+        path=str(store.path_of(weights)),
+        at_rest=weights if weights != variant.digest else "",
+        golden_path=str(store.path_of(golden)),
+        golden_plain=variant.golden.digest if golden != variant.golden.digest else "",
         config_path=str(store.path_of(manifest.config.digest)),
         interface=config.interface,
         assets_path=str(store.assets_of(config.assets.digest)) if config.assets is not None else "",

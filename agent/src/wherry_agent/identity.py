@@ -56,6 +56,8 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     not_before: int = 0
     """Validity (µs) of the certificate in use, for those that cannot read it; 0: not noted."""
     not_after: int = 0
+    content_key: str = ""
+    """Digest of the X25519 public key for which content keys are sealed (`device_keys`); empty: it has none yet."""
 
     @property
     def authorization(self) -> str:

@@ -233,6 +233,8 @@ NAMES: dict[type[Any], dict[str, str]] = {
         "format": "format",
         "path": "path",
         "golden_path": "golden",
+        "at_rest": "at_rest",
+        "golden_plain": "golden_plain",
         "config_path": "config",
         "interface": "interface",
         "assets_path": "assets",

@@ -4,6 +4,7 @@
     HOME/store/blobs/sha256/HEX.part     growing; HEX.part.json says how much of it was synced, and who sent it
     HOME/store/blobs/sha256/HEX.ENCODED  an encoded object of which HEX is being made; it may have a .part too
     HOME/store/assets/HEX/               an unpacked assets layer
+    HOME/store/keys/HEX.json             the sealed content key of an encrypted blob (`device_keys`)
 
 After a power cut the tail of a partial file may be torn, so only what its record calls synced is kept. Every durable
 step goes through `Disk`.
@@ -170,6 +171,7 @@ class Store:
         self._disk = disk
         self._blobs = home / "store" / "blobs" / "sha256"
         self._assets = home / "store" / "assets"
+        self._keys = home / "store" / "keys"
         for path in (self._blobs, self._assets):
             disk.mkdir(path)
 
@@ -305,6 +307,10 @@ class Store:
             size = self._remove(path)
             used -= size
             freed += size
+        here = {path.name for path in self._finished(self._blobs)} | names
+        for path in self._keys.glob("*.json"):
+            if path.stem not in here:
+                freed += self._remove(path)
         return freed
 
     @staticmethod

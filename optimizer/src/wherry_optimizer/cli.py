@@ -325,6 +325,33 @@ def sign(
     out.print(signing.describe(signed, opened, made), markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command()
+def encrypt(
+    bundle: BundlePath,
+    output: Annotated[Path, typer.Argument(help="Folder that is made: the same bundle, encrypted.")],
+    *,
+    recipient: Annotated[
+        Path,
+        typer.Option("--for", help="public.pem of the server's keys role (wherry keys init), as its keeper gave it."),
+    ],
+    ring: Annotated[
+        Path | None, typer.Option("--keys", help="Folder of your own content keys; made on first use.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Make new content keys for plaintexts encrypted before.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Encrypt the weights and golden vectors of a bundle, before it is signed; devices decrypt them in memory only."""
+    from wherry_optimizer import encryption
+
+    done = encryption.encrypt_bundle(bundle, output, recipient, ring, fresh=fresh)
+    if as_json:
+        _print_json(encryption.as_json(done, output))
+        return
+    out.print(encryption.describe(done, output), markup=False, highlight=False, soft_wrap=True)
+
+
 @app.command("recipe-schema")
 def recipe_schema() -> None:
     """Print the JSON Schema of a recipe, with the parameters of every pass that is installed."""

@@ -8,23 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
 from sqlalchemy import func, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server import audit, uploads
+from wherry_server import audit, content_keys, uploads
 from wherry_server.db.tables import BlobEncoding, BlobOwner, Bundle, DeviceModel, table
 from wherry_server.services import Services
 from wherry_server.times import now_us
-from wherry_shared.bundle import ASSETS_TYPE, WEIGHT_TYPE, Config, Manifest, parse_config, parse_manifest
+from wherry_shared.bundle import (
+    ANNOTATION_ENCRYPTION,
+    ASSETS_TYPE,
+    WEIGHT_TYPE,
+    Config,
+    Manifest,
+    parse_config,
+    parse_manifest,
+)
 from wherry_shared.digest import check_digest
 from wherry_shared.errors import RefusedError
 from wherry_shared.ids import parse_version, target_path
 from wherry_shared.image_layout import check_layers
 from wherry_shared.limits import CONFIG_BYTES_MAX, MANIFEST_BYTES_MAX
+from wherry_shared.wire import SealedKey
 
 MISSING_LISTED_MAX = 20
 BUNDLES_LISTED_MAX = 10_000
@@ -45,11 +54,19 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
     """Digests of what may be encoded."""
 
 
-async def publish(services: Services, actor: str, model: str, version: str, manifest_digest: str) -> Accepted:
+async def publish(
+    services: Services,
+    actor: str,
+    model: str,
+    version: str,
+    manifest_digest: str,
+    keys: Sequence[SealedKey] = (),
+) -> Accepted:
     """Accept a bundle whose blobs were uploaded and whose bin was signed.
 
     Raises:
-        RefusedError: `manifest_*`, `config_*`, `bundle_mismatch`, `blob_missing`, `unsigned` or `version_taken`.
+        RefusedError: `manifest_*`, `config_*`, `bundle_mismatch`, `blob_missing`, `unsigned`, `version_taken`,
+            `content_keys_missing` or `content_key_invalid`.
     """
     path = target_path(model, version)
     check_digest(manifest_digest)
@@ -65,7 +82,8 @@ async def publish(services: Services, actor: str, model: str, version: str, mani
     await _check_signed(services, model, version, manifest_digest)
     blobs: dict[str, tuple[int, str]] = {manifest_digest: (manifest_bytes, "manifest")}
     for descriptor in (manifest.config, *manifest.layers):
-        kind = "weights" if descriptor.media_type in (WEIGHT_TYPE, ASSETS_TYPE) else "other"
+        raw = ANNOTATION_ENCRYPTION not in descriptor.annotations  # ciphertext does not get smaller
+        kind = "weights" if raw and descriptor.media_type in (WEIGHT_TYPE, ASSETS_TYPE) else "other"
         blobs.setdefault(descriptor.digest, (descriptor.size, kind))
     async with services.database.write() as connection:
         standing = await connection.scalar(
@@ -80,6 +98,7 @@ async def publish(services: Services, actor: str, model: str, version: str, mani
                 consequence="nothing was changed",
                 next_step="build it under a new version",
             )
+        await content_keys.store(connection, services.project, manifest_digest, manifest, keys)
         if standing is None:
             await connection.execute(
                 insert(Bundle).values(

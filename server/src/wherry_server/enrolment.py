@@ -23,6 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from wherry_server import audit, revocation
 from wherry_server import enrolment_requests as requests
 from wherry_server.auth import DAY_US, DeviceIdentity, hash_secret
+from wherry_server.content_keys import checked_public
 from wherry_server.db.tables import Device, EnrolmentToken, table
 from wherry_server.hellos import facts_to_keep
 from wherry_server.identity import Issued, Request, check_request
@@ -121,7 +122,7 @@ async def enrol(services: Services, request: wire.EnrolRequest) -> wire.EnrolAns
     """Enrol a device.
 
     Raises:
-        RefusedError: `enrolment_refused` (token or key), `csr_invalid`, `bad_name`, `labels_invalid` or `name_taken`.
+        RefusedError: `enrolment_refused` (token or key), `csr_invalid`, `content_key_invalid`, `bad_name`, `labels_invalid` or `name_taken`.
         UnreachableError: `enrolment_pending`, a person has to accept it first.
     """
     if _NAME.fullmatch(request.name) is None:
@@ -134,6 +135,7 @@ async def enrol(services: Services, request: wire.EnrolRequest) -> wire.EnrolAns
     check_labels(request.labels)
     token_hash = _token_hash(request.token)
     key = check_request(request.csr_pem)
+    content_key = checked_public(request.content_key)
     bearer = secrets.token_urlsafe(32)
     async with services.database.write(audited=True) as connection:
         way = await _way_in(connection, services.project, token_hash, key.key_digest)
@@ -157,6 +159,7 @@ async def enrol(services: Services, request: wire.EnrolRequest) -> wire.EnrolAns
                     bearer_hash=hash_secret(bearer),
                     certificate_serial=issued.serial,
                     certificate_expires_at=issued.expires_at,
+                    **({"content_key": content_key} if content_key else {}),
                 )
             )
         elif known is not None:
@@ -228,6 +231,7 @@ async def renew(services: Services, device: DeviceIdentity, request: wire.RenewR
         RefusedError: `csr_invalid`, or `device_revoked` if it was revoked a moment ago.
     """
     key = check_request(request.csr_pem)
+    content_key = checked_public(request.content_key)
     if key.names != (device.id,):
         raise RefusedError(
             "csr_invalid",
@@ -244,6 +248,7 @@ async def renew(services: Services, device: DeviceIdentity, request: wire.RenewR
                 key_digest=key.key_digest,
                 certificate_serial=issued.serial,
                 certificate_expires_at=issued.expires_at,
+                **({"content_key": content_key} if content_key else {}),
             )
         )
         if kept.rowcount != 1:
@@ -348,5 +353,6 @@ async def _insert(
             enrolled_at=now,
             last_seen_at=now,
             simulated=labels.get("simulated") == "true",
+            content_key=checked_public(request.content_key),
         )
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from sqlalchemy import delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server.db.tables import DeviceCertificate, SessionCut, table
+from wherry_server.db.tables import DeviceCertificate, SessionCut, WrappedKey, table
 from wherry_server.identity import Issued
 from wherry_server.times import now_us
 
@@ -17,6 +17,7 @@ DAY_US = 86_400 * 1_000_000
 
 _certificates = table(DeviceCertificate)
 _cuts = table(SessionCut)
+_wrapped = table(WrappedKey)
 
 
 async def note(connection: AsyncConnection, project: str, device: str, issued: Issued) -> None:
@@ -34,8 +35,9 @@ async def note(connection: AsyncConnection, project: str, device: str, issued: I
 
 
 async def shut_out(connection: AsyncConnection, project: str, device: str) -> None:
-    """Revoke all certificates of a device and have its session at the broker ended."""
+    """Revoke all certificates of a device, withdraw its content keys and have its session at the broker ended."""
     now = now_us()
+    await connection.execute(delete(_wrapped).where(_wrapped.c.device_id == device))
     await connection.execute(
         update(_certificates)
         .where(_certificates.c.device_id == device, _certificates.c.expires_at > now, _certificates.c.revoked_at == 0)

@@ -1,4 +1,4 @@
-"""The bodies of the processes of a server: api, director, ingest, publisher, broker. One program, started with the role's name."""
+"""The bodies of the processes of a server: api, director, ingest, publisher, keys, broker. One program, started with the role's name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from wherry_server.settings import Settings
 
-Role = Literal["api", "director", "ingest", "publisher", "broker"]
+Role = Literal["api", "director", "ingest", "publisher", "keys", "broker"]
 PARENT = "WHERRY_PARENT"
 """Environment: the process id of the parent with which this process ends."""
 GRACE_S = 5
@@ -45,6 +45,10 @@ def run(role: Role, settings: Settings, part: str = "1/1") -> None:
         from wherry_server import publisher
 
         publisher.run(settings)
+    elif role == "keys":
+        from wherry_server import keys_role
+
+        keys_role.run(settings)
     elif settings.broker_tls:
         from wherry_server import broker_config
 

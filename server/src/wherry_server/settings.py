@@ -116,6 +116,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Address under which devices find the object store, where it is another one."""
     uploads_days: Annotated[int, msgspec.Meta(ge=3)] = 7
     """Days after which an uploaded blob that no bundle names may be deleted (`wherry blobs collect`)."""
+    content_keys: str = ""
+    """Folder with the keys of the `keys` role, which only that process opens; empty: no such process belongs to this server."""
     presign_s: Annotated[int, msgspec.Meta(ge=0, le=PRESIGN_S_MAX)] = 300
     """How long an address that a device is sent to in the bucket can be used; 0: the API passes the bytes on itself."""
 
@@ -124,7 +126,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """What `wherry serve` has to run, a broker aside."""
         ingest = ("ingest",) if self.ingest == "separate" else ()
         publisher = ("publisher",) if self.publisher == "separate" else ()
-        return "api", "director", *ingest, *publisher
+        keys = ("keys",) if self.content_keys else ()
+        return "api", "director", *ingest, *publisher, *keys
 
     @property
     def database_url(self) -> str:

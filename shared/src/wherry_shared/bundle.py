@@ -32,6 +32,9 @@ DOC_TYPE = "application/vnd.cncf.model.doc.v1.raw"
 GOLDEN_TYPE = "application/vnd.wherry.golden.v1+zstd"
 ANNOTATION_VARIANT = "dev.wherry.variant"
 ANNOTATION_PLAIN_DIGEST = "dev.wherry.plain-digest"
+ANNOTATION_ENCRYPTION = "dev.wherry.encryption"
+ENCRYPTION = "tiles-1"
+"""How encrypted layers are stored (docs/formats/encryption.md): the only way that is known here."""
 ANNOTATION_PATH = "org.cncf.model.filepath"
 
 Format = Literal["onnx", "tflite"]
@@ -310,17 +313,36 @@ def parse_manifest(data: bytes) -> Manifest:
         check_digest(descriptor.digest)
         if not 0 <= descriptor.size <= limits.BLOB_BYTES_MAX:
             raise RefusedError("manifest_invalid", f"{descriptor.digest} claims {descriptor.size} bytes")
-        if ANNOTATION_PLAIN_DIGEST in descriptor.annotations:
-            raise RefusedError(
-                "layer_encrypted",
-                f"{descriptor.digest} is stored encrypted, which this release cannot read",
-                next_step="update this program",
-            )
+        _check_encryption(descriptor)
     if manifest.config.size > limits.CONFIG_BYTES_MAX:
         raise RefusedError(
             "config_too_large", f"config has {manifest.config.size} bytes, at most {limits.CONFIG_BYTES_MAX}"
         )
     return manifest
+
+
+def _check_encryption(descriptor: Descriptor) -> None:
+    """Refuse an encrypted blob that cannot be opened here: of another kind, or in another way."""
+    notes = descriptor.annotations
+    if ANNOTATION_PLAIN_DIGEST not in notes and ANNOTATION_ENCRYPTION not in notes:
+        return
+    way = notes.get(ANNOTATION_ENCRYPTION, "a way that it does not name")
+    if way != ENCRYPTION or descriptor.media_type not in (WEIGHT_TYPE, GOLDEN_TYPE):
+        raise RefusedError(
+            "layer_encrypted",
+            f"{descriptor.digest} is stored encrypted ({way[:40]}), which this release cannot read",
+            next_step="update this program",
+        )
+    check_digest(notes.get(ANNOTATION_PLAIN_DIGEST, ""))
+
+
+def encrypted_layers(manifest: Manifest) -> dict[str, Descriptor]:
+    """Return the layers that are stored encrypted, by the digest of their plaintext, which is what the config names."""
+    return {
+        layer.annotations[ANNOTATION_PLAIN_DIGEST]: layer
+        for layer in manifest.layers
+        if ANNOTATION_PLAIN_DIGEST in layer.annotations
+    }
 
 
 def encode_config(config: Config) -> bytes:

@@ -24,6 +24,7 @@ from wherry_shared.bundle import (
     Config,
     Descriptor,
     Manifest,
+    encrypted_layers,
     parse_config,
     parse_manifest,
 )
@@ -35,6 +36,8 @@ ANNOTATION_REF = "org.opencontainers.image.ref.name"
 LAYOUT_VERSION = "1.0.0"
 SIGNED = Path(".wherry") / "signed"
 """Where a bundle keeps the bins in which it was signed, below its folder."""
+SEALED = Path(".wherry") / "keys"
+"""Where it keeps the content keys of what is encrypted in it, sealed for the `keys` role."""
 INDEX_BYTES_MAX = limits.MANIFEST_BYTES_MAX
 
 
@@ -198,11 +201,17 @@ class LayoutWriter:
 
     def add_file(self, source: Path, media_type: str, annotations: dict[str, str] | None = None) -> Descriptor:
         """Copy a file into a blob, hashed on its way, and return its descriptor."""
+        return self.add_chunks(_file_chunks(source), media_type, annotations)
+
+    def add_chunks(
+        self, chunks: Iterator[bytes], media_type: str, annotations: dict[str, str] | None = None
+    ) -> Descriptor:
+        """Store what comes in pieces as a blob, hashed on its way, and return its descriptor."""
         partial = self.root / "blobs" / "sha256" / f".{secrets.token_hex(8)}"
         sha, size = hashlib.sha256(), 0
         try:
             with partial.open("xb") as file:
-                for chunk in _file_chunks(source):
+                for chunk in chunks:
                     sha.update(chunk)
                     size += len(chunk)
                     file.write(chunk)
@@ -245,7 +254,7 @@ def verify_blob(path: Path, digest: str, size: int) -> None:
 
 
 def check_layers(manifest: Manifest, config: Config) -> None:
-    """Check that every blob that the config names is a layer of the manifest, with the same length.
+    """Check that every blob that the config names is a layer of the manifest, with the same length unless it is encrypted.
 
     Raises:
         RefusedError: `config_invalid`.
@@ -255,8 +264,9 @@ def check_layers(manifest: Manifest, config: Config) -> None:
     named += [(variant.golden.digest, variant.golden.bytes) for variant in config.variants]
     if config.assets is not None:
         named.append((config.assets.digest, config.assets.bytes))
+    encrypted = encrypted_layers(manifest)
     for digest, size in named:
-        if sizes.get(digest) != size:
+        if digest not in encrypted and sizes.get(digest) != size:
             raise RefusedError(
                 "config_invalid",
                 f"config names {digest} with {size} bytes, the manifest has {sizes.get(digest, 'no such layer')}",

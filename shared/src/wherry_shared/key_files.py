@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
@@ -77,10 +78,19 @@ def create(path: Path, password: str = "") -> CryptoSigner:
     Raises:
         FileExistsError: there is a file already; it is left alone.
     """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     key = Ed25519PrivateKey.generate()
     lock = BestAvailableEncryption(password.encode()) if password else NoEncryption()
-    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, lock)
+    store(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, lock))
+    return CryptoSigner(key)
+
+
+def store(path: Path, pem: bytes) -> None:
+    """Store a private key that is not there yet, durably, with mode 0600; its folder, where it is made for it, gets 0700.
+
+    Raises:
+        FileExistsError: there is a file already; it is left alone.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -96,11 +106,29 @@ def create(path: Path, password: str = "") -> CryptoSigner:
         os.fsync(folder)
     finally:
         os.close(folder)
-    return CryptoSigner(key)
 
 
 def load(path: Path) -> CryptoSigner:
-    """Read a key; of one that is encrypted the password is asked for (`password_of`).
+    """Read a signing key; of one that is encrypted the password is asked for (`password_of`).
+
+    Raises:
+        FileNotFoundError: there is none.
+        RefusedError: `key_invalid`, `password_missing` or `password_wrong`.
+        DeviceError: `key_exposed`, if others than its owner can read it.
+    """
+    key = read_private(path)
+    if not isinstance(key, Ed25519PrivateKey):
+        raise RefusedError(
+            "key_invalid",
+            f"{path} is not an Ed25519 key",
+            consequence="nothing was signed",
+            next_step="give the PEM file of an Ed25519 key, or leave it out: one is made",
+        )
+    return CryptoSigner(key)
+
+
+def read_private(path: Path) -> PrivateKeyTypes:
+    """Read a private key of any kind.
 
     Raises:
         FileNotFoundError: there is none.
@@ -119,7 +147,7 @@ def load(path: Path) -> CryptoSigner:
         )
     password = password_of(str(path)).encode() if data.lstrip().startswith(_ENCRYPTED) else None
     try:
-        key = load_pem_private_key(data, password)
+        return load_pem_private_key(data, password)
     except (ValueError, TypeError) as error:
         if password is not None and "password" in str(error).lower():
             raise RefusedError(
@@ -131,14 +159,6 @@ def load(path: Path) -> CryptoSigner:
             consequence="nothing was signed",
             next_step="give the PEM file of an Ed25519 key, or leave it out: one is made",
         ) from error
-    if not isinstance(key, Ed25519PrivateKey):
-        raise RefusedError(
-            "key_invalid",
-            f"{path} is not an Ed25519 key",
-            consequence="nothing was signed",
-            next_step="give the PEM file of an Ed25519 key, or leave it out: one is made",
-        )
-    return CryptoSigner(key)
 
 
 def public_pem(signer: Signer) -> str:

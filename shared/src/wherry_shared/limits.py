@@ -17,6 +17,10 @@ MANIFEST_BYTES_MAX = 1 * MIB
 CONFIG_BYTES_MAX = 4 * MIB
 """A signed bundle config; label lists are the bulk of it."""
 BLOB_BYTES_MAX = 8 * 1024 * MIB
+TILE_BYTES = 256 * KIB
+"""Content of one tile of an encrypted blob: 16 bytes more each, and what a range decrypts at most too much at either end."""
+TILE_BYTES_MIN = 4 * KIB
+TILE_BYTES_MAX = 16 * MIB
 VARIANTS_MAX = 64
 TENSORS_MAX = 256
 TENSOR_RANK_MAX = 16

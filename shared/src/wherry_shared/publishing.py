@@ -15,11 +15,11 @@ from typing import Any, Literal
 import msgspec
 from tuf.api.metadata import TargetFile, Targets
 
-from wherry_shared import ids
+from wherry_shared import ids, wire
 from wherry_shared.bundle import Descriptor
 from wherry_shared.digest import check_digest, of_bytes
 from wherry_shared.errors import RefusedError
-from wherry_shared.image_layout import SIGNED, Layout
+from wherry_shared.image_layout import SEALED, SIGNED, Layout
 from wherry_shared.key_holders import using
 from wherry_shared.publishing_bins import Bin, PublisherKey, Session, expiry, keep, signed_bytes
 from wherry_shared.publishing_remote import Remote
@@ -107,7 +107,7 @@ def push(bundle: Path, remote: Remote, key: PublisherKey | None = None, *, progr
     outcome = _hand_in(release, remote, key)
     if outcome == "proposed":
         return Pushed(release.target, release.manifest, sent, blobs, "proposed")
-    remote.add_bundle(release.model, release.version, release.manifest)
+    remote.add_bundle(release.model, release.version, release.manifest, _sealed_keys(bundle))
     _keep_chain(release, remote)
     return Pushed(release.target, release.manifest, sent, blobs, "released")
 
@@ -258,6 +258,12 @@ def _hand_in(release: _Bundle, remote: Remote, key: PublisherKey | None) -> Lite
         consequence="the blobs are there, the bundle is not released",
         next_step=f"sign again where the publisher's key is: wherry-optimizer sign {release.path}",
     )
+
+
+def _sealed_keys(bundle: Path) -> list[wire.SealedKey]:
+    """Return the sealed content keys that an encrypted bundle carries (`encrypting`)."""
+    paths = sorted((bundle / SEALED).glob("*.json"))
+    return [wire.parse(wire.SealedKey, path.read_bytes()) for path in paths]
 
 
 def _keep_chain(release: _Bundle, remote: Remote) -> None:

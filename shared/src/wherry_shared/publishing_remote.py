@@ -5,7 +5,7 @@ The server is not trusted here: what it says about bins is checked by `publishin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -16,6 +16,7 @@ import msgspec
 
 from wherry_shared.access import LOOPBACK, Access, find_access, problem, tls_context, unreachable
 from wherry_shared.errors import RefusedError
+from wherry_shared.wire import SealedKey
 
 TIMEOUT_S = 60.0
 ANSWER_BYTES_MAX = 16 * 1024 * 1024
@@ -161,13 +162,15 @@ class Remote:
         headers = {"Content-Length": str(length), "Content-Type": "application/octet-stream"}
         self._call("PUT", f"/api/v1/blobs/{digest}", content=chunks, headers=headers)
 
-    def add_bundle(self, model: str, version: str, manifest: str) -> Any:
-        """Have the server take a bundle whose blobs and signed bin it holds.
+    def add_bundle(self, model: str, version: str, manifest: str, keys: Sequence[SealedKey] = ()) -> Any:
+        """Have the server take a bundle whose blobs and signed bin it holds, with the sealed content keys of what is encrypted.
 
         Raises:
-            RefusedError: `unsigned`, `blob_missing`, `version_taken`, …
+            RefusedError: `unsigned`, `blob_missing`, `version_taken`, `content_keys_missing`, …
         """
-        body = {"model": model, "version": version, "manifest": manifest}
+        body: dict[str, Any] = {"model": model, "version": version, "manifest": manifest}
+        if keys:  # which an older server does not know
+            body["keys"] = [msgspec.to_builtins(key) for key in keys]
         return msgspec.json.decode(self._call("POST", "/api/v1/bundles", json=body).body)
 
     def _role(self, answer: _Answer) -> tuple[str, int, bytes]:

@@ -57,7 +57,9 @@ DISK_FULL = "disk_full"
 DISK = "disk"
 NETWORK = "network"
 DIGEST_MISMATCH = "digest_mismatch"
-ALTERED = frozenset({DISK, DIGEST_MISMATCH})
+KEY_MISSING = "key_missing"
+"""The bundle is encrypted, and this device has no content key for it, or none that opens it."""
+ALTERED = frozenset({DISK, DIGEST_MISMATCH, KEY_MISSING})
 """A file on the device is not what was verified: another try loads the same bytes, fetching it again mends it."""
 TRUST_UNSIGNED = "trust_unsigned"
 TRUST_EXPIRED = "trust_expired"
@@ -118,6 +120,7 @@ NEUTRAL = frozenset(
         ENGINE_CHANGED,
         CONDITIONS,
         MEMORY_SHORT,
+        KEY_MISSING,
         WITHDRAWN,
         SUPERSEDED,
         GROUP,

@@ -329,6 +329,8 @@ class EnrolRequest(_Wire, frozen=True, kw_only=True):
     name: str
     labels: dict[str, str] = {}
     facts: DeviceFacts | None = None
+    content_key: str = ""
+    """Base64 of the X25519 public key for which content keys are wrapped."""
 
 
 class EnrolAnswer(_Wire, frozen=True, kw_only=True):
@@ -352,6 +354,32 @@ class EnrolAnswer(_Wire, frozen=True, kw_only=True):
     """Path of this project's TUF metadata below the server's address, `/tuf/PROJECT`."""
 
 
+class SealedKey(_Wire, frozen=True, kw_only=True):
+    """The content key of one encrypted blob, for the owner of one X25519 key: docs/formats/encryption.md."""
+
+    format: int
+    model: str
+    plain: str
+    """Digest of the plaintext."""
+    blob: str
+    """Digest of the bytes at rest: which blob it opens."""
+    device: str = ""
+    """Whom it is for; empty: the keys role or a publisher."""
+    recipient: str
+    """Digest of the X25519 public key that opens it."""
+    sealed: str
+    """Base64 of HPKE's encapsulated key and ciphertext."""
+
+
+class SealedKeys(_Wire, frozen=True, kw_only=True):
+    """`GET /device/v1/keys/{manifest}`: the content keys of a bundle, for the device that asks."""
+
+    format: int
+    keys: list[SealedKey]
+    missing: int = 0
+    """Encrypted blobs of the bundle for which there is none yet."""
+
+
 class Retire(_Wire, frozen=True, kw_only=True):
     """`GET /device/v1/retirement`: the device has left the fleet; in a frame of kind `retire`."""
 
@@ -373,6 +401,8 @@ class RenewRequest(_Wire, frozen=True, kw_only=True):
 
     format: int
     csr_pem: str
+    content_key: str = ""
+    """The next X25519 public key of the device; empty leaves the one on record."""
 
 
 class RenewAnswer(_Wire, frozen=True, kw_only=True):

@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from wherry_agent.answering.intact import check_weights, read_golden_bytes
+from wherry_agent.answering.intact import check_weights, open_variant, read_golden_bytes
 from wherry_agent.answering.withheld import withhold
 from wherry_agent.children import ArmName, ArmStats, Loadable
 from wherry_agent.in_flight import UNREAD, Page, mark_of
 from wherry_shared import golden, reasons
-from wherry_shared.engines.canonical import BUCKET_BITS, BUCKET_MASK, Bound, ShortWay, open_bound
+from wherry_shared.engines.canonical import BUCKET_BITS, BUCKET_MASK, Bound, ShortWay
 from wherry_shared.engines.errors import EngineFault, OutOfMemory
 from wherry_shared.engines.session import Array, EngineLimits
 from wherry_shared.errors import DeviceError, RefusedError
@@ -90,7 +90,7 @@ def load_variant(loadable: Loadable, limits: EngineLimits | None = None, page: P
     """Load and warm a variant: its first runs allocate and are slow, and must not be a caller's.
 
     Raises:
-        DeviceError: `digest_mismatch` or `disk`: its file is not what was verified.
+        DeviceError: `digest_mismatch` or `disk`: its file is not what was verified; `key_missing`.
         EngineFault: it does not load, or fails on the smallest input that its interface allows.
         WherryError: see `engines.load`.
     """
@@ -98,7 +98,7 @@ def load_variant(loadable: Loadable, limits: EngineLimits | None = None, page: P
     slot = page.begin(mark_of(loadable))
     try:
         check_weights(loadable)
-        bound = open_bound(loadable, limits)
+        bound = open_variant(loadable, limits)
         inputs = _warm_inputs(loadable, bound)
         for _ in range(WARM_RUNS):
             if inputs is not None:

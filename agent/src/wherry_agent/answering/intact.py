@@ -14,10 +14,27 @@ from pathlib import Path
 from wherry_agent.children import Loadable
 from wherry_shared import reasons
 from wherry_shared.digest import is_digest, of_bytes
+from wherry_shared.engines.canonical import Bound, open_bound
+from wherry_shared.engines.session import EngineLimits
 from wherry_shared.errors import DeviceError, RefusedError
 
 _known: set[tuple[str, int, int, int, int, int]] = set()
 """(digest, device, inode, mtime, ctime, size) of files that this process found to be what they should be."""
+
+
+def open_variant(loadable: Loadable, limits: EngineLimits | None = None) -> Bound:
+    """Load a variant whose file was looked at (`check_weights`); one that is encrypted is decrypted in memory only.
+
+    Raises:
+        DeviceError: `key_missing`, or `disk`.
+        RefusedError: `tiles_invalid`, it was encrypted wrongly.
+        WherryError: see `open_bound`.
+    """
+    if not loadable.at_rest:
+        return open_bound(loadable, limits)
+    from wherry_agent.device_keys import open_blob  # what is not encrypted needs no cryptography
+
+    return open_bound(loadable, limits, data=open_blob(Path(loadable.path), loadable.digest))
 
 
 def check_weights(loadable: Loadable) -> None:
@@ -29,14 +46,14 @@ def check_weights(loadable: Loadable) -> None:
     try:
         with Path(loadable.path).open("rb") as file:
             found = os.fstat(file.fileno())
-            key = (loadable.digest, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
+            key = (loadable.stored, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
             if key in _known:
                 return
             digest = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise _unreadable(f"the weights {loadable.digest}", error) from error
-    if digest != loadable.digest:
-        raise _altered("weights", loadable.digest, digest)
+        raise _unreadable(f"the weights {loadable.stored}", error) from error
+    if digest != loadable.stored:
+        raise _altered("weights", loadable.stored, digest)
     _known.add(key)
 
 
@@ -44,8 +61,8 @@ def read_golden_bytes(loadable: Loadable, bytes_max: int) -> bytes:
     """Read the golden vectors of a variant; the store names their file by their digest.
 
     Raises:
-        DeviceError: `digest_mismatch`, or `disk` if they cannot be read.
-        RefusedError: `golden_too_large`.
+        DeviceError: `digest_mismatch`, `disk` if they cannot be read, or `key_missing` if they are encrypted.
+        RefusedError: `golden_too_large`, `tiles_invalid`.
     """
     path = Path(loadable.golden_path)
     wanted = f"sha256:{path.name}"
@@ -58,6 +75,10 @@ def read_golden_bytes(loadable: Loadable, bytes_max: int) -> bytes:
         raise RefusedError("golden_too_large", f"golden vectors have more than {bytes_max} bytes")
     if not is_digest(wanted) or of_bytes(data) != wanted:
         raise _altered("golden vectors", wanted, of_bytes(data))
+    if loadable.golden_plain:
+        from wherry_agent.device_keys import open_blob
+
+        return open_blob(path, loadable.golden_plain, bytes_max)
     return data
 
 

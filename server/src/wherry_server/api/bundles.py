@@ -14,8 +14,26 @@ from wherry_server.api.pages import Paging
 from wherry_server.auth import ScopedPublisher, ServicesDep, Viewer
 from wherry_server.encodings import Encoder
 from wherry_server.grants import Subject
+from wherry_shared.limits import VARIANTS_MAX
+from wherry_shared.wire import SealedKey
+
+DIGEST = "^sha256:[0-9a-f]{64}$"
+SEALED_CHARS_MAX = 200
+"""HPKE's encapsulated key (32 bytes), a content key (32) and its tag (16), in base64, and room for a longer way to seal."""
 
 router = APIRouter(prefix="/api/v1", tags=["bundles"], route_class=Again)
+
+
+class SealedKeyBody(BaseModel):
+    """The content key of an encrypted blob, sealed for the keys role: docs/formats/encryption.md."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: int
+    model: str = Field(max_length=64)
+    plain: str = Field(pattern=DIGEST)
+    blob: str = Field(pattern=DIGEST)
+    recipient: str = Field(pattern=DIGEST)
+    sealed: str = Field(max_length=SEALED_CHARS_MAX)
 
 
 class PublishRequest(BaseModel):
@@ -25,6 +43,8 @@ class PublishRequest(BaseModel):
     model: str = Field(max_length=64)
     version: str = Field(max_length=64)
     manifest: str = Field(max_length=71)
+    keys: list[SealedKeyBody] = Field(default=[], max_length=2 * VARIANTS_MAX)
+    """Of a bundle that is encrypted: one for each encrypted blob."""
 
 
 @router.post(
@@ -35,7 +55,8 @@ async def publish_bundle(
 ) -> BundleDetail:
     """Accept a bundle: everything is here, it parses and agrees, and a signed bin names it."""
     publisher.check("publish", Subject(models=frozenset({body.model})))
-    accepted = await catalogue.publish(services, publisher.actor, body.model, body.version, body.manifest)
+    keys = [SealedKey(**key.model_dump()) for key in body.keys]
+    accepted = await catalogue.publish(services, publisher.actor, body.model, body.version, body.manifest, keys)
     encoder: Encoder | None = request.app.state.encoder
     if accepted.created and encoder is not None:
         encoder.add(accepted.weights)

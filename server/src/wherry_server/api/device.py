@@ -10,7 +10,7 @@ from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.security.utils import get_authorization_scheme_param
 
-from wherry_server import enrolment, fleet, ranges
+from wherry_server import content_keys, enrolment, fleet, ranges
 from wherry_server.api.again import Again
 from wherry_server.auth import CurrentDevice, ServicesDep, hash_secret
 from wherry_server.broker_tokens import Issuer
@@ -128,6 +128,17 @@ async def blob_info(digest: DigestPath, request: Request, services: ServicesDep,
         ],
     )
     return Response(wire.encode(info), media_type=JSON)
+
+
+@router.get("/keys/{manifest}")
+async def content_keys_of(
+    manifest: DigestPath, request: Request, services: ServicesDep, device: CurrentDevice
+) -> Response:
+    """Give the device that asks the content keys of a bundle that it was given: those wrapped for it, and no others."""
+    async with services.database.read() as connection:
+        await _readers(request).size(connection, device, manifest)
+        found = await content_keys.of_device(connection, device, manifest)
+    return Response(wire.encode(found), media_type=JSON, headers={"Cache-Control": "no-store"})
 
 
 @router.post("/logs", status_code=204, openapi_extra=_json_body("list of lines"))

@@ -159,22 +159,26 @@ def _check_project(data: Path | None, project: str | None) -> None:
 
 @commands.command()
 def serve(
-    role: Annotated[str, typer.Argument(help="api, director, ingest, publisher or broker")],
+    role: Annotated[str, typer.Argument(help="api, director, ingest, publisher, keys or broker")],
     data: Data = None,
     host: Annotated[str | None, typer.Option(help="Where this API listens.", show_default="as it was made")] = None,
     port: Port = None,
     part: Annotated[str, typer.Option(help="Of ingest: which part of the devices, as 1/4.")] = "1/1",
+    keys: Annotated[
+        Path | None,
+        typer.Option(help="Of keys: the folder that `wherry keys init` made.", envvar="WHERRY_CONTENT_KEYS"),
+    ] = None,
 ) -> None:
     """Run one role of a server on a data folder that `wherry init` or `wherry dev` made ready."""
     from wherry_server import roles
 
-    settings = Settings.load(data, host=host, port=port)
+    settings = Settings.load(data, host=host, port=port, content_keys=str(keys) if keys is not None else None)
     match role:
-        case "api" | "director" | "ingest" | "publisher" | "broker":
+        case "api" | "director" | "ingest" | "publisher" | "keys" | "broker":
             roles.run(role, settings, part)
         case _:
             raise RefusedError(
                 "role_unknown_here",
                 f"there is no role {role[:40]!r}",
-                next_step="say api, director, ingest, publisher or broker",
+                next_step="say api, director, ingest, publisher, keys or broker",
             )

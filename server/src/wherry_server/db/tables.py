@@ -133,6 +133,40 @@ class Device(SQLModel, table=True):
     """Empty, or `trust_stale` / `clock_unset`."""
     simulated: bool = False
     """Label `simulated=true` at enrolment: counted apart everywhere."""
+    content_key: str = ""
+    """Its X25519 public key, for which content keys are wrapped; empty: it has none, and gets nothing that is encrypted."""
+
+
+class ContentKey(SQLModel, table=True):
+    """The content key of one encrypted blob of a bundle, sealed for the `keys` role: ciphertext to everybody else."""
+
+    __tablename__ = "content_key"
+    project_id: str = Field(primary_key=True)
+    manifest: str = Field(primary_key=True)
+    blob: str = Field(primary_key=True)
+    model: str
+    plain: str
+    recipient: str = Field(index=True)
+    """Digest of the public key of the `keys` role that opens it."""
+    sealed: str
+    created_at: int = _time()
+
+
+class WrappedKey(SQLModel, table=True):
+    """The same key, wrapped for one device: it alone gets the row, and it alone opens it."""
+
+    __tablename__ = "wrapped_key"
+    device_id: str = Field(primary_key=True)
+    blob: str = Field(primary_key=True)
+    project_id: str
+    model: str
+    plain: str
+    public: str
+    """The public key of the device that opens it."""
+    recipient: str
+    """Its digest."""
+    sealed: str
+    created_at: int = _time()
 
 
 class DeviceCertificate(SQLModel, table=True):

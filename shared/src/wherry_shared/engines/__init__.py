@@ -29,8 +29,11 @@ def load(
     engine: str = "",
     options: Mapping[str, str | int | float | bool] | None = None,
     limits: EngineLimits | None = None,
+    data: bytes | None = None,
 ) -> Session:
     """Open a model file in `engine`, or in the first one of that format that can be imported.
+
+    With `data` those are its bytes: `path` only names it, and nothing is read from a disk.
 
     Raises:
         EngineFault: `load_failed`, the engine cannot load this file.
@@ -61,7 +64,7 @@ def load(
     if format == "onnx":
         from wherry_shared.engines.ort import OrtSession
 
-        return OrtSession(path, options, limits)
+        return OrtSession(path, options, limits, data)
     from wherry_shared.engines.litert import LiteRtSession
 
-    return LiteRtSession(path, names, options, limits)
+    return LiteRtSession(path, names, options, limits, data)

@@ -94,15 +94,15 @@ class Source(Protocol):
         ...
 
 
-def open_bound(source: Source, limits: EngineLimits | None = None) -> Bound:
-    """Load a variant and put its interface on top.
+def open_bound(source: Source, limits: EngineLimits | None = None, *, data: bytes | None = None) -> Bound:
+    """Load a variant, from `data` where its file is not to be read, and put its interface on top.
 
     Raises:
         EngineFault: `load_failed`, or `interface_mismatch` if the file is not what the interface says.
         WherryError: see `engines.load`.
     """
     format_: Format = "tflite" if source.format == "tflite" else "onnx"
-    session = load(Path(source.path), format_, engine=source.engine, options=source.options, limits=limits)
+    session = load(Path(source.path), format_, engine=source.engine, options=source.options, limits=limits, data=data)
     return Bound(session, source.interface, source.tensors, source.batch)
 
 

@@ -59,12 +59,19 @@ class LiteRtSession:
     """A TFLite file in up to `slots` interpreters."""
 
     def __init__(
-        self, path: Path, names: Sequence[str], options: Mapping[str, str | int | float | bool], limits: EngineLimits
+        self,
+        path: Path,
+        names: Sequence[str],
+        options: Mapping[str, str | int | float | bool],
+        limits: EngineLimits,
+        data: bytes | None = None,
     ) -> None:
         self._threads = _threads(options)
         self.engine, self.engine_version, self._interpreter = _runtime(names)
         self.max_concurrency = limits.slots
         self._path = path
+        self._model = {"model_path": str(path)} if data is None else {"model_content": data}
+        """Interpreters of all slots read the same bytes, which live as long as any of them."""
         self._closed = False
         self._condition = threading.Condition()
         self._free: list[_Slot] = []
@@ -100,7 +107,7 @@ class LiteRtSession:
 
     def _open(self) -> Any:
         try:
-            interpreter = self._interpreter(model_path=str(self._path), num_threads=self._threads)
+            interpreter = self._interpreter(**self._model, num_threads=self._threads)
             interpreter.allocate_tensors()
         except Exception as error:  # the runtimes raise ValueError, RuntimeError and SystemError alike
             raise _converted(error, "load_failed", f"{self.engine} cannot load {self._path.name}") from error

@@ -61,14 +61,20 @@ def _runtime() -> Any:
 class OrtSession:
     """One `InferenceSession` on the CPU; its `run` is safe from threads, the caller's gate bounds how many."""
 
-    def __init__(self, path: Path, options: Mapping[str, str | int | float | bool], limits: EngineLimits) -> None:
+    def __init__(
+        self,
+        path: Path,
+        options: Mapping[str, str | int | float | bool],
+        limits: EngineLimits,
+        data: bytes | None = None,
+    ) -> None:
         runtime = _runtime()
         self.engine = NAME
         self.engine_version = str(runtime.__version__)
         self.max_concurrency = limits.slots
         settings = _settings(runtime, options)
         try:
-            session = runtime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+            session = runtime.InferenceSession(data or str(path), settings, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own classes derive from Exception only
             raise _converted(error, "load_failed", f"onnxruntime cannot load {path.name}") from error
         self._inputs = [_native(argument) for argument in session.get_inputs()]
