@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from wherry_agent.children import Loadable, ServeModel
 from wherry_agent.handle_server import HandleServer
 from wherry_optimizer.pack import Packed, pack_model
+from wherry_shared.bundle import Contract, incompatibilities
 from wherry_shared.image_layout import Layout
 
 DOCS = Path(__file__).parents[2]
@@ -34,8 +35,8 @@ def detector(path: Path) -> Path:
         helper.make_node("Flatten", ["means"], ["flat"]),
         helper.make_node("MatMul", ["flat", "weights"], ["scores"]),
     ]
-    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, 224, 224])
-    scores = helper.make_tensor_value_info("scores", TensorProto.FLOAT, [1, 3])
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["frames", 3, 224, 224])
+    scores = helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["frames", 3])
     weights = numpy_helper.from_array(np.eye(3, dtype=np.float32), "weights")
     graph = helper.make_graph(nodes, "detector", [image], [scores], [weights])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
@@ -76,6 +77,8 @@ def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
     files = {key: tmp_path / asked.pop(f"--{key}") for key in ("output", "processing", "inputs") if f"--{key}" in asked}
     words = {key.removeprefix("--"): value for key, value in asked.items()}
     packed = pack_model(detector(tmp_path / model), **words, **files)
+    declared = documented_contract()
+    assert incompatibilities(declared, packed.config.interface, contract_preprocess=None, declared=True) == []
     server = HandleServer(tmp_path / "handle.sock")
     server.publish("defect-detector", ServeModel(name="defect-detector", active=loadable_of(packed)))
     environment = {"WHERRY_HANDLE_SOCKET": str(tmp_path / "handle.sock"), "PATH": "/usr/bin"}
@@ -87,15 +90,18 @@ def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
     assert all(re.fullmatch(r"(good|scratch|dent) 0\.3[34] by version 1\.0\.0", line) for line in lines), lines
 
 
+def documented_contract() -> Contract:
+    scope: dict[str, Contract] = {}
+    exec(block(PAGE, "python", "Contract(").partition("with Model")[0], scope)  # type: ignore[arg-type]
+    return scope["contract"]
+
+
 def test_a_contract_of_the_documentation_is_one(tmp_path: Path) -> None:
     from wherry_agent import settings
 
     (tmp_path / settings.FILE).write_text(block(PAGE, "toml", "[contracts."))
     (contract,) = settings.load(None, {"home": str(tmp_path)}).contracts.values()
-    code = block(PAGE, "python", "Contract(").partition("with Model")[0]
-    scope: dict[str, object] = {}
-    exec(code, scope)
-    declared = msgspec.structs.replace(scope["contract"], preprocess=contract.preprocess)
+    declared = msgspec.structs.replace(documented_contract(), preprocess=contract.preprocess)
     labels = declared.outputs[0].labels
     assert labels == ["good", "scratch", "dent"]
     plain = [msgspec.structs.replace(declared.outputs[0], labels=None)]

@@ -169,6 +169,47 @@ def test_compatibility_names_the_field(offered: bundle.Interface, fields: list[s
     assert [sentence.split(":")[0].removesuffix(".optional") for sentence in found] == fields
 
 
+def shapes(inputs: dict[str, list[int | str]], output: list[int | str]) -> bundle.Interface:
+    """An interface whose dynamic axes may have any length."""
+    axes = {axis for shape in (*inputs.values(), output) for axis in shape if isinstance(axis, str)}
+    return bundle.Interface(
+        inputs=[tensor(name=name, shape=shape) for name, shape in inputs.items()],
+        outputs=[tensor(name="y", shape=output)],
+        dims={axis: bundle.Bounds(minimum=1) for axis in axes} | {"k": bundle.Bounds(minimum=1, maximum=4)},
+    )
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "broken"),
+    [
+        (shapes({"x": ["n", 3]}, ["n"]), shapes({"x": ["batch", 3]}, ["batch"]), []),
+        (shapes({"x": ["k"]}, ["k"]), shapes({"x": ["n"]}, ["n"]), []),
+        (shapes({"x": ["k"]}, ["k"]), shapes({"x": ["n"]}, ["m"]), ["outputs.y.shape[0]"]),
+        (
+            shapes({"x": ["k"], "z": ["n"]}, ["k"]),
+            shapes({"x": ["n"], "z": ["m"]}, ["m"]),
+            ["outputs.y.shape[0]"],
+        ),
+        (shapes({"x": ["n"], "z": ["n"]}, ["n"]), shapes({"x": ["a"], "z": ["b"]}, ["b"]), []),
+        (shapes({"x": ["a"], "z": ["b"]}, ["b"]), shapes({"x": ["n"], "z": ["n"]}, ["n"]), ["inputs.z.shape[0]"]),
+        (shapes({"x": [4], "z": [4]}, [4]), shapes({"x": ["n"], "z": ["n"]}, [4]), []),
+        (shapes({"x": [4], "z": [5]}, [4]), shapes({"x": ["n"], "z": ["n"]}, [4]), ["inputs.z.shape[0]"]),
+    ],
+    ids=[
+        "another name for the same axis",
+        "another name, and longer ones too",
+        "an output no longer as long as what was given",
+        "an output as long as another input",
+        "inputs may differ now",
+        "inputs have to be alike now",
+        "inputs that were alike have to be",
+        "inputs that were not alike have to be",
+    ],
+)
+def test_names_of_axes_are_each_sides_own(was: bundle.Interface, now: bundle.Interface, broken: list[str]) -> None:
+    assert [sentence.split(":")[0] for sentence in bundle.incompatibilities(was, now)] == broken
+
+
 def test_another_preprocess_id_breaks_the_contract() -> None:
     found = bundle.incompatibilities(INTERFACE, INTERFACE, contract_preprocess="rgb-v1", offered_preprocess="bgr-v1")
     assert found == ["preprocess.id: was 'rgb-v1', now 'bgr-v1'"]

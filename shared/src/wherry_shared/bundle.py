@@ -465,7 +465,8 @@ def incompatibilities(
     """Say where `offered` breaks what an application that was written against `contract` relies on.
 
     Inputs may widen (a fixed axis may become dynamic, bounds may grow) and gain optional members; outputs may gain
-    members. Datatype, rank, layout, label list, finiteness and preprocess id must stay.
+    members. Datatype, rank, layout, label list, finiteness and preprocess id must stay. Names of dynamic axes are each
+    side's own: what counts is which axes are of one length.
 
     Args:
         contract: what applications rely on.
@@ -488,6 +489,7 @@ def incompatibilities(
         found += _tensor_differences(f"inputs.{spec.name}", spec, contract, other, offered, True, declared)
         if spec.optional and not other.optional:
             found.append(f"inputs.{spec.name}.optional: became required")
+    found += _tied(contract, offered)
     found += [f"inputs.{name}: new and required" for name, spec in new_inputs.items() if not spec.optional]
     new_outputs = {spec.name: spec for spec in offered.outputs}
     for spec in contract.outputs:
@@ -527,7 +529,7 @@ def _tensor_differences(
     for index, (before, after) in enumerate(zip(old.shape, new.shape, strict=True)):
         low, high = axis_bounds(before, old_home)
         new_low, new_high = axis_bounds(after, new_home)
-        if not widening and before == after and _follows_caller(before, old_home) and _follows_caller(after, new_home):
+        if not widening and _given(before, old_home) & _given(after, new_home):
             continue  # as long as what the application gives: the input's bounds are compared where it stands
         if widening:
             fits = new_low <= low and (new_high == 0 or (high != 0 and high <= new_high))
@@ -538,9 +540,25 @@ def _tensor_differences(
     return found
 
 
-def _follows_caller(axis: int | str, home: Interface) -> bool:
-    """Tell whether an axis of an output is as long as the same axis of an input."""
-    return isinstance(axis, str) and any(axis in spec.shape for spec in home.inputs)
+def _given(axis: int | str, home: Interface) -> set[tuple[str, int]]:
+    """Return where an application gives a dynamic axis: inputs and positions that are as long as it."""
+    if isinstance(axis, int):
+        return set()
+    return {(spec.name, index) for spec in home.inputs for index, other in enumerate(spec.shape) if other == axis}
+
+
+def _tied(old: Interface, new: Interface) -> list[str]:
+    """Name axes of inputs that have to be of one length now, and had not."""
+    found: list[str] = []
+    before = {(spec.name, index): axis for spec in old.inputs for index, axis in enumerate(spec.shape)}
+    for name in new.dims:
+        places = [place for place in sorted(_given(name, new)) if place in before]
+        found += [
+            f"inputs.{tensor}.shape[{index}]: has to be as long as inputs.{places[0][0]}.shape[{places[0][1]}] now"
+            for tensor, index in places[1:]
+            if before[tensor, index] != before[places[0]]
+        ]
+    return found
 
 
 def axis_bounds(axis: int | str, home: Interface) -> tuple[int, int]:
