@@ -12,15 +12,10 @@ where it was.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +25,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from wherry_optimizer import measure, metrics, passes
+from wherry_optimizer import confined, measure, metrics, passes
 from wherry_optimizer.data import Sample
 from wherry_optimizer.recipe import convert_parameters
 from wherry_shared import digest
@@ -48,7 +43,6 @@ COMPARED_MAX = 4096
 """Entries of an output that are compared with the source's, drawn by the seed."""
 MEMORY_BYTES_MAX = 6 * 2**30
 SECONDS_MAX = 300.0
-TOLD_CHARS_MAX = 300
 LARGE_BYTES = 32 * 2**20
 LARGE_LEVEL = 9
 """Files beyond `LARGE_BYTES` are compressed at this level while candidates are compared: the highest takes minutes."""
@@ -173,44 +167,26 @@ def calls_of(session: Session, sample: Sample, state: Mapping[str, str]) -> Iter
 
 def run(task: Task) -> Answer:
     """Do a task in a child of its own; what kills the child becomes a refusal."""
-    began = time.monotonic()
-    child = subprocess.Popen(
+    ended = confined.run(
         [sys.executable, "-m", "wherry_optimizer.attempt"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        start_new_session=True,
+        seconds_max=task.seconds_max,
+        memory_bytes_max=task.memory_bytes_max,
+        given=msgspec.json.encode(task),
+        environment={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        limited=True,
     )
-    try:
-        out, told = child.communicate(msgspec.json.encode(task), timeout=task.seconds_max)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.communicate()
-        return Answer(
-            code="pass_timeout",
-            why=f"it took more than {task.seconds_max:.0f} s",
-            seconds=time.monotonic() - began,
+    if ended.how == "well" and ended.out:
+        return msgspec.structs.replace(
+            msgspec.json.decode(ended.out.splitlines()[-1], type=Answer), seconds=ended.seconds
         )
-    seconds = time.monotonic() - began
-    if child.returncode == 0 and out:
-        return msgspec.structs.replace(msgspec.json.decode(out.splitlines()[-1], type=Answer), seconds=seconds)
-    last = " ".join(told.decode(errors="replace").strip().splitlines()[-1:])[:TOLD_CHARS_MAX]
-    if "MemoryError" in last or "bad_alloc" in last or child.returncode == -signal.SIGKILL:
-        why = f"it took more than {task.memory_bytes_max / 1e9:.1f} GB of memory ({last or 'killed'})"
-        return Answer(code="pass_memory", why=why, seconds=seconds)
-    name = signal.Signals(-child.returncode).name if child.returncode < 0 else f"exit status {child.returncode}"
-    return Answer(code="pass_crashed", why=f"its process ended with {name}: {last}", seconds=seconds)
+    how = "crashed" if ended.how == "well" else ended.how
+    return Answer(code=f"pass_{how}", why=ended.why or "its process said nothing", seconds=ended.seconds)
 
 
 def main() -> None:
     """Do the task on stdin."""
     task = msgspec.json.decode(sys.stdin.buffer.read(), type=Task)
-    with contextlib.suppress(ImportError, ValueError, OSError):  # no limits on this platform: time is limited still
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_DATA, (task.memory_bytes_max, task.memory_bytes_max))
+    confined.limit_memory(task.memory_bytes_max)
     answer = attempt(task)
     sys.stdout.buffer.write(b"\n" + msgspec.json.encode(answer) + b"\n")
     sys.stdout.flush()

@@ -185,6 +185,38 @@ def auto(
         out.print(f"{packed.path} ({packed.digest})", markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command("export-torch")
+def export_torch(
+    where: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:FUNCTION", help="Returns a PyTorch module in evaluation mode, and its examples."
+        ),
+    ],
+    *,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")] = Path("model.onnx"),
+    python: Annotated[
+        Path | None, typer.Option(help="A Python that has torch and onnxscript; by default this one.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Of the export at most.")] = 600.0,
+    as_json: AsJson = False,
+) -> None:
+    """Write a PyTorch module as ONNX, if the file answers its examples as the module does."""
+    import msgspec
+
+    from wherry_optimizer.exporting import from_torch
+
+    made = from_torch(where, output, python=python, seconds_max=seconds)
+    if as_json:
+        _print_json(msgspec.to_builtins(made, enc_hook=str))
+        return
+    batch = "any batch" if made.dynamic else "shapes as in the examples"
+    text = (
+        f"{made.path}: {', '.join(made.inputs)} → {', '.join(made.outputs)}, {batch}, {made.error:.1g} from the module"
+    )
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 @app.command()
 def compare(
     one: Annotated[Path, typer.Argument(metavar="A", help="Folder that auto wrote, or its report.json.")],
