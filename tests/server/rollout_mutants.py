@@ -90,6 +90,7 @@ ALL = (
     Mutant("a second round begins unapproved", rollout, "_second_round", "if _entry(plan", "if not _entry(plan"),
     Mutant("a rollout begins before its date", rollout, "_entry", "index == 0 and", "index == 1 and"),
     Mutant("a stage has no deadline", rollout, "_running", "_elapsed_s(progress.entered, now) >=", "-1 >="),
+    Mutant("a return has no deadline", rollout, "_returning", ">= plan.revert_s", ">= 10**9"),
     Mutant(
         "what was halted takes newcomers",
         rollout,

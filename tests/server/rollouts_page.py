@@ -65,7 +65,7 @@ halts whatever was ordered, except that `revert` goes further than a halt.
 | `retry` | devices that ended their attempt *without a verdict* (`excused`) try once more, each as its attempt + 1 |
 | `retry-failed` | those that returned, failed or refused as well; until they settle again they are pending, and their former failures no longer count |
 | `approve` | one person agrees that a stage (of one of two rounds) begins; it begins when as many different people agreed as the plan says. Not an order: it never starts anything by itself |
-| supersede | a newer rollout of the model takes a device over (plan: `priority`, `supersede`): its assignment here counts neither way, and a revert here leaves it alone, but for where it will go back to: never to what was reverted |
+| supersede | a newer rollout of the model takes a device over (plan: `priority`, `supersede`): its assignment here counts neither way, and a revert here leaves it alone, but for where it will go back to: never to what was reverted, and who goes there by itself is recalled |
 | delete | there is none: a rollout and its decisions are history. What was never started is aborted |
 
 In a state (rows) an action (columns) leads to this; `·` is refused with `rollout_state` (`approve`: `approval_pointless`) and changes
@@ -105,7 +105,10 @@ What waits says why, device by device. A device gets a bundle that failed on it 
 A device on which a bundle failed is in quarantine for that bundle: no rollout offers it there again, unless its plan has a higher
 `attempt`, or an operator released it. Another version is not concerned. Hardware on which it failed beyond the bound of
 `failure` (two devices at least) is left out as a whole (`known_bad`), also devices that never had it, and also while the rollout goes on
-for others. `wherry quarantine clear` lets it be offered there again, until it fails there once more.
+for others. Whoever of that hardware has it on offer already and is not confirmed is offered what it had before, in every rollout of the
+bundle that is running, paused or done (*withdraw (recalled)*; `explain` says `known_bad`, and it counts neither way); who is confirmed
+keeps it, unless the plan reverts. `wherry quarantine clear` lets it be offered there again, until it fails there once more; `retry` then
+offers it to those that it was taken back from.
 
 ## Why not yet, and what if
 

@@ -290,7 +290,6 @@ def files(stocked: Running, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     key = PublisherKey.open(folder / "other.pem")
     (folder / "public.pem").write_bytes(key.public_pem.encode() if isinstance(key.public_pem, str) else key.public_pem)
     (folder / "fleet").mkdir()
-    (folder / "fleet" / "a.toml").write_text('[[cohorts]]\nname = "applied"\nselector = "all"\n')
     (folder / "plan.json").write_text(json.dumps({"selector": "all", "stages": [{"share": 1.0}]}))
     trust = Trust.open(stocked.settings.trust_folder)
     Ceremony(folder / "ceremony").load(*trust.offline(), trust.root_digest)
@@ -319,7 +318,8 @@ def test_a_command_does_for_a_role_what_its_row_says(
         everybody = {**tokens, "nobody": "wherryapi_wrong"}
         may = [role for role in ROLES if need in MAY[role]]
         for role in [*(set(everybody) - set(may)), *(may if every else may[:1])]:  # who may, once all others failed
-            code = ""
+            code, fresh = "", f"for-{role}-{'long' if every else 'short'}"  # there is something left to apply
+            Path(files["FLEET"], "a.toml").write_text(f'[[cohorts]]\nname = "{fresh}"\nselector = "all"\n')
             with redirect_stdout(io.StringIO()):
                 try:
                     tree.main(["--server", stocked.url, "--token", everybody[role], *given], standalone_mode=False)

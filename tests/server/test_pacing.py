@@ -15,10 +15,11 @@ from sqlalchemy import text
 
 from tests.server.fleet_kit import MODEL, PROJECT, FakeDevice, Fleet, fleet, manifest_of, run
 from wherry_agent import conditions
-from wherry_server import evidence, offers, quarantine, rollouts, standing
+from wherry_server import evidence, explaining, offers, quarantine, rollouts, standing
 from wherry_server.pacing import DAYS, Rate, Window, start_us
 from wherry_server.plan import parse_plan
 from wherry_server.targeting import counted_cut_offs
+from wherry_shared import wire
 from wherry_shared.errors import RefusedError
 
 GOOD: dict[str, Any] = {
@@ -421,5 +422,124 @@ def test_hardware_on_which_a_bundle_fails_gets_it_no_more_though_the_rollout_goe
             await found.turn()
             (again,) = await found.rows("SELECT devices FROM known_bad")
             assert again.devices == 12
+
+    run(work())
+
+
+def offered(rollout: str) -> wire.OfferedModel:
+    """What a rollout of 1.2.0 offers."""
+    return wire.OfferedModel(target=f"{MODEL}/1.2.0", manifest=manifest_of("1.2.0"), attempt=1, rollout=rollout)
+
+
+async def offered_to(found: Fleet) -> set[str]:
+    """Devices whose offer names the bundle."""
+    rows = await found.rows("SELECT device_id, models FROM offer")
+    return {one.device_id for one in rows if manifest_of("1.1.0") in one.models}
+
+
+def test_what_fails_on_hardware_is_taken_back_from_who_did_not_confirm_it_there(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            others = await found.enrol(40, version="1.0.0")
+            boards = await found.enrol(16, version="1.0.0", arch="armv7l")
+            good, idle, away, slow, bad = boards[0], boards[1], boards[2:5], boards[5:7], boards[7:]
+            idle.behaviours["1.1.0"] = "idle"
+            for device in slow:
+                device.behaviours["1.1.0"] = "stuck"
+            for device in bad:
+                device.behaviours["1.1.0"] = "bad"
+            for device in away:
+                device.online = False
+            number = await found.roll_out(
+                "1.1.0", strategy="all_at_once", failure={"share": 0.3, "sample_min": 5}, settled_share=1.0
+            )
+            await found.turn()
+            assert len(await offered_to(found)) == 56
+            await found.turn()
+            shown = await found.show(number)
+            assert (shown["state"], shown["counts"]["real"]["returned"]) == ("running", 9), "9 of 51 are not too many"
+            rows = await found.rows("SELECT device_id, outcome, reason FROM assignment")
+            now = {one.device_id: (one.outcome, one.reason) for one in rows}
+            assert {now[one.id][0] for one in (good, *others)} == {"confirmed"}
+            assert now[idle.id][0] == "confirmed_idle"
+            assert {now[one.id] for one in away + slow} == {("withdrawn", "known_bad")}
+            assert {now[one.id] for one in bad} == {("returned", "health_errors")}
+            assert await offered_to(found) == {one.id for one in (good, idle, *others)}
+            # nobody is offered it there again, whoever is back and whatever is ordered, until somebody clears the hardware
+            for device in boards:
+                device.online, device.behaviours = True, {}
+            await found.command(number, "retry_failed")
+            await found.until(number, "done")
+            assert {one.running for one in away + slow + bad} == {manifest_of("1.0.0")}
+            assert not any(manifest_of("1.1.0") in one.offered for one in away)
+            async with found.database.read() as connection:
+                (known,) = await quarantine.hardware(connection, PROJECT)
+                told = await explaining.explain(connection, PROJECT, number, away[0].id)
+            assert (told["device"]["code"], told["device"]["reason"]) == ("withdrawn", "known_bad")
+            assert [{"decision": "withdraw", "scope": "recalled", "stage": 0}] in [
+                one["decisions"] for one in told["decided"]
+            ]
+            assert (told["differing"], told["replayed"]) == ([], len(told["decided"]))
+            await quarantine.clear(found.database, PROJECT, "test", known["manifest"], known["hardware_class"])
+            await found.command(number, "retry")
+            for _ in range(3):
+                await found.turn()
+            assert {one.running for one in away + slow} == {manifest_of("1.1.0")}
+            assert {one.running for one in bad} == {manifest_of("1.0.0")}
+
+    run(work())
+
+
+def test_hardware_that_one_rollout_condemned_is_left_by_the_others_of_its_bundle(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            north = await found.enrol(6, version="1.0.0", site="north")
+            south = await found.enrol(6, version="1.0.0", site="south")
+            for device in north[1:]:
+                device.online = False
+            for device in south:
+                device.behaviours["1.1.0"] = "bad"
+            wide: dict[str, Any] = {"strategy": "all_at_once", "settled_share": 1.0}
+            first = await found.roll_out("1.1.0", selector="label.site = north", **wide)
+            await found.turn()
+            assert await offered_to(found) == {one.id for one in north}
+            await found.command(first, "pause")
+            second = await found.roll_out("1.1.0", selector="label.site = south", **wide)
+            await found.until(second, "halted")
+            await found.turn()
+            assert await offered_to(found) == {north[0].id}, "it is confirmed there, and the rollout goes on"
+            assert (await found.show(first))["counts"]["real"]["withdrawn"] == 5
+            await found.command(first, "revert")
+            await found.until(first, "reverted")
+            assert await offered_to(found) == set()
+
+    run(work())
+
+
+def test_who_goes_back_by_itself_to_what_was_reverted_meanwhile_is_recalled_from_there(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0", "1.2.0")
+            devices = await found.enrol(6, version="1.0.0")
+            wide: dict[str, Any] = {"strategy": "all_at_once", "failure": {"count": 5}, "settled_share": 0.5}
+            first = await found.roll_out("1.1.0", **wide)
+            await found.until(first, "done")
+            late = devices[0]
+            late.behaviours["1.2.0"] = "stuck"
+            second = await found.roll_out("1.2.0", **wide)
+            await found.until(second, "done")
+            assert late.running == manifest_of("1.1.0")
+            await found.command(first, "revert")
+            await found.until(first, "reverted")
+            (tried,) = await found.rows(
+                "SELECT rollout_id FROM assignment WHERE device_id = :d AND outcome = 'exposed'", d=late.id
+            )
+            late.report("returned", offered(tried.rollout_id), reason="health_errors", incumbent=late.running)
+            for _ in range(3):
+                await found.turn()
+            assert late.running == manifest_of("1.0.0")
+            assert {one.running for one in devices[1:]} == {manifest_of("1.2.0")}
 
     run(work())

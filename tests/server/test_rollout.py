@@ -27,6 +27,7 @@ from wherry_server.rollout import (
     Progress,
     Promote,
     Retry,
+    State,
     Taken,
     Withdraw,
     allowed_now,
@@ -229,7 +230,7 @@ def _fitting(pace: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:
     return {} if second and plan_of(**{"stages": [{"share": 1.0}], **how}).rounds == 1 else pace
 
 
-behaviours = st.sampled_from(["confirmed"] * 6 + ["confirmed_idle", "failed", "mute", "stuck", "vanishes"])
+behaviours = st.sampled_from(["confirmed"] * 5 + ["vanishes"] * 2 + ["confirmed_idle", "failed", "mute", "stuck"])
 devices = st.lists(
     st.tuples(st.sampled_from(["", "", "b"]), behaviours, st.integers(0, 50)), min_size=0, max_size=25
 ).map(lambda rows: [Device(f"d{n}", stratum, how, delay) for n, (stratum, how, delay) in enumerate(rows)])
@@ -292,7 +293,9 @@ plans = st.builds(
     ),
 )
 commands = st.lists(
-    st.tuples(st.integers(0, 60), st.sampled_from(["pause", "resume", "abort", "revert", "start", "retry_failed"])),
+    st.tuples(
+        st.integers(0, 60), st.sampled_from(["pause", "resume", "abort", "revert", "revert", "start", "retry_failed"])
+    ),
     max_size=4,
 )
 
@@ -318,7 +321,7 @@ def test_whatever_happens_a_rollout_is_bounded_final_and_ends(
     wanted = {0: "start", **{turn + 1: command for turn, command in orders}}
     boots = {chance.randrange(1, 80) for _ in range(reboots)}
     now_s, boot, boot_s = 0.0, 0, 0.0
-    breached, anchors, stage_s, stage_told = False, 0, 0.0, 0
+    breached, anchors, stage_s, stage_told, returned_s = False, 0, 0.0, 0, 0.0
     window_s = 86_400 if plan.window is not None else 0
     limit_s = window_s + (2 * len(plan.stages) + 1) * (STAGE_MAX_S + 60) * (reboots + 2) + 2 * REVERT_S + 1000
     turn = 0
@@ -373,6 +376,9 @@ def test_whatever_happens_a_rollout_is_bounded_final_and_ends(
             assert here <= anchors + fastest * (now_s - stage_s) + 1e-6, "faster than the rate"
         for one in exposing:
             assert one.cut_offs == after.cut_offs
+        if after.entered != before.entered:  # it began, went further by order, or a reboot started it again
+            returned_s = now_s
+        assert after.state != "returning" or now_s - returned_s < plan.revert_s, "devices are waited for without end"
 
         fleet.apply(decisions, after, now_s)
         if plan.strategy == "adaptive" and exposing and exposing[-1].limit is not None:
@@ -531,6 +537,21 @@ def test_a_stage_that_proves_nothing_halts_at_its_deadline_and_keeps_what_is_con
     after, decisions = decide(plan, started(plan), idle, later(STAGE_MAX_S))
     assert after.reason == "stage_deadline:traffic"
     assert [one.scope for one in decisions if isinstance(one, Withdraw)] == ["unconfirmed"]
+
+
+@pytest.mark.parametrize("state", ["running", "paused", "done", "returning", "halted"])
+def test_who_is_recalled_is_withdrawn_before_anything_widens_wherever_the_bundle_may_still_be_offered(state: State):
+    plan = plan_of()
+    progress = msgspec.structs.replace(started(plan), state=state)
+    found = evidence_of(Counts(pending=5, confirmed=20), Counts(revert_pending=1), unexposed=5, recalled=2)
+    after, decisions = decide(plan, progress, found, later(1))
+    wanted = (Withdraw(scope="recalled", stage=0),) if state in ("running", "paused", "done") else ()
+    assert (after.state, decisions) == (state, wanted)
+    if state in ("running", "paused"):  # an order is not lost by it, and a breach goes further
+        told, _ = decide(plan, progress, msgspec.structs.replace(found, command="abort"), later(1))
+        assert told.ending == "aborted"
+        _, decisions = decide(plan, progress, msgspec.structs.replace(found, stages=[Counts(failed=25)]), later(1))
+        assert [one.scope for one in decisions if isinstance(one, Withdraw)] == ["all"]
 
 
 def test_returning_waits_for_devices_but_not_for_ever():

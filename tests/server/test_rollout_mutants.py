@@ -7,7 +7,7 @@ import pytest
 from tests.server import rollout_mutants
 from tests.server.rollout_mutants import ALL, Mutant
 
-QUICK = {"a second round begins unapproved", "a rate forgets what it let through"}
+QUICK = {"a second round begins unapproved", "a rate forgets what it let through", "a return has no deadline"}
 """Bugs of the engine that show in few worlds: `make test` tries these and all that no world is needed for, `make mutants` all."""
 
 

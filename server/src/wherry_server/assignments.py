@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import bindparam, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server import offers
+from wherry_server import evidence, offers
 from wherry_server.db import bulk
 from wherry_server.evidence import Candidate
 from wherry_server.offers import Composed, Composer, Wanted
@@ -23,6 +23,9 @@ from wherry_server.rollout import Scope
 from wherry_server.targeting import signed
 from wherry_shared.errors import RefusedError
 from wherry_shared.wire import OfferedModel
+
+KNOWN_BAD = "known_bad"
+"""Reason of an assignment that was taken back because the bundle is known to be bad on the device's hardware."""
 
 
 @dataclass(slots=True)
@@ -77,19 +80,24 @@ def expose(
     prepared.exposed += [one for one in candidates if one.device in offered]
 
 
-async def read_withdrawing(connection: AsyncConnection, rollout: str, scope: Scope, stage: int) -> list[Any]:
-    """Return the assignments that a withdrawal brings back: (device_id, model, from_*, owned)."""
+async def read_withdrawing(
+    connection: AsyncConnection, rollout: str, scope: Scope, stage: int, recalled: frozenset[str] = frozenset()
+) -> list[Any]:
+    """Return the assignments that a withdrawal brings back: (device_id, model, from_*, owned).
+
+    Of scope `recalled` those of such devices, as far as they did not confirm meanwhile.
+    """
     rows = await connection.execute(
         _WITHDRAWING,
         {
             "rollout": rollout,
-            "outcomes": [*LIVE, "superseded"],
+            "outcomes": LIVE if scope == "recalled" else [*LIVE, "superseded"],
             "all": scope == "all",
             "in_stage": scope == "stage",
             "stage": stage,
         },
     )
-    return list(rows)
+    return [one for one in rows if scope != "recalled" or one.device_id in recalled]
 
 
 def withdraw(
@@ -143,11 +151,15 @@ def promote(
     prepared.promoted += [(one.device_id, one.model) for one in rows if one.device_id in offered]
 
 
-async def read_retrying(connection: AsyncConnection, rollout: str, *, failed: bool) -> list[Any]:
-    """Return the assignments that ended without success and that nobody else took over: (device_id, model, attempt)."""
+async def read_retrying(connection: AsyncConnection, row: Any, plan: Plan, *, failed: bool) -> list[Any]:
+    """Return the assignments that ended without success and that nobody else took over: (device_id, model, attempt).
+
+    Never on hardware on which the bundle is known to be bad; where that was cleared, also those that it was taken back from.
+    """
     outcomes = list(ENDED) if failed else ["excused"]
-    rows = await connection.execute(_RETRYING, {"rollout": rollout, "outcomes": outcomes})
-    return [row for row in rows if row.owned]
+    found = list(await connection.execute(_RETRYING, {"rollout": row.id, "outcomes": outcomes, "known_bad": KNOWN_BAD}))
+    bad = await evidence.on_bad_hardware(connection, row, plan, [one.device_id for one in found])
+    return [one for one in found if one.owned and one.device_id not in bad]
 
 
 def retry(
@@ -200,7 +212,13 @@ async def apply(connection: AsyncConnection, row: Any, plan: Plan, prepared: Pre
         part = prepared.withdrawn[at : at + offers.DEVICES_PER_READ]
         await connection.execute(
             _WITHDRAW_FLAG if plan.flag else _WITHDRAW,
-            {"rollout": row.id, "devices": part, "now": now, "outcomes": [*STANDING, "superseded"]},
+            {
+                "rollout": row.id,
+                "devices": part,
+                "now": now,
+                "outcomes": [*STANDING, "superseded"],
+                "reason": KNOWN_BAD if prepared.scope == "recalled" else "",
+            },
         )
         for planned in plan.targets:
             await connection.execute(
@@ -216,7 +234,7 @@ async def apply(connection: AsyncConnection, row: Any, plan: Plan, prepared: Pre
             _PROMOTE,
             [{"rollout": row.id, "device": device, "model": model, "now": now} for device, model in prepared.promoted],
         )
-    if prepared.scope != "unconfirmed":
+    if prepared.scope in ("stage", "all"):
         for planned in plan.targets:
             await connection.execute(
                 _FORMER,
@@ -259,14 +277,6 @@ async def _insert(connection: AsyncConnection, row: Any, plan: Plan, prepared: P
         await connection.execute(_SUPERSEDE, named)
 
 
-# A device belongs to the rollout that exposed it last, unless that one gave it back.
-_OWNED = (
-    "NOT EXISTS (SELECT 1 FROM assignment n"
-    " JOIN rollout r ON r.id = n.rollout_id WHERE n.device_id = a.device_id AND n.model = a.model"
-    " AND n.rollout_id <> a.rollout_id AND n.exposed_at > a.exposed_at"
-    " AND n.outcome NOT IN ('withdrawn', 'revert_pending', 'reverted', 'superseded')"
-    " AND NOT (n.outcome IN ('returned', 'failed', 'refused', 'excused') AND r.state IN ('halted', 'aborted', 'reverted')))"
-)
 # What is taken back is taken back from all that run it: also where a later rollout tried another one and the device went back,
 # whatever became of that rollout.
 _RUNS_AGAIN = (
@@ -281,16 +291,17 @@ _WITHDRAWING = text(
     " AND (a.outcome NOT IN ('confirmed', 'confirmed_idle', 'superseded') OR :all OR (:in_stage AND a.stage = :stage))"
 ).bindparams(bindparam("outcomes", expanding=True))
 _RETRYING = text(
-    f"SELECT a.device_id, a.model, a.attempt, a.tried, {_OWNED} AS owned FROM assignment a"  # noqa: S608 - constants
-    " JOIN device d ON d.id = a.device_id AND d.state = 'active' WHERE a.rollout_id = :rollout AND a.outcome IN :outcomes"
+    f"SELECT a.device_id, a.model, a.attempt, a.tried, {evidence.OWNED} AS owned FROM assignment a"  # noqa: S608 - constants
+    " JOIN device d ON d.id = a.device_id AND d.state = 'active' WHERE a.rollout_id = :rollout"
+    " AND (a.outcome IN :outcomes OR (a.outcome IN ('withdrawn', 'revert_pending', 'reverted') AND a.reason = :known_bad))"
 ).bindparams(bindparam("outcomes", expanding=True))
 _RETRY = text(
     "UPDATE assignment SET outcome = 'exposed', attempt = attempt + 1, exposed_at = :now, noticed_at = 0, settled_at = 0,"
     " reason = 'retry', detail = '', released_at = 0 WHERE rollout_id = :rollout AND device_id = :device AND model = :model"
-    " AND outcome IN ('returned', 'failed', 'refused', 'excused')"
+    " AND outcome IN ('returned', 'failed', 'refused', 'excused', 'withdrawn', 'revert_pending', 'reverted')"
 )
 _PROMOTING = text(
-    f"SELECT a.device_id, a.model, a.attempt, {_OWNED} AS owned FROM assignment a"  # noqa: S608 - constants
+    f"SELECT a.device_id, a.model, a.attempt, {evidence.OWNED} AS owned FROM assignment a"  # noqa: S608 - constants
     " JOIN device d ON d.id = a.device_id AND d.state = 'active' WHERE a.rollout_id = :rollout AND a.tried"
     " AND a.stage <= :stage AND a.outcome IN ('exposed', 'proved', 'confirmed', 'confirmed_idle')"
     " ORDER BY a.share_key LIMIT :limit"
@@ -319,15 +330,17 @@ _FORMER = text(
     " AND a.model = assignment.model AND a.to_manifest = :to AND a.exposed_at <= assignment.exposed_at"
     " AND (:all OR a.stage = :stage))"
 )
+_WHY = "reason = CASE WHEN :reason <> '' THEN :reason ELSE reason END"
 _WITHDRAW = text(
-    "UPDATE assignment SET outcome = CASE WHEN outcome IN ('exposed', 'proved') AND COALESCE((SELECT m.running FROM device_model m"
+    "UPDATE assignment SET outcome = CASE WHEN outcome IN ('exposed', 'proved') AND COALESCE((SELECT m.running FROM device_model m"  # noqa: S608 - constants
     " WHERE m.device_id = assignment.device_id AND m.model = assignment.model), '') = from_manifest"
-    " THEN 'withdrawn' ELSE 'revert_pending' END, settled_at = :now"
+    f" THEN 'withdrawn' ELSE 'revert_pending' END, {_WHY}, settled_at = :now"
     " WHERE rollout_id = :rollout AND device_id IN :devices AND outcome IN :outcomes"
     " AND EXISTS (SELECT 1 FROM device d WHERE d.id = assignment.device_id AND d.state = 'active')"
 ).bindparams(bindparam("devices", expanding=True), bindparam("outcomes", expanding=True))
 _WITHDRAW_FLAG = text(  # who never said that it has the offer with the variant has not changed, as far as is known
-    "UPDATE assignment SET outcome = CASE WHEN noticed_at = 0 THEN 'withdrawn' ELSE 'revert_pending' END, settled_at = :now"
+    "UPDATE assignment SET outcome = CASE WHEN noticed_at = 0 THEN 'withdrawn' ELSE 'revert_pending' END,"  # noqa: S608 - constants
+    f" {_WHY}, settled_at = :now"
     " WHERE rollout_id = :rollout AND device_id IN :devices AND outcome IN :outcomes"
     " AND EXISTS (SELECT 1 FROM device d WHERE d.id = assignment.device_id AND d.state = 'active')"
 ).bindparams(bindparam("devices", expanding=True), bindparam("outcomes", expanding=True))

@@ -316,7 +316,8 @@ class Conductor:
                 )
             elif isinstance(one, Withdraw):
                 async with database.read() as connection:
-                    rows = await assignments.read_withdrawing(connection, row.id, one.scope, one.stage)
+                    recalled = known.scan.recalled if known.scan is not None else frozenset()
+                    rows = await assignments.read_withdrawing(connection, row.id, one.scope, one.stage, recalled)
                     devices = sorted({found.device_id for found in rows})
                     current = await offers.current(connection, devices)
                     flags = await flag_values.without(connection, row, devices) if known.plan.flag else {}
@@ -326,7 +327,7 @@ class Conductor:
                 )
             elif isinstance(one, Retry):
                 async with database.read() as connection:
-                    rows = await assignments.read_retrying(connection, row.id, failed=one.failed)
+                    rows = await assignments.read_retrying(connection, row, known.plan, failed=one.failed)
                     current = await offers.current(connection, sorted({found.device_id for found in rows}))
                 await asyncio.to_thread(
                     assignments.retry, prepared, row, known.plan, rows, current, self.composer, moment
@@ -393,6 +394,7 @@ class Conductor:
             if after.reason in CONDEMNING and before.state != "returning":
                 bad = await quarantine.condemnable(connection, row, known.plan)
                 await quarantine.condemn(connection, row, known.plan, bad, moment)
+                self._look_anew(known.plan, bad)
             await self._write_status(connection, {row.id: known}, moment)
             await assignments.apply(connection, row, known.plan, prepared, moment)
 
@@ -406,12 +408,22 @@ class Conductor:
             async with self.services.database.write() as connection:
                 await self.lease.check(connection)
                 await quarantine.condemn(connection, row, known.plan, bad, moment)
+            self._look_anew(known.plan, bad)
             log.warning("%s fails on %s: not offered there any more", _name(row), ", ".join(sorted(bad)))
         known.condemned, ended = failed, time.monotonic()
         known.condemn_at = ended + SCAN_SHARE * (ended - started)
         return bool(bad)
 
+    def _look_anew(self, plan: Plan, bad: Mapping[str, Any]) -> None:
+        """Have every rollout of a bundle see the hardware on which it is known to be bad from now on."""
+        manifests = {planned.manifest for planned in plan.targets}
+        for other in self._known.values():
+            if bad and not manifests.isdisjoint(planned.manifest for planned in other.plan.targets):
+                other.scan = None
+
     def _after(self, known: _Known, prepared: Prepared) -> None:
+        if prepared.scope == "recalled" and known.scan is not None:
+            known.scan.recalled = frozenset()  # what is left of them the next scan says
         exposed = {one.device for one in prepared.exposed}
         self._full = self._full or len(exposed) >= EXPOSED_PER_TURN
         if exposed:

@@ -12,7 +12,7 @@ newcomers only where no newer one has them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -22,8 +22,9 @@ from sqlalchemy import bindparam, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import cohorts
+from wherry_server.db import bulk
 from wherry_server.gates import BESIDE, counts_devices
-from wherry_server.outcomes import FAILURES
+from wherry_server.outcomes import ENDED, FAILURES
 from wherry_server.pacing import Window
 from wherry_server.plan import Plan
 from wherry_server.rollout import (
@@ -74,6 +75,8 @@ class Scan:
     """Members that this rollout has not exposed and may expose, whatever their key; lowest key first."""
     held: list[Candidate] = field(default_factory=list)
     """Members that another rollout holds, on whose hardware the bundle is known to be bad, or that are in quarantine."""
+    recalled: frozenset[str] = frozenset()
+    """Devices to take the bundle back from, of those that are not confirmed."""
 
     def unexposed(self, stored: Mapping[str, int], share: float) -> list[Candidate]:
         """Return the free members at or below the cut-offs, lowest key first."""
@@ -112,6 +115,7 @@ async def scan(connection: AsyncConnection, row: Any, plan: Plan) -> Scan:
     taken = await _taken(connection, row, plan)
     failures = await _failures(connection, row, plan)
     found = Scan(members=len(members))
+    found.recalled = await _recalled(connection, row, plan, bad)
     for member in members:
         stratum = stratum_of(plan, member)
         key = key_of(row.salt, member.id)
@@ -152,6 +156,25 @@ async def held_by(connection: AsyncConnection, row: Any, plan: Plan, device: str
         if found:
             return {"code": "known_bad", "hardware_class": found[0]}
     return None
+
+
+async def _recalled(connection: AsyncConnection, row: Any, plan: Plan, bad: set[str]) -> frozenset[str]:
+    """Return the devices that are offered a bundle of the plan, are not confirmed, and should have what they had before."""
+    found: set[str] = set()
+    for planned in plan.targets:
+        named = {"rollout": row.id, "outcomes": list(ENDED), "named": f"%{planned.manifest}%"}
+        found |= {one.device_id for one in await connection.execute(_ASTRAY, named)}
+        if bad:
+            rows = await connection.execute(_OFFERED, named)
+            found |= {one.device_id for one in rows if not bad.isdisjoint(classes(one.facts))}
+    return frozenset(found)
+
+
+async def on_bad_hardware(connection: AsyncConnection, row: Any, plan: Plan, devices: Sequence[str]) -> set[str]:
+    """Return those of some devices on whose hardware a bundle of the plan is known to be bad."""
+    bad = await _known_bad(connection, row.project_id, plan)
+    facts = await bulk.select_in(connection, _FACTS_OF, devices) if bad else []
+    return {one.id for one in facts if not bad.isdisjoint(classes(one.facts))}
 
 
 def stratum_of(plan: Plan, member: cohorts.Member) -> str:
@@ -201,6 +224,7 @@ async def read(
         unexposed=len(free),
         closed=len(unexposed) - len(free),
         held=len(below(found.held, progress.cut_offs, share)) if reached else 0,
+        recalled=len(found.recalled),
     )
     return ahead(plan, progress, evidence, found.keys)
 
@@ -530,6 +554,34 @@ _APPROVALS = text(
 )
 _HOLDER = text("SELECT number, state, priority FROM rollout WHERE id = :rollout")
 _FACTS = text("SELECT CAST(facts AS TEXT) FROM device WHERE id = :device")
+_FACTS_OF = "SELECT id, CAST(facts AS TEXT) AS facts FROM device WHERE id IN :keys"
+OWNED = (
+    "NOT EXISTS (SELECT 1 FROM assignment n"
+    " JOIN rollout r ON r.id = n.rollout_id WHERE n.device_id = a.device_id AND n.model = a.model"
+    " AND n.rollout_id <> a.rollout_id AND n.exposed_at > a.exposed_at"
+    " AND n.outcome NOT IN ('withdrawn', 'revert_pending', 'reverted', 'superseded')"
+    " AND NOT (n.outcome IN ('returned', 'failed', 'refused', 'excused') AND r.state IN ('halted', 'aborted', 'reverted')))"
+)
+"""An SQL condition on `assignment a`: a device belongs to the rollout that exposed it last, unless that one gave it back."""
+_NAMED = "EXISTS (SELECT 1 FROM offer o WHERE o.device_id = a.device_id AND CAST(o.models AS TEXT) LIKE :named)"
+# Who ended the attempt has it on offer as long as the offer names it; who had it before has nothing to go back to.
+_OFFERED = text(
+    "SELECT a.device_id, CAST(d.facts AS TEXT) AS facts FROM assignment a"  # noqa: S608 - constants
+    " JOIN device d ON d.id = a.device_id AND d.state = 'active'"
+    " WHERE a.rollout_id = :rollout AND a.from_manifest <> a.to_manifest AND (a.outcome IN ('exposed', 'proved')"
+    f" OR (a.outcome IN :outcomes AND {_NAMED})) AND {OWNED}"
+).bindparams(bindparam("outcomes", expanding=True))
+# A rollout that ended while another one had its devices gave that one where they go back to (`assignments`), but not to those
+# that went back by themselves: they run what was taken back.
+_ASTRAY = text(
+    "SELECT a.device_id FROM assignment a JOIN device d ON d.id = a.device_id AND d.state = 'active'"  # noqa: S608 - constants
+    " JOIN device_model m ON m.device_id = a.device_id AND m.model = a.model"
+    " WHERE a.rollout_id = :rollout AND a.outcome IN :outcomes AND m.running NOT IN (a.from_manifest, a.to_manifest)"
+    " AND EXISTS (SELECT 1 FROM assignment g JOIN rollout r ON r.id = g.rollout_id AND r.state IN ('returning', 'halted',"
+    " 'aborted', 'reverted') WHERE g.device_id = a.device_id AND g.model = a.model AND g.rollout_id <> a.rollout_id"
+    " AND g.outcome = 'superseded' AND g.to_manifest = m.running AND g.from_manifest = a.from_manifest)"
+    f" AND {_NAMED} AND {OWNED}"
+).bindparams(bindparam("outcomes", expanding=True))
 _FAILED = text(
     "SELECT a.device_id, a.attempt, a.released_at, a.reason, r.number FROM assignment a"
     " JOIN rollout r ON r.id = a.rollout_id WHERE a.project_id = :project"

@@ -797,7 +797,9 @@ _ASSIGNED = text(
     " WHERE rollout_id IN :rollouts AND device_id IN :devices"
 ).bindparams(bindparam("rollouts", expanding=True), bindparam("devices", expanding=True))
 _CHANGE = text(
-    "UPDATE assignment SET outcome = :outcome, reason = :reason, detail = :detail, settled_at = :settled_at,"
+    # why the bundle was taken back from it stays said
+    "UPDATE assignment SET outcome = :outcome, reason = CASE WHEN outcome IN ('withdrawn', 'revert_pending')"
+    " AND reason = 'known_bad' THEN reason ELSE :reason END, detail = :detail, settled_at = :settled_at,"
     " noticed_at = CASE WHEN noticed_at = 0 THEN :now ELSE noticed_at END, requests = :requests, errors = :errors, latency_ratio = :latency_ratio,"
     " compared = CASE WHEN tried THEN :compared ELSE compared END, agreed = CASE WHEN tried THEN :agreed ELSE agreed END,"
     " skipped = CASE WHEN tried THEN :skipped ELSE skipped END"

@@ -9,7 +9,7 @@
 
 Rules for whoever edits this:
 
-1. Judge first, then obey a pause, then widen. Nothing is exposed in a turn that found a breach.
+1. Judge first, then obey a pause, then widen. Nothing is exposed in a turn that found a breach, or devices to recall.
 2. Deciding twice is harmless: the director commits progress and decisions in one transaction that compares the
    revision, and a decision says what should be so (devices at or below the cut-off are exposed), never what to add.
 3. Every state that is not final has an exit that needs no device: `running` has `stage_max_s`, `returning` has
@@ -38,7 +38,7 @@ from wherry_shared.clock import MICROSECONDS, Now, Since
 
 State = Literal["created", "running", "paused", "returning", "halted", "aborted", "reverted", "done"]
 Command = Literal["", "start", "pause", "resume", "abort", "revert", "retry", "retry_failed"]
-Scope = Literal["unconfirmed", "stage", "all"]
+Scope = Literal["unconfirmed", "stage", "all", "recalled"]
 FINAL: frozenset[State] = frozenset({"halted", "aborted", "reverted", "done"})
 ACTIVE: frozenset[State] = frozenset({"running", "paused", "returning"})
 """States in which a rollout holds its devices against others of the same model."""
@@ -196,6 +196,9 @@ class Evidence(_Value, frozen=True, kw_only=True):
     taken: list[Taken] = []
     """Lanes of comparisons that ended since the last decision, in the order of waves and lanes."""
     command: Command = ""
+    recalled: int = 0
+    """Devices that are offered the bundle, are not confirmed, and should have what they had before: it is known to be bad on
+    their hardware, or they went back from it to what another rollout had taken back meanwhile."""
 
     @property
     def total(self) -> Counts:
@@ -239,7 +242,10 @@ class Expose(_Decision, tag="expose", frozen=True, kw_only=True):
 
 
 class Withdraw(_Decision, tag="withdraw", frozen=True, kw_only=True):
-    """Every assigned device in scope should have its own `from`; unconfirmed ones always are in scope."""
+    """Every assigned device in scope should have its own `from`; unconfirmed ones always are in scope.
+
+    Scope `recalled`: those only, and of them only the ones that `Evidence.recalled` counts.
+    """
 
     scope: Scope
     stage: int
@@ -487,6 +493,8 @@ def _under_way(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> 
         return _return(progress, "halted", f"{breached[0].gate}_bound", scope, now, found=breached)
     if evidence.command == "abort":
         return _return(progress, "aborted", "operator", _least_scope(plan), now)
+    if evidence.recalled and not evidence.command:
+        return progress, (_recall(progress),)
     if progress.state == "paused":
         if evidence.command != "resume":
             return progress, ()
@@ -655,6 +663,8 @@ def _final(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> tupl
         return _return(progress, "reverted", "operator", "all", now)
     if progress.state == "done" and evidence.command in ("retry", "retry_failed"):
         return progress, (Retry(failed=evidence.command == "retry_failed"),)
+    if progress.state == "done" and evidence.recalled:
+        return progress, (_recall(progress),)
     if progress.state == "done" and evidence.unexposed:
         progress, pace = _pace(plan, progress, evidence, now)
         share = reach(plan, progress)
@@ -758,6 +768,10 @@ def _return(
     )
     moved = Moved(state="returning", reason=reason, verdicts=list(found))
     return returning, (moved, Withdraw(scope=scope, stage=progress.stage))
+
+
+def _recall(progress: Progress) -> Withdraw:
+    return Withdraw(scope="recalled", stage=progress.stage)
 
 
 def _missing(plan: Plan, progress: Progress, evidence: Evidence, now: Now) -> list[Why]:

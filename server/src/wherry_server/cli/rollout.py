@@ -50,7 +50,7 @@ PLACES = {
     "failed": "the bundle failed there, and it is in quarantine",
     "refused": "it refused the bundle, and is in quarantine",
     "excused": "it ended its attempt without a verdict: wherry rollout retry",
-    "withdrawn": "it was withdrawn before it had changed",
+    "withdrawn": "it was withdrawn before it had changed (known_bad: the bundle fails on its hardware)",
     "revert_pending": "it is to go back, and has not said yet that it has",
     "reverted": "it went back",
     "superseded": "a newer rollout took it over",
