@@ -507,7 +507,7 @@ def test_what_transactions_write_is_what_a_look_finds(tmp_path: Path, seed: int)
                 await found.turn()
                 states = [(await found.show(number))["state"] for number in numbers]
                 left = await found.rows("SELECT device_id FROM assignment WHERE outcome = 'superseded'")
-                later = found.conductor._bear()._due | {row.device_id for row in left}
+                later = {*found.conductor._bear()._due, *(row.device_id for row in left)}
                 async with found.database.read() as connection:
                     flags = await flag_values.definitions(connection, PROJECT)
                     told = await flag_values.sources(connection, PROJECT, flags.flags)

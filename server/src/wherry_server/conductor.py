@@ -158,19 +158,23 @@ class Conductor:
         """Take turns until cancelled. Whatever writes offers is called from here, one after the other."""
         while True:
             started = time.monotonic()
-            moved = False
+            moved = more = False
             if self.lease.epoch:
                 await self.reconcile()
                 await self._resign_in_time()
                 moved = await self.bear_flags() > 0
+                more = moved and self._bear().owes
                 moved = await self.turn() or moved
             spent = time.monotonic() - started
+            if self._full or more:  # where much is to do, it goes on
+                self._woken.clear()
+                await asyncio.sleep(0)
+                continue
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TURN_MAX_S):
                     await self._woken.wait()
             self._woken.clear()
-            if not self._full:
-                await asyncio.sleep(TURN_MIN_S if moved else max(TURN_MIN_S, spent))  # where much is to do, it goes on
+            await asyncio.sleep(TURN_MIN_S if moved else max(TURN_MIN_S, spent))
 
     async def turn(self) -> bool:
         """Look at every rollout once, the one that outranks the others first; tell whether anything was decided."""

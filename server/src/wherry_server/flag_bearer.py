@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -21,7 +21,7 @@ from wherry_server import flag_values, offers
 from wherry_server.db import bulk
 from wherry_server.flag_values import Definitions
 from wherry_server.lease import Lease
-from wherry_server.offers import Composer
+from wherry_server.offers import Composer, Number
 from wherry_server.outbox import Outbox
 from wherry_server.services import Services
 from wherry_server.times import now_us
@@ -35,9 +35,20 @@ LOOK_SHARE = 20
 """A look at every device is repeated at the earliest after this many times what it took: at most 5 % of a core."""
 CARRIED_S = 600.0
 """Where no flag is defined and no offer carried one, offers are read through again after this."""
-DEVICES_PER_TURN = 5_000
-"""Offers composed for flags in one turn."""
-NONE = b"{}"
+DEVICES_PER_TURN = 10_000
+"""Offers composed for flags in one turn, as many as a stage exposes."""
+
+
+class _Found(NamedTuple):
+    """What a look found of a device whose offer does not carry its flags."""
+
+    number: Number
+    """Of that offer."""
+    flags: Mapping[str, Any]
+
+
+NONE = b"{}", Number(0, 0)
+"""What a device without an offer carries."""
 
 
 @dataclass(slots=True)
@@ -52,12 +63,17 @@ class Bearer:
     _look_at: float = 0.0
     _bare: tuple[int, float] = (0, 0.0)
     """Epoch of the lease in which no offer carried a flag, and until when that is believed: who leads writes the offers."""
-    _due: set[str] = field(default_factory=set)
-    """Devices whose flags are, or may be, not as they should be."""
+    _due: dict[str, _Found | None] = field(default_factory=dict)
+    """Devices whose flags are, or may be, not as they should be, with what a look found of them."""
 
     def owe(self, devices: set[str]) -> None:
         """Have these devices looked at in the next turn."""
-        self._due |= devices
+        self._due |= dict.fromkeys(devices)
+
+    @property
+    def owes(self) -> bool:
+        """Whether more devices wait than one turn could take."""
+        return bool(self._due)
 
     def look_soon(self) -> None:
         """Have every device looked at in the next turn."""
@@ -72,15 +88,39 @@ class Bearer:
             batch = sorted(self._due)[:DEVICES_PER_TURN]
             if not batch:
                 return 0
-            found = await flag_values.definitions(connection, self.services.project)
-            wanted = await self._wanted(connection, found, batch)
+            wanted, current = await self._of(connection, batch)
         try:
-            done = await self._bring(wanted)
+            done = await self._bring(wanted, current)
         except UnreachableError as error:
             log.info("flags: %s", error.message)  # the next turn composes from what is stored then
             return 0
-        self._due.difference_update(batch)
+        for device in batch:
+            del self._due[device]
         return done
+
+    async def _of(
+        self, connection: AsyncConnection, batch: list[str]
+    ) -> tuple[dict[str, Mapping[str, Any]], dict[str, offers.Current]]:
+        """Return the flags that devices lack, and what they are offered.
+
+        What a look found stands while definitions and the device's offer are those that it saw: whatever a rollout gives or
+        takes is in an offer of its own. Of the others it is worked out again.
+        """
+        current = await offers.current(connection, batch)
+        wanted: dict[str, Mapping[str, Any]] = {}
+        again: list[str] = []
+        for device in batch:
+            found, now = self._due[device], current.get(device)
+            if found is not None and now is not None and now.number == found.number:
+                wanted[device] = found.flags
+            else:
+                again.append(device)
+        if again:
+            definitions = await flag_values.definitions(connection, self.services.project)
+            wanted |= {
+                device: found.flags for device, found in (await self._wanted(connection, definitions, again)).items()
+            }
+        return wanted, {device: one for device, one in current.items() if device in wanted}
 
     async def _look(self, connection: AsyncConnection) -> None:
         """Find every device whose flags are not as they should be."""
@@ -89,7 +129,7 @@ class Bearer:
         if found.flags:
             self._bare = (0, 0.0)
         if found.flags or await self._any(connection):
-            self._due |= (await self._wanted(connection, found, None)).keys()
+            self._due = dict.fromkeys(self._due) | dict(await self._wanted(connection, found, None))
         ended = time.monotonic()
         self._known, self._look_at = found.revisions, ended + max(LOOK_S, LOOK_SHARE * (ended - started))
 
@@ -109,34 +149,33 @@ class Bearer:
 
     async def _wanted(
         self, connection: AsyncConnection, found: Definitions, only: list[str] | None
-    ) -> dict[str, Mapping[str, Any]]:
+    ) -> dict[str, _Found]:
         """Return the flags of the devices whose offers do not carry them."""
         sources = await flag_values.sources(connection, self.services.project, found.flags, only)
-        carried: dict[str, bytes] = {}
+        carried: dict[str, tuple[bytes, Number]] = {}
         if only is None:
             rows = (await connection.execute(text(_CARRY + _OF_PROJECT), {"project": self.services.project})).all()
         else:
             rows = list(await bulk.select_in(connection, _CARRY + _NAMED, only))
         for row in rows:
-            carried[row.device_id] = (row.flags or "{}").encode()
+            carried[row.device_id] = (row.flags or "{}").encode(), Number(row.epoch, row.serial)
         encoded: dict[tuple[str, ...], tuple[dict[str, Any], bytes]] = {}
-        wanted: dict[str, Mapping[str, Any]] = {}
+        wanted: dict[str, _Found] = {}
         for device, mine in sources.items():
             key = tuple(source.variant for source in mine.values())
             if key not in encoded:
                 values = found.values(mine)
                 encoded[key] = (values, device_flags.encode(values))
             values, as_carried = encoded[key]
-            if carried.get(device, NONE) != as_carried:
-                wanted[device] = values
+            standing, number = carried.get(device, NONE)
+            if standing != as_carried:
+                wanted[device] = _Found(number, values)
         return wanted
 
-    async def _bring(self, wanted: Mapping[str, Mapping[str, Any]]) -> int:
+    async def _bring(self, wanted: Mapping[str, Mapping[str, Any]], current: Mapping[str, offers.Current]) -> int:
         if not wanted:
             return 0
         moment = now_us()
-        async with self.services.database.read() as connection:
-            current = await offers.current(connection, list(wanted))
         composed = await asyncio.to_thread(self._compose, wanted, current, moment)
         async with self.services.database.write() as connection:
             await self.lease.check(connection)
@@ -156,6 +195,6 @@ class Bearer:
         return composed
 
 
-_CARRY = "SELECT device_id, CAST(flags AS TEXT) AS flags FROM offer WHERE"
+_CARRY = "SELECT device_id, epoch, serial, CAST(flags AS TEXT) AS flags FROM offer WHERE"
 _OF_PROJECT, _NAMED = " project_id = :project", " device_id IN :keys"
 _CARRIED = text("SELECT 1 FROM offer WHERE project_id = :project AND CAST(flags AS TEXT) <> '{}' LIMIT 1")
