@@ -37,8 +37,8 @@ def test_a_model_of_text_is_packed_signed_proved_and_answers_in_json_and_binary(
     _, manifest, _ = layout.bundle()
     layer = next(item for item in manifest.layers if item.digest == variant.golden.digest)
     kept = decode(layout.read(layer, variant.golden.bytes))
-    assert {vector.inputs["word"][0, 0] for vector in kept.vectors} == {"cat", "Öl"}, "the first half: all are steady"
-    assert {vector.expected["kind"].values[0, 0] for vector in kept.vectors} == {"animal", "Flüssigkeit"}
+    assert {vector.inputs["word"][0, 0] for vector in kept.vectors} == {"cat", "Öl", "nobody knows this"}
+    assert {vector.expected["kind"].values[0, 0] for vector in kept.vectors} == {"animal", "Flüssigkeit", "unknown"}
 
     with site(tmp_path) as server, agent(server, "bench-1") as device:
         server.push(made.path)

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wherry_optimizer import measure
+from wherry_optimizer import measure, proof
 from wherry_optimizer.golden import WORKERS, Array, Runnable, Runs, Selection, budget, run_all, select
 from wherry_optimizer.pack import NO_PROCESSING, Packed, Piece, write_bundle
+from wherry_optimizer.proof import Proof
 from wherry_optimizer.recipe import GoldenOf, MeasureOf
 from wherry_shared import golden
 from wherry_shared.bundle import Accuracy, Assets, Interface, Licence, Processing, Provenance
+from wherry_shared.errors import RefusedError
 from wherry_shared.facts import EngineFacts
 
 Progress = Callable[[str], None]
@@ -76,6 +78,17 @@ class Bundled:
 
     packed: Packed
     selection: Selection
+    proofs: tuple[Proof, ...]
+    """How good the golden vectors of each variant are."""
+
+    @property
+    def blind(self) -> list[str]:
+        """Warnings: variants whose golden vectors miss more than `proof.MISSES_MAX`."""
+        return [
+            f"golden vectors of {one.variant} miss {one.misses:.0%} of what is wrong with a file"
+            for one in self.proofs
+            if one.misses > proof.MISSES_MAX
+        ]
 
 
 def bundle(
@@ -110,12 +123,13 @@ def bundle(
         say: told each step in a sentence.
 
     Raises:
-        RefusedError: `golden_*`, `measure_failed`, and as `pack.write_bundle`.
+        RefusedError: `golden_*` (`golden_misses`: they miss more than the terms allow), `measure_failed`, and as
+            `pack.write_bundle`.
     """
     terms, kept = terms or Terms(), kept if kept is not None else Kept()
-    selection = _choose_golden(
-        made, candidates[: terms.golden.candidates], data_digest, engines, terms.golden, kept, say
-    )
+    candidates = candidates[: terms.golden.candidates]
+    selection = _choose_golden(made, candidates, data_digest, engines, terms.golden, kept, say)
+    proofs = _prove(made, selection, candidates, terms.golden, say)
     pieces = _weigh(made, selection, engines, terms.measure, folder, kept, say)
     packed = write_bundle(
         output,
@@ -134,7 +148,10 @@ def bundle(
         unseparated=selection.unseparated,
     )
     say(f"packed {packed.path}")
-    return Bundled(packed, selection)
+    found = Bundled(packed, selection, proofs)
+    for warning in found.blind:
+        say(f"WARNING: {warning}")
+    return found
 
 
 def _choose_golden(
@@ -172,6 +189,39 @@ def _choose_golden(
     for one, other in selection.unseparated:
         say(f"{one}: no golden vector tells it from {other}")
     return selection
+
+
+def _prove(
+    made: Sequence[Made],
+    selection: Selection,
+    candidates: Sequence[dict[str, Array]],
+    terms: GoldenOf,
+    say: Progress,
+) -> tuple[Proof, ...]:
+    """Measure false alarms and misses of the vectors that were chosen.
+
+    Raises:
+        RefusedError: `golden_misses`.
+    """
+    say("measuring what golden vectors notice")
+
+    def one(item: Made) -> Proof:
+        alike = [other.id for other in made if other is not item and other.runnable.format == item.runnable.format]
+        return proof.of_selection(item.runnable, selection, candidates, alike, terms.broken)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        proofs = tuple(pool.map(one, made))
+    worst = max(proofs, key=lambda found: found.misses)
+    if terms.misses_max is not None and worst.misses > terms.misses_max:
+        raise RefusedError(
+            "golden_misses",
+            f"golden vectors of {worst.variant} miss {worst.misses:.3f} of what is wrong with a file, "
+            f"{terms.misses_max:.3f} are allowed",
+            consequence="a device could not tell the variant from a broken one, so nothing was packed",
+            next_step="give calibration samples that are nearer to the borders between answers, raise golden.vectors or "
+            "golden.candidates, or raise golden.misses_max",
+        )
+    return proofs
 
 
 def _weigh(

@@ -68,6 +68,7 @@ def build(
         _print_json(written)
         return
     out.print(report.table(result.packed.config))
+    out.print(report.proofs_table(result.bundled.proofs))
     out.print(report.refused(result))
     out.print(f"{result.path} ({result.packed.digest})", markup=False, highlight=False, soft_wrap=True)
 
@@ -182,6 +183,9 @@ def auto(
         packed = result.bundled.packed
         _warn_unstated(packed.config.licence.attribution, licence)
         out.print(report.table(packed.config))
+        out.print(report.proofs_table(result.bundled.proofs))
+        for warning in result.bundled.blind:
+            err.print(f"WARNING: {warning}", style="bold yellow", markup=False, highlight=False, soft_wrap=True)
         out.print(f"{packed.path} ({packed.digest})", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -315,24 +319,18 @@ def inspect(bundle: BundlePath, as_json: AsJson = False) -> None:
 def prove_bundle(
     bundle: BundlePath,
     *,
-    tries: Annotated[int, typer.Option(min=0, help="Files with broken weights that are tried, per variant.")] = 12,
-    seed: Annotated[int, typer.Option(help="Of the places that are broken.")] = 0,
+    tries: Annotated[int, typer.Option(min=0, help="Files with one thing wrong that are tried, per variant.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the places that are broken.")] = 2,
     as_json: AsJson = False,
 ) -> None:
     """Measure false alarms and misses of the golden vectors; exit status 1 if a variant misses its own."""
-    from rich.table import Table
-
-    from wherry_optimizer import proof
+    from wherry_optimizer import proof, report
 
     proofs = proof.prove(bundle, tries=tries, seed=seed)
     if as_json:
         _print_json([item.as_dict() for item in proofs])
     else:
-        rows = Table("variant", "ways to run it", "false alarms", *(f"{kind}: caught" for kind in proof.KINDS))
-        for item in proofs:
-            caught = [f"{one} of {of}" for one, of in item.broken.values()]
-            rows.add_row(item.variant, str(item.ways), ", ".join(item.false_alarms) or "none", *caught)
-        out.print(rows)
+        out.print(report.proofs_table(proofs))
     if any(item.false_alarms for item in proofs):
         raise typer.Exit(1)
 

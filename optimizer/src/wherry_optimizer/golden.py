@@ -1,11 +1,17 @@
 """Choosing golden vectors: inputs that prove a variant is itself, with tolerances that honest engines meet.
 
 For every candidate input each variant runs under every engine configuration at hand (optimization levels, threads, QDQ
-on and off, both TFLite runtimes). What moves between configurations is the price of honesty: the tolerance is ten times
-the largest such difference (`TOLERANCE_FACTOR`), at least 1e-4 of the output's range. Vectors are chosen so that every other
-variant of the bundle fails at least one, among the steadier half if those tell all variants apart, else among as many
-more as that takes: a saturated answer is steady because nothing moves it, a wrong variant included. Variants of the same
-format that nothing separates are reported (`Selection.unseparated`), since a mix-up of those would pass.
+on and off, both TFLite runtimes, places in a batch). What moves between configurations is the price of honesty: the tolerance is ten times
+the largest such difference (`TOLERANCE_FACTOR`), at least 1e-4 of the output's range, and labels are compared only where
+the best leads by more than that.
+
+Sensitive inputs and honest tolerances pull apart: an input near a decision border shows a wrong weight soonest, and moves most
+between honest engines; a saturated answer is steady because nothing moves it, a wrong variant included. So nothing
+is chosen by its looks alone. A shortlist holds what looks sensitive (near borders, where variants differ most from the source,
+extremes of range) beside what is steady; then all of it is run on the other variants and on files that were broken on purpose
+(`breaking`), and those are chosen, under the tolerance that they need, that notice most. First every other variant of the bundle has
+to fail at least one vector, then as many broken files as possible. What nothing separates is reported
+(`Selection.unseparated`), since a mix-up of those would pass; how many other broken files pass is measured by `proof`.
 
 An engine that cannot load a variant, or answers so differently that a tolerance for both would let anything pass (seen:
 dynamic-range int8 in tflite-runtime 2.14 and LiteRT 2.3 are 0.16 of the range apart), is not one that it was shown on:
@@ -16,28 +22,31 @@ answers otherwise is no golden vector.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from wherry_optimizer import breaking
 from wherry_shared import golden, limits
-from wherry_shared.bundle import EngineName, Format, Interface
+from wherry_shared.bundle import EngineName, Format, Interface, axis_bounds
 from wherry_shared.engines import ENGINES, load
 from wherry_shared.engines.canonical import Bound
 from wherry_shared.engines.errors import EngineFault
-from wherry_shared.errors import RefusedError
+from wherry_shared.errors import RefusedError, WherryError
 from wherry_shared.facts import EngineFacts
 from wherry_shared.golden import Expected, Golden, Tolerance, Vector
 
 Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
-_Pair = tuple[str, str]
-"""(variant, other)"""
+_Target = tuple[str, str]
+"""(variant, other), or (variant, what was broken in it)."""
 
 TOLERANCE_FACTOR = 10.0
 FLOOR_OF_RANGE = 1e-4
@@ -46,6 +55,15 @@ STEADY_SHARES = (0.5, 0.625, 0.75, 0.875, 1.0)
 that tells as many variants apart as any of them does."""
 ENGINE_MOVED_MAX = 0.02
 """Another engine that moves an output by more than this share of its range is left out."""
+TRIES = 5
+"""Broken files per variant that vectors are chosen by, the kinds in turn."""
+SEED = 1
+"""Of what is broken while choosing; `proof` measures by others."""
+SHORTLIST = 32
+"""So many candidates are run on broken files."""
+BATCH = 4
+BATCH_MOVED_MAX = 1e-3
+"""A variant that answers otherwise in a batch, by more than this share of the range, mixes its rows: that is no spread."""
 WORKERS = min(2, os.cpu_count() or 1)
 
 
@@ -81,6 +99,9 @@ class Configuration:
     engine: EngineName
     options: tuple[tuple[str, str | int | bool], ...] = ()
 
+    def __str__(self) -> str:
+        return " ".join([self.engine, *(f"{key}={value}" for key, value in self.options)])
+
 
 @dataclass(slots=True)
 class Runs:
@@ -94,6 +115,31 @@ class Runs:
     """Engines that loaded it and agree with the first."""
     left_out: dict[EngineName, str]
     """Engines that did not, and why."""
+    ways: dict[str, dict[str, npt.NDArray[np.float64]]] = field(default_factory=dict)
+    """Configuration → output → (candidates,): its differences from the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wrong:
+    """A file with one thing wrong, and what it answers."""
+
+    variant: str
+    what: str
+    outputs: Mapping[int, Tensors | None]
+    """By candidate; None where it does not run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """One golden vector and what it is good for."""
+
+    candidate: int
+    traits: tuple[str, ...]
+    """`border`, `error`, `extreme`, `steady`: why it was on the shortlist."""
+    tells: int
+    """Pairs of variants that it tells apart."""
+    notices: int
+    """Broken files that it notices, of those that were chosen by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +162,9 @@ class Selection:
     """(variant, other) of one format: the other passes all golden vectors of the variant."""
     left_out: Sequence[tuple[str, EngineName, str]]
     """(variant, engine, why): engines that the variant does not name."""
+    picked: Sequence[Picked] = ()
+    runs: Mapping[str, Runs] = field(default_factory=dict)
+    """Variant → what it gave for the candidates."""
 
 
 RunAll = Callable[[Runnable, Sequence[dict[str, Array]], Sequence[EngineFacts]], Runs]
@@ -130,6 +179,7 @@ def select(
     sampled_above: int,
     synthetic: bool,
     budgets: Mapping[str, int],
+    tries: int = TRIES,
     run: RunAll | None = None,
 ) -> Selection:
     """Run every variant on every candidate and choose.
@@ -142,6 +192,7 @@ def select(
         sampled_above: outputs with more elements are kept as samples of this many.
         synthetic: the candidates were made up.
         budgets: bytes that the golden vectors of a variant may take, by id.
+        tries: broken files per variant to choose by.
         run: in place of `run_all`, for a caller that remembers what it gave.
 
     Raises:
@@ -160,7 +211,15 @@ def select(
             consequence="no device could be held to it, so nothing was packed",
             next_step="give samples that the model decides clearly, by --inputs or as calibration data",
         )
-    order = _cover(_telling(variants, runs, ranked))
+    traits = shortlist(variants, runs, ranked)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        wrong = [
+            row
+            for rows in pool.map(lambda item: answers_of_broken(item, candidates, list(traits), tries, SEED), variants)
+            for row in rows
+        ]
+    tells = _telling(variants, runs, [index for index in ranked if index in traits], wrong)
+    order = _cover(tells, {(one.id, other.id) for one in variants for other in variants if one is not other})
     order = _within_budget(
         order[:vectors], variants, candidates=candidates, runs=runs, sampled_above=sampled_above, budgets=budgets
     )
@@ -178,7 +237,12 @@ def select(
         ]
         by_variant[item.id] = Chosen(golden.encode(made), len(order), separates, own.shown, tolerances)
     left_out = [(key, engine, why) for key, own in runs.items() for engine, why in own.left_out.items()]
-    return Selection(by_variant, unseparated, left_out)
+    names = {item.id for item in variants}
+    picked = []
+    for index in order:
+        pairs = sum(what in names for _, what in tells[index])
+        picked.append(Picked(index, tuple(traits[index]), pairs, len(tells[index]) - pairs))
+    return Selection(by_variant, unseparated, left_out, picked, runs)
 
 
 def budget(variant_bytes: int) -> int:
@@ -224,13 +288,17 @@ def run_all(variant: Runnable, candidates: Sequence[dict[str, Array]], available
     moved: dict[str, npt.NDArray[np.float64]] = {}
     shown: list[EngineName] = []
     left_out: dict[EngineName, str] = {}
+    ways: dict[str, dict[str, npt.NDArray[np.float64]]] = {}
     for configuration in configurations(variant, available):
         if configuration.engine in left_out:
             continue
         first = not outputs
+        together: list[dict[str, Array]] | None = None
         try:
             bound = variant.open(configuration.engine, **dict(configuration.options))
             results = [bound.run(candidate) for candidate in candidates]
+            if first:
+                together = _in_batches(bound, variant.interface, candidates)
         except EngineFault as error:
             if first or configuration.engine == shown[0]:
                 raise
@@ -241,15 +309,157 @@ def run_all(variant: Runnable, candidates: Sequence[dict[str, Array]], available
             outputs = results
             moved = {name: np.zeros(len(candidates)) for name in results[0]}
         differences = {name: _moved(name, outputs, results) for name in moved}
-        spans = {name: _span([row[name] for row in outputs]) for name in moved}
+        spans = {name: span_of([row[name] for row in outputs]) for name in moved}
         share = max(float(value.max()) / spans[name] for name, value in differences.items())
         if configuration.engine not in shown:
             if not first and share > ENGINE_MOVED_MAX:
                 left_out[configuration.engine] = f"moves an output by {share:.2f} of its range against {shown[0]}"
                 continue
             shown.append(configuration.engine)
+        if not first:
+            ways[str(configuration)] = differences
+        if together is not None:
+            differences = {name: _moved(name, outputs, together) for name in moved}
+            if all(float(value.max()) <= BATCH_MOVED_MAX * spans[name] for name, value in differences.items()):
+                ways[f"{configuration} batch={BATCH}"] = differences
+    for differences in ways.values():
         moved = {name: np.maximum(value, differences[name]) for name, value in moved.items()}
-    return Runs(outputs, moved, tuple(shown), left_out)
+    return Runs(outputs, moved, tuple(shown), left_out, ways)
+
+
+def _in_batches(
+    bound: Bound, interface: Interface, candidates: Sequence[dict[str, Array]]
+) -> list[dict[str, Array]] | None:
+    """Run candidates a few at a time; None where the interface has no batch, or not every row runs beside others."""
+    first = {spec.shape[0] if spec.shape else 1 for spec in (*interface.inputs, *interface.outputs)}
+    (axis,) = first if len(first) == 1 else (1,)
+    if not isinstance(axis, str) or bound.batch or any(spec.optional for spec in interface.inputs):
+        return None
+    low, high = axis_bounds(axis, interface)
+    if low > 1 or 0 < high < BATCH or any(len(value) != 1 for inputs in candidates for value in inputs.values()):
+        return None
+    groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    for index, inputs in enumerate(candidates):
+        groups.setdefault(tuple(inputs[spec.name].shape for spec in interface.inputs), []).append(index)
+    found: dict[int, dict[str, Array]] = {}
+    for group in groups.values():
+        for start in range(0, len(group), BATCH):
+            # the last ones are filled up with the first ones, so that all batches are as large
+            own = [group[(start + place) % len(group)] for place in range(BATCH)]
+            stacked = {
+                spec.name: np.concatenate([candidates[index][spec.name] for index in own]) for spec in interface.inputs
+            }
+            try:
+                outputs = bound.run(stacked)
+            except EngineFault:  # a file whose batch is free in name only: applications are told when they try
+                return None
+            if any(len(value) != BATCH for value in outputs.values()):
+                return None
+            for place, index in enumerate(own):
+                found.setdefault(index, {name: value[place : place + 1] for name, value in outputs.items()})
+    return [found[index] for index in range(len(candidates))]
+
+
+def shortlist(
+    variants: Sequence[Runnable], runs: Mapping[str, Runs], ranked: Sequence[int], count: int = SHORTLIST
+) -> dict[int, list[str]]:
+    """Return the candidates to try, with what each looks good for; every trait names its best in turn.
+
+    Args:
+        variants: of the bundle, the source first.
+        runs: what they gave.
+        ranked: candidates whose text does not move, the steadiest first.
+        count: at most so many.
+    """
+    border, error, extreme = _borders(variants[0], runs), _errors(variants, runs), _extremes(runs[variants[0].id])
+    orders = {
+        "border": sorted((index for index in ranked if np.isfinite(border[index])), key=lambda index: border[index]),
+        "error": sorted((index for index in ranked if error[index] > 0), key=lambda index: -error[index]),
+        "extreme": sorted(ranked, key=lambda index: -extreme[index]),
+        "steady": list(ranked),
+    }
+    found: dict[int, list[str]] = {}
+    for place in range(len(ranked)):
+        for trait, order in orders.items():
+            if place < len(order) and (order[place] in found or len(found) < count):
+                found.setdefault(order[place], []).append(trait)
+        if len(found) == count:
+            break
+    return found
+
+
+def _borders(source: Runnable, runs: Mapping[str, Runs]) -> npt.NDArray[np.float64]:
+    """Return how near each candidate is to a decision border: the lead of the best class, as a share of the range."""
+    outputs = runs[source.id].outputs
+    near = np.full(len(outputs), np.inf)
+    for spec in source.interface.outputs:
+        if not _decides(spec.labels, spec.shape) or any(golden.is_text(row[spec.name]) for row in outputs):
+            continue
+        span = span_of([row[spec.name] for row in outputs])
+        for index, row in enumerate(outputs):
+            value = row[spec.name].astype(np.float64)
+            if value.size and value.shape[-1] > 1:
+                top = np.sort(value, axis=-1)
+                near[index] = min(near[index], float((top[..., -1] - top[..., -2]).min()) / span)
+            elif value.size:  # one number that is yes or no: the border is half way
+                near[index] = min(near[index], float(np.abs(value - (value.max() + value.min()) / 2).min()) / span)
+    return near
+
+
+def _errors(variants: Sequence[Runnable], runs: Mapping[str, Runs]) -> npt.NDArray[np.float64]:
+    """Return how far the other variants are from the first one, as a share of the range."""
+    first = runs[variants[0].id].outputs
+    worst = np.zeros(len(first))
+    for item in variants[1:]:
+        for name in first[0]:
+            span = span_of([row[name] for row in first])
+            if all(one[name].shape == two[name].shape for one, two in zip(first, runs[item.id].outputs, strict=True)):
+                worst = np.maximum(worst, _moved(name, first, runs[item.id].outputs) / span)
+    return worst
+
+
+def _extremes(runs: Runs) -> npt.NDArray[np.float64]:
+    """Return how far the outputs of a candidate are from the middle of their range."""
+    far = np.zeros(len(runs.outputs))
+    for name in runs.outputs[0]:
+        if any(golden.is_text(row[name]) for row in runs.outputs):
+            continue
+        span = span_of([row[name] for row in runs.outputs])
+        highs = np.array([float(row[name].astype(np.float64).max(initial=-np.inf)) for row in runs.outputs])
+        lows = np.array([float(row[name].astype(np.float64).min(initial=np.inf)) for row in runs.outputs])
+        far = np.maximum(far, np.nan_to_num(np.maximum(highs - np.median(highs), np.median(lows) - lows)) / span)
+    return far
+
+
+def answers_of_broken(
+    item: Runnable, candidates: Sequence[dict[str, Array]], indices: Sequence[int], tries: int, seed: int
+) -> list[Wrong]:
+    """Break a variant in several ways and run what comes of it."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"broken.{item.format}"
+        for number, (kind, data) in enumerate(breaking.broken(item.path.read_bytes(), item.format, tries, seed)):
+            path.write_bytes(data)
+            found.append(Wrong(item.id, f"{kind} {number}", answers(replace(item, path=path), candidates, indices)))
+    return found
+
+
+def answers(
+    item: Runnable, candidates: Sequence[dict[str, Array]], indices: Sequence[int]
+) -> dict[int, Tensors | None]:
+    """Run candidates; what does not load or run gives None, which a device refuses as well."""
+    try:
+        bound = item.open()
+    except WherryError:
+        return dict.fromkeys(indices)
+    found: dict[int, Tensors | None] = {}
+    for index in indices:
+        try:
+            found[index] = bound.run(candidates[index])
+        except EngineFault:
+            found[index] = None
+    bound.close()
+    return found
 
 
 def _moved(name: str, first: Sequence[Tensors], other: Sequence[Tensors]) -> npt.NDArray[np.float64]:
@@ -275,46 +485,64 @@ def _steadiest_first(runs: Mapping[str, Runs], count: int) -> list[int]:
     stable = np.ones(count, np.bool_)
     for own in runs.values():
         for name, moved in own.moved.items():
-            span = _span([outputs[name] for outputs in own.outputs])
+            span = span_of([outputs[name] for outputs in own.outputs])
             worst = np.maximum(worst, moved / span)
             if any(golden.is_text(outputs[name]) for outputs in own.outputs):
                 stable &= moved == 0
     return [int(index) for index in np.argsort(worst, kind="stable") if stable[index]]
 
 
-def _telling(variants: Sequence[Runnable], runs: Mapping[str, Runs], ranked: Sequence[int]) -> dict[int, set[_Pair]]:
-    """Return candidate → pairs (variant, other) that it tells apart, for the candidates to choose from, steadiest first.
+def _telling(
+    variants: Sequence[Runnable], runs: Mapping[str, Runs], ranked: Sequence[int], wrong: Sequence[Wrong] = ()
+) -> dict[int, set[_Target]]:
+    """Return candidate → what it tells apart, for the candidates to choose from, steadiest first.
 
-    Every candidate that is let in may widen the tolerance for all of them: no more are let in than the pairs need.
+    Every candidate that is let in may widen the tolerance for all of them: no more are let in, beyond those that widen none, than that takes. Variants
+    that are told apart count first, then broken files.
     """
-    best: dict[int, set[_Pair]] = {}
-    most = -1
+    best: dict[int, set[_Target]] = {}
+    most, widest = (-1, -1), np.inf
+    names = {item.id for item in variants}
     for share in STEADY_SHARES:
         chosen = ranked[: max(1, round(len(ranked) * share))]
-        tells = _tells(variants, runs, chosen)
-        told = len(set().union(*tells.values()))
-        if told > most:
-            best, most = tells, told
-        if most == len(variants) * (len(variants) - 1):
-            break
+        tells = _tells(variants, runs, chosen, wrong)
+        told = set().union(*tells.values())
+        pairs = sum(what in names for _, what in told)
+        found = (pairs, len(told) - pairs)
+        wide = max(
+            bound.atol / (span_of([runs[item.id].outputs[index][name] for index in chosen]) or 1.0)
+            for item in variants
+            for name, bound in _tolerances(item, runs[item.id], chosen).items()
+        )
+        if found > most or (found == most and wide <= widest):  # those that cost nothing are welcome
+            best, most, widest = tells, found, wide
     return best
 
 
-def _tells(variants: Sequence[Runnable], runs: Mapping[str, Runs], indices: Sequence[int]) -> dict[int, set[_Pair]]:
-    """Return candidate → pairs (variant, other) that it tells apart under the tolerances that all of `indices` need."""
-    tells: dict[int, set[_Pair]] = {index: set() for index in indices}
+def _tells(
+    variants: Sequence[Runnable], runs: Mapping[str, Runs], indices: Sequence[int], wrong: Sequence[Wrong]
+) -> dict[int, set[_Target]]:
+    """Return candidate → what it tells apart under the tolerances that all of `indices` need."""
+    tells: dict[int, set[_Target]] = {index: set() for index in indices}
     for item in variants:
         bounds = _tolerances(item, runs[item.id], indices)
         for other in variants:
             if item.id == other.id:
                 continue
             for index in indices:
-                if _differs(runs[item.id].outputs[index], runs[other.id].outputs[index], bounds):
+                if differs(runs[item.id].outputs[index], runs[other.id].outputs[index], bounds):
                     tells[index].add((item.id, other.id))
+        for row in wrong:
+            if row.variant != item.id:
+                continue
+            for index in indices:
+                outputs = row.outputs[index]
+                if outputs is None or differs(runs[item.id].outputs[index], outputs, bounds):
+                    tells[index].add((item.id, row.what))
     return tells
 
 
-def _span(values: Sequence[Array]) -> float:
+def span_of(values: Sequence[Array]) -> float:
     """Return the range of an output over vectors; of a constant its size, so that a tolerance is never zero; of text 1."""
     if any(golden.is_text(value) for value in values):
         return 1.0
@@ -332,28 +560,36 @@ def _tolerances(variant: Runnable, runs: Runs, indices: Sequence[int]) -> dict[s
         if spec.datatype == golden.TEXT:
             found[spec.name] = Tolerance(golden.EXACT, golden.EXACT)
             continue
-        span = _span([runs.outputs[index][spec.name] for index in indices])
+        span = span_of([runs.outputs[index][spec.name] for index in indices])
         moved = float(runs.moved[spec.name][list(indices)].max())
         atol = max(TOLERANCE_FACTOR * moved, FLOOR_OF_RANGE * span)
-        classes = spec.labels is not None or len(spec.shape) == 2
+        classes = _decides(spec.labels, spec.shape)
         found[spec.name] = Tolerance(atol=atol, rtol=0.0, argmax_margin=atol if classes else None)
     return found
 
 
-def _cover(tells: Mapping[int, set[_Pair]]) -> list[int]:
-    """Order candidates: first a greedy cover of all pairs (variant, other) by vectors that tell them apart."""
-    open_pairs = set().union(*tells.values())
+def _decides(labels: Sequence[str] | None, shape: Sequence[int | str]) -> bool:
+    """Tell whether the largest entry of an output is a decision."""
+    return labels is not None or len(shape) == 2
+
+
+def _cover(tells: Mapping[int, set[_Target]], first: AbstractSet[_Target] = frozenset()) -> list[int]:
+    """Order candidates: a greedy cover of `first` (the pairs of variants), then of all else, then what tells most."""
     order: list[int] = []
     rest = list(tells)
-    while open_pairs:
-        best = max(rest, key=lambda index: len(tells[index] & open_pairs))
-        order.append(best)
-        rest.remove(best)
-        open_pairs -= tells[best]
-    return order + rest
+    told = set().union(*tells.values())
+    for wanted in (told & first, told - first):
+        left = wanted - set().union(*(tells[index] for index in order))
+        while left:
+            best = max(rest, key=lambda index: len(tells[index] & left))
+            order.append(best)
+            rest.remove(best)
+            left -= tells[best]
+    return order + sorted(rest, key=lambda index: -len(tells[index]))
 
 
-def _differs(want: Tensors, have: Tensors, tolerances: Mapping[str, Tolerance]) -> bool:
+def differs(want: Tensors, have: Tensors, tolerances: Mapping[str, Tolerance]) -> bool:
+    """Tell whether any output is beyond its tolerance."""
     return any(
         golden.compare(0, name, Expected(value, value.shape), tolerances[name], have.get(name)) is not None
         for name, value in want.items()

@@ -20,7 +20,7 @@ import msgspec
 
 from wherry_optimizer import assets, bundling, data, evaluate, gate, passes
 from wherry_optimizer import interface as interfaces
-from wherry_optimizer.bundling import Made
+from wherry_optimizer.bundling import Bundled, Made
 from wherry_optimizer.data import Dataset
 from wherry_optimizer.golden import WORKERS, Runnable
 from wherry_optimizer.model import Model, load
@@ -60,14 +60,22 @@ class Refused:
 class BuildResult:
     """What a build made and what it kept out."""
 
-    packed: Packed
+    bundled: Bundled
     refused: tuple[Refused, ...]
     notes: dict[str, list[dict[str, Any]]]
     """What the passes of each variant said."""
     dataset: dict[str, Any]
     """Metric, description, digest and counts of the data."""
-    left_out: tuple[tuple[str, str, str], ...] = ()
-    """(variant, engine, why): engines that a variant does not name, see `golden.Selection`."""
+
+    @property
+    def packed(self) -> Packed:
+        """The bundle, read."""
+        return self.bundled.packed
+
+    @property
+    def left_out(self) -> tuple[tuple[str, str, str], ...]:
+        """(variant, engine, why): engines that a variant does not name, see `golden.Selection`."""
+        return tuple(self.bundled.selection.left_out)
 
     @property
     def path(self) -> Path:
@@ -180,11 +188,10 @@ class _Build:
             )
         told = {"metric": dataset.metric, "description": dataset.description, "digest": dataset.digest}
         return BuildResult(
-            bundled.packed,
+            bundled,
             tuple(self.refused),
             {item.id: item.notes for item in made},
             told | dataset.notes,
-            tuple(bundled.selection.left_out),
         )
 
     def pass_parameters(self) -> dict[tuple[str, int], tuple[passes.PassInfo, msgspec.Struct]]:

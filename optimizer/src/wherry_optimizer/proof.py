@@ -1,41 +1,66 @@
 """How good the golden vectors of a bundle are: measured false alarms and misses.
 
 A false alarm is a way to run a variant, of those at hand, in which it misses its own vectors: an honest device would refuse
-it. A miss is a file with broken weights that passes them. Three ways of breaking are tried, each at places drawn by the seed: a
-high bit of one weight turned, a slice of a weight zeroed, two slices exchanged. Digests catch all of that on the way to a
-device; golden vectors stand for what digests cannot see, an engine or a CPU that computes something else, and this says how
-fine a net they are.
+it. Tolerances come from those very ways, so each way is also held out: would it alarm if the tolerance came from the others
+alone? That is the best guess at hand for a CPU that nobody has seen.
+
+A miss is a file with one thing wrong (`breaking`, at other places than those that vectors were chosen by), or another
+variant of the same format, that passes. Where samples are at hand, a miss that none of them shows either is *unseen*: the
+weight that is broken decides nothing on such data. Misses count for the share; what is unseen is told beside it.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-from onnx import TensorProto, numpy_helper
 
-from wherry_optimizer.golden import Runnable, configurations
-from wherry_optimizer.model import subgraphs
+from wherry_optimizer import breaking
+from wherry_optimizer.golden import (
+    FLOOR_OF_RANGE,
+    TOLERANCE_FACTOR,
+    Runnable,
+    Selection,
+    answers,
+    configurations,
+    differs,
+    span_of,
+)
+from wherry_optimizer.recipe import BROKEN
 from wherry_shared import golden
-from wherry_shared.bundle import GOLDEN_TYPE, Descriptor, Format
+from wherry_shared.bundle import GOLDEN_TYPE, Descriptor
 from wherry_shared.engines import probe
 from wherry_shared.errors import WherryError
 from wherry_shared.facts import EngineFacts
+from wherry_shared.golden import Golden
 from wherry_shared.image_layout import Layout
 
 Array = npt.NDArray[Any]
 
-KINDS = ("bit", "zeroed", "exchanged")
-TRIES = 12
-"""Broken files per variant, the kinds in turn."""
-ELEMENTS_MIN = 64
-"""Smaller weights are not broken: most of them are shapes and scales."""
+SEED = 2
+MISSES_MAX = 0.25
+"""Share of noticeable broken files and mix-ups that may pass before a build warns; `golden.misses_max` of a recipe refuses."""
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """What became of broken files of one kind."""
+
+    caught: int = 0
+    missed: int = 0
+    """Passed the vectors, though another sample shows that they are wrong, or none was at hand to ask."""
+    unseen: int = 0
+    """Passed, and no sample at hand shows that they are wrong."""
+
+    @property
+    def tried(self) -> int:
+        """All of them."""
+        return self.caught + self.missed + self.unseen
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +69,42 @@ class Proof:
 
     variant: str
     ways: int
-    """Engines, thread counts and optimization levels that it was run in."""
+    """Engines, thread counts, optimization levels and places in a batch that it was run in."""
     false_alarms: list[str]
     """Ways in which it missed its own vectors."""
-    broken: dict[str, tuple[int, int]]
-    """Kind → (caught, tried)."""
+    held_out: list[str]
+    """Ways that would have been false alarms if the tolerance had been made without them."""
+    broken: dict[str, Count]
+    """By kind of `breaking`."""
+    mixed_up: dict[str, bool] = field(default_factory=dict)
+    """Other variant of the format → whether a mix-up with it is noticed."""
+
+    @property
+    def misses(self) -> float:
+        """Share of what could be noticed, broken files and mix-ups, that passed."""
+        missed = sum(count.missed for count in self.broken.values()) + sum(not one for one in self.mixed_up.values())
+        caught = sum(count.caught for count in self.broken.values()) + sum(self.mixed_up.values())
+        return missed / (missed + caught) if missed + caught else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values."""
-        broken = {kind: {"caught": caught, "tried": tried} for kind, (caught, tried) in self.broken.items()}
-        return {"variant": self.variant, "ways": self.ways, "false_alarms": self.false_alarms, "broken": broken}
+        broken = {
+            kind: {"caught": one.caught, "missed": one.missed, "unseen": one.unseen, "tried": one.tried}
+            for kind, one in self.broken.items()
+        }
+        return {
+            "variant": self.variant,
+            "ways": self.ways,
+            "false_alarms": self.false_alarms,
+            "held_out": self.held_out,
+            "broken": broken,
+            "mixed_up": self.mixed_up,
+            "misses": round(self.misses, 4),
+        }
 
 
 def prove(
-    bundle: Path, *, tries: int = TRIES, seed: int = 0, engines: Sequence[EngineFacts] | None = None
+    bundle: Path, *, tries: int = BROKEN, seed: int = SEED, engines: Sequence[EngineFacts] | None = None
 ) -> list[Proof]:
     """Measure the golden vectors of every variant of a bundle.
 
@@ -73,11 +120,10 @@ def prove(
     layout = Layout(bundle)
     config = layout.bundle()[2]
     engines = probe() if engines is None else engines
-    found: list[Proof] = []
+    rows: list[tuple[Runnable, Golden]] = []
     for variant in config.variants:
         index = variant.golden
         descriptor = Descriptor(media_type=GOLDEN_TYPE, digest=index.digest, size=index.bytes)
-        vectors = golden.decode(layout.read(descriptor, index.bytes))
         runnable = Runnable(
             id=variant.id,
             path=layout.path(variant.digest),
@@ -89,118 +135,179 @@ def prove(
             engines=tuple(item.name for item in variant.engines),
             quantized=variant.precision.startswith("int"),
         )
-        found.append(_prove_one(runnable, vectors, engines, tries, seed))
+        rows.append((runnable, golden.decode(layout.read(descriptor, index.bytes))))
+    found = []
+    for runnable, vectors in rows:
+        moved, alarms = _ways(runnable, vectors, engines)
+        mixed_up = {
+            other.id: not _passes(other, vectors)
+            for other, _ in rows
+            if other.id != runnable.id and other.format == runnable.format
+        }
+        found.append(
+            Proof(
+                runnable.id,
+                len(moved),
+                alarms,
+                held_out(moved, vectors),
+                count_broken(runnable, vectors, tries, seed),
+                mixed_up,
+            )
+        )
     return found
 
 
-def _prove_one(
-    runnable: Runnable, vectors: golden.Golden, engines: Sequence[EngineFacts], tries: int, seed: int
+def of_selection(
+    runnable: Runnable,
+    selection: Selection,
+    candidates: Sequence[dict[str, Array]],
+    alike: Sequence[str],
+    tries: int,
+    seed: int = SEED,
 ) -> Proof:
-    ways = configurations(runnable, engines)
-    alarms = []
-    for way in ways:
-        if not _passes(lambda way=way: runnable.open(way.engine, **dict(way.options)), vectors):  # type: ignore[misc]
-            alarms.append(" ".join([way.engine, *(f"{key}={value}" for key, value in way.options)]))
-    counts = {kind: [0, 0] for kind in KINDS}
+    """Measure the golden vectors of a variant that were just chosen.
+
+    Args:
+        runnable: the variant.
+        selection: what was chosen.
+        candidates: what it was chosen from.
+        alike: the other variants of its format.
+        tries: broken files.
+        seed: of the places that are broken.
+    """
+    own, chosen = selection.runs[runnable.id], selection.by_variant[runnable.id]
+    vectors = golden.decode(chosen.encoded)
+    indices = [one.candidate for one in selection.picked]
+    moved = {
+        way: {name: float(values[indices].max()) for name, values in outputs.items()}
+        for way, outputs in own.ways.items()
+    }
+    alarms = [
+        way
+        for way, outputs in moved.items()
+        if any(most > vectors.tolerances[name].atol for name, most in outputs.items())
+    ]
+    return Proof(
+        runnable.id,
+        len(moved) + 1,
+        alarms,
+        held_out(moved, vectors),
+        count_broken(runnable, vectors, tries, seed, candidates, own.outputs),
+        {other: other in chosen.separates for other in alike},
+    )
+
+
+def held_out(ways: Mapping[str, Mapping[str, float]], vectors: Golden) -> list[str]:
+    """Return the ways that would miss if tolerances came from the other ways alone.
+
+    Args:
+        ways: way → output → its largest difference from what is expected, over the vectors.
+        vectors: what is expected.
+    """
+    found = []
+    for way, moved in ways.items():
+        for name, most in moved.items():
+            others = max((other[name] for key, other in ways.items() if key != way), default=0.0)
+            span = span_of([vector.expected[name].values for vector in vectors.vectors])
+            if most > max(TOLERANCE_FACTOR * others, FLOOR_OF_RANGE * span):
+                found.append(way)
+                break
+    return found
+
+
+def count_broken(
+    runnable: Runnable,
+    vectors: Golden,
+    tries: int,
+    seed: int,
+    candidates: Sequence[dict[str, Array]] = (),
+    expected: Sequence[Mapping[str, Array]] = (),
+) -> dict[str, Count]:
+    """Count how many broken files the vectors of a variant notice.
+
+    Args:
+        runnable: the variant.
+        vectors: its golden vectors.
+        tries: broken files.
+        seed: of the places that are broken.
+        candidates: samples that may show that a file which passed is wrong all the same; none: nothing is unseen.
+        expected: what the variant itself gives for them.
+    """
+    counts = dict.fromkeys(breaking.KINDS, Count())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"broken.{runnable.format}"
-        for kind, data in broken(runnable.path.read_bytes(), runnable.format, tries, seed):
+        for kind, data in breaking.broken(runnable.path.read_bytes(), runnable.format, tries, seed):
             path.write_bytes(data)
-            other = Runnable(
-                **{name: getattr(runnable, name) for name in Runnable.__dataclass_fields__ if name != "path"}, path=path
+            other = replace(runnable, path=path)
+            count = counts[kind]
+            if not _passes(other, vectors):
+                count = replace(count, caught=count.caught + 1)
+            elif candidates and not _shown(other, vectors, candidates, expected):
+                count = replace(count, unseen=count.unseen + 1)
+            else:
+                count = replace(count, missed=count.missed + 1)
+            counts[kind] = count
+    return counts
+
+
+def _shown(
+    other: Runnable, vectors: Golden, candidates: Sequence[dict[str, Array]], expected: Sequence[Mapping[str, Array]]
+) -> bool:
+    """Tell whether any sample shows that a file is not the variant, by the tolerances of the vectors."""
+    found = answers(other, candidates, range(len(candidates)))
+    return any(
+        outputs is None or differs(expected[index], outputs, vectors.tolerances) for index, outputs in found.items()
+    )
+
+
+def _ways(
+    runnable: Runnable, vectors: Golden, engines: Sequence[EngineFacts]
+) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Run a variant in every way; return way → output → largest difference, and the ways that miss."""
+    moved: dict[str, dict[str, float]] = {}
+    alarms = []
+    for way in configurations(runnable, engines):
+        try:
+            bound = runnable.open(way.engine, **dict(way.options))
+            outputs = [bound.run(dict(vector.inputs)) for vector in vectors.vectors]
+            bound.close()
+        except WherryError:
+            alarms.append(str(way))
+            continue
+        misses = [
+            golden.compare(index, name, expected, vectors.tolerances[name], outputs[index].get(name))
+            for index, vector in enumerate(vectors.vectors)
+            for name, expected in vector.expected.items()
+        ]
+        if any(miss is not None for miss in misses):
+            alarms.append(str(way))
+        moved[str(way)] = {
+            name: max(
+                _distance(vector.expected[name], outputs[index].get(name))
+                for index, vector in enumerate(vectors.vectors)
             )
-            counts[kind][1] += 1
-            counts[kind][0] += not _passes(other.open, vectors)
-    return Proof(runnable.id, len(ways), alarms, {kind: (caught, tried) for kind, (caught, tried) in counts.items()})
+            for name in vectors.tolerances
+        }
+    return moved, alarms
 
 
-def _passes(open_: Callable[[], Any], vectors: golden.Golden) -> bool:
+def _distance(expected: golden.Expected, output: Array | None) -> float:
+    if output is None or tuple(output.shape) != expected.shape:
+        return np.inf
+    values = output if expected.sample is None else output.reshape(-1)[expected.sample.indices(output.size)]
+    if golden.is_text(values):
+        return float(golden.text_differences(values, expected.values) > 0)
+    gap = np.abs(values.astype(np.float64) - expected.values.astype(np.float64))
+    return float(gap.max(initial=0.0))
+
+
+def _passes(runnable: Runnable, vectors: Golden) -> bool:
     """Tell whether a file loads, runs and gives what is expected."""
     try:
-        bound = open_()
-        misses = golden.check(vectors, bound.run)
+        bound = runnable.open()
+        # one vector after another: most of what is wrong shows in the first
+        passed = not any(golden.check(Golden((vector,), vectors.tolerances), bound.run) for vector in vectors.vectors)
         bound.close()
     except WherryError:
         return False
-    return not misses
-
-
-def broken(data: bytes, format_: Format, tries: int, seed: int) -> Iterator[tuple[str, bytes]]:
-    """Yield (kind, file) with one weight broken each; fewer where a model has hardly any weights."""
-    rng = np.random.default_rng(seed)
-    for number in range(tries):
-        kind = KINDS[number % len(KINDS)]
-        made = _broken_onnx(data, kind, rng) if format_ == "onnx" else _broken_tflite(data, kind, rng)
-        if made is not None:
-            yield kind, made
-
-
-def break_weights(values: Array, kind: str, rng: np.random.Generator) -> Array:
-    """Return a copy of a weight that is broken in one place, different from the original unless all its values are alike."""
-    made = np.array(values)
-    if kind == "bit":
-        flat = made.reshape(-1).view(f"u{made.itemsize}")
-        place = int(rng.integers(flat.size))
-        flat[place] ^= flat.dtype.type(1 << (8 * made.itemsize - 2))
-        return made
-    rows = made.reshape(len(made), -1) if made.ndim > 1 and len(made) > 1 else made.reshape(-1, 1)
-    one, two = rng.choice(len(rows), 2, replace=False)
-    if kind == "zeroed":
-        rows[one] = 0
-    else:
-        rows[[one, two]] = rows[[two, one]]
-    return rows.reshape(made.shape)
-
-
-def _draw(sizes: Sequence[int], rng: np.random.Generator) -> int:
-    """Return an index, large weights more often."""
-    weights = np.asarray(sizes, dtype=np.float64)
-    return int(rng.choice(len(weights), p=weights / weights.sum()))
-
-
-def _broken_onnx(data: bytes, kind: str, rng: np.random.Generator) -> bytes | None:
-    model = onnx.load_from_string(data)
-    kinds = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8, TensorProto.UINT8)
-    tensors = [
-        tensor
-        for graph in subgraphs(model.graph)
-        for tensor in (
-            *graph.initializer,
-            *(item.t for node in graph.node for item in node.attribute if item.type == onnx.AttributeProto.TENSOR),
-        )
-        if tensor.data_type in kinds and int(np.prod(tensor.dims)) >= ELEMENTS_MIN
-    ]
-    if not tensors:
-        return None
-    tensor = tensors[_draw([int(np.prod(one.dims)) for one in tensors], rng)]
-    made = break_weights(numpy_helper.to_array(tensor), kind, rng)
-    tensor.CopyFrom(numpy_helper.from_array(made, tensor.name))
-    return bytes(model.SerializeToString())
-
-
-def _broken_tflite(data: bytes, kind: str, rng: np.random.Generator) -> bytes | None:
-    import flatbuffers
-    from ai_edge_litert import schema_py_generated as schema
-
-    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(data, 0))
-    types = {
-        schema.TensorType.FLOAT32: np.float32,
-        schema.TensorType.FLOAT16: np.float16,
-        schema.TensorType.INT8: np.int8,
-    }
-    tensors = []
-    for graph in model.subgraphs:
-        for tensor in graph.tensors:
-            held = model.buffers[tensor.buffer].data
-            size = int(np.prod(tensor.shape)) if tensor.shape is not None and len(tensor.shape) else 0
-            if tensor.type in types and held is not None and size >= ELEMENTS_MIN:
-                tensors.append((tensor, size))
-    if not tensors:
-        return None
-    tensor, _ = tensors[_draw([size for _, size in tensors], rng)]
-    buffer = model.buffers[tensor.buffer]
-    values = np.asarray(buffer.data, dtype=np.uint8).view(types[tensor.type]).reshape(list(tensor.shape))
-    buffer.data = np.ascontiguousarray(break_weights(values, kind, rng)).reshape(-1).view(np.uint8)
-    builder = flatbuffers.Builder(len(data))
-    builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
-    return bytes(builder.Output())
+    return passed

@@ -109,6 +109,10 @@ class Gate(_Frozen, frozen=True, kw_only=True):
     drop_max: Share = 0.01
 
 
+BROKEN = 20
+"""Broken files per variant by which golden vectors are measured."""
+
+
 class GoldenOf(_Frozen, frozen=True, kw_only=True):
     """How many golden vectors a variant gets at most; the byte budget may allow fewer."""
 
@@ -116,6 +120,10 @@ class GoldenOf(_Frozen, frozen=True, kw_only=True):
     candidates: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 96
     sampled_above: Count = 4096
     """Outputs with more elements than this are kept as samples of this many."""
+    broken: Annotated[int, msgspec.Meta(ge=0, le=1000)] = BROKEN
+    """Files with one thing wrong, per variant, by which the vectors are measured."""
+    misses_max: Share | None = None
+    """Refuse the bundle where more than this share of them passes; without, a build only warns."""
 
 
 class MeasureOf(_Frozen, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -9,7 +10,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from wherry_optimizer import breaking, proof
+from wherry_optimizer.bundling import Bundled
 from wherry_optimizer.pipeline import BuildResult
+from wherry_optimizer.proof import Proof
 from wherry_shared.bundle import Config, Operation, TensorSpec, Variant
 
 SHOWN_CHARS_MAX = 60
@@ -62,6 +66,7 @@ def refused(result: BuildResult) -> Text:
     lines = [f"refused {item.id}: {item.why} [{item.code}]" for item in result.refused]
     lines += [f"note: no golden vector of {one} tells it from {other}" for one, other in result.packed.unseparated]
     lines += [f"note: {one} does not name {engine}, which {why}" for one, engine, why in result.left_out]
+    lines += [f"WARNING: {warning}" for warning in result.bundled.blind]
     return Text("\n".join(lines))
 
 
@@ -80,7 +85,39 @@ def as_dict(result: BuildResult) -> dict[str, Any]:
         "refused": [item.as_dict() for item in result.refused],
         "left_out": [list(row) for row in result.left_out],
         "unseparated": [list(pair) for pair in result.packed.unseparated],
+        "golden": golden_dict(result.bundled),
     }
+
+
+def golden_dict(bundled: Bundled) -> dict[str, Any]:
+    """Return how golden vectors were chosen and what they were measured to notice, as plain values."""
+    return {
+        "vectors": [
+            {"candidate": one.candidate, "traits": list(one.traits), "tells": one.tells, "notices": one.notices}
+            for one in bundled.selection.picked
+        ],
+        "proofs": [one.as_dict() for one in bundled.proofs],
+        "tolerances": {
+            key: {name: tolerance.atol for name, tolerance in chosen.tolerances.items()}
+            for key, chosen in bundled.selection.by_variant.items()
+        },
+        "misses_warned_above": proof.MISSES_MAX,
+    }
+
+
+def proofs_table(proofs: Sequence[Proof]) -> Table:
+    """Return a row per variant: what its golden vectors notice."""
+    rows = Table("variant", "ways to run it", "false alarms", "if held out", "mixed up", *breaking.KINDS, "missed")
+    for item in proofs:
+        caught = [
+            f"{one.caught} of {one.tried}" + (f" ({one.unseen} unseen)" if one.unseen else "")
+            for one in item.broken.values()
+        ]
+        mixed = f"{sum(item.mixed_up.values())} of {len(item.mixed_up)}" if item.mixed_up else "–"
+        alarms = ", ".join(item.false_alarms) or "none"
+        held = f"{len(item.held_out)} of {item.ways}"
+        rows.add_row(item.variant, str(item.ways), alarms, held, mixed, *caught, f"{item.misses:.0%}")
+    return rows
 
 
 def variant_dict(variant: Variant) -> dict[str, Any]:
