@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 
+from tests.server.fleet_kit import enrol_rows
 from tests.server.harness import Running, release
 from tests.server.test_cli import said, wherry
 from tests.server.test_rollout import plans
 from wherry_server import desired
+from wherry_server.db.database import Database
 from wherry_server.plan import Plan
 from wherry_server.plan_schema import wish_schema
+from wherry_shared import ids
 from wherry_shared.errors import RefusedError
 
 TOML = """
@@ -118,6 +122,38 @@ def test_flags_and_their_rollouts_are_applied_once_and_changed_as_the_files_say(
     assert (refused.returncode, "[flag_in_use]" in refused.stderr) == (1, True), refused.stderr
 
 
+async def _enrol(server: Running) -> None:
+    database = Database.open(server.settings.database_url)
+    try:
+        await enrol_rows(database, [ids.new_device_id()])
+    finally:
+        await database.close()
+
+
+def test_a_static_cohort_is_made_once_and_becomes_live_where_the_files_say_so(server: Running, tmp_path: Path) -> None:
+    file = tmp_path / "cohorts.toml"
+    text = '[[cohorts]]\nname = "applied-static"\nselector = "all"\n'
+    asyncio.run(_enrol(server))
+    before: Any = said(server, "cohort", "preview", "all")
+    command = ("apply", "-f", str(tmp_path))
+
+    def done() -> list[tuple[str, str, Any]]:
+        found: Any = said(server, *command, "--yes")
+        return [(one["do"], one["name"], one["after"]) for one in found["changes"]]
+
+    static = {"selector": "all", "static": True}
+    file.write_text(f"{text}static = true\n")
+    assert done() == [("create", "applied-static", static)]
+    shown: Any = said(server, "cohort", "show", "applied-static")
+    assert (shown["kept"], shown["kept_from"]) == (before["devices"], "all")
+    assert done() == [], "it keeps whom it took"
+    file.write_text(text)
+    assert done() == [("change", "applied-static", {"selector": "all"})]
+    assert done() == []
+    file.write_text(f"{text}static = true\n")
+    assert done() == [("change", "applied-static", static)]
+
+
 @pytest.mark.parametrize(
     ("files", "code"),
     [
@@ -128,6 +164,7 @@ def test_flags_and_their_rollouts_are_applied_once_and_changed_as_the_files_say(
         ({"a.yaml": YAML, "b.yml": YAML}, "apply_invalid"),
         ({"a.json": '{"rollouts": [{"models": []}]}'}, "apply_invalid"),
         ({"a.json": '{"cohorts": [{"name": "x"}]}'}, "apply_invalid"),
+        ({"a.json": '{"cohorts": [{"name": "x", "selector": "all", "static": "yes"}]}'}, "apply_invalid"),
     ],
 )
 def test_files_that_make_no_sense_are_refused(tmp_path: Path, files: dict[str, str], code: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.server.fleet_kit import PROJECT, fleet, manifest_of, run
-from wherry_server import cohorts, flag_values
+from wherry_server import cohorts, flag_book, flag_values, kept_lists
 from wherry_server.cohorts import STATIC_MAX
 from wherry_server.flags import parse_flag, ready
 from wherry_server.fleet import Filter, list_devices
@@ -83,5 +83,58 @@ def test_a_static_cohort_of_nobody_or_of_too_many_is_refused(tmp_path: Path, mon
                 assert caught.value.code == "cohort_static"
             assert await found.rows("SELECT 1 FROM kept_member") == []
             assert await found.rows("SELECT 1 FROM cohort") == []
+
+    run(work())
+
+
+@pytest.mark.backends
+def test_a_list_goes_when_two_looks_in_a_row_find_nothing_that_refers_to_it(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            await found.enrol(3, version="1.0.0", site="north")
+
+            async def keep(name: str) -> str:
+                made = await cohorts.save(found.database, PROJECT, "us", name, NORTH, replace=False, static=True)
+                return str(made["selector"])
+
+            async def left() -> set[str]:
+                rows = await found.rows("SELECT DISTINCT list_id FROM kept_member")
+                return {name for name, named in made.items() if named in {f"kept.{row.list_id} = true" for row in rows}}
+
+            made = {name: await keep(name) for name in ("cohort", "flag", "rollout", "nobody")}
+            wish = {"name": "f", "type": "boolean", "variants": {"on": True, "off": False}, "default": "off"}
+            wish["rules"] = [{"when": f"not ({made['flag']})", "variant": "on"}]
+            await flag_book.save(found.database, PROJECT, "us", wish, replace=False)
+            number = await found.roll_out("1.1.0", selector="", cohort="rollout", start=False, stages=[{"share": 1.0}])
+            for name in ("flag", "rollout", "nobody"):
+                await cohorts.remove(found.database, PROJECT, "us", name)
+
+            suspects = await kept_lists.collect(found.database, PROJECT, frozenset())
+            assert [f"kept.{one} = true" for one in suspects] == [made["nobody"]]
+            assert await left() == set(made), "one look is not enough"
+            assert await kept_lists.collect(found.database, PROJECT, suspects) == frozenset()
+            assert await left() == {"cohort", "flag", "rollout"}
+            (told,) = await found.rows("SELECT subject FROM audit_entry WHERE action = 'cohort.collect'")
+            assert f"kept.{told.subject} = true" == made["nobody"]
+
+            async def looks(times: int) -> set[str]:
+                suspects: frozenset[str] = frozenset()
+                for _ in range(times):
+                    suspects = await kept_lists.collect(found.database, PROJECT, suspects)
+                return await left()
+
+            await found.command(number, "start")
+            await found.until(number, "done")
+            assert await looks(3) == {"cohort", "flag", "rollout"}, "a release that is done takes newcomers"
+            await found.command(number, "revert")
+            await found.until(number, "reverted")
+            assert await looks(2) == {"cohort", "flag"}
+            await flag_book.remove(found.database, PROJECT, "us", "f")
+            suspects = await kept_lists.collect(found.database, PROJECT, frozenset())
+            again = made["flag"]  # somebody names it meanwhile
+            await cohorts.save(found.database, PROJECT, "us", "again", again, replace=False)
+            assert await kept_lists.collect(found.database, PROJECT, suspects) == frozenset()
+            assert await left() == {"cohort", "flag"}
 
     run(work())

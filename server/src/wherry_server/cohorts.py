@@ -1,7 +1,8 @@
 """Cohorts: saved selectors, and who they take now.
 
 Membership is worked out from facts and labels whenever somebody asks. A static cohort is a list of devices, stored once and never changed,
-and a selector of those that are on it: rollouts, flags and previews know no difference. How a large fleet is read is in `views`.
+and a selector of those that are on it: rollouts, flags and previews know no difference. How a large fleet is read is in `views`,
+when a list goes in `kept_lists`.
 """
 
 from __future__ import annotations

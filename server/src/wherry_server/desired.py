@@ -27,6 +27,13 @@ class Cohort(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     selector: str
+    static: bool = False
+    """Keep whom the selector takes when it is applied; applying it again takes nobody anew."""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Whom it takes, as it is shown and as the API has it."""
+        return {"selector": self.selector, **({"static": True} if self.static else {})}
 
 
 class FlagRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -156,7 +163,7 @@ def same_json(one: Any, other: Any) -> bool:
 
 def changes(
     desired: Desired,
-    cohorts: Mapping[str, str],
+    cohorts: Mapping[str, Cohort],
     rollouts: Sequence[Mapping[str, Any]],
     *,
     flags: Mapping[str, Mapping[str, Any]] | None = None,
@@ -166,7 +173,7 @@ def changes(
 
     Args:
         desired: what the files say.
-        cohorts: selectors of the cohorts that are there, by name.
+        cohorts: those that are there, by name.
         rollouts: those that are there, newest first, with their plans.
         flags: those that are there, by name.
         prune: whether cohorts and flags that no file names go.
@@ -176,11 +183,11 @@ def changes(
     """
     found: list[Change] = []
     for cohort in desired.cohorts:
-        after = {"selector": cohort.selector}
-        if cohort.name not in cohorts:
-            found.append(Change(do="create", kind="cohort", name=cohort.name, after=after))
-        elif cohorts[cohort.name] != cohort.selector:
-            before = {"selector": cohorts[cohort.name]}
+        saved = cohorts.get(cohort.name)
+        if saved is None:
+            found.append(Change(do="create", kind="cohort", name=cohort.name, after=cohort.fields))
+        elif saved != cohort:
+            before, after = saved.fields, cohort.fields
             found.append(Change(do="change", kind="cohort", name=cohort.name, before=before, after=after))
     known_flags = flags or {}
     for flag in desired.flags:
@@ -218,8 +225,8 @@ def changes(
     if prune:
         named_cohorts = {cohort.name for cohort in desired.cohorts}
         found += [
-            Change(do="delete", kind="cohort", name=name, before={"selector": selector})
-            for name, selector in cohorts.items()
+            Change(do="delete", kind="cohort", name=name, before=saved.fields)
+            for name, saved in cohorts.items()
             if name not in named_cohorts
         ]
         kept = {flag.name for flag in desired.flags}

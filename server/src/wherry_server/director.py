@@ -15,7 +15,7 @@ import httpx
 import uvloop
 from sqlalchemy import text
 
-from wherry_server import retention, revocation
+from wherry_server import kept_lists, retention, revocation
 from wherry_server.broker_link import open_link
 from wherry_server.collector import Collector
 from wherry_server.conductor import Conductor
@@ -98,11 +98,15 @@ class Process:
             if not lease.epoch:
                 await postman.rest()
 
+        suspects: frozenset[str] = frozenset()
+
         async def forget() -> None:
+            nonlocal suspects
             if lease.epoch:
                 await retention.forget(services.database, services.project, services.settings)
                 async with services.database.write() as connection:
                     await revocation.forget(connection)
+                suspects = await kept_lists.collect(services.database, services.project, suspects)
 
         await every(0, hold, once=True)
         log.info("directing project %s", services.project)

@@ -65,9 +65,12 @@ def apply(
         raise typer.Exit(EXIT_DIFFERENT)
 
 
-def _there(server: Client, wanted: desired.Desired) -> tuple[dict[str, str], list[dict[str, object]]]:
+def _there(server: Client, wanted: desired.Desired) -> tuple[dict[str, desired.Cohort], list[dict[str, object]]]:
     """Return the cohorts that are there, and the rollouts that files speak of with their plans, newest first."""
-    cohorts = {one.name: one.selector for one in server.each(calls.list_cohorts())}
+    cohorts = {
+        one.name: desired.Cohort(one.name, one.kept_from or one.selector, static=bool(one.kept))
+        for one in server.each(calls.list_cohorts())
+    }
     bundles = {desired.key(wish)[0] for wish in wanted.rollouts}
     rollouts: list[dict[str, object]] = [
         server.plain(calls.show_rollout(one.number))
@@ -85,12 +88,12 @@ def _rolled_out(one: RolloutSummary) -> str:
 
 
 def _do(server: Client, change: desired.Change, flags: Mapping[str, Mapping[str, Any]]) -> None:
-    selector = (change.after or {}).get("selector", "")
+    selector, static = (change.after or {}).get("selector", ""), bool((change.after or {}).get("static"))
     match (change.kind, change.do):
         case ("cohort", "create"):
-            server.send(calls.create_cohort(change.name, selector))
+            server.send(calls.create_cohort(change.name, selector, static=static))
         case ("cohort", "change"):
-            server.send(calls.change_cohort(change.name, selector))
+            server.send(calls.change_cohort(change.name, selector, static=static))
         case ("cohort", "delete"):
             server.send(calls.delete_cohort(change.name))
         case ("flag", "create"):

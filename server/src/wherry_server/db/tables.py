@@ -360,7 +360,7 @@ class Cohort(SQLModel, table=True):
 
 
 class KeptMember(SQLModel, table=True):
-    """A device of a static cohort. A list never changes, and outlives its cohort: rollouts have its selector."""
+    """A device of a static cohort. A list never changes, and outlives its cohort: rollouts have its selector (`kept_lists`)."""
 
     __tablename__ = "kept_member"
     list_id: str = Field(primary_key=True)
