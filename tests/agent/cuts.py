@@ -39,6 +39,7 @@ from wherry_agent.answering.intact import check_weights, read_golden_bytes
 from wherry_agent.daemon import Daemon
 from wherry_agent.disk import Disk, Step
 from wherry_agent.identity import Identity
+from wherry_agent.sealing import Seal, opened
 from wherry_agent.settings import Settings
 from wherry_shared import reasons, wire
 from wherry_shared.bundle import parse_config, parse_manifest
@@ -54,10 +55,22 @@ FACTS = DeviceFacts(arch="x86_64", engines=[EngineFacts(name="onnxruntime", vers
 POINT_S = 60.0
 """A child that takes longer on a busy machine hangs."""
 HANGS = -1
+SEALS: list[Seal] = []
+"""With what every disk here seals its records; empty: it does not."""
 LOSS_CUTS = 1
 """Cuts of a scenario in the short form of `losses`."""
 LOSS_TORN = 2
 DRIVE_S = 45.0
+
+
+def disk_with(hook: Callable[[Step, Path], None] | None = None) -> Disk:
+    """Return a disk that seals if that is asked for."""
+    return Disk(hook, SEALS[0] if SEALS else None)
+
+
+def state_in(record: bytes) -> s.State:
+    """Return the state that a journal's file holds."""
+    return journal.decode(opened(SEALS[0] if SEALS else None, journal.PLACE, record).data)
 
 
 # --- the world outside ----------------------------------------------------------------------------
@@ -486,7 +499,7 @@ class World:
 
     def enrol(self) -> None:
         """Make a home as enrolment leaves it."""
-        disk = Disk()
+        disk = disk_with()
         shutil.rmtree(self.home, ignore_errors=True)
         self.heard.unlink(missing_ok=True)
         for folder in (identity.folder(self.home), self.home / "trust"):
@@ -505,7 +518,7 @@ class World:
             broker_host="127.0.0.1",
             broker_port=1,
         )
-        disk.write_atomic(identity.folder(self.home) / identity.DEVICE_FILE, identity.encode(known))
+        identity.write(self.home, disk, known)
 
     def save(self, name: str) -> None:
         """Keep home and server as they are now.
@@ -518,7 +531,11 @@ class World:
         shutil.copytree(self.home, target / "home", symlinks=True)
         record = target / "home" / "journal.json"
         if record.exists():
-            record.write_bytes(journal.encode(replace(journal.decode(record.read_bytes()), falls=None)))
+            kept = record.read_bytes()
+            data = journal.encode(replace(state_in(kept), falls=None))
+            record.write_bytes(
+                SEALS[0].close(journal.PLACE, data, SEALS[0].open(journal.PLACE, kept).number) if SEALS else data
+            )
         if self.heard.exists():
             shutil.copyfile(self.heard, target / "heard")
 
@@ -627,7 +644,7 @@ SCENARIOS = (
 
 def prepare(world: World) -> None:
     """Make the homes on which scenarios begin, each by the agent itself."""
-    plain = lambda _role: Disk()  # noqa: E731
+    plain = lambda _role: disk_with()  # noqa: E731
     world.enrol()
     world.save("enrolled")
     for name, version, run in (
@@ -658,7 +675,7 @@ def interrupted(world: World, start: str, version: int, name: str) -> None:
             raise Stopped
 
     def install() -> None:
-        agent = Cut(world, version, lambda role: Disk(stop) if role == "courier" else Disk())
+        agent = Cut(world, version, lambda role: disk_with(stop if role == "courier" else None))
         agent.boot()
         offered(agent, version)
         agent.drive(lambda: isinstance(agent.slot.phase, s.Waiting))
@@ -749,7 +766,7 @@ def truthful(agent: Cut, before: s.State) -> None:
 def after(world: World, scenario: Scenario, disk_of: Callable[[str], Disk]) -> None:
     """Take up what a cut left."""
     record = (world.home / "journal.json").read_bytes() if (world.home / "journal.json").exists() else None
-    before = journal.decode(record) if record is not None else None
+    before = state_in(record) if record is not None else None
     agent = Cut(world, scenario.version, disk_of)
     agent.boot()
     check(agent, before or agent._state, scenario)
@@ -807,7 +824,7 @@ def point(world: World, scenario: Scenario, at: int, mode: str, again: int = -1)
     counted = Counted(at=at, only=only)
 
     def run() -> None:
-        agent = Cut(world, scenario.version, lambda role: Disk(counted.hook(role)))
+        agent = Cut(world, scenario.version, lambda role: disk_with(counted.hook(role)))
         agent.boot()
         scenario.run(agent)
         if only:
@@ -822,8 +839,8 @@ def point(world: World, scenario: Scenario, at: int, mode: str, again: int = -1)
         return Outcome(scenario.name, mode, at, counted.cut)
     if again >= 0:
         second = Counted(at=again)
-        in_child(lambda: after(world, scenario, lambda role: Disk(second.hook(role))), notes)
-    status = in_child(lambda: after(world, scenario, lambda _role: Disk()), notes)
+        in_child(lambda: after(world, scenario, lambda role: disk_with(second.hook(role))), notes)
+    status = in_child(lambda: after(world, scenario, lambda _role: disk_with()), notes)
     error = "" if status == 0 else f"status {status}\n{notes.read_text(errors='replace')}"
     return Outcome(scenario.name, mode, at, counted.cut, error)
 
@@ -842,7 +859,7 @@ def steps_of(world: World, scenario: Scenario) -> list[str]:
         return note
 
     def run() -> None:
-        agent = Cut(world, scenario.version, lambda role: Disk(hook(role)))
+        agent = Cut(world, scenario.version, lambda role: disk_with(hook(role)))
         agent.boot()
         scenario.run(agent)
 
@@ -870,6 +887,7 @@ def record(world: World, scenario: Scenario) -> tuple[list[Taken], list[int]]:
 
     def run() -> None:
         recorder = Recorder(world.home, lambda: world.heard.stat().st_size if world.heard.exists() else 0)
+        recorder.seal = SEALS[0] if SEALS else None
         agent = Cut(world, scenario.version, lambda _role: recorder, inline=True)
         agent.boot()
         scenario.run(agent)
@@ -905,7 +923,7 @@ def losses(world: World, scenario: Scenario, extent: str) -> Iterator[Outcome]:
             seen.add(look)
             world.heard.write_bytes(known)
             notes = world.bench / "notes"
-            status = in_child(lambda: after(world, scenario, lambda _role: Disk()), notes)
+            status = in_child(lambda: after(world, scenario, lambda _role: disk_with()), notes)
             error = "" if status == 0 else f"status {status}\n{notes.read_text(errors='replace')}"
             yield Outcome(scenario.name, variant.name, cut, f"agent {taken.step} {name_of(taken.path)}", error)
 
@@ -934,8 +952,10 @@ def name_of(path: Path) -> str:
 
 
 def main() -> None:
-    """Fork server: BENCH (with `world.json`), `whole` or a sample's seed, `kills` or `losses`; a JSON line per point."""
+    """Fork server: BENCH (with `world.json`), `whole` or a seed, `kills` or `losses`, `sealed` or not; a JSON line per point."""
     bench, extent, kind = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    if sys.argv[4:] == ["sealed"]:
+        SEALS.append(Seal(bytes(range(32)), "on"))
     store.SYNC_BYTES = 32 * 1024  # so that a small download is synced on its way as a large one is
     courier_blobs.CHUNK_BYTES = 16 * 1024
     world = World(bench=bench, **json.loads((bench / "world.json").read_bytes()))
@@ -958,12 +978,13 @@ def kills(world: World, scenario: Scenario, extent: str) -> Iterator[Outcome]:
             yield point(world, scenario, number, mode, again)
 
 
-def run_points(bench: Path, extent: str, *, losses: bool = False) -> Iterator[Outcome]:
-    """Try points in a fork server of its own; `extent` is `whole` or the seed of a sample."""
+def run_points(bench: Path, extent: str, *, losses: bool = False, sealed: bool = False) -> Iterator[Outcome]:
+    """Try points in a fork server of its own; `extent` is `whole` or the seed of a sample; `sealed`: with a key at rest."""
     grid = Grid(bench / "grid")
     try:
         (bench / "world.json").write_text(json.dumps(grid.describe()), encoding="utf-8")
         argv = [sys.executable, "-m", "tests.agent.cuts", str(bench), extent, "losses" if losses else "kills"]
+        argv += ["sealed"] if sealed else []
         with subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as server:
             assert server.stdout is not None
             for line in server.stdout:

@@ -197,6 +197,16 @@ class Failed(_Message, tag="failed", frozen=True, kw_only=True):
     """None: trying again changes nothing by itself."""
 
 
+class Reseal(_Message, tag="reseal", frozen=True, kw_only=True):
+    """Write identity and private key again as the settings wish: sealed with the key at rest, or clear."""
+
+    home: str
+
+
+class Resealed(_Message, tag="resealed", frozen=True, kw_only=True):
+    """They are."""
+
+
 class Enrolled(_Message, tag="enrolled", frozen=True, kw_only=True):
     """Identity is on disk."""
 
@@ -291,8 +301,8 @@ class Scrubbed(_Message, tag="scrubbed", frozen=True, kw_only=True):
     altered: list[ScrubbedVersion] = []
 
 
-CourierTask = Enrol | Renew | Refresh | Verify | Resolve | Fetch | Scrub
-CourierAnswer = Progress | Failed | Enrolled | Renewed | Refreshed | Verified | Resolved | Fetched | Scrubbed
+CourierTask = Enrol | Renew | Reseal | Refresh | Verify | Resolve | Fetch | Scrub
+CourierAnswer = Progress | Failed | Enrolled | Renewed | Resealed | Refreshed | Verified | Resolved | Fetched | Scrubbed
 
 
 # --- canary -------------------------------------------------------------------------------------

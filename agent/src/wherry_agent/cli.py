@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from wherry_agent import __version__, settings
+from wherry_agent.sealing import Seal
 from wherry_shared.errors import RefusedError, WherryError
 
 
@@ -116,6 +117,13 @@ def _label(text: str) -> tuple[str, str]:
     return key, value
 
 
+def _seal(chosen: settings.Settings) -> Seal | None:
+    """Return what opens the records of this home, if a key is set."""
+    from wherry_agent.platform_key import seal_of
+
+    return seal_of(chosen.at_rest_key, chosen.at_rest)
+
+
 def _log(level: str) -> None:
     form = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(level=getattr(logging, level.upper(), logging.INFO), format=form, stream=sys.stderr)
@@ -125,7 +133,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from wherry_agent import identity, supervisor
 
     chosen = _settings(arguments)
-    if arguments.token == "" and identity.load(Path(chosen.home)) is None:
+    if arguments.token == "" and identity.load(Path(chosen.home), _seal(chosen)) is None:
         raise RefusedError(
             "token_empty",
             "--token is empty: the command that was to make a token printed none",
@@ -144,7 +152,8 @@ def _enrol(arguments: argparse.Namespace) -> int:
     chosen = _settings(arguments)
     _log("warning")
     home = Path(chosen.home)
-    known = identity.load(home)
+    seal = _seal(chosen)
+    known = identity.load(home, seal)
     if known is None:
         if not chosen.server or not chosen.token:
             raise RefusedError(
@@ -161,7 +170,7 @@ def _enrol(arguments: argparse.Namespace) -> int:
             labels=chosen.labels,
             ca=chosen.ca,
         )
-        processes.courier(task, box.put)
+        processes.courier(task, box.put, seal=seal)
         answer = box.get()
         if isinstance(answer, children.Failed):
             raise RefusedError(
@@ -169,7 +178,7 @@ def _enrol(arguments: argparse.Namespace) -> int:
                 answer.detail,
                 next_step="do as the server says; check the address, or make a new token",
             )
-        known = identity.load(home)
+        known = identity.load(home, seal)
     assert known is not None
     print(f"{known.device} in project {known.project} of {known.server}")
     return 0
@@ -179,7 +188,8 @@ def _key(arguments: argparse.Namespace) -> int:
     from wherry_agent.courier_enrol import public_key
     from wherry_agent.disk import Disk
 
-    pem, digest = public_key(Path(_settings(arguments).home), Disk())
+    chosen = _settings(arguments)
+    pem, digest = public_key(Path(chosen.home), Disk(seal=_seal(chosen)))
     print(pem.decode(), end="")
     print(digest.removeprefix("sha256:"), file=sys.stderr)
     return 0
@@ -188,7 +198,8 @@ def _key(arguments: argparse.Namespace) -> int:
 def _status(arguments: argparse.Namespace) -> int:
     from wherry_agent import status
 
-    shown = status.ask(Path(_settings(arguments).home))
+    chosen = _settings(arguments)
+    shown = status.ask(Path(chosen.home), lambda: _seal(chosen))
     if arguments.json:
         print(msgspec.json.format(msgspec.json.encode(shown)).decode())
     else:

@@ -1,7 +1,7 @@
 """The courier: a short-lived child that does for the supervisor what needs trust, keys or a long download.
 
 `python -m wherry_agent.courier` reads one task (`children.CourierTask`) from standard input, writes answers as JSON
-lines and exits. It may be killed at any time: what it finished is durable, what it began resumes or starts again. It
+lines and exits. A second line of input is the seal for what lies on the disk (`sealing.Seal.line`). It may be killed at any time: what it finished is durable, what it began resumes or starts again. It
 exits 0 whenever it could say how the task went.
 """
 
@@ -34,6 +34,8 @@ from wherry_agent.children import (
     Refresh,
     Refreshed,
     Renew,
+    Reseal,
+    Resealed,
     Resolve,
     Resolved,
     Revoked,
@@ -43,7 +45,7 @@ from wherry_agent.children import (
     encode_line,
 )
 from wherry_agent.courier_blobs import INFO_BYTES_MAX, PATH, Blobs
-from wherry_agent.courier_enrol import enrol
+from wherry_agent.courier_enrol import bring_in_line, enrol
 from wherry_agent.courier_http import Http
 from wherry_agent.courier_keys import bring_keys
 from wherry_agent.courier_renew import renew
@@ -52,6 +54,7 @@ from wherry_agent.disk import Disk, disk_of
 from wherry_agent.identity import Identity
 from wherry_agent.mirrors import Mirrors
 from wherry_agent.rate import Bucket
+from wherry_agent.sealing import STOPS, Seal
 from wherry_agent.store import Store
 from wherry_agent.trust import SECOND_US, Keeper, Known, Session
 from wherry_shared import dsse, limits, reasons, wire
@@ -92,10 +95,12 @@ _BY_CODE = {
     "answer_too_large": reasons.NETWORK,
     "bad_url": reasons.NETWORK,
     "identity_invalid": reasons.TRUST_INVALID,
+    **dict.fromkeys((*STOPS, "record_altered", "cipher_missing"), reasons.DISK),
 }
 _BY_TASK: dict[type, str] = {
     Enrol: reasons.ENROL_REFUSED,
     Renew: reasons.ENROL_REFUSED,
+    Reseal: reasons.DISK,
     Refresh: reasons.TRUST_INVALID,
     Verify: reasons.OFFER_INVALID,
     Resolve: reasons.BUNDLE_INVALID,
@@ -121,9 +126,12 @@ def run(task: CourierTask, emit: Emit, *, disk: Disk | None = None, wall_s: floa
                 known = enrol(task, disk)
                 return Enrolled(device=known.device, project=known.project)
             case Renew():
-                known = _identity(task.home)
+                known = _identity(task.home, disk)
                 server = (task.server or known.server).rstrip("/")
-                return renew(task, known, _http(task.home, known, server), server, disk)
+                return renew(task, known, _http(task.home, known, server, disk), server, disk)
+            case Reseal():
+                bring_in_line(Path(task.home), disk)
+                return Resealed()
             case Refresh():
                 return _refresh(task, disk, wall_us)
             case Verify():
@@ -260,42 +268,48 @@ def _manifest_bytes(digest: str, blobs: Blobs) -> int:
 # --- parts --------------------------------------------------------------------------------------
 
 
-def _identity(home: str) -> Identity:
-    known = identity.load(Path(home))
+def _identity(home: str, disk: Disk) -> Identity:
+    known = identity.load(Path(home), disk.seal)
     if known is None:
         raise RefusedError("identity_invalid", "this device is not enrolled", next_step="enrol it with a token")
     return known
 
 
-def _http(home: str, known: Identity, server: str) -> Http:
+def _http(home: str, known: Identity, server: str, disk: Disk) -> Http:
     ca = identity.folder(Path(home)) / identity.CA_FILE
     private = server.startswith("https:") and ca.is_file() and ca.stat().st_size > 0
     pair = identity.shown_pair(Path(home), known, time.time())
-    return Http(ca=ca if private else None, server=server, authorization=known.authorization, pair=pair)
+    return Http(
+        ca=ca if private else None,
+        server=server,
+        authorization=known.authorization,
+        pair=pair,
+        password=identity.password(disk.seal),
+    )
 
 
 def _keeper(task: Refresh | Verify | Resolve, disk: Disk, wall_us: int) -> Keeper:
-    known = _identity(task.home)
+    known = _identity(task.home, disk)
     server = (task.server or known.server).rstrip("/")
     return Keeper(
         Path(task.home),
         disk,
         root_digest=known.root_digest,
         metadata_url=server + known.tuf_path,
-        http=_http(task.home, known, server),
+        http=_http(task.home, known, server, disk),
         known=Known(task.current, task.floors, task.time_floor_us),
         wall_us=wall_us,
     )
 
 
 def _blobs(task: Resolve | Fetch, disk: Disk, *, tries_max: int) -> Blobs:
-    known = _identity(task.home)
+    known = _identity(task.home, disk)
     server = (task.server or known.server).rstrip("/")
     mirrors = Mirrors(Path(task.home), disk, list(task.mirrors), time.time())
     return Blobs(
         store=Store(Path(task.home), disk),
         disk=disk,
-        http=_http(task.home, known, server),
+        http=_http(task.home, known, server, disk),
         server=server,
         mirrors=mirrors.usable(),
         tries_max=tries_max,
@@ -355,14 +369,16 @@ def main() -> int:
         sys.stdout.buffer.write(encode_line(answer))
         sys.stdout.buffer.flush()
 
+    asked, _, line = data.partition(b"\n")
     try:
-        task: CourierTask = msgspec.json.decode(data, type=CourierTask)
-    except msgspec.DecodeError as error:
+        task: CourierTask = msgspec.json.decode(asked, type=CourierTask)
+        seal = Seal.of_line(line) if line else None
+    except (msgspec.DecodeError, ValueError) as error:
         emit(_failed(reasons.CHILD_FAILED, f"not a task: {error}"))
         return 0
     if isinstance(task, Scrub):
         os.nice(NICENESS)
-    emit(run(task, emit))
+    emit(run(task, emit, disk=disk_of("courier", seal)))
     return 0
 
 

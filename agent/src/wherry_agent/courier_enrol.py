@@ -14,7 +14,9 @@ import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
     Encoding,
     NoEncryption,
     PrivateFormat,
@@ -29,6 +31,7 @@ from wherry_agent.courier_http import Http
 from wherry_agent.device_keys import DeviceKeys
 from wherry_agent.disk import Disk
 from wherry_agent.identity import Identity
+from wherry_agent.sealing import Seal
 from wherry_agent.trust import ROOT_FILE
 from wherry_shared import content_keys, ids, limits, reasons, wire
 from wherry_shared.clock import MICROSECONDS
@@ -50,7 +53,7 @@ def enrol(task: Enrol, disk: Disk) -> Identity:
         DeviceError: `disk_full` or `disk`.
     """
     home = Path(task.home)
-    known = identities.load(home)
+    known = identities.load(home, disk.seal)
     if known is not None:
         return known
     parts = _TOKEN.fullmatch(task.token.strip())
@@ -116,8 +119,8 @@ def device_key(path: Path, disk: Disk) -> ec.EllipticCurvePrivateKey:
     data = disk.read(path)
     if data is not None:
         try:
-            known = load_pem_private_key(data, None)
-        except ValueError as error:
+            known = open_key(data, disk.seal)
+        except (ValueError, TypeError) as error:
             raise RefusedError(
                 "identity_invalid", f"{path} is not a private key", next_step="remove it and enrol again"
             ) from error
@@ -125,8 +128,42 @@ def device_key(path: Path, disk: Disk) -> ec.EllipticCurvePrivateKey:
             return known
         raise RefusedError("identity_invalid", f"{path} is not a P-256 key", next_step="remove it and enrol again")
     key = ec.generate_private_key(ec.SECP256R1())
-    disk.write_atomic(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    disk.write_atomic(path, key_bytes(key, disk.seal))
     return key
+
+
+def open_key(data: bytes, seal: Seal | None) -> PrivateKeyTypes:
+    """Read a private key, encrypted or not.
+
+    Raises:
+        ValueError, TypeError: it is none, or not for this seal.
+    """
+    sealed = data.startswith(identities.ENCRYPTED_KEY)
+    return load_pem_private_key(data, identities.password(seal).encode() if sealed else None)
+
+
+def key_bytes(key: PrivateKeyTypes, seal: Seal | None) -> bytes:
+    """Return a private key as it belongs on this device's disk."""
+    wished = seal is not None and seal.writes
+    how = BestAvailableEncryption(identities.password(seal).encode()) if wished else NoEncryption()
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, how)
+
+
+def bring_in_line(home: Path, disk: Disk) -> Identity | None:
+    """Write identity and private key again as the settings wish, sealed or not; the key first, which both ways open.
+
+    Raises:
+        RefusedError: `identity_invalid`; `key_missing`, `key_other` or `record_clear`.
+        DeviceError: `disk_full`, `read_only` or `disk`.
+    """
+    known = identities.load(home, disk.seal)
+    if known is None or identities.is_in_line(home, known, disk.seal):
+        return known
+    path = identities.pair_folder(home, known) / identities.KEY_FILE
+    if disk.read(path) is not None:
+        disk.write_atomic(path, key_bytes(device_key(path, disk), disk.seal))
+    identities.write(home, disk, known)
+    return known
 
 
 def _ask(http: Http, server: str, task: Enrol, csr_pem: str, content_key: str) -> wire.EnrolAnswer:

@@ -168,10 +168,12 @@ class Http:
         server: str = "",
         authorization: str = "",
         pair: tuple[Path, Path] | None = None,
+        password: str = "",
     ) -> None:
-        """Prepare; `authorization` and the certificate and key of `pair` are for `server` only."""
+        """Prepare; `authorization` and the certificate and key (with its password) of `pair` are for `server` only."""
         self._ca = ca
         self._pair = pair
+        self._password = password
         self._home = origin(server) if server else ""
         self._authorization = authorization
         self._contexts: dict[bool, ssl.SSLContext] = {}
@@ -268,6 +270,8 @@ class Http:
             context = ssl.create_default_context(cafile=str(self._ca) if self._ca and home else None)
             if self._ca and not home:
                 context.load_verify_locations(str(self._ca))
+            if self._pair and home:
+                context.load_cert_chain(*self._pair, password=self._password)
             self._contexts[home] = context
         return self._contexts[home]
 

@@ -16,12 +16,12 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from wherry_agent import identity as identities
 from wherry_agent.children import Renew, Renewed
-from wherry_agent.courier_enrol import ANSWER_BYTES_MAX, problem, validity
+from wherry_agent.courier_enrol import ANSWER_BYTES_MAX, key_bytes, problem, validity
 from wherry_agent.courier_http import Http
 from wherry_agent.device_keys import DeviceKeys
 from wherry_agent.disk import Disk
@@ -56,8 +56,7 @@ def renew(task: Renew, known: Identity, http: Http, server: str, disk: Disk) -> 
     valid = validity(certificate_pem)
     pair = identities.PAIR_PREFIX + secrets.token_hex(8)
     disk.mkdir(folder / pair)
-    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    disk.write_atomic(folder / pair / identities.KEY_FILE, secret)
+    disk.write_atomic(folder / pair / identities.KEY_FILE, key_bytes(key, disk.seal))
     disk.write_atomic(folder / pair / identities.CERTIFICATE_FILE, certificate_pem)
     renewed = msgspec.structs.replace(
         known,

@@ -57,8 +57,10 @@ from wherry_agent.identity import Identity
 from wherry_agent.journal import Journal
 from wherry_agent.link import Callbacks, Link
 from wherry_agent.log_ring import LogRing
+from wherry_agent.marks import Marks
 from wherry_agent.notify import Notifier
 from wherry_agent.outbox import Outbox
+from wherry_agent.platform_key import seal_of
 from wherry_agent.processes import Short, WorkerProcess, canary, courier
 from wherry_agent.renewal import Around, Renewal
 from wherry_agent.settings import MIB, Settings
@@ -119,14 +121,15 @@ class Daemon:
     def __init__(self, settings: Settings, *, disk: Disk | None = None) -> None:
         self._settings = settings
         self._home = Path(settings.home)
-        self._disk = disk or disk_of("supervisor")
+        self._disk = disk or disk_of("supervisor", seal_of(settings.at_rest_key, settings.at_rest))
         self._queue: queue.SimpleQueue[s.Event | Callable[[], None]] = queue.SimpleQueue()
         self._timers: dict[str, tuple[float, Callable[[], None]]] = {}
         self._jitter = random.random() * JITTER  # noqa: S311 - spreads a fleet, guards nothing
         self._boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         self._stopping = False
         self._started_s = time.monotonic()
-        self._journal = Journal(self._disk, self._home / "journal.json")
+        self._marks = Marks(self._home, self._disk)
+        self._journal = Journal(self._disk, self._home / "journal.json", self._marks)
         self._kept: deque[s.Event] = deque(maxlen=EVENTS_KEPT_MAX)
         self._stuck = ""
         """Why the journal cannot be written; empty if it can."""
@@ -209,11 +212,21 @@ class Daemon:
     def _begin(self, effects: tuple[s.Effect, ...]) -> None:
         """Start everything that the loop watches."""
         self._buffer = Buffer(
-            self._home / "telemetry.db", self._settings.telemetry_mb * MIB, lambda model: model in self._sampled()
+            self._home / "telemetry.db",
+            self._settings.telemetry_mb * MIB,
+            lambda model: model in self._sampled(),
+            seal=self._disk.seal,
+            marks=self._marks if self._disk.seal is not None else None,
         )
         self._listen()
         self._handles.publish_flags(dict(flags_of(self._state)))
-        self._link = Link(self._home, self._identity, self._server, self._callbacks())
+        self._link = Link(
+            self._home,
+            self._identity,
+            self._server,
+            self._callbacks(),
+            password=identity.password(self._disk.seal),
+        )
         self._renewal = Renewal(
             Around(
                 wall_s=time.time,
@@ -232,7 +245,7 @@ class Daemon:
             {"status": lambda: self._ask(self.snapshot), "modules": lambda: {"modules": readings.modules()}},
         )
         self._link.start()
-        self._renewal.start()
+        self._bring_in_line()
         self._declare_settings()
         self._later("scrub", min(SCRUB_FIRST_S, self._settings.scrub_every_s), self._scrub)
         self._later("window", self._settings.window_s, self._cut_windows)
@@ -350,7 +363,7 @@ class Daemon:
         """Return the identity, enrolling first if there is none yet; an unreachable server is asked again."""
         wait_s = 1.0
         while True:
-            known = identity.load(self._home)
+            known = identity.load(self._home, self._disk.seal)
             if known is not None:
                 return known
             settings = self._settings
@@ -371,7 +384,7 @@ class Daemon:
                 ca=settings.ca,
             )
             box: queue.SimpleQueue[children.CourierAnswer] = queue.SimpleQueue()
-            courier(task, box.put)
+            courier(task, box.put, seal=self._disk.seal)
             answer = box.get()
             if isinstance(answer, children.Enrolled):
                 log.info("enrolled as %s in project %s", answer.device, answer.project)
@@ -784,6 +797,7 @@ class Daemon:
             task,
             lambda answer: self._queue.put(lambda: done(answer)),
             lambda progress: self._queue.put(lambda: on_progress(progress)),
+            seal=self._disk.seal,
         )
 
     def _resolve(self, effect: s.Resolve) -> None:
@@ -1008,6 +1022,20 @@ class Daemon:
 
     # --- certificate ---
 
+    def _bring_in_line(self) -> None:
+        """Have identity and private key lie on the disk as the settings wish; only then are they renewed."""
+        if identity.is_in_line(self._home, self._identity, self._disk.seal):
+            self._renewal.start()
+            return
+
+        def done(answer: children.CourierAnswer) -> None:
+            self._shorts.pop("!reseal", None)
+            if isinstance(answer, children.Failed):
+                log.error("the identity could not be written again, sealed or not: %s", answer.detail)
+            self._renewal.start()
+
+        self._courier("!reseal", children.Reseal(home=self._settings.home), done)
+
     def _renew(self, only_look: bool, answered: Callable[[children.CourierAnswer], None]) -> None:
         def done(answer: children.CourierAnswer) -> None:
             self._shorts.pop("!renew", None)
@@ -1020,8 +1048,8 @@ class Daemon:
     def _use_newest_pair(self) -> None:
         """Take the pair that `device.json` names, also if the courier died before it could tell of it."""
         try:
-            newest = identity.load(self._home)
-        except (OSError, RefusedError) as error:
+            newest = identity.load(self._home, self._disk.seal)
+        except (OSError, RefusedError, DeviceError) as error:
             log.error("the newest certificate is not used before the next start: %s", error)
             return
         if newest is not None and newest.pair != self._identity.pair:
@@ -1513,6 +1541,11 @@ class Daemon:
 
     # --- what is seen from outside ---
 
+    def _at_rest(self) -> dict[str, str]:
+        """Return how what lies on the disk is sealed, for `status` and `doctor`; empty: not at all."""
+        seal = self._disk.seal
+        return {} if seal is None else {"mode": seal.mode, "key": seal.id, "source": seal.source}
+
     def snapshot(self) -> dict[str, object]:
         """Return what `wherry-agent status` shows."""
         return {
@@ -1522,6 +1555,7 @@ class Daemon:
             "server": self._server,
             "connected": self._link.way,
             "certificate": self._renewal.describe(),
+            "at_rest": self._at_rest(),
             "http": f"http://127.0.0.1:{self.http_port}",
             "grpc": f"127.0.0.1:{self._settings.grpc_port}" if self._settings.grpc_port else "",
             "grpc_doing": self._grpc_doing if self._settings.grpc_port else "",

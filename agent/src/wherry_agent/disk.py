@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Literal, Self
 
+from wherry_agent.sealing import Seal
 from wherry_shared.errors import DeviceError
 from wherry_shared.reasons import DISK, DISK_FULL, READ_ONLY
 
@@ -107,10 +108,12 @@ class Part:
 
 
 class Disk:
-    """Durable operations on files; stateless but for the hook."""
+    """Durable operations on files; stateless but for the hook and the seal."""
 
-    def __init__(self, hook: Hook | None = None) -> None:
+    def __init__(self, hook: Hook | None = None, seal: Seal | None = None) -> None:
         self._hook = hook
+        self.seal = seal
+        """What seals the records that are worth it (`wherry_agent.sealing`); None: no key is set."""
 
     def step(
         self, step: Step, path: Path, *, source: Path | None = None, data: bytes | None = None, size: int = 0
@@ -339,10 +342,10 @@ def _began(pid: int) -> str:
     return "" if fields[0] in ("Z", "X") else fields[19]
 
 
-def disk_of(role: str) -> Disk:
+def disk_of(role: str, seal: Seal | None = None) -> Disk:
     """Return the disk of a process of the agent (`supervisor`, `courier`); with `STEPS` set its steps are injected."""
     wish = os.environ.get(STEPS, "")
-    return Disk(_injected(role, wish)) if wish else Disk()
+    return Disk(_injected(role, wish) if wish else None, seal)
 
 
 def _injected(role: str, wish: str) -> Hook:

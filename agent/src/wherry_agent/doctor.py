@@ -39,7 +39,9 @@ from wherry_agent.disk import Disk
 from wherry_agent.handle_server import group_id
 from wherry_agent.identity import Identity
 from wherry_agent.mirrors import Mirrors
+from wherry_agent.platform_key import seal_of
 from wherry_agent.renewal import due_s
+from wherry_agent.sealing import is_sealed, opened
 from wherry_agent.settings import MIB, Settings
 from wherry_agent.store import Store, is_whole
 from wherry_shared import limits
@@ -102,10 +104,15 @@ class Patient:
         self.home = Path(self.settings.home)
         self.wall_s = time.time()
         self.running: dict[str, Any] | None = status.question(self.home, "status")
+        self.key_trouble: WherryError | None = None
+        try:
+            self.disk.seal = seal_of(self.settings.at_rest_key, self.settings.at_rest)
+        except WherryError as error:
+            self.key_trouble = error
         self.identity: Identity | None = None
         self.identity_trouble = ""
         try:
-            self.identity = identity.load(self.home)
+            self.identity = identity.load(self.home, self.disk.seal)
         except (WherryError, OSError) as error:
             self.identity_trouble = str(error)
         self.state: s.State | None = None
@@ -113,7 +120,8 @@ class Patient:
         try:
             record = self.disk.read(self.home / "journal.json")
             # not Journal.read, which sets a record aside that it cannot read: that is the agent's business
-            self.state = journal.decode(record) if record is not None else None
+            if record is not None:
+                self.state = journal.decode(opened(self.disk.seal, journal.PLACE, record).data)
         except WherryError as error:
             self.journal_trouble = error.message
 
@@ -349,13 +357,13 @@ def _broker(patient: Patient) -> Finding:
         if way == "mqtt":
             return ok(f"the agent is connected to {where}")
         return bad(f"the agent is not connected to {where}, its way is: {way}", "look at the agent's log")
-    trouble = _try_broker(patient.home, known)
+    trouble = _try_broker(patient.home, known, identity.password(patient.disk.seal))
     return (
         bad(f"{where}: {trouble}", "check address, firewall and certificate") if trouble else ok(f"{where} lets it in")
     )
 
 
-def _try_broker(home: Path, known: Identity) -> str:
+def _try_broker(home: Path, known: Identity, password: str) -> str:
     """Connect as the agent would; what went wrong, empty if nothing did."""
     import paho.mqtt.client as mqtt
 
@@ -370,7 +378,7 @@ def _try_broker(home: Path, known: Identity) -> str:
 
     client: mqtt.Client | None = None
     try:
-        client = new_client(home, known)
+        client = new_client(home, known, password)
         client.on_connect = connected
         client.connect(known.broker_host, known.broker_port)
         client.loop_start()
@@ -494,6 +502,50 @@ def _damage(path: Path, digest: str, length: int | None, *, scrub: bool) -> str:
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     return "" if sha.hexdigest() == hex_of(digest) else "altered"
+
+
+def _at_rest(patient: Patient) -> Finding:
+    """Say whether what lies on the disk is sealed as the settings wish, and what of it is not."""
+    running, error = patient.running, patient.key_trouble
+    if error is not None:
+        if running is not None and running.get("at_rest"):
+            return note(f"{error.message}; the agent that runs has key {running['at_rest']['key']}")
+        return bad(f"{error.message} [{error.code}]", error.next_step)
+    sealed: list[str] = []
+    clear: list[str] = []
+    for name in _RECORDS:
+        try:
+            record = patient.disk.read(patient.home / name)
+        except DeviceError:
+            continue  # `home` says so
+        if record is not None:
+            (sealed if is_sealed(record) or record.startswith(identity.ENCRYPTED_KEY) else clear).append(name)
+    if patient.identity is not None and patient.identity.pair:
+        pair = identity.pair_folder(patient.home, patient.identity) / identity.KEY_FILE
+        if pair.is_file():
+            (sealed if pair.read_bytes().startswith(identity.ENCRYPTED_KEY) else clear).append(pair.parent.name)
+    seal = patient.disk.seal
+    if seal is None:
+        if sealed:
+            return bad(f"no key is set, and sealed are: {', '.join(sealed)} [key_missing]", "set at_rest_key again")
+        return ok("not encrypted")
+    if (patient.state is None and patient.journal_trouble) or patient.identity_trouble:
+        return bad(patient.identity_trouble or patient.journal_trouble, "see Encryption at rest in docs/device.md")
+    words = f"key {seal.id} of {seal.source}"
+    if seal.writes:
+        if clear:
+            return note(f"{words}; not sealed yet: {', '.join(clear)}; the agent seals them when it starts")
+        step = '; set at_rest = "on", so that nothing clear is taken any more' if seal.mode == "migrate" else ""
+        return note(f"{words}; all is sealed{step}") if step else ok(f"{words}; all is sealed")
+    if sealed:
+        return note(f"{words}; still sealed: {', '.join(sealed)}; the agent opens them when it starts")
+    return note(f"{words}; nothing is sealed any more: at_rest_key can go")
+
+
+_RECORDS = (
+    "journal.json",
+    *(f"{identity.FOLDER}/{name}" for name in (identity.DEVICE_FILE, identity.COPY_FILE, identity.KEY_FILE)),
+)
 
 
 def _telemetry(patient: Patient) -> Finding:
@@ -711,6 +763,7 @@ QUESTIONS: dict[str, Question] = {
     "memory": _memory,
     "descriptors": _descriptors,
     "temperature": _temperature,
+    "at_rest": _at_rest,
     "identity": _identity,
     "certificate": _certificate,
     "clock": _clock,

@@ -1,7 +1,8 @@
 """Who this device is: what enrolment gave it, kept under `HOME/identity`; only its key and certificate are ever renewed.
 
 `device.json` is written after all it names and makes the identity whole; a device without it is not enrolled. Light enough for the
-supervisor: keys and certificates stay PEM files that only the courier opens.
+supervisor: keys and certificates stay PEM files that only the courier opens. With a key at rest (`wherry_agent.sealing`) the
+document is sealed, and the private key an encrypted PEM file, which TLS libraries read as it is.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from wherry_agent.disk import Disk
+from wherry_agent.sealing import IDENTITY, STOPS, Seal, close, is_sealed, opened
 from wherry_shared.clock import MICROSECONDS
 from wherry_shared.errors import DeviceError, RefusedError
 from wherry_shared.frames import KEY_BYTES
@@ -28,6 +30,7 @@ COPY_FILE = "device.copy.json"
 KEY_FILE = "key.pem"
 CERTIFICATE_FILE = "certificate.pem"
 CA_FILE = "ca.pem"
+ENCRYPTED_KEY = b"-----BEGIN ENCRYPTED"
 PAIR_PREFIX = "pair-"
 
 
@@ -89,17 +92,20 @@ def shown_pair(home: Path, identity: Identity, wall_s: float) -> tuple[Path, Pat
     return files if all(file.is_file() for file in files) else None
 
 
-def load(home: Path) -> Identity | None:
+def load(home: Path, seal: Seal | None = None) -> Identity | None:
     """Read the identity, from its copy if the disk altered it; None if this device is not enrolled.
 
     Raises:
-        RefusedError: `identity_invalid`.
+        RefusedError: `identity_invalid`; `key_missing`, `key_other` or `record_clear`.
+        DeviceError: `cipher_missing`.
     """
     try:
-        return _read(folder(home) / DEVICE_FILE)
+        return _read(folder(home) / DEVICE_FILE, seal)
     except RefusedError as error:
+        if error.code in STOPS:
+            raise
         try:
-            copy = _read(folder(home) / COPY_FILE)
+            copy = _read(folder(home) / COPY_FILE, seal)
         except (RefusedError, OSError):
             copy = None
         if copy is None:
@@ -114,16 +120,34 @@ def write(home: Path, disk: Disk, identity: Identity) -> None:
     Raises:
         DeviceError: `disk_full`, `read_only` or `disk`.
     """
-    disk.write_atomic(folder(home) / DEVICE_FILE, encode(identity))
+    data = close(disk.seal, IDENTITY, encode(identity))
+    disk.write_atomic(folder(home) / DEVICE_FILE, data)
     try:
-        disk.write_atomic(folder(home) / COPY_FILE, encode(identity))
+        disk.write_atomic(folder(home) / COPY_FILE, data)
     except DeviceError as error:
         log.warning("the identity has no new copy: %s", error)
 
 
-def _read(path: Path) -> Identity | None:
+def password(seal: Seal | None) -> str:
+    """Return what a private key may be encrypted with; for one that is not, it is not asked for."""
+    return seal.password if seal is not None else ""
+
+
+def is_in_line(home: Path, identity: Identity, seal: Seal | None) -> bool:
+    """Tell whether identity and private key lie on the disk as the settings wish, sealed or not."""
+    wished = seal is not None and seal.writes
+    key = pair_folder(home, identity) / KEY_FILE
     try:
-        data = path.read_bytes()
+        records = [path.read_bytes() for path in (folder(home) / DEVICE_FILE, folder(home) / COPY_FILE)]
+        locked = not key.exists() or key.read_bytes().startswith(ENCRYPTED_KEY) == wished
+    except OSError:
+        return False
+    return locked and all(is_sealed(record) == wished for record in records)
+
+
+def _read(path: Path, seal: Seal | None) -> Identity | None:
+    try:
+        data = opened(seal, IDENTITY, path.read_bytes()).data
     except FileNotFoundError:
         return None
     try:

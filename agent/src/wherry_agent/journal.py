@@ -8,6 +8,9 @@ are stored in their wire form, which has the same promise.
 The record before the last one is kept beside it. If the newest cannot be read (a disk that lies, bits that rotted),
 the one before serves; if neither can, or a newer agent wrote it, the file is set aside and the device begins anew: it
 then serves nothing until its next offer, but never something that nobody vouched for.
+
+With a key set the record is sealed (`wherry_agent.sealing`) and numbered: one whose number is lower than that of the record
+beside it, or than the mark, was put back by somebody, and is treated like one that rotted.
 """
 
 from __future__ import annotations
@@ -25,12 +28,16 @@ import msgspec
 from wherry_agent import state as s
 from wherry_agent.children import Candidate, Loadable, Trust
 from wherry_agent.disk import Disk
+from wherry_agent.marks import Marks
+from wherry_agent.sealing import STOPS, close, opened
 from wherry_shared.clock import Since
 from wherry_shared.errors import DeviceError, RefusedError, WherryError
 
 FORMAT = 1
 MAGIC = b"wherry-journal"
 BYTES_MAX = 32 * 1024 * 1024
+PLACE = "journal"
+"""Where its sealed records belong, and the name of its mark."""
 
 NAMES: dict[type[Any], dict[str, str]] = {
     s.State: {
@@ -268,19 +275,30 @@ _PHASE_OF = {tag: kind for kind, tag in PHASES.items()}
 class Journal:
     """Where the state is kept."""
 
-    def __init__(self, disk: Disk, path: Path) -> None:
+    def __init__(self, disk: Disk, path: Path, marks: Marks | None = None) -> None:
         self._disk = disk
         self._path = path
         self._before = path.with_name(path.name + ".before")
+        self._marks = marks or Marks(path.parent, disk)
+        self._number = -1
+        """Of the newest record on disk; -1: not looked at yet."""
+        self._since_mark = -1
+        """Records since the last mark; -1: none was made in this life."""
 
     def write(self, state: s.State) -> None:
         """Make `state` durable; the effects that belong to it may run afterwards.
 
         Raises:
-            DeviceError: `disk_full` or `disk`; then the old state stands.
+            DeviceError: `disk_full`, `disk` or `cipher_missing`; then the old state stands.
+            RefusedError: `key_missing`, `key_other`.
         """
+        if self._disk.seal is not None:
+            self._mark()
+        record = close(self._disk.seal, PLACE, encode(state), self._number + 1)
         self._disk.keep(self._path, self._before)
-        self._disk.write_atomic(self._path, encode(state))
+        self._disk.write_atomic(self._path, record)
+        self._number += 1
+        self._since_mark += 1
 
     def read(self, new_stream: Callable[[], str]) -> tuple[s.State | None, list[WherryError]]:
         """Return the state and what was wrong with the record; None if there is nothing to go on with.
@@ -290,23 +308,79 @@ class Journal:
                 given to other reports since.
 
         Raises:
-            DeviceError: `disk`, the disk cannot be read at all.
+            DeviceError: `disk`, the disk cannot be read at all; `cipher_missing`.
+            RefusedError: `key_missing`, `key_other` or `record_clear`: nothing is touched.
         """
         problems: list[WherryError] = []
+        floor = self._floor()
         for path in (self._path, self._before):
             data = self._disk.read(path)
             if data is None:
                 continue
             try:
-                state = decode(data)
+                number, state = self._opened(data, floor)
             except RefusedError as error:
+                if error.code in STOPS:
+                    raise
                 problems.append(error)
                 self._set_aside(path, problems)
                 continue
+            self._number = max(self._number, number, floor)
             if problems:
                 state = renumbered(state, new_stream())
             return state, problems
+        self._number = max(self._number, floor)
+        if floor and not problems:
+            problems.append(
+                RefusedError(
+                    "journal_missing",
+                    f"there is no journal, and there was one with {floor} records",
+                    consequence="the device serves nothing until its next offer",
+                    next_step="see who had this disk",
+                )
+            )
         return None, problems
+
+    def _opened(self, data: bytes, floor: int) -> tuple[int, s.State]:
+        found = opened(self._disk.seal, PLACE, data)
+        if found.sealed and found.number < floor:
+            raise _bad("journal_replayed", f"the journal is record {found.number}, and there were {floor} already")
+        seal = self._disk.seal
+        if found.sealed and seal is not None and seal.mode == "on" and not self._marks.known:
+            raise _bad("journal_replayed", "the marks that say how old the journal may be were removed")
+        return found.number, decode(found.data)
+
+    def _floor(self) -> int:
+        """Return the lowest number that a record may have: of the mark, and of the record before the newest."""
+        floor = self._marks.read().get(PLACE, 0)
+        before = self._disk.read(self._before)
+        if self._disk.seal is None or before is None:
+            return floor
+        try:
+            return max(floor, opened(self._disk.seal, PLACE, before).number)
+        except RefusedError:
+            return floor
+
+    def _mark(self) -> None:
+        """Note, now and then, how far the order had come."""
+        if self._number < 0:
+            self._number = self._on_disk()
+        if 0 <= self._since_mark < Marks.EVERY:
+            return
+        self._marks.reach(PLACE, max(self._number - 1, 0))
+        self._marks.note()
+        self._since_mark = 0
+
+    def _on_disk(self) -> int:
+        numbers = [self._floor()]
+        data = self._disk.read(self._path)
+        if data is not None:
+            try:
+                numbers.append(opened(self._disk.seal, PLACE, data).number)
+            except RefusedError as error:
+                if error.code in STOPS:
+                    raise
+        return max(numbers)
 
     def _set_aside(self, path: Path, problems: list[WherryError]) -> None:
         """Keep a bad record for a person to look at; a disk that takes no writes keeps it where it is."""

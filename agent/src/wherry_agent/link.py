@@ -67,8 +67,8 @@ class Callbacks:
     """Bytes that claim to be the server's order to end."""
 
 
-def new_client(home: Path, identity: Identity) -> mqtt.Client:
-    """Return a client that would connect as this device, once, with what enrolment gave it.
+def new_client(home: Path, identity: Identity, password: str = "") -> mqtt.Client:
+    """Return a client that would connect as this device, once, with what enrolment gave it; `password` is of its key.
 
     Raises:
         OSError: its key or certificate cannot be used.
@@ -89,6 +89,7 @@ def new_client(home: Path, identity: Identity) -> mqtt.Client:
             str(identities.folder(home) / identities.CA_FILE),
             str(folder / identities.CERTIFICATE_FILE),
             str(folder / identities.KEY_FILE),
+            keyfile_password=password,
         )
     return client
 
@@ -96,8 +97,12 @@ def new_client(home: Path, identity: Identity) -> mqtt.Client:
 class Link:
     """The device's connection."""
 
-    def __init__(self, home: Path, identity: Identity, server: str, callbacks: Callbacks) -> None:
+    def __init__(
+        self, home: Path, identity: Identity, server: str, callbacks: Callbacks, *, password: str = ""
+    ) -> None:
+        """Prepare; `password` is that of the device's key on the disk."""
         self._home = home
+        self._password = password
         self._identity = identity
         self._server = server.rstrip("/")
         self._callbacks = callbacks
@@ -212,7 +217,7 @@ class Link:
     def _one_connection(self) -> None:
         self._lost.clear()  # before the identity is read: another certificate ends a connection with this one
         identity = self._identity
-        client = new_client(self._home, identity)
+        client = new_client(self._home, identity, self._password)
         if identity.broker_tokens:
             client.username_pw_set(identity.device, self._broker_token())
         client.on_connect = self._on_connect
@@ -369,4 +374,10 @@ class Link:
         ca = identities.folder(self._home) / identities.CA_FILE
         known = self._identity
         pair = identities.shown_pair(self._home, known, time.time())
-        return Http(ca=ca if ca.exists() else None, server=self._server, authorization=known.authorization, pair=pair)
+        return Http(
+            ca=ca if ca.exists() else None,
+            server=self._server,
+            authorization=known.authorization,
+            pair=pair,
+            password=self._password,
+        )

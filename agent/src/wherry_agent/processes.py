@@ -48,6 +48,7 @@ from wherry_agent.children import (
     encode_line,
 )
 from wherry_agent.lines import LineWriter, read_lines
+from wherry_agent.sealing import Seal
 from wherry_agent.serving.passing import channel as passing_channel
 from wherry_agent.socket_name import SocketName
 from wherry_shared import reasons
@@ -169,7 +170,11 @@ class Short:
 
 
 def courier(
-    task: CourierTask, done: Callable[[CourierAnswer], None], on_progress: Callable[[Progress], None] | None = None
+    task: CourierTask,
+    done: Callable[[CourierAnswer], None],
+    on_progress: Callable[[Progress], None] | None = None,
+    *,
+    seal: Seal | None = None,
 ) -> Short:
     """Run a courier; `done` gets its last answer, or `Failed(child_failed)` if it died without one."""
 
@@ -183,7 +188,7 @@ def courier(
             if child is None:
                 return lambda: None
             assert child.stdout is not None
-            _feed(child, encode_line(task))
+            _feed(child, encode_line(task) + (seal.line() if seal is not None else b""))
             for line in child.stdout:
                 message = _answers.decode(line)
                 if isinstance(message, Progress):

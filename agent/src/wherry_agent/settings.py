@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from wherry_agent.conditions import Conditions, parse_window
+from wherry_agent.platform_key import check_source
 from wherry_agent.retirement import Wipe
+from wherry_agent.sealing import Mode
 from wherry_shared.bundle import Contract, EngineName, StatePair, TensorSpec, check_interface
 from wherry_shared.errors import RefusedError
 
@@ -75,6 +77,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Models of which the inputs of a few requests may be sent to the server, where its offer asks for them; empty: none."""
     wipe_allowed: Wipe = "all"
     """What the server may have removed when the device leaves the fleet: `nothing`, `models`, `all` (its identity, too)."""
+    at_rest_key: str = ""
+    """Where the key comes from that seals journal, telemetry and identity on the disk: `file:PATH`, `credential:NAME` of
+    systemd, `tpm2:OBJECT`; empty: none."""
+    at_rest: Mode = "off"
+    """`on`: everything is sealed, and what is not is refused; `migrate`: what is not sealed yet is taken, too (for the
+    first start with a key); `off`: nothing is sealed any more (with the key still named, for the start that opens all)."""
     set_clock: bool = False
     """Set a clock that is behind a verified time forward at start (needs the right to); else it is only reported."""
     contracts: dict[str, Contract] = {}
@@ -118,6 +126,11 @@ def load(path: Path | None, flags: dict[str, Any]) -> Settings:
         if stray:
             raise RefusedError("settings_invalid", f"{file}: contracts.{name}: {stray}", next_step="correct the file")
     _check_downloads(file, settings)
+    trouble = check_source(settings.at_rest_key) if settings.at_rest_key else ""
+    if settings.at_rest != "off" and not settings.at_rest_key:
+        trouble = "at_rest needs a key: at_rest_key"
+    if trouble:
+        raise RefusedError("settings_invalid", f"{file}: {trouble}", next_step="correct the file")
     return msgspec.structs.replace(settings, home=str(Path(settings.home).absolute()))
 
 

@@ -20,7 +20,8 @@ from wherry_agent import contracts, machine, shelter
 from wherry_agent import state as s
 from wherry_agent.accepting import accepted
 from wherry_agent.disk import Disk
-from wherry_agent.journal import decode
+from wherry_agent.journal import PLACE, decode
+from wherry_agent.sealing import Seal, opened
 from wherry_agent.turn import CRASH_WINDOW_MS, CRASHES_MAX, flags_of, kind_of
 from wherry_shared.bundle import Interface
 from wherry_shared.clock import Now
@@ -241,11 +242,12 @@ class Server:
                     log.exception("status")
 
 
-def ask(home: Path) -> dict[str, Any]:
-    """Return the status of the agent on `home`, from its journal if it does not run.
+def ask(home: Path, seal: Callable[[], Seal | None] = lambda: None) -> dict[str, Any]:
+    """Return the status of the agent on `home`, from its journal if it does not run; then `seal` is asked for, too.
 
     Raises:
-        RefusedError: `no_agent`, there is neither; or as `journal.decode`.
+        RefusedError: `no_agent`, there is neither; or as `journal.decode` and `sealing.opened`.
+        DeviceError: the key for the journal cannot be had.
     """
     answer = question(home, "status")
     if answer is not None:
@@ -257,7 +259,7 @@ def ask(home: Path) -> dict[str, Any]:
             f"no agent runs on {home}, and it holds no journal",
             next_step="start one with wherry-agent run, or name its --home",
         )
-    state = decode(record)
+    state = decode(opened(seal(), PLACE, record).data)
     return {"running": False, **describe(state, Now("", 0, time.time()))}
 
 

@@ -3,6 +3,9 @@
 The worker counts and never resets; a window is the difference of two looks at a counter. All counters are looked at
 whenever the serving set changes, so that no window straddles a swap. The buffer is SQLite and may lose whole windows (a
 power cut, no space, too long offline); every loss that is known is counted in `dropped`.
+
+With a key at rest (`wherry_agent.sealing`) each message is sealed for its number, and a proof beside them says how many there
+are: what was exchanged, put back or taken away is found, and counted as lost.
 """
 
 from __future__ import annotations
@@ -22,8 +25,10 @@ import msgspec
 from wherry_agent import sampling
 from wherry_agent.children import ArmStats, Sampled
 from wherry_agent.handle_server import merged
+from wherry_agent.marks import Marks
+from wherry_agent.sealing import Seal, close, is_sealed, opened
 from wherry_shared import wire
-from wherry_shared.errors import RefusedError
+from wherry_shared.errors import DeviceError, RefusedError
 from wherry_shared.limits import SAMPLE_BYTES_MAX, SAMPLES_PER_WINDOW_MAX
 from wherry_shared.sketch import since
 from wherry_shared.wire import IN_PROCESS, Arm, Sample, Sum, Telemetry, Window
@@ -36,6 +41,11 @@ MESSAGE_BYTES_MAX = 60_000
 MESSAGES_MAX = 10_000
 ARMS_MAX = 256
 """Counters looked at between two cuts, and counters of variants that left; more belong to variants that are long gone."""
+
+PLACE = "telemetry"
+STREAM_PLACE = "telemetry-stream"
+"""Where sealed messages belong, and what is sealed of all of them."""
+_HELD = "SELECT count(*), coalesce(sum(windows), 0) FROM message"
 
 HANDLES = "handle"
 """The source of what applications count in their own processes."""
@@ -247,14 +257,26 @@ def _less(now: dict[str, int], before: dict[str, int]) -> dict[str, int]:
 class Buffer:
     """Messages that the server did not acknowledge yet."""
 
-    def __init__(self, path: Path, bytes_max: int, may_sample: Callable[[str], bool] = lambda _: False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        bytes_max: int,
+        may_sample: Callable[[str], bool] = lambda _: False,
+        *,
+        seal: Seal | None = None,
+        marks: Marks | None = None,
+    ) -> None:
         """Open the buffer, or begin it.
 
         Args:
             path: of the file.
             bytes_max: what messages may take.
             may_sample: tells of a model whether its inputs may leave the device; asked again at each sending.
+            seal: what the messages are sealed with.
+            marks: how far their numbers had come, if they are sealed.
         """
+        self._seal = seal
+        self._marks = marks
         self._path = path
         self._may_sample = may_sample
         self._bytes_max = bytes_max
@@ -265,6 +287,7 @@ class Buffer:
         self._waiting = 0
         """Windows of the messages held, as far as they could be counted."""
         self._take_up()
+        self._settle()
 
     @property
     def next(self) -> int:
@@ -292,7 +315,7 @@ class Buffer:
         if not rows:
             return None
         try:
-            told = wire.parse(Telemetry, rows[0][0])
+            told = wire.parse(Telemetry, self._unsealed(seq, rows[0][0]))
         except (RefusedError, TypeError) as error:  # not what was written: the disk altered it
             log.warning("telemetry: message %d is lost: %s", seq, error)
             self._lose(seq, rows[0][1])
@@ -320,6 +343,7 @@ class Buffer:
         try:
             with self._database:
                 self._database.execute("DELETE FROM message WHERE seq <= ?", (seq,))
+                self._prove(self._next, self._dropped)
             self._count()
         except sqlite3.Error as error:  # it is sent again, and the server knows it already
             log.warning("telemetry: an acknowledgement could not be noted: %s", error)
@@ -334,11 +358,98 @@ class Buffer:
         body = wire.encode(msgspec.structs.replace(message, epoch=self.epoch, seq=seq, first=0, dropped=self._dropped))
         with self._database:
             insert = "INSERT INTO message (seq, windows, size, body) VALUES (?, ?, ?, ?)"
-            self._database.execute(insert, (seq, len(message.windows), len(body), body))
+            self._database.execute(insert, (seq, len(message.windows), len(body), self._sealed(seq, body)))
             lost = self._make_room()
-            self._database.execute("UPDATE stream SET next = ?, dropped = ?", (seq + 1, lost))
+            self._prove(seq + 1, lost)
         self._next, self._dropped = seq + 1, lost
+        self._reach()
         self._waiting += len(message.windows) - lost
+
+    def _sealed(self, seq: int, body: bytes) -> bytes:
+        return close(self._seal, f"{PLACE}:{self.epoch}", body, seq)
+
+    def _unsealed(self, seq: int, body: object) -> bytes:
+        """Return a message as it was made.
+
+        Raises:
+            RefusedError: it is not what was sealed for this number.
+        """
+        found = opened(self._seal, f"{PLACE}:{self.epoch}", body if isinstance(body, bytes) else b"")
+        if found.sealed and found.number != seq:
+            raise RefusedError("record_altered", f"message {seq} stands where {found.number} belongs")
+        return found.data
+
+    def _prove(self, following: int, dropped: int) -> None:
+        """Say within a transaction where the stream stands, and seal that together with how much there is."""
+        proof = None
+        if self._seal is not None and self._seal.writes:
+            told = [self.epoch, following, dropped, *self._database.execute(_HELD).fetchone()]
+            proof = self._seal.close(STREAM_PLACE, msgspec.json.encode(told), following)
+        self._database.execute("UPDATE stream SET next = ?, dropped = ?, proof = ?", (following, dropped, proof))
+
+    def _reach(self) -> None:
+        if self._marks is not None:
+            self._marks.reach(f"{PLACE} {self.epoch}", self._next, instead_of=PLACE)
+
+    def _settle(self) -> None:
+        """Hold what the file says against its proof, and bring it to the settings: sealed or not."""
+        if self._seal is None and self._database.execute("SELECT proof FROM stream").fetchone()[0] is None:
+            return
+        try:
+            trouble, lost = self._unproved()
+            if trouble:
+                lost += self._dropped + self._waiting
+                log.error("telemetry: %s: the buffer begins anew, and %d windows are lost", trouble, lost)
+                self._database.close()
+                self._database = self._anew()
+                self._take_up()
+            elif lost:
+                log.error("telemetry: somebody removed messages with %d windows", lost)
+                lost += self._dropped
+            self._dropped = max(self._dropped, lost)
+            self._rewrite()
+            self._reach()
+            if self._marks is not None and self._database.execute("PRAGMA database_list").fetchone()[2]:
+                self._marks.note()
+        except (sqlite3.Error, DeviceError) as error:
+            log.warning("telemetry: the buffer could not be sealed or opened: %s", error)
+
+    def _unproved(self) -> tuple[str, int]:
+        """Return why the file is not to be believed, or how many windows were taken away."""
+        (proof,) = self._database.execute("SELECT proof FROM stream").fetchone()
+        count, windows = self._database.execute(_HELD).fetchone()
+        known = self._marks.read() if self._marks is not None else {}
+        marked = {name: number for name, number in known.items() if name.startswith(PLACE)}
+        if proof is None:
+            strict = self._seal is not None and self._seal.mode == "on"
+            return ("it is not sealed, and at_rest is on" if strict and (count or self._next > 1) else ""), 0
+        try:
+            told = msgspec.json.decode(
+                opened(self._seal, STREAM_PLACE, proof).data, type=tuple[str, int, int, int, int]
+            )
+        except (RefusedError, msgspec.DecodeError) as error:
+            return str(error), 0
+        if told[:3] != (self.epoch, self._next, self._dropped):
+            return "its numbers were altered", 0
+        if marked and self._next < marked.get(f"{PLACE} {self.epoch}", self._next + 1):
+            return "it is older than it was already", 0
+        return ("messages were added" if count > told[3] else ""), max(0, told[4] - windows)
+
+    def _rewrite(self) -> None:
+        """Seal what is clear, or open what is sealed; without a trace of the other where the file system keeps none."""
+        wished = self._seal is not None and self._seal.writes
+        rows = self._database.execute("SELECT seq, body FROM message").fetchall()
+        others = [(seq, body) for seq, body in rows if isinstance(body, bytes) and is_sealed(body) != wished]
+        self._database.execute("PRAGMA secure_delete = ON")
+        with self._database:
+            for seq, body in others:
+                with contextlib.suppress(RefusedError):  # it is found, and counted, when its turn comes
+                    data = self._sealed(seq, self._unsealed(seq, body))
+                    self._database.execute("UPDATE message SET body = ? WHERE seq = ?", (data, seq))
+            self._prove(self._next, self._dropped)
+        if others:
+            self._database.execute("VACUUM")
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _take_up(self) -> None:
         """Go on where the file stands."""
@@ -375,7 +486,7 @@ class Buffer:
             with self._database:
                 self._database.execute("DELETE FROM message WHERE seq = ?", (seq,))
                 self._dropped += windows if isinstance(windows, int) else 0
-                self._database.execute("UPDATE stream SET dropped = ?", (self._dropped,))
+                self._prove(self._next, self._dropped)
             self._count()
         except sqlite3.Error as error:
             self._mind(error)
@@ -388,8 +499,15 @@ class Buffer:
             row = self._database.execute("SELECT seq, windows, size, body FROM message ORDER BY seq LIMIT 1").fetchone()
             self._database.execute("DELETE FROM message WHERE seq = ?", (row[0],))
             # what it would have told of earlier losses is told by a later one
-            count, size, lost = count - 1, size - row[2], lost + row[1] + _told_lost(row[3])
+            count, size, lost = count - 1, size - row[2], lost + row[1] + self._told_lost(row[0], row[3])
         return lost
+
+    def _told_lost(self, seq: int, body: object) -> int:
+        """Return of how many lost windows a message would have told."""
+        try:
+            return wire.parse(Telemetry, self._unsealed(seq, body)).dropped
+        except RefusedError:
+            return 0  # the disk altered it
 
     def _open(self) -> sqlite3.Connection:
         try:
@@ -423,27 +541,23 @@ class Buffer:
             database.execute("PRAGMA synchronous = FULL")
             database.execute("PRAGMA cache_size = -256")
             with database:
-                database.execute("CREATE TABLE IF NOT EXISTS stream (epoch TEXT, next INTEGER, dropped INTEGER)")
+                database.execute(
+                    "CREATE TABLE IF NOT EXISTS stream (epoch TEXT, next INTEGER, dropped INTEGER, proof BLOB)"
+                )
+                if len(database.execute("SELECT * FROM stream LIMIT 0").description) == 3:  # of an older release
+                    database.execute("ALTER TABLE stream ADD COLUMN proof BLOB")
                 database.execute(
                     "CREATE TABLE IF NOT EXISTS message"
                     " (seq INTEGER PRIMARY KEY, windows INTEGER, size INTEGER, body BLOB)"
                 )
                 if database.execute("SELECT count(*) FROM stream").fetchone()[0] == 0:
-                    database.execute("INSERT INTO stream VALUES (?, 1, 0)", (secrets.token_urlsafe(12),))
+                    database.execute("INSERT INTO stream VALUES (?, 1, 0, NULL)", (secrets.token_urlsafe(12),))
             database.execute("BEGIN IMMEDIATE")  # fails where it could not be written to later
             database.rollback()
         except sqlite3.Error:
             database.close()
             raise
         return database
-
-
-def _told_lost(body: object) -> int:
-    """Return of how many lost windows a message would have told."""
-    try:
-        return wire.parse(Telemetry, body).dropped if isinstance(body, bytes) else 0
-    except RefusedError:
-        return 0  # the disk altered it
 
 
 def _split(windows: list[Window]) -> list[list[Window]]:
