@@ -60,11 +60,11 @@ def test_a_record_opens_at_its_place_only_and_with_every_byte_as_it_was() -> Non
     for at in range(len(record)):
         with pytest.raises(RefusedError) as caught:
             sealing.opened(seal(), "journal", record[:at] + bytes([record[at] ^ 1]) + record[at + 1 :])
-        assert caught.value.code in ("record_altered", "key_other", "record_clear")
+        assert caught.value.code in ("record_altered", "at_rest_key_other", "record_clear")
     for length in range(len(record)):
         with pytest.raises(RefusedError) as caught:
             sealing.opened(seal(), "journal", record[:length])
-        assert caught.value.code in ("record_altered", "record_clear", "key_other")
+        assert caught.value.code in ("record_altered", "record_clear", "at_rest_key_other")
     with pytest.raises(RefusedError, match="record_altered"):
         seal().open("identity", record)
     moved = record.replace(b" journal ", b" identity ", 1)
@@ -194,9 +194,9 @@ def test_a_torn_record_gives_way_to_the_one_before(tmp_path: Path) -> None:
 
 
 MIX_UPS: list[tuple[str, sealing.Mode | None, sealing.Mode | None, bytes, str]] = [
-    ("the key is not set any more", "on", None, KEY, "key_missing"),
-    ("another key is set", "on", "on", OTHER, "key_other"),
-    ("another key is set for going back", "on", "off", OTHER, "key_other"),
+    ("the key is not set any more", "on", None, KEY, "at_rest_key_missing"),
+    ("another key is set", "on", "on", OTHER, "at_rest_key_other"),
+    ("another key is set for going back", "on", "off", OTHER, "at_rest_key_other"),
     ("a clear journal where all is sealed", None, "on", KEY, "record_clear"),
 ]
 
@@ -269,9 +269,9 @@ def test_identity_and_private_key_follow_the_settings_both_ways(tmp_path: Path) 
         load_pem_private_key(key.read_bytes(), None)
     assert device_key(key, Disk(seal=seal())).public_key() == public
     assert identity.load(tmp_path, seal()) == found
-    with pytest.raises(RefusedError, match="key_missing"):
+    with pytest.raises(RefusedError, match="at_rest_key_missing"):
         identity.load(tmp_path)
-    with pytest.raises(RefusedError, match="key_other"):
+    with pytest.raises(RefusedError, match="at_rest_key_other"):
         identity.load(tmp_path, seal(key=OTHER))
 
     assert bring_in_line(tmp_path, Disk(seal=seal("off"))) == found
@@ -404,7 +404,7 @@ def refused(source: str) -> WherryError:
 def test_a_key_is_read_from_a_file_that_nobody_else_reads(tmp_path: Path) -> None:
     file = tmp_path / "key"
     source = f"file:{file}"
-    assert refused(source).code == "key_unavailable"
+    assert refused(source).code == "at_rest_key_unavailable"
     file.write_bytes(KEY)
     file.chmod(0o600)
     found = platform_key.seal_of(source, "on")
@@ -416,20 +416,20 @@ def test_a_key_is_read_from_a_file_that_nobody_else_reads(tmp_path: Path) -> Non
     assert found.id == seal().id
     for mode in (0o640, 0o604, 0o620):
         file.chmod(mode)
-        assert refused(source).code == "key_open"
+        assert refused(source).code == "at_rest_key_open"
     file.chmod(0o600)
     for data in (b"", KEY[:-1], KEY + b"x", b"g" * 64, b"0" * 129):
         file.write_bytes(data)
         error = refused(source)
-        assert error.code == "key_invalid"
+        assert error.code == "at_rest_key_invalid"
         assert data[:8].decode(errors="replace") not in error.message or not data
     assert platform_key.seal_of("", "off") is None
 
 
 def test_a_key_is_a_credential_of_systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert refused("credential:wherry").code == "key_unavailable"
+    assert refused("credential:wherry").code == "at_rest_key_unavailable"
     monkeypatch.setenv(platform_key.CREDENTIALS, str(tmp_path))
-    assert refused("credential:wherry").code == "key_unavailable"
+    assert refused("credential:wherry").code == "at_rest_key_unavailable"
     (tmp_path / "wherry").write_bytes(KEY)
     found = platform_key.seal_of("credential:wherry", "on")
     assert found is not None
@@ -461,9 +461,9 @@ def test_a_tpm_gives_out_the_key_and_no_other_does(tmp_path: Path, monkeypatch: 
         found = platform_key.seal_of("tpm2:0x81010001", "on")
         assert found is not None
         assert found.id == seal().id
-        assert refused("tpm2:0x81010002").code == "key_unavailable"
+        assert refused("tpm2:0x81010002").code == "at_rest_key_unavailable"
     with software_tpm(tmp_path / "two") as tcti:
         monkeypatch.setenv("TPM2TOOLS_TCTI", tcti)
-        assert refused("tpm2:0x81010001").code == "key_unavailable"
+        assert refused("tpm2:0x81010001").code == "at_rest_key_unavailable"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "tpm2-tools" in refused("tpm2:0x81010001").next_step

@@ -21,11 +21,12 @@ from tests.agent.serving_kit import until
 from tests.tls_front import TlsFront, server_certificate, use_tls
 from tests.trust_kit import RunningServer, running_server
 from wherry_agent import identity, status
-from wherry_agent.children import CourierAnswer, Enrol, Enrolled, Failed, Renew, Renewed
+from wherry_agent.children import CourierAnswer, Enrol, Enrolled, Failed, Renew, Renewed, Reseal, Resealed
 from wherry_agent.courier import run
 from wherry_agent.disk import Disk
 from wherry_agent.identity import Identity
 from wherry_agent.renewal import LOOK_EVERY_S, LOOK_FIRST_S, WAIT_MAX_S, WAIT_MIN_S, Around, Renewal, due_s
+from wherry_agent.sealing import Seal
 from wherry_server.identity import DeviceAuthority, Issued, Request
 from wherry_shared import reasons
 from wherry_shared.errors import DeviceError, RefusedError
@@ -338,4 +339,30 @@ def test_a_device_renews_its_certificate_by_itself_and_goes_on_talking(tmp_path:
 
         until(heard, "the server hears it after the renewal")
         assert device.stop() == 0
+        front.close()
+
+
+@pytest.mark.parametrize("sealed", [False, True], ids=["clear", "sealed"])
+def test_the_server_is_shown_the_certificate_whose_key_may_be_sealed(
+    server: RunningServer, home: Path, tmp_path: Path, sealed: bool
+) -> None:
+    """Behind what lets in nobody without one."""
+    seal = Seal(bytes(32), "migrate") if sealed else None
+    disk = Disk(seal=seal)
+    keys = server.settings.data / "keys"
+    upstream = int(server.url.rpartition(":")[2])
+    assert run(Reseal(home=str(home)), print, disk=disk) == Resealed()
+    front = TlsFront(upstream, *server_certificate(keys, tmp_path), ca=keys / "devices-ca.pem")
+    try:
+        task = Renew(home=str(home), server=f"https://127.0.0.1:{front.port}")
+        assert isinstance(run(task, print, disk=disk), Renewed)
+        found = identity.load(home, seal)
+        assert found is not None
+        assert front.clients[-1] == found.device
+        first = front.serials[-1]
+        key = identity.pair_folder(home, found) / identity.KEY_FILE
+        assert key.read_bytes().startswith(identity.ENCRYPTED_KEY) == sealed
+        assert isinstance(run(task, print, disk=disk), Renewed)
+        assert front.serials[-1] != first, "the next one is shown with the new pair"
+    finally:
         front.close()

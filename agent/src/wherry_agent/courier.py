@@ -214,7 +214,7 @@ def _resolve(task: Resolve, disk: Disk, wall_us: int) -> Resolved:
     manifest, config = courier_resolve.config_of(blobs, task.offered.manifest, length)
     found, passed_over = courier_resolve.candidates(task, manifest, config, blobs.store, note=log.info)
     needed = {digest for one in found for digest in one.loadable.digests}
-    known = _identity(task.home)
+    known = _identity(task.home, disk)
     bring_keys(Path(task.home), known, blobs.http, blobs.server, disk, task.offered.manifest, manifest, needed)
     return Resolved(
         manifest=task.offered.manifest,
@@ -232,7 +232,9 @@ def _fetch(task: Fetch, emit: Emit, disk: Disk) -> Fetched:
     if variant is None:
         raise RefusedError(reasons.NO_VARIANT, f"{task.manifest} has no variant {task.variant[:64]}")
     wanted = courier_resolve.wanted_blobs(manifest, config, variant)
-    bring_keys(Path(task.home), _identity(task.home), blobs.http, blobs.server, disk, task.manifest, manifest, wanted)
+    bring_keys(
+        Path(task.home), _identity(task.home, disk), blobs.http, blobs.server, disk, task.manifest, manifest, wanted
+    )
     total = sum(length for digest, length in wanted.items() if not blobs.store.has(digest, length))
     last = time.monotonic()
 

@@ -153,7 +153,7 @@ def bring_in_line(home: Path, disk: Disk) -> Identity | None:
     """Write identity and private key again as the settings wish, sealed or not; the key first, which both ways open.
 
     Raises:
-        RefusedError: `identity_invalid`; `key_missing`, `key_other` or `record_clear`.
+        RefusedError: `identity_invalid`; `at_rest_key_missing`, `at_rest_key_other` or `record_clear`.
         DeviceError: `disk_full`, `read_only` or `disk`.
     """
     known = identities.load(home, disk.seal)

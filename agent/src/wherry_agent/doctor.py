@@ -527,7 +527,9 @@ def _at_rest(patient: Patient) -> Finding:
     seal = patient.disk.seal
     if seal is None:
         if sealed:
-            return bad(f"no key is set, and sealed are: {', '.join(sealed)} [key_missing]", "set at_rest_key again")
+            return bad(
+                f"no key is set, and sealed are: {', '.join(sealed)} [at_rest_key_missing]", "set at_rest_key again"
+            )
         return ok("not encrypted")
     if (patient.state is None and patient.journal_trouble) or patient.identity_trouble:
         return bad(patient.identity_trouble or patient.journal_trouble, "see Encryption at rest in docs/device.md")

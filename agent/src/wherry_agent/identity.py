@@ -96,7 +96,7 @@ def load(home: Path, seal: Seal | None = None) -> Identity | None:
     """Read the identity, from its copy if the disk altered it; None if this device is not enrolled.
 
     Raises:
-        RefusedError: `identity_invalid`; `key_missing`, `key_other` or `record_clear`.
+        RefusedError: `identity_invalid`; `at_rest_key_missing`, `at_rest_key_other` or `record_clear`.
         DeviceError: `cipher_missing`.
     """
     try:

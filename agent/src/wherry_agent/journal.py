@@ -290,7 +290,7 @@ class Journal:
 
         Raises:
             DeviceError: `disk_full`, `disk` or `cipher_missing`; then the old state stands.
-            RefusedError: `key_missing`, `key_other`.
+            RefusedError: `at_rest_key_missing`, `at_rest_key_other`.
         """
         if self._disk.seal is not None:
             self._mark()
@@ -309,7 +309,7 @@ class Journal:
 
         Raises:
             DeviceError: `disk`, the disk cannot be read at all; `cipher_missing`.
-            RefusedError: `key_missing`, `key_other` or `record_clear`: nothing is touched.
+            RefusedError: `at_rest_key_missing`, `at_rest_key_other` or `record_clear`: nothing is touched.
         """
         problems: list[WherryError] = []
         floor = self._floor()

@@ -36,7 +36,7 @@ class Marks:
         """Return the marks; what neither file tells is 0.
 
         Raises:
-            RefusedError: `key_missing`, `key_other`.
+            RefusedError: `at_rest_key_missing`, `at_rest_key_other`.
             DeviceError: `disk`, `cipher_missing`.
         """
         for file in self._files:

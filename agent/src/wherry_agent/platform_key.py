@@ -47,8 +47,8 @@ def seal_of(source: str, mode: Mode) -> Seal | None:
     """Return the seal that settings ask for; None where they name no key.
 
     Raises:
-        DeviceError: `key_unavailable`: the source does not give it; `key_open`: others can read it.
-        RefusedError: `key_invalid`: it is no key.
+        DeviceError: `at_rest_key_unavailable`: the source does not give it; `at_rest_key_open`: others can read it.
+        RefusedError: `at_rest_key_invalid`: it is no key.
     """
     if not source:
         return None
@@ -68,7 +68,7 @@ def _key(source: str, data: bytes) -> bytes:
     text = data.strip()
     if re.fullmatch(rb"[0-9A-Fa-f]{64}", text) is None:
         raise RefusedError(
-            "key_invalid",
+            "at_rest_key_invalid",
             f"{source} holds {len(data)} bytes that are no key",
             consequence="the agent does not start",
             next_step="it has to be 32 random bytes, raw or as 64 hex digits: head -c 32 /dev/urandom",
@@ -85,7 +85,7 @@ def _of_file(path: Path) -> bytes:
         raise _unavailable(f"{path}: {error.strerror}", "put the file back, readable for the agent's user") from error
     if not stat.S_ISREG(about.st_mode) or about.st_uid not in (0, os.geteuid()) or about.st_mode & 0o077:
         raise DeviceError(
-            "key_open",
+            "at_rest_key_open",
             f"{path} is a key that others can read or replace",
             consequence="it is not used, and the agent does not start",
             next_step=f"chmod 600 {path}, and let the agent's user own it",
@@ -130,7 +130,7 @@ def _of_tpm(name: str) -> bytes:
 
 def _unavailable(why: str, next_step: str) -> DeviceError:
     return DeviceError(
-        "key_unavailable",
+        "at_rest_key_unavailable",
         f"the key for what is on disk cannot be had: {why}",
         consequence="nothing was changed on the disk; the agent does not start without its key",
         next_step=next_step,

@@ -90,7 +90,7 @@ class Seal:
         """Return what a sealed record holds.
 
         Raises:
-            RefusedError: `key_other`, `record_altered`.
+            RefusedError: `at_rest_key_other`, `record_altered`.
             DeviceError: `cipher_missing`.
         """
         head, newline, sealed = record.partition(b"\n")
@@ -99,7 +99,7 @@ class Seal:
             raise _altered(place)
         if parts[2].decode(errors="replace") != self.id:
             raise RefusedError(
-                "key_other",
+                "at_rest_key_other",
                 f"{place} is sealed with key {parts[2][:KEY_ID_CHARS].decode(errors='replace')}, this one is {self.id}",
                 consequence="nothing was changed on the disk; the agent does not start without the right key",
                 next_step=LOST_KEY,
@@ -141,14 +141,14 @@ def opened(seal: Seal | None, place: str, record: bytes) -> Opened:
     """Return what a record holds, sealed or not.
 
     Raises:
-        RefusedError: `key_missing` (sealed, and no key is set), `key_other`, `record_clear` (not sealed where all has to
+        RefusedError: `at_rest_key_missing` (sealed, and no key is set), `at_rest_key_other`, `record_clear` (not sealed where all has to
             be) or `record_altered`.
         DeviceError: `cipher_missing`.
     """
     if is_sealed(record):
         if seal is None:
             raise RefusedError(
-                "key_missing",
+                "at_rest_key_missing",
                 f"{place} is sealed, and the settings name no key",
                 consequence="nothing was changed on the disk; the agent does not start without its key",
                 next_step=LOST_KEY,
@@ -164,7 +164,7 @@ def opened(seal: Seal | None, place: str, record: bytes) -> Opened:
     return Opened(record, 0, sealed=False)
 
 
-STOPS = frozenset({"key_missing", "key_other", "record_clear"})
+STOPS = frozenset({"at_rest_key_missing", "at_rest_key_other", "record_clear"})
 """Trouble of settings, not of a record: nothing is set aside for it."""
 
 
