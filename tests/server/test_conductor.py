@@ -456,6 +456,58 @@ def test_a_large_stage_takes_several_turns_each_of_which_judges_first(tmp_path: 
     run(work())
 
 
+class Counting(Composer):
+    """Signs offers, and counts them."""
+
+    def __init__(self, inner: Composer) -> None:
+        self.inner, self.devices = inner, list[str]()
+
+    @property
+    def keyid(self) -> str:
+        return self.inner.keyid
+
+    def compose_all(self, wanted, *arguments):
+        self.devices += [one.device for one in wanted]
+        return self.inner.compose_all(wanted, *arguments)
+
+
+@pytest.mark.parametrize("meanwhile", ["nothing", "abort", "another offer"])
+def test_offers_signed_ahead_of_a_stage_are_used_once_and_only_if_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            await found.enrol(30)
+            await found.until(await found.roll_out("1.0.0"), "done")
+            counting = found.conductor.composer = Counting(found.conductor.composer)
+            number = await found.roll_out("1.1.0")
+            exposed = "SELECT a.device_id FROM assignment a JOIN rollout r ON r.id = a.rollout_id WHERE r.number = :n"
+            while not await found.rows(exposed, n=number):
+                await found.conductor.turn()
+            (ahead,) = [one.ahead for one in found.conductor._known.values() if one.ahead is not None]
+            made = await ahead.task
+            assert len(made.composed) == 10
+            assert len(counting.devices) == 20
+            if meanwhile == "abort":
+                await found.command(number, "abort")
+            if meanwhile == "another offer":
+                device = made.composed[0].device
+                found.elsewhere("UPDATE offer SET serial = serial + 1 WHERE device_id = :device", device=device)
+            for _ in range(6):
+                await found.conductor.turn()
+            assert len(await found.rows(exposed, n=number)) == (10 if meanwhile == "abort" else 30)
+            if meanwhile == "nothing":
+                assert sorted(counting.devices) == sorted(found.devices)
+            offered = await found.rows(
+                "SELECT device_id FROM offer WHERE CAST(models AS TEXT) LIKE :m", m=f"%{manifest_of('1.1.0')}%"
+            )
+            assert {row.device_id for row in offered} == (set() if meanwhile == "abort" else set(found.devices))
+
+    monkeypatch.setattr(conducting, "EXPOSED_PER_TURN", 10)
+    run(work())
+
+
 class Interrupting(Composer):
     """Signs offers, and at the first one somebody else aborts the rollout."""
 

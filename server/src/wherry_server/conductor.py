@@ -35,8 +35,10 @@ from wherry_server.db import bulk
 from wherry_server.db.database import DATABASE_ERRORS
 from wherry_server.db.tables import Decision as DecisionRow
 from wherry_server.db.tables import Rollout, RolloutStatus, table
+from wherry_server.evidence import Candidate
 from wherry_server.flag_bearer import Bearer
 from wherry_server.ingest import Behind, Stored
+from wherry_server.jobs import begun
 from wherry_server.lanes import ended
 from wherry_server.lease import Lease, boot_id
 from wherry_server.offers import Composer, Number
@@ -81,11 +83,30 @@ TELL_AGAIN_S = rollouts.STATUS_FRESH_S / 2
 RESIGN_S = 60.0
 RESIGN_PER_TURN = 2_000
 COMPOSE_TRIES = 3
+AHEAD_S = 10.0
+"""Offers that were composed ahead are used for so long."""
 HELLOS_PER_TURN = 2_000
 SCANNED = frozenset({"created", "running", "paused", "done"})
 """States in which the members of the cohort are looked at."""
 CONDEMNING = frozenset({"failure_bound", "failed_bound", "returned_bound", "crashed_bound"})
 """Reasons of a halt after which the hardware on which the bundle failed is not offered it again."""
+
+
+@dataclass(slots=True)
+class _Ahead:
+    """Offers composed for whom a stage exposes next. They are no more than signed bytes until a turn decides so."""
+
+    stage: int
+    tried: bool
+    keyid: str
+    """Of the key that signs them."""
+    task: asyncio.Task[Prepared]
+    since: float = field(default_factory=time.monotonic)
+
+    def fits(self, stage: int, keyid: str, others_at: float, *, tried: bool) -> bool:
+        """Tell whether they can be used; not if other offers were written meanwhile, by which these may be outdated."""
+        young = time.monotonic() - self.since < AHEAD_S and others_at < self.since
+        return young and (self.stage, self.tried, self.keyid) == (stage, tried, keyid)
 
 
 @dataclass(slots=True)
@@ -100,6 +121,7 @@ class _Known:
     """When devices with a flag's variant are judged next."""
     compared_until: int = -1
     """The period until which every lane of its comparisons was taken."""
+    ahead: _Ahead | None = None
     status: tuple[str, str] | None = None
     """How it stands, as JSON: evidence, and devices by outcome."""
     told: tuple[str, str] | None = None
@@ -140,6 +162,8 @@ class Conductor:
     _hellos: dict[str, Behind] = field(default_factory=dict)
     _resign_at: float = 0.0
     _bearer: Bearer | None = None
+    _others_at: float = 0.0
+    """When offers were last written by what is no rollout's turn."""
     _full: bool = False
     """Whether the last turn exposed as many as one may, so that there is more to do at once."""
 
@@ -163,7 +187,7 @@ class Conductor:
                 await self.reconcile()
                 await self._resign_in_time()
                 moved = await self.bear_flags() > 0
-                more = moved and self._bear().owes
+                more = self._bear().more
                 moved = await self.turn() or moved
             spent = time.monotonic() - started
             if self._full or more:  # where much is to do, it goes on
@@ -295,21 +319,12 @@ class Conductor:
         for one in decisions:
             if isinstance(one, Expose) and known.scan is not None:
                 most = EXPOSED_PER_TURN if one.limit is None else min(one.limit, EXPOSED_PER_TURN)
-                chosen = known.scan.open(known.plan, after.cut_offs, one.share, moment)[:most]
-                async with database.read() as connection:
-                    current = await assignments.read_exposing(connection, chosen)
-                await asyncio.to_thread(
-                    assignments.expose,
-                    prepared,
-                    row,
-                    known.plan,
-                    one.stage,
-                    chosen,
-                    current,
-                    self.composer,
-                    moment,
-                    tried=known.plan.two_rounds and not after.promoting,
-                )
+                found = known.scan.open(known.plan, after.cut_offs, one.share, moment)
+                tried = known.plan.two_rounds and not after.promoting
+                await self._expose(prepared, row, known, one.stage, found[:most], moment, tried=tried)
+                following = found[most : most + EXPOSED_PER_TURN] if one.limit is None else []
+                if following:
+                    known.ahead = self._go_ahead(row, known.plan, one.stage, following, moment, tried=tried)
             elif isinstance(one, Promote):
                 most = EXPOSED_PER_TURN if one.limit is None else min(one.limit, EXPOSED_PER_TURN)
                 async with database.read() as connection:
@@ -339,6 +354,60 @@ class Conductor:
         for refused in prepared.refused:
             log.error("%s: %s", _name(row), refused)
         return prepared
+
+    async def _expose(
+        self,
+        prepared: Prepared,
+        row: Any,
+        known: _Known,
+        stage: int,
+        chosen: list[Candidate],
+        moment: int,
+        *,
+        tried: bool,
+    ) -> None:
+        """Compose the offers of a stage's devices, but for those that were composed ahead."""
+        ahead, known.ahead = known.ahead, None
+        if ahead is not None and ahead.fits(stage, self.composer.keyid, self._others_at, tried=tried):
+            wanted, made = set(chosen), await ahead.task
+            pairs = zip(made.exposed, made.composed, strict=True)
+            used = [(candidate, offer) for candidate, offer in pairs if candidate in wanted]
+            prepared.exposed += [candidate for candidate, _ in used]
+            prepared.composed += [offer for _, offer in used]
+            prepared.stage, prepared.tried = stage, tried
+            wanted.difference_update(prepared.exposed)
+            chosen = [candidate for candidate in chosen if candidate in wanted]
+        if chosen:
+            async with self.services.database.read() as connection:
+                current = await assignments.read_exposing(connection, chosen)
+            await asyncio.to_thread(
+                assignments.expose,
+                prepared,
+                row,
+                known.plan,
+                stage,
+                chosen,
+                current,
+                self.composer,
+                moment,
+                tried=tried,
+            )
+
+    def _go_ahead(
+        self, row: Any, plan: Plan, stage: int, candidates: list[Candidate], moment: int, *, tried: bool
+    ) -> _Ahead:
+        """Begin with the offers of those whom the next turn will expose, if it judges so, while those before are stored."""
+
+        async def compose() -> Prepared:
+            prepared = Prepared()
+            async with self.services.database.read() as connection:
+                current = await assignments.read_exposing(connection, candidates)
+            await asyncio.to_thread(
+                assignments.expose, prepared, row, plan, stage, candidates, current, self.composer, moment, tried=tried
+            )
+            return prepared
+
+        return _Ahead(stage, tried, self.composer.keyid, begun(compose(), "offers ahead"))
 
     async def _commit(
         self,
@@ -459,7 +528,10 @@ class Conductor:
 
     async def bear_flags(self) -> int:
         """Bring devices the flags that they should have; return how many offers that took."""
-        return await self._bear().turn()
+        done = await self._bear().turn()
+        if done:
+            self._others_at = time.monotonic()
+        return done
 
     def _bear(self) -> Bearer:
         if self._bearer is None:
@@ -553,6 +625,7 @@ class Conductor:
         async with self.services.database.write() as connection:
             await self.lease.check(connection)
             await offers.write(connection, self.services.project, composed)
+        self._others_at = time.monotonic()
 
     def _compose_all(self, current: dict[str, offers.Current], moment: int) -> list[offers.Composed]:
         """Compose what is offered already under new numbers; who cannot get an offer stops nobody else."""

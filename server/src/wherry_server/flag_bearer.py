@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from wherry_server import flag_values, offers
 from wherry_server.db import bulk
 from wherry_server.flag_values import Definitions
+from wherry_server.jobs import begun
 from wherry_server.lease import Lease
 from wherry_server.offers import Composer, Number
 from wherry_server.outbox import Outbox
@@ -47,6 +48,7 @@ class _Found(NamedTuple):
     flags: Mapping[str, Any]
 
 
+_Due = dict[str, _Found | None]
 NONE = b"{}", Number(0, 0)
 """What a device without an offer carries."""
 
@@ -61,19 +63,18 @@ class Bearer:
     outbox: Outbox | None = None
     _known: tuple[tuple[str, int], ...] | None = None
     _look_at: float = 0.0
+    _ahead: tuple[str, _Due, asyncio.Task[list[offers.Composed]]] | None = None
+    """Offers composed for the next devices, with the key that signs them and what was due."""
     _bare: tuple[int, float] = (0, 0.0)
     """Epoch of the lease in which no offer carried a flag, and until when that is believed: who leads writes the offers."""
-    _due: dict[str, _Found | None] = field(default_factory=dict)
+    more: bool = False
+    """Whether more devices wait than the last turn could take."""
+    _due: _Due = field(default_factory=dict)
     """Devices whose flags are, or may be, not as they should be, with what a look found of them."""
 
     def owe(self, devices: set[str]) -> None:
         """Have these devices looked at in the next turn."""
         self._due |= dict.fromkeys(devices)
-
-    @property
-    def owes(self) -> bool:
-        """Whether more devices wait than one turn could take."""
-        return bool(self._due)
 
     def look_soon(self) -> None:
         """Have every device looked at in the next turn."""
@@ -85,42 +86,63 @@ class Bearer:
             known = await flag_values.revisions(connection, self.services.project)
             if known != self._known or time.monotonic() >= self._look_at:
                 await self._look(connection)
-            batch = sorted(self._due)[:DEVICES_PER_TURN]
-            if not batch:
-                return 0
-            wanted, current = await self._of(connection, batch)
-        try:
-            done = await self._bring(wanted, current)
-        except UnreachableError as error:
-            log.info("flags: %s", error.message)  # the next turn composes from what is stored then
+        waiting = sorted(self._due)
+        batch = {device: self._due.pop(device) for device in waiting[:DEVICES_PER_TURN]}
+        following = {device: self._due[device] for device in waiting[DEVICES_PER_TURN : 2 * DEVICES_PER_TURN]}
+        self.more = False
+        if not batch:
             return 0
-        for device in batch:
-            del self._due[device]
+        try:
+            done = await self._bring(batch, following)
+        except BaseException as error:
+            self._due = batch | self._due
+            if isinstance(error, UnreachableError):
+                log.info("flags: %s", error.message)  # the next turn composes from what is stored then
+                return 0
+            raise
+        self.more = bool(self._due)
         return done
 
-    async def _of(
-        self, connection: AsyncConnection, batch: list[str]
-    ) -> tuple[dict[str, Mapping[str, Any]], dict[str, offers.Current]]:
-        """Return the flags that devices lack, and what they are offered.
+    async def _bring(self, batch: _Due, following: _Due) -> int:
+        """Store the offers of a batch, while those of the next one are composed and signed; return how many."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[:2] == (self.composer.keyid, batch):
+            composed = await ahead[2]
+        else:
+            composed = await self._made(batch)
+        if following:
+            self._ahead = self.composer.keyid, following, begun(self._made(following), "flags ahead")
+        if composed:
+            async with self.services.database.write() as connection:
+                await self.lease.check(connection)
+                await offers.write(connection, self.services.project, composed)
+            if self.outbox is not None:
+                self.outbox.wake()
+            log.info("flags: %d offers", len(composed))
+        return len(composed)
 
-        What a look found stands while definitions and the device's offer are those that it saw: whatever a rollout gives or
-        takes is in an offer of its own. Of the others it is worked out again.
+    async def _made(self, batch: _Due) -> list[offers.Composed]:
+        """Return offers with the flags that devices lack.
+
+        What a look found stands while the device's offer is the one that it saw: whatever a rollout gives or takes is in an
+        offer of its own. Of the others it is worked out again.
         """
-        current = await offers.current(connection, batch)
-        wanted: dict[str, Mapping[str, Any]] = {}
-        again: list[str] = []
-        for device in batch:
-            found, now = self._due[device], current.get(device)
-            if found is not None and now is not None and now.number == found.number:
-                wanted[device] = found.flags
-            else:
-                again.append(device)
-        if again:
-            definitions = await flag_values.definitions(connection, self.services.project)
-            wanted |= {
-                device: found.flags for device, found in (await self._wanted(connection, definitions, again)).items()
-            }
-        return wanted, {device: one for device, one in current.items() if device in wanted}
+        async with self.services.database.read() as connection:
+            current = await offers.current(connection, list(batch))
+            wanted: dict[str, Mapping[str, Any]] = {}
+            again: list[str] = []
+            for device, found in batch.items():
+                standing = current.get(device)
+                if found is not None and standing is not None and standing.number == found.number:
+                    wanted[device] = found.flags
+                else:
+                    again.append(device)
+            if again:
+                definitions = await flag_values.definitions(connection, self.services.project)
+                lacking = await self._wanted(connection, definitions, again)
+                wanted |= {device: found.flags for device, found in lacking.items()}
+        changed = {device: one for device, one in current.items() if device in wanted}
+        return await asyncio.to_thread(self._compose, wanted, changed, now_us()) if changed else []
 
     async def _look(self, connection: AsyncConnection) -> None:
         """Find every device whose flags are not as they should be."""
@@ -171,19 +193,6 @@ class Bearer:
             if standing != as_carried:
                 wanted[device] = _Found(number, values)
         return wanted
-
-    async def _bring(self, wanted: Mapping[str, Mapping[str, Any]], current: Mapping[str, offers.Current]) -> int:
-        if not wanted:
-            return 0
-        moment = now_us()
-        composed = await asyncio.to_thread(self._compose, wanted, current, moment)
-        async with self.services.database.write() as connection:
-            await self.lease.check(connection)
-            await offers.write(connection, self.services.project, composed)
-        if self.outbox is not None:
-            self.outbox.wake()
-        log.info("flags: %d offers", len(composed))
-        return len(composed)
 
     def _compose(
         self, wanted: Mapping[str, Mapping[str, Any]], current: Mapping[str, offers.Current], moment: int

@@ -8,13 +8,14 @@ import logging
 import signal
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from wherry_server.db.database import DATABASE_ERRORS
 from wherry_shared.errors import WherryError
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
 GC_AFTER = (50_000, 20, 100)
 """Thresholds of Python's collector: a batch or a stage makes tens of thousands of objects at once, none of them in a circle."""
 FAULT_MIN_S = 0.5
@@ -68,6 +69,18 @@ async def until_stopped(jobs: Mapping[str, Coroutine[Any, Any, None]], stopping:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def begun(work: Coroutine[Any, Any, Result], name: str) -> asyncio.Task[Result]:
+    """Begin work whose result may never be asked for; its failure is then nobody's."""
+    task = asyncio.create_task(work, name=name)
+    task.add_done_callback(_seen)
+    return task
+
+
+def _seen(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled():
+        task.exception()
 
 
 def stop_on_signals(stopping: asyncio.Event) -> None:
