@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -13,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from tests.shared.engines import models
+from wherry_shared import engine_telemetry
 from wherry_shared.engines import BadInput, EngineFault, bf16, load, probe
 from wherry_shared.engines.session import EngineLimits, Session
 from wherry_shared.errors import DeviceError, RefusedError
@@ -30,6 +32,30 @@ def test_every_engine_of_the_environment_runs_the_tiny_model():
 def test_a_probe_can_be_restricted_to_one_engine():
     assert [facts.name for facts in probe(["tflite-runtime"])] == ["tflite-runtime"]
     assert probe(["no-such-engine"]) == []
+
+
+@pytest.mark.parametrize(("said", "kept"), [({}, False), ({"ORT_DISABLE_TELEMETRY": "0"}, True)])
+def test_a_runtime_keeps_and_sends_nothing_of_its_own_unless_the_owner_says_so(
+    tmp_path: Path, said: dict[str, str], kept: bool
+):
+    code = "import sys; from wherry_shared.engines import load; load(sys.argv[1], 'onnx')"
+    home = tmp_path / "home"
+    home.mkdir()
+    file = models.scale(tmp_path / "one.onnx", 2.0)
+    subprocess.run([sys.executable, "-c", code, str(file)], env={"HOME": str(home), **said}, check=True, timeout=60)
+    found = [path.name for path in home.rglob("*") if path.is_file()]
+    assert ("deviceid" in found) == kept, found
+    assert kept or not found
+
+
+@pytest.mark.parametrize(("said", "calls"), [("1", 1), ("0", 0)])
+def test_one_that_an_application_imported_first_sends_no_more_events(
+    monkeypatch: pytest.MonkeyPatch, said: str, calls: int
+):
+    monkeypatch.setenv(engine_telemetry.VARIABLE, said)
+    told: list[bool] = []
+    engine_telemetry.hush(SimpleNamespace(disable_telemetry_events=lambda: told.append(True)))
+    assert len(told) == calls
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wherry_shared import engine_telemetry
 from wherry_shared.bundle import Format
 from wherry_shared.engines.errors import BadInput, EngineFault, OutOfMemory
 from wherry_shared.engines.probing import ENGINES, probe
@@ -18,6 +19,8 @@ from wherry_shared.errors import DeviceError
 
 if TYPE_CHECKING:
     from wherry_shared.engines.session import EngineLimits, Session
+
+engine_telemetry.turn_off()
 
 __all__ = ["ENGINES", "BadInput", "EngineFault", "OutOfMemory", "load", "probe"]
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from wherry_shared import engine_telemetry
 from wherry_shared.bundle import Datatype
 from wherry_shared.engines.checks import check_native
 from wherry_shared.engines.errors import EngineFault, OutOfMemory
@@ -55,6 +56,7 @@ def _runtime() -> Any:
             f"onnxruntime cannot be imported: {error}",
             next_step="install wherry-agent[onnx]",
         ) from error
+    engine_telemetry.hush(onnxruntime)
     return onnxruntime
 
 
