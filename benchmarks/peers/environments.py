@@ -13,6 +13,8 @@ PEERS = {
     "mlserver": ["mlserver==1.7.1", "onnxruntime==1.32.0", "numpy<3"],
     "kserve": ["kserve==0.21.0", "onnxruntime==1.32.0", "numpy<3"],
     "nncf": ["nncf==3.4.0", "onnx==1.22.0", "onnxruntime==1.32.0"],
+    # torch named first and pinned: asked for by others it comes with accelerators, which makes 5.9 GB of 1.5
+    "olive": ["torch==2.13.0", "olive-ai==0.13.0", "onnx==1.22.0", "onnxruntime==1.32.0", "requests"],
     "trainer": ["jax", "pillow"],
 }
 """Peer → what is installed beside nothing of ours."""

@@ -200,3 +200,44 @@ def _save_with_ml(graph: onnx.GraphProto, path: Path) -> Path:
     onnx.checker.check_model(model)
     onnx.save(model, path)
     return path
+
+
+def scaling(path: Path, factor: float, shape: list[int | str]) -> Path:
+    """Write y = factor · x as ONNX."""
+    graph = helper.make_graph(
+        [helper.make_node("Mul", ["x", "factor"], ["y"])],
+        "scaling",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(np.array(factor, np.float32), "factor")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    onnx.save(model, path)
+    return path
+
+
+def scaling_tflite(path: Path, factor: float, shape: list[int], *, name: str = "x") -> Path:
+    """Write y = factor · x as TFLite, with fixed shapes and without a signature."""
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+
+    def tensor(called: str, dims: list[int], buffer: int) -> object:
+        made = schema.TensorT()
+        made.name, made.shape, made.type, made.buffer = called, dims, schema.TensorType.FLOAT32, buffer
+        return made
+
+    constant = schema.BufferT()
+    constant.data = np.frombuffer(np.array(factor, np.float32).tobytes(), np.uint8)
+    code, operator, graph, model = schema.OperatorCodeT(), schema.OperatorT(), schema.SubGraphT(), schema.ModelT()
+    code.builtinCode = code.deprecatedBuiltinCode = schema.BuiltinOperator.MUL
+    code.version = 1
+    operator.inputs, operator.outputs = [0, 1], [2]
+    operator.builtinOptionsType, operator.builtinOptions = schema.BuiltinOptions.MulOptions, schema.MulOptionsT()
+    graph.tensors = [tensor(name, shape, 0), tensor("factor", [], 1), tensor("y", shape, 0)]
+    graph.inputs, graph.outputs, graph.operators = [0], [2], [operator]
+    model.version, model.operatorCodes, model.subgraphs = 3, [code], [graph]
+    model.buffers = [schema.BufferT(), constant]
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
+    path.write_bytes(bytes(builder.Output()))
+    return path

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -31,10 +31,12 @@ from wherry_optimizer.recipe import convert_parameters
 from wherry_shared import digest
 from wherry_shared.bundle import Format
 from wherry_shared.engines import load
-from wherry_shared.engines.session import Session
+from wherry_shared.engines.session import NativeTensor, Session
 from wherry_shared.errors import RefusedError, WherryError
 
 Array = npt.NDArray[Any]
+Contract: TypeAlias = tuple[Sequence[NativeTensor], Sequence[NativeTensor]]
+"""Inputs and outputs of a file."""
 
 CACHE_FORMAT = 1
 """Goes up when answers of older releases mean something else."""
@@ -254,11 +256,16 @@ def check_contract(source: Session, made: Session) -> None:
     Raises:
         RefusedError: `contract_changed`, naming the tensor.
     """
-    for kind, old, new in zip(("input", "output"), source.describe(), made.describe(), strict=True):
-        before = {tensor.name: tensor for tensor in old}
-        after = {tensor.name: tensor for tensor in new}
-        for name in sorted(set(before) | set(after)):
-            one, two = before.get(name), after.get(name)
+    check_tensors(source.describe(), made.describe())
+
+
+def check_tensors(before: Contract, after: Contract) -> None:
+    """Do what `check_contract` does, on inputs and outputs as sessions describe them."""
+    for kind, old, new in zip(("input", "output"), before, after, strict=True):
+        was = {tensor.name: tensor for tensor in old}
+        now = {tensor.name: tensor for tensor in new}
+        for name in sorted(set(was) | set(now)):
+            one, two = was.get(name), now.get(name)
             if one is None or two is None:
                 why = f"{kind} {name!r} {'is gone' if two is None else 'is new'}"
             elif one.datatype != two.datatype:

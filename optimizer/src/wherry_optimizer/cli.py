@@ -221,6 +221,57 @@ def export_torch(
     out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command("env")
+def make_environment(
+    tool: Annotated[str, typer.Argument(help="onnx2tf.")],
+    *,
+    python: Annotated[Path | None, typer.Option(help="The Python to make it from, new enough for the tool.")] = None,
+) -> None:
+    """Make the environment of a tool that cannot live beside this one, in the user's cache folder."""
+    from wherry_optimizer import environments
+
+    made = environments.make(tool, python, lambda text: err.print(text, style="dim", markup=False))
+    out.print(str(made), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("convert-tflite")
+def convert_tflite(
+    model: Annotated[Path, typer.Argument(help="A float ONNX file.")],
+    *,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The TFLite file to write.")] = Path("model.tflite"),
+    batch: Annotated[int, typer.Option(min=1, help="The one length of the batch that the file will take.")] = 1,
+    length: Annotated[
+        list[str] | None, typer.Option(metavar="AXIS=N", help="Length of another axis that is free; repeatable.")
+    ] = None,
+    inputs: Annotated[
+        Path | None, typer.Option(help="Samples to compare on: .npz, an array per input; else made up.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Of the conversion at most.")] = 600.0,
+    as_json: AsJson = False,
+) -> None:
+    """Convert ONNX to TFLite by onnx2tf, if the result has the same inputs and outputs and answers the same."""
+    import msgspec
+
+    from wherry_optimizer import converting
+
+    pairs = [text.partition("=") for text in length or []]
+    if any(not number.isdecimal() for _, _, number in pairs):
+        raise typer.BadParameter("AXIS=N", param_hint="--length")
+    lengths = {axis: int(number) for axis, _, number in pairs}
+    made = converting.to_tflite(model, output, batch=batch, lengths=lengths, inputs=inputs, seconds_max=seconds)
+    if as_json:
+        _print_json(msgspec.to_builtins(made, enc_hook=str))
+        return
+    for name in made.constant:
+        err.print(
+            f"output {name!r} was the same for all samples: give others by --inputs", style="yellow", markup=False
+        )
+    shapes = ", ".join(f"{name} {shape}" for name, shape in made.shapes.items())
+    kind = "made-up" if made.made_up else "given"
+    text = f"{made.path}: {shapes}, {made.error:.1g} from the ONNX file on {made.samples} {kind} samples"
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 @app.command()
 def compare(
     one: Annotated[Path, typer.Argument(metavar="A", help="Folder that auto wrote, or its report.json.")],

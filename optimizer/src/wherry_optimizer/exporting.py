@@ -151,7 +151,7 @@ def _compared(folder: Path, answer: _Answer, where: str) -> float:
         for number in range(answer.calls):
             found = session.run({name: examples[f"{number}/in/{name}"] for name in answer.inputs})
             for name in answer.outputs:
-                worst = max(worst, _moved(found[name], examples[f"{number}/out/{name}"]))
+                worst = max(worst, moved(found[name], examples[f"{number}/out/{name}"]))
                 if not worst <= MOVED_MAX:
                     raise _not_written(
                         "export_differs",
@@ -166,7 +166,7 @@ def _compared(folder: Path, answer: _Answer, where: str) -> float:
     return worst
 
 
-def _moved(found: Array, wanted: Array) -> float:
+def moved(found: Array, wanted: Array) -> float:
     """Return the distance of two arrays as a share of the second; infinite where they cannot be compared."""
     if found.shape != wanted.shape or found.dtype != wanted.dtype:
         return float("inf")
