@@ -84,7 +84,7 @@ RETRY_AFTER_S = {
     reasons.DISK_FULL: 60.0,
     reasons.READ_ONLY: 300.0,
     reasons.CHILD_FAILED: 60.0,
-    reasons.KEY_MISSING: 30.0,
+    reasons.KEY_MISSING: 2.0,
 }
 """When to try again, by reason; what is not listed does not change by itself."""
 _REASONS = frozenset(value for name, value in vars(reasons).items() if name.isupper() and isinstance(value, str))

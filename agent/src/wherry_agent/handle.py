@@ -176,12 +176,14 @@ class _Inline:
 
 @dataclass(frozen=True, slots=True)
 class _Remote:
-    """A candidate on trial in the worker, its incumbent here."""
+    """A candidate on trial in the worker, its incumbent here; or what is encrypted, with its incumbent, both in the worker."""
 
     client: WorkerClient
     candidate: Served
     counter: Counter
     incumbent: _InProcess | None
+    there: Served | None = None
+    """The incumbent that is in the worker too."""
 
 
 _Engaged = _InProcess | _Inline | _Remote
@@ -469,8 +471,8 @@ class Model:
             case _Remote():
                 raise UnreachableError(
                     "sequence_in_trial",
-                    f"the only version of {self.name!r} is on trial in the worker, which keeps no sequences of this process",
-                    next_step='wait until it is confirmed, or use isolation="inline"',
+                    f"{self.name!r} answers from the worker, where it is on trial or encrypted; it keeps no sequences of this process",
+                    next_step='wait until it is confirmed, or use isolation="inline"; encrypted, ask over HTTP with a sequence_id',
                 )
             case None:
                 raise self._no_model()
@@ -573,14 +575,20 @@ class Model:
             return None
         self._check_contract(serve.active)
         have = {key_of(loaded.loadable): loaded for loaded in self._loaded()}
+        if serve.active.encrypted or (serve.incumbent is not None and serve.incumbent.encrypted):
+            return self._remote(assign, serve, None)  # this device's keys are the agent's alone
         if not serve.trial:
             return self._in_process(serve.active, have)
         if self._isolation == "inline":
             return self._inline(serve, have)
         incumbent = self._in_process(serve.incumbent, have) if serve.incumbent is not None else None
+        return self._remote(assign, serve, incumbent)
+
+    def _remote(self, assign: messages.Assign, serve: ServeModel, incumbent: _InProcess | None) -> _Remote:
         client = WorkerClient(assign.worker_socket, serve.name, serve.active.interface, serve.deadline_ms / 1000)
-        counter = self._counter(serve.active, "candidate", serve.trial)
-        return _Remote(client, _served(serve.active, serve.trial), counter, incumbent)
+        counter = self._counter(serve.active, "candidate" if serve.trial else "incumbent", serve.trial)
+        there = _served(serve.incumbent, "") if serve.incumbent is not None and incumbent is None else None
+        return _Remote(client, _served(serve.active, serve.trial), counter, incumbent, there)
 
     def _check_contract(self, loadable: Loadable) -> None:
         contract = self._contract
@@ -751,7 +759,8 @@ def _served(loadable: Loadable, trial: str) -> Served:
 
 def _from_worker(answer: RemoteAnswer, engaged: _Remote) -> Answer:
     fallback = bool(answer.parameters.get("wherry_fallback"))
-    for served in (engaged.candidate, *([engaged.incumbent.served] if engaged.incumbent is not None else [])):
-        if served.version == answer.model_version:
+    incumbent = engaged.incumbent.served if engaged.incumbent is not None else engaged.there
+    for served in (engaged.candidate, incumbent):
+        if served is not None and served.version == answer.model_version:
             return Answer.of(answer.tensors, served, fallback=fallback)
     raise EngineFault("foreign_version", f"the worker answered with version {answer.model_version}")

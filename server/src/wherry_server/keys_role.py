@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from wherry_server import catalogue, cohorts
 from wherry_server.content_keys import record_of
 from wherry_server.db.database import Database
 from wherry_server.db.tables import ContentKey, Device, WrappedKey, table
-from wherry_server.jobs import every, stop_on_signals, until_stopped
+from wherry_server.jobs import for_ever, stop_on_signals, until_stopped
 from wherry_server.reading import GIVEN
 from wherry_server.settings import Settings
 from wherry_server.targeting import parse_selector
@@ -33,7 +34,9 @@ from wherry_shared.key_ring import KeyRing
 log = logging.getLogger(__name__)
 
 LOOK_S = 1.0
-"""How often the process looks whether a device lacks a key."""
+"""How often the process looks whether a device lacks a key, as long as looking is cheap."""
+LOOK_SHARE = 0.05
+"""Of its time that looking may take: a look at a large fleet that finds nothing is repeated less often."""
 AT_ONCE = 500
 """Keys that one transaction wraps."""
 
@@ -260,13 +263,16 @@ def run(settings: Settings) -> None:
         role = KeysRole(database, settings.project, ring)
 
         async def work() -> None:
-            count = await role.wrap()
-            if count:
-                log.info("wrapped %d keys", count)
+            while True:
+                began = time.monotonic()
+                count = await role.wrap()
+                if count:
+                    log.info("wrapped %d keys", count)
+                await asyncio.sleep(max(LOOK_S, (time.monotonic() - began) / LOOK_SHARE if not count else 0))
 
         log.info("wrapping content keys for project %s", settings.project)
         try:
-            await until_stopped({"wrap": every(LOOK_S, work)}, stopping)
+            await until_stopped({"wrap": for_ever(work)}, stopping)
         finally:
             await database.close()
 

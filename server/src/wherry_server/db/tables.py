@@ -426,6 +426,7 @@ class Assignment(SQLModel, table=True):
     __table_args__ = (
         Index("ix_assignment_rollout", "rollout_id", "outcome"),
         Index("ix_assignment_device", "device_id", "model"),
+        Index("ix_assignment_manifest", "to_manifest"),
     )
     rollout_id: str = Field(primary_key=True)
     device_id: str = Field(primary_key=True)
