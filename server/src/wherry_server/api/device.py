@@ -130,14 +130,14 @@ async def blob_info(digest: DigestPath, request: Request, services: ServicesDep,
     return Response(wire.encode(info), media_type=JSON)
 
 
-@router.get("/keys/{manifest}")
+@router.get("/keys/{digest}")
 async def content_keys_of(
-    manifest: DigestPath, request: Request, services: ServicesDep, device: CurrentDevice
+    digest: DigestPath, request: Request, services: ServicesDep, device: CurrentDevice
 ) -> Response:
     """Give the device that asks the content keys of a bundle that it was given: those wrapped for it, and no others."""
     async with services.database.read() as connection:
-        await _readers(request).size(connection, device, manifest)
-        found = await content_keys.of_device(connection, device, manifest)
+        await _readers(request).size(connection, device, digest)
+        found = await content_keys.of_device(connection, device, digest)
     return Response(wire.encode(found), media_type=JSON, headers={"Cache-Control": "no-store"})
 
 
