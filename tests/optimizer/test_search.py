@@ -422,16 +422,25 @@ def test_operators_are_given_back_one_after_another_until_the_gate_lets_one_pass
     assert "channels-0.5+int8-static-less-4" in proposed(tried)
 
 
-def test_pruning_climbs_while_it_passes_and_steps_down_where_it_does_not() -> None:
+def test_ladders_climb_while_they_pass_and_step_down_where_they_do_not() -> None:
     tried = dict.fromkeys(FIRST, GOOD)
-    assert proposed(tried) == ["channels-0.5+int8-static", "zeros-0.5+int8-static"]
-    tried |= {"channels-0.5+int8-static": GOOD, "zeros-0.5+int8-static": DROPPED}
-    lead = "channels-0.5+zeros-0.5+int8-static"
-    assert proposed(tried) == ["channels-0.625+int8-static", "zeros-0.3+int8-static", lead]
-    tried |= {"channels-0.625+int8-static": DROPPED, "zeros-0.3+int8-static": DROPPED, lead: GOOD}
-    assert proposed(tried) == []
+    assert proposed(tried) == ["channels-0.5+int8-static", "levels-15+int8-static", "zeros-0.5+int8-static"]
+    tried |= {
+        "channels-0.5+int8-static": GOOD,
+        "levels-15+int8-static": DROPPED,
+        "zeros-0.5+int8-static": DROPPED,
+    }
+    assert proposed(tried) == ["channels-0.625+int8-static", "levels-31+int8-static", "zeros-0.3+int8-static"]
+    tried |= {
+        "channels-0.625+int8-static": DROPPED,
+        "levels-31+int8-static": GOOD,
+        "zeros-0.3+int8-static": DROPPED,
+    }
+    both = "channels-0.5+levels-31+int8-static"
+    assert proposed(tried) == [both]
+    assert proposed(tried | {both: GOOD}) == []
     tried = dict.fromkeys(FIRST, GOOD) | {"channels-0.5+int8-static": CRASHED, "zeros-0.5+int8-static": DROPPED}
-    assert proposed(tried) == ["zeros-0.3+int8-static"]
+    assert proposed(tried) == ["levels-15+int8-static", "zeros-0.3+int8-static"]
 
 
 def test_arm_gets_signed_activations_first_and_x86_unsigned_ones() -> None:

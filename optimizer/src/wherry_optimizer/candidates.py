@@ -6,7 +6,8 @@ first, so that a search that ends early has the best of it. `pareto` and `choose
 Why these (measured on five networks, see docs/optimizer.md): no single recipe is safe, so every family is tried; static
 int8 of Conv, MatMul and Gemm is fast where calibration fits and is given operators back one by one where it does not;
 dynamic int8 pays for MatMul only; what is left float is stored as integers that fold while loading; and pruning comes
-before quantization, since quantized weights cannot be moved.
+before quantization, since quantized weights cannot be moved. Weights on a coarser grid cost less to download at the
+speed of int8, so that ladder is climbed as well.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ CHANNELS = (0.125, 0.25, 0.5, 0.625, 0.75)
 SPARSITIES = (0.3, 0.5, 0.7, 0.8)
 STARTED_AT = 0.5
 """A pruning ladder begins with this share, and goes up while the gate lets it pass, else down until it does."""
+LEVELS = (63, 31, 15, 11, 7)
+"""Steps on either side of zero that weights are rounded to before they become int8; fewer compress better."""
+LEVELS_STARTED_AT = 15
 ODDS_MIN = 0.01
 SAFER = 0.75
 """What is confirmed next moves the outputs by at most this share of what the one before did: one that is contradicted tells
@@ -145,12 +149,15 @@ def _onnx(tried: Mapping[str, Fared], target: Target, *, prune: bool) -> list[Ca
     tail, name = best[0] if best else ((FOLD,), "int8-weights")
     if prune and not more:  # what pruning ends in is known only when no quantizer is left to try
         more += _ladder(tried, "channels", CHANNELS, "prune-channels", "ratio", tail, name)
+        more += _ladder(tried, "levels", LEVELS, "round-obs", "levels", tail, name, start=LEVELS_STARTED_AT)
         more += _ladder(tried, "zeros", SPARSITIES, "prune-obs", "sparsity", tail, name)
         shares = [share for share in CHANNELS if _passed(tried, f"channels-{share:g}+{name}")]
-        if shares:
+        levels = [count for count in LEVELS if _passed(tried, f"levels-{count}+{name}")]
+        if shares and levels and not more:  # the ladders have ended
             first = Step(use="prune-channels", parameters={"ratio": shares[-1]})
-            lead = f"channels-{shares[-1]:g}"
-            more += _ladder(tried, f"{lead}+zeros", SPARSITIES[:2], "prune-obs", "sparsity", tail, name, (first,))
+            then = Step(use="round-obs", parameters={"levels": levels[-1]})
+            key = f"channels-{shares[-1]:g}+levels-{levels[-1]}+{name}"
+            more += [] if key in tried else [Candidate(key, (first, then, *tail))]
     return more
 
 
@@ -183,20 +190,21 @@ def _ladder(
     parameter: str,
     tail: tuple[Step, ...],
     name: str,
-    head: tuple[Step, ...] = (),
+    *,
+    start: float = STARTED_AT,
 ) -> list[Candidate]:
-    """Return the next rung of a pruning ladder: up from `STARTED_AT` while it passes, else down until it does."""
-    middle = shares.index(STARTED_AT)
+    """Return the next rung of a ladder, mildest first: up from where it starts while it passes, else down until it does."""
+    middle = shares.index(start)
     up, down = shares[middle:], shares[:middle][::-1]
-    first = tried.get(f"{word}-{STARTED_AT:g}+{name}")
+    first = tried.get(f"{word}-{start:g}+{name}")
     if first is not None and first.code:
         return []  # it could not be made at all
     for share in up if first is None or first.passed else down:
         key = f"{word}-{share:g}+{name}"
         if key not in tried:
             step = Step(use=use, parameters={parameter: share})
-            return [Candidate(key, (*head, step, *tail))]
-        if tried[key].passed != (share >= STARTED_AT):
+            return [Candidate(key, (step, *tail))]
+        if tried[key].passed != (share in up):
             return []
     return []
 

@@ -82,6 +82,14 @@ CATALOGUE: tuple[PassInfo, ...] = (
         "second-order pruning of Conv, Gemm and MatMul weights with reconstruction from calibration activations",
     ),
     PassInfo(
+        "round-obs",
+        "round_weights",
+        ("onnx",),
+        "",
+        True,
+        "fewer values of Conv, Gemm, MatMul and Gather weights, with reconstruction, so that int8 compresses better",
+    ),
+    PassInfo(
         "prune-channels",
         "prune_channels",
         ("onnx",),

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +27,9 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from wherry_optimizer.activations import Taps, rows_of
-from wherry_optimizer.model import prepare, prepare_prunable, read_onnx
-from wherry_optimizer.passes import Array, Result, Work, excluded
+from wherry_optimizer.layers import Matrix, Single, as_matrix, find, from_matrix, hessians, relative_error, tensor_size
+from wherry_optimizer.model import prepare_prunable
+from wherry_optimizer.passes import Result, Work
 from wherry_shared.errors import RefusedError
 
 log = logging.getLogger(__name__)
@@ -47,11 +45,6 @@ FIT_GAIN_MIN = 0.02
 Fits between rounds only have to rank the weights well: with these two ends `file-type` takes about two thirds of the
 products with H and its layers move by 1 % more of what pruning moves them."""
 LAST_FIT_GAIN_MIN = 0.002
-COLUMNS_MAX = 8192
-"""Layers with more inputs than this are left alone: H would not fit."""
-
-Matrix = npt.NDArray[np.float64]
-Single = npt.NDArray[np.float32]
 
 
 class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -91,22 +84,11 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return int(self.pattern.partition(":")[2] or 0)
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """A layer whose weight can be seen as W: (rows, columns), acting on columns of its input."""
-
-    name: str
-    operator: str
-    input: str
-    weight: str
-    attributes: dict[str, Any]
-
-
 def apply(path: Path, parameters: Parameters, work: Work) -> Result:
     """Prune the model; see `passes.Pass`."""
     model = prepare_prunable(path)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    layers = _layers(model.graph, weights, parameters)
+    layers = find(model.graph, weights, parameters.minimum_elements, parameters.exclude)
     if not layers:
         raise RefusedError(
             "pass_noop",
@@ -114,23 +96,23 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
             consequence="the variant would be the source again",
             next_step="raise error_max of the pass, or take it out of the recipe",
         )
-    gathered = _hessians(path, layers, weights, parameters, work)
+    gathered = hessians(path, layers, weights, work.calibration[: parameters.samples], parameters.positions, work.seed)
     report: list[dict[str, Any]] = []
     for layer in layers:
         tensor = weights[layer.weight]
         original = numpy_helper.to_array(tensor)
-        matrix = _as_matrix(original, layer)
+        matrix = as_matrix(original, layer)
         hessian = gathered[layer.name]
         if parameters.pattern:
             pruned = prune_pattern(matrix, hessian, parameters.stay, parameters.of, parameters.damping)
         else:
             pruned = prune_matrix(matrix, hessian, parameters.sparsity, parameters.damping)
-        error = _relative_error(matrix, pruned, gathered[layer.name])
+        error = relative_error(matrix, pruned, gathered[layer.name])
         row = {"layer": layer.name[-80:], "weights": int(original.size), "output_error": round(error, 4)}
         if error > parameters.error_max:
             report.append({**row, "left_alone": True})
             continue
-        restored = _from_matrix(pruned, original.shape, layer).astype(original.dtype)
+        restored = from_matrix(pruned, original.shape, layer).astype(original.dtype)
         tensor.CopyFrom(numpy_helper.from_array(restored, layer.weight))
         report.append({**row, "zeros": round(float((restored == 0).mean()), 4)})
     if all("left_alone" in row for row in report):
@@ -247,85 +229,3 @@ def _fit(
         turn = np.divide(after, size, out=np.zeros_like(size), where=size > 0)[:, None]
         direction, size = scaled + turn * direction, after
     return fitted
-
-
-def tensor_size(tensor: onnx.TensorProto) -> int:
-    """Return the number of elements of an initializer."""
-    return int(np.prod(tensor.dims)) if tensor.dims else 1
-
-
-def _relative_error(before: Matrix, after: Matrix, hessian: Matrix) -> float:
-    """Return ‖(W′−W) X‖ / ‖W X‖ on the calibration data that made the Hessian."""
-    moved = after - before
-    energy = float(np.einsum("ij,jk,ik->", before, hessian, before, optimize=True))
-    lost = float(np.einsum("ij,jk,ik->", moved, hessian, moved, optimize=True))
-    return float(np.sqrt(max(lost, 0.0) / energy)) if energy > 0 else 0.0
-
-
-def _layers(graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto], parameters: Parameters) -> list[_Layer]:
-    users: dict[str, int] = {}
-    for node in graph.node:
-        for name in node.input:
-            users[name] = users.get(name, 0) + 1
-    found: list[_Layer] = []
-    for index, node in enumerate(graph.node):
-        if node.op_type not in ("Conv", "Gemm", "MatMul") or len(node.input) < 2:
-            continue
-        tensor = weights.get(node.input[1])
-        name = node.name or f"node {index}"
-        if tensor is None or tensor.data_type != onnx.TensorProto.FLOAT or excluded(name, parameters.exclude):
-            continue
-        attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
-        columns = _columns(node.op_type, list(tensor.dims), attributes)
-        shared = users[node.input[1]] > 1  # a weight with several users has no single input to keep
-        if columns is None or shared or columns > COLUMNS_MAX or tensor_size(tensor) < parameters.minimum_elements:
-            continue
-        found.append(_Layer(name, node.op_type, node.input[0], node.input[1], attributes))
-    return found
-
-
-def _columns(operator: str, dims: Sequence[int], attributes: Mapping[str, Any]) -> int | None:
-    """Return the number of inputs of one output, None where the layer is of a kind that is left alone."""
-    if operator == "Conv":
-        plain = attributes.get("group", 1) == 1 and attributes.get("auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
-        return int(np.prod(dims[1:])) if len(dims) in (3, 4) and plain else None
-    if len(dims) != 2 or attributes.get("transA", 0):
-        return None
-    return dims[1] if attributes.get("transB", 0) else dims[0]
-
-
-def _as_matrix(weight: Array, layer: _Layer) -> Matrix:
-    if layer.operator == "Conv":
-        return weight.reshape(weight.shape[0], -1).astype(np.float64)
-    transposed = bool(layer.attributes.get("transB", 0))
-    return (weight if transposed else weight.T).astype(np.float64)
-
-
-def _from_matrix(matrix: Matrix, shape: tuple[int, ...], layer: _Layer) -> Array:
-    if layer.operator == "Conv":
-        return matrix.reshape(shape)
-    return matrix if layer.attributes.get("transB", 0) else matrix.T
-
-
-def _hessians(
-    path: Path,
-    layers: Sequence[_Layer],
-    weights: Mapping[str, onnx.TensorProto],
-    parameters: Parameters,
-    work: Work,
-) -> dict[str, Matrix]:
-    """Run the model on calibration data with the layers' inputs as outputs and add up x xᵀ for each."""
-    rng = np.random.default_rng(work.seed)
-    sums: dict[str, npt.NDArray[np.float32]] = {}
-    taps = Taps(prepare(read_onnx(path)), {layer.input for layer in layers})
-    for sample in work.calibration[: parameters.samples]:
-        values = taps.run(sample)
-        for layer in layers:
-            dims = list(weights[layer.weight].dims)
-            rows = rows_of(values[layer.input], layer.operator, layer.attributes, dims, parameters.positions, rng)
-            product = rows.T @ rows
-            if layer.name in sums:
-                sums[layer.name] += product
-            else:
-                sums[layer.name] = product
-    return {name: total.astype(np.float64) for name, total in sums.items()}
