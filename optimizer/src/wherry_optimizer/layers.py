@@ -17,11 +17,11 @@ import onnx
 
 from wherry_optimizer.activations import Taps, rows_of
 from wherry_optimizer.model import prepare, read_onnx
-from wherry_optimizer.passes import Array, excluded
 
 COLUMNS_MAX = 8192
 """Layers with more inputs than this are left alone: H would not fit."""
 
+Array = npt.NDArray[Any]
 Matrix = npt.NDArray[np.float64]
 Single = npt.NDArray[np.float32]
 
@@ -50,10 +50,8 @@ def relative_error(before: Matrix, after: Matrix, hessian: Matrix) -> float:
     return float(np.sqrt(max(lost, 0.0) / energy)) if energy > 0 else 0.0
 
 
-def find(
-    graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto], minimum_elements: int, exclude: Sequence[str]
-) -> list[Layer]:
-    """Return the layers of a prepared graph with weights that are large enough, less those whose name fits a pattern."""
+def find(graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto], minimum_elements: int) -> list[Layer]:
+    """Return the layers of a prepared graph with weights that are large enough."""
     users: dict[str, int] = {}
     for node in graph.node:
         for name in node.input:
@@ -64,7 +62,7 @@ def find(
             continue
         tensor = weights.get(node.input[1])
         name = node.name or f"node {index}"
-        if tensor is None or tensor.data_type != onnx.TensorProto.FLOAT or excluded(name, exclude):
+        if tensor is None or tensor.data_type != onnx.TensorProto.FLOAT:
             continue
         attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
         columns = _columns(node.op_type, list(tensor.dims), attributes)

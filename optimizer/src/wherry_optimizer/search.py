@@ -15,6 +15,8 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from wherry_optimizer import attempt, candidates, gate, measure, metrics
 from wherry_optimizer.attempt import Answer, Problem, Task
 from wherry_optimizer.bundling import Bundled
@@ -45,7 +47,7 @@ class Settings:
     budget: gate.Budget
     prefer: Prefer = "balanced"
     seconds_max: float = SECONDS_MAX
-    """No new candidate is begun after this long."""
+    """Candidates that are not done by then are given up; measuring and confirming come after it."""
     workers: int = WORKERS
     prune: bool = True
     memory_bytes_max: int = attempt.MEMORY_BYTES_MAX
@@ -287,7 +289,7 @@ def confirm(
 def _pool(
     proposed: Sequence[Candidate], task: Callable[[Candidate], Task], workers: int, seconds: float, run: Run
 ) -> Iterator[tuple[Candidate, Answer | None]]:
-    """Try candidates at the same time; those that are not begun when the time is up get no answer.
+    """Try candidates at the same time; those that are not done when the time is up get no answer.
 
     The pool is joblib's, so `joblib.parallel_config(backend="dask")` around a search moves it to a cluster whose machines
     see the cache folder. Here its workers are threads: each of them only waits for a child process.
@@ -300,7 +302,12 @@ def _pool(
 
 
 def _begin(run: Run, task: Task, ends: float) -> Answer | None:
-    return run(task) if time.time() < ends else None
+    left = ends - time.time()
+    if left <= 0:
+        return None
+    answer = run(msgspec.structs.replace(task, seconds_max=min(task.seconds_max, left)))
+    # ended by the search's time and not by its own: nothing is known about it
+    return None if answer.code == "pass_timeout" and left < task.seconds_max else answer
 
 
 def _judge(

@@ -29,7 +29,7 @@ from onnx import numpy_helper
 
 from wherry_optimizer.layers import Matrix, Single, as_matrix, find, from_matrix, hessians, relative_error, tensor_size
 from wherry_optimizer.model import prepare_prunable
-from wherry_optimizer.passes import Result, Work
+from wherry_optimizer.passes import Result, Work, excluded
 from wherry_shared.errors import RefusedError
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,8 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
     """Prune the model; see `passes.Pass`."""
     model = prepare_prunable(path)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    layers = find(model.graph, weights, parameters.minimum_elements, parameters.exclude)
+    large = find(model.graph, weights, parameters.minimum_elements)
+    layers = [layer for layer in large if not excluded(layer.name, parameters.exclude)]
     if not layers:
         raise RefusedError(
             "pass_noop",

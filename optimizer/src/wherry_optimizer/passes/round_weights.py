@@ -59,7 +59,8 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
     """Round the model's weights; see `passes.Pass`."""
     model = prepare_prunable(path)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    layers = find(model.graph, weights, parameters.minimum_elements, parameters.exclude)
+    large = find(model.graph, weights, parameters.minimum_elements)
+    layers = [layer for layer in large if not excluded(layer.name, parameters.exclude)]
     calls = work.calibration[: parameters.samples]
     gathered = hessians(path, layers, weights, calls, parameters.positions, work.seed) if layers else {}
     report: list[dict[str, Any]] = []
