@@ -137,6 +137,16 @@ def test_a_disk_that_takes_no_writes_has_its_own_code(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_of_somebody_else_is_named_whole(tmp_path: Path) -> None:
+    def forbid(step: Step, path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with pytest.raises(DeviceError) as caught:
+        Disk(forbid).mkdir(tmp_path / "folder")
+    assert (caught.value.code, caught.value.message) == ("disk", f"{tmp_path / 'folder'}: Permission denied")
+    assert "--home" in caught.value.next_step
+
+
 def test_a_tree_is_removed_entry_by_entry(tmp_path: Path) -> None:
     cutter = Cutter()
     root = tmp_path / "tree"

@@ -253,7 +253,7 @@ def test_only_reading_finds_bytes_that_were_altered(home: Home) -> None:
     ("check", "settings", "part"),
     [
         ("server", {"server": "http://127.0.0.1:1"}, "refused"),
-        ("mirrors", {"mirrors": ["http://127.0.0.1:1"]}, "refused"),
+        ("mirrors", {"mirrors": ["http://127.0.0.1:1"]}, "http://127.0.0.1:1: [Errno 111] Connection refused"),
         ("disk", {"disk_reserve_mb": 1 << 30}, "kept free"),
         ("memory", {"memory_reserve_mb": 1 << 30}, "less than"),
         ("sockets", {"home": "/tmp/" + "long/" * 30}, "too long"),

@@ -1608,9 +1608,10 @@ def _tell_story(before: s.State, after: s.State) -> None:
             log.info("%s: %s", name, " · ".join(word for word in step if word))
     for report in after.owed:
         if report.seq >= before.seq:
+            ratio = f"{report.latency_ratio:.2f}" if report.latency_ratio else "not known"
             figures = (
                 f"{report.requests} requests, {report.errors} failed, {report.fallbacks} answered by the incumbent,"
-                f" latency ratio {report.latency_ratio:.2f}"
+                f" latency ratio {ratio}"
                 if report.trial_end
                 else ""
             )

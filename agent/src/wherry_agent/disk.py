@@ -33,6 +33,7 @@ STEPS = "WHERRY_DISK_STEPS"
 `record:FILE` appends a line per step to FILE, `kill:ROLE:N` ends a process of that role with SIGKILL before its step N."""
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_FORBIDDEN = frozenset({errno.EACCES, errno.EPERM})
 
 
 def device_error(error: OSError, what: str) -> DeviceError:
@@ -50,6 +51,12 @@ def device_error(error: OSError, what: str) -> DeviceError:
             f"{what}: the disk takes no writes",
             consequence="what is installed serves on; nothing is installed, and nothing new is remembered",
             next_step="see why it was mounted read-only: most often the disk is failing",
+        )
+    if error.errno in _FORBIDDEN:
+        return DeviceError(
+            DISK,
+            f"{error.filename or what}: {error.strerror}",
+            next_step="let the agent's user write there, or name another --home",
         )
     return DeviceError(DISK, f"{what}: {error.strerror or error}", next_step="check the disk")
 

@@ -406,7 +406,7 @@ def _mirrors(patient: Patient) -> Finding:
         except WherryError as error:
             silent[base] = error.message
     if silent:
-        words = "; ".join(f"{base}: {trouble}" for base, trouble in silent.items())
+        words = "; ".join(f"{base}: {trouble.removeprefix(base + ': ')}" for base, trouble in silent.items())
         return bad(words, "downloads come from the others and the server meanwhile; correct mirrors")
     lied = Mirrors(patient.home, patient.disk, list(bases), patient.wall_s).left_out()
     if lied:
