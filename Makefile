@@ -16,7 +16,7 @@ $(error no Python found ($(or $(PYTHON),python3.11)), so nothing can be installe
 endif
 STAMP := $(VENV)/.installed-$(TAG)
 
-.PHONY: help setup demo test slow soak lint format types imports bench dist clean mutants
+.PHONY: help setup demo test slow soak lint audit format types imports bench dist clean mutants
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -55,6 +55,11 @@ lint: setup  ## ruff, mypy strict, import-linter
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+audit: setup  ## locked packages: pinned, hashed, nothing beside them, licences, bill of materials; pip-audit where a database is in reach
+	@test -x build/audit/venv/bin/pip-audit || { $(PYTHON) -m venv build/audit/venv && build/audit/venv/bin/python -m pip install --quiet \
+		--disable-pip-version-check --no-deps --require-hashes -r requirements/audit.txt; } || echo "== pip-audit does not install here"
+	$(BIN)/python requirements/audit.py --pip-audit build/audit/venv/bin/pip-audit $(ARGS)
 
 format: setup  ## format and sort
 	$(BIN)/ruff check --fix .

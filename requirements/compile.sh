@@ -20,3 +20,5 @@ for version in 3.11 3.12; do
     diff "$work/x86_64-manylinux_2_36.txt" "$work/aarch64-manylinux_2_36.txt"
     cat "$work/x86_64-manylinux_2_36.txt" "$work/models.txt" >"python-$version.txt"
 done
+echo 'pip-audit' >"$work/audit.in"  # in an environment of its own: `make audit`
+uv pip compile "${options[@]}" --python-version 3.11 --python-platform x86_64-manylinux_2_36 "$work/audit.in" -o audit.txt
