@@ -27,12 +27,14 @@ from tests.shared.engines import models
 from tests.trust_kit import RunningServer, running_server, write_bundle
 from wherry_agent import identity
 from wherry_agent.answering.arms import load_variant, reason_of
+from wherry_agent.answering.intact import Unlocking
 from wherry_agent.canary import judge
-from wherry_agent.children import Fetched, Judge, Loadable, Renew, Renewed, Resolved, Scrub, ServeModel
+from wherry_agent.children import Fetched, Judge, Loadable, Renew, Renewed, Resolved, Scrub, Serve, ServeModel, Serving
 from wherry_agent.courier import run
 from wherry_agent.courier_scrub import scrub
 from wherry_agent.device_keys import DeviceKeys, open_blob
 from wherry_agent.disk import Disk
+from wherry_agent.sealing import Seal
 from wherry_agent.store import Store
 from wherry_server.db.database import Database
 from wherry_server.keys_role import KeysRole
@@ -334,11 +336,11 @@ def test_an_encrypted_bundle_without_sealed_keys_is_not_accepted(site, tmp_path)
 # --- in memory ------------------------------------------------------------------------------------
 
 
-def at_rest(home: Path, item: Loadable) -> Loadable:
+def at_rest(home: Path, item: Loadable, seal: Seal | None = None) -> Loadable:
     """Put a model into a device's store as an encrypted bundle leaves it there."""
-    store, keys = Store(home, Disk()), DeviceKeys(home)
+    store, keys = Store(home, Disk()), DeviceKeys(home, identity.content_password(seal))
     (home / "identity").mkdir(exist_ok=True)
-    public = keys.any_or_make(Disk())
+    public = keys.any_or_make(Disk(seal=seal))
     found = {}
     for path in (Path(item.path), Path(item.golden_path)):
         plain, key = path.read_bytes(), os.urandom(32)
@@ -376,6 +378,25 @@ def test_canary_worker_and_handle_run_what_is_encrypted(tmp_path, monkeypatch):
         supervisor.server.close()
 
 
+def test_with_a_key_at_rest_the_whole_disk_opens_nothing(tmp_path, monkeypatch):
+    seal = Seal(bytes(32), "on", "file:/key")
+    home = tmp_path / "home"
+    home.mkdir()
+    item = at_rest(home, loadable(models.scale(tmp_path / "a.onnx", 3.0)), seal)
+    (pem,) = (home / "identity").glob("content-*.pem")
+    assert pem.read_bytes().startswith(identity.ENCRYPTED_KEY)
+    with pytest.raises(DeviceError) as caught:
+        load_variant(item)
+    assert caught.value.code == reasons.KEY_MISSING
+    monkeypatch.setattr(Unlocking, "password", seal.content_password)
+    load_variant(item).bound.close()
+    with worker(tmp_path) as running:
+        running.send(Serve(revision=1, models=[ServeModel(name="scale", active=item)], unlock=seal.content_password))
+        assert running.event(Serving).ok
+    DeviceKeys(home, seal.content_password).bring_in_line(Disk(seal=Seal(bytes(32), "off", "file:/key")))
+    assert not pem.read_bytes().startswith(identity.ENCRYPTED_KEY)
+
+
 @pytest.mark.parametrize("wrong", ["no key", "another key"])
 def test_a_key_that_is_lost_is_trouble_of_the_device(tmp_path, wrong):
     item = at_rest(tmp_path, loadable(models.scale(tmp_path / "a.onnx", 3.0)))
@@ -393,7 +414,7 @@ def test_a_key_that_is_lost_is_trouble_of_the_device(tmp_path, wrong):
         load_variant(item)
     assert reason_of(caught.value) == reasons.KEY_MISSING
     altered = Path(item.path)
-    altered.write_bytes(altered.read_bytes()[:-1] + b"x")
+    altered.write_bytes(altered.read_bytes() + b"x")
     with pytest.raises(DeviceError) as caught:
         load_variant(item)
     assert reason_of(caught.value) == reasons.DIGEST_MISMATCH

@@ -24,7 +24,7 @@ import msgspec
 
 from wherry_agent.answering import memory
 from wherry_agent.answering.arms import RUNS_LEFT_OUT, read_golden, reason_of
-from wherry_agent.answering.intact import check_weights, open_variant
+from wherry_agent.answering.intact import Unlocking, check_weights, open_variant
 from wherry_agent.canary_exit import peak_of
 from wherry_agent.children import Judge, Judged, Loadable, encode_line
 from wherry_shared import golden, reasons
@@ -59,6 +59,7 @@ def main() -> int:
         log.error("no task: %s", error)
         return 2
     os.nice(NICENESS)
+    Unlocking.password = task.unlock
     ended = threading.Event()
     threading.Thread(target=_watch, args=(task.seconds_max, ended, answer), name="watch", daemon=True).start()
     verdict = judge(task)

@@ -317,6 +317,8 @@ class Judge(_Message, tag="judge", frozen=True, kw_only=True):
     """Budget above what the process needs with the engine imported; 0: none."""
     seconds_max: int = 120
     latency_ratio_max: float = 3.0
+    unlock: str = ""
+    """Opens this device's own keys, where they are encrypted with a key at rest."""
 
 
 class Judged(_Message, tag="judged", frozen=True, kw_only=True):
@@ -369,6 +371,8 @@ class Serve(_Message, tag="serve", frozen=True, kw_only=True):
     models: list[ServeModel]
     flags: dict[str, Any] = {}
     """Feature flags of this device, by key: bool, int, float, str, or an object."""
+    unlock: str = ""
+    """Opens this device's own keys, where they are encrypted with a key at rest."""
     samples: dict[str, float] = {}
     """Model → share of its requests whose inputs may leave the device; only where offer and settings both say so."""
 

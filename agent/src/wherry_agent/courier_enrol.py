@@ -71,7 +71,7 @@ def enrol(task: Enrol, disk: Disk) -> Identity:
     request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
     server = task.server.rstrip("/")
     http = Http(ca=Path(task.ca) if task.ca else None)
-    content_key = DeviceKeys(home).any_or_make(disk)
+    content_key = DeviceKeys(home, identities.content_password(disk.seal)).any_or_make(disk)
     answer = _ask(http, server, task, request.public_bytes(Encoding.PEM).decode(), content_keys.text_of(content_key))
     root = _root(http, server + answer.tuf_path, parts[2])
     not_before, not_after = validity(answer.certificate_pem.encode())
@@ -162,6 +162,7 @@ def bring_in_line(home: Path, disk: Disk) -> Identity | None:
     path = identities.pair_folder(home, known) / identities.KEY_FILE
     if disk.read(path) is not None:
         disk.write_atomic(path, key_bytes(device_key(path, disk), disk.seal))
+    DeviceKeys(home, identities.content_password(disk.seal)).bring_in_line(disk)
     identities.write(home, disk, known)
     return known
 

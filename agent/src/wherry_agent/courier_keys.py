@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+from wherry_agent import identity
 from wherry_agent.courier_http import Http
 from wherry_agent.device_keys import DeviceKeys, missing
 from wherry_agent.disk import Disk
@@ -37,7 +38,7 @@ def bring_keys(
         UnreachableError: `network`.
     """
     encrypted = {layer.digest for layer in encrypted_layers(manifest).values()}
-    keys = DeviceKeys(home)
+    keys = DeviceKeys(home, identity.content_password(disk.seal))
     lacking = [blob for blob in blobs if blob in encrypted and not keys.opens(blob)]
     if not lacking:
         return

@@ -47,7 +47,7 @@ def renew(task: Renew, known: Identity, http: Http, server: str, disk: Disk) -> 
         kept = disk.read(identities.pair_folder(home, known) / identities.CERTIFICATE_FILE) or b""
         return _renewed(validity(kept))
     _tidy(folder, known, disk)
-    keys = DeviceKeys(home)
+    keys = DeviceKeys(home, identities.content_password(disk.seal))
     keys.tidy(known.content_key, disk)
     content_key = keys.make(disk)
     key = ec.generate_private_key(ec.SECP256R1())

@@ -917,6 +917,7 @@ class Daemon:
             or readings.memory_bytes("MemAvailable") // 2
         )
         task = children.Judge(
+            unlock=identity.content_password(self._disk.seal),
             candidate=effect.candidate,
             incumbent=effect.incumbent,
             memory_bytes_max=budget,
@@ -934,6 +935,7 @@ class Daemon:
     def _rejudge(self, effect: s.Rejudge) -> None:
         """Let the canary run what serves, with the engine that is on disk now."""
         task = children.Judge(
+            unlock=identity.content_password(self._disk.seal),
             candidate=effect.candidate,
             memory_bytes_max=self._settings.canary_memory_mb * MIB or readings.memory_bytes("MemAvailable") // 2,
             seconds_max=effect.seconds_max,
@@ -1186,7 +1188,13 @@ class Daemon:
         self._cut_windows()
         flags = dict(effect.flags)
         self._worker.send(
-            children.Serve(revision=effect.revision, models=list(effect.models), flags=flags, samples=self._sampled())
+            children.Serve(
+                revision=effect.revision,
+                models=list(effect.models),
+                flags=flags,
+                unlock=identity.content_password(self._disk.seal),
+                samples=self._sampled(),
+            )
         )
         self._handles.publish_flags(flags)
         wanted = {model.name: turn.for_handles(model) for model in effect.models}

@@ -1,6 +1,7 @@
 """The content keys of this device: its own X25519 keys, the sealed keys that it was given, and what they open.
 
-    HOME/identity/content-HEX.pem   an X25519 private key (0600); HEX is the digest of its public half
+    HOME/identity/content-HEX.pem   an X25519 private key (0600), encrypted where a key at rest is set; HEX is the digest
+                                     of its public half
     HOME/store/keys/HEX.json         the sealed key of the blob HEX (`wire.SealedKey`), for one of those
 
 Plaintext is only ever returned, never written. Only the courier, the canary and the worker come here; the supervisor knows
@@ -13,7 +14,13 @@ import logging
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
 from wherry_agent import identity as identities
 from wherry_agent.disk import Disk
@@ -32,17 +39,25 @@ RECORD_BYTES_MAX = 4 * limits.KIB
 class DeviceKeys:
     """What this device can open."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, password: str = "") -> None:
+        """Look below a home; `password` opens private keys that are encrypted (`identity.content_password`)."""
         self._private = identities.folder(home)
+        self._password = password.encode()
         self._kept = home / "store" / "keys"
 
     def make(self, disk: Disk) -> X25519PublicKey:
         """Make a key pair, durable before anybody hears of it."""
         key = X25519PrivateKey.generate()
         disk.mkdir(self._private)
-        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        disk.write_atomic(self._path(hex_of(content_keys.fingerprint(key.public_key()))), pem)
+        self._write(key, disk)
         return key.public_key()
+
+    def bring_in_line(self, disk: Disk) -> None:
+        """Write private keys again as the settings wish, encrypted with the key at rest or not."""
+        for name in self._names():
+            key = self._open(name)
+            if key is not None:
+                self._write(key, disk)
 
     def any_or_make(self, disk: Disk) -> X25519PublicKey:
         """Return the public half of a key that is here; an enrolment that was cut short goes on with the same one."""
@@ -119,13 +134,21 @@ class DeviceKeys:
     def _path(self, name: str) -> Path:
         return self._private / f"{PREFIX}{name}.pem"
 
+    def _write(self, key: X25519PrivateKey, disk: Disk) -> None:
+        wished = disk.seal is not None and disk.seal.writes
+        how = BestAvailableEncryption(identities.content_password(disk.seal).encode()) if wished else NoEncryption()
+        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, how)
+        disk.write_atomic(self._path(hex_of(content_keys.fingerprint(key.public_key()))), pem)
+
     def _open(self, name: str) -> X25519PrivateKey | None:
         try:
-            key = load_pem_private_key(self._path(name).read_bytes(), None)
+            pem = self._path(name).read_bytes()
+            sealed = pem.startswith(identities.ENCRYPTED_KEY)
+            key = load_pem_private_key(pem, self._password if sealed else None)
         except OSError:
             return None
         except (ValueError, TypeError):
-            log.warning("%s is no private key", self._path(name).name)
+            log.warning("%s is no private key, or the key at rest does not open it", self._path(name).name)
             return None
         return key if isinstance(key, X25519PrivateKey) else None
 
@@ -139,7 +162,7 @@ class DeviceKeys:
         return content_keys.unseal(record, key)
 
 
-def open_blob(path: Path, plain_digest: str, bytes_max: int = limits.BLOB_BYTES_MAX) -> bytes:
+def open_blob(path: Path, plain_digest: str, bytes_max: int = limits.BLOB_BYTES_MAX, *, password: str = "") -> bytes:
     """Return the plaintext of an encrypted blob of a store, in memory.
 
     Raises:
@@ -147,7 +170,7 @@ def open_blob(path: Path, plain_digest: str, bytes_max: int = limits.BLOB_BYTES_
         RefusedError: `tiles_invalid` or `plain_too_large`: it was not made as it should be.
     """
     store = path.parents[KEYS_OF_STORE - 1]
-    key = DeviceKeys(store.parent).content_key(f"sha256:{path.name}")
+    key = DeviceKeys(store.parent, password).content_key(f"sha256:{path.name}")
     try:
         with path.open("rb") as file:
             return tiles.open_all(file, key, plain_digest, bytes_max=bytes_max)

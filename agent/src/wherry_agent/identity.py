@@ -133,6 +133,11 @@ def password(seal: Seal | None) -> str:
     return seal.password if seal is not None else ""
 
 
+def content_password(seal: Seal | None) -> str:
+    """Return what opens the private keys for content keys, empty without a key at rest."""
+    return seal.content_password if seal is not None else ""
+
+
 def is_in_line(home: Path, identity: Identity, seal: Seal | None) -> bool:
     """Tell whether identity and private key lie on the disk as the settings wish, sealed or not."""
     wished = seal is not None and seal.writes

@@ -29,7 +29,7 @@ FORMAT = 1
 HEAD_BYTES_MAX = 200
 KEY_ID_CHARS = 16
 IDENTITY = "identity"
-KEY_PASSWORD = "key"  # noqa: S105 - the name of a derived key
+KEY_PASSWORD, CONTENT_PASSWORD = "key", "content"
 
 
 class Opened(NamedTuple):
@@ -61,6 +61,11 @@ class Seal:
     def password(self) -> str:
         """What the device's private key (PKCS#8) is encrypted with."""
         return self._derived(KEY_PASSWORD).hex()
+
+    @property
+    def content_password(self) -> str:
+        """What the private keys for content keys are encrypted with: canary and worker get this, and nothing else of the seal."""
+        return self._derived(CONTENT_PASSWORD).hex()
 
     def line(self) -> bytes:
         """Return what a child gets over its standard input to seal alike; nobody else may see it."""

@@ -18,6 +18,13 @@ from wherry_shared.engines.canonical import Bound, open_bound
 from wherry_shared.engines.session import EngineLimits
 from wherry_shared.errors import DeviceError, RefusedError
 
+
+class Unlocking:
+    """What this process got from the supervisor to open the device's own keys with, for what is encrypted."""
+
+    password = ""
+
+
 _known: set[tuple[str, int, int, int, int, int]] = set()
 """(digest, device, inode, mtime, ctime, size) of files that this process found to be what they should be."""
 
@@ -34,7 +41,9 @@ def open_variant(loadable: Loadable, limits: EngineLimits | None = None) -> Boun
         return open_bound(loadable, limits)
     from wherry_agent.device_keys import open_blob  # what is not encrypted needs no cryptography
 
-    return open_bound(loadable, limits, data=open_blob(Path(loadable.path), loadable.digest))
+    return open_bound(
+        loadable, limits, data=open_blob(Path(loadable.path), loadable.digest, password=Unlocking.password)
+    )
 
 
 def check_weights(loadable: Loadable) -> None:
@@ -78,7 +87,7 @@ def read_golden_bytes(loadable: Loadable, bytes_max: int) -> bytes:
     if loadable.golden_plain:
         from wherry_agent.device_keys import open_blob
 
-        return open_blob(path, loadable.golden_plain, bytes_max)
+        return open_blob(path, loadable.golden_plain, bytes_max, password=Unlocking.password)
     return data
 
 

@@ -21,6 +21,7 @@ from wherry_agent.answering import memory
 from wherry_agent.answering.arms import Loaded, read_golden, reason_of
 from wherry_agent.answering.gate import RunGate
 from wherry_agent.answering.helpers import Helpers
+from wherry_agent.answering.intact import Unlocking
 from wherry_agent.answering.registry import Registry
 from wherry_agent.children import (
     GoldenDone,
@@ -149,6 +150,7 @@ class Worker:
             case Serve():
                 self._flags.set(command.flags)
                 self._samples.want(command.samples)
+                Unlocking.password = command.unlock
                 self._loader.want(command)
             case RunGolden():
                 threading.Thread(target=self._run_golden, args=(command,), name="golden", daemon=True).start()
