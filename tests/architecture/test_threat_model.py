@@ -11,7 +11,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "threat-model.md"
 NAMED = re.compile(r"`(tests/[a-z_/0-9]+\.py)::(test_[a-z_0-9]+)`")
-DESIGNED = ("broker, or the network between", "server with its online keys", "one publisher key", "a device")
+DESIGNED = (
+    "broker, or the network between",
+    "server with its online keys",
+    "one publisher key",
+    "the content-key role",
+    "a device",
+)
 """Rows that the design has from the beginning."""
 
 

@@ -22,7 +22,7 @@ from wherry_server.cli.common import GLOBALS
 from wherry_server.db.database import Database
 from wherry_server.db.tables import Assignment, table
 from wherry_server.keys_role import KeysRole
-from wherry_shared import content_keys, wire
+from wherry_shared import content_keys, key_files, wire
 from wherry_shared.bundle import encrypted_layers
 from wherry_shared.encrypting import encrypt
 from wherry_shared.errors import RefusedError
@@ -194,3 +194,21 @@ def test_ciphertext_is_neither_encoded_nor_read_as_weights(server: Running, tmp_
     assert set(found) == {config.variants[0].digest, config.variants[0].golden.digest}
     assert all(layer.digest not in found for layer in manifest.layers)
     assert found[config.variants[0].digest].size < config.variants[0].bytes / 10, "a frame that was encrypted"
+
+
+def test_the_role_has_nothing_that_signs(server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WHERRY_KEY_PASSWORD", "eight chars")
+    monkeypatch.setattr(GLOBALS, "as_json", False)
+    ring, alone = KeyRing(tmp_path / "role"), tmp_path / "alone"
+    ring.add("eight chars")
+    manifest = encrypted(server, tmp_path, ring, "4.0.0")
+    device = Device(server, "far-from-the-role").assigned(manifest)
+    alone.mkdir()
+    (alone / "settings.json").write_text(json.dumps({"database": server.settings.database_url}))
+    assert wherry("keys", "wrap", str(ring.folder), "--data", str(alone))["wrapped"] == 2
+    assert len(device.keys(manifest)) == 2
+    assert [path.name for path in alone.iterdir()] == ["settings.json"]
+    for path in ring.folder.glob("*.pem"):
+        if path.name != "public.pem":
+            with pytest.raises(RefusedError, match="Ed25519"):
+                key_files.load(path)

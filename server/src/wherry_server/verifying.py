@@ -13,6 +13,7 @@ from tuf.api.metadata import Metadata, Root, Targets
 
 from wherry_server import trust_offline, trust_rules
 from wherry_shared import ids, statements
+from wherry_shared.bundle import encrypted_layers
 from wherry_shared.digest import of_bytes
 from wherry_shared.errors import RefusedError
 from wherry_shared.image_layout import SIGNED, Layout
@@ -47,6 +48,11 @@ def verify(path: Path, now: datetime, *, root_digest: str = "", unsigned: bool =
     layout.verify_all()
     blobs = {layer.digest for layer in manifest.layers}
     yield Link("bytes", f"{len(blobs) + 2} blobs have their digests, the manifest is {of_bytes(data)}")
+    dark = encrypted_layers(manifest)
+    if dark:
+        yield Link(
+            "encryption", f"{len(dark)} files are ciphertext; that they hold what the config names, devices find out"
+        )
     checks = {statements.IN_TOTO_TYPE: statements.check_statement, statements.CYCLONEDX_TYPE: statements.check_bill}
     for layer in manifest.layers:
         check = checks.get(layer.media_type)
