@@ -147,6 +147,7 @@ class Bearer:
     async def _look(self, connection: AsyncConnection) -> None:
         """Find every device whose flags are not as they should be."""
         started = time.monotonic()
+        self._ahead = None  # its offers may be of definitions that are no more
         found = await flag_values.definitions(connection, self.services.project)
         if found.flags:
             self._bare = (0, 0.0)
