@@ -1,10 +1,10 @@
 """What the optimizer's search finds on real models, what it refuses, and how its peers do on the same data.
 
 Models come from PyPI packages only (`optimizer_models.py`). For each one a search under a budget of half a point is run,
-what it chose is confirmed on a test split, and the recipes that are known to ruin it have to be among the refused. NNCF's
-post-training quantization makes its file in an environment of its own from the same calibration calls; then all files run
+what it chose is confirmed on a test split, and the recipes that are known to ruin it have to be among the refused. NNCF and
+Olive make their files in environments of their own from the same calibration calls (`optimizer_peers.py`); then all files run
 interleaved in one process, on one thread, and CPU time is what counts. Writes `build/bench/optimizer.json`: `models`, `peers`,
-`refused`, and under `acceptance` each aim with whether it was met.
+`dominance`, `refused`, and under `acceptance` each aim with whether it was met.
 
 Answers of an earlier run are thrown away, so that the time of a search is that of a search (`--keep` keeps them).
 `--quick`: magika only, without pruning and peers, under a minute of CPU.
@@ -14,26 +14,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from optimizer_models import CASES, FOLDER, ROOT, TFLITE, Case, tflite
-from peers.environments import python_of
+from optimizer_peers import PEERS, made_by, side_by_side, verdict
 
-from wherry_optimizer import attempt, gate, measure, metrics, search
+from wherry_optimizer import attempt, gate, metrics, search
 from wherry_optimizer import auto as auto_module
 from wherry_optimizer.attempt import Step, Task
 from wherry_optimizer.candidates import SOURCE, TARGETS
 from wherry_optimizer.model import load as load_model
-from wherry_shared.engines import load
-from wherry_shared.errors import RefusedError, WherryError
+from wherry_shared.errors import RefusedError
 
 OUT = ROOT / "build" / "bench" / "optimizer.json"
 TARGET = TARGETS["x86-vnni"]
@@ -44,7 +43,6 @@ MUST_REFUSE = {
     "minilm": ("int8-static-all",),
 }
 """Candidates that ruin these models (facts/optimizer.md)."""
-PEERS = ("nncf",)
 DROP_MAX = 0.005
 SEARCH_SECONDS = 200.0
 """Of candidates, for each model; measuring and confirming come after it."""
@@ -77,51 +75,6 @@ def searched(name: str, case: Case, *, prune: bool, seconds: float, prefer: str)
         print(f"{name}: {error.diagnostics()}", file=sys.stderr)
         raise
     return result, time.monotonic() - began
-
-
-def of_peer(peer: str, name: str, case: Case, problem: attempt.Problem) -> Path:
-    """Return the file that a peer makes of a model with the same calibration calls."""
-    target = FOLDER / "peers" / f"{name}.{peer}.onnx"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
-        calls = target.with_suffix(".pickle")
-        calls.write_bytes(pickle.dumps(problem.calibration))
-        script = Path(__file__).parent / "peers" / f"{peer}_quantize.py"
-        subprocess.run([python_of(peer), script, case.path, calls, target], check=True)
-    return target
-
-
-def side_by_side(
-    files: dict[str, Path], case: Case, problem: attempt.Problem, source: Path
-) -> dict[str, dict[str, Any]]:
-    """Return size and accuracy on the test split of each file, and their latencies interleaved with the source's."""
-    metric = metrics.make(problem.metric)
-    sessions = {key: load(path, "onnx", options={"threads": 1}) for key, path in {"source": source, **files}.items()}
-    evidence = {
-        key: [metric.evidence(attempt.answer_of(session, sample, case.state), sample.label) for sample in problem.test]
-        for key, session in sessions.items()
-    }
-    call = problem.calibration[0]
-    calls = {key: lambda session=session: session.run(call) for key, session in sessions.items()}
-    latency = measure.interleaved(
-        calls, dict.fromkeys(calls, "source"), rounds=25, seconds=12.0, clock=time.process_time
-    )
-    rows = {}
-    for key, path in files.items():
-        drop = gate.compare(metric.value, evidence[key], evidence["source"])
-        rows[key] = {
-            "compressed_ratio": measure.download_bytes(path) / source.stat().st_size,
-            "latency_ratio": latency[key].ratio,
-            "metric_drop": drop.drop,
-            "interval": [drop.low, drop.high],
-        }
-    return rows
-
-
-def dominated(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Tell whether another is at least as good in bytes, latency and accuracy, and better in one of them."""
-    keys = ("compressed_ratio", "latency_ratio", "metric_drop")
-    return all(other[key] <= one[key] for key in keys) and any(other[key] < one[key] for key in keys)
 
 
 def run(names: list[str], *, prune: bool, peers: bool, seconds: float, prefer: str) -> dict[str, Any]:
@@ -167,25 +120,26 @@ def run(names: list[str], *, prune: bool, peers: bool, seconds: float, prefer: s
         ]
         kept_out = {item.id for item in found.refused}
         missing += [f"{name}: {one}" for one in MUST_REFUSE.get(name, ()) if one not in kept_out]
-        made: dict[str, Path] = {}
+        files: dict[str, tuple[Path, Mapping[str, Any]]] = {}
         for peer, rows in of_peers.items():
             try:
-                made[peer] = of_peer(peer, name, case, result.problem)
-                load(made[peer], "onnx").close()
-            except (subprocess.CalledProcessError, WherryError) as error:
-                made.pop(peer, None)
+                files[peer] = made_by(peer, name, case, result.problem), {}
+            except (RuntimeError, subprocess.CalledProcessError) as error:
                 rows[name] = {"failed": str(error)}
-        if made:
-            figures = side_by_side({"ours": Path(chosen.answer.path), **made}, case, result.problem, case.path)
-            for peer in made:
-                of_peers[peer][name] = {
-                    **figures[peer],
-                    "ours": figures["ours"],
-                    "dominated_by_ours": dominated(figures[peer], figures["ours"]),
-                    "dominates_ours": dominated(figures["ours"], figures[peer]),
-                }
+        if of_peers:
+            ours = {"ours": (Path(chosen.answer.path), chosen.candidate.options)}
+            figures = side_by_side({**ours, **files}, case, result.problem)
+            models[name]["beside_peers"] = {key: figures[key] for key in ("source", "ours")}
+            for peer in files:
+                of_peers[peer][name] = {**figures[peer], "ours": figures["ours"]}
         print(json.dumps({name: models[name]}, indent=2), flush=True)
-    return {"models": models, "peers": of_peers, "refused": refused, "not_refused": missing}
+    return {
+        "models": models,
+        "peers": of_peers,
+        "dominance": verdict(of_peers, names, DROP_MAX) if of_peers else {},
+        "refused": refused,
+        "not_refused": missing,
+    }
 
 
 def run_tflite() -> dict[str, Any]:
@@ -272,13 +226,11 @@ def acceptance(result: dict[str, Any]) -> dict[str, Any]:
                 for row in wake.values()
             ),
         }
-    beside = [row for rows in result["peers"].values() for row in rows.values() if "failed" not in row]
-    if beside:
-        beaten = sum(row["dominated_by_ours"] for row in beside)
-        lost = sum(row["dominates_ours"] for row in beside)
+    said = result["dominance"]
+    if said:
         aims["never dominated by a peer, dominating on most"] = {
-            "measured": {"dominates": beaten, "dominated": lost, "compared": len(beside)},
-            "met": not lost and 2 * beaten > len(beside),
+            "measured": {key: said[key] for key in ("table", "dominating_all_peers_on", "compared_on")},
+            "met": said["never_dominated"] and said["dominating_on_most"],
         }
     return aims
 

@@ -202,13 +202,14 @@ def _save_with_ml(graph: onnx.GraphProto, path: Path) -> Path:
     return path
 
 
-def scaling(path: Path, factor: float, shape: list[int | str]) -> Path:
+def scaling(path: Path, factor: float, shape: list[int | str], *, names: tuple[str, str] = ("x", "y")) -> Path:
     """Write y = factor · x as ONNX."""
+    x, y = names
     graph = helper.make_graph(
-        [helper.make_node("Mul", ["x", "factor"], ["y"])],
+        [helper.make_node("Mul", [x, "factor"], [y])],
         "scaling",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(x, TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(y, TensorProto.FLOAT, shape)],
         [numpy_helper.from_array(np.array(factor, np.float32), "factor")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
@@ -216,7 +217,7 @@ def scaling(path: Path, factor: float, shape: list[int | str]) -> Path:
     return path
 
 
-def scaling_tflite(path: Path, factor: float, shape: list[int], *, name: str = "x") -> Path:
+def scaling_tflite(path: Path, factor: float, shape: list[int], *, names: tuple[str, str] = ("x", "y")) -> Path:
     """Write y = factor · x as TFLite, with fixed shapes and without a signature."""
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
@@ -233,7 +234,7 @@ def scaling_tflite(path: Path, factor: float, shape: list[int], *, name: str = "
     code.version = 1
     operator.inputs, operator.outputs = [0, 1], [2]
     operator.builtinOptionsType, operator.builtinOptions = schema.BuiltinOptions.MulOptions, schema.MulOptionsT()
-    graph.tensors = [tensor(name, shape, 0), tensor("factor", [], 1), tensor("y", shape, 0)]
+    graph.tensors = [tensor(names[0], shape, 0), tensor("factor", [], 1), tensor(names[1], shape, 0)]
     graph.inputs, graph.outputs, graph.operators = [0], [2], [operator]
     model.version, model.operatorCodes, model.subgraphs = 3, [code], [graph]
     model.buffers = [schema.BufferT(), constant]

@@ -17,23 +17,27 @@ from wherry_shared.errors import RefusedError
 
 STAND_IN = [sys.executable, Path(__file__).parent / "stand_ins" / "onnx2tf_program.py"]
 SHAPE = [1, 4, 3]
+PLAIN = ("wherry_0", "wherry_1")
+"""What the converter is given to see of the names."""
+AWKWARD = ("serving_default_x:0", "StatefulPartitionedCall:0")
 
 
 def test_a_converted_file_keeps_its_contract_and_the_source_its_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = scaling(tmp_path / "m.onnx", 2.0, ["batch", "steps", 3])
+    source = scaling(tmp_path / "m.onnx", 2.0, ["batch", "steps", 3], names=AWKWARD)
     before = source.read_bytes()
-    monkeypatch.setenv("WHERRY_STAND_IN_FILE", str(scaling_tflite(tmp_path / "t.tflite", 2.0, SHAPE)))
-    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).normal(size=(5, 4, 3)).astype(np.float32))
+    monkeypatch.setenv("WHERRY_STAND_IN_FILE", str(scaling_tflite(tmp_path / "t.tflite", 2.0, SHAPE, names=PLAIN)))
+    x, y = AWKWARD
+    np.savez(tmp_path / "x.npz", **{x: np.random.default_rng(0).normal(size=(5, 4, 3)).astype(np.float32)})
     made = converting.to_tflite(
         source, tmp_path / "o" / "m.tflite", lengths={"steps": 4}, inputs=tmp_path / "x.npz", command=STAND_IN
     )
-    assert (made.shapes, made.samples, made.made_up, made.constant) == ({"x": SHAPE}, 5, False, ())
+    assert (made.shapes, made.samples, made.made_up, made.constant) == ({x: SHAPE}, 5, False, ())
     assert made.error < 1e-6
     assert source.read_bytes() == before
     session = load(made.path, "tflite")
-    assert session.run({"x": np.ones(SHAPE, np.float32)})["y"].tolist() == [[[2.0] * 3] * 4]
+    assert session.run({x: np.ones(SHAPE, np.float32)})[y].tolist() == [[[2.0] * 3] * 4]
     session.close()
 
 
@@ -47,14 +51,14 @@ def test_a_converted_file_keeps_its_contract_and_the_source_its_bytes(
         ("nothing", {}, "convert_nothing", "no float32 file"),
         ("", {"factor": 2.1}, "convert_differs", "of its length away"),
         ("", {"shape": [1, 3, 4]}, "contract_changed", r"'x' had shape \[1, 4, 3\] and has \[1, 3, 4\]"),
-        ("", {"name": "serving_default_x:0"}, "contract_changed", "'serving_default_x:0' is new"),
+        ("", {"names": ("x_0", "wherry_1")}, "contract_changed", "input 'x' is gone"),
     ],
 )
 def test_what_the_converter_does_wrong_is_refused_and_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, tflite: dict, code: str, says: str
 ) -> None:
     source = scaling(tmp_path / "m.onnx", 2.0, ["batch", 4, 3])
-    given = {"factor": 2.0, "shape": SHAPE} | tflite
+    given = {"factor": 2.0, "shape": SHAPE, "names": PLAIN} | tflite
     monkeypatch.setenv("WHERRY_STAND_IN_FILE", str(scaling_tflite(tmp_path / "t.tflite", **given)))
     monkeypatch.setenv("WHERRY_STAND_IN", asked)
     limits = {"seconds_max": 2.0} if asked == "hang" else {}

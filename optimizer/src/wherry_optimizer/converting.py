@@ -4,8 +4,9 @@
 
     made = to_tflite(Path("model.onnx"), Path("model.tflite"))
 
-The converter rewrites the file that it is given and turns image inputs over (channels last), so it gets a private copy and is
-told to keep every input as it is; names, datatypes and shapes are checked afterwards, and the outputs on the same samples.
+The converter rewrites the file that it is given, turns image inputs over (channels last) and has its own idea of names, so it
+gets a private copy with plain names and is told to keep every input as it is. Names are put back; they, datatypes and shapes
+are checked afterwards, and the outputs on the same samples.
 TFLite runs fastest with fixed shapes: the batch becomes one number, and so does every other axis that is free.
 """
 
@@ -27,7 +28,7 @@ from wherry_optimizer.attempt import Contract, check_tensors
 from wherry_optimizer.data.npz import read_arrays, split_samples
 from wherry_optimizer.exporting import moved
 from wherry_optimizer.model import load as load_model
-from wherry_optimizer.model import prepare_float
+from wherry_optimizer.model import prepare_float, subgraphs
 from wherry_optimizer.recipe import Hints
 from wherry_shared.engines import load
 from wherry_shared.engines.errors import EngineFault
@@ -99,7 +100,8 @@ def to_tflite(
         before = _run(folder / "model.onnx", "onnx", samples)
         out = folder / "out"
         # -kat: keep inputs as they are, which for images is not what it does by itself
-        options: list[str | Path] = ["-i", folder / "model.onnx", "-o", out, "-n", "-kat", *shapes]
+        plain = _plain_names(folder / "model.onnx", folder / "plain.onnx")
+        options: list[str | Path] = ["-i", folder / "plain.onnx", "-o", out, "-n", "-kat", *plain]
         ended = confined.run(
             [*program, *options],
             seconds_max=seconds_max,
@@ -117,6 +119,7 @@ def to_tflite(
         if found is None:
             raise _refuse("convert_nothing", f"{TOOL} ended well and wrote no float32 file", "ship the ONNX file")
         load_model(found)
+        _put_names_back(found, plain)
         after = _checked(found, wanted, samples)
         error = _compare(before, after, source.name)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -156,6 +159,38 @@ def _fix(source: Path, copy: Path, batch: int, lengths: dict[str, int]) -> tuple
         return shapes, session.describe()
     finally:
         session.close()
+
+
+def _plain_names(source: Path, copy: Path) -> dict[str, str]:
+    """Write a copy whose inputs and outputs are called by number; return what each was called."""
+    model = onnx.load(source)
+    tensors = [*model.graph.input, *model.graph.output]
+    names = {item.name: f"wherry_{number}" for number, item in enumerate(tensors)}
+    for item in tensors:
+        item.name = names[item.name]
+    for graph in subgraphs(model.graph):
+        for node in graph.node:
+            node.input[:] = [names.get(name, name) for name in node.input]
+            node.output[:] = [names.get(name, name) for name in node.output]
+    onnx.save(model, copy)
+    return {plain: name for name, plain in names.items()}
+
+
+def _put_names_back(path: Path, names: Mapping[str, str]) -> None:
+    """Call a TFLite file's inputs and outputs what they were called; what has another name keeps it, and is noticed."""
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(path.read_bytes(), 0))
+    graph = model.subgraphs[0]
+    told = [graph.tensors[index] for index in {*graph.inputs.tolist(), *graph.outputs.tolist()}]
+    for signature in model.signatureDefs or []:
+        told += [*signature.inputs, *signature.outputs]
+    for item in told:
+        item.name = names.get(item.name.decode(), item.name.decode())
+    builder = flatbuffers.Builder(path.stat().st_size)
+    builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
+    path.write_bytes(bytes(builder.Output()))
 
 
 def _samples(path: Path, given: Path | None, batch: int, seed: int) -> tuple[list[dict[str, Array]], bool]:
