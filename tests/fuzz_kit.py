@@ -7,6 +7,7 @@ own encoding where there is one. `FAILURES` of anything else name parser and inp
 from __future__ import annotations
 
 import base64
+import io
 import json
 import random
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 
 from tests.agent.builders import offered
@@ -25,10 +27,13 @@ from wherry_server import trust_offline, trust_rules
 from wherry_server.plan import parse_plan
 from wherry_server.targeting import parse_selector
 from wherry_server.trust import Trust
-from wherry_shared import dsse, frames, wire
+from wherry_shared import content_keys, dsse, frames, tiles, wire
 from wherry_shared.bundle import encode_config, parse_config, parse_manifest
+from wherry_shared.digest import of_bytes
+from wherry_shared.encrypting import encrypt
 from wherry_shared.errors import WherryError
 from wherry_shared.image_layout import Layout
+from wherry_shared.key_ring import KeyRing
 from wherry_shared.targets import parse_targets
 
 PEAK_BYTES_MAX = 64 * 1024 * 1024
@@ -85,6 +90,11 @@ class Tally:
             self.failures.append(f"{parser.name}: {why:.300}: {base64.b64encode(data[:600]).decode()}")
 
 
+def unsealed(data: bytes, private: X25519PrivateKey) -> bytes:
+    """Read a sealed key as a device does."""
+    return content_keys.unseal(wire.parse(wire.SealedKey, data), private)
+
+
 def parsers(folder: Path) -> list[Parser]:
     """Return all, with examples made in `folder`."""
     write_bundle(folder / "bundle")
@@ -135,8 +145,21 @@ def parsers(folder: Path) -> list[Parser]:
     report = wire.Report(**stream, model=MODEL, state="trial", requests=4)
     telemetry = wire.Telemetry(**stream, temperature_c=41.5)
     ack = wire.Ack(**head, stream="report", epoch="e", seq=5)
+    ring, plain, private = KeyRing(folder / "ring"), b"of tiles" * 40, X25519PrivateKey.from_private_bytes(KEY)
+    encrypt(folder / "bundle", folder / "dark", ring.add(), ring)
+    dark = Layout(folder / "dark").manifest_bytes()
+    header = tiles.Header(len(plain), of_bytes(plain), len(plain), of_bytes(plain))
+    sealed = content_keys.seal(KEY, private.public_key(), model=MODEL, plain=digest("p"), blob=digest("b"))
+
+    def opened(data: bytes) -> bytes:
+        return tiles.open_all(io.BytesIO(data), KEY, of_bytes(plain))
+
     return [
         Parser("manifest", parse_manifest, [manifest], msgspec.json.encode),
+        Parser("encrypted manifest", parse_manifest, [dark], msgspec.json.encode),
+        Parser("header of tiles", tiles.parse_header, [header.encode()], tiles.Header.encode),
+        Parser("encrypted blob", opened, [b"".join(tiles.seal(io.BytesIO(plain), header, KEY))]),
+        Parser("sealed key", lambda data: unsealed(data, private), [wire.encode(sealed)]),
         Parser("config", parse_config, [config], encode_config),
         Parser("oci layout", _layout(folder / "fuzzed"), [index]),
         Parser("tuf targets", lambda data: _tuf(parse_targets(data)), [*roles, files["targets"]]),

@@ -178,15 +178,13 @@ def at_rest(manifest: Manifest, digest: str) -> str:
 def wanted_blobs(manifest: Manifest, config: Config, variant: Variant) -> dict[str, int]:
     """Return what a variant needs in the store: digest → bytes."""
     encrypted = encrypted_layers(manifest)
-    named = {variant.golden.digest: variant.golden.bytes, variant.digest: variant.bytes}
+    wanted = {}
+    for digest, length in ((variant.golden.digest, variant.golden.bytes), (variant.digest, variant.bytes)):
+        layer = encrypted.get(digest)
+        wanted[layer.digest if layer is not None else digest] = layer.size if layer is not None else length
     if config.assets is not None:
-        named[config.assets.digest] = config.assets.bytes
-    return {
-        encrypted[digest].digest if digest in encrypted else digest: encrypted[digest].size
-        if digest in encrypted
-        else length
-        for digest, length in named.items()
-    }
+        wanted[config.assets.digest] = config.assets.bytes
+    return wanted
 
 
 def _candidate(task: Resolve, manifest: Manifest, config: Config, store: Store, item: device_facts.Ranked) -> Candidate:

@@ -260,13 +260,14 @@ def check_layers(manifest: Manifest, config: Config) -> None:
         RefusedError: `config_invalid`.
     """
     sizes = {layer.digest: layer.size for layer in manifest.layers}
+    encrypted = encrypted_layers(manifest)
     named = [(variant.digest, variant.bytes) for variant in config.variants]
     named += [(variant.golden.digest, variant.golden.bytes) for variant in config.variants]
+    named = [(digest, size) for digest, size in named if digest not in encrypted]
     if config.assets is not None:
         named.append((config.assets.digest, config.assets.bytes))
-    encrypted = encrypted_layers(manifest)
     for digest, size in named:
-        if digest not in encrypted and sizes.get(digest) != size:
+        if sizes.get(digest) != size:
             raise RefusedError(
                 "config_invalid",
                 f"config names {digest} with {size} bytes, the manifest has {sizes.get(digest, 'no such layer')}",
