@@ -252,6 +252,11 @@ def test_a_download_that_was_killed_resumes_and_an_altered_file_is_fetched_again
     assert not path.exists()
     assert isinstance(device.fetch(manifest), Fetched)
     assert open_blob(path, loadable.digest) == WEIGHTS
+    (device.home / "store" / "keys" / f"{loadable.at_rest[7:]}.json").write_bytes(b"{")
+    scrubbed = scrub(Scrub(home=str(device.home), versions=[loadable]), Disk(), sleep=lambda _s: None)
+    assert "no content key" in scrubbed.altered[0].detail
+    assert isinstance(device.fetch(manifest), Fetched)
+    assert open_blob(path, loadable.digest) == WEIGHTS
 
 
 def test_a_renewal_seals_what_the_device_has_for_its_next_key(site, bundle, tmp_path):

@@ -1,7 +1,7 @@
 """The scrub: are the files of trusted versions still what was verified? Read at a bounded rate, and set aside if not.
 
 A file that is set aside keeps its bytes under another name until the right ones are here again, for a person to look at;
-nobody loads it. What is missing counts as altered.
+nobody loads it. What is missing counts as altered, and so does a content key of what is encrypted.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from wherry_agent import identity
 from wherry_agent.children import Loadable, Scrub, Scrubbed, ScrubbedVersion
+from wherry_agent.device_keys import DeviceKeys
 from wherry_agent.disk import Disk
 from wherry_agent.rate import Bucket
 from wherry_agent.store import Store
@@ -33,6 +35,7 @@ def scrub(task: Scrub, disk: Disk, *, sleep: Sleep = time.sleep) -> Scrubbed:
         DeviceError: `disk` or `read_only`, what was altered could not be set aside.
     """
     store = Store(Path(task.home), disk)
+    keys = DeviceKeys(Path(task.home), identity.content_password(disk.seal))
     bucket = Bucket(SCRUB_BYTES_PER_S, time.monotonic())
     found: dict[str, str] = {}
     """Digest → what is wrong with its file, empty if nothing is."""
@@ -49,6 +52,8 @@ def scrub(task: Scrub, disk: Disk, *, sleep: Sleep = time.sleep) -> Scrubbed:
                     store.set_aside(digest)
             if found[digest]:
                 details.append(found[digest])
+        if not details and loadable.encrypted:
+            details = [f"there is no content key for {blob}" for blob in sorted(_closed(keys, loadable))]
         if not details and loadable.assets_path:
             folder, details = altered_assets(store, loadable)
             if folder and details:
@@ -63,6 +68,14 @@ def scrub(task: Scrub, disk: Disk, *, sleep: Sleep = time.sleep) -> Scrubbed:
                 )
             )
     return Scrubbed(bytes=total, altered=altered)
+
+
+def _closed(keys: DeviceKeys, loadable: Loadable) -> set[str]:
+    """Return the encrypted blobs of a version that this device could not open the next time it loads them."""
+    named = {loadable.at_rest} if loadable.at_rest else set()
+    if loadable.golden_plain:
+        named.add(f"sha256:{Path(loadable.golden_path).name}")
+    return {blob for blob in named if not keys.opens(blob)}
 
 
 def _look(path: Path, digest: str, bucket: Bucket, sleep: Sleep) -> tuple[str, int]:

@@ -83,6 +83,12 @@ def init(
     s3_public_endpoint: Annotated[
         str | None, typer.Option(help="Its address for devices, where that is another one.", show_default="the same")
     ] = None,
+    content_keys: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the keys role, where this machine runs it (wherry keys init).", show_default="none"
+        ),
+    ] = None,
     presign_s: Annotated[
         int | None,
         typer.Option(
@@ -111,6 +117,7 @@ def init(
         s3_region=s3_region,
         s3_public_endpoint=s3_public_endpoint,
         presign_s=presign_s,
+        content_keys=str(content_keys.absolute()) if content_keys is not None else None,
     )
     shown = development.init(settings)
     from wherry_server.trust import Trust
@@ -166,7 +173,7 @@ def serve(
     part: Annotated[str, typer.Option(help="Of ingest: which part of the devices, as 1/4.")] = "1/1",
     keys: Annotated[
         Path | None,
-        typer.Option(help="Of keys: the folder that `wherry keys init` made.", envvar="WHERRY_CONTENT_KEYS"),
+        typer.Option(help="Of keys: the folder that `wherry keys init` made.", show_default="as wherry init was told"),
     ] = None,
 ) -> None:
     """Run one role of a server on a data folder that `wherry init` or `wherry dev` made ready."""
