@@ -129,7 +129,9 @@ Where failures are heard before confirmations (`--fails` seconds), an adaptive p
 
 `wherry-sim rollout PLAN --failed 0.1` rehearses a plan on the real machine (devices, offers, reports, decisions; models by a table)
 in virtual time, and prints the forecast with the times that it measured (until devices confirm, until they fail, between
-two looks of the director). A test holds the two to the same end, the same
+two looks of the director). Devices have the strata and time zones that `--stratum NAME=WEIGHT` and `--zone NAME=WEIGHT` say, people approve at
+once, and what gates with a control compare is drawn from the table of models for whatever answers on each device (`--worse` as above; a device
+that sees it too goes back by itself); numbers that applications tell (`app:NAME`) are refused. A test holds the two to the same end, the same
 exposure, and times that differ by no more than four looks of the director per stage and one settling time.
 
 ## Strategies

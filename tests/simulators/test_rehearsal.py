@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from wherry_shared.errors import RefusedError
-from wherry_simulators.rehearsal import plan_of, rehearse
+from wherry_simulators.rehearsal import Rehearsal, members_of, plan_of, rehearse, weights
 from wherry_simulators.world import TURN_MS
 
 STAGES = [{"share": 0.1, "soak_s": 600}, {"share": 1.0}]
@@ -17,20 +18,23 @@ TURNS = 4
 """Looks of the director that a stage may take longer here than in the forecast, which looks more often."""
 
 
-@pytest.mark.parametrize(
-    "wish",
-    [
-        {"gates": [{"metric": "errors", "harm": 0.01}]},
-        {"hold_back": 0.1},
-        {"window": {"from": "22:00", "until": "05:00"}},
-        {"strata": ["arch"]},
-        {"approval": {}},
-    ],
-)
-def test_what_simulated_devices_cannot_carry_is_refused_before_they_run(wish: dict[str, Any]) -> None:
+def test_what_simulated_devices_cannot_carry_is_refused_before_they_run() -> None:
     with pytest.raises(RefusedError) as caught:
-        plan_of({"stages": STAGES, **wish})
+        plan_of({"stages": STAGES, "gates": [{"metric": "app:agreed", "better": "higher", "harm": 0.1}]})
     assert caught.value.code == "rehearsal_plan"
+
+
+@pytest.mark.parametrize("said", ["armv7l", "=1", "a=0", "a=x", "a=inf"])
+def test_a_weight_that_is_none_is_refused(said: str) -> None:
+    with pytest.raises(RefusedError) as caught:
+        weights([said])
+    assert caught.value.code == "rehearsal_weight"
+
+
+def test_strata_have_about_the_weights_that_are_stated() -> None:
+    found = Counter(one.stratum for one in members_of(400, weights(["x86_64=3", "armv7l=1"]), {}))
+    assert 80 < found["armv7l"] < 120
+    assert found.total() == 400
 
 
 @pytest.mark.parametrize(
@@ -53,14 +57,50 @@ def test_what_simulated_devices_cannot_carry_is_refused_before_they_run(wish: di
     ],
 )
 def test_a_forecast_is_close_to_the_real_machine(wish: dict[str, Any], failed: float, state: str) -> None:
-    found = rehearse(plan_of(wish), 40, failed, seed=1, runs=5)
+    _close(rehearse(plan_of(wish), 40, failed, seed=1, runs=5), state, len(wish["stages"]))
+
+
+def _close(found: Rehearsal, state: str, stages: int) -> None:
     assert found.violations == 0
     assert found.real.state == state
     assert {one.state for one in found.forecast} == {state}
     assert {one.exposed for one in found.forecast} == {found.real.exposed}
-    slack_s = TURNS * len(wish["stages"]) * TURN_MS / 1000 + found.settle_s
+    slack_s = TURNS * stages * TURN_MS / 1000 + found.settle_s
     if state == "halted":
         assert found.real.detected_s is not None
         assert all(abs((one.detected_s or 0) - found.real.detected_s) <= slack_s for one in found.forecast)
     else:
         assert all(abs(one.duration_s - found.real.duration_s) <= slack_s for one in found.forecast)
+
+
+ERRORS = {"metric": "errors", "harm": 0.1}
+APART = {"strata": ["arch"], "hold_back": 0.2}
+COMPARED = {**APART, "stages": [{"share": 0.5}, {"share": 1.0}], "gates": [ERRORS]}
+BLIND = {"trial": {"error_rate_max": 0.9}}
+"""Devices themselves see nothing wrong: what is worse is left to the comparison."""
+MORNING = {"window": {"from": "11:00", "until": "12:30"}, "approval": {"stages": [1]}}
+SPLIT = {"strategy": "split", "split": {"for_s": 1800}, "stages": [{"share": 1.0}], "gates": [ERRORS]}
+
+
+@pytest.mark.parametrize(
+    ("wish", "worse", "state"),
+    [
+        ({**APART, "stages": STAGES}, 0.0, "done"),
+        (COMPARED, 0.0, "done"),
+        ({**COMPARED, **BLIND}, 2.0, "halted"),
+        ({**ADAPTIVE, "gates": [ERRORS]}, 0.0, "done"),
+        ({**MORNING, "stages": [{"share": 1.0}]}, 0.0, "done"),
+        (SPLIT, 0.0, "reverted"),
+    ],
+)
+def test_a_forecast_is_close_to_the_real_machine_with_strata_controls_and_windows(
+    wish: dict[str, Any], worse: float, state: str
+) -> None:
+    kinds, zones = {"x86_64": 0.8, "armv7l": 0.2}, {"UTC": 0.5, "Europe/Athens": 0.5}
+    found = rehearse(plan_of(wish), 120, 0.0, seed=1, runs=3, worse=worse, strata=kinds, zones=zones)
+    _close(found, state, len(wish["stages"]))
+    if "window" in wish:
+        assert found.real.duration_s > 3600, "half of the fleet opens two hours later"
+    if state == "halted":
+        assert found.real.reason == "errors_bound"
+        assert found.real.failed == 0

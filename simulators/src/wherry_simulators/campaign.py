@@ -8,36 +8,43 @@ rows and the counting over them are plain Python here.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from wherry_server import evidence, offers, outcomes
+from wherry_server import comparison, evidence, offers, outcomes
+from wherry_server.evidence import Candidate, Scan
+from wherry_server.forecast import Member
+from wherry_server.lanes import due, period
 from wherry_server.plan import Plan
 from wherry_server.rollout import (
     Command,
     Counts,
     Evidence,
     Expose,
+    Lane,
     Moved,
     Progress,
     Promote,
     Retry,
     Scope,
+    Taken,
     Withdraw,
     ahead,
+    approval_key,
     decide,
     reach,
     takes_newcomers,
+    with_taken,
 )
 from wherry_server.sequential import Pairs
-from wherry_server.targeting import exposed, key_of
+from wherry_server.targeting import exposed, key_of, signed
 from wherry_shared import reasons
 from wherry_shared.clock import Now
 from wherry_shared.errors import RefusedError
 from wherry_shared.wire import OfferedModel, Report
+from wherry_simulators.meter import Meter, measures
 from wherry_simulators.server import Server
-
-STRATUM = ""
-"""All devices are of one kind here."""
 
 
 @dataclass(slots=True)
@@ -52,28 +59,48 @@ class Assignment:
     settled_ms: int = 0
     reason: str = ""
     tried: bool = False
+    exposed_us: int = 0
+    """The same by wall time."""
     compared: tuple[int, int, int] = (0, 0, 0)
     """Of a shadow: runs that were compared, that agreed, that were skipped."""
 
 
 def check_plan(plan: Plan) -> None:
-    """Refuse what simulated devices cannot carry: they send no telemetry, are of one kind and zone, and nobody approves.
+    """Refuse what simulated devices cannot carry: no application tells them numbers.
 
     Raises:
         RefusedError: `rehearsal_plan`.
     """
-    if plan.compared or plan.held_back or plan.window or plan.strata or plan.approval:
+    told = sorted(gate.metric for gate in plan.compared if not measures(gate))
+    if told:
         raise RefusedError(
             "rehearsal_plan",
-            "a rehearsal carries plans without controls, strata, windows and approval",
-            next_step="leave those out, or forecast the plan: wherry rollout simulate",
+            f"no application tells simulated devices the numbers of {', '.join(told)}",
+            next_step="leave that gate out, or forecast the plan: wherry rollout simulate",
         )
 
 
-class Campaign:
-    """One rollout of one model."""
+class _Wave(NamedTuple):
+    """A device of a wave, as `comparison` reads it."""
 
-    def __init__(self, server: Server, plan: Plan, rollout: str) -> None:
+    device_id: str
+    stratum: str
+    share_key: int
+
+
+class Campaign:
+    """One rollout of one model. People approve at once, as in a forecast."""
+
+    def __init__(
+        self,
+        server: Server,
+        plan: Plan,
+        rollout: str,
+        *,
+        members: Mapping[str, Member] | None = None,
+        meter: Meter | None = None,
+    ) -> None:
+        """`members`: strata and time zones, by device; `meter`: what telemetry says, for plans that compare."""
         check_plan(plan)
         self.server = server
         self.plan = plan
@@ -85,6 +112,8 @@ class Campaign:
         self.moved_ms: list[int] = []
         self._now_ms = 0
         self._keys = {device: key_of(rollout, device) for device in server.records}
+        self._members = members or {}
+        self._meter = meter
         self._heard_ms: dict[str, int] = {}
         self._last: dict[str, int] = {}
         """Device → highest number of a report of this rollout."""
@@ -156,9 +185,11 @@ class Campaign:
         tried = self.plan.two_rounds and not self.progress.promoting
         offered = offers.forwards(self.plan, self.rollout, tried=tried)[self.model]
         changes: list[tuple[str, OfferedModel]] = []
-        for device in sorted(self._due(), key=self._keys.__getitem__)[:limit]:
+        for device in sorted(self._open(now), key=self._keys.__getitem__)[:limit]:
             manifest, target = self._runs(device)
-            self.assigned[device] = Assignment(stage, now.monotonic_ms, target, manifest, tried=tried)
+            self.assigned[device] = Assignment(
+                stage, now.monotonic_ms, target, manifest, tried=tried, exposed_us=now.wall_us
+            )
             changes.append((device, offered))
         return changes
 
@@ -170,6 +201,7 @@ class Campaign:
         for device in due[:limit]:
             one = self.assigned[device]
             one.outcome, one.tried, one.exposed_ms, one.settled_ms = "exposed", False, now.monotonic_ms, 0
+            one.exposed_us = now.wall_us
         return [(device, offered) for device in due[:limit]]
 
     def _unpromoted(self) -> list[str]:
@@ -193,8 +225,16 @@ class Campaign:
         return [
             device
             for device, key in self._keys.items()
-            if device not in self.assigned and exposed(key, STRATUM, self.progress.cut_offs, share)
+            if device not in self.assigned and exposed(key, self._of(device).stratum, self.progress.cut_offs, share)
         ]
+
+    def _open(self, now: Now) -> list[str]:
+        """Return those that are due and whose maintenance window is open."""
+        window = self.plan.window
+        return [one for one in self._due() if window is None or window.open_at(now.wall_us, self._of(one).timezone)]
+
+    def _of(self, device: str) -> Member:
+        return self._members.get(device) or Member(device)
 
     def _runs(self, device: str) -> tuple[str, str]:
         """Return (manifest, target) of what a device last said that it runs."""
@@ -212,16 +252,74 @@ class Campaign:
         stages = [dict.fromkeys(Counts.__struct_fields__, 0) for _ in self.plan.stages]
         for device, assignment in self.assigned.items():
             stages[assignment.stage][self._count(device, assignment, now)] += 1
+        due = self._due() if takes_newcomers(self.plan, self.progress) else []
+        free = self._open(now) if due else []
+        keys: dict[str, list[int]] = {}
+        for device, key in self._keys.items():
+            keys.setdefault(self._of(device).stratum, []).append(key)
         evidence = Evidence(
             stages=[Counts(**counts) for counts in stages],
             happened=self._happened(),
             members=len(self._keys),
-            unexposed=len(self._due()) if takes_newcomers(self.plan, self.progress) else 0,
+            unexposed=len(free),
+            closed=len(due) - len(free),
+            approvals={
+                approval_key(stage, number): self.plan.approvers(stage, number)
+                for stage in range(len(self.plan.stages))
+                for number in (1, 2)
+            },
+            unmeasured=self._unmeasured(),
+            taken=self._taken(now) if self.progress.state in ("running", "paused") else [],
             unpromoted=self._promotable(),
             beside=self._beside(),
             command=self.command,
         )
-        return ahead(self.plan, self.progress, evidence, {STRATUM: self._keys.values()})
+        return ahead(self.plan, self.progress, evidence, keys)
+
+    def _waves(self) -> dict[int, list[str]]:
+        """Return the devices by the period in which they were exposed, of the round that compares."""
+        found: dict[int, list[str]] = {}
+        for device, one in self.assigned.items():
+            if one.tried is self.plan.paired:
+                found.setdefault(period(self.plan, one.exposed_us), []).append(device)
+        return found
+
+    def _unmeasured(self) -> int:
+        """Count the confirmed devices of waves that no comparison has seen, where that sets the pace."""
+        if self.plan.strategy != "adaptive" or not self.plan.compared or self.progress.widened:
+            return 0
+        seen, good = self.progress.compared.waves, ("confirmed", "confirmed_idle")
+        return sum(
+            self.assigned[device].outcome in good
+            for wave, devices in self._waves().items()
+            if not seen.get(str(wave))
+            for device in devices
+        )
+
+    def _taken(self, now: Now) -> list[Taken]:
+        """Measure the lanes that have ended, as `comparison.take` does."""
+        if not self.plan.compared or self._meter is None:
+            return []
+        waves, compared = self._waves(), self.progress.compared
+        free = [
+            Candidate(device, key, self._of(device).stratum)
+            for device, key in self._keys.items()
+            if device not in self.assigned
+        ]
+        taken: list[Taken] = []
+        for one in due(self.plan, compared, list(waves), now.wall_us):
+            members = [_Wave(each, self._of(each).stratum, signed(self._keys[each])) for each in waves[one.wave]]
+            lanes: dict[str, Lane] = {}
+            for gate in self.plan.compared:
+                sides = self._meter.sides(gate, one)
+                if self.plan.paired:
+                    lanes[gate.metric] = Lane(pairs=comparison.own_pairs(members, *sides))
+                else:
+                    known = compared.of(gate.metric)[one.lane]
+                    lanes[gate.metric] = comparison.lane_of(self.plan, known, members, Scan(free=free), *sides)
+            taken.append(Taken(wave=one.wave, lane=one.lane, lanes=lanes))
+            compared = with_taken(compared, taken[-1:])
+        return taken
 
     def _promotable(self) -> list[int]:
         stages = [self.assigned[device].stage for device in self._unpromoted()]
@@ -251,4 +349,8 @@ class Campaign:
             return assignment.outcome
         if now.monotonic_ms - self._heard_ms.get(device, assignment.exposed_ms) > self.plan.silent_s * 1000:
             return "silent"
-        return "late" if now.monotonic_ms - assignment.exposed_ms > self.plan.late_s * 1000 else "pending"
+        late = now.monotonic_ms - assignment.exposed_ms > self.plan.late_s * 1000
+        if late and self.plan.window is not None:  # by the time in which its window was open
+            zone = self._of(device).timezone
+            late = self.plan.window.open_for(self.plan.late_s, assignment.exposed_us, now.wall_us, zone)
+        return "late" if late else "pending"

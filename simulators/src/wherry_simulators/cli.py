@@ -71,6 +71,16 @@ def _parser() -> argparse.ArgumentParser:
     rollout.add_argument("plan", type=Path, help="plan file, as of wherry rollout create --plan")
     rollout.add_argument("--devices", type=int, default=100, help="how many devices (default 100)")
     rollout.add_argument("--failed", type=float, default=0.0, help="share of devices on which the new version fails")
+    rollout.add_argument(
+        "--worse", type=float, default=0.0, help="by how many times a gate's harm it is worse, where a gate compares"
+    )
+    for flag, what in (
+        ("--stratum", "strata of a plan with strata"),
+        ("--zone", "time zones, for a plan with a window"),
+    ):
+        rollout.add_argument(
+            flag, action="append", default=[], metavar="NAME=WEIGHT", help=f"{what}; once for each, such as armv7l=0.2"
+        )
     rollout.add_argument("--seed", type=int, default=0)
     rollout.add_argument("--json", action="store_true", help="one JSON object")
     rollout.set_defaults(run=_rollout)
@@ -185,10 +195,18 @@ def _swarm(options: argparse.Namespace) -> int:
 
 def _rollout(options: argparse.Namespace) -> int:
     from wherry_server.cli.rollout import read_plan
-    from wherry_simulators.rehearsal import plan_of, rehearse
+    from wherry_simulators.rehearsal import plan_of, rehearse, weights
 
     plan = plan_of(read_plan(options.plan))
-    found = rehearse(plan, options.devices, options.failed, options.seed)
+    found = rehearse(
+        plan,
+        options.devices,
+        options.failed,
+        options.seed,
+        worse=options.worse,
+        strata=weights(options.stratum),
+        zones=weights(options.zone),
+    )
     if options.json:
         print(msgspec.json.encode(found).decode())
         return EXIT_FOUND if found.violations else 0

@@ -6,25 +6,33 @@ with which probability they fail and how long they take. That time is measured i
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
 from wherry_server import outcomes
-from wherry_server.forecast import Outcomes, Run, forecast, synthetic
+from wherry_server.forecast import CRASHES_BEFORE, Member, Outcomes, Run, forecast
+from wherry_server.gates import QUANTILES
 from wherry_server.plan import Plan, parse_plan
 from wherry_shared.errors import RefusedError
+from wherry_shared.ids import share_key
 from wherry_simulators.campaign import Campaign, check_plan
+from wherry_simulators.device import EPOCH_WALL_S
 from wherry_simulators.models import Behaviour, VariantBehaviour
 from wherry_simulators.scenario import HOUR_MS, MODEL, Release, Scenario, manifest_of
-from wherry_simulators.world import TURN_MS, World
+from wherry_simulators.world import TURN_MS, World, names
 
 OLD, NEW = "1.0.0", "1.1.0"
 ERROR_RATE = 0.8
 """Of requests, on a device where the new version fails."""
+ERRORS_BEFORE = 0.002
+"""Of requests, on every device and with either version."""
 DAYS_MAX = 60
+WEEK_S = 7 * 86_400
 
 
 class Rehearsal(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,11 +67,58 @@ def plan_of(wish: dict[str, Any]) -> Plan:
     return plan
 
 
-def rehearse(plan: Plan, devices: int, failed: float, seed: int, runs: int = 10) -> Rehearsal:
-    """Run a plan on the real machine, on devices of which a share fails, and forecast it."""
-    bad = Behaviour(affected=failed, variants=[VariantBehaviour(error_rate=ERROR_RATE)]) if failed else Behaviour()
-    release = Release(NEW, bad, at_ms=HOUR_MS, stages=tuple(plan.stages), plan=plan)
-    row = Scenario("a plan is rehearsed", (Release(OLD), release), devices=devices, settle_ms=DAYS_MAX * 24 * HOUR_MS)
+def members_of(devices: int, strata: Mapping[str, float], zones: Mapping[str, float]) -> list[Member]:
+    """Return a fleet of so many devices, of strata and time zones with these weights; of one kind where none are given."""
+
+    def drawn(weights: Mapping[str, float], what: str, device: str) -> str:
+        at = share_key(what, device) / 2**64 * sum(weights.values())
+        for name, weight in weights.items():
+            at -= weight
+            if at < 0:
+                return name
+        return ""
+
+    return [Member(name, drawn(strata, "stratum", name), drawn(zones, "timezone", name)) for name in names(devices)]
+
+
+def rehearse(
+    plan: Plan,
+    devices: int,
+    failed: float,
+    seed: int,
+    runs: int = 10,
+    *,
+    worse: float = 0.0,
+    strata: Mapping[str, float] | None = None,
+    zones: Mapping[str, float] | None = None,
+) -> Rehearsal:
+    """Run a plan on the real machine, on devices of which a share fails, and forecast it.
+
+    Args:
+        plan: of `plan_of`.
+        devices: how many.
+        failed: the share of them on which the new version fails.
+        seed: of everything that is left to chance.
+        runs: forecasts.
+        worse: by how many times the harm that matters the new version is worse, in every gate with a control.
+        strata: weights of the plan's strata.
+        zones: weights of time zones, for plans with a window.
+    """
+    at_ms, plan = _beginning(plan)
+    members = members_of(devices, strata or {}, zones or {})
+    old, new = (_behaviour(plan, row_worse) for row_worse in (0.0, worse))
+    if failed:
+        new = msgspec.structs.replace(new, error_rate=ERROR_RATE)
+    release = Release(
+        NEW,
+        Behaviour(affected=failed or 1.0, variants=[new]),
+        at_ms=at_ms,
+        stages=tuple(plan.stages),
+        plan=plan,
+        members={one.id: one for one in members},
+    )
+    first = Release(OLD, Behaviour(variants=[old]))
+    row = Scenario("a plan is rehearsed", (first, release), devices=devices, settle_ms=DAYS_MAX * 24 * HOUR_MS)
     world = World(row, seed)
     result = world.run()
     campaign = world.campaigns[NEW]
@@ -87,14 +142,59 @@ def rehearse(plan: Plan, devices: int, failed: float, seed: int, runs: int = 10)
         settle_spread=spread,
         fails_s=fails_s,
         look_s=TURN_MS / 1000,
+        worse=worse,
     )
     return Rehearsal(
         devices=devices,
         settle_s=told.settle_s,
         fails_s=fails_s,
         real=real,
-        forecast=forecast(plan, synthetic(devices), told, runs),
+        forecast=forecast(plan, members, told, runs),
         violations=result.violation_count,
+    )
+
+
+def weights(said: Collection[str]) -> dict[str, float]:
+    """Read `NAME=WEIGHT`s.
+
+    Raises:
+        RefusedError: `rehearsal_weight`.
+    """
+    found: dict[str, float] = {}
+    for one in said:
+        name, _, weight = one.rpartition("=")
+        try:
+            found[name] = float(weight)
+        except ValueError:
+            found[name] = 0.0
+        if not name or not 0 < found[name] < math.inf:
+            raise RefusedError(
+                "rehearsal_weight",
+                f"{one!r} is no NAME=WEIGHT",
+                next_step="such as --stratum x86_64=0.8 --stratum armv7l=0.2",
+            )
+    return found
+
+
+def _beginning(plan: Plan) -> tuple[int, Plan]:
+    """Return when the rollout begins in virtual time, and the plan with that date: at the hour and the day of the week that it has."""
+    at_s = 3600
+    if plan.start_us:
+        at_s += round(plan.start_us / 1e6 - EPOCH_WALL_S - at_s) % WEEK_S
+    date = datetime.fromtimestamp(EPOCH_WALL_S + at_s, UTC).isoformat() if plan.start_us or plan.window else ""
+    return at_s * 1000, msgspec.structs.replace(plan, start_at=date)
+
+
+def _behaviour(plan: Plan, worse: float) -> VariantBehaviour:
+    """Return a version that is worse by so many times the harm that matters, in what the plan compares."""
+    harms = {gate.metric: gate.harm for gate in plan.compared}
+    row = Scenario("", ())
+    slower = max((harms[metric] for metric in QUANTILES if metric in harms), default=0.0)
+    crashes_per_h = harms.get("crash_rate", 0.0) * (CRASHES_BEFORE + worse)
+    return VariantBehaviour(
+        error_rate=min(ERRORS_BEFORE + worse * harms["errors"], 1.0) if "errors" in harms else 0.0,
+        latency_us=VariantBehaviour().latency_us * (1 + worse * slower),
+        crash_per_request=crashes_per_h / 3600 / row.requests_per_s,
     )
 
 

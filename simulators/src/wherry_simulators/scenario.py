@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from wherry_server.forecast import Member
 from wherry_server.gates import Bound, Gate
 from wherry_server.plan import Plan, Stage, Strategy
 from wherry_shared.wire import Mode, Trial
@@ -42,6 +44,8 @@ class Release:
     failure: Bound = FAILURE
     plan: Plan | None = None
     """The whole plan of its rollout; None: one of its stages, with wide bounds on silence."""
+    members: Mapping[str, Member] = field(default_factory=dict)
+    """Strata and time zones of devices, where a plan asks for them."""
     gates: tuple[Gate, ...] = ()
     """Gates of its rollout, of metrics without a control."""
     strategy: Strategy = "canary"

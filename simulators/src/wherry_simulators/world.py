@@ -10,9 +10,10 @@ import gc
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from wherry_agent.children import ServeModel
 from wherry_server.plan import Plan, PlannedModel
 from wherry_server.rollout import FINAL
 from wherry_shared.clock import Now
@@ -24,6 +25,7 @@ from wherry_simulators.clock import Agenda
 from wherry_simulators.device import EPOCH_WALL_S, Device
 from wherry_simulators.faults import NONE, Faults
 from wherry_simulators.hands import Hands
+from wherry_simulators.meter import Meter
 from wherry_simulators.models import Behaviours
 from wherry_simulators.network import Network
 from wherry_simulators.scenario import MODEL, Release, Scenario
@@ -65,6 +67,11 @@ class Result:
         return self.steps / self.seconds if self.seconds else 0.0
 
 
+def names(devices: int) -> list[str]:
+    """Return what so many devices are called."""
+    return [f"device-{number:015d}" for number in range(devices)]
+
+
 class World:
     """One run."""
 
@@ -84,15 +91,25 @@ class World:
         self.requests_per_s = scenario.requests_per_s
         self._random = random.Random(f"{scenario.name}/{seed}")
         self._calm = replace(NONE, boot_ms=scenario.faults.boot_ms, weather=scenario.faults.weather_after)
-        names = [f"device-{number:015d}" for number in range(devices or scenario.devices)]
-        self._server = Server(names, scenario.offer_life_s)
+        called = names(devices or scenario.devices)
+        self._server = Server(called, scenario.offer_life_s)
         self._network = Network(random.Random(self._random.getrandbits(64)))
         self._checkers = Checkers(self._server)
         behaviours = Behaviours({release.manifest: release.behaviour for release in scenario.releases})
         self.devices = {}
-        for name in names:
+        for name in called:
             source = random.Random(self._random.getrandbits(64))
             self.devices[name] = Device(self, name, brain, Hands(name, behaviours, source), source)
+        self._meters = {
+            release.version: Meter(
+                release.plan,
+                behaviours,
+                self.requests_per_s,
+                random.Random(f"{scenario.name}/{seed}/{release.version}"),
+            )
+            for release in scenario.releases
+            if release.plan is not None and release.plan.compared
+        }
         self._versions = {one.manifest: one.version for one in scenario.releases if one.model == MODEL}
         self.campaigns: dict[str, Campaign] = {}
         self._waiting = sorted(scenario.releases, key=lambda release: release.at_ms)
@@ -194,6 +211,8 @@ class World:
             self._restored = True
             for name, record in self._server.records.items():
                 self._server.restore(name, max(0, record.serial - 2))
+        for meter in self._meters.values():
+            meter.look(self._serving, self._now().wall_us, TURN_MS / 1000)
         if not self._silent:
             self._release()
             for device, envelope in self._server.renew(self._now().wall_us):
@@ -207,6 +226,12 @@ class World:
             self._settled_turns = 0
         self.agenda.after(TURN_MS, self._turn)
 
+    @property
+    def _serving(self) -> dict[str, Mapping[str, ServeModel]]:
+        """What every device serves now; of one that is down, nothing."""
+        workers = {name: device.hands.worker for name, device in self.devices.items()}
+        return {name: worker.commands for name, worker in workers.items() if worker is not None}
+
     def _release(self) -> None:
         """Begin the releases whose time has come; a rollout waits for the one before it."""
         while self._waiting and self._waiting[0].at_ms <= self.agenda.now_ms:
@@ -215,7 +240,13 @@ class World:
             release = self._waiting.pop(0)
             if release.stages:
                 rollout = f"r{len(self.campaigns) + 1}-{self.seed}"
-                self.campaigns[release.version] = Campaign(self._server, release.plan or _plan(release), rollout)
+                self.campaigns[release.version] = Campaign(
+                    self._server,
+                    release.plan or _plan(release),
+                    rollout,
+                    members=release.members,
+                    meter=self._meters.get(release.version),
+                )
             else:
                 together = [release, *(other for other in self._waiting if _belongs(other, release))]
                 self._waiting = [other for other in self._waiting if other not in together]
