@@ -51,11 +51,11 @@ def main(splits: int, sparsities: list[float]) -> None:
                 own = _scores(quantize.apply(start, quantize.Parameters(), work).path, dataset)
                 found: dict[str, Any] = {"split": seed, "sparsity": sparsity}
                 for part, mine, theirs in zip(("selection", "test"), own, reference, strict=True):
-                    drop = evaluate.estimate(theirs - mine)
+                    drop = evaluate.judge(mine, theirs, dataset.measure).drop
                     found[part] = {
-                        "drop": round(drop.value, 5),
-                        "standard_error": round(drop.standard_error, 5),
-                        "files": len(mine),
+                        "drop": round(drop.drop, 5),
+                        "standard_error": round(drop.error, 5),
+                        "files": drop.samples,
                     }
                 rows.append(found)
                 told = "  ".join(
@@ -76,8 +76,8 @@ def main(splits: int, sparsities: list[float]) -> None:
     print(f"largest drop {result['file_type_drop_max']:.4f} of {result['budget']} allowed; {out.relative_to(ROOT)}")
 
 
-def _scores(path: Path, dataset: Dataset) -> tuple[evaluate.Scores, evaluate.Scores]:
-    """Return the scores on selection and on test files."""
+def _scores(path: Path, dataset: Dataset) -> tuple[evaluate.Shown, evaluate.Shown]:
+    """Return what the network shows on selection and on test files."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name, output = session.get_inputs()[0].name, session.get_outputs()[0].name
 
@@ -85,8 +85,8 @@ def _scores(path: Path, dataset: Dataset) -> tuple[evaluate.Scores, evaluate.Sco
         return {"target": session.run([output], {name: inputs["bytes"]})[0]}
 
     return (
-        evaluate.scores(run, dataset.selection, dataset.score),
-        evaluate.scores(run, dataset.evaluation, dataset.score),
+        evaluate.show(run, dataset.selection, dataset.metric, dataset.measure),
+        evaluate.show(run, dataset.evaluation, dataset.metric, dataset.measure),
     )
 
 

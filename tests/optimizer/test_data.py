@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.optimizer.models import dictionary
-from wherry_optimizer.data import file_type, npz, pitch
+from wherry_optimizer import labelled
+from wherry_optimizer.data import file_type, pitch
 from wherry_optimizer.interface import derive
 from wherry_optimizer.recipe import DataOf, Hints, find_recipe, load_recipe
 from wherry_optimizer.sources import locate
@@ -151,15 +152,15 @@ def test_every_label_is_tested_and_no_part_shares_a_file(files) -> None:
 
 def test_text_is_scored_as_text_and_has_a_stable_digest(tmp_path: Path) -> None:
     interface = derive(dictionary(tmp_path / "m.onnx"), "onnx", {}, Hints()).interface
-    words = np.array([["cat"], ["Öl"], ["house"], ["mouse"]])
-    np.savez(tmp_path / "data.npz", word=words, label=np.array(["animal", "Flüssigkeit", "unknown", "unknown"]))
-    spec = DataOf(kind="npz", path="data.npz", output="kind", calibration=2, evaluation=2)
-    found = npz.load(spec, interface, tmp_path)
-    assert found.digest == npz.load(spec, interface, tmp_path).digest
+    words = np.array([["cat"], ["Öl"], ["house"], ["mouse"], ["door"], ["wall"]])
+    np.savez(tmp_path / "data.npz", word=words, label=np.array(["animal", "Flüssigkeit", *["unknown"] * 4]))
+    spec = DataOf(kind="npz", path="data.npz", output="kind", calibration=2, evaluation=4)
+    found = labelled.dataset(spec, interface, tmp_path)
+    assert found.digest == labelled.dataset(spec, interface, tmp_path).digest
     sample = found.evaluation[0]
     assert sample.inputs["word"].dtype == object
-    assert found.score({"kind": np.array([[sample.label]], object)}, sample.label) == 1.0
-    assert found.score({"kind": np.array([["another"]], object)}, sample.label) == 0.0
-    np.savez(tmp_path / "data.npz", word=words, label=np.arange(4))
+    assert found.measure.evidence({"kind": np.array([[sample.label]], object)}, sample.label) == 1.0
+    assert found.measure.evidence({"kind": np.array([["another"]], object)}, sample.label) == 0.0
+    np.savez(tmp_path / "data.npz", word=words, label=np.arange(6))
     with pytest.raises(RefusedError, match="one text per sample"):
-        npz.load(spec, interface, tmp_path)
+        labelled.dataset(spec, interface, tmp_path)

@@ -135,3 +135,19 @@ def test_odds_fall_with_the_drop_and_with_what_is_not_known() -> None:
     assert order == sorted(order, reverse=True)
     assert gate.odds(found(0.002, 0.006), budget, 100) < gate.odds(found(0.002, 0.006), budget, 4000)
     assert gate.odds(found(0.0, float("inf")), budget, 400) == 0.0
+
+
+def test_a_paired_drop_has_a_smaller_error_than_two_separate_ones() -> None:
+    rng = np.random.default_rng(0)
+    source = (rng.random(500) < 0.8).astype(float)
+    own = source.copy()
+    own[:5] = 0
+    found = gate.compare(MEAN.value, own.tolist(), source.tolist())
+    assert found.error == pytest.approx((source - own).std() / np.sqrt(500), rel=0.15)
+    assert found.value_error == pytest.approx(own.std() / np.sqrt(500), rel=0.1)
+    assert found.error < found.value_error / 3
+
+
+def test_one_sample_proves_nothing() -> None:
+    found = gate.compare(MEAN.value, [1.0], [1.0])
+    assert not gate.hold(found, 0.0, gate.Budget(1.0), "accuracy").passed

@@ -175,7 +175,7 @@ def test_pairs_of_variants_are_covered_first_then_broken_files_then_what_tells_m
 
 
 def test_candidates_that_move_are_let_in_where_they_notice_more_that_is_wrong(tmp_path: Path) -> None:
-    variants, runs = told(moved=[0.0, 0.0, 1e-3, 2e-3], differ={0, 1, 2, 3}, path=tmp_path / "m.onnx")
+    variants, runs = told(moved=[0.0, 0.0, 1e-3, 5e-3], differ={0, 1, 2, 3}, path=tmp_path / "m.onnx")
     broken = {index: {"p": np.full((1, 6), 0.1 * (index == 2), np.float32)} for index in range(4)}
     wrong = [Wrong("a", "bit 0", broken)]
     assert set(_telling(variants, runs, [0, 1, 2, 3], wrong)) == {0, 1, 2}

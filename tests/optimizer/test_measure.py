@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 
@@ -10,9 +9,8 @@ import numpy as np
 import pytest
 
 from tests.optimizer.models import classifier
-from wherry_optimizer import evaluate, gate, measure
+from wherry_optimizer import measure
 from wherry_shared import golden
-from wherry_shared.bundle import Accuracy
 from wherry_shared.errors import RefusedError
 from wherry_shared.golden import Expected, Golden, Tolerance, Vector
 
@@ -86,35 +84,6 @@ def test_download_bytes_are_never_more_than_the_file(tmp_path: Path) -> None:
     zeros.write_bytes(bytes(5000))
     assert measure.download_bytes(noise) == 5000
     assert measure.download_bytes(zeros) < 100
-
-
-def accuracy(drop: float) -> Accuracy:
-    return Accuracy(
-        metric="accuracy", value=0.9, standard_error=0.01, drop=drop, samples=400, drop_standard_error=0.002
-    )
-
-
-@pytest.mark.parametrize(("drop", "passed"), [(-0.01, True), (0.015, True), (0.0151, False), (math.nan, False)])
-def test_the_gate_passes_up_to_the_budget_and_no_nan(drop: float, passed: bool) -> None:
-    verdict = gate.judge(accuracy(drop), 0.015)
-    assert verdict.passed is passed
-    assert "0.0020" in verdict.why
-
-
-def test_a_paired_drop_has_a_smaller_error_than_two_separate_ones() -> None:
-    rng = np.random.default_rng(0)
-    source = (rng.random(500) < 0.8).astype(float)
-    own = source.copy()
-    own[:5] = 0
-    drop = evaluate.estimate(source - own)
-    assert drop.value == pytest.approx((source - own).mean())
-    assert drop.standard_error < evaluate.estimate(source).standard_error / 3
-
-
-def test_one_sample_has_no_standard_error() -> None:
-    with pytest.raises(RefusedError) as caught:
-        evaluate.estimate(np.array([1.0]))
-    assert caught.value.code == "data_short"
 
 
 def test_this_machine_has_a_hardware_class() -> None:

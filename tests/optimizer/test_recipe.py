@@ -18,7 +18,7 @@ from wherry_shared.errors import RefusedError
     [
         ('name = "blobs"', "", "name: missing"),
         ('name = "blobs"', 'name = "blobs"\nnmae = 1', "nmae: there is no such field"),
-        ("drop_max = 0.05", "drop_max = 1.5", "gate.drop_max: expected `float` <= 1.0"),
+        ("drop_max = 0.05", "drop_max = -1.5", "gate.drop_max: expected `float` >= 0.0"),
         ("drop_max = 0.05", 'drop_max = "small"', "gate.drop_max: expected `float`, got `str`"),
         ("vectors = 8", "vectors = 65", "golden.vectors: expected `int` <= 64"),
         ("[licence]", "[license]", "license: there is no such field"),

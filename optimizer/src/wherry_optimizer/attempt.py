@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from wherry_optimizer import confined, measure, metrics, passes
 from wherry_optimizer.data import Sample
+from wherry_optimizer.evaluate import AGREEMENT, Distance, some
 from wherry_optimizer.recipe import convert_parameters
 from wherry_shared import digest
 from wherry_shared.bundle import Format
@@ -41,8 +42,6 @@ Contract: TypeAlias = tuple[Sequence[NativeTensor], Sequence[NativeTensor]]
 CACHE_FORMAT = 1
 """Goes up when answers of older releases mean something else."""
 TOOLS = ("wherry-optimizer", "onnx", "onnxruntime", "onnxslim", "ai-edge-quantizer", "ai-edge-litert", "numpy")
-COMPARED_MAX = 4096
-"""Entries of an output that are compared with the source's, drawn by the seed."""
 MEMORY_BYTES_MAX = 6 * 2**30
 SECONDS_MAX = 300.0
 LARGE_BYTES = 32 * 2**20
@@ -377,11 +376,10 @@ def _compare(
     references = dict(np.load(path)) if path.exists() else {}
     fresh: dict[str, Array] = {}
     evidence: list[Any] = []
-    moved: dict[str, float] = {}
-    size: dict[str, float] = {}
+    distance = Distance()
     for index, sample in enumerate(problem.part(task.part)):
         outputs = answer_of(session, sample, problem.state)
-        asked = problem.metric.name == "agreement"
+        asked = problem.metric.name == AGREEMENT
         first = problem.metric.outputs[0] if problem.metric.outputs else next(iter(outputs))
         old: Mapping[str, Array] | None = None
         if f"{index}/{first}" not in references:
@@ -392,14 +390,11 @@ def _compare(
             entry = f"{index}/{key}"
             reference = references.get(entry)
             if reference is None and old is not None:
-                reference = _some(old[key], problem.seed + index)
+                reference = some(old[key], problem.seed + index)
                 fresh[entry] = reference
             if reference is None:
                 continue
-            now = _some(value, problem.seed + index)
-            gap = now.astype(np.float64) - reference.astype(np.float64)
-            moved[key] = moved.get(key, 0.0) + float(gap @ gap)
-            size[key] = size.get(key, 0.0) + float(np.square(reference.astype(np.float64)).sum())
+            distance.add(key, some(value, problem.seed + index), reference)
         if asked:
             whole = old if old is not None else (outputs if session is source else None)
             label: Any = whole[first] if whole is not None else answer_of(source, sample, problem.state)[first]
@@ -410,15 +405,7 @@ def _compare(
         with tempfile.NamedTemporaryFile(dir=kept, suffix=".npz", delete=False) as file:
             np.savez(file, **fresh)
         Path(file.name).replace(path)
-    errors = [float(np.sqrt(moved[key] / size[key])) if size[key] else float(moved[key] > 0) for key in moved]
-    return evidence, max(errors, default=0.0)
-
-
-def _some(value: Array, seed: int) -> Array:
-    flat = value.reshape(-1)
-    if flat.size <= COMPARED_MAX:
-        return flat
-    return np.asarray(flat[np.random.default_rng(seed).choice(flat.size, COMPARED_MAX, replace=False)])
+    return evidence, distance.largest
 
 
 def _keep(path: Path, data: bytes) -> None:

@@ -28,7 +28,7 @@ from wherry_optimizer import interface as interfaces
 from wherry_optimizer.attempt import Problem
 from wherry_optimizer.candidates import SOURCE, TARGETS, Prefer, Target
 from wherry_optimizer.labelled import Parts
-from wherry_optimizer.model import Model, is_quantized, read_onnx, subgraphs
+from wherry_optimizer.model import Model, read_onnx, subgraphs
 from wherry_optimizer.model import load as load_model
 from wherry_optimizer.precision import precision_of
 from wherry_optimizer.recipe import ProcessingFile
@@ -132,6 +132,11 @@ def auto(
         metric = "agreement"
     spec = metrics.MetricOf(name=metric, outputs=tuple(outputs), folder=str(Path.cwd()))
     metrics.make(spec)
+    if parts.labelled:
+        judged = next(
+            (one for one in fitted.interface.outputs if one.name in spec.outputs), fitted.interface.outputs[0]
+        )
+        labelled.check_labels([*parts.selection, *parts.test], metric, judged, fitted.interface)
     problem = make_problem(source, parts, spec, state or {}, seed)
     folder = cache or default_cache()
     budget = gate.Budget(drop_max, floor, error_max, 1.0 if strict else gate.UPPER_FACTOR)
@@ -207,10 +212,6 @@ def check_source(model: Model) -> None:
     if model.format != "onnx":
         return
     graph = read_onnx(model.path)
-    if is_quantized(graph):
-        raise RefusedError(
-            "already_quantized", f"{model.path.name} is quantized already", next_step="give the float model"
-        )
     multiplied = {
         name
         for inner in subgraphs(graph.graph)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wherry_optimizer import measure, proof
+from wherry_optimizer import gate, measure, proof
+from wherry_optimizer.evaluate import Judged
 from wherry_optimizer.golden import WORKERS, Array, Runnable, Runs, Selection, budget, run_all, select
 from wherry_optimizer.pack import NO_PROCESSING, Packed, Piece, write_bundle
 from wherry_optimizer.proof import Proof
@@ -39,6 +40,10 @@ class Made:
     """None: it is the source itself."""
     notes: list[dict[str, Any]] = field(default_factory=list)
     accuracy: Accuracy | None = None
+    """On the part that nothing was chosen by."""
+    judged: Judged | None = None
+    """What it was kept by."""
+    confirmed: Judged | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,8 @@ class Bundled:
     selection: Selection
     proofs: tuple[Proof, ...]
     """How good the golden vectors of each variant are."""
+    made: tuple[Made, ...]
+    """What is in it."""
 
     @property
     def blind(self) -> list[str]:
@@ -148,10 +155,23 @@ def bundle(
         unseparated=selection.unseparated,
     )
     say(f"packed {packed.path}")
-    found = Bundled(packed, selection, proofs)
+    found = Bundled(packed, selection, proofs, tuple(made))
     for warning in found.blind:
         say(f"WARNING: {warning}")
     return found
+
+
+def accuracy(drop: gate.Drop, metric: str, data: str) -> Accuracy:
+    """Return a drop as a bundle holds it."""
+    return Accuracy(
+        metric=metric,
+        value=drop.value,
+        standard_error=drop.value_error,
+        drop=drop.drop,
+        drop_standard_error=drop.error,
+        samples=drop.samples,
+        data=data,
+    )
 
 
 def _choose_golden(

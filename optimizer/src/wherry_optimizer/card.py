@@ -1,4 +1,4 @@
-"""The report of a search: one HTML file that needs nothing else, the same as JSON, and a model card in Markdown.
+"""The report of a search or of a recipe's build: one HTML file that needs nothing else, the same as JSON, and a model card in Markdown.
 
 What was refused stands there with by how much, beside what was chosen: a search is believed for what it kept out.
 """
@@ -9,21 +9,24 @@ import html
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from wherry_optimizer import measure
+from wherry_optimizer import candidates, measure, report
+from wherry_optimizer import page as pages
 from wherry_optimizer.attempt import TOOLS
-from wherry_optimizer.candidates import SOURCE
+from wherry_optimizer.candidates import SOURCE, Row
+from wherry_optimizer.gate import UPPER_FACTOR, Verdict
+from wherry_optimizer.pipeline import BuildResult, Refused
 from wherry_optimizer.search import Confirmation, Found, Result, Tried
+from wherry_shared.bundle import Variant
 from wherry_shared.errors import RefusedError
+from wherry_shared.image_layout import Layout
 
 FORMAT = 1
-PLOT_WIDTH, PLOT_HEIGHT = 640, 320
-"""Of the plot, in pixels."""
 LAYERS_SHOWN_MAX = 40
 
 
@@ -35,10 +38,23 @@ def write(result: Result, output: Path) -> None:
             target = output / f"{found.target.name}.{result.problem.format}"
             shutil.copyfile(found.find(found.chosen).answer.path, target)
             result.files[found.target.name] = target
-    report = as_dict(result)
-    (output / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (output / "report.html").write_text(page(report), encoding="utf-8")
-    (output / "MODEL-CARD.md").write_text(markdown(report), encoding="utf-8")
+    _write(as_dict(result), output / "report.json", output / "report.html", output / "MODEL-CARD.md")
+
+
+def write_build(result: BuildResult) -> dict[str, Any]:
+    """Write the report of a recipe's build beside its bundle, as NAME-VERSION.report.json, .html and .md; return it."""
+    found = of_build(result)
+    json_, html_, card = (
+        result.path.with_name(f"{result.path.name}.report.{ending}") for ending in ("json", "html", "md")
+    )
+    _write(found, json_, html_, card)
+    return found
+
+
+def _write(report: Mapping[str, Any], json_: Path, html_: Path, card: Path) -> None:
+    json_.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    html_.write_text(page(report), encoding="utf-8")
+    card.write_text(markdown(report), encoding="utf-8")
 
 
 def as_dict(result: Result) -> dict[str, Any]:
@@ -70,6 +86,124 @@ def as_dict(result: Result) -> dict[str, Any]:
             "machine": msgspec.to_builtins(measure.machine()),
         },
         "targets": {found.target.name: _target(found, result.files) for found in result.found},
+        "golden": report.golden_dict(result.bundled) if result.bundled else None,
+        "path": str(result.bundled.packed.path) if result.bundled else None,
+        "manifest": result.bundled.packed.digest if result.bundled else None,
+    }
+
+
+def of_build(result: BuildResult) -> dict[str, Any]:
+    """Return the report of a recipe's build in the form of a search's, beside what `report.as_dict` says."""
+    config, terms = result.packed.config, result.recipe.gate
+    made = {item.id: item for item in result.bundled.made}
+    first = {item.source: item.id for item in result.bundled.made if not item.passes}
+    variants = {variant.id: variant for variant in config.variants}
+    rows, pareto = [], []
+    for variant in config.variants:
+        item, source = made[variant.id], variants[first[made[variant.id].source]]
+        row = _variant(variant, source)
+        judged = item.judged
+        row |= {
+            "notes": item.notes,
+            "pareto": False,
+            "value": _number(judged.drop.value) if judged else None,
+            "drop": _number(judged.drop.drop) if judged else None,
+            "interval": [_number(judged.drop.low), _number(judged.drop.high)] if judged else None,
+            "error": _number(judged.error) if judged else None,
+        }
+        rows.append(row)
+        latency, peak = (row[name] if row[name] is not None else nan for name in ("latency_ratio", "peak_memory_bytes"))
+        pareto.append(Row(variant.id, row["download_bytes"] or 0, latency, peak, row["value"] or nan))
+    for key in candidates.pareto(pareto):
+        next(row for row in rows if row["id"] == key)["pareto"] = True
+    rows += [_refused(item) for item in result.refused]
+    confirmations = [
+        _confirmation(
+            Confirmation(item.id, item.confirmed.drop, item.confirmed.error, Verdict(True, ""), item.confirmed.drop)
+        )
+        for item in result.bundled.made
+        if item.confirmed is not None and item.passes
+    ]
+    told = report.as_dict(result)
+    data = result.dataset
+    return {
+        **told,
+        "format": FORMAT,
+        "model": f"{config.model} {config.version}",
+        "digest": ", ".join(config.provenance.source_digests.values()),
+        "metric": data["metric"],
+        "data": {**data, "labelled": True, "selection_digest": data["digest"], "test_digest": data["digest"]},
+        "budget": {
+            "drop_max": terms.drop_max,
+            "floor": terms.floor,
+            "error_max": terms.error_max,
+            "interval_max": terms.drop_max * (1.0 if terms.strict else UPPER_FACTOR),
+        },
+        "provenance": {
+            "tools": config.provenance.tools,
+            "seed": result.recipe.data.seed,
+            "machine": msgspec.to_builtins(measure.machine()),
+        },
+        "targets": {
+            "recipe": {
+                "about": "The variants that the recipe names",
+                "chosen": "",
+                "reason": "each that passed its gate and was confirmed is in the bundle",
+                "confirmations": confirmations,
+                "candidates": rows,
+            }
+        },
+    }
+
+
+def _variant(variant: Variant, source: Variant | None) -> dict[str, Any]:
+    """Return a variant of a bundle in the form of a candidate."""
+    figures = next(iter(variant.figures.values()), None)
+    whole = (source.download_bytes or source.bytes) if source is not None else None
+    download = variant.download_bytes or variant.bytes
+    accuracy = variant.accuracy
+    return {
+        "id": variant.id,
+        "passes": [{"use": name} for name in variant.passes],
+        "options": variant.options,
+        "passed": True,
+        "why": "in the bundle",
+        "by": None,
+        "pareto": False,
+        "digest": variant.digest,
+        "bytes": variant.bytes,
+        "download_bytes": download,
+        "download_ratio": round(download / whole, 4) if whole else None,
+        "compressed_ratio": round(download / source.bytes, 4) if source is not None else None,
+        "latency_ratio": figures.latency_ratio if figures else None,
+        "latency_us": figures.latency_p50_us if figures else None,
+        "peak_memory_bytes": figures.peak_memory_bytes if figures else None,
+        "load_ms": figures.load_ms if figures else None,
+        "value": _number(accuracy.value) if accuracy else None,
+        "drop": _number(accuracy.drop) if accuracy else None,
+        "interval": None,
+        "error": None,
+        "notes": [],
+    }
+
+
+def _refused(item: Refused) -> dict[str, Any]:
+    empty = dict.fromkeys(
+        ("digest", "bytes", "download_bytes", "download_ratio", "compressed_ratio", "latency_ratio", "latency_us")
+    )
+    return {
+        **empty,
+        **dict.fromkeys(("peak_memory_bytes", "load_ms", "interval", "error")),
+        "id": item.id,
+        "passes": [],
+        "options": {},
+        "passed": False,
+        "why": item.why,
+        "by": item.code,
+        "pareto": False,
+        "value": _number(item.accuracy.value) if item.accuracy else None,
+        "drop": _number(item.accuracy.drop) if item.accuracy else None,
+        "notes": [],
     }
 
 
@@ -147,10 +281,10 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
     ]
     for name, target in report["targets"].items():
-        lines += [f"## {name}: {target['chosen']}", "", f"{target['about']}. {target['reason']}.", ""]
+        lines += [f"## {_title(name, target)}", "", f"{target['about']}. {target['reason']}.", ""]
         for one in target["confirmations"]:
             held = "Confirmed" if one["passed"] else "NOT confirmed"
-            lines += [f"{held} on the test split: {one['id']}: {one['why']}.", ""]
+            lines += [f"{held} on the test split: {_confirmed(one)}.", ""]
         lines += [
             "| variant | passed | download | latency | peak | value | drop (95 %) | moved |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -162,6 +296,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             lines += ["", "Kept out:", ""]
             lines += [f"- {row['id']} ({row['by']}): {row['why']}" for row in refused]
         lines.append("")
+    lines += pages.golden_markdown(report.get("golden"))
     tools = ", ".join(f"{name} {version}" for name, version in report["provenance"]["tools"].items())
     lines += [f"Made by {tools}; seed {report['provenance']['seed']}.", ""]
     return "\n".join(lines)
@@ -204,57 +339,39 @@ def _share(value: float | None) -> str:
     return f"×{value:.3f}" if value is not None else "–"
 
 
-STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1c2733}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}td,th{padding:.25rem .6rem;text-align:right;
-border-bottom:1px solid #dde3ea}td:first-child,th:first-child,td.left{text-align:left}tr.no{color:#8a95a1}
-tr.chosen{background:#e8f4ec}.bar{display:inline-block;height:.7rem;background:#3c78b4;vertical-align:middle}
-.bar.t{background:#d08a2e}svg text{font-size:11px;fill:#445}code{font-size:.85em}h2{margin-top:2.2rem}"""
-
-
 def page(report: Mapping[str, Any]) -> str:
     """Return the report as one HTML page without scripts or anything from elsewhere."""
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
-        f"<title>{html.escape(report['model'])}</title><style>{STYLE}</style>",
+        f"<title>{html.escape(report['model'])}</title><style>{pages.STYLE}</style>",
         f"<h1>{html.escape(report['model'])}</h1>",
         f"<p>{html.escape(_source_line(report))} {html.escape(_budget_line(report['budget']))}</p>",
     ]
+    limit = report["budget"]["drop_max"]
     for name, target in report["targets"].items():
-        parts.append(f"<h2>{html.escape(name)}: {html.escape(target['chosen'])}</h2>")
+        rows = target["candidates"]
+        parts.append(f"<h2>{html.escape(_title(name, target))}</h2>")
         parts.append(f"<p>{html.escape(target['about'])}. {html.escape(target['reason'])}.</p>")
         for one in target["confirmations"]:
             held = "Confirmed" if one["passed"] else "<b>Not confirmed</b>"
-            parts.append(f"<p>{held} on the test split: {html.escape(one['id'])}: {html.escape(one['why'])}.</p>")
-        parts += [_plot(target["candidates"], target["chosen"]), _rows(target["candidates"], target["chosen"])]
-        parts.append(_sensitivity(target["candidates"]))
-    tools = ", ".join(f"{name} {version}" for name, version in report["provenance"]["tools"].items())
-    parts.append(f"<p>Made by {html.escape(tools)}; seed {report['provenance']['seed']}.</p></html>")
+            parts.append(f"<p>{held} on the test split: {html.escape(_confirmed(one))}.</p>")
+        parts += [pages.plot(rows, target["chosen"]), _rows(rows, target["chosen"])]
+        parts.append(pages.intervals(rows, limit, target["confirmations"]))
+        parts.append(_sensitivity(rows))
+    parts += [pages.golden_page(report.get("golden")), pages.provenance_page(report), "</html>"]
     return "\n".join(parts) + "\n"
 
 
-def _plot(rows: Sequence[Mapping[str, Any]], chosen: str) -> str:
-    """Return download against latency as SVG: ◆ for the Pareto set, the chosen one filled."""
-    shown = [row for row in rows if row["passed"] and row["latency_ratio"] is not None and row["download_ratio"]]
-    if not shown:
-        return "<p>Latency was not measured on this hardware class, so there is no plot.</p>"
-    top = max(1.05, *(row["latency_ratio"] * 1.05 for row in shown))
-    right = max(1.05, *(row["download_ratio"] * 1.05 for row in shown))
-    marks = [
-        f"<line x1='40' y1='{PLOT_HEIGHT - 30}' x2='{PLOT_WIDTH}' y2='{PLOT_HEIGHT - 30}' stroke='#99a'/>",
-        f"<line x1='40' y1='0' x2='40' y2='{PLOT_HEIGHT - 30}' stroke='#99a'/>",
-        f"<text x='{PLOT_WIDTH - 190}' y='{PLOT_HEIGHT - 8}'>download, share of float (0 to {right:.2f})</text>",
-        f"<text x='44' y='12'>latency, share of float (0 to {top:.2f})</text>",
-    ]
-    for row in shown:
-        x = 40 + (PLOT_WIDTH - 60) * row["download_ratio"] / right
-        y = (PLOT_HEIGHT - 30) * (1 - row["latency_ratio"] / top)
-        fill = "#2e8b57" if row["id"] == chosen else ("#3c78b4" if row["pareto"] else "#c3ccd6")
-        marks.append(
-            f"<circle cx='{x:.1f}' cy='{y:.1f}' r='5' fill='{fill}'><title>{html.escape(row['id'])}</title></circle>"
-        )
-        if row["pareto"] or row["id"] == chosen:
-            marks.append(f"<text x='{x + 7:.1f}' y='{y + 4:.1f}'>{html.escape(row['id'])}</text>")
-    return f"<svg viewBox='0 0 {PLOT_WIDTH} {PLOT_HEIGHT}' width='{PLOT_WIDTH}' role='img'>{''.join(marks)}</svg>"
+def _title(name: str, target: Mapping[str, Any]) -> str:
+    return f"{name}: {target['chosen']}" if target["chosen"] else name
+
+
+def _confirmed(one: Mapping[str, Any]) -> str:
+    """Return what a confirmation says, in the gate's words or in figures."""
+    if one["why"]:
+        return f"{one['id']}: {one['why']}"
+    low, high = one["interval"]
+    return f"{one['id']}: drop {one['drop']:+.4f} [{low:+.4f}, {high:+.4f}] on {one['samples']} samples"
 
 
 def _rows(rows: Sequence[Mapping[str, Any]], chosen: str) -> str:
@@ -262,23 +379,19 @@ def _rows(rows: Sequence[Mapping[str, Any]], chosen: str) -> str:
         f"<th>{name}</th>"
         for name in ("variant", "passed", "download", "latency", "peak", "value", "drop (95 %)", "moved")
     )
-    lines = [f"<table><tr>{head}<th></th></tr>"]
+    key = "<th class='left'><span class='key'></span>download <span class='key t'></span>latency</th>"
+    lines = [f"<div class='wide'><table><tr>{head}{key}</tr>"]
     for row in rows:
         kind = "chosen" if row["id"] == chosen else ("" if row["passed"] else "no")
         cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row))
-        bars = "".join(
-            f"<span class='bar{mark}' style='width:{min(row[key], 2.0) * 60:.0f}px'></span><br>"
-            for key, mark in (("download_ratio", ""), ("latency_ratio", " t"))
-            if row[key] is not None
-        )
         why = html.escape(row["why"])
-        lines.append(f"<tr class='{kind}' title='{why}'>{cells}<td class='left'>{bars}</td></tr>")
+        lines.append(f"<tr class='{kind}' title='{why}'>{cells}<td class='left'>{pages.bars(row)}</td></tr>")
     refused = [row for row in rows if not row["passed"]]
     kept_out = "".join(
         f"<li>{html.escape(row['id'])} ({html.escape(str(row['by']))}): {html.escape(row['why'])}</li>"
         for row in refused
     )
-    return "\n".join([*lines, "</table>", f"<p>Kept out:</p><ul>{kept_out}</ul>" if refused else ""])
+    return "\n".join([*lines, "</table></div>", f"<p>Kept out:</p><ul>{kept_out}</ul>" if refused else ""])
 
 
 def _sensitivity(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -302,17 +415,28 @@ def _sensitivity(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def compare(one: Path, other: Path) -> list[dict[str, Any]]:
-    """Return how two reports differ, per target and candidate: the figures of both.
+    """Return how two reports, or two bundles, differ, per target and candidate: the figures of both.
+
+    Sizes and latency of bundles can be compared always; what was measured on other samples or by another metric is left out.
 
     Raises:
-        RefusedError: `report_invalid` or `report_differs`, where they are not about the same metric and samples.
+        RefusedError: `report_invalid`, or `report_differs`, where two reports are not about the same metric and samples, or one is
+            a bundle and the other a report.
     """
-    first, second = _read(one), _read(other)
-    for key in ("metric",):
-        if first[key] != second[key]:
-            raise _differs(f"{key}: {first[key]} and {second[key]}")
-    if first["data"]["selection_digest"] != second["data"]["selection_digest"]:
+    whole = [_is_bundle(path) for path in (one, other)]
+    if whole[0] != whole[1]:
+        raise _differs("one is a bundle, the other a report")
+    first, second = (_of_bundle(path) if whole[0] else _read(path) for path in (one, other))
+    alike = first["metric"] == second["metric"] and (
+        first["data"]["selection_digest"] == second["data"]["selection_digest"]
+    )
+    if not alike and not whole[0]:
+        if first["metric"] != second["metric"]:
+            raise _differs(f"metric: {first['metric']} and {second['metric']}")
         raise _differs("they were measured on different samples")
+    if not alike:
+        for row in (*first["targets"]["bundle"]["candidates"], *second["targets"]["bundle"]["candidates"]):
+            row |= {"value": None, "drop": None}
     rows = []
     for name in sorted({*first["targets"], *second["targets"]}):
         tables = [
@@ -331,6 +455,7 @@ def compare(one: Path, other: Path) -> list[dict[str, Any]]:
                         field: [row[field] if row else None for row in pair]
                         for field in (
                             "passed",
+                            "download_bytes",
                             "download_ratio",
                             "latency_ratio",
                             "peak_memory_bytes",
@@ -344,6 +469,22 @@ def compare(one: Path, other: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _is_bundle(path: Path) -> bool:
+    return (path / "oci-layout").is_file()
+
+
+def _of_bundle(path: Path) -> dict[str, Any]:
+    """Return the part of a report that a bundle holds itself."""
+    config = Layout(path).bundle()[2]
+    source = next((variant for variant in config.variants if not variant.passes), None)
+    metric = next((variant.accuracy.metric for variant in config.variants if variant.accuracy), None)
+    return {
+        "metric": metric,
+        "data": {"selection_digest": sorted(config.provenance.data_digests.items())},
+        "targets": {"bundle": {"chosen": None, "candidates": [_variant(one, source) for one in config.variants]}},
+    }
+
+
 def _read(path: Path) -> dict[str, Any]:
     path = path / "report.json" if path.is_dir() else path
     try:
@@ -355,7 +496,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise RefusedError(
             "report_invalid",
             f"{path} is no report of a search: {error}",
-            next_step="name a folder that `wherry-optimizer auto` wrote, or its report.json",
+            next_step="name a folder that `wherry-optimizer auto` wrote, a report.json, or two bundles",
         ) from error
 
 
@@ -364,5 +505,5 @@ def _differs(why: str) -> RefusedError:
         "report_differs",
         f"the reports cannot be compared: {why}",
         consequence="their figures would say nothing about each other",
-        next_step="search again with the same data, metric and seed",
+        next_step="search or build again with the same data, metric and seed; compare a bundle with a bundle",
     )

@@ -57,13 +57,10 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Make a bundle from a float model and labelled data, as a recipe says."""
-    from wherry_optimizer import pipeline, report
+    from wherry_optimizer import card, pipeline, report
 
     result = pipeline.build(recipe, output, progress=lambda text: err.print(text, style="dim", markup=False))
-    written = report.as_dict(result)
-    result.path.with_name(f"{result.path.name}.report.json").write_text(
-        json.dumps(written, indent=2) + "\n", encoding="utf-8"
-    )
+    written = card.write_build(result)
     if as_json:
         _print_json(written)
         return
@@ -274,11 +271,11 @@ def convert_tflite(
 
 @app.command()
 def compare(
-    one: Annotated[Path, typer.Argument(metavar="A", help="Folder that auto wrote, or its report.json.")],
+    one: Annotated[Path, typer.Argument(metavar="A", help="Folder that auto wrote, a report.json, or a bundle.")],
     other: Annotated[Path, typer.Argument(metavar="B", help="Another one, of the same data and metric.")],
     as_json: AsJson = False,
 ) -> None:
-    """Show side by side what two searches found."""
+    """Show side by side what two searches or builds found, or what two bundles hold."""
     from rich.table import Table
 
     from wherry_optimizer import card
@@ -287,7 +284,7 @@ def compare(
     if as_json:
         _print_json(rows)
         return
-    fields = ("passed", "download_ratio", "latency_ratio", "value", "drop", "error")
+    fields = ("passed", "download_bytes", "download_ratio", "latency_ratio", "value", "drop", "error")
     table = Table("target", "variant", *(name.replace("_", " ") for name in fields))
     for row in rows:
         mark = "".join(letter for letter, is_chosen in zip("AB", row["chosen"], strict=True) if is_chosen)

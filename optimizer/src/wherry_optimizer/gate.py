@@ -1,7 +1,7 @@
 """Whether a variant may be packed: its accuracy budget. Pure.
 
-`judge` compares a drop with a recipe's budget. `hold` is the word of a search, which tries many candidates and so has to
-guard against luck: it also looks at the interval of the drop (paired bootstrap: Efron and Tibshirani, "An introduction
+`hold` is the word on what a recipe or a search made, `confirm` on what is kept. Both guard against luck: they look at
+the drop and at its interval (paired bootstrap: Efron and Tibshirani, "An introduction
 to the bootstrap", 1993), at a floor of the metric itself, and at how far the outputs moved, since a metric on few samples
 may stay where it was while the network has become another (seen: a sentence encoder at half its weights scored higher).
 """
@@ -14,8 +14,6 @@ from math import inf, isfinite, nan, sqrt
 from typing import Any
 
 import numpy as np
-
-from wherry_shared.bundle import Accuracy
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
@@ -64,18 +62,6 @@ class Drop:
     """Standard error of the drop."""
     value_error: float = nan
     """Standard error of the value."""
-
-
-def judge(accuracy: Accuracy, drop_max: float) -> Verdict:
-    """Compare the drop against the source model with the budget; a drop that is no number never passes."""
-    error = accuracy.drop_standard_error or 0.0
-    measured = f"{accuracy.metric} {accuracy.value:.4f}, drop {accuracy.drop:.4f} ± {error:.4f}"
-    samples = f"on {accuracy.samples} samples"
-    if accuracy.drop <= drop_max:
-        return Verdict(True, f"{measured} {samples}, budget {drop_max:.4f}")
-    return Verdict(
-        False, f"{measured} {samples}: over its budget of {drop_max:.4f} by {accuracy.drop - drop_max:.4f}", "drop"
-    )
 
 
 def compare(

@@ -53,6 +53,8 @@ FLOOR_OF_RANGE = 1e-4
 STEADY_SHARES = (0.5, 0.625, 0.75, 0.875, 1.0)
 """Vectors are taken from the first of these shares of the candidates (those that move least between configurations)
 that tells as many variants apart as any of them does."""
+WIDENED_MAX = 2.0
+"""So many times as wide may a tolerance be for the sake of vectors that tell the same things more often."""
 ENGINE_MOVED_MAX = 0.02
 """Another engine that moves an output by more than this share of its range is left out."""
 TRIES = 5
@@ -497,25 +499,28 @@ def _telling(
 ) -> dict[int, set[_Target]]:
     """Return candidate → what it tells apart, for the candidates to choose from, steadiest first.
 
-    Every candidate that is let in may widen the tolerance for all of them: no more are let in, beyond those that widen none, than that takes. Variants
-    that are told apart count first, then broken files.
+    Every candidate that is let in may widen the tolerance for all of them. Variants that are told apart count first, then broken
+    files; where both are the same, how often they are told, if it widens tolerances little.
     """
     best: dict[int, set[_Target]] = {}
-    most, widest = (-1, -1), np.inf
+    most, often, widest, narrowest = (-1, -1), 0, np.inf, np.inf
     names = {item.id for item in variants}
     for share in STEADY_SHARES:
         chosen = ranked[: max(1, round(len(ranked) * share))]
         tells = _tells(variants, runs, chosen, wrong)
         told = set().union(*tells.values())
         pairs = sum(what in names for _, what in told)
-        found = (pairs, len(told) - pairs)
+        found, times = (pairs, len(told) - pairs), sum(map(len, tells.values()))
         wide = max(
-            bound.atol / (span_of([runs[item.id].outputs[index][name] for index in chosen]) or 1.0)
+            bound.atol / span_of([runs[item.id].outputs[index][name] for index in chosen])
             for item in variants
             for name, bound in _tolerances(item, runs[item.id], chosen).items()
         )
-        if found > most or (found == most and wide <= widest):  # those that cost nothing are welcome
-            best, most, widest = tells, found, wide
+        if found > most:
+            narrowest = wide
+        elif found < most or times < often or wide > max(widest, (times > often) * WIDENED_MAX * narrowest):
+            continue
+        best, most, often, widest = tells, found, times, wide
     return best
 
 

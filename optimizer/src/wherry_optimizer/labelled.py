@@ -1,4 +1,4 @@
-"""Labelled data of one's own for a search: from an `.npz`, a folder per class, a CSV or Parquet table, or a function.
+"""Labelled data of one's own, for a search or a recipe: from an `.npz`, a folder per class, a CSV or Parquet table, or a function.
 
 Samples come under the model's own tensor names. They are shuffled by the seed and cut into three parts that share
 nothing: calibration, selection (what candidates are compared on) and test (looked at once, by what was chosen).
@@ -7,6 +7,7 @@ nothing: calibration, selection (what candidates are compared on) and test (look
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wherry_optimizer.data import Sample, check_samples
+from wherry_optimizer import metrics
+from wherry_optimizer.data import Dataset, Sample, check_samples
 from wherry_optimizer.data.npz import read_arrays, split_samples
+from wherry_optimizer.evaluate import AGREEMENT
 from wherry_optimizer.metrics import find_function
-from wherry_shared.bundle import Interface
+from wherry_optimizer.recipe import DataOf
+from wherry_shared.bundle import Interface, TensorSpec
 from wherry_shared.engines.session import DTYPES
 from wherry_shared.errors import RefusedError
 
@@ -28,6 +32,10 @@ CALIBRATION_SHARE = 0.2
 CALIBRATION_MAX = 100
 SAMPLES_MIN = 8
 """Fewer cannot be cut into three parts of which two are compared by intervals."""
+HELD_BACK_MIN = 4
+"""Of a recipe, so many at least beside those for calibration: two halves of which each has a spread."""
+KINDS = ("npz", "folder", "csv", "parquet", "function")
+"""What a recipe may call its data, beside `data.MODULES`."""
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
@@ -54,7 +62,7 @@ def load(where: str, interface: Interface, *, label: str = "label", seed: int = 
     Raises:
         RefusedError: `data_*`.
     """
-    samples, labelled, description = _read(where, interface, label)
+    samples, labelled, description = read(where, interface, label)
     check_samples([sample.inputs for sample in samples], interface, "data")
     _check_finite(samples)
     return cut(samples, labelled=labelled, description=description, seed=seed)
@@ -74,14 +82,7 @@ def cut(samples: Sequence[Sample], *, labelled: bool, description: str, seed: in
             next_step="give more samples, several hundred if you can: intervals shrink with their number",
         )
     if labelled:
-        shown = {repr(np.asarray(sample.label).tolist()) for sample in samples}
-        if len(shown) == 1:
-            raise RefusedError(
-                "data_one_class",
-                f"all {len(samples)} labels are {next(iter(shown))[:80]}",
-                consequence="a network that always says that would pass, so nothing was tried",
-                next_step="give samples of every class that matters",
-            )
+        _check_varied(samples)
     order = np.random.default_rng(seed).permutation(len(samples))
     chosen = [samples[index] for index in order]
     first = max(2, min(CALIBRATION_MAX, round(len(samples) * CALIBRATION_SHARE)))
@@ -89,27 +90,158 @@ def cut(samples: Sequence[Sample], *, labelled: bool, description: str, seed: in
     return Parts(tuple(chosen[:first]), tuple(chosen[first:middle]), tuple(chosen[middle:]), labelled, description)
 
 
-def _read(where: str, interface: Interface, label: str) -> tuple[list[Sample], bool, str]:
+def dataset(spec: DataOf, interface: Interface, folder: Path) -> Dataset:
+    """Read what a recipe names, shuffle it by the seed and hold back what variants are judged by.
+
+    Args:
+        spec: the recipe's table; its kind is one of `KINDS`.
+        interface: of the model, under canonical names.
+        folder: of the recipe.
+
+    Raises:
+        RefusedError: `recipe_invalid`, `metric_unknown`, `data_*`.
+    """
+    where = spec.path if spec.kind == "function" else str(folder / spec.path)
+    samples, labelled, description = read(where, interface, spec.label, spec.kind, folder)
+    if not labelled and spec.metric != AGREEMENT:
+        raise RefusedError(
+            "data_invalid",
+            f"{spec.path} has no {spec.label!r} with labels",
+            consequence=f"{spec.metric} needs them, so nothing was built",
+            next_step='add them, set data.label, or data.metric = "agreement", which needs none',
+        )
+    check_samples([sample.inputs for sample in samples], interface, "data")
+    names = [output.name for output in interface.outputs]
+    outputs = tuple(spec.outputs or ([spec.output] if spec.output else []))
+    if any(name not in names for name in outputs) or (not outputs and len(names) > 1 and spec.metric != "detection"):
+        raise RefusedError("recipe_invalid", f"recipe: data.output: name one of {', '.join(names)}")
+    chosen = outputs[0] if outputs else names[0]
+    metric = metrics.make(metrics.MetricOf(name=spec.metric, outputs=outputs, folder=str(folder)))
+    if labelled:
+        check_labels(samples, spec.metric, next(item for item in interface.outputs if item.name == chosen), interface)
+    if len(samples) < spec.calibration + HELD_BACK_MIN:
+        raise RefusedError(
+            "data_short",
+            f"{len(samples)} samples, of which {spec.calibration} are for calibration: at least {HELD_BACK_MIN} have to be left "
+            "to judge by",
+            next_step="give more samples or lower data.calibration",
+        )
+    if labelled and spec.metric != AGREEMENT:
+        _check_varied(samples)
+    order = np.random.default_rng(spec.seed).permutation(len(samples))
+    shuffled = tuple(samples[index] for index in order)
+    return Dataset(
+        metric=spec.metric,
+        description=description,
+        calibration=shuffled[: spec.calibration],
+        evaluation=shuffled[spec.calibration : spec.calibration + spec.evaluation],
+        measure=metric,
+        notes={"samples": len(samples)},
+        output=chosen,
+    )
+
+
+def check_labels(samples: Sequence[Sample], metric: str, output: TensorSpec, interface: Interface) -> None:
+    """Refuse labels that no answer can equal: with them every variant scores the same, and the gate lets all pass.
+
+    Raises:
+        RefusedError: `data_invalid`.
+    """
+    if metric not in ("accuracy", "top5", "absolute_error", "squared_error") or not samples:
+        return
+    batches = {item.shape[0] for item in interface.inputs if item.shape and isinstance(item.shape[0], str)}
+    shape = output.shape[1:] if output.shape and output.shape[0] in batches else output.shape
+    size = math.prod(axis if isinstance(axis, int) else 0 for axis in shape)  # 0: not fixed
+    try:
+        labels = np.array([np.asarray(sample.label) for sample in samples])
+    except ValueError:  # of several shapes
+        labels = np.empty((len(samples), 0), dtype=object)
+    each = math.prod(labels.shape[1:])
+    classes = metric in ("accuracy", "top5")
+    if output.datatype == "BYTES":
+        if labels.dtype.kind == "U" and classes and each == 1:
+            return
+        wrong, wanted = f"are {labels.dtype} of shape {list(labels.shape)}", "one text per sample, and metric accuracy"
+    elif labels.dtype.kind not in "biuf" or not np.isfinite(labels).all():
+        wrong, wanted = f"are {labels.dtype} or not finite", "numbers"
+    elif classes:
+        if each == 1 and np.all(labels == np.floor(labels)) and labels.min() >= 0 and (not size or labels.max() < size):
+            return
+        span = f" and lie between {labels.min()} and {labels.max()}" if labels.size else ""
+        wrong = f"have shape {list(labels.shape)}{span}"
+        wanted = f"one class index per sample, from 0{f' to {size - 1}' if size else ' on'}"
+    elif not size or each in (1, size):
+        return
+    else:
+        wrong, wanted = f"have {each} entries per sample", f"{size}, as output {output.name!r} has"
+    raise RefusedError(
+        "data_invalid",
+        f"labels {wrong}; {metric} needs {wanted}",
+        consequence="no variant could be told from another by them, so nothing was done",
+        next_step="correct the labels, or name another output or metric",
+    )
+
+
+def _check_varied(samples: Sequence[Sample]) -> None:
+    shown = {repr(np.asarray(sample.label).tolist()) for sample in samples}
+    if len(shown) == 1:
+        raise RefusedError(
+            "data_one_class",
+            f"all {len(samples)} labels are {next(iter(shown))[:80]}",
+            consequence="a network that always says that would pass, so nothing was tried",
+            next_step="give samples of every class that matters",
+        )
+
+
+def read(
+    where: str, interface: Interface, label: str, kind: str = "", folder: Path = Path()
+) -> tuple[list[Sample], bool, str]:
+    """Read samples.
+
+    Args:
+        where: a file or folder, or `module:function`.
+        interface: of the model.
+        label: array or column of labels.
+        kind: one of `KINDS`; by default what `where` looks like.
+        folder: where the module of a function is looked for first.
+
+    Returns:
+        Samples, whether they have labels, and what they are in a few words.
+
+    Raises:
+        RefusedError: `data_*`.
+    """
     path = Path(where)
-    if path.is_dir():
+    kind = kind or _kind_of(path, where)
+    if kind == "function":
+        return _called(find_function(where, folder, "data_missing"), where)
+    if not path.exists():
+        raise _bad("data_missing", f"there is no {where}")
+    if kind == "folder":
         return _folder(path, interface), True, f"{path.name}: a folder per class"
-    if path.suffix == ".npz" or path.exists():
-        if path.suffix == ".csv":
-            return _table(_csv(path), interface, label, path.name)
-        if path.suffix == ".parquet":
-            return _table(_parquet(path), interface, label, path.name)
-        arrays = read_arrays(path)
-        labels = arrays.pop(label, None)
-        cut_up = split_samples(arrays, interface)
-        if labels is not None and len(labels) != len(cut_up):
-            raise _bad("data_shape", f"{path.name} has {len(cut_up)} samples and {len(labels)} labels")
-        samples = [
-            Sample(inputs, None if labels is None else labels[index].tolist()) for index, inputs in enumerate(cut_up)
-        ]
-        return samples, labels is not None, f"{path.name}: {len(samples)} samples"
-    if ":" in where:
-        return _called(find_function(where, Path(), "data_missing"), where)
-    raise _bad("data_missing", f"there is no {where}")
+    if kind == "csv":
+        return _table(_csv(path), interface, label, path.name)
+    if kind == "parquet":
+        return _table(_parquet(path), interface, label, path.name)
+    arrays = read_arrays(path)
+    labels = arrays.pop(label, None)
+    cut_up = split_samples(arrays, interface)
+    count = len(labels) if labels is not None and labels.ndim else 0
+    if labels is not None and count != len(cut_up):
+        raise _bad("data_shape", f"{path.name} has {len(cut_up)} samples and {count} labels")
+    samples = [
+        Sample(inputs, None if labels is None else labels[index].tolist()) for index, inputs in enumerate(cut_up)
+    ]
+    described = "labelled samples" if labels is not None else "samples"
+    return samples, labels is not None, f"{path.name}: {len(samples)} {described}"
+
+
+def _kind_of(path: Path, where: str) -> str:
+    if path.is_dir():
+        return "folder"
+    if path.suffix in (".csv", ".parquet"):
+        return path.suffix[1:]
+    return "function" if ":" in where and not path.exists() and path.suffix != ".npz" else "npz"
 
 
 def _called(function: Callable[[], Iterable[tuple[dict[str, Any], Any]]], name: str) -> tuple[list[Sample], bool, str]:

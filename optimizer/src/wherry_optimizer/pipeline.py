@@ -18,15 +18,15 @@ from typing import Any
 
 import msgspec
 
-from wherry_optimizer import assets, bundling, data, evaluate, gate, passes
+from wherry_optimizer import assets, bundling, data, evaluate, gate, labelled, passes
 from wherry_optimizer import interface as interfaces
 from wherry_optimizer.bundling import Bundled, Made
-from wherry_optimizer.data import Dataset
+from wherry_optimizer.data import Dataset, Sample
 from wherry_optimizer.golden import WORKERS, Runnable
 from wherry_optimizer.model import Model, load
 from wherry_optimizer.pack import Packed, check_target, engines_of, provenance, single_file
 from wherry_optimizer.precision import precision_of
-from wherry_optimizer.recipe import LoadedRecipe, Recipe, VariantOf, convert_parameters, find_recipe, load_recipe
+from wherry_optimizer.recipe import Gate, LoadedRecipe, Recipe, VariantOf, convert_parameters, find_recipe, load_recipe
 from wherry_optimizer.sources import locate
 from wherry_shared import operations
 from wherry_shared.bundle import Accuracy, EngineName, Interface, Licence
@@ -66,6 +66,7 @@ class BuildResult:
     """What the passes of each variant said."""
     dataset: dict[str, Any]
     """Metric, description, digest and counts of the data."""
+    recipe: Recipe
 
     @property
     def packed(self) -> Packed:
@@ -87,7 +88,7 @@ class BuildResult:
 class Cache(bundling.Kept):
     """What builds of one process share, by digests of what it was made from, and which engines work here."""
 
-    scores: dict[tuple[str, ...], evaluate.Scores] = field(default_factory=dict)
+    shown: dict[tuple[str, ...], evaluate.Shown] = field(default_factory=dict)
     datasets: dict[tuple[bytes, bytes, Path], Dataset] = field(default_factory=dict)
     engines: list[EngineFacts] = field(default_factory=list)
 
@@ -108,13 +109,23 @@ def build(
         cache: share one between builds to evaluate the same model on the same data once.
 
     Raises:
-        RefusedError: `recipe_*`, `source_*`, `model_*`, `interface_*`, `data_*`, `licence_missing`, `golden_*`;
-            `over_budget`, `pass_*` or `already_quantized` for a variant marked `required`.
+        RefusedError: `recipe_*`, `source_*`, `model_*`, `interface_*`, `data_*`, `metric_*`, `licence_missing`, `golden_*`;
+            `over_budget`, `unconfirmed`, `pass_*` or `already_quantized` for a variant marked `required`.
     """
     loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(find_recipe(str(recipe)))
     say = progress or (lambda _: None)
     with tempfile.TemporaryDirectory(prefix="wherry-build-") as folder:
         return _Build(loaded, Path(folder), say, cache or Cache()).run(output)
+
+
+def budget_of(terms: Gate, drop_max: float | None) -> gate.Budget:
+    """Return what a variant may cost; `drop_max` is its own, where it has one."""
+    return gate.Budget(
+        terms.drop_max if drop_max is None else drop_max,
+        terms.floor,
+        terms.error_max,
+        1.0 if terms.strict else gate.UPPER_FACTOR,
+    )
 
 
 class _Build:
@@ -186,12 +197,20 @@ class _Build:
                 kept=self.cache,
                 say=self.say,
             )
-        told = {"metric": dataset.metric, "description": dataset.description, "digest": dataset.digest}
+        told = {
+            "metric": dataset.metric,
+            "description": dataset.description,
+            "digest": dataset.digest,
+            "calibration": len(dataset.calibration),
+            "selection": len(dataset.parts[0]),
+            "test": len(dataset.parts[1]),
+        }
         return BuildResult(
             bundled,
             tuple(self.refused),
             {item.id: item.notes for item in made},
             told | dataset.notes,
+            recipe,
         )
 
     def pass_parameters(self) -> dict[tuple[str, int], tuple[passes.PassInfo, msgspec.Struct]]:
@@ -237,7 +256,8 @@ class _Build:
         """Load the data, once for all builds that ask for the same."""
         key = (msgspec.json.encode(self.recipe.data), msgspec.json.encode(interface), self.loaded.folder)
         if key not in self.cache.datasets:
-            self.cache.datasets[key] = data.load(self.recipe.data, interface, self.loaded.folder)
+            load = data.load if self.recipe.data.kind in data.MODULES else labelled.dataset
+            self.cache.datasets[key] = load(self.recipe.data, interface, self.loaded.folder)
         return self.cache.datasets[key]
 
     def label(self, interface: Interface, dataset: Dataset) -> Interface:
@@ -344,39 +364,26 @@ class _Build:
         return tuple(chosen)
 
     def judge(self, made: Sequence[Made], dataset: Dataset) -> list[Made]:
-        """Evaluate all variants and let the gate speak."""
-        self.say(f"evaluating {len(made)} variants on {len(dataset.evaluation)} samples")
-        with ThreadPoolExecutor(WORKERS) as pool:
-            jobs = {item.id: pool.submit(self._scores, item, dataset) for item in made}
+        """Let the gate speak on one half of what was held back, and once more, of what it keeps, on the other half."""
+        selection, test = dataset.parts
         specs = {spec.id: spec for spec in self.recipe.variants}
-        found: dict[str, evaluate.Scores] = {}
-        failed: dict[str, WherryError] = {}
-        for key, job in jobs.items():
-            error = job.exception()
-            if isinstance(error, WherryError):
-                failed[key] = error
-            else:
-                found[key] = job.result()
-        sources = {item.source: found.get(item.id) for item in made if not item.passes}
+        self.say(f"judging {len(made)} variants on {len(selection)} samples, then on {len(test)} others")
         kept: list[Made] = []
-        for item in made:
-            if item.id in failed:
-                error = failed[item.id]
-                self._refuse(specs[item.id], error.code, error.message)
-                continue
-            reference = sources.get(item.source)
-            if reference is None:
-                self._refuse(specs[item.id], "source_failed", f"source {item.source!r} gave no answers to compare with")
-                continue
-            item.accuracy = evaluate.compare(dataset, found[item.id], reference)
-            allowed = specs[item.id].drop_max
-            allowed = self.recipe.gate.drop_max if allowed is None else allowed
-            verdict = gate.judge(item.accuracy, allowed)
-            self.say(f"{item.id}: {verdict.why}")
-            if verdict.passed:
-                kept.append(item)
-            else:
-                self._refuse(specs[item.id], "over_budget", verdict.why, item.accuracy)
+        asked = list(made)
+        for part, samples in (("selection", selection), ("test", test)):
+            shown = self._show(asked, dataset, part, samples)
+            sources = {item.source: shown[item.id] for item in asked if not item.passes}
+            kept = []
+            for item in asked:
+                own, source = shown[item.id], sources.get(item.source)
+                spec = specs[item.id]
+                if isinstance(own, WherryError):
+                    self._refuse(spec, own.code, own.message)
+                elif source is None or isinstance(source, WherryError):
+                    self._refuse(spec, "source_failed", f"source {item.source!r} gave no answers to compare with")
+                elif self._holds(item, spec, own, source, dataset, part):
+                    kept.append(item)
+            asked = kept
         if not kept:
             raise RefusedError(
                 "build_empty",
@@ -386,14 +393,64 @@ class _Build:
             )
         return kept
 
-    def _scores(self, item: Made, dataset: Dataset) -> evaluate.Scores:
+    def _holds(
+        self, item: Made, spec: VariantOf, own: evaluate.Shown, source: evaluate.Shown, dataset: Dataset, part: str
+    ) -> bool:
+        """Judge one variant on one part; a refusal is kept with its figures."""
+        budget = budget_of(self.recipe.gate, spec.drop_max)
+        if part == "selection":
+            judged = evaluate.judge(own, source, dataset.measure)
+            verdict = gate.hold(judged.drop, judged.error, budget, dataset.metric)
+            item.judged = judged
+        else:
+            judged = evaluate.judge(own, source, dataset.measure, confidence=gate.confidence_of(0))
+            verdict = gate.confirm(judged.drop, judged.error, budget, dataset.metric)
+            item.confirmed = judged
+        item.accuracy = bundling.accuracy(judged.drop, dataset.metric, dataset.description)
+        where = "" if part == "selection" else "on samples of its own: "
+        self.say(f"{item.id}: {where}{verdict.why}")
+        if not verdict.passed:
+            code = "over_budget" if part == "selection" else "unconfirmed"
+            self._refuse(spec, code, f"{where}{verdict.why}", item.accuracy)
+        return verdict.passed
+
+    def _show(
+        self, made: Sequence[Made], dataset: Dataset, part: str, samples: Sequence[Sample]
+    ) -> dict[str, evaluate.Shown | WherryError]:
+        """Run variants on one part, the sources first: their answers are what others may have to agree with."""
+        found: dict[str, evaluate.Shown | WherryError] = {}
+
+        def answers(item: Made) -> evaluate.Shown | WherryError:
+            source: evaluate.Shown | None = None
+            if item.passes:
+                first = next((other for other in made if other.source == item.source and not other.passes), None)
+                other = found.get(first.id) if first is not None else None
+                if not isinstance(other, evaluate.Shown):
+                    return RefusedError("source_failed", f"source {item.source!r} gave no answers to compare with")
+                source = other
+            try:
+                return self._shown(item, dataset, part, samples, source)
+            except WherryError as error:
+                return error
+
+        with ThreadPoolExecutor(WORKERS) as pool:
+            for group in ([item for item in made if not item.passes], [item for item in made if item.passes]):
+                found |= dict(zip([item.id for item in group], pool.map(answers, group), strict=True))
+        return found
+
+    def _shown(
+        self, item: Made, dataset: Dataset, part: str, samples: Sequence[Sample], source: evaluate.Shown | None
+    ) -> evaluate.Shown:
         runnable = item.runnable
-        key = (item.digest, dataset.digest, runnable.engines[0], str(sorted(runnable.options.items())))
-        if key not in self.cache.scores:
+        options = str(sorted(runnable.options.items()))
+        key = (item.digest, dataset.digest, part, dataset.metric, item.source, runnable.engines[0], options)
+        if key not in self.cache.shown:
             bound = runnable.open()
-            self.cache.scores[key] = evaluate.scores(bound.run, dataset.evaluation, dataset.score)
+            self.cache.shown[key] = evaluate.show(
+                bound.run, samples, dataset.metric, dataset.measure, output=dataset.output, source=source
+            )
             bound.close()
-        return self.cache.scores[key]
+        return self.cache.shown[key]
 
     def licence_text(self) -> bytes | None:
         """Read the licence text that the recipe names."""

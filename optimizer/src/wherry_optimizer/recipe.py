@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -25,7 +25,10 @@ FORMAT = 1
 RECIPE_BYTES_MAX = limits.MIB
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Positive = Annotated[float, msgspec.Meta(ge=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
+DataKind = Literal["npz", "folder", "csv", "parquet", "function", "file-type", "pitch"]
+"""`labelled.KINDS` and `data.MODULES`."""
 
 
 class _Frozen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -87,26 +90,37 @@ class Hints(_Frozen, frozen=True, kw_only=True):
 
 
 class DataOf(_Frozen, frozen=True, kw_only=True):
-    """Labelled data: `kind` names a data module; `npz` reads arrays from `path` beside the recipe."""
+    """Labelled data: samples of one's own at `path`, in one of the forms of `labelled`, or data that come with Wherry."""
 
-    kind: str
+    kind: DataKind
     path: str = ""
+    """File or folder beside the recipe; of a `function`, `module:function`, looked for beside the recipe first."""
     label: str = "label"
-    """npz: the array of labels."""
+    """Array or column of labels."""
     output: str = ""
-    """npz: the output that is scored; may be left out if there is one."""
+    """The output that the metric looks at; may be left out if there is one."""
+    outputs: list[str] = []
+    """In place of `output` for a metric that looks at several: boxes, scores and classes of `detection`."""
     metric: str = "accuracy"
+    """Name of a metric (see `metrics`), or `module:function`, looked for beside the recipe first."""
     calibration: Count = 64
     """Samples for calibration, disjoint from those for evaluation."""
     evaluation: Count = 512
-    """At most this many samples for evaluation."""
+    """At most this many samples to judge by: half to keep variants by, half to confirm them."""
     seed: int = 0
 
 
 class Gate(_Frozen, frozen=True, kw_only=True):
-    """The accuracy budget of variants that name none of their own."""
+    """What a variant may cost, see `gate.Budget`."""
 
-    drop_max: Share = 0.01
+    drop_max: Positive = 0.01
+    """What the metric may lose, in its own unit, unless a variant names its own."""
+    floor: float | None = None
+    """What the metric may not fall below."""
+    error_max: Positive = 0.5
+    """How far outputs may move (L2, as a share of the source's)."""
+    strict: bool = False
+    """The whole interval of the drop, and not up to twice the budget, has to be within it."""
 
 
 BROKEN = 20
@@ -140,7 +154,7 @@ class VariantOf(_Frozen, frozen=True, kw_only=True):
     source: str
     passes: list[dict[str, Any]] = []
     """Each has `use`, the name of a pass, and the parameters of that pass."""
-    drop_max: Share | None = None
+    drop_max: Positive | None = None
     required: bool = False
     """Fail the build, rather than leave the variant out, if it is over its budget or cannot be made."""
     engines: list[EngineName] = []

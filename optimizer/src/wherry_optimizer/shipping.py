@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from wherry_optimizer import assets, bundling, gate
+from wherry_optimizer import assets, bundling
 from wherry_optimizer import interface as interfaces
 from wherry_optimizer.bundling import Bundled, Made
 from wherry_optimizer.candidates import SOURCE
@@ -173,24 +173,11 @@ def _chosen(result: Result, source: Path) -> list[_Chosen]:
                     Path(chosen.answer.path),
                     dict(chosen.candidate.options),
                     chosen.answer.notes,
-                    accuracy(confirmed.drop, metric, data),
+                    bundling.accuracy(confirmed.drop, metric, data),
                 )
             )
-        rows.append((SOURCE, source, {}, [], accuracy(own, metric, data) if own is not None else None))
+        rows.append((SOURCE, source, {}, [], bundling.accuracy(own, metric, data) if own is not None else None))
     return sorted(rows, key=lambda row: row[0] != SOURCE)
-
-
-def accuracy(drop: gate.Drop, metric: str, data: str) -> Accuracy:
-    """Return a drop as a bundle holds it."""
-    return Accuracy(
-        metric=metric,
-        value=drop.value,
-        standard_error=drop.value_error,
-        drop=drop.drop,
-        drop_standard_error=drop.error,
-        samples=drop.samples,
-        data=data,
-    )
 
 
 def _refused(result: Result) -> list[dict[str, object]]:

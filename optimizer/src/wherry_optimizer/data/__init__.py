@@ -1,14 +1,13 @@
-"""Labelled data: samples under canonical names, and how an answer is scored.
+"""Labelled data: samples under canonical names, and what an answer is judged by.
 
-A data module has `load(spec, interface, folder) -> Dataset`. Scores are per sample, higher is better, so that a
-variant can be compared with its source pair by pair.
+A data module has `load(spec, interface, folder) -> Dataset`. Files of one's own are read by `labelled`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from wherry_optimizer import metrics
 from wherry_shared.bundle import Interface, axis_bounds
 from wherry_shared.engines.session import DTYPES
 from wherry_shared.errors import RefusedError
@@ -23,8 +23,8 @@ from wherry_shared.errors import RefusedError
 Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
 
-MODULES = {"npz": "npz", "file-type": "file_type", "pitch": "pitch"}
-"""Kinds of data that a recipe may name, and their modules here."""
+MODULES = {"file-type": "file_type", "pitch": "pitch"}
+"""Kinds of data that come with Wherry, and their modules here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +44,22 @@ class Dataset:
     """In a sentence: real or made, labelled by what."""
     calibration: tuple[Sample, ...]
     evaluation: tuple[Sample, ...]
-    score: Callable[[Tensors, Any], float]
+    """Held back; what variants are judged by (`parts`)."""
+    measure: metrics.Metric
     labels: dict[str, list[str]] = field(default_factory=dict)
     """Class names of outputs, where the data know them."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Counts for the report."""
     selection: tuple[Sample, ...] = ()
     """For choosing parameters by hand or by program; a build never looks at them, and nothing is chosen by `evaluation`."""
+    output: str = ""
+    """Which output the metric looks at; by default the first."""
+
+    @property
+    def parts(self) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+        """What variants are kept by, and what confirms them: the halves of `evaluation`, which is in random order."""
+        middle = len(self.evaluation) // 2
+        return self.evaluation[:middle], self.evaluation[middle:]
 
     @property
     def digest(self) -> str:
@@ -77,26 +86,6 @@ class Specification(Protocol):
         ...
 
     @property
-    def path(self) -> str:
-        """File beside the recipe."""
-        ...
-
-    @property
-    def label(self) -> str:
-        """Array of labels."""
-        ...
-
-    @property
-    def output(self) -> str:
-        """Output that is scored."""
-        ...
-
-    @property
-    def metric(self) -> str:
-        """Name of the metric."""
-        ...
-
-    @property
     def calibration(self) -> int:
         """Samples for calibration."""
         ...
@@ -113,15 +102,11 @@ class Specification(Protocol):
 
 
 def load(spec: Specification, interface: Interface, folder: Path) -> Dataset:
-    """Load the data that a recipe names, and check every sample against the interface.
+    """Load data that come with Wherry, and check every sample against the interface.
 
     Raises:
-        RefusedError: `recipe_invalid` (no such kind), `data_*`.
+        RefusedError: `data_*`.
     """
-    if spec.kind not in MODULES:
-        raise RefusedError(
-            "recipe_invalid", f"recipe: data.kind: there is no {spec.kind!r}", next_step=f"use {', '.join(MODULES)}"
-        )
     module = importlib.import_module(f"wherry_optimizer.data.{MODULES[spec.kind]}")
     dataset: Dataset = module.load(spec, interface, folder)
     for what, samples in (("calibration", dataset.calibration), ("evaluation", dataset.evaluation)):

@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wherry_optimizer.data import Dataset, Sample, Specification, Tensors
+from wherry_optimizer import metrics
+from wherry_optimizer.data import Dataset, Sample, Specification
 from wherry_optimizer.sources import locate
 from wherry_shared.bundle import Interface
 from wherry_shared.errors import RefusedError
@@ -167,7 +168,7 @@ def load(spec: Specification, interface: Interface, folder: Path) -> Dataset:
         description="files of the Python environment, labelled by extension, split by package",
         calibration=tuple(calibration),
         evaluation=tuple(evaluation),
-        score=lambda outputs, label: _right(outputs, output_name, label),
+        measure=metrics.make(metrics.MetricOf(name="accuracy", outputs=(output_name,))),
         labels={output_name: names},
         notes={"files_per_label": counts, "selection_files": len(selection)},
         selection=tuple(selection),
@@ -202,10 +203,6 @@ def split(files: Sequence[tuple[str, str]], salt: str) -> dict[str, str]:
                 spare[label] -= count
         found[package] = part
     return found
-
-
-def _right(outputs: Tensors, name: str, label: int) -> float:
-    return float(int(outputs[name].reshape(-1).argmax()) == label)
 
 
 def _by_label(root: Path) -> dict[str, list[tuple[str, Path]]]:

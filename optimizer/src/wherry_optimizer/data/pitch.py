@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from wherry_optimizer import metrics
 from wherry_optimizer.data import Dataset, Sample, Specification, Tensors
 from wherry_shared.bundle import Interface
 
@@ -68,7 +69,7 @@ def load(spec: Specification, interface: Interface, folder: Path) -> Dataset:
         description="synthesised notes, labelled by construction",
         calibration=calibration,
         evaluation=evaluation,
-        score=named,
+        measure=metrics.Mean(named),
         notes={"notes": NOTES * (len(calibration) + len(evaluation))},
     )
 
