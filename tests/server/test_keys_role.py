@@ -20,7 +20,7 @@ from tests.server.harness import Running, csr, enrol, in_database, until, write_
 from wherry_server.cli import app
 from wherry_server.cli.common import GLOBALS
 from wherry_server.db.database import Database
-from wherry_server.db.tables import Assignment, table
+from wherry_server.db.tables import Assignment, ContentKey, table
 from wherry_server.keys_role import KeysRole
 from wherry_shared import content_keys, key_files, wire
 from wherry_shared.bundle import encrypted_layers
@@ -33,6 +33,7 @@ from wherry_shared.publishing import PublisherKey, push, sign
 T = TypeVar("T")
 MODEL = "had"
 _assignments = table(Assignment)
+_sealed = table(ContentKey)
 
 
 class Device:
@@ -143,6 +144,25 @@ def test_devices_that_are_to_run_a_bundle_get_its_keys_and_no_others(server: Run
     assert keys_role(server, ring, lambda role: role.wrap_bundle(f"{MODEL}/1.0.0", "few")) == 2
     assert none.keys(manifest) == [], "wrapped ahead, and given when the bundle is"
     assert len(none.assigned(manifest).keys(manifest)) == 2
+
+
+def test_a_sealed_key_that_does_not_open_keeps_nobody_from_theirs(
+    server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ring = KeyRing(tmp_path / "role")
+    ring.add()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    broken, good = (
+        encrypted(server, tmp_path / name, ring, version) for name, version in (("one", "5.0.0"), ("two", "5.1.0"))
+    )
+    spoil = update(_sealed).where(_sealed.c.manifest == broken).values(sealed="A" * 108)
+    in_database(server.settings, lambda connection: connection.execute(spoil))
+    device = Device(server, "behind-a-broken-key").assigned(broken)
+    other = Device(server, "beside-it").assigned(good)
+    monkeypatch.setattr("wherry_server.keys_role.AT_ONCE", 1)
+    assert keys_role(server, ring, lambda role: role.wrap()) == 2
+    assert (len(device.keys(broken)), len(other.keys(good))) == (0, 2)
 
 
 def wherry(*arguments: str) -> Any:

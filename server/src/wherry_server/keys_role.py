@@ -37,7 +37,7 @@ LOOK_S = 1.0
 """How often the process looks whether a device lacks a key, as long as looking is cheap."""
 LOOK_SHARE = 0.05
 """Of its time that looking may take: a look at a large fleet that finds nothing is repeated less often."""
-AT_ONCE = 500
+AT_ONCE = 200
 """Keys that one transaction wraps."""
 
 _sealed = table(ContentKey)
@@ -48,11 +48,11 @@ _LACKING = text(
     " JOIN assignment a ON a.project_id = k.project_id AND a.to_manifest = k.manifest"
     " JOIN device d ON d.id = a.device_id AND d.state = 'active' AND d.content_key <> ''"
     " LEFT JOIN wrapped_key w ON w.device_id = d.id AND w.blob = k.blob AND w.public = d.content_key"
-    " WHERE k.project_id = :project AND w.blob IS NULL AND k.recipient IN :ours"
+    " WHERE k.project_id = :project AND w.blob IS NULL AND k.recipient IN :ours AND k.sealed NOT IN :closed"
     " AND (a.outcome IN :given OR EXISTS (SELECT 1 FROM assignment n WHERE n.device_id = a.device_id"
     " AND n.model = a.model AND n.from_manifest = a.to_manifest))"
     " LIMIT :count"
-).bindparams(bindparam("given", expanding=True), bindparam("ours", expanding=True))
+).bindparams(*(bindparam(name, expanding=True) for name in ("given", "ours", "closed")))
 """Devices that may read a bundle (as `reading` judges it) and lack a key for one of its blobs."""
 
 
@@ -65,19 +65,26 @@ class KeysRole:
         self._ring = ring
         self._known: dict[tuple[str, str], bytes] = {}
         """(blob, sealed) → content key, opened once in the life of the process."""
-        self._closed: set[tuple[str, str]] = set()
-        """Those that did not open: said once."""
+        self._closed: set[str] = set()
+        """Sealed keys that did not open: said once, and not looked at again, so that others get theirs."""
 
     async def wrap(self) -> int:
         """Wrap what devices with an assignment lack; return how many keys were wrapped."""
         done = 0
         while True:
             async with self._database.read() as connection:
-                given = {"project": self._project, "given": list(GIVEN), "ours": self._ring.names(), "count": AT_ONCE}
-                lacking = (await connection.execute(_LACKING, given)).all()
+                asked = {
+                    "project": self._project,
+                    "given": list(GIVEN),
+                    "ours": self._ring.names(),
+                    "closed": sorted(self._closed),
+                    "count": AT_ONCE,
+                }
+                lacking = (await connection.execute(_LACKING, asked)).all()
+            closed = len(self._closed)
             wrapped = await self._wrap([(row.device, row.public, row.manifest, row.blob) for row in lacking])
             done += wrapped
-            if len(lacking) < AT_ONCE or not wrapped:
+            if len(lacking) < AT_ONCE or (not wrapped and len(self._closed) == closed):
                 return done
 
     async def wrap_bundle(self, target: str, cohort: str = "") -> int:
@@ -198,9 +205,9 @@ class KeysRole:
             try:
                 self._known[which] = self._ring.unseal(record)
             except RefusedError as error:
-                if which not in self._closed:
+                if record.sealed not in self._closed:
                     log.warning("%s", error)
-                self._closed.add(which)
+                self._closed.add(record.sealed)
                 return False
         wrapped = content_keys.seal(
             self._known[which],
