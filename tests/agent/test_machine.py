@@ -730,28 +730,35 @@ def test_a_confirmed_version_that_does_not_load_any_more_gives_way_after_a_few_w
     assert told(state)[-1] == ("returned", reasons.LOAD_FAILED)
 
 
-def test_a_confirmed_version_whose_file_was_altered_gives_way_at_once_and_is_brought_again() -> None:
+UNREADABLE = pytest.mark.parametrize("reason", [reasons.DIGEST_MISMATCH, reasons.KEY_MISSING])
+"""What keeps a process from a version's bytes and says nothing about them."""
+
+
+@UNREADABLE
+def test_a_confirmed_version_whose_file_was_altered_gives_way_at_once_and_is_brought_again(reason: str) -> None:
     state = confirmed("1.1.0", state=confirmed("1.0.0"), serial=2)
     before = state.seq
-    state, effects = run(state, served(state, "1.1.0", ok=False, reason=reasons.DIGEST_MISMATCH))
+    state, effects = run(state, served(state, "1.1.0", ok=False, reason=reason))
     assert "RestartWorker" not in kinds(effects), "a new worker would read the same bytes"
     assert [model.active.target for model in machine.serving(state)] == [f"{MODEL}/1.0.0"]
-    assert told(state, before) == [("returned", reasons.DIGEST_MISMATCH), ("fetching", "")]
+    assert told(state, before) == [("returned", reason), ("fetching", "")]
     assert state.known_bad == (), "the disk says nothing about the variant"
     assert isinstance(phase(state), s.Resolving)
 
 
-def test_an_only_version_whose_file_was_altered_is_reported_and_brought_again() -> None:
+@UNREADABLE
+def test_an_only_version_whose_file_was_altered_is_reported_and_brought_again(reason: str) -> None:
     state = confirmed("1.0.0")
     before = state.seq
-    state, _ = run(state, served(state, ok=False, reason=reasons.DIGEST_MISMATCH))
+    state, _ = run(state, served(state, ok=False, reason=reason))
     assert machine.serving(state) == ()
-    assert told(state, before) == [("safe", reasons.DIGEST_MISMATCH), ("fetching", "")]
+    assert told(state, before) == [("safe", reason), ("fetching", "")]
 
 
-def test_a_candidate_whose_file_the_canary_finds_altered_is_fetched_again_later() -> None:
+@UNREADABLE
+def test_a_candidate_whose_file_the_canary_finds_altered_is_fetched_again_later(reason: str) -> None:
     state, _ = run(fresh(), offer(1, {MODEL: offered()}), resolved(), fetched())
-    state, _ = run(state, judged(passed=False, reason=reasons.DIGEST_MISMATCH))
+    state, _ = run(state, judged(passed=False, reason=reason))
     waiting = phase(state)
     assert isinstance(waiting, s.Waiting)
     assert (waiting.then, waiting.wait_ms) == ("fetch", turn.ALTERED_RETRY_S * 1000)

@@ -27,6 +27,8 @@ ROWS = [
     ("exposed", ("failed", TO, FROM, "engine_missing"), ("excused", True)),
     ("exposed", ("waiting", TO, FROM, "child_failed"), ("exposed", False)),
     ("exposed", ("waiting", TO, FROM, "conditions"), ("exposed", False)),
+    ("exposed", ("waiting", TO, FROM, "key_missing"), ("exposed", False)),
+    ("exposed", ("returned", TO, FROM, "key_missing"), ("exposed", False)),
     ("excused", ("confirmed", TO, TO, ""), ("confirmed", True)),
     ("excused", ("trial", FROM, FROM, ""), None),
     ("exposed", ("failed", TO, FROM, "golden_miss"), ("failed", True)),
