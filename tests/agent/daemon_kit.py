@@ -46,7 +46,7 @@ from wherry_shared.image_layout import LayoutWriter
 from wherry_shared.publishing import PublisherKey, Remote, push, sign
 
 MODEL = "scale"
-START_S = 180.0
+START_S = 190.0
 
 
 def free_ports(count: int) -> list[int]:

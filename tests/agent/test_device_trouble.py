@@ -74,6 +74,7 @@ def _answers(of: Agent) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_file_that_the_disk_altered_is_found_by_the_scrub_and_brought_again(tmp_path: Path) -> None:
     home = tmp_path / "lamp"
     home.mkdir()

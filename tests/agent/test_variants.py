@@ -11,14 +11,14 @@ import flatbuffers
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 
-from tests.agent.daemon_kit import MODEL, Agent, Piece, Site, agent, site, write_pieces
+from tests.agent.daemon_kit import MODEL, Agent, Piece, agent, site, write_pieces
 from tests.shared.engines import models
 from wherry_agent import status
 from wherry_shared import reasons
 from wherry_shared.bundle import Interface, TensorSpec
 from wherry_shared.engines import tiny
 
-pytestmark = [pytest.mark.services, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(400)]
 
 PAIR = Interface(
     inputs=[TensorSpec(name="x", datatype="FP32", shape=[2])],
@@ -26,19 +26,14 @@ PAIR = Interface(
 )
 
 
-def test_devices_take_the_variant_that_is_good_on_them(tmp_path: Path) -> None:
-    with site(tmp_path) as server:
-        _second_variant(server, tmp_path)
-        _tflite_only(server, tmp_path)
-
-
-def _second_variant(server: Site, folder: Path) -> None:
+@pytest.mark.slow
+def test_a_device_takes_the_variant_that_is_good_on_it(tmp_path: Path) -> None:
     """The first, smaller to download, misses its golden vectors; the second serves, and status says why."""
-    first, second = models.scale(folder / "small.onnx", 2.0), models.heavy(folder / "large.onnx", 1)
-    root = folder / "two"
+    first, second = models.scale(tmp_path / "small.onnx", 2.0), models.heavy(tmp_path / "large.onnx", 1)
+    root = tmp_path / "two"
     write_pieces(root, "1.0.0", [Piece("large", second), Piece("small", first, spoil=True)])
-    server.push(root)
-    with agent(server, "two", "--engines", "onnxruntime") as device:
+    with site(tmp_path) as server, agent(server, "two", "--engines", "onnxruntime") as device:
+        server.push(root)
         device.until("its engines are known", lambda shown: shown["engines"])
         server.deploy("1.0.0", "two", trial_s=1)
         model = device.until_serves("1.0.0")
@@ -55,16 +50,14 @@ def _second_variant(server: Site, folder: Path) -> None:
         assert answer["parameters"]["wherry_variant"] == "large"
 
 
-def _tflite_only(server: Site, folder: Path) -> None:
-    """A device with nothing but a TFLite runtime installs, swaps and returns."""
-    for version, data in (("3.0.0", tiny.MODELS["tflite"]), ("3.1.0", _squares())):
-        weights = folder / f"{version}.tflite"
-        weights.write_bytes(data)
-        root = folder / version
-        lite = Piece("lite", weights, engine="ai-edge-litert", format="tflite")
-        write_pieces(root, version, [lite], interface=PAIR)
-        server.push(root)
-    with agent(server, "lite", "--engines", "ai-edge-litert") as device:
+def test_a_device_with_nothing_but_a_tflite_runtime_installs_swaps_and_returns(tmp_path: Path) -> None:
+    with site(tmp_path) as server, agent(server, "lite", "--engines", "ai-edge-litert") as device:
+        for version, data in (("3.0.0", tiny.MODELS["tflite"]), ("3.1.0", _squares())):
+            weights = tmp_path / f"{version}.tflite"
+            weights.write_bytes(data)
+            lite = Piece("lite", weights, engine="ai-edge-litert", format="tflite")
+            write_pieces(tmp_path / version, version, [lite], interface=PAIR)
+            server.push(tmp_path / version)
         shown = device.until("its engines are known", lambda shown: shown["engines"])
         assert [engine.split()[0] for engine in shown["engines"]] == ["ai-edge-litert"]
         server.deploy("3.0.0", "lite", trial_s=1)

@@ -39,8 +39,8 @@ from wherry_server.times import now_us
 from wherry_shared.access import DEFAULT_DATA, Access
 from wherry_shared.errors import RefusedError, UnreachableError
 
-READY_S = 60.0
-"""How long api and broker may take until they answer."""
+READY_S = 180.0
+"""How long api and broker may take until they answer, on a machine that has much else to do; one that fails is not waited for."""
 TURN_S = 0.2
 TOKEN_DAYS = 365
 ENROLMENT_USES = 100_000
