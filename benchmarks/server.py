@@ -26,9 +26,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import uvloop
@@ -144,14 +144,19 @@ async def fill(settings: Settings, devices: int, windows: int) -> None:
     await services.close()
 
 
-async def stage(settings: Settings, devices: int) -> float:
-    """Return the seconds from the start command to the last offer that the broker has and that is marked."""
+async def stage(settings: Settings, devices: int, roles: Mapping[str, subprocess.Popen[bytes]]) -> Taken:
+    """Return the seconds from the start command to the last offer that the broker has and that is marked.
+
+    Every role has started by then: what a process takes to import its modules is no part of a stage.
+    """
     database = Database.open(settings.database_url)
     deadline = time.monotonic() + START_S_MAX
     while not await scalar(database, "SELECT count(*) FROM lease WHERE epoch > 0"):
         if time.monotonic() > deadline:
             raise SystemExit("the director does not start")
         await asyncio.sleep(0.05)
+    await rested(roles, deadline)
+    before = {name: cpu_s(process) for name, process in roles.items()}
     wish = {
         "models": [{"model": "file-type", "version": "1.1.0"}],
         "selector": "all",
@@ -166,7 +171,26 @@ async def stage(settings: Settings, devices: int) -> float:
         await asyncio.sleep(0.25)
     seconds = time.perf_counter() - started
     await database.close()
-    return seconds
+    return Taken(seconds, {name: round(cpu_s(process) - before[name], 2) for name, process in roles.items()})
+
+
+class Taken(NamedTuple):
+    """What a stage took."""
+
+    seconds: float
+    cpu_s: dict[str, float]
+    """Of each role, in seconds of a processor; the director's has its signing process with it."""
+
+
+async def rested(roles: Mapping[str, subprocess.Popen[bytes]], deadline: float) -> None:
+    """Wait until the roles have started and have nothing to do."""
+    while True:
+        before = sum(map(cpu_s, roles.values()))
+        await asyncio.sleep(RESTED_S)
+        if sum(map(cpu_s, roles.values())) - before < RESTED_CORES_MAX * RESTED_S:
+            return
+        if time.monotonic() > deadline:
+            raise SystemExit("the roles do not come to rest")
 
 
 FLAG = {
@@ -180,6 +204,9 @@ _FLAGGED = (
     "SELECT CASE WHEN EXISTS (SELECT 1 FROM unpublished) THEN 0 ELSE"
     " (SELECT count(*) FROM offer WHERE CAST(flags AS TEXT) <> '{}') END"
 )
+RESTED_S = 1.0
+RESTED_CORES_MAX = 0.3
+"""A second in which all roles together take less than this of a core is one of rest."""
 IDLE_S = 20.0
 """So long the director's share of a core is measured."""
 
@@ -291,8 +318,11 @@ def measure(folder: Path, urls: tuple[str, str], options: argparse.Namespace) ->
     with contextlib.ExitStack() as stack:
         stack.enter_context(broker(settings, folder))
         processes = {name: stack.enter_context(role(name, settings)) for name in settings.roles}
-        seconds = asyncio.run(stage(settings, options.devices))
-        print(f"  stage of {options.devices}: {seconds:.1f} s to the last offer published and marked", flush=True)
+        seconds, taken = asyncio.run(stage(settings, options.devices, processes))
+        print(
+            f"  stage of {options.devices}: {seconds:.1f} s to the last offer published and marked, cpu {taken}",
+            flush=True,
+        )
 
         async def any_device() -> str:
             database = Database.open(settings.database_url)
@@ -313,6 +343,7 @@ def measure(folder: Path, urls: tuple[str, str], options: argparse.Namespace) ->
         "telemetry_bytes": size,
         "broker": kind,
         "stage_s": round(seconds, 2),
+        "stage_cpu_s": taken,
         "flags": flagged,
         "calls_ms": answered,
         "memory_mb": rss,

@@ -16,6 +16,7 @@ from tests.server.fleet_kit import MODEL, PROJECT, Fleet, fleet, manifest_of, ru
 from wherry_server import conductor as conducting
 from wherry_server import fleet as devices_of
 from wherry_server import rollouts
+from wherry_server.ingest import Ingest
 from wherry_server.lease import Lease
 from wherry_server.offers import Composer
 from wherry_server.targeting import exposed, key_of, signed
@@ -319,6 +320,73 @@ def test_who_watches_a_rollout_is_told_what_the_director_saw_and_counts_only_wit
             assert counted == before + 1
 
     monkeypatch.setattr(conducting, "TELL_MIN_S", 0.0)
+    run(work())
+
+
+def test_an_idle_turn_counts_nobody_and_a_report_that_others_stored_is_counted_in_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    counted: list[int] = []
+    tally = conducting.evidence.tally
+
+    async def counting(*arguments: Any) -> Any:
+        made = await tally(*arguments)
+        counted.append(made.devices)
+        return made
+
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            devices = await found.enrol(6, version="1.0.0")
+            for device in devices:
+                device.behaviours["1.1.0"] = "bad"
+            number = await found.roll_out("1.1.0", failure={"count": 2})
+            for _ in range(5):
+                await found.conductor.turn()
+            assert counted[-1] == 6
+            counted.clear()
+            for _ in range(5):
+                await found.conductor.turn()
+            assert counted == []
+            elsewhere = Ingest(
+                found.database, found.services.master_key, PROJECT
+            )  # of another process: it tells nobody
+            offers = {row.device_id: row.envelope for row in await found.rows("SELECT device_id, envelope FROM offer")}
+            for device in devices[:3]:
+                device.take_offer(bytes(offers[device.id]))
+            spoken = [(device.id, frame) for device in devices[:3] for frame in device.owed_frames()]
+            await elsewhere.store_batch({"report": spoken})
+            await found.conductor.turn()
+            assert counted[0] == 6
+            assert (await found.show(number))["state"] == "returning"
+            await found.until(number, "halted")
+
+    monkeypatch.setattr(conducting.evidence, "tally", counting)
+    monkeypatch.setattr(conducting, "COUNTED_ALWAYS", 0)
+    monkeypatch.setattr(conducting, "QUIET_SHARE", 10**6)
+    run(work())
+
+
+def test_members_are_looked_at_less_often_while_nothing_is_seen_to_change(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.0.0", "1.1.0")
+            devices = await found.enrol(4, version="1.0.0")
+            for device in devices:
+                device.behaviours["1.1.0"] = "mute"
+            await found.roll_out("1.1.0")
+            shares = []
+            for _ in range(8):
+                await found.turn()
+                (known,) = found.conductor._known.values()
+                shares.append(known.scan_share)
+            assert (shares[0], shares[-1]) == (conducting.SCAN_SHARE, conducting.QUIET_SHARE)
+            assert shares == sorted(shares)
+            await found.enrol(1)
+            await found.turn()
+            assert known.scan_share == conducting.SCAN_SHARE
+            assert len(await found.rows("SELECT 1 FROM assignment")) == 5
+
     run(work())
 
 

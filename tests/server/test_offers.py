@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import text
 
+from tests.postgres import Postgres
 from tests.server.fleet_kit import MODEL, fleet, manifest_of, run
 from wherry_server import offers, signing
+from wherry_server.db.database import Database
 from wherry_server.offers import Composer, Current, Number, next_number
 from wherry_shared import dsse, key_files, wire
 from wherry_shared.errors import RefusedError, UnreachableError
@@ -138,6 +140,36 @@ def test_an_offer_composed_from_what_is_no_longer_so_writes_nothing_at_all(tmp_p
                 assert caught.value.code == "offer_changed"
             rows = await found.rows("SELECT device_id, serial, issued_at FROM offer")
             assert [tuple(row) for row in rows] == [(first.id, 1, 1)]
+
+    run(work())
+
+
+def test_of_two_writers_of_a_first_offer_one_composes_again(postgres: Postgres):
+    composer = Composer("default", "kid", Ed25519PrivateKey.generate().sign)
+    (first, second), _ = composer.compose_all(
+        [offers.Wanted("d" * 22, Current(offers.NOTHING, offers.NOTHING, {}), {}) for _ in range(2)], 1
+    )
+
+    async def late(database: Database) -> None:
+        async with database.write() as connection:
+            await connection.execute(text("SELECT 1 FROM offer"))
+            async with database.write() as other:
+                await offers.write(other, "default", [first])
+            await offers.write(connection, "default", [second])
+
+    async def work() -> None:
+        database = Database.open(postgres.database())
+        try:
+            with pytest.raises(UnreachableError) as caught:
+                await late(database)
+            assert caught.value.code == "offer_changed"
+            async with database.read() as connection:
+                kept = (
+                    await connection.execute(text("SELECT envelope FROM offer JOIN unpublished USING (device_id)"))
+                ).all()
+            assert [bytes(row.envelope) for row in kept] == [first.envelope]
+        finally:
+            await database.close()
 
     run(work())
 

@@ -59,7 +59,7 @@ from wherry_server.rollout import (
 )
 from wherry_server.services import Services
 from wherry_server.times import now_us
-from wherry_shared.clock import Now
+from wherry_shared.clock import MICROSECONDS, Now
 from wherry_shared.errors import RefusedError, UnreachableError, WherryError
 
 log = logging.getLogger(__name__)
@@ -72,9 +72,18 @@ TURN_MAX_S = 1.0
 SCAN_MIN_S = 1.0
 SCAN_SHARE = 20
 """A scan of the members is repeated at the earliest after this many times what it took: at most 5 % of a core."""
+QUIET_SHARE = 100
+"""While nothing is seen to change, scans come to be this far apart, and devices are counted again this seldom: 1 % of a core."""
+COUNTED_ALWAYS = 1_000
+"""Fewer devices than this are counted in every turn."""
+REPORT_LATE_S = 60.0
+"""So long after it was received a report may be committed, and so far apart may be the clocks of the server's machines."""
+REPORTS_COUNTED_MAX = 2_000
 SCAN_FRESH_S = 1.0
 JUDGE_SHARE = 5
-"""Devices with a flag's variant are judged again after this many times what it took: at most a sixth of a core."""
+JUDGE_SHARE_MAX = 20
+"""Devices with a flag's variant are judged again after this many times what it took: at most a sixth of a core, and less and less
+while nothing comes of it."""
 DONE_SCAN_MIN_S = 5.0
 """Of those that expose nobody, or newcomers only."""
 TELL_MIN_S = 1.0
@@ -117,8 +126,16 @@ class _Known:
     scan: evidence.Scan | None = None
     scanned_at: float = 0.0
     scan_cost: float = 0.0
+    scan_share: int = SCAN_SHARE
+    seen: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """What the last scan came to."""
+    tally: evidence.Tally | None = None
+    tally_cost: float = 0.0
+    news: int = -1
+    """Which of `Conductor._news` the tally has."""
     judge_at: float = 0.0
     """When devices with a flag's variant are judged next."""
+    judge_share: int = JUDGE_SHARE
     compared_until: int = -1
     """The period until which every lane of its comparisons was taken."""
     ahead: _Ahead | None = None
@@ -143,7 +160,19 @@ class _Known:
         return self.status is not None and (self.told is None or now - self.told_at >= after)
 
     def due(self, minimum: float, now: float) -> bool:
-        return self.scan is None or now - self.scanned_at >= max(minimum, SCAN_SHARE * self.scan_cost)
+        """Tell whether the members are looked at again."""
+        return self.scan is None or now - self.scanned_at >= max(minimum, self.scan_share * self.scan_cost)
+
+    def counted(self, state: str, news: int, moment: int) -> bool:
+        """Tell whether the last count still stands.
+
+        Reports change it, and so does this process; the few other things that do (time, devices that were shut out) are seen when it
+        is made again all the same. Of a return the hellos say when a device is back. A few devices are counted always.
+        """
+        tally = self.tally
+        if tally is None or self.news != news or state == "returning" or tally.devices < COUNTED_ALWAYS:
+            return False
+        return 0 <= moment - tally.now < QUIET_SHARE * self.tally_cost * MICROSECONDS
 
 
 @dataclass(slots=True)
@@ -164,6 +193,11 @@ class Conductor:
     _bearer: Bearer | None = None
     _others_at: float = 0.0
     """When offers were last written by what is no rollout's turn."""
+    _news: int = 0
+    """How often reports were noticed."""
+    _heard: int = 0
+    _heard_from: int = 0
+    """How many reports were received from this moment on, when last counted."""
     _full: bool = False
     """Whether the last turn exposed as many as one may, so that there is more to do at once."""
 
@@ -203,6 +237,7 @@ class Conductor:
     async def turn(self) -> bool:
         """Look at every rollout once, the one that outranks the others first; tell whether anything was decided."""
         async with self.services.database.read() as connection:
+            await self._listen(connection)
             rows = (await connection.execute(_UNDER_WAY, {"project": self.services.project})).all()
         moved = self._full = False
         for row in rows:
@@ -218,6 +253,18 @@ class Conductor:
             del self._known[gone]
         await self._tell()
         return moved
+
+    async def _listen(self, connection: AsyncConnection) -> None:
+        """Notice whether any report was stored since the last turn, whoever stores them."""
+        project, now = self.services.project, now_us()
+        count = await evidence.reports_since(connection, project, self._heard_from, REPORTS_COUNTED_MAX)
+        if count != self._heard or count == REPORTS_COUNTED_MAX:
+            self._news += 1
+        late = int(REPORT_LATE_S * MICROSECONDS)
+        if count == REPORTS_COUNTED_MAX or now - self._heard_from > 2 * late:
+            self._heard_from = now - late
+            count = await evidence.reports_since(connection, project, self._heard_from, REPORTS_COUNTED_MAX)
+        self._heard = count
 
     async def _tell(self) -> None:
         """Write down how the rollouts stand, for whoever asks; nothing is decided on it."""
@@ -276,6 +323,8 @@ class Conductor:
             return False
         await self._commit(row, known, progress, after, decisions, found, prepared, moment)
         known.told_at = -TELL_AGAIN_S  # what it changed is told in the next turn
+        for other in self._known.values():
+            other.tally, other.scan_share = None, SCAN_SHARE
         self._after(known, prepared)
         if known.plan.flag and any(isinstance(one, Withdraw) for one in decisions):
             self._bear().look_soon()  # whom a newer rollout took over and gave back has it of this one, and no more
@@ -293,7 +342,14 @@ class Conductor:
                 known.scan = await evidence.scan(connection, row, known.plan)
                 known.scanned_at = time.monotonic()
                 known.scan_cost = known.scanned_at - started
-            tallied = await evidence.tally(connection, row.id, known.plan, moment)
+                quiet = known.scan.size == known.seen
+                known.scan_share = min(2 * known.scan_share, QUIET_SHARE) if quiet else SCAN_SHARE
+                known.seen = known.scan.size
+            tallied = known.tally if known.counted(row.state, self._news, moment) else None
+            if tallied is None:
+                started = time.monotonic()
+                tallied = await evidence.tally(connection, row.id, known.plan, moment)
+                known.tally, known.tally_cost, known.news = tallied, time.monotonic() - started, self._news
             known.failed = tallied.broken
             known.condemned = min(known.condemned, known.failed)  # some may have been told to try again
             found = await evidence.read(connection, row, known.plan, progress, known.scan, tallied)
@@ -503,7 +559,7 @@ class Conductor:
             models = {planned.model for planned in known.plan.targets}
             for other in self._known.values():  # of what it exposed, no rollout of the model takes anything newly
                 if other.scan is not None and not models.isdisjoint(planned.model for planned in other.plan.targets):
-                    other.scan.free = [one for one in other.scan.free if one.device not in exposed]
+                    other.scan.leave_out(exposed)
         if prepared.composed and self.outbox is not None:
             self.outbox.wake()
         self._woken.set()
@@ -521,10 +577,12 @@ class Conductor:
             async with self.services.database.write() as connection:
                 await self.lease.check(connection)
                 await flag_trials.write(connection, row, settled, moment)
+            known.tally = None
             self._bear().owe(settled.returned)
             self._woken.set()
         ended = time.monotonic()
-        known.judge_at = ended + JUDGE_SHARE * (ended - started)
+        known.judge_share = JUDGE_SHARE if settled else min(2 * known.judge_share, JUDGE_SHARE_MAX)
+        known.judge_at = ended + known.judge_share * (ended - started)
 
     async def bear_flags(self) -> int:
         """Bring devices the flags that they should have; return how many offers that took."""
@@ -570,6 +628,9 @@ class Conductor:
             elif said > standing.number:
                 ahead.append(hello.device)
         self._bear().owe(new)
+        if new:
+            for known in self._known.values():
+                known.scan_share = SCAN_SHARE
         if ahead:
             log.warning("%d devices know newer offers than this server: going on above them", len(ahead))
             await self._compose_again(ahead)

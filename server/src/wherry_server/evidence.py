@@ -64,6 +64,9 @@ class Candidate(NamedTuple):
     """The attempt to make it with; 0 for that of the plan."""
 
 
+_Reach = tuple[dict[str, int], float]
+
+
 @dataclass(slots=True)
 class Scan:
     """The members of a rollout's cohort now."""
@@ -77,10 +80,35 @@ class Scan:
     """Members that another rollout holds, on whose hardware the bundle is known to be bad, or that are in quarantine."""
     recalled: frozenset[str] = frozenset()
     """Devices to take the bundle back from, of those that are not confirmed."""
+    _below: dict[str, tuple[_Reach, list[Candidate]]] = field(default_factory=dict)
+    """The last answers: while nothing changes the same is asked in every turn."""
+
+    @property
+    def size(self) -> tuple[int, int, int, int]:
+        """By which two scans are compared: members, free ones, held ones, recalled ones."""
+        return self.members, len(self.free), len(self.held), len(self.recalled)
 
     def unexposed(self, stored: Mapping[str, int], share: float) -> list[Candidate]:
         """Return the free members at or below the cut-offs, lowest key first."""
-        return below(self.free, stored, share)
+        return self._known("free", self.free, stored, share)
+
+    def kept_back(self, stored: Mapping[str, int], share: float) -> list[Candidate]:
+        """Return the held members at or below the cut-offs."""
+        return self._known("held", self.held, stored, share)
+
+    def leave_out(self, devices: set[str]) -> None:
+        """Note that devices have been exposed, by whatever rollout."""
+        self.free = [one for one in self.free if one.device not in devices]
+        self._below.clear()
+
+    def _known(
+        self, which: str, candidates: list[Candidate], stored: Mapping[str, int], share: float
+    ) -> list[Candidate]:
+        reached = dict(stored), share
+        known = self._below.get(which)
+        if known is None or known[0] != reached:
+            known = self._below[which] = reached, below(candidates, stored, share)
+        return known[1]
 
     def open(self, plan: Plan, stored: Mapping[str, int], share: float, now: int) -> list[Candidate]:
         """Return those of `unexposed` whose maintenance window is open."""
@@ -137,6 +165,8 @@ async def scan(connection: AsyncConnection, row: Any, plan: Plan) -> Scan:
         else:
             found.free.append(candidate)
     found.free.sort(key=_key)
+    for keys in found.keys.values():
+        keys.sort()  # whoever sorts them again has little to do
     return found
 
 
@@ -206,16 +236,14 @@ async def read(
     evidence = Evidence(
         stages=stages,
         command=command,
-        happened=await _happened(connection, row.id, plan),
+        happened=tallied.happened,
         approvals=await approvals(connection, row, plan),
-        unpromoted=await _unpromoted(connection, row.id, plan),
-        beside=await _beside(connection, row.id, plan),
+        unpromoted=tallied.unpromoted,
+        beside=tallied.beside,
     )
     if found is None:
         return evidence
-    evidence = msgspec.structs.replace(
-        evidence, members=found.members, unmeasured=await _unmeasured(connection, row.id, plan, progress)
-    )
+    evidence = msgspec.structs.replace(evidence, members=found.members, unmeasured=_unmeasured(tallied, plan, progress))
     share, reached = reach(plan, progress), takes_newcomers(plan, progress)
     unexposed = found.unexposed(progress.cut_offs, share) if reached else []
     free = in_window(plan, unexposed, now)
@@ -223,7 +251,7 @@ async def read(
         evidence,
         unexposed=len(free),
         closed=len(unexposed) - len(free),
-        held=len(below(found.held, progress.cut_offs, share)) if reached else 0,
+        held=len(found.kept_back(progress.cut_offs, share)) if reached else 0,
         recalled=len(found.recalled),
     )
     return ahead(plan, progress, evidence, found.keys)
@@ -246,6 +274,18 @@ class Tally:
 
     now: int
     rows: tuple[Told, ...]
+    happened: dict[str, int]
+    """Devices to which happened what the plan's gates ask for."""
+    unpromoted: list[int]
+    """By stage, devices whose candidate did not take over yet, of plans with two rounds."""
+    beside: dict[str, Pairs]
+    waves: dict[int, int]
+    """Confirmed devices by the period in which they were exposed, where that may set the pace."""
+
+    @property
+    def devices(self) -> int:
+        """How many were counted."""
+        return sum(row.devices for row in self.rows)
 
     @property
     def broken(self) -> int:
@@ -270,7 +310,14 @@ async def tally(connection: AsyncConnection, rollout: str, plan: Plan, now: int)
     if plan.window is not None and any(one.became == "late" for one in told):
         told = [one for one in told if one.became != "late"]
         told += await _overdue(connection, plan.window, plan.late_s, named, now)
-    return Tally(now, tuple(told))
+    return Tally(
+        now,
+        tuple(told),
+        await _happened(connection, rollout, plan),
+        await _unpromoted(connection, rollout, plan),
+        await _beside(connection, rollout, plan),
+        await _waves(connection, rollout, plan),
+    )
 
 
 async def _overdue(
@@ -341,12 +388,23 @@ def beside_of(plan: Plan, rows: Iterable[tuple[int, int, int, int]]) -> dict[str
     return {metric: tuple(sorted(values.items())) for metric, values in found.items()}
 
 
-async def _unmeasured(connection: AsyncConnection, rollout: str, plan: Plan, progress: Progress) -> int:
+async def _waves(connection: AsyncConnection, rollout: str, plan: Plan) -> dict[int, int]:
+    if plan.strategy != "adaptive" or not plan.compared:
+        return {}
+    found = await connection.execute(_CONFIRMED, {"rollout": rollout, "length": plan.period_s * SECOND_US})
+    return {one.wave: one.devices for one in found}
+
+
+def _unmeasured(tallied: Tally, plan: Plan, progress: Progress) -> int:
     """Count the confirmed devices of waves that no comparison has seen, where that sets the pace."""
     if plan.strategy != "adaptive" or not plan.compared or progress.widened:
         return 0
-    waves = await connection.execute(_CONFIRMED, {"rollout": rollout, "length": plan.period_s * SECOND_US})
-    return sum(one.devices for one in waves if not progress.compared.waves.get(str(one.wave)))
+    return sum(devices for wave, devices in tallied.waves.items() if not progress.compared.waves.get(str(wave)))
+
+
+async def reports_since(connection: AsyncConnection, project: str, after: int, most: int) -> int:
+    """Count the reports that were received after a moment, up to `most`."""
+    return int(await connection.scalar(_REPORTS, {"project": project, "after": after, "most": most}) or 0)
 
 
 def classes(facts: str) -> set[str]:
@@ -525,6 +583,9 @@ _HAPPENED = text(
     "SELECT count(*) AS failed, sum(CASE WHEN outcome = 'returned' THEN 1 ELSE 0 END) AS returned,"
     " sum(CASE WHEN reason = :crash THEN 1 ELSE 0 END) AS crashed FROM assignment"
     " WHERE rollout_id = :rollout AND outcome IN ('returned', 'failed', 'refused')"
+)
+_REPORTS = text(
+    "SELECT count(*) FROM (SELECT 1 FROM report_log WHERE project_id = :project AND received_at > :after LIMIT :most) AS r"
 )
 _CONFIRMED = text(
     "SELECT exposed_at / :length AS wave, count(*) AS devices FROM assignment WHERE rollout_id = :rollout"

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import asyncpg
 import msgspec
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -40,11 +41,14 @@ class Number(NamedTuple):
     serial: int
 
 
+NOTHING = Number(0, 0)
+"""Before a device's first offer."""
+
+
 class Current(NamedTuple):
     """What a device has been offered, and what it said it knows."""
 
     number: Number
-    """(0, 0) before its first offer."""
     known: Number
     models: dict[str, wire.OfferedModel]
     flags: Mapping[str, Any] = MappingProxyType({})
@@ -233,25 +237,36 @@ async def write(connection: AsyncConnection, project: str, composed: Sequence[Co
     """
     await _check_unchanged(connection, composed)
     composed = sorted(composed, key=attrgetter("device"))  # as their index has them, and as they are published
-    rows = [
-        (one.device, project, *one.number, one.envelope, one.models, one.flags, one.issued_at, one.expires_at)
-        for one in composed
-    ]
+    first = [one for one in composed if one.over == NOTHING]
+    try:
+        await bulk.insert_fresh(connection, table(Offer), _COLUMNS, [_offer(project, one) for one in first])
+        await bulk.insert_fresh(connection, table(Unpublished), _WAITING, [_waiting(project, one) for one in first])
+    except asyncpg.UniqueViolationError as error:
+        raise _changed([one.device for one in first]) from error
+    others = [one for one in composed if one.over != NOTHING]
     await bulk.upsert(
         connection,
         table(Offer),
         _COLUMNS,
-        rows,
+        [_offer(project, one) for one in others],
         update=_COLUMNS[2:],
         guard="excluded.epoch > offer.epoch OR (excluded.epoch = offer.epoch AND excluded.serial > offer.serial)",
     )
     await bulk.upsert(
         connection,
         table(Unpublished),
-        ("device_id", "project_id", "epoch", "serial"),
-        [(one.device, project, *one.number) for one in composed],
+        _WAITING,
+        [_waiting(project, one) for one in others],
         update=("epoch", "serial"),
     )
+
+
+def _offer(project: str, one: Composed) -> tuple[Any, ...]:
+    return one.device, project, *one.number, one.envelope, one.models, one.flags, one.issued_at, one.expires_at
+
+
+def _waiting(project: str, one: Composed) -> tuple[Any, ...]:
+    return one.device, project, *one.number
 
 
 async def _check_unchanged(connection: AsyncConnection, composed: Sequence[Composed]) -> None:
@@ -260,14 +275,18 @@ async def _check_unchanged(connection: AsyncConnection, composed: Sequence[Compo
     for at in range(0, len(devices), DEVICES_PER_READ):
         rows: Sequence[Any] = await bulk.select_in(connection, _NUMBERS, devices[at : at + DEVICES_PER_READ])
         stored.update({device: Number(epoch, serial) for device, epoch, serial in rows})
-    changed = [one.device for one in composed if stored.get(one.device, Number(0, 0)) != one.over]
+    changed = [one.device for one in composed if stored.get(one.device, NOTHING) != one.over]
     if changed:
-        raise UnreachableError(
-            "offer_changed",
-            f"{len(changed)} offers changed while they were composed anew, such as of {changed[0]}",
-            consequence="nothing was written",
-            next_step="compose again from what is stored",
-        )
+        raise _changed(changed)
+
+
+def _changed(devices: Sequence[str]) -> UnreachableError:
+    return UnreachableError(
+        "offer_changed",
+        f"{len(devices)} offers changed while they were composed anew, such as of {devices[0]}",
+        consequence="nothing was written",
+        next_step="compose again from what is stored",
+    )
 
 
 async def stored(connection: AsyncConnection, device: str) -> Any:
@@ -279,6 +298,7 @@ async def stored(connection: AsyncConnection, device: str) -> Any:
     ).one_or_none()
 
 
+_WAITING = ("device_id", "project_id", "epoch", "serial")
 _COLUMNS = (
     "device_id",
     "project_id",
