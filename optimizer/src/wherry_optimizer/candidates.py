@@ -27,7 +27,7 @@ SOURCE = "float"
 """Id of the source as it is."""
 ROLLBACKS = (1, 2, 4, 8, 16)
 """So many operators are given back to float, one try after another, until the gate lets one pass."""
-CHANNELS = (0.125, 0.25, 0.5, 0.625, 0.75)
+CHANNELS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 SPARSITIES = (0.3, 0.5, 0.7, 0.8)
 STARTED_AT = 0.5
 """A pruning ladder begins with this share, and goes up while the gate lets it pass, else down until it does."""
@@ -154,10 +154,14 @@ def _onnx(tried: Mapping[str, Fared], target: Target, *, prune: bool) -> list[Ca
         shares = [share for share in CHANNELS if _passed(tried, f"channels-{share:g}+{name}")]
         levels = [count for count in LEVELS if _passed(tried, f"levels-{count}+{name}")]
         if shares and levels and not more:  # the ladders have ended
-            first = Step(use="prune-channels", parameters={"ratio": shares[-1]})
             then = Step(use="round-obs", parameters={"levels": levels[-1]})
-            key = f"channels-{shares[-1]:g}+levels-{levels[-1]}+{name}"
-            more += [] if key in tried else [Candidate(key, (first, then, *tail))]
+            last = CHANNELS.index(shares[-1])
+            for share in CHANNELS[
+                max(last - 1, 0) : last + 1
+            ]:  # a milder one as well, in case the other is contradicted
+                first = Step(use="prune-channels", parameters={"ratio": share})
+                key = f"channels-{share:g}+levels-{levels[-1]}+{name}"
+                more += [] if key in tried else [Candidate(key, (first, then, *tail))]
     return more
 
 

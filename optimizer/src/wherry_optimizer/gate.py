@@ -171,7 +171,8 @@ def confidence_of(number: int) -> float:
 def odds(drop: Drop, budget: Budget, samples: int) -> float:
     """Return how probable it is that a first confirmation on so many fresh samples passes, by the normal distribution.
 
-    A drop below zero counts as none: compressing improves no network, so what looks like it is luck.
+    A drop below zero counts as none, since compressing seldom improves a network and what looks like it is mostly luck,
+    unless the whole interval lies below.
     """
     from scipy.special import ndtr, ndtri
 
@@ -180,6 +181,6 @@ def odds(drop: Drop, budget: Budget, samples: int) -> float:
         return 0.0
     fresh = width * sqrt(drop.samples / samples)
     room = min(budget.drop_max, budget.drop_max * budget.upper_factor - fresh * float(ndtri(1 - CONFIRMATION_RISKS[0])))
-    gap = room - max(drop.drop, 0.0)
+    gap = room - max(drop.drop, min(drop.high, 0.0))
     spread = sqrt(width**2 + fresh**2)
     return float(ndtr(gap / spread)) if spread else float(gap >= 0)
