@@ -128,7 +128,7 @@ def test_odds_fall_with_the_drop_and_with_what_is_not_known() -> None:
         return gate.Drop(0.9, 0.9 + drop, drop, drop - width, drop + width, 400)
 
     assert gate.odds(found(0, 0), budget, 400) == 1.0
-    assert gate.odds(found(-0.01, 0.004), budget, 400) == gate.odds(found(0, 0.004), budget, 400) > 0.9
+    assert gate.odds(found(-0.003, 0.004), budget, 400) == gate.odds(found(0, 0.004), budget, 400) > 0.9
     order = [
         gate.odds(found(*one), budget, 400) for one in ((0, 0.004), (0.002, 0.004), (0.002, 0.006), (0.005, 0.008))
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -395,6 +396,7 @@ FIRST = [
     "int8-weights",
     "int8-static",
     "int8-dynamic",
+    "smooth+int8-dynamic",
     "half",
     "int8-static-all",
     "int8-dynamic-all",
@@ -415,11 +417,28 @@ def test_operators_are_given_back_one_after_another_until_the_gate_lets_one_pass
         tried[f"int8-static-less-{count}"] = DROPPED
     tried["int8-static-less-4"] = GOOD
     assert proposed(tried, prune=False) == []
-    both = dict.fromkeys(FIRST, GOOD) | {"int8-static": DROPPED, "int8-dynamic": DROPPED}
+    both = dict.fromkeys(FIRST, GOOD) | dict.fromkeys(("int8-static", "int8-dynamic", "smooth+int8-dynamic"), DROPPED)
     assert proposed(both) == ["int8-static-less-1", "int8-dynamic-less-1"]
     both |= {"int8-static-less-1": CRASHED, "int8-dynamic-less-1": GOOD}
     assert "zeros-0.5+int8-dynamic-less-1" in proposed(both)
     assert "channels-0.5+int8-static-less-4" in proposed(tried)
+
+
+def test_where_smoothing_helps_weights_are_rounded_after_it() -> None:
+    tried = dict.fromkeys(FIRST, GOOD) | {"int8-static": CRASHED, "int8-dynamic": DROPPED}
+    found = {one.id: [step.use for step in one.steps] for one in candidates.propose(tried, "onnx", X86)}
+    tail = ["quantize-dynamic", "quantize-weights"]
+    assert found["levels-15+smooth+int8-dynamic"] == ["smooth", "round-obs", *tail]
+    assert found["zeros-0.5+smooth+int8-dynamic"] == ["prune-obs", "smooth", *tail]
+    tried |= {"int8-dynamic": Fared(True, error=0.1), "smooth+int8-dynamic": Fared(True, error=0.2)}
+    assert "levels-15+int8-dynamic" in proposed(tried)
+
+
+def test_two_searches_may_share_a_cache(tmp_path: Path) -> None:
+    one = problem(tmp_path)
+    other = dataclasses.replace(one, seed=7)
+    paths = [attempt.write_problem(each, tmp_path) for each in (one, other, one)]
+    assert paths[0] == paths[2] != paths[1]
 
 
 def test_ladders_climb_while_they_pass_and_step_down_where_they_do_not() -> None:

@@ -132,9 +132,13 @@ class Problem:
 
 
 def write_problem(problem: Problem, folder: Path) -> Path:
-    """Write a problem where children of this process find it; only what this process wrote is ever read back."""
-    path = folder / "problem.pickle"
-    path.write_bytes(pickle.dumps(problem))
+    """Write a problem where children of this process find it; only what this process wrote is ever read back.
+
+    It is named by what it holds: searches for several models, at the same time, may share a cache.
+    """
+    data = pickle.dumps(problem)
+    path = folder / "problems" / f"{digest.of_bytes(data).partition(':')[2]}.pickle"
+    _keep(path, data)
     return path
 
 

@@ -42,6 +42,10 @@ FOLD = Step(use="quantize-weights", parameters={"form": "fold"}, optional=True)
 """What is still float after other quantizers: recurrent weights, embedding tables, excluded layers."""
 
 
+SMOOTH = Step(use="smooth")
+SMOOTHED = "smooth+int8-dynamic"
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """A class of hardware that a variant is chosen for."""
@@ -88,6 +92,8 @@ class Fared:
     """Of its refusal, where there was no file to judge."""
     by: str = ""
     """What the gate kept it out by."""
+    error: float = 0.0
+    """How far its outputs moved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +138,7 @@ def _onnx(tried: Mapping[str, Fared], target: Target, *, prune: bool) -> list[Ca
         Candidate("int8-weights", (FOLD,)),
         Candidate("int8-static", (static, FOLD)),
         Candidate("int8-dynamic", (dynamic, FOLD)),
+        Candidate(SMOOTHED, (SMOOTH, dynamic, FOLD)),
         Candidate("half", (Step(use="half"),)),
         Candidate("int8-static-all", (all_static, FOLD)),
         Candidate("int8-dynamic-all", (all_dynamic, FOLD)),
@@ -141,16 +148,22 @@ def _onnx(tried: Mapping[str, Fared], target: Target, *, prune: bool) -> list[Ca
     if not all(candidate.id in tried for candidate in singles):
         return singles
     more: list[Candidate] = []
-    best: list[tuple[tuple[Step, ...], str]] = []
-    for key, step in (("int8-static", static), ("int8-dynamic", dynamic)):
-        found = _give_back(tried, key, step, more)
-        if found is not None:
-            best.append(found)
-    tail, name = best[0] if best else ((FOLD,), "int8-weights")
+    head: tuple[Step, ...] = ()
+    """Of the quantizer that passed, what has to come before its weights are rounded."""
+    found = _give_back(tried, "int8-static", static, more)
+    plain, smoothed = tried["int8-dynamic"], tried[SMOOTHED]
+    if smoothed.passed and not (plain.passed and plain.error <= smoothed.error):
+        found = found or ((dynamic, FOLD), SMOOTHED)
+        head = (SMOOTH,) if found[1] == SMOOTHED else ()
+    else:
+        other_found = _give_back(tried, "int8-dynamic", dynamic, more)
+        found = found or other_found
+    tail, name = found or ((FOLD,), "int8-weights")
     if prune and not more:  # what pruning ends in is known only when no quantizer is left to try
-        more += _ladder(tried, "channels", CHANNELS, "prune-channels", "ratio", tail, name)
-        more += _ladder(tried, "levels", LEVELS, "round-obs", "levels", tail, name, start=LEVELS_STARTED_AT)
-        more += _ladder(tried, "zeros", SPARSITIES, "prune-obs", "sparsity", tail, name)
+        whole = (*head, *tail)
+        more += _ladder(tried, "channels", CHANNELS, ("prune-channels", "ratio"), (), whole, name)
+        more += _ladder(tried, "levels", LEVELS, ("round-obs", "levels"), head, tail, name, start=LEVELS_STARTED_AT)
+        more += _ladder(tried, "zeros", SPARSITIES, ("prune-obs", "sparsity"), (), whole, name)
         shares = [share for share in CHANNELS if _passed(tried, f"channels-{share:g}+{name}")]
         levels = [count for count in LEVELS if _passed(tried, f"levels-{count}+{name}")]
         if shares and levels and not more:  # the ladders have ended
@@ -161,7 +174,7 @@ def _onnx(tried: Mapping[str, Fared], target: Target, *, prune: bool) -> list[Ca
             ]:  # a milder one as well, in case the other is contradicted
                 first = Step(use="prune-channels", parameters={"ratio": share})
                 key = f"channels-{share:g}+levels-{levels[-1]}+{name}"
-                more += [] if key in tried else [Candidate(key, (first, then, *tail))]
+                more += [] if key in tried else [Candidate(key, (first, *head, then, *tail))]
     return more
 
 
@@ -190,14 +203,25 @@ def _ladder(
     tried: Mapping[str, Fared],
     word: str,
     shares: Sequence[float],
-    use: str,
-    parameter: str,
+    use: tuple[str, str],
+    head: tuple[Step, ...],
     tail: tuple[Step, ...],
     name: str,
     *,
     start: float = STARTED_AT,
 ) -> list[Candidate]:
-    """Return the next rung of a ladder, mildest first: up from where it starts while it passes, else down until it does."""
+    """Return the next rung of a ladder, mildest first: up from where it starts while it passes, else down until it does.
+
+    Args:
+        tried: see `propose`.
+        word: names the ladder.
+        shares: its rungs.
+        use: pass and parameter.
+        head: what comes before.
+        tail: what comes after, of this `name`.
+        name: of the quantizer.
+        start: where to begin.
+    """
     middle = shares.index(start)
     up, down = shares[middle:], shares[:middle][::-1]
     first = tried.get(f"{word}-{start:g}+{name}")
@@ -206,8 +230,8 @@ def _ladder(
     for share in up if first is None or first.passed else down:
         key = f"{word}-{share:g}+{name}"
         if key not in tried:
-            step = Step(use=use, parameters={parameter: share})
-            return [Candidate(key, (step, *tail))]
+            step = Step(use=use[0], parameters={use[1]: share})
+            return [Candidate(key, (*head, step, *tail))]
         if tried[key].passed != (share in up):
             return []
     return []

@@ -8,6 +8,7 @@ contradict, the next of a short list that was fixed before is confirmed, and eac
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -218,13 +219,13 @@ def search(
                 continue
             item = _judge(candidate, answer, tried[0].answer, metric, problem, settings.budget)
             tried.append(item)
-            fared[candidate.id] = Fared(item.verdict.passed, item.answer.code, item.verdict.by)
+            fared[candidate.id] = Fared(item.verdict.passed, item.answer.code, item.verdict.by, item.answer.error)
             again = ", from the cache" if answer.cached else f", {answer.seconds:.1f} s"
             say(f"{item.id}: {'passed' if item.verdict.passed else 'refused'}: {item.verdict.why}{again}")
         if cut_short:
             break
     passed = [item for item in tried if item.verdict.passed]
-    _weigh(passed, problem, settings, folder, say)
+    _weigh(passed, problem, settings, say)
     rows = {item.id: _row(item, settings.budget, len(problem.test)) for item in passed}
     best = set(candidates.pareto(list(rows.values())))
     for item in passed:
@@ -326,7 +327,7 @@ def _judge(
     return Tried(candidate, answer, gate.hold(drop, answer.error, budget, problem.metric.name), drop)
 
 
-def _weigh(passed: Sequence[Tried], problem: Problem, settings: Settings, folder: Path, say: Progress) -> None:
+def _weigh(passed: Sequence[Tried], problem: Problem, settings: Settings, say: Progress) -> None:
     """Measure latency and memory of what passed: here, or as devices of the class reported."""
     for item in passed:
         reported = settings.reported.get(item.answer.digest)
@@ -341,24 +342,7 @@ def _weigh(passed: Sequence[Tried], problem: Problem, settings: Settings, folder
     chosen = [passed[0], *smallest]
     say(f"measuring {len(chosen)} variants")
     call = problem.calibration[0]
-    vectors = folder / "call.golden"
-    vectors.write_bytes(_as_vector(call, problem))
-    for item in chosen:
-        try:
-            answer = measure.peak(
-                measure.PeakTask(
-                    path=item.answer.path,
-                    format=problem.format,
-                    engine="",
-                    options={"threads": 1, **item.candidate.options},
-                    golden=str(vectors),
-                    tensors={},
-                )
-            )
-        except WherryError as error:
-            say(f"{item.id}: {error.message}")
-            continue
-        item.peak_bytes, item.load_ms = float(answer.peak_bytes), answer.load_ms
+    _weigh_memory(chosen, call, problem, say)
     if not settings.measured_here:
         return
     sessions = {
@@ -377,6 +361,29 @@ def _weigh(passed: Sequence[Tried], problem: Problem, settings: Settings, folder
         item.latency_ratio, item.latency_us = latency[item.id].ratio, latency[item.id].p50_us
     for session in sessions.values():
         session.close()
+
+
+def _weigh_memory(chosen: Sequence[Tried], call: Mapping[str, attempt.Array], problem: Problem, say: Progress) -> None:
+    """Measure peak memory and load time, each in a process of its own that makes one call."""
+    with tempfile.TemporaryDirectory() as folder:
+        vectors = Path(folder) / "call.golden"
+        vectors.write_bytes(_as_vector(call, problem))
+        for item in chosen:
+            try:
+                answer = measure.peak(
+                    measure.PeakTask(
+                        path=item.answer.path,
+                        format=problem.format,
+                        engine="",
+                        options={"threads": 1, **item.candidate.options},
+                        golden=str(vectors),
+                        tensors={},
+                    )
+                )
+            except WherryError as error:
+                say(f"{item.id}: {error.message}")
+                continue
+            item.peak_bytes, item.load_ms = float(answer.peak_bytes), answer.load_ms
 
 
 def _as_vector(call: Mapping[str, attempt.Array], problem: Problem) -> bytes:

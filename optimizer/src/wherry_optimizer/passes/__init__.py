@@ -90,6 +90,9 @@ CATALOGUE: tuple[PassInfo, ...] = (
         "fewer values of Conv, Gemm, MatMul and Gather weights, with reconstruction, so that int8 compresses better",
     ),
     PassInfo(
+        "smooth", "smooth", ("onnx",), "", True, "large channels of activations shared with the weights, before int8"
+    ),
+    PassInfo(
         "prune-channels",
         "prune_channels",
         ("onnx",),
