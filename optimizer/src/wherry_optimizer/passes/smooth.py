@@ -100,7 +100,7 @@ def factors(activations: Array, weights: Array, share: float) -> Array:
     if dead.all():
         return np.ones_like(logs)
     bound = np.log(FACTOR_MAX)
-    return np.exp(np.clip(np.nan_to_num(logs - np.nanmean(logs)), -bound, bound))
+    return np.asarray(np.exp(np.clip(np.nan_to_num(logs - np.nanmean(logs)), -bound, bound)))
 
 
 def _largest(model: onnx.ModelProto, groups: dict[str, list[Layer]], work: Work, samples: int) -> dict[str, Array]:
