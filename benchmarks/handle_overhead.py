@@ -15,14 +15,16 @@ import time
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from wherry_agent.children import Loadable, ServeModel
 from wherry_agent.handle import Model
 from wherry_agent.handle_server import HandleServer
-from wherry_shared import digest
+from wherry_shared import digest, engine_telemetry
 from wherry_shared.bundle import Bounds, Interface, TensorSpec
+
+engine_telemetry.turn_off()  # for both sides
+import onnxruntime  # noqa: E402 - it reads that when it is imported
 
 ROOT = Path(__file__).parents[1]
 TARGET_US = 1.0

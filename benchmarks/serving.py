@@ -46,8 +46,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from onnx import TensorProto, helper
+
+from wherry_shared import engine_telemetry
+
+engine_telemetry.turn_off()  # for everybody who is compared
+import onnxruntime  # noqa: E402 - it reads that when it is imported
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
