@@ -144,6 +144,19 @@ async def fill(settings: Settings, devices: int, windows: int) -> None:
     await services.close()
 
 
+def answers(settings: Settings) -> None:
+    """Wait until the API answers."""
+    deadline = time.monotonic() + START_S_MAX
+    with httpx.Client(base_url=settings.url, timeout=START_S_MAX, trust_env=False) as http:
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if http.get("/api/v1/health").is_success:
+                    return
+            if time.monotonic() > deadline:
+                raise SystemExit("the API does not start")
+            time.sleep(0.05)
+
+
 async def stage(settings: Settings, devices: int, roles: Mapping[str, subprocess.Popen[bytes]]) -> Taken:
     """Return the seconds from the start command to the last offer that the broker has and that is marked.
 
@@ -277,14 +290,6 @@ def ask(settings: Settings, device: str, rounds: int) -> dict[str, dict[str, flo
     taken: dict[str, list[float]] = {}
     headers = {"Authorization": f"Bearer {token}"}
     with httpx.Client(base_url=settings.url, headers=headers, timeout=120, trust_env=False) as http:
-        deadline = time.monotonic() + START_S_MAX
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if http.get("/api/v1/health").is_success:
-                    break
-            if time.monotonic() > deadline:
-                raise SystemExit("the API does not start")
-            time.sleep(0.05)
         for number in range(rounds + 1):
             for name, (method, path, body) in calls(device).items():
                 started = time.perf_counter()
@@ -318,6 +323,7 @@ def measure(folder: Path, urls: tuple[str, str], options: argparse.Namespace) ->
     with contextlib.ExitStack() as stack:
         stack.enter_context(broker(settings, folder))
         processes = {name: stack.enter_context(role(name, settings)) for name in settings.roles}
+        answers(settings)
         seconds, taken = asyncio.run(stage(settings, options.devices, processes))
         print(
             f"  stage of {options.devices}: {seconds:.1f} s to the last offer published and marked, cpu {taken}",
