@@ -19,6 +19,7 @@ from schemathesis.core.failures import Failure, FailureGroup
 
 from tests.server.harness import Running, in_database, release, running
 from wherry_server import idempotency, problems
+from wherry_server.api import examples
 from wherry_server.app import ROUTERS
 from wherry_server.rates import BURST_S, Rates, TooManyError
 
@@ -278,7 +279,8 @@ def test_a_stream_tells_decisions_once_and_goes_on_where_it_was_cut(surface: Run
         assert http.get("/api/v1/rollouts/99999/events").status_code == 404
 
 
-def test_every_body_and_path_of_the_description_has_an_example(surface: Running) -> None:
+def test_every_body_answer_and_path_of_the_description_has_an_example(surface: Running) -> None:
+    answers = 0
     described = httpx.get(f"{surface.url}/openapi.json", trust_env=False, timeout=60).json()
     for path, item in described["paths"].items():
         for method, operation in item.items():
@@ -291,6 +293,11 @@ def test_every_body_and_path_of_the_description_has_an_example(surface: Running)
                 jsonschema_rs.validate(root, body["example"])
                 unknown = set(body["example"]) - set(fields_of(body["schema"], described))
                 assert not unknown or body["schema"].get("additionalProperties"), operation["operationId"]
+            for status, answer in operation["responses"].items():
+                told = answer.get("content", {}).get("application/json", {})
+                if status.startswith("2") and told.get("schema"):
+                    jsonschema_rs.validate({**told["schema"], "components": described["components"]}, told["example"])
+                    answers += 1
             names = {parameter["name"] for parameter in operation.get("parameters", [])}
             if method == "post":
                 assert "Idempotency-Key" in names
@@ -299,6 +306,10 @@ def test_every_body_and_path_of_the_description_has_an_example(surface: Running)
             )
             if method == "get" and (shape.get("type") == "array" or path.rsplit("/", 1)[-1] == "devices"):
                 assert {"cursor", "limit"} <= names, path
+    assert answers > 55
+    for field in examples.OWN:
+        owner, _, name = field.partition(".")
+        assert name in described["components"]["schemas"][owner]["properties"], f"{field} is no field any more"
 
 
 def fields_of(schema: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from wherry_server.api.examples import example_of
 from wherry_server.idempotency import HEADER
 from wherry_server.problems import MEDIA_TYPE
 
@@ -108,6 +109,9 @@ def complete(schema: dict[str, Any]) -> dict[str, Any]:
             for status, answer in operation["responses"].items():
                 if status == "4XX":
                     answer["content"][MEDIA_TYPE]["example"] = _PROBLEM
+                told = answer.get("content", {}).get("application/json", {})
+                if status.startswith("2") and told.get("schema"):
+                    told.setdefault("example", example_of(told["schema"], schema["components"]["schemas"]))
             operation["responses"].pop("422", None)  # FastAPI's own words for what a problem says here
             body = operation.get("requestBody", {}).get("content", {}).get("application/json")
             if body is not None and operation["operationId"] in BODIES:
