@@ -420,7 +420,7 @@ def test_operators_are_given_back_one_after_another_until_the_gate_lets_one_pass
     both = dict.fromkeys(FIRST, GOOD) | dict.fromkeys(("int8-static", "int8-dynamic", "smooth+int8-dynamic"), DROPPED)
     assert proposed(both) == ["int8-static-less-1", "int8-dynamic-less-1"]
     both |= {"int8-static-less-1": CRASHED, "int8-dynamic-less-1": GOOD}
-    assert "zeros-0.5+int8-dynamic-less-1" in proposed(both)
+    assert "levels-15+int8-dynamic-less-1" in proposed(both)
     assert "channels-0.5+int8-static-less-4" in proposed(tried)
 
 
@@ -429,7 +429,9 @@ def test_where_smoothing_helps_weights_are_rounded_after_it() -> None:
     found = {one.id: [step.use for step in one.steps] for one in candidates.propose(tried, "onnx", X86)}
     tail = ["quantize-dynamic", "quantize-weights"]
     assert found["levels-15+smooth+int8-dynamic"] == ["smooth", "round-obs", *tail]
-    assert found["zeros-0.5+smooth+int8-dynamic"] == ["prune-obs", "smooth", *tail]
+    assert found["channels-0.5+smooth+int8-dynamic"] == ["prune-channels", "smooth", *tail]
+    waiting = dict.fromkeys(FIRST, GOOD) | {"int8-static": DROPPED, "int8-dynamic": DROPPED}
+    assert proposed(waiting)[:2] == ["int8-static-less-1", "channels-0.5+smooth+int8-dynamic"]
     tried |= {"int8-dynamic": Fared(True, error=0.1), "smooth+int8-dynamic": Fared(True, error=0.2)}
     assert "levels-15+int8-dynamic" in proposed(tried)
 
@@ -443,23 +445,19 @@ def test_two_searches_may_share_a_cache(tmp_path: Path) -> None:
 
 def test_ladders_climb_while_they_pass_and_step_down_where_they_do_not() -> None:
     tried = dict.fromkeys(FIRST, GOOD)
-    assert proposed(tried) == ["channels-0.5+int8-static", "levels-15+int8-static", "zeros-0.5+int8-static"]
-    tried |= {
-        "channels-0.5+int8-static": GOOD,
-        "levels-15+int8-static": DROPPED,
-        "zeros-0.5+int8-static": DROPPED,
-    }
-    assert proposed(tried) == ["channels-0.625+int8-static", "levels-31+int8-static", "zeros-0.3+int8-static"]
-    tried |= {
-        "channels-0.625+int8-static": DROPPED,
-        "levels-31+int8-static": GOOD,
-        "zeros-0.3+int8-static": DROPPED,
-    }
+    assert proposed(tried) == ["channels-0.5+int8-static", "levels-15+int8-static"]
+    tried |= {"channels-0.5+int8-static": GOOD, "levels-15+int8-static": DROPPED}
+    assert proposed(tried) == ["channels-0.625+int8-static", "levels-31+int8-static"]
+    tried |= {"channels-0.625+int8-static": DROPPED, "levels-31+int8-static": GOOD}
     both = [f"channels-{share}+levels-31+int8-static" for share in (0.375, 0.5)]
     assert proposed(tried) == both
-    assert proposed(tried | dict.fromkeys(both, GOOD)) == []
-    tried = dict.fromkeys(FIRST, GOOD) | {"channels-0.5+int8-static": CRASHED, "zeros-0.5+int8-static": DROPPED}
-    assert proposed(tried) == ["levels-15+int8-static", "zeros-0.3+int8-static"]
+    tried |= dict.fromkeys(both, GOOD)
+    for rung in ("zeros-0.5+int8-static", "zeros-0.3+int8-static"):
+        assert proposed(tried) == [rung]
+        tried[rung] = DROPPED
+    assert proposed(tried) == []
+    tried = dict.fromkeys(FIRST, GOOD) | {"channels-0.5+int8-static": CRASHED}
+    assert proposed(tried) == ["levels-15+int8-static", "zeros-0.5+int8-static"]
 
 
 def test_arm_gets_signed_activations_first_and_x86_unsigned_ones() -> None:

@@ -159,14 +159,14 @@ def _onnx(tried: Mapping[str, Fared], target: Target, *, prune: bool) -> list[Ca
         other_found = _give_back(tried, "int8-dynamic", dynamic, more)
         found = found or other_found
     tail, name = found or ((FOLD,), "int8-weights")
-    if prune and not more:  # what pruning ends in is known only when no quantizer is left to try
+    if prune and (found or not more):  # what pruning ends in is known: a quantizer passed, or none is left to try
+        ladders = len(more)
         whole = (*head, *tail)
         more += _ladder(tried, "channels", CHANNELS, ("prune-channels", "ratio"), (), whole, name)
         more += _ladder(tried, "levels", LEVELS, ("round-obs", "levels"), head, tail, name, start=LEVELS_STARTED_AT)
-        more += _ladder(tried, "zeros", SPARSITIES, ("prune-obs", "sparsity"), (), whole, name)
         shares = [share for share in CHANNELS if _passed(tried, f"channels-{share:g}+{name}")]
         levels = [count for count in LEVELS if _passed(tried, f"levels-{count}+{name}")]
-        if shares and levels and not more:  # the ladders have ended
+        if shares and levels and len(more) == ladders:  # they have ended
             then = Step(use="round-obs", parameters={"levels": levels[-1]})
             last = CHANNELS.index(shares[-1])
             for share in CHANNELS[
@@ -175,6 +175,8 @@ def _onnx(tried: Mapping[str, Fared], target: Target, *, prune: bool) -> list[Ca
                 first = Step(use="prune-channels", parameters={"ratio": share})
                 key = f"channels-{share:g}+levels-{levels[-1]}+{name}"
                 more += [] if key in tried else [Candidate(key, (first, *head, then, *tail))]
+        if len(more) < 2:  # seldom the best, so when the others leave room
+            more += _ladder(tried, "zeros", SPARSITIES, ("prune-obs", "sparsity"), (), whole, name)
     return more
 
 
