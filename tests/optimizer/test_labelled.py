@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import types
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.optimizer.models import FEATURES, blobs, classifier
@@ -234,3 +236,15 @@ def test_a_bundle_needs_its_name_version_and_licence_before_anything_is_tried(tm
 def test_the_command_line_takes_no_unknown_preference(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli.app, ["auto", str(tmp_path / "m.onnx"), "--data", "d.npz", "--prefer", "speed"])
     assert done.exit_code == 2
+
+
+def test_steps_are_lines_and_on_a_terminal_stand_above_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    for terminal in (True, False):
+        written = io.StringIO()
+        monkeypatch.setattr(cli, "err", Console(file=written, force_terminal=terminal, width=100))
+        with cli._told(30.0) as say:
+            say("int8-static: passed")
+            say("half: refused")
+        assert "int8-static: passed" in written.getvalue()
+        assert ("2 steps" in written.getvalue()) is terminal
+        assert ("of 30 s" in written.getvalue()) is terminal

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from wherry_shared.errors import WherryError
 
@@ -48,6 +52,31 @@ def _warn_unstated(attribution: str, licence: str) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+@contextlib.contextmanager
+def _told(seconds: float) -> Iterator[Callable[[str], None]]:
+    """Give what tells each step: a line each, and on a terminal below them a bar of the time that is left to it."""
+    if not err.is_terminal:
+        yield lambda text: err.print(text, style="dim", markup=False)
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    began = time.monotonic()
+    columns = (
+        TextColumn("{task.fields[step]} steps"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("of {task.total:.0f} s"),
+    )
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task("search", total=seconds, step=0)
+
+        def say(text: str) -> None:
+            progress.print(Text(text, style="dim"))
+            progress.update(task, completed=time.monotonic() - began, step=progress.tasks[0].fields["step"] + 1)
+
+        yield say
 
 
 @app.command()
@@ -146,30 +175,31 @@ def auto(
             name, version, licence, attribution, source, processing=processing, files=assets.named(asset or [])
         )
     pairs = [text.partition("=") for text in state or []]
-    result = search_all(
-        model,
-        data,
-        metric=metric,
-        outputs=metric_output or [],
-        drop_max=max_drop,
-        floor=floor,
-        error_max=max_error,
-        strict=strict,
-        targets=target or [],
-        output=output,
-        release=release,
-        cache=cache,
-        prefer=prefer,  # type: ignore[arg-type]  # checked above
-        seconds_max=seconds,
-        workers=workers,
-        prune=prune,
-        state={name: of for name, _, of in pairs},
-        label=label,
-        reported=reported,
-        memory_bytes_max=int(memory_gb * 2**30),
-        seed=seed,
-        say=lambda text: err.print(text, style="dim", markup=False),
-    )
+    with _told(seconds * max(1, len(target or []))) as say:
+        result = search_all(
+            model,
+            data,
+            metric=metric,
+            outputs=metric_output or [],
+            drop_max=max_drop,
+            floor=floor,
+            error_max=max_error,
+            strict=strict,
+            targets=target or [],
+            output=output,
+            release=release,
+            cache=cache,
+            prefer=prefer,  # type: ignore[arg-type]  # checked above
+            seconds_max=seconds,
+            workers=workers,
+            prune=prune,
+            state={name: of for name, _, of in pairs},
+            label=label,
+            reported=reported,
+            memory_bytes_max=int(memory_gb * 2**30),
+            seed=seed,
+            say=say,
+        )
     if as_json:
         _print_json(card.as_dict(result))
         return

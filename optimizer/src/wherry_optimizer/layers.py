@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ import numpy.typing as npt
 import onnx
 
 from wherry_optimizer.activations import Taps, rows_of
-from wherry_optimizer.model import prepare, read_onnx
 
 COLUMNS_MAX = 8192
 """Layers with more inputs than this are left alone: H would not fit."""
@@ -99,7 +97,7 @@ def from_matrix(matrix: Matrix, shape: tuple[int, ...], layer: Layer) -> Array:
 
 
 def hessians(
-    path: Path,
+    model: onnx.ModelProto,
     layers: Sequence[Layer],
     weights: Mapping[str, onnx.TensorProto],
     calls: Sequence[Mapping[str, Array]],
@@ -109,7 +107,7 @@ def hessians(
     """Run the model on calls with the layers' inputs as outputs and add up x xᵀ for each.
 
     Args:
-        path: the model, as it was before it was prepared.
+        model: prepared, its weights as they were.
         layers: of it.
         weights: its initializers.
         calls: calibration inputs.
@@ -118,7 +116,7 @@ def hessians(
     """
     rng = np.random.default_rng(seed)
     sums: dict[str, npt.NDArray[np.float32]] = {}
-    taps = Taps(prepare(read_onnx(path)), {layer.input for layer in layers})
+    taps = Taps(model, {layer.input for layer in layers})
     for sample in calls:
         values = taps.run(sample)
         for layer in layers:

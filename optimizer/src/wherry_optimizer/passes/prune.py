@@ -97,7 +97,7 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
             consequence="the variant would be the source again",
             next_step="raise error_max of the pass, or take it out of the recipe",
         )
-    gathered = hessians(path, layers, weights, work.calibration[: parameters.samples], parameters.positions, work.seed)
+    gathered = hessians(model, layers, weights, work.calibration[: parameters.samples], parameters.positions, work.seed)
     report: list[dict[str, Any]] = []
     for layer in layers:
         tensor = weights[layer.weight]

@@ -62,7 +62,7 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
     large = find(model.graph, weights, parameters.minimum_elements)
     layers = [layer for layer in large if not excluded(layer.name, parameters.exclude)]
     calls = work.calibration[: parameters.samples]
-    gathered = hessians(path, layers, weights, calls, parameters.positions, work.seed) if layers else {}
+    gathered = hessians(model, layers, weights, calls, parameters.positions, work.seed) if layers else {}
     report: list[dict[str, Any]] = []
     for layer in layers:
         tensor = weights[layer.weight]
