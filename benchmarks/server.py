@@ -52,7 +52,7 @@ from wherry_server.settings import Settings  # noqa: E402
 OUT = ROOT / "build" / "bench" / "server.json"
 TELEMETRY_S_MAX = 120.0
 STAGE_S_MAX = 300.0
-START_S_MAX = 60.0
+START_S_MAX = 180.0
 _PUBLISHED = "SELECT CASE WHEN EXISTS (SELECT 1 FROM unpublished) THEN 0 ELSE (SELECT count(*) FROM offer) END"
 """Offers that the broker has, once it has all of them: counting them meanwhile would cost what is measured."""
 ROWS = 20_000
