@@ -72,8 +72,8 @@ def dark(tmp_path: Path) -> Iterator[DarkSite]:
 def test_a_fleet_runs_what_no_disk_can_read(dark: DarkSite) -> None:
     version, plain = dark.release_dark()
     number = dark.begin(version, trial={**TRIAL, "max_s": 1}, **TERMS)
-    waiting = dark.until("near", "waiting")
-    assert waiting["reason"] == reasons.KEY_MISSING, "the role is off: no weights were asked for"
+    waiting = dark.until("near", "waiting to try again")
+    assert waiting["trouble"]["reason"] == reasons.KEY_MISSING, "the role is off: no weights were asked for"
     assert dark.downloaded("near") == 0
     dark.start_role()
     wait_for("the download to begin", lambda: dark.downloaded("near") or dark.serves("near") == version, WAIT_S)
