@@ -23,6 +23,7 @@ from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 
 from tests.agent.builders import offered
 from tests.trust_kit import FACTS, MODEL, Workstation, digest, write_bundle
+from wherry_agent import sealing
 from wherry_server import trust_offline, trust_rules
 from wherry_server.plan import parse_plan
 from wherry_server.targeting import parse_selector
@@ -40,6 +41,9 @@ PEAK_BYTES_MAX = 64 * 1024 * 1024
 """Memory that one input of at most some hundred KB may make a parser take."""
 DEVICE = "A" * 22
 KEY = b"k" * 32
+
+
+SEAL = sealing.Seal(bytes(32), "migrate")
 
 
 @dataclass(frozen=True)
@@ -175,6 +179,11 @@ def parsers(folder: Path) -> list[Parser]:
             "wire frame",
             lambda data: frames.unseal(KEY, "report", DEVICE, data),
             [frames.seal(KEY, "report", DEVICE, b'{"a":1}')],
+        ),
+        Parser(
+            "sealed record",
+            lambda data: tuple(sealing.opened(SEAL, "journal", data)),
+            [SEAL.close("journal", b'{"a":1}', 7), SEAL.close("journal", b"", 8)],
         ),
         Parser("plan", parse_plan, [json.dumps(plan).encode()], msgspec.json.encode),
         Parser("selector", lambda data: parse_selector(data.decode("utf-8", "replace")), selectors),

@@ -11,6 +11,8 @@ import json
 import socket
 import sqlite3
 import struct
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -112,11 +114,29 @@ def test_nothing_that_was_asked_is_in_anything_that_is_sent(tmp_path: Path) -> N
             assert b"requests failed" in everything, "the failure itself is told"
             assert b"out of data bounds" in everything, "in words"
             assert not leaked(api, broker)
+            check_that_no_secret_was_told(device, broker)
             check_that_a_sample_needs_the_offer_and_the_owner(server, device, api, broker)
         finally:
             if device.child.poll() is None:
                 device.child.kill()
                 device.child.wait(10)
+
+
+def check_that_no_secret_was_told(device: Agent, broker: Recorder) -> None:
+    """Neither by a message of the broker's, nor in the log of the supervisor and its children, nor in what the doctor says."""
+    known = identity.load(device.home)
+    assert known is not None
+    key = (identity.pair_folder(device.home, known) / identity.KEY_FILE).read_text().splitlines()[2]
+    doctor = [sys.executable, "-m", "wherry_agent.cli", "doctor", "--json", "--home", str(device.home)]
+    told = {
+        "broker": bytes(broker.said).decode("latin-1"),
+        "log": device.log.read_text(),
+        "doctor": subprocess.run(doctor, capture_output=True, text=True, timeout=120).stdout,
+    }
+    secrets = {"bearer": known.bearer, "frame key": known.mac_key, "private key": key, "token": device.site.enrolment}
+    assert all(told.values())
+    for place, text in told.items():
+        assert not [name for name, secret in secrets.items() if secret in text], place
 
 
 def check_that_a_sample_needs_the_offer_and_the_owner(
