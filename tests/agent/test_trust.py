@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import shutil
 import time
+import tracemalloc
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from securesystemslib.signer import CryptoSigner
+from tuf.api import exceptions
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timestamp
 
-from tests.trust_kit import MODEL, Answer, LittleServer, Workstation, digest, expires, release, with_publisher
+from tests.trust_kit import (
+    MODEL,
+    Answer,
+    LittleServer,
+    Workstation,
+    digest,
+    expires,
+    little_server,
+    release,
+    with_publisher,
+)
 from wherry_agent.children import Trust as Word
 from wherry_agent.courier_http import Http
 from wherry_agent.disk import Disk
-from wherry_agent.trust import Keeper, Known, Policy
+from wherry_agent.trust import Keeper, Known, Online, Policy
 from wherry_server.trust import Trust
 from wherry_shared import key_files
 from wherry_shared.errors import RefusedError, UnreachableError
@@ -408,3 +421,38 @@ def test_the_reference_time_reaches_the_updater(device: Device):
     with device.keeper().online() as session:
         moment = datetime.fromtimestamp(device.wall_s, UTC)
         assert abs(session._updater._trusted_set.reference_time - moment) < timedelta(seconds=1)
+
+
+# --- compressed metadata --------------------------------------------------------------------------
+
+
+def fetched(body: bytes, encoding: str = "gzip", bound: int = 1_000_000) -> bytes:
+    """Fetch one file from a server that answers so; python-tuf counts what comes against `bound`."""
+    with little_server(lambda _path, _headers: Answer(200, body, {"Content-Encoding": encoding})) as web:
+        return Online(Http(), Path()).download_bytes(f"{web.url}/1.snapshot.json", bound)
+
+
+@pytest.mark.parametrize("size", [0, 1, 9_000, 64 * 1024, 64 * 1024 + 1, 500_000])
+def test_metadata_come_compressed(size: int) -> None:
+    text = (b'"publisher0-7f.json":{"version":1},' * (size // 30 + 1))[:size]
+    assert fetched(gzip.compress(text)) == text
+    assert fetched(text, "identity") == text
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (gzip.compress(b"x" * 1000)[:-9], exceptions.DownloadError),
+        (b"not gzip at all", exceptions.DownloadError),
+        (gzip.compress(bytes(200_000_000)), exceptions.DownloadLengthMismatchError),
+    ],
+    ids=["cut short", "something else", "a bomb"],
+)
+def test_what_is_badly_compressed_is_refused_in_bounds(body: bytes, error: type[Exception]) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(error):
+            fetched(body)
+        assert tracemalloc.get_traced_memory()[1] < 8_000_000
+    finally:
+        tracemalloc.stop()

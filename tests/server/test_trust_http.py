@@ -102,3 +102,18 @@ def test_publishers_set_policies_and_renew_by_command(server: Running, tmp_path:
     }
     assert said(server, "trust", "renew", "--key", str(place)) == {"roles": [signed.publisher, signed.role]}
     assert said(server, "trust", "repair", "--key", str(place)) == {"roles": []}
+
+
+def test_who_takes_gzip_gets_metadata_compressed(server: Running) -> None:
+    with server.http() as http:
+        plain = http.get("/tuf/default/1.root.json", headers={"Accept-Encoding": "identity"})
+        packed = http.get("/tuf/default/1.root.json", headers={"Accept-Encoding": "gzip"})
+        assert "content-encoding" not in plain.headers
+        assert packed.headers["content-encoding"] == "gzip"
+        assert int(packed.headers["content-length"]) < int(plain.headers["content-length"]) * 0.6
+        assert packed.content == plain.content
+        assert plain.headers["vary"] == packed.headers["vary"] == "Accept-Encoding"
+        again = http.get("/tuf/default/1.root.json", headers={"If-None-Match": packed.headers["etag"]})
+        assert again.status_code == 304
+        stamp = http.get("/tuf/default/timestamp.json", headers={"Accept-Encoding": "gzip"})
+        assert "content-encoding" not in stamp.headers, "it is small, and asked for again by its tag"
