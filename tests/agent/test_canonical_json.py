@@ -38,6 +38,7 @@ def test_it_is_the_same_text(value: Any) -> None:
         {"b": 1, "a": [True, None, "x"]},
         'quote " and \\ and \n and \t and \x00 and \x7f and é and 😀',
         {"é": 1, "e": 2, "z": 3, "\uffff": 4, "😀": 5},
+        {"null": None, "a": [False, 2**63, 2**64, -(2**63) - 1]},
         ["1.5", ":1.5", ",2e3", "[NaN", 10**40, -1],
         {"": {}},
         [],
@@ -54,8 +55,14 @@ def test_what_has_no_canonical_form_has_none_here(value: Any) -> None:
 
 
 def test_the_courier_verifies_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(canonical_json._encoder, "encode", lambda value: asked.append(value) or "{}")
+    asked: list[object] = []
+
+    class Asked:
+        def encode(self, value: object) -> bytes:
+            asked.append(value)
+            return b"{}"
+
+    monkeypatch.setattr(canonical_json, "_encoder", Asked())
     assert trust.Online
     assert Metadata(Snapshot()).signed_bytes == b"{}"
     assert asked
