@@ -145,7 +145,7 @@ def test_a_crash_of_its_own_counts_and_one_of_another_does_not() -> None:
     assert phase.crashes == 1
     state, _ = run(state, served(state, "1.1.0"))
     shown = status.render({"running": False, **status.describe(state, now())})
-    assert "0 requests, 0 errors, the worker died 1 times" in shown
+    assert "0 requests, 0 errors, the worker died once" in shown
     state = again(state, died((MODEL, "1.1.0")))
     assert isinstance(state.models[MODEL].phase, s.Returning)
 

@@ -336,7 +336,7 @@ def render(shown: dict[str, Any]) -> str:
             lines.append(f"  group     {model['group']}, all or none")
         if "trial" in model:
             trial = model["trial"]
-            crashes = f", the worker died {trial['crashes']} times" if trial.get("crashes") else ""
+            crashes = f", the worker died {_times(trial['crashes'])}" if trial.get("crashes") else ""
             lines.append(f"  trial     {_how(trial)}{trial['requests']} requests, {trial['errors']} errors{crashes}")
             if "compared" in trial:
                 agreed = f"{trial['agreed']} of {trial['compared']} answers agree with the incumbent's"
@@ -355,11 +355,15 @@ def render(shown: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
 def deaths_words(deaths: dict[str, Any]) -> str:
     """Say in words how often the worker died outside trials, and whose run it was."""
     running = ", ".join(f"{model} in {times}" for model, times in sorted(deaths["while_running"].items()))
     what = f", while it ran {running} of them" if running else ""
-    return f"died {deaths['count']} times of late{what}; {deaths['at_most']} are allowed"
+    return f"died {_times(deaths['count'])} of late{what}; {deaths['at_most']} are allowed"
 
 
 def _certificate(certificate: dict[str, str]) -> list[str]:
