@@ -26,11 +26,13 @@ from tests.trust_kit import Answer, little_server
 from wherry_agent import cli, doctor, identity, status
 from wherry_agent import state as s
 from wherry_agent.children import Trust
+from wherry_agent.courier_enrol import bring_in_line
 from wherry_agent.disk import Disk
 from wherry_agent.doctor import Patient, examine
 from wherry_agent.identity import Identity
 from wherry_agent.journal import Journal
 from wherry_agent.mirrors import Mirrors
+from wherry_agent.sealing import Seal
 from wherry_agent.settings import Settings
 from wherry_agent.store import Store
 from wherry_agent.telemetry import Buffer
@@ -470,3 +472,31 @@ def test_the_command_says_it_to_programs_and_by_its_exit_code(home: Home, capsys
     text = capsys.readouterr().out
     assert "BAD  store" in text
     assert "→ the agent fetches it again" in text
+
+
+def test_the_doctor_says_how_the_disk_is_sealed_and_what_is_next(home: Home, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    source = f"file:{key}"
+    assert found(home, "at_rest") == ("ok", "not encrypted")
+    level, detail = found(home, "at_rest", at_rest_key=source, at_rest="migrate")
+    assert (level, "at_rest_key_unavailable" in detail) == ("bad", True)
+    key.write_bytes(bytes(32))
+    key.chmod(0o644)
+    assert "at_rest_key_open" in found(home, "at_rest", at_rest_key=source, at_rest="migrate")[1]
+    key.chmod(0o600)
+    level, detail = found(home, "at_rest", at_rest_key=source, at_rest="migrate")
+    assert (level, "not sealed yet: journal.json" in detail) == ("note", True)
+    assert found(home, "at_rest", at_rest_key=source, at_rest="on")[0] == "bad", "what is clear is refused there"
+
+    disk = Disk(seal=Seal(bytes(32), "migrate"))
+    bring_in_line(home.path, disk)
+    Journal(disk, home.path / "journal.json").write(home.state)
+    level, detail = found(home, "at_rest", at_rest_key=source, at_rest="migrate")
+    assert (level, 'set at_rest = "on"' in detail) == ("note", True)
+    assert found(home, "at_rest", at_rest_key=source, at_rest="on")[0] == "ok"
+    for check in ("identity", "journal", "broker"):
+        assert found(home, check, at_rest_key=source, at_rest="on")[0] == "ok", f"{check}: it opens all that is sealed"
+    level, detail = found(home, "at_rest")
+    assert (level, "at_rest_key_missing" in detail) == ("bad", True)
+    key.write_bytes(bytes(31) + b"x")
+    assert found(home, "at_rest", at_rest_key=source, at_rest="on")[0] == "bad"
