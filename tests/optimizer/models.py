@@ -242,3 +242,67 @@ def scaling_tflite(path: Path, factor: float, shape: list[int], *, names: tuple[
     builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
     path.write_bytes(bytes(builder.Output()))
     return path
+
+
+def channels_last(path: Path, *, batch: int | str = "N") -> Path:
+    """Write a network over images of (8, 8, 3), channels last, that tells which third of an image is bright.
+
+    Convolutions are turned there and back, as converters from TensorFlow write them; the last layer is fitted.
+    """
+    rng = np.random.default_rng(11)
+    weights = {
+        "first": (rng.normal(0, 1, (24, 3, 3, 3)) / 5).astype(np.float32),
+        "bias": rng.normal(0, 0.1, 24).astype(np.float32),
+        "second": (rng.normal(0, 1, (24, 24, 3, 3)) / 15).astype(np.float32),
+    }
+    there, back = [0, 3, 1, 2], [0, 2, 3, 1]
+    nodes = [
+        helper.make_node("Transpose", ["image"], ["t0"], perm=there),
+        helper.make_node("Conv", ["t0", "first"], ["c0"], name="conv/one", pads=[1] * 4),
+        helper.make_node("Transpose", ["c0"], ["l0"], perm=back),
+        helper.make_node("Add", ["l0", "bias"], ["a0"]),
+        helper.make_node("Relu", ["a0"], ["r0"]),
+        helper.make_node("Transpose", ["r0"], ["t1"], perm=there),
+        helper.make_node("Conv", ["t1", "second"], ["c1"], name="conv/two", pads=[1] * 4, strides=[1, 2]),
+        helper.make_node("Relu", ["c1"], ["r1"]),
+        helper.make_node("Transpose", ["r1"], ["l1"], perm=back),
+        helper.make_node("ReduceMean", ["l1"], ["flat"], axes=[1], keepdims=0),
+        helper.make_node("Reshape", ["flat", "shape"], ["features"]),
+        helper.make_node("MatMul", ["features", "head"], ["scores"], name="head"),
+    ]
+    weights["head"] = np.zeros((96, 3), np.float32)
+
+    def write() -> None:
+        stored = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+        graph = helper.make_graph(
+            nodes,
+            "channels-last",
+            [helper.make_tensor_value_info("image", TensorProto.FLOAT, [batch, 8, 8, 3])],
+            [helper.make_tensor_value_info("scores", TensorProto.FLOAT, [batch, 3])],
+            [*stored, numpy_helper.from_array(np.array([-1, 96], np.int64), "shape")],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+        onnx.checker.check_model(model)
+        onnx.save(model, path)
+
+    write()
+    model = onnx.load(path)
+    model.graph.output.append(helper.make_empty_tensor_value_info("features"))
+    images, labels = bright(400, seed=3)
+    from onnxruntime import InferenceSession
+
+    (features,) = InferenceSession(model.SerializeToString()).run(["features"], {"image": images})
+    fitted, *_ = np.linalg.lstsq(features, np.eye(3)[labels] * 4, rcond=None)
+    weights["head"] = fitted.astype(np.float32)
+    write()
+    return path
+
+
+def bright(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return (count, 8, 8, 3) float32 in [0, 1], and which third of the columns is bright in one of the colours."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, count)
+    images = rng.uniform(0, 0.5, (count, 8, 8, 3)).astype(np.float32)
+    for image, label in zip(images, labels, strict=True):
+        image[:, label * 3 : label * 3 + 2, rng.integers(3)] += 0.5
+    return images, labels

@@ -111,6 +111,29 @@ def depthwise(net: Net) -> str:
     return net.head(net.node("Relu", net.conv(x, 16, 16)), 16)
 
 
+def grouped(net: Net) -> str:
+    """Between two layers of 1 × 1 and beside a shortcut, as in ResNeXt (Xie and others, 2017)."""
+    x = net.node("Relu", net.conv("x", 3, 16))
+    y = net.node("Relu", net.node("Conv", x, net.drawn(24, 16, 1, 1), net.drawn(24)))
+    y = net.node("Relu", net.node("Conv", y, net.drawn(12, 4, 3, 3), net.drawn(12), pads=[1] * 4, group=6))
+    return net.head(net.node("Add", net.node("Conv", y, net.drawn(16, 12, 1, 1)), x), 16)
+
+
+def multiplied(net: Net) -> str:
+    x = net.node("Relu", net.conv("x", 3, 8))
+    return net.head(net.node("Relu", net.node("Conv", x, net.drawn(32, 1, 3, 3), pads=[1] * 4, group=8)), 32)
+
+
+def channels_last(net: Net) -> str:
+    """As converters from TensorFlow write them: images with channels last, turned for each convolution and back."""
+    there, back = [0, 3, 1, 2], [0, 2, 3, 1]
+    x = net.node("Transpose", net.conv(net.node("Transpose", "x", perm=there), 3, 16, bias=False), perm=back)
+    x = net.node("Relu", net.node("Add", x, net.drawn(16)))
+    x = net.node("Transpose", net.conv(net.node("Transpose", x, perm=there), 16, 16), perm=back)
+    x = net.node("ReduceMean", net.node("Relu", x), axes=[1, 2], keepdims=0)
+    return net.node("MatMul", x, net.drawn(16, 4))
+
+
 def normalised(net: Net) -> str:
     x = net.conv("x", 3, 16, bias=False)
     scale = [net.keep(net.rng.uniform(0.5, 1.5, 16)) for _ in range(4)]
@@ -153,6 +176,9 @@ def attention(net: Net) -> str:
         (residual, IMAGE, 2),
         (concatenated, IMAGE, 3),
         (depthwise, IMAGE, 2),
+        (grouped, IMAGE, 2),
+        (multiplied, IMAGE, 1),
+        (channels_last, [8, 8, 3], 2),
         (normalised, IMAGE, 2),
         (gated, IMAGE, 3),
         (parted, IMAGE, 4),
@@ -218,9 +244,16 @@ def reasons_of(path: Path) -> str:
     return "; ".join(sorted({group.reason for group in analyse(model.graph, shapes).groups if group.reason}))
 
 
-def grouped(net: Net) -> str:
-    x = net.node("Relu", net.conv("x", 3, 16))
-    return net.head(net.node("Conv", x, net.drawn(16, 4, 3, 3), pads=[1] * 4, group=4), 16)
+def shared_blocks(net: Net) -> str:
+    weight = net.drawn(16, 4, 3, 3)
+    x = net.node("Conv", net.node("Relu", net.conv("x", 3, 16)), weight, pads=[1] * 4, group=4)
+    return net.head(net.node("Conv", x, weight, pads=[1] * 4, group=4), 16)
+
+
+def layer_normalised(net: Net) -> str:
+    x = net.node("Transpose", net.conv("x", 3, 16), perm=[0, 2, 3, 1])
+    x = net.node("LayerNormalization", x, net.drawn(16), net.drawn(16), axis=-1)
+    return net.head(net.node("Transpose", x, perm=[0, 3, 1, 2]), 16)
 
 
 def over_channels(net: Net) -> str:
@@ -238,7 +271,8 @@ def unknown(net: Net) -> str:
 @pytest.mark.parametrize(
     ("build", "why"),
     [
-        (grouped, "grouped convolution conv2 is not followed"),
+        (shared_blocks, "grouped convolution conv2 is not followed: its weight is shared"),
+        (layer_normalised, "LayerNormalization layernormalization2 normalises over them"),
         (over_channels, "Softmax softmax1 works along them"),
         (with_input, "joins them with 'x', which cannot lose any"),
         (unknown, "it goes through LRN lrn1, whose channels are not followed"),
@@ -247,7 +281,24 @@ def unknown(net: Net) -> str:
 )
 def test_what_cannot_be_followed_is_left_alone_with_the_reason(build: Any, why: str, tmp_path: Path) -> None:
     net = Net(IMAGE)
-    assert why in reasons_of(net.save(tmp_path / "m.onnx", build(net)))
+    assert why in reasons_of(net.save(tmp_path / "m.onnx", build(net), opset=17))
+
+
+def test_a_layer_norm_along_other_axes_changes_nothing(tmp_path: Path) -> None:
+    net = Net(IMAGE)
+    x = net.node("LayerNormalization", net.node("Relu", net.conv("x", 3, 16)), net.drawn(8), net.drawn(8), axis=-1)
+    path = net.save(tmp_path / "m.onnx", net.head(x, 16), opset=17)
+    assert prune(path, IMAGE).notes["layers"][0]["removed"] == 8
+
+
+def test_blocks_of_a_grouped_convolution_go_as_a_whole(tmp_path: Path) -> None:
+    net = Net(IMAGE)
+    path = net.save(tmp_path / "m.onnx", grouped(net))
+    made = prune(path, IMAGE).path
+    (node,) = [one for one in onnx.load(made).graph.node if any(item.name == "group" for item in one.attribute)]
+    assert next(item.i for item in node.attribute if item.name == "group") == 3
+    dims = widths(made)
+    assert dims[node.name] == [6, 4, 3, 3]
 
 
 def test_a_network_of_which_nothing_can_go_is_refused_with_the_reasons(tmp_path: Path) -> None:

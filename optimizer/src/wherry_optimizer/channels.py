@@ -3,7 +3,7 @@
 Every tensor that can lose channels carries *atoms* along one axis: a number for each position. Layers with weights make
 fresh atoms for their outputs; operators hand them on (activations, pooling, normalisation, depthwise convolution), join those
 of two tensors position by position (residual additions, gates), line them up (concatenation), cut them (split), repeat
-them (flattening) or weld several into one (the dimensions of an attention head). Atoms that were joined are one *class*: they
+them (flattening) or weld several into one (the dimensions of an attention head, the blocks of a grouped convolution). Atoms that were joined are one *class*: they
 go together. What an operator does with a class that this module does not know *freezes* it, with the reason, and everything
 that hangs on it stays as it is.
 
@@ -87,7 +87,7 @@ class Cut:
     """For a shape: the index of the entry, which becomes the number of atoms that are left times `per`."""
     per: int = 1
     node: str = ""
-    """In place of a tensor: the depthwise convolution with this output, whose `group` is their number."""
+    """In place of a tensor: the grouped convolution with this output, whose `group` is their number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +226,8 @@ class _Analysis:
             for parameter in node.input[1:]:
                 self.cuts.append(Cut(parameter, 0, carried.atoms))
             self.carried[node.output[0]] = carried
+        elif kind == "LayerNormalization":
+            self.layer_norm(node, name, attributes)
         elif kind == "Concat":
             self.concat(node, name, attributes)
         elif kind == "Split":
@@ -265,22 +267,18 @@ class _Analysis:
         group = int(attributes.get("group", 1))
         carried = self.carried.get(node.input[0])
         plain = self.weights[weight].data_type == onnx.TensorProto.FLOAT and (not bias or bias in self.weights)
-        if (
-            kind == "Conv"
-            and group > 1
-            and carried is not None
-            and plain
-            and not shared
-            and group == dims[0]
-            and dims[1] == 1
-        ):
-            self.cuts += [Cut(weight, 0, carried.atoms), *([Cut(bias, 0, carried.atoms)] if bias else [])]
-            self.cuts.append(Cut("", 0, carried.atoms, node=node.output[0]))
-            self.carried[node.output[0]] = carried
+        whole = carried is not None and carried.axis == 1 and len(carried.atoms) == group * dims[1]
+        if kind == "Conv" and group > 1 and carried is not None and whole and plain and not shared:
+            self.blocks(node, carried, group, dims[0])
             return
         if group > 1 or not plain or shared or rank == 0 or (kind in ("Gemm", "MatMul") and len(dims) != 2):
-            why = "grouped convolution" if group > 1 else f"{kind} with a weight that is shared or not plain"
-            self.give_up(node, f"{why} {name} is not followed")
+            what = "grouped convolution" if group > 1 else kind
+            why = (
+                "its weight is shared or not plain"
+                if not plain or shared
+                else "its input is not, or its weight has an odd shape"
+            )
+            self.give_up(node, f"{what} {name} is not followed: {why}")
             return
         into, out = _axes(kind, attributes)
         if into < 0:
@@ -304,6 +302,32 @@ class _Analysis:
             else:
                 self.freeze_atoms(atoms, f"the bias of {name} has a shape of its own or is shared")
         self.carried[node.output[0]] = Carried(1 if kind in ("Conv", "ConvTranspose") else rank - 1, rank, atoms)
+
+    def blocks(self, node: onnx.NodeProto, carried: Carried, group: int, outputs: int) -> None:
+        """A grouped convolution: each block of inputs makes a block of outputs, and both go as a whole or not at all.
+
+        Of a depthwise one a block is a single channel. Taking as many out of each block instead would tie channels together
+        that have nothing to do with each other.
+        """
+        rows = carried.atoms.reshape(group, -1)
+        for row in rows:
+            self.join(row[1:], np.full(len(row) - 1, row[0]))
+        made = np.repeat(rows[:, 0], outputs // group)
+        self.cuts += [Cut(name, 0, made) for name in node.input[1:] if name]
+        self.cuts.append(Cut("", 0, rows[:, 0], node=node.output[0]))
+        self.carried[node.output[0]] = Carried(1, carried.rank, made)
+
+    def layer_norm(self, node: onnx.NodeProto, name: str, attributes: dict[str, Any]) -> None:
+        """Along other axes than the channels' it changes nothing; over them it would see another mean without some."""
+        carried = self.carried.get(node.input[0])
+        axis = int(attributes.get("axis", -1))
+        if carried is None or len(node.output) > 1 or carried.axis >= axis % carried.rank:
+            self.give_up(
+                node,
+                f"LayerNormalization {name} normalises over them: without some, mean and variance of all are others",
+            )
+            return
+        self.carried[node.output[0]] = carried
 
     def pair(self, node: onnx.NodeProto, name: str, kind: str) -> None:
         """Element by element, with broadcasting from the right."""

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wherry_optimizer.recipe import Hints, InputHint, OutputHint
+from wherry_shared import operations
 from wherry_shared.bundle import Bounds, Format, Interface, TensorSpec, axis_bounds
 from wherry_shared.engines import bf16
 from wherry_shared.engines import load as open_session
@@ -38,6 +39,9 @@ AXIS_TRIED = (1, 2, 4, 8, 16, 32, 64, 128, 224, 256, 512, 1024)
 """Lengths with which dynamic axes are tried until the model runs."""
 TEXT_TRIED = "0"
 """What text inputs are while axes are tried, if there is no sample: models that take numbers as text run on it as well."""
+IMAGE_CHANNELS = (1, 3, 4)
+"""Lengths of an axis that is taken for the channels of an image."""
+IMAGE_DATATYPES = ("FP32", "FP16", "UINT8")
 _GENERATED = re.compile(r"unk_|\?|dynamic|dyn|axis|dim_?\d|None|-1|\W*$", re.IGNORECASE)
 _BATCH_WORDS = {"batch", "batch_size", "batchsize", "bs", "n", "b"}
 
@@ -103,6 +107,37 @@ def fit(path: Path, format_: Format, tensors: Mapping[str, str], interface: Inte
     finally:
         session.close()
     return Fitted(interface, _only_renamed(tensors), batch)
+
+
+def layout_of(spec: TensorSpec) -> str:
+    """Return `NHWC` or `NCHW` of an image input: as declared, else by the end that has a number of channels.
+
+    Empty where there are no four axes, or both ends could be it.
+    """
+    if spec.layout is not None:
+        return spec.layout
+    if len(spec.shape) != 4 or spec.datatype not in IMAGE_DATATYPES:
+        return ""
+    second, last = (spec.shape[axis] in IMAGE_CHANNELS for axis in (1, 3))
+    return "" if second == last else "NHWC" if last else "NCHW"
+
+
+def check_layouts(steps: Sequence[operations.Step], interface: Interface) -> None:
+    """Check that a chain brings the channels of images to where the model has them.
+
+    Raises:
+        RefusedError: `processing_layout`.
+    """
+    last = {step.tensor: step.parameters.to for step in steps if isinstance(step.parameters, operations.Layout)}
+    for spec in interface.inputs:
+        given, wanted = last.get(spec.name, ""), layout_of(spec)
+        if {given, wanted} == {"NHWC", "NCHW"}:
+            raise RefusedError(
+                "processing_layout",
+                f"preprocess gives {spec.name!r} as {given}, the model takes {wanted} {list(spec.shape)}",
+                consequence="nothing was packed: applications would feed it channels for rows",
+                next_step=f"let the operation layout end in {wanted}, or declare layout under [interface.inputs.{spec.name}]",
+            )
 
 
 def synthetic(

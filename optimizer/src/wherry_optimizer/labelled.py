@@ -20,6 +20,7 @@ from wherry_optimizer import metrics
 from wherry_optimizer.data import Dataset, Sample, check_samples
 from wherry_optimizer.data.npz import read_arrays, split_samples
 from wherry_optimizer.evaluate import AGREEMENT
+from wherry_optimizer.interface import layout_of
 from wherry_optimizer.metrics import find_function
 from wherry_optimizer.recipe import DataOf
 from wherry_shared.bundle import Interface, TensorSpec
@@ -268,7 +269,7 @@ def _folder(path: Path, interface: Interface) -> list[Sample]:
                 except (OSError, ValueError) as error:
                     raise _bad("data_invalid", f"{name}/{file.name} is no plain array: {error}") from error
             elif file.suffix.lower() in IMAGES:
-                value = _image(file, spec.shape)
+                value = _image(file, spec.shape, last=layout_of(spec) == "NHWC")
             else:
                 continue
             value = value.astype(DTYPES[spec.datatype], copy=False)
@@ -276,7 +277,7 @@ def _folder(path: Path, interface: Interface) -> list[Sample]:
     return samples
 
 
-def _image(file: Path, shape: Sequence[int | str]) -> Array:
+def _image(file: Path, shape: Sequence[int | str], *, last: bool) -> Array:
     """Return an image as floats in [0, 1], channels where the model has them, resized where its size is fixed."""
     try:
         from PIL import Image
@@ -284,11 +285,10 @@ def _image(file: Path, shape: Sequence[int | str]) -> Array:
         raise _bad(
             "extra_missing", "images need Pillow: pip install wherry-optimizer[images], or give .npy files"
         ) from error
-    last = shape[-1] in (1, 3)
     height, width = (shape[1], shape[2]) if last else (shape[2], shape[3])
     channels = shape[3] if last else shape[1]
     with Image.open(file) as opened:
-        image = opened.convert("L" if channels == 1 else "RGB")
+        image = opened.convert("L" if channels == 1 else "RGBA" if channels == 4 else "RGB")
         if isinstance(height, int) and isinstance(width, int):
             image = image.resize((width, height))
         value = np.asarray(image, dtype=np.float32) / 255.0

@@ -119,7 +119,7 @@ def write_bundle(
     """
     check_name(name, "name")
     parse_version(version)
-    operations.steps_of(preprocess, interface, "preprocess")
+    interfaces.check_layouts(operations.steps_of(preprocess, interface, "preprocess"), interface)
     operations.steps_of(postprocess, interface, "postprocess")
     target = check_target(output, name, version)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -153,7 +153,8 @@ class _Build:
             self.cache.engines = self.cache.engines or probe()
             engines = self.cache.engines
             interface, fits = self.fit(sources, files)
-            operations.steps_of(recipe.preprocess.chain("preprocess"), interface, "preprocess")
+            steps = operations.steps_of(recipe.preprocess.chain("preprocess"), interface, "preprocess")
+            interfaces.check_layouts(steps, interface)
             operations.steps_of(recipe.postprocess.chain("postprocess"), interface, "postprocess")
             dataset = self.data(interface)
             interface = self.label(interface, dataset)
