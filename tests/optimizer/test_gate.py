@@ -108,12 +108,12 @@ def test_confirming_again_is_paid_by_a_wider_interval() -> None:
 @pytest.mark.parametrize("tries", [1, 3])
 def test_bad_variants_are_let_through_no_more_often_than_the_risks_say(tries: int) -> None:
     """Short lists of variants whose drop is exactly at the limit, all on one test split."""
-    budget, through, lists = gate.Budget(0.05, upper_factor=2.0), 0, 150
+    budget, through, lists = gate.Budget(0.05, upper_factor=2.0), 0, 120
     for seed in range(lists):
         rng = np.random.default_rng(seed)
-        source = np.ones(600)
+        source = np.ones(200)
         for number in range(tries):
-            own = (rng.random(600) >= 0.1).astype(float)
+            own = (rng.random(200) >= 0.1).astype(float)
             found = gate.compare(MEAN.value, own.tolist(), source.tolist(), confidence=gate.confidence_of(number))
             if gate.confirm(found, 0.1, budget, "accuracy").passed:
                 through += 1
