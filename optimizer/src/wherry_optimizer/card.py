@@ -148,7 +148,7 @@ def of_build(result: BuildResult) -> dict[str, Any]:
             "recipe": {
                 "about": "The variants that the recipe names",
                 "chosen": "",
-                "reason": "each that passed its gate and was confirmed is in the bundle",
+                "reason": "Each that passed its gate and was confirmed is in the bundle",
                 "confirmations": confirmations,
                 "candidates": rows,
             }
