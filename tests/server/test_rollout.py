@@ -306,6 +306,7 @@ def told(evidence: Evidence, progress: Progress) -> int:
     return evidence.stage(progress.stage).ever - sum(waiting)
 
 
+BACK = {"hold": "unconfirmed", "revert_stage": "stage", "revert_all": "all"}
 WORLDS = (plans, devices, commands, st.integers(0, 2**32), st.integers(1, 10), st.integers(0, 3))
 """A rollout from start to end: plan, fleet, orders, chance, devices of one transaction, reboots."""
 
@@ -350,6 +351,9 @@ def test_whatever_happens_a_rollout_is_bounded_final_and_ends(
         if breached:
             assert not exposing, "nothing widens after a breach"
             assert not promoting, "nothing is promoted after a breach"
+        if after.state == "returning" and before.state != "returning" and after.reason.endswith("_bound"):
+            scopes = [one.scope for one in decisions if isinstance(one, Withdraw)]
+            assert scopes == [BACK[plan.on_halt]], "a breach takes back whom the plan says"
         assert all(after.cut_offs.get(name, 0) >= at for name, at in before.cut_offs.items()), "a cut-off fell"
         second = after.promoting and not before.promoting
         assert second or before.stage <= after.stage <= before.stage + 1
