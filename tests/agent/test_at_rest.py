@@ -6,6 +6,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,12 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from tests.agent.builders import confirmed
+from tests.agent.serving_kit import until
 from tests.agent.test_telemetry import message
 from tests.services import needs
 from tests.tpm_kit import software_tpm
-from wherry_agent import cipher, identity, marks, platform_key, sealing
+from tests.trust_kit import running_server
+from wherry_agent import cipher, identity, marks, platform_key, sealing, status
 from wherry_agent.courier_enrol import bring_in_line, device_key
 from wherry_agent.disk import Disk
 from wherry_agent.journal import Journal
@@ -467,3 +470,41 @@ def test_a_tpm_gives_out_the_key_and_no_other_does(tmp_path: Path, monkeypatch: 
         assert refused("tpm2:0x81010001").code == "at_rest_key_unavailable"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "tpm2-tools" in refused("tpm2:0x81010001").next_step
+
+
+# --- the whole agent ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_real_agent_gets_a_key_keeps_it_and_gives_it_up(tmp_path: Path) -> None:
+    """Its courier brings identity and private key in line, while it serves; the next life reads what this one wrote."""
+    home, key, config = tmp_path / "home", tmp_path / "key", tmp_path / "agent.toml"
+    key.write_bytes(KEY)
+    key.chmod(0o600)
+    names = ("journal.json", "identity/device.json", "identity/device.copy.json", "identity/key.pem")
+    with running_server(tmp_path / "server") as server:
+        argv = [sys.executable, "-m", "wherry_agent.cli", "run", "--home", str(home), "--config", str(config)]
+        argv += ["--server", server.url, "--token", server.enrolment_token, "--name", "lamp", "--http-port", "0"]
+        for mode in ("", "migrate", "on", "off", ""):
+            at_rest = f'at_rest_key = "file:{key}"\nat_rest = "{mode}"\n' if mode else ""
+            config.write_text(at_rest, encoding="utf-8")
+            wished = mode in ("migrate", "on")
+
+            def in_line(wished: bool = wished, mode: str = mode) -> bool:
+                shown = status.question(home, "status")
+                if shown is None or shown["at_rest"].get("mode", "") != mode:
+                    return False
+                records = [(home / name).read_bytes() for name in names]
+                sealed = [sealing.is_sealed(record) or record.startswith(identity.ENCRYPTED_KEY) for record in records]
+                return sealed == [wished] * len(names)
+
+            with (tmp_path / "log").open("ab") as log, subprocess.Popen(argv, stdout=log, stderr=log) as agent:
+                try:
+                    until(in_line, f"it runs with at_rest = {mode!r} and its records lie so", 120)
+                finally:
+                    agent.terminate()
+            assert agent.returncode == 0, (tmp_path / "log").read_text()
+        config.write_text(f'at_rest_key = "file:{key}"\nat_rest = "on"\n', encoding="utf-8")
+        refused = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+        assert refused.returncode == 1
+        assert "record_clear" in refused.stderr
