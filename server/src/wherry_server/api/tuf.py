@@ -40,7 +40,7 @@ async def tuf_metadata(
     headers = {"ETag": etag, "Cache-Control": "no-cache" if name == "timestamp.json" else FOREVER}
     if etag in {tag.strip().removeprefix("W/") for tag in if_none_match.split(",")}:
         return Response(status_code=304, headers=headers)
-    if len(data) >= PACKED_BYTES_MIN:
+    if name != "timestamp.json" and len(data) >= PACKED_BYTES_MIN:
         headers["Vary"] = "Accept-Encoding"
         if "gzip" in accept_encoding and "gzip;q=0" not in accept_encoding.replace(" ", ""):
             headers |= {"Content-Encoding": "gzip", "ETag": f"W/{etag}"}
