@@ -116,6 +116,7 @@ def device(server: Site) -> Iterator[Agent]:
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_contracts_are_kept_before_anything_is_downloaded_and_flags_outlive_the_server(
     server: Site, device: Agent
 ) -> None:

@@ -32,6 +32,7 @@ class OnReadOnly(Agent):
         return self.child
 
 
+@pytest.mark.slow
 def test_an_agent_on_a_disk_that_takes_no_writes_serves_on_and_says_so(tmp_path: Path) -> None:
     needs_private_mounts()
     with site(tmp_path) as wherry:

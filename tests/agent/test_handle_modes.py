@@ -77,7 +77,7 @@ def test_a_sequence_waits_for_a_version_of_its_process(tmp_path: Path, superviso
     first = loadable(models.tally(tmp_path / "a.onnx"), model="scale", interface=interface)
     supervisor.publish(first, trial="t")
     with supervisor.model() as model:
-        with pytest.raises(UnreachableError, match="on trial in the worker"):
+        with pytest.raises(UnreachableError, match="answers from the worker, where it is on trial"):
             model.run(ONES, sequence="a")
         supervisor.publish_and_settle(first)
         assert model.run(ONES, sequence="a")["y"][0, 0] == 1

@@ -134,6 +134,7 @@ def _steps(call: str, arguments: str) -> Iterator[tuple[str, Path]]:
         yield {"ftruncate": "truncate", "fsync": "fsync"}.get(call, call), Path(found[1])
 
 
+@pytest.mark.slow
 def test_every_durable_step_of_a_whole_agent_goes_through_the_seam(tmp_path: Path, record_property) -> None:
     needs("strace")
     with site(tmp_path) as wherry:

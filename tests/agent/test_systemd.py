@@ -86,6 +86,7 @@ class Watched(Agent):
 
 
 @pytest.mark.services
+@pytest.mark.slow
 def test_an_agent_beats_only_while_its_loop_turns(systemd: Systemd, tmp_path: Path) -> None:
     with site(tmp_path) as server:
         device = Watched(server, "lamp")

@@ -81,6 +81,7 @@ def wherry(data: Path, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_one_line_makes_a_machine_of_the_network_a_device(tmp_path: Path) -> None:
     needs("mosquitto", "curl", "sha256sum")
     data, folder = tmp_path / "data", tmp_path / "device"

@@ -158,6 +158,7 @@ def check_without_engine(device: Installed) -> None:
 
 
 @pytest.mark.services
+@pytest.mark.slow
 def test_the_agent_runs_from_its_wheels_with_what_they_declare(wheels: Path, tmp_path: Path) -> None:
     environment = tmp_path / "environment"
     site_packages = bare(environment)

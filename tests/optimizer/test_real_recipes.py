@@ -10,6 +10,7 @@ from wherry_optimizer import pipeline
 from wherry_shared.engines import probe
 
 
+@pytest.mark.slow
 def test_file_type_gets_an_int8_and_a_pruned_variant_within_budget(tmp_path: Path) -> None:
     result = pipeline.build("file-type-1.1.0", tmp_path)
     assert result.refused == ()

@@ -175,6 +175,8 @@ The client is registered with the redirect address `PUBLIC_URL/auth/callback`; i
 `keys/oidc.secret` of the data folder. The server uses the authorization code flow with PKCE and checks signature (RS256, PS256,
 ES256), issuer, audience, times and nonce of the ID token. Without https only loopback addresses are served.
 
+There is no console: after a login a browser gets `/api/v1/me` and reads the API with its cookie. People work by the command line.
+
 A session ends after `session_hours` (8). A browser keeps it in a cookie (`HttpOnly`, `SameSite=Lax`, over https `Secure` and
 `__Host-`), so a change needs `X-CSRF-Token` too: `csrf_token` of `GET /api/v1/me`. The command line gets a session of its own, after
 the person agreed to it on a page of the server; it is in `~/.config/wherry/login.json`, mode 0600.

@@ -161,6 +161,7 @@ def prepared(tmp_path: Path) -> tuple[Settings, list[FakeDevice]]:
     return settings, stocked(settings)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_stage_it_loses_nothing_acknowledged_and_exposes_nobody_twice(prepared):
     settings, devices = prepared
     wish = {

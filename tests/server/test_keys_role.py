@@ -195,10 +195,8 @@ def test_the_runbook_of_content_keys(server: Running, tmp_path: Path, monkeypatc
         process.terminate()
         assert process.wait(20) == 0
     second = wherry("keys", "rotate", role, "--data", data)["key"]
-    assert {row["key"]: row["here"] for row in wherry("keys", "status", role, "--data", data)} == {
-        first: True,
-        second: True,
-    }
+    here = {row["key"] for row in wherry("keys", "status", role, "--data", data) if row["here"]}
+    assert here == {first, second}, "keys of others may be there, and are not ours"
     assert wherry("keys", "prune", role, "--data", data)["removed"] == [first]
     late = Device(server, "after-the-rotation").assigned(manifest)
     assert wherry("keys", "wrap", role, "--data", data)["wrapped"] == 2

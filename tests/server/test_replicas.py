@@ -55,6 +55,7 @@ def answers(port: int) -> bool:
 
 
 @pytest.mark.services
+@pytest.mark.slow
 def test_two_of_each_role_lose_one_of_each_in_the_middle_of_a_rollout(tmp_path: Path, postgres: Postgres) -> None:
     settings = made(tmp_path / "data", postgres)
     devices = stocked(settings)

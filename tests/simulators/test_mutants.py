@@ -27,7 +27,9 @@ def test_somebody_notices_that(mutant):
     assert fate.rule
 
 
-@pytest.mark.parametrize("seeds", [1, pytest.param(SEEDS, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "seeds", [pytest.param(1, marks=pytest.mark.slow), pytest.param(SEEDS, marks=pytest.mark.soak)]
+)
 def test_the_machine_as_it_is_breaks_no_rule_in_the_same_worlds(seeds):
     fate = mutants.fate(mutants.CONTROL, seeds)
     assert not fate.caught, fate

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import uvloop
-from sqlalchemy import bindparam, delete, func, insert, select, text, update
+from sqlalchemy import String, bindparam, delete, func, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import catalogue, cohorts
@@ -52,7 +52,7 @@ _LACKING = text(
     " AND (a.outcome IN :given OR EXISTS (SELECT 1 FROM assignment n WHERE n.device_id = a.device_id"
     " AND n.model = a.model AND n.from_manifest = a.to_manifest))"
     " LIMIT :count"
-).bindparams(*(bindparam(name, expanding=True) for name in ("given", "ours", "closed")))
+).bindparams(*(bindparam(name, type_=String, expanding=True) for name in ("given", "ours", "closed")))
 """Devices that may read a bundle (as `reading` judges it) and lack a key for one of its blobs."""
 
 
