@@ -315,7 +315,6 @@ def test_a_candidate_under_which_the_agent_goes_down_each_time_is_bad_and_one_th
     assert "device_down" in {bad.reason for bad in state.known_bad}
 
 
-@pytest.mark.slow
 def test_a_server_that_was_away_and_whose_broker_forgot_everything_is_caught_up_with(
     device: Agent, server: Site
 ) -> None:

@@ -79,12 +79,15 @@ def test_no_program_of_the_agent_says_a_secret(server: RunningServer, tmp_path: 
     seal = Seal(KEY, "on") if sealed else None
     config = tmp_path / "agent.toml"
     config.write_text(
-        f'server = "{server.url}"\ntoken = "{server.enrolment_token}"\nlog_level = "debug"\n{at_rest}', encoding="utf-8"
+        f'server = "{server.url}"\ntoken = "{server.enrolment_token}"\nname = "{tmp_path.name[-30:].replace("_", "-")}"\n'
+        f'log_level = "debug"\n{at_rest}',
+        encoding="utf-8",
     )
     common = ["--home", str(home), "--config", str(config)]
     away = "http://127.0.0.1:9"
     said: dict[str, str] = {}
-    said["enrol"] = run("wherry_agent.cli", "enrol", *common)[1]
+    code, said["enrol"] = run("wherry_agent.cli", "enrol", *common)
+    assert code == 0, said["enrol"]
     secrets = secrets_of(home, seal, server.enrolment_token)
     task = {"home": str(home), "server": server.url}
     said["enrol, refused"] = courier(

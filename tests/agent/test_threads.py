@@ -102,3 +102,11 @@ def test_trust_is_asked_for_again_when_there_was_no_thread(tmp_path: Path, refus
     assert daemon._queue.get_nowait() == s.RefreshFailed(reasons.CHILD_FAILED, "no thread can be had")
     daemon._look_again()
     assert "facts" in daemon._timers
+
+
+def test_an_agent_that_is_stopped_while_it_waits_to_enrol_ends(tmp_path: Path) -> None:
+    daemon = Daemon(Settings(home=str(tmp_path)))
+    daemon._queue.put(daemon._look_again)
+    assert not daemon._signalled(5), "there is nothing to look at yet"
+    daemon._queue.put(daemon._stop)
+    assert daemon._signalled(5)

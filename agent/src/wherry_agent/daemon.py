@@ -405,13 +405,13 @@ class Daemon:
             wait_s = min(wait_s * 2, ENROL_WAIT_MAX_S)
 
     def _signalled(self, seconds: float) -> bool:
-        """Wait; tell whether a signal came."""
+        """Wait until time is over or a signal comes; tell whether it was one to stop."""
         try:
             item = self._queue.get(timeout=seconds)
         except queue.Empty:
             return False
-        if callable(item):
-            item()
+        if item == self._stop:
+            self._stopping = True  # no model is there yet that would have to be told
         return self._stopping
 
     def _read_journal(self) -> s.State:
