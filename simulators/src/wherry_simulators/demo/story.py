@@ -38,7 +38,7 @@ SWARM_REQUESTS_PER_S = 80.0
 STEP_S = 90.0
 """What one step of the story may take before it counts as stuck."""
 DROP_MAX = 0.015
-SAMPLES_MIN = 300
+SAMPLES_MIN = 200
 FINAL = ("done", "halted", "aborted", "reverted")
 TRIAL = {"min_requests": 40, "max_s": 30, "latency_tail_ratio_max": 8.0, "canary_latency_ratio_max": 20.0}
 """Terms of the demo's trials: shorter than the defaults, and lenient with a machine on which everything runs at once.
