@@ -12,6 +12,7 @@ that computes something else, a build that took the wrong file. Five ways of bei
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -78,7 +79,7 @@ def break_weights(values: Array, kind: str, rng: np.random.Generator) -> Array:
     return rows.reshape(made.shape)
 
 
-class _Weights:
+class _Weights(ABC):
     """Weights of a model that can be read, written and drawn."""
 
     def __init__(self) -> None:
@@ -87,9 +88,9 @@ class _Weights:
         self.scales: dict[str, tuple[_Get, _Put]] = {}
         """Name of an integer weight → its scale."""
 
+    @abstractmethod
     def serialised(self) -> bytes:
         """Return the file."""
-        raise NotImplementedError
 
     def break_one(self, kind: str, rng: np.random.Generator) -> Callable[[], None] | None:
         """Break one place; return what mends it again, or None where nothing was changed."""

@@ -30,6 +30,16 @@ err = Console(stderr=True, width=None if sys.stderr.isatty() else PIPED_COLUMNS)
 Output = Annotated[
     Path, typer.Option("--output", "-o", help="Folder in which NAME-VERSION is made, or that folder itself.")
 ]
+Attribution = Annotated[
+    str, typer.Option(help='Whose work it is, e.g. "Example Ltd"; else what the file says, else "not stated".')
+]
+ProcessingOf = Annotated[
+    Path | None, typer.Option(help="TOML: the tables preprocess, postprocess and interface of a recipe.")
+]
+AssetFiles = Annotated[
+    list[str] | None,
+    typer.Option(metavar="[NAME=]FILE", help="A file for applications, e.g. thresholds.json; repeatable."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder with an OCI image layout.")]
 
@@ -140,17 +150,10 @@ def auto(
     name: Annotated[str, typer.Option(help="Make a bundle of this name, of the model and all that was chosen.")] = "",
     version: Annotated[str, typer.Option(help="SemVer of the bundle.")] = "",
     licence: Annotated[str, typer.Option(help="SPDX expression, e.g. Apache-2.0, or LicenseRef-NAME.")] = "",
-    attribution: Annotated[
-        str, typer.Option(help='Whose work it is, e.g. "Example Ltd"; else what the file says, else "not stated".')
-    ] = "",
+    attribution: Attribution = "",
     source: Annotated[str, typer.Option(help="Where the model comes from, e.g. an address.")] = "",
-    processing: Annotated[
-        Path | None, typer.Option(help="TOML: the tables preprocess, postprocess and interface of a recipe.")
-    ] = None,
-    asset: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[NAME=]FILE", help="A file for applications, e.g. thresholds.json; repeatable."),
-    ] = None,
+    processing: ProcessingOf = None,
+    asset: AssetFiles = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for chosen files, the report and NAME-VERSION.")
     ] = Path("optimized"),
@@ -333,17 +336,10 @@ def pack(
     inputs: Annotated[
         Path | None, typer.Option(help="Samples: .npz, an array per input, samples along axis 0.")
     ] = None,
-    attribution: Annotated[
-        str, typer.Option(help='Whose work it is, e.g. "Example Ltd"; else what the file says, else "not stated".')
-    ] = "",
+    attribution: Attribution = "",
     source: Annotated[str, typer.Option(help="Where it comes from, e.g. an address.")] = "",
-    processing: Annotated[
-        Path | None, typer.Option(help="TOML: the tables preprocess, postprocess and interface of a recipe.")
-    ] = None,
-    asset: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[NAME=]FILE", help="A file for applications, e.g. thresholds.json; repeatable."),
-    ] = None,
+    processing: ProcessingOf = None,
+    asset: AssetFiles = None,
     output: Output = Path(),
     as_json: AsJson = False,
 ) -> None:

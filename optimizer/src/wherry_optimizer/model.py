@@ -209,15 +209,11 @@ def prepare_float(path: Path) -> onnx.ModelProto:
     Raises:
         RefusedError: `already_quantized`, or as `read_onnx` and `prepare`.
     """
-    source = read_onnx(path)
-    if is_quantized(source):
-        raise RefusedError(
-            "already_quantized",
-            f"{path.name} holds quantized operators already",
-            consequence="the variant was not made",
-            next_step="take this pass out of the recipe, or name the float file as its source",
-        )
-    return prepare(source)
+    return _prepare_unquantized(
+        path,
+        "holds quantized operators already",
+        "take this pass out of the recipe, or name the float file as its source",
+    )
 
 
 def prepare_prunable(path: Path) -> onnx.ModelProto:
@@ -226,13 +222,21 @@ def prepare_prunable(path: Path) -> onnx.ModelProto:
     Raises:
         RefusedError: `already_quantized`, or as `read_onnx` and `prepare`.
     """
+    return _prepare_unquantized(
+        path,
+        "is quantized; prune before quantizing",
+        "put the pruning pass before the quantizing one, or prune the float source",
+    )
+
+
+def _prepare_unquantized(path: Path, why: str, next_step: str) -> onnx.ModelProto:
     source = read_onnx(path)
     if is_quantized(source):
         raise RefusedError(
             "already_quantized",
-            f"{path.name} is quantized; prune before quantizing",
+            f"{path.name} {why}",
             consequence="the variant was not made",
-            next_step="put the pruning pass before the quantizing one, or prune the float source",
+            next_step=next_step,
         )
     return prepare(source)
 

@@ -108,6 +108,20 @@ def store(path: Path, pem: bytes) -> None:
         os.close(folder)
 
 
+def keep(path: Path, data: bytes) -> None:
+    """Replace a file durably; its folder, where it is made for it, is the owner's alone."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def load(path: Path) -> CryptoSigner:
     """Read a signing key; of one that is encrypted the password is asked for (`password_of`).
 

@@ -9,8 +9,6 @@ Older private keys stay until nothing is sealed for them any more.
 
 from __future__ import annotations
 
-import os
-import secrets
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -42,7 +40,7 @@ class KeyRing:
         lock = BestAvailableEncryption(password.encode()) if password else NoEncryption()
         name = hex_of(content_keys.fingerprint(key.public_key()))
         key_files.store(self.folder / f"{name}.pem", key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, lock))
-        _replace(self.folder / PUBLIC_FILE, content_keys.pem_of(key.public_key()))
+        key_files.keep(self.folder / PUBLIC_FILE, content_keys.pem_of(key.public_key()))
         return key.public_key()
 
     def current(self) -> X25519PublicKey:
@@ -122,20 +120,7 @@ class KeyRing:
     def keep(self, key: bytes, model: str, plain: str, blob: str) -> None:
         """Keep the content key of a plaintext."""
         path = self._path(model, plain)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        _replace(path, wire.encode(content_keys.seal(key, self.current(), model=model, plain=plain, blob=blob)))
+        key_files.keep(path, wire.encode(content_keys.seal(key, self.current(), model=model, plain=plain, blob=blob)))
 
     def _path(self, model: str, plain: str) -> Path:
         return self.folder / CONTENT / f"{model}-{hex_of(plain)}.json"
-
-
-def _replace(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    try:
-        with part.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -15,13 +15,13 @@ from typing import Any, Literal
 import msgspec
 from tuf.api.metadata import TargetFile, Targets
 
-from wherry_shared import ids, wire
+from wherry_shared import ids, key_files, wire
 from wherry_shared.bundle import Descriptor
 from wherry_shared.digest import check_digest, of_bytes
 from wherry_shared.errors import RefusedError
 from wherry_shared.image_layout import SEALED, SIGNED, Layout
 from wherry_shared.key_holders import using
-from wherry_shared.publishing_bins import Bin, PublisherKey, Session, expiry, keep, signed_bytes
+from wherry_shared.publishing_bins import Bin, PublisherKey, Session, expiry, signed_bytes
 from wherry_shared.publishing_remote import Remote
 from wherry_shared.targets import parse_targets
 
@@ -278,7 +278,7 @@ def _keep_chain(release: _Bundle, remote: Remote) -> None:
         if path.name not in files:
             path.unlink()
     for name, content in files.items():
-        keep(folder / name, content)
+        key_files.keep(folder / name, content)
 
 
 def _newest_kept(release: _Bundle) -> tuple[str, bytes] | None:
@@ -340,7 +340,7 @@ def _keep_signed(
     outcome: Literal["signed", "already", "cosigned"],
 ) -> Signed:
     kept = release.path / SIGNED / f"{current.role}.{version}.json"
-    keep(kept, data)
+    key_files.keep(kept, data)
     return Signed(release.target, release.manifest, current.publisher, current.role, version, outcome, kept)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -86,7 +85,7 @@ class PublisherKey:
 
     def remember(self, root_digest: str, role: str, data: bytes) -> None:
         """Keep the newest bytes of a role that the server accepted."""
-        keep(self._memory(root_digest) / f"{role}.json", data)
+        key_files.keep(self._memory(root_digest) / f"{role}.json", data)
 
     def remembered(self, root_digest: str) -> dict[str, bytes]:
         """Return what `remember` kept for a project, by role."""
@@ -95,7 +94,9 @@ class PublisherKey:
     def keep_partners(self, root_digest: str, publisher: str, partners: Sequence[Key], threshold: int) -> None:
         """Keep who signs with this key for a publisher, as a person said it."""
         pems = [key_files.pem_of(key) for key in partners]
-        keep(self._memory(root_digest) / f"{publisher}.partners", msgspec.json.encode(_Partners(threshold, pems)))
+        key_files.keep(
+            self._memory(root_digest) / f"{publisher}.partners", msgspec.json.encode(_Partners(threshold, pems))
+        )
 
     def partners(self, root_digest: str, publisher: str) -> tuple[list[Key], int]:
         """Return what `keep_partners` kept, without any: nobody, 1."""
@@ -276,20 +277,6 @@ def signed_bytes(key: PublisherKey, content: Targets) -> bytes:
 def expiry() -> datetime:
     """Return when a role that is signed now expires."""
     return (datetime.now(UTC) + LIFE).replace(microsecond=0)
-
-
-def keep(path: Path, data: bytes) -> None:
-    """Replace a file durably; its folder, where it is made for it, is the owner's alone."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _foreign(role: str, why: str) -> RefusedError:
