@@ -10,6 +10,7 @@ from sqlalchemy import text
 
 from tests.server.fleet_kit import PROJECT, FakeDevice, Fleet, fleet, manifest_of, run
 from wherry_server import standing
+from wherry_server.targeting import key_of
 from wherry_shared.errors import RefusedError
 
 STAGES = [{"share": 0.5}, {"share": 1.0}]
@@ -140,11 +141,15 @@ async def a_bad_update_is_not_tried_for_ever(found: Fleet) -> None:
 
 
 async def who_joins_later_is_neither_missed_nor_gets_everything_at_once(found: Fleet) -> None:
-    number, _ = await begun(found, 10, stages=[{"share": 0.5, "soak_s": 100}, {"share": 1.0}])
+    number, early = await begun(found, 10, stages=[{"share": 0.5, "soak_s": 100}, {"share": 1.0}])
+    assert has(early) == 5
+    ((salt,),) = await found.rows("SELECT salt FROM rollout WHERE number = :number", number=number)
+    last = max(key_of(salt, device.id) for device in early if has([device]))
     late = await found.enrol(40, version="1.0.0")
     for _ in range(2):
         await found.turn()
-    assert 8 < has(late) < 32, "by their keys, in the stage that it is in"
+    belong = [device for device in late if key_of(salt, device.id) <= last]
+    assert has(late) == has(belong) == len(belong), "by their keys, in the stage that it is in"
     await found.turn(seconds=101)
     await found.until(number, "done")
     (newest,) = await found.enrol(1, version="1.0.0")
