@@ -197,6 +197,7 @@ def name_of(pid: int) -> str:
     return "gone"
 
 
+@pytest.mark.slow
 @pytest.mark.services
 @pytest.mark.timeout(400)
 def test_a_large_model_is_installed_tried_and_returned_in_700_megabytes(tmp_path: Path) -> None:

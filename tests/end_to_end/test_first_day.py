@@ -134,6 +134,7 @@ def answers_like(port: int, source: Path, version: str) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_the_first_day(bench: Bench) -> None:
     port, broker, serving = free_port(), free_port(), free_port()
     url = f"http://127.0.0.1:{port}"

@@ -109,6 +109,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
                     online.http.close()
 
 
+@pytest.mark.slow
 def test_the_first_day_deploy_watch_deploy_again_and_roll_back(world: World):
     done = wherry(world.server, "deploy", f"{MODEL}:1.0.0", "--selector", "all", "--watch")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -129,6 +129,7 @@ def test_a_swarm_confirms_a_good_release_and_returns_from_a_bad_one(dev):
         assert counts.offers_refused == 0
 
 
+@pytest.mark.slow
 @pytest.mark.services
 def test_a_swarm_comes_back_after_its_server_was_killed(dev):
     with Swarm(Options(dev.access["server"], dev.token, devices=10, name="back"), Behaviours()) as swarm:
