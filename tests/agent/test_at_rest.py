@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -32,6 +33,7 @@ from wherry_agent.sealing import Seal
 from wherry_agent.telemetry import Buffer
 from wherry_shared.errors import RefusedError, WherryError
 
+ROOT = Path(__file__).parents[2]
 KEY = bytes(range(32))
 OTHER = bytes(range(1, 33))
 
@@ -437,6 +439,45 @@ def test_a_key_is_a_credential_of_systemd(tmp_path: Path, monkeypatch: pytest.Mo
     found = platform_key.seal_of("credential:wherry", "on")
     assert found is not None
     assert found.id == seal().id
+
+
+def test_systemd_seals_a_credential_to_this_machine_and_its_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/device.md says; what the service manager does for the unit, `decrypt` does here, since none is running."""
+    needs("systemd-creds", "systemd-analyze")
+    (tmp_path / "key").write_bytes(KEY)
+    monkeypatch.setenv("SYSTEMD_CREDENTIAL_SECRET", str(tmp_path / "host"))
+
+    def creds(*arguments: str) -> bytes:
+        return subprocess.run(["systemd-creds", *arguments], cwd=tmp_path, capture_output=True, timeout=30).stdout
+
+    creds("encrypt", "--with-key=host", "key", "wherry")
+    assert KEY not in (tmp_path / "wherry").read_bytes()
+    given = tmp_path / "given"
+    given.mkdir()
+    (given / "wherry").write_bytes(creds("decrypt", "wherry", "-"))
+    monkeypatch.setenv(platform_key.CREDENTIALS, str(given))
+    found = platform_key.seal_of("credential:wherry", "on")
+    assert found is not None
+    assert found.id == seal().id
+    assert creds("decrypt", "--name=another", "wherry", "-") == b"", "it is for this name only"
+    monkeypatch.setenv("SYSTEMD_CREDENTIAL_SECRET", str(tmp_path / "another-host"))
+    creds("setup")
+    assert creds("decrypt", "wherry", "-") == b""
+
+    unit = tmp_path / "wherry-agent.service"
+    shutil.copy(Path(sealing.__file__).with_name("systemd") / unit.name, unit)
+    drop_in = tmp_path / f"{unit.name}.d" / "key.conf"
+    drop_in.parent.mkdir()
+    line = re.search(r"`(LoadCredentialEncrypted=\S+)`", (ROOT / "docs" / "device.md").read_text(encoding="utf-8"))
+    assert line is not None
+    for text, taken in ((line[1], True), (f"{line[1].replace(':', ':not/absolute')}", False)):
+        drop_in.write_text(f"[Service]\n{text}\n", encoding="utf-8")
+        checked = subprocess.run(
+            ["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True, timeout=60
+        )
+        assert ("key.conf" not in checked.stdout + checked.stderr) is taken, checked.stderr
 
 
 @pytest.mark.parametrize("source", ["key", "file:key", "file:", "credential:a/b", "tpm2:x", "tpm2:0x12", "http://a"])

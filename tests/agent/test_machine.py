@@ -961,6 +961,29 @@ def test_reports_are_numbered_without_gaps_and_kept_until_acknowledged() -> None
     assert [report.seq for report in state.owed] == [5]
 
 
+def test_a_home_that_was_put_back_is_found_by_what_the_server_knows_and_told() -> None:
+    """Its numbers were given to other reports in the life that was taken away: the server would take new ones for known."""
+    old = confirmed("1.0.0")
+    ahead = s.Acked(old.stream, old.seq + 5, fresh="next life")
+    assert run(old, s.Acked(old.stream, old.seq - 1, fresh="next life"))[0].stream == old.stream, "an honest one"
+    state, effects = run(old, ahead)
+    assert state.stream == "next life"
+    reports = machine.outgoing(state)
+    assert [report.seq for report in reports] == list(range(1, len(old.owed) + 2)), (
+        "what was owed, and one that says so"
+    )
+    assert {report.epoch for report in reports} == {"next life"}
+    assert (reports[-1].state, reports[-1].reason) == ("confirmed", reasons.PUT_BACK)
+    assert reports[-1].running == digest_of(f"{MODEL}/1.0.0")
+    assert str(old.seq + 5) in reports[-1].detail
+    assert s.SendReports() in effects
+    assert run(state, ahead)[0] == state, "once: the stream has another name now"
+    waiting, _ = run(fresh(), offer(1, {MODEL: offered()}))
+    state, _ = run(waiting, s.Acked(waiting.stream, 9, fresh="next life"))
+    assert told(state)[-1] == ("fetching", reasons.PUT_BACK)
+    assert machine.outgoing(state)[-1].rollout == "", "no word about a rollout"
+
+
 def test_reports_beyond_the_bound_are_dropped_and_show_as_lost() -> None:
     state = confirmed("1.0.0")
     for serial in range(2, turn.OWED_MAX + 20):

@@ -123,7 +123,7 @@ def events(draw: Any, state: s.State) -> s.Event:
         case 12:
             return s.WorkerReady()
         case 13:
-            return s.Acked("stream-1", draw(st.integers(0, 30)))
+            return s.Acked(state.stream, draw(st.integers(0, 30)), draw(st.sampled_from(["", "", "", "stream-2"])))
         case 14:
             return draw(
                 st.sampled_from([s.Refreshed(trust(3)), s.RefreshFailed("network", "x"), s.Connected(), s.Stopping()])

@@ -216,13 +216,26 @@ def test_messages_are_numbered_without_gaps_over_restarts_until_acknowledged(buf
     assert buffer.held(10) == [1, 2, 3]
     buffer.acknowledge(buffer.epoch, 2)
     buffer.acknowledge("another", 3)
-    buffer.acknowledge(buffer.epoch, 99)
     buffer.add(message())
     assert buffer.held(10) == [3, 4]
     sent = buffer.message(4)
     assert sent is not None
     assert (sent.epoch, sent.seq, sent.first) == (buffer.epoch, 4, 3)
     assert buffer.message(1) is None
+
+
+def test_a_buffer_that_is_older_than_what_the_server_has_begins_anew(buffers: Callable[..., Buffer]) -> None:
+    """It was put back with the home: the server would take the next messages for known."""
+    buffer = buffers()
+    buffer.add(message(2))
+    epoch = buffer.epoch
+    buffer.acknowledge(epoch, 7)
+    assert buffer.epoch != epoch
+    assert (buffer.held(10), buffer.untold) == ([], 2)
+    buffer.add(message())
+    sent = buffer.message(1)
+    assert sent is not None
+    assert (sent.epoch, sent.dropped) == (buffer.epoch, 2)
 
 
 def test_beyond_its_bound_the_oldest_give_way_and_the_loss_is_told(buffers: Callable[..., Buffer]) -> None:

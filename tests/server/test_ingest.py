@@ -18,7 +18,7 @@ from wherry_server import cohorts, hellos, ingest
 from wherry_server import fleet as devices_of
 from wherry_server.collector import Collector
 from wherry_server.streams import AHEAD_MAX, SEQ_MAX, Position
-from wherry_shared import frames, ids, topics, wire
+from wherry_shared import frames, ids, reasons, topics, wire
 from wherry_shared.errors import RefusedError
 from wherry_shared.facts import DeviceFacts
 from wherry_shared.limits import METRICS_PER_WINDOW_MAX, SAMPLE_BYTES_MAX, SAMPLES_PER_WINDOW_MAX
@@ -515,6 +515,27 @@ def test_what_is_played_back_brings_nothing_back(tmp_path: Path):
             await found.ingest.store("hello", [(device.id, newest)])
             await found.ingest.store("hello", [(device.id, newest)])
             assert found.ingest.refused["hello_old"] == 1, "the very last one comes again from the broker"
+
+    run(work())
+
+
+def test_a_home_that_was_put_back_is_acknowledged_beyond_what_it_knows_and_written_down(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            (device,) = await found.enrol(1)
+            for seq in range(1, 6):
+                await found.ingest.store("report", [(device.id, report(device, seq))])
+            again = report(device, 3, running="sha256:0")  # a number that was given before
+            acks = await found.ingest.store("report", [(device.id, again)])
+            assert acked(device, acks) == [("report", "e1", 5)], "by this it learns that it is older than what it said"
+            for seq in (1, 2):
+                told = report(device, seq, epoch="e2", reason=reasons.PUT_BACK, detail="report 5", running="sha256:0")
+                await found.ingest.store("report", [(device.id, told)])
+            rows = await found.rows("SELECT action, subject, detail FROM audit_entry WHERE action = 'device.put_back'")
+            assert [row.subject for row in rows] == [device.id], "once an hour"
+            assert "report 5" in str(rows[0].detail)
+            (row,) = await found.rows("SELECT running, reason FROM device_model")
+            assert tuple(row) == ("sha256:0", reasons.PUT_BACK)
 
     run(work())
 

@@ -1474,7 +1474,7 @@ class Daemon:
         if ack.device != self._identity.device:
             return
         if ack.stream == "report":
-            self._turn(s.Acked(ack.epoch, ack.seq))
+            self._turn(s.Acked(ack.epoch, ack.seq, fresh=secrets.token_urlsafe(12)))
             self._send_reports()
         else:
             self._buffer.acknowledge(ack.epoch, ack.seq)

@@ -15,7 +15,6 @@ beside it, or than the mark, was put back by somebody, and is treated like one t
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import types
 import typing
@@ -327,7 +326,7 @@ class Journal:
                 continue
             self._number = max(self._number, number, floor)
             if problems:
-                state = renumbered(state, new_stream())
+                state = s.renumbered(state, new_stream())
             return state, problems
         self._number = max(self._number, floor)
         if floor and not problems:
@@ -388,14 +387,6 @@ class Journal:
             self._disk.rename(path, path.with_name(path.name + ".bad"))
         except DeviceError as error:
             problems.append(error)
-
-
-def renumbered(state: s.State, stream: str) -> s.State:
-    """Begin a new report stream with the reports still owed."""
-    owed = tuple(
-        msgspec.structs.replace(report, epoch=stream, seq=number) for number, report in enumerate(state.owed, start=1)
-    )
-    return dataclasses.replace(state, stream=stream, owed=owed, seq=len(owed) + 1)
 
 
 def encode(state: s.State) -> bytes:

@@ -31,7 +31,7 @@ from typing import assert_never
 
 import msgspec
 
-from wherry_agent import health, mending, revoking, upgrades
+from wherry_agent import health, mending, put_back, revoking, upgrades
 from wherry_agent.children import Candidate, Loadable, Ran
 from wherry_agent.contracts import broken_by
 from wherry_agent.state import (
@@ -181,6 +181,7 @@ def step(state: State, event: Event, now: Now) -> tuple[State, tuple[Effect, ...
                 _tell(turn)
         case Acked():
             turn.acked(event)
+            put_back.noticed(turn, event)
         case Declares():
             _declare(turn, event)
         case WorkerDied():

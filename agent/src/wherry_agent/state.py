@@ -8,8 +8,10 @@ revision) it speaks of, so that a late or repeated one can be told apart and ign
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+import msgspec
 
 from wherry_agent.children import ArmStats, Candidate, Judged, Loadable, Ran, ServeModel, Trust
 from wherry_shared.bundle import Contract, Interface
@@ -469,6 +471,14 @@ class State:
     engines: Engines = Engines()
 
 
+def renumbered(state: State, stream: str) -> State:
+    """Begin a new report stream with the reports still owed."""
+    owed = tuple(
+        msgspec.structs.replace(report, epoch=stream, seq=number) for number, report in enumerate(state.owed, start=1)
+    )
+    return replace(state, stream=stream, owed=owed, seq=len(owed) + 1)
+
+
 # --- events --------------------------------------------------------------------------------------
 
 
@@ -679,6 +689,8 @@ class Acked:
 
     stream: str
     seq: int
+    fresh: str = ""
+    """What to call the next stream, should this one turn out to be further than this device knows; empty: it is not looked at."""
 
 
 @dataclass(frozen=True, slots=True)

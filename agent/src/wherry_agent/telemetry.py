@@ -337,8 +337,11 @@ class Buffer:
                 self._mind(error)
 
     def acknowledge(self, epoch: str, seq: int) -> None:
-        """Drop what the server has."""
-        if epoch != self.epoch or seq >= self._next:
+        """Drop what the server has; if it has more than this file ever numbered, the file was put back as it once was (`put_back`)."""
+        if epoch != self.epoch:
+            return
+        if seq >= self._next:
+            self._begin_anew(f"the server has message {seq}, and the next one here is {self._next}")
             return
         try:
             with self._database:
@@ -398,15 +401,10 @@ class Buffer:
         try:
             trouble, lost = self._unproved()
             if trouble:
-                lost += self._dropped + self._waiting
-                log.error("telemetry: %s: the buffer begins anew, and %d windows are lost", trouble, lost)
-                self._database.close()
-                self._database = self._anew()
-                self._take_up()
+                self._begin_anew(trouble, lost)
             elif lost:
                 log.error("telemetry: somebody removed messages with %d windows", lost)
-                lost += self._dropped
-            self._dropped = max(self._dropped, lost)
+                self._dropped += lost
             self._rewrite()
             self._reach()
             if self._marks is not None and self._database.execute("PRAGMA database_list").fetchone()[2]:
@@ -472,10 +470,13 @@ class Buffer:
 
     def _mind(self, error: sqlite3.Error) -> None:
         """Begin anew where the file is not what was written; other trouble may pass."""
-        if type(error) is not sqlite3.DatabaseError:
-            return
-        lost = self._dropped + self._waiting
-        log.error("telemetry: the disk altered the buffer, which begins anew; %d windows are lost", self._waiting)
+        if type(error) is sqlite3.DatabaseError:
+            self._begin_anew("the disk altered it")
+
+    def _begin_anew(self, why: str, lost: int = 0) -> None:
+        """Leave what is held, counted with `lost` as windows that were dropped, for a stream under a new name."""
+        lost += self._dropped + self._waiting
+        log.error("telemetry: %s: the buffer begins anew, and %d windows are lost", why, lost)
         self._database.close()
         self._database = self._anew()
         self._take_up()

@@ -325,6 +325,11 @@ async def suspect(connection: AsyncConnection, project: str, device: str, why: S
     return True
 
 
+async def note_put_back(connection: AsyncConnection, project: str, device: str, detail: str) -> None:
+    """Write down that the home of a device was put back as it once was: by somebody who wrote its card again, or by a thief."""
+    await audit.append(connection, project, "server:ingest", "device.put_back", device, detail=detail[:200])
+
+
 async def readmit(connection: AsyncConnection, project: str, name: str) -> Any:
     """Let a device in again that was revoked, in quarantine, or away for too long; return its row as it was.
 

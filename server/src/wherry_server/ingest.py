@@ -38,7 +38,7 @@ from wherry_server.db.tables import (
 )
 from wherry_server.streams import SEQ_MAX, Position
 from wherry_server.times import now_us
-from wherry_shared import frames, wire
+from wherry_shared import frames, reasons, wire
 from wherry_shared.errors import RefusedError
 from wherry_shared.ids import is_device_id
 from wherry_shared.limits import (
@@ -62,6 +62,8 @@ nothing about now: anybody may send it again."""
 LOGS_FOR_US = 600 * 1_000_000
 """An open request for logs is repeated for this long; then the operator has to ask again."""
 LOG_EVERY_US = 10_000_000
+PUT_BACK_EVERY_US = 3600 * 1_000_000
+"""A device that says again and again that its home was put back is written down this often."""
 """One log line per code of refusal in this time; all are counted."""
 _DEVICE = table(Device)
 WINDOWS_MAX = 200
@@ -110,6 +112,7 @@ class Ingest:
         self._keys: dict[str, bytes] = {}
         self._seen: dict[str, int] = {}
         self._logged: dict[str, int] = {}
+        self._put_back: dict[str, int] = {}
         self.refused: Counter[str] = Counter()
         """Messages that were not stored, by code."""
         self.lost = 0
@@ -339,6 +342,11 @@ class Ingest:
             update=_MODEL_COLUMNS[3:],
         )
         await self._settle(connection, fresh, await self._overtaken(connection, late), now)
+        put_back = {p.device: p.message.detail for p in fresh if p.message.reason == reasons.PUT_BACK}
+        for device, detail in put_back.items():
+            if now - self._put_back.get(device, 0) >= PUT_BACK_EVERY_US:
+                self._put_back[device] = now
+                await fleet.note_put_back(connection, self._project, device, detail)
 
     async def _newest(
         self,

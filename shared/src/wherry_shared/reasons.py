@@ -85,6 +85,8 @@ CONDITIONS = "conditions"
 """A download waits for what the device's settings ask: network, power, temperature, or the maintenance window."""
 MEMORY_SHORT = "memory_short"
 """A mode that needs both versions in memory does not fit on this device now."""
+PUT_BACK = "put_back"
+"""The home of this device was put back as it once was: the server knows reports that it has not made yet."""
 
 # Ends that are nobody's fault.
 WITHDRAWN = "withdrawn"
@@ -120,6 +122,7 @@ NEUTRAL = frozenset(
         ENGINE_CHANGED,
         CONDITIONS,
         MEMORY_SHORT,
+        PUT_BACK,
         KEY_MISSING,
         WITHDRAWN,
         SUPERSEDED,
