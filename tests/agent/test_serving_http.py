@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import math
 import socket
 import threading
 import time
@@ -30,7 +31,7 @@ from wherry_agent.answering.published import Published
 from wherry_agent.answering.registry import Registry
 from wherry_agent.serving import http, listener, tensors
 from wherry_agent.serving.http import HEAD_BYTES_MAX, BadRequest, Connection, body_length, parse_head, read_chunks
-from wherry_agent.serving.inference import MESSAGE_CHARS_MAX
+from wherry_agent.serving.inference import MESSAGE_CHARS_MAX, Inference, View
 from wherry_agent.serving.listener import HttpServer
 from wherry_agent.serving.protocol import Protocol
 from wherry_shared.bundle import Bounds, Interface, TensorSpec
@@ -667,6 +668,36 @@ def test_nobody_waits_for(what: str, endpoint: Endpoint, tmp_path: Path):
     for other in others:
         other.close()
     until(lambda: not endpoint.server._clients, "all connections are let go", 60)
+
+
+def test_what_a_request_waited_for_does_not_make_its_model_a_long_one(endpoint: Endpoint, monkeypatch):
+    """Else threads that wait for one another would each ask for a thread of its own, for ever."""
+    waited, real = 0.02, Inference.run
+
+    def run(*args: Any, **more: Any) -> Any:
+        time.sleep(waited)
+        return real(*args, **more)
+
+    monkeypatch.setattr(Inference, "run", run)
+    for _ in range(3):
+        assert endpoint.call("POST", INFER, ONES)[0] == 200
+    published = endpoint.registry.get("scale")
+    assert published is not None
+    assert published.active.notes["view"].expected(16) < waited / 2
+
+
+def test_a_model_that_takes_longer_is_believed_at_once_and_one_that_was_disturbed_soon_again(endpoint: Endpoint):
+    published = endpoint.registry.get("scale")
+    assert published is not None
+    view = View(published.active)
+    assert view.expected(0) == math.inf, "nobody knows yet"
+    view.took(50e-6, 16)
+    assert (view.expected(16), view.expected(17)) == (50e-6, math.inf)
+    view.took(0.05, 16)
+    assert view.expected(16) > listener.ALONE_SECONDS
+    for _ in range(60):
+        view.took(50e-6, 16)
+    assert view.expected(16) < listener.SHORT_SECONDS
 
 
 def _send_what_goes(sock: socket.socket, data: bytes) -> None:

@@ -91,13 +91,19 @@ class View:
         self._bytes = 0
 
     def expected(self, size: int) -> float:
-        """Return how many seconds a request with so many bytes of inputs may take; infinite if none as large was seen."""
+        """Return the CPU seconds that a request with so many bytes of inputs may take; infinite if none as large was seen."""
         return self._seconds if size <= self._bytes else math.inf
 
     def took(self, seconds: float, size: int) -> None:
-        """Take note of a request: what takes longer counts at once, what is shorter only little by little."""
-        expected = self._seconds
-        self._seconds = seconds if seconds > expected or expected == math.inf else expected - (expected - seconds) / 8
+        """Take note of a request's CPU seconds: what takes longer counts by half, what is shorter only little by little.
+
+        Its time by the clock would hold the wait for the interpreter too: once several threads wait for one another,
+        every request would seem long, and for that go on to get a thread of its own.
+        """
+        if self._seconds == math.inf:
+            self._seconds = seconds
+        else:
+            self._seconds += (seconds - self._seconds) / (2 if seconds > self._seconds else 8)
         self._bytes = max(self._bytes, size)
 
 
