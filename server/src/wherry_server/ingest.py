@@ -62,9 +62,9 @@ nothing about now: anybody may send it again."""
 LOGS_FOR_US = 600 * 1_000_000
 """An open request for logs is repeated for this long; then the operator has to ask again."""
 LOG_EVERY_US = 10_000_000
+"""One log line per code of refusal in this time; all are counted."""
 PUT_BACK_EVERY_US = 3600 * 1_000_000
 """A device that says again and again that its home was put back is written down this often."""
-"""One log line per code of refusal in this time; all are counted."""
 _DEVICE = table(Device)
 WINDOWS_MAX = 200
 """Windows of one telemetry message."""
