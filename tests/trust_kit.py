@@ -18,9 +18,8 @@ import uvicorn
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Delegations, Metadata, SuccinctRoles, TargetFile, Targets
 
-from wherry_server import enrolment
+from wherry_server import api_tokens, enrolment
 from wherry_server.app import create_app
-from wherry_server.auth import create_token
 from wherry_server.services import Services, open_services, prepare
 from wherry_server.settings import Settings
 from wherry_server.trust import Trust
@@ -292,8 +291,8 @@ class RunningServer:
 
     async def _tokens(self) -> tuple[str, str, str]:
         async with self.services.database.write() as connection:
-            admin = await create_token(connection, self.services.project, "test", "admin", 1)
-            viewer = await create_token(connection, self.services.project, "viewer", "viewer", 1)
+            admin = await api_tokens.create(connection, self.services.project, "test", "admin", 1)
+            viewer = await api_tokens.create(connection, self.services.project, "viewer", "viewer", 1)
             device = await enrolment.create_token(
                 connection, self.services, "test", uses=1000, days=1, labels={"site": "bench"}
             )

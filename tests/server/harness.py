@@ -21,9 +21,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server import auth
+from wherry_server import api_tokens
 from wherry_server.app import create_app
 from wherry_server.db.database import Database
+from wherry_server.grants import Role
 from wherry_server.services import open_services, prepare
 from wherry_server.settings import Settings
 from wherry_shared import wire
@@ -109,10 +110,10 @@ class Running:
         """Return what publishes."""
         return Remote(self.url, self.admin)
 
-    def token(self, role: auth.Role, *, days: int = 1) -> str:
+    def token(self, role: Role, *, days: int = 1) -> str:
         """Make an API token."""
         return in_database(
-            self.settings, lambda c: auth.create_token(c, self.settings.project, f"a-{role}", role, days)
+            self.settings, lambda c: api_tokens.create(c, self.settings.project, f"a-{role}", role, days)
         )
 
     def enrolment_token(self, **wanted: Any) -> str:
@@ -139,7 +140,7 @@ def running(folder: Path, **overrides: Any) -> Iterator[Running]:
     """Run a server over a new or used data folder."""
     settings = Settings.load(folder, port=free_port(), **{"refused_per_s": 0, **overrides})
     prepare(settings)
-    admin = in_database(settings, lambda c: auth.create_token(c, settings.project, "admin", "admin", 1))
+    admin = in_database(settings, lambda c: api_tokens.create(c, settings.project, "admin", "admin", 1))
     server = uvicorn.Server(
         uvicorn.Config(create_app(open_services(settings)), port=settings.port, log_level="warning", ws="none")
     )

@@ -20,12 +20,12 @@ from tests.server import access_page
 from tests.server.access_page import LOCAL, VERBS
 from tests.server.harness import NO_TLS, Running, in_database, release, running, write_bundle
 from tests.server.test_cli_tree import ALL
-from wherry_server import access, auth, rollouts
+from wherry_server import access, api_tokens, rollouts
 from wherry_server.access import Operation
 from wherry_server.api.description import BODIES, PARAMETERS
 from wherry_server.app import ROUTERS
 from wherry_server.ceremony import Ceremony
-from wherry_server.cli import app
+from wherry_server.cli.everything import app
 from wherry_server.db.database import Database
 from wherry_server.grants import MAY, ROLES, Grant, Permission, Role, Subject
 from wherry_server.trust import Trust
@@ -91,7 +91,7 @@ def ask(server: Running, operation: Operation, token: str | None, **values: Any)
 
 def token_of(server: Running, role: Role, **scope: Any) -> str:
     return in_database(
-        server.settings, lambda c: auth.create_token(c, server.settings.project, f"one-{role}", role, 1, **scope)
+        server.settings, lambda c: api_tokens.create(c, server.settings.project, f"one-{role}", role, 1, **scope)
     )
 
 
@@ -169,7 +169,7 @@ def test_a_scope_holds_at_every_route_that_changes_something(tmp_path: Path) -> 
 
         async def make(connection: AsyncConnection) -> dict[tuple[Role, str], str]:
             return {
-                (role, name): await auth.create_token(connection, "default", role, role, 1, **scope)
+                (role, name): await api_tokens.create(connection, "default", role, role, 1, **scope)
                 for role in ROLES
                 for name, scope in scopes.items()
             }
@@ -243,7 +243,7 @@ def test_who_has_a_token_and_a_login_of_one_name_is_one_person(stocked: Running)
         "cohort": "",
         "selector": "all",
     }
-    token = in_database(stocked.settings, lambda c: auth.create_token(c, "default", "ann", "operator", 1))
+    token = in_database(stocked.settings, lambda c: api_tokens.create(c, "default", "ann", "operator", 1))
     with stocked.http(token) as http:
         made = http.post("/api/v1/rollouts", json=wish)
         assert made.status_code == 201, made.text

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import SQLModel
 
 from tests.server.harness import Running, in_database, running
-from wherry_server import auth, problems
+from wherry_server import api_tokens, problems
 from wherry_server.app import BODY_BYTES_MAX
 from wherry_shared.errors import DeviceError, RefusedError, UnreachableError
 
@@ -38,7 +38,7 @@ def test_without_a_good_token_nothing_is_told(server: Running, path: str, header
 
 
 def test_an_expired_token_opens_nothing(server: Running) -> None:
-    token = in_database(server.settings, lambda c: auth.create_token(c, "default", "old", "admin", 0))
+    token = in_database(server.settings, lambda c: api_tokens.create(c, "default", "old", "admin", 0))
     with server.http(token) as http:
         answer = http.get("/api/v1/fleet")
     assert (answer.status_code, answer.json()["code"]) == (401, "token_expired")

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tests.server.harness import Running, running
 from wherry_server import audit
-from wherry_server.cli import app
+from wherry_server.cli.everything import app
 from wherry_server.db import migrate
 from wherry_server.db.database import Database
 from wherry_server.settings import Settings

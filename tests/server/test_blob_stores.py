@@ -39,7 +39,7 @@ from wherry_server.api.blobs import body_chunks
 from wherry_server.blob_bucket import PART_BYTES, BucketBlobs, Credentials
 from wherry_server.blob_folder import INCOMING, FolderBlobs
 from wherry_server.blobs import Blobs, key_of
-from wherry_server.cli import app
+from wherry_server.cli.everything import app
 from wherry_server.db.database import Database
 from wherry_server.db.tables import BlobOwner
 from wherry_server.encodings import StoppedError, compress

@@ -12,7 +12,8 @@ import typer
 from rich.text import Text
 
 from wherry_optimizer.cli import app as optimizer
-from wherry_server.cli import app
+from wherry_server.cli import named, tree
+from wherry_server.cli.everything import app
 
 HEAVY = ("alembic", "cryptography", "fastapi", "pydantic", "sqlalchemy")
 WITHOUT = {
@@ -34,6 +35,17 @@ ALL = dict(commands(typer.main.get_command(app)))
 
 def test_the_tree_was_walked() -> None:
     assert {"rollout create", "token revoke", "cohort delete", "device show", "deploy"} <= set(ALL)
+
+
+def test_a_call_imports_what_it_names() -> None:
+    whole = typer.main.get_command(app).commands
+    for name, one in whole.items():
+        part = typer.main.get_command(tree(name)).commands
+        assert getattr(part[name], "commands", {}).keys() == getattr(one, "commands", {}).keys()
+        assert len(part) < 5
+    assert list(typer.main.get_command(tree("nothing")).commands) == list(whole)
+    assert named(["--server", "device", "--json", "token", "list"]) == "token"
+    assert named(["--server=device", "--help"]) == named(["--token"]) == ""
 
 
 @pytest.mark.parametrize("name", sorted(set(ALL) - set(WITHOUT)))

@@ -17,7 +17,7 @@ from tests.server.harness import Running
 from tests.server.test_comparison import PERIOD_S, Telling, gate_of
 from tests.server.test_conductor import nobody_above_the_cut_off
 from wherry_server import flag_bearer, flag_book, flag_trials, flag_values, quarantine
-from wherry_server.cli import app
+from wherry_server.cli.everything import app
 from wherry_server.cli.flag import parse_rule, parse_variants
 from wherry_server.flags import parse_flag, ready
 from wherry_server.times import now_us

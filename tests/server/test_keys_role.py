@@ -17,8 +17,8 @@ from sqlalchemy import insert, update
 from typer.main import get_command
 
 from tests.server.harness import Running, csr, enrol, in_database, until, write_bundle
-from wherry_server.cli import app
 from wherry_server.cli.common import GLOBALS
+from wherry_server.cli.everything import app
 from wherry_server.db.database import Database
 from wherry_server.db.tables import Assignment, ContentKey, table
 from wherry_server.keys_role import KeysRole

@@ -22,8 +22,8 @@ from tests.server.harness import NO_TLS, Running, in_database, running
 from tests.server.provider import CLIENT, SECRET, Provider, provider
 from wherry_server import oidc
 from wherry_server.api.login import PAGE_CSP
-from wherry_server.cli import app
 from wherry_server.cli import login as login_command
+from wherry_server.cli.everything import app
 from wherry_server.oidc import challenge_of
 from wherry_server.sessions import COOKIE, LOGIN_COOKIE
 from wherry_server.settings import Oidc, Settings

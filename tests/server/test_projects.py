@@ -17,9 +17,10 @@ from sqlmodel import SQLModel
 
 from tests.server.harness import NO_TLS, Running, enrol, in_database, release, running
 from tests.server.test_access import OPERATIONS, VALUES
-from wherry_server import auth, sessions
+from wherry_server import sessions
 from wherry_server.api.description import BODIES
 from wherry_server.ingest import Ingest
+from wherry_server.secrets_kept import hash_secret
 from wherry_server.services import open_services
 from wherry_server.times import now_us
 from wherry_shared import wire
@@ -85,7 +86,7 @@ def stocked(asking: Running, other: Running, folder: Path) -> Two:
         "number": 1,
         "project": "bravo",
         "name": "berlin",
-        "session": auth.hash_secret(session)[:12],
+        "session": hash_secret(session)[:12],
         "token_id": token,
         "role": "file-type",
     }

@@ -22,8 +22,8 @@ from wherry_agent.courier_http import Http
 from wherry_agent.disk import Disk
 from wherry_agent.trust import Keeper, Known
 from wherry_optimizer.cli import app as optimizer
-from wherry_server.cli import app as wherry
 from wherry_server.cli.common import GLOBALS
+from wherry_server.cli.everything import app as wherry
 from wherry_server.services import prepare
 from wherry_server.settings import Settings
 from wherry_shared import key_files

@@ -19,7 +19,7 @@ from tests.server.test_access import OPERATIONS, VALUES, stock
 from tests.server.test_login import browser, come_back
 from wherry_server import dev, fleet
 from wherry_server.api.description import BODIES
-from wherry_server.cli import app
+from wherry_server.cli.everything import app
 from wherry_server.sessions import COOKIE
 from wherry_server.settings import Settings
 from wherry_shared.errors import UnreachableError, WherryError

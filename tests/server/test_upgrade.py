@@ -132,6 +132,8 @@ def test_an_older_database_is_upgraded_with_all_that_is_in_it(
 
 
 def test_every_schema_that_was_released_has_a_dump() -> None:
-    revisions = {found.revision for found in ScriptDirectory.from_config(migrate.config("")).walk_revisions()}
+    script = ScriptDirectory.from_config(migrate.config(""))
+    assert script.get_current_head() == migrate.NEWEST
+    revisions = {found.revision for found in script.walk_revisions()}
     assert {file.stem for file in DUMPS} <= revisions
     assert {"0001", *SEALED} <= {file.stem for file in DUMPS}

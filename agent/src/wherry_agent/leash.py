@@ -12,6 +12,8 @@ import runpy
 import signal
 import sys
 
+from wherry_shared import unwanted
+
 PARENT = "WHERRY_SUPERVISOR_PID"
 UNAVAILABLE = os.EX_UNAVAILABLE
 """How a child ends whose packages cannot be imported: nothing that it was to look at is to blame."""
@@ -25,6 +27,7 @@ def main() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.environ.get(PARENT) != str(os.getppid()):
         sys.exit("the supervisor is gone already")  # it died before the leash was on
+    unwanted.keep_out()
     module = sys.argv[1]
     sys.argv = [module, *sys.argv[2:]]
     try:

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from wherry_shared import unwanted
 from wherry_shared.errors import WherryError
 
 app = typer.Typer(
@@ -484,6 +485,7 @@ def list_passes(as_json: AsJson = False) -> None:
 
 def main() -> None:
     """Run the command line; errors are told as cause, consequence and next step."""
+    unwanted.keep_out()
     try:
         app()
     except WherryError as error:

@@ -8,31 +8,24 @@ keeps the server from starting (`access`).
 from __future__ import annotations
 
 import hmac
-import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
 from fastapi.security.utils import get_authorization_scheme_param
-from sqlalchemy import insert, select
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import select
 
 from wherry_server import peer, revocation, sessions
 from wherry_server.db.tables import ApiToken, Device, table
-from wherry_server.grants import Grant, Permission, Role, Subject, roles_with
+from wherry_server.grants import Grant, Permission, Subject, roles_with
 from wherry_server.rates import READING, Rates
-from wherry_server.secrets_kept import hash_secret as hash_secret  # noqa: PLC0414  # others have it from here
+from wherry_server.secrets_kept import hash_secret
 from wherry_server.services import Services
-from wherry_server.times import now_us
+from wherry_server.times import DAY_US, now_us
 from wherry_shared.errors import RefusedError
 from wherry_shared.ids import is_device_id
 
-TOKEN_PREFIX = "wherryapi_"  # noqa: S105  # what leaked tokens are found by, not a secret
-TOKEN_DAYS_MAX = 3650
 RENEW_PATH = "/device/v1/renew"
-DAY_US = 86_400 * 1_000_000
-
 _tokens = table(ApiToken)
 _devices = table(Device)
 
@@ -82,34 +75,6 @@ class DeviceIdentity:
     id: str
     name: str
     project: str
-
-
-async def create_token(
-    connection: AsyncConnection,
-    project: str,
-    name: str,
-    role: Role,
-    days: int,
-    *,
-    models: Sequence[str] = (),
-    cohorts: Sequence[str] = (),
-) -> str:
-    """Store a new API token and return it; it is shown this once. `models` and `cohorts` narrow what it may change."""
-    secret = TOKEN_PREFIX + secrets.token_urlsafe(32)
-    now = now_us()
-    await connection.execute(
-        insert(ApiToken).values(
-            token_hash=hash_secret(secret),
-            project_id=project,
-            name=name,
-            role=role,
-            models=list(models),
-            cohorts=list(cohorts),
-            expires_at=now + days * DAY_US,
-            created_at=now,
-        )
-    )
-    return secret
 
 
 def get_services(request: Request) -> Services:

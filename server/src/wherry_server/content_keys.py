@@ -7,17 +7,20 @@ one that opens its own of the latter.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 from sqlalchemy import delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server.auth import DeviceIdentity
 from wherry_server.db.tables import ContentKey, WrappedKey, table
 from wherry_server.times import now_us
 from wherry_shared import content_keys, wire
 from wherry_shared.bundle import Manifest, encrypted_layers
 from wherry_shared.errors import RefusedError
+
+if TYPE_CHECKING:
+    from wherry_server.auth import DeviceIdentity
 
 _sealed = table(ContentKey)
 _wrapped = table(WrappedKey)

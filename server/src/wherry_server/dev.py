@@ -10,6 +10,7 @@ import asyncio
 import errno
 import fcntl
 import getpass
+import http.client
 import signal
 import socket
 import ssl
@@ -22,16 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import httpx
 import msgspec
 from sqlalchemy import select
 
-from wherry_server import auth, broker, broker_config, enrolment, revocation
+from wherry_server import api_tokens, broker, broker_config, enrolment, revocation
 from wherry_server.blob_folder import FolderBlobs
 from wherry_server.db.database import DATABASE_ERRORS, transient
 from wherry_server.db.tables import ApiToken, EnrolmentToken, table
 from wherry_server.identity import CERTIFICATE_FILE
 from wherry_server.secret_files import write_secret
+from wherry_server.secrets_kept import hash_secret
 from wherry_server.services import Services, open_blobs, open_services, prepare
 from wherry_server.settings import Settings
 from wherry_server.supervision import Child, Supervisor
@@ -42,6 +43,10 @@ from wherry_shared.errors import RefusedError, UnreachableError
 READY_S = 180.0
 """How long api and broker may take until they answer, on a machine that has much else to do; one that fails is not waited for."""
 TURN_S = 0.2
+READY_TURN_S = 0.02
+"""While nothing answers yet."""
+HEALTH_S = 2.0
+"""How long the API may take to say that it is well."""
 TOKEN_DAYS = 365
 ENROLMENT_USES = 100_000
 NO_ENTRY = ("28000", "28P01", "3D000")
@@ -196,16 +201,16 @@ async def _ensure_access(services: Services) -> Shown:
             now = now_us()
             fresh = saved is None or not await connection.scalar(
                 select(_tokens.c.name).where(
-                    _tokens.c.token_hash == auth.hash_secret(saved.token), _tokens.c.expires_at > now
+                    _tokens.c.token_hash == hash_secret(saved.token), _tokens.c.expires_at > now
                 )
             )
             if saved is None or fresh:
-                token = await auth.create_token(connection, services.project, "dev", "admin", TOKEN_DAYS)
+                token = await api_tokens.create(connection, services.project, "dev", "admin", TOKEN_DAYS)
             else:
                 token = saved.token
             good = pasted.count(".") == 2 and await connection.scalar(
                 select(_enrolments.c.uses_left).where(
-                    _enrolments.c.token_hash == auth.hash_secret(pasted.split(".")[1]), _enrolments.c.expires_at > now
+                    _enrolments.c.token_hash == hash_secret(pasted.split(".")[1]), _enrolments.c.expires_at > now
                 )
             )
             if not good:
@@ -240,26 +245,38 @@ def _stop_on_signals() -> threading.Event:
 
 def _wait_ready(settings: Settings, supervisor: Supervisor, stop: threading.Event) -> None:
     deadline = time.monotonic() + READY_S
-    verify: bool | ssl.SSLContext = True
+    tls: ssl.SSLContext | None = None
     if settings.https:
-        verify = ssl.create_default_context(cafile=str(settings.keys_folder / CERTIFICATE_FILE))
-    with httpx.Client(base_url=settings.url, timeout=2.0, trust_env=False, verify=verify) as http:
-        while not stop.wait(TURN_S / 4):
-            supervisor.turn()
-            try:
-                if broker.answers(settings) and http.get("/api/v1/health").status_code == httpx.codes.OK:
-                    return
-            except httpx.HTTPError:  # not listening yet
-                pass
-            failing = next((child for child in supervisor.children if child.failures >= 3), None)
-            if failing is not None or time.monotonic() > deadline:
-                late = failing or supervisor.children[1]
-                raise UnreachableError(
-                    "not_ready",
-                    f"{late.name} does not come up; the end of {late.log}:\n{late.tail()}",
-                    consequence="the server was stopped again",
-                    next_step="see the log above; the data are untouched",
-                )
+        tls = ssl.create_default_context(cafile=str(settings.keys_folder / CERTIFICATE_FILE))
+    while not stop.wait(READY_TURN_S):
+        supervisor.turn()
+        if broker.answers(settings) and _healthy(settings, tls):
+            return
+        failing = next((child for child in supervisor.children if child.failures >= 3), None)
+        if failing is not None or time.monotonic() > deadline:
+            late = failing or supervisor.children[1]
+            raise UnreachableError(
+                "not_ready",
+                f"{late.name} does not come up; the end of {late.log}:\n{late.tail()}",
+                consequence="the server was stopped again",
+                next_step="see the log above; the data are untouched",
+            )
+
+
+def _healthy(settings: Settings, tls: ssl.SSLContext | None) -> bool:
+    """Ask the API whether it is well. Not by a library that takes longer to import than the API to answer."""
+    connection = (
+        http.client.HTTPSConnection(settings.host, settings.port, timeout=HEALTH_S, context=tls)
+        if tls is not None
+        else http.client.HTTPConnection(settings.host, settings.port, timeout=HEALTH_S)
+    )
+    try:
+        connection.request("GET", "/api/v1/health")
+        return connection.getresponse().status == http.HTTPStatus.OK
+    except (OSError, http.client.HTTPException):  # not listening yet
+        return False
+    finally:
+        connection.close()
 
 
 def screen(settings: Settings, shown: Shown) -> str:

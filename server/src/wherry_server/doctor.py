@@ -17,9 +17,6 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 import httpx
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy import Connection
 
 from wherry_server import broker
 from wherry_server.blobs import Blobs
@@ -74,22 +71,17 @@ def _secrets(settings: Settings) -> list[Path]:
 
 
 async def _database(settings: Settings) -> Finding:
-    newest = ScriptDirectory.from_config(migrate.config(settings.database_url)).get_current_head()
-
-    def revision(connection: Connection) -> str | None:
-        return MigrationContext.configure(connection).get_current_revision()
-
     database = Database.open(settings.database_url)
     try:
         async with database.read() as connection:
-            found = await connection.run_sync(revision)
+            found = await migrate.revision(connection)
     except DATABASE_ERRORS as error:
         return Finding("bad", f"no answer: {error}", "see that it runs, and that user, password and name are right")
     finally:
         await database.close()
     kind = "SQLite" if database.is_sqlite else "PostgreSQL"
-    if found != newest:
-        return Finding("bad", f"{kind}, schema {found or 'missing'}, this release has {newest}", "wherry init")
+    if found != migrate.NEWEST:
+        return Finding("bad", f"{kind}, schema {found or 'missing'}, this release has {migrate.NEWEST}", "wherry init")
     return Finding("ok", f"{kind}, schema {found}")
 
 

@@ -15,24 +15,27 @@ import base64
 import re
 import secrets
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import audit, revocation
 from wherry_server import enrolment_requests as requests
-from wherry_server.auth import DAY_US, DeviceIdentity, hash_secret
 from wherry_server.content_keys import checked_public
 from wherry_server.db.tables import Device, EnrolmentToken, table
 from wherry_server.hellos import facts_to_keep
 from wherry_server.identity import Issued, Request, check_request
+from wherry_server.secrets_kept import hash_secret
 from wherry_server.services import Services
-from wherry_server.times import now_us
+from wherry_server.times import DAY_US, now_us
 from wherry_shared import wire
 from wherry_shared.errors import RefusedError
 from wherry_shared.frames import device_key
 from wherry_shared.ids import new_device_id
+
+if TYPE_CHECKING:
+    from wherry_server.auth import DeviceIdentity
 
 TOKEN_PREFIX = "wherry1"  # noqa: S105  # names the form of the token
 BY_KEY = "by-the-key-of-this-device"

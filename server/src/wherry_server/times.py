@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+DAY_US = 86_400 * 1_000_000
+
 
 def now_us() -> int:
     """Return the time now in microseconds since 1970, UTC."""

@@ -12,9 +12,10 @@ from fastapi.security.utils import get_authorization_scheme_param
 
 from wherry_server import content_keys, enrolment, fleet, ranges
 from wherry_server.api.again import Again
-from wherry_server.auth import CurrentDevice, ServicesDep, hash_secret
+from wherry_server.auth import CurrentDevice, ServicesDep
 from wherry_server.broker_tokens import Issuer
 from wherry_server.reading import Readers
+from wherry_server.secrets_kept import hash_secret
 from wherry_shared import frames, wire
 from wherry_shared.digest import check_digest
 from wherry_shared.errors import RefusedError

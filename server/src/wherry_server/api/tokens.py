@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from wherry_server import audit, auth, enrolment
+from wherry_server import api_tokens, audit, enrolment
 from wherry_server import enrolment_requests as requests
 from wherry_server.answers import EnrolmentShown, Expected, TokenMade, TokenSummary, shaped
 from wherry_server.api import etags
@@ -19,6 +19,7 @@ from wherry_server.api.pages import Paging
 from wherry_server.auth import Admin, Operator, ServicesDep
 from wherry_server.db.tables import ApiToken, table
 from wherry_server.grants import SCOPE_MAX, Role
+from wherry_server.secrets_kept import hash_secret
 from wherry_shared.errors import RefusedError
 
 router = APIRouter(prefix="/api/v1", tags=["access"], route_class=Again)
@@ -33,7 +34,7 @@ class TokenRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
     name: str = Field(pattern="^[a-zA-Z0-9][a-zA-Z0-9._@-]{0,63}$")
     role: Role
-    days: int = Field(default=90, ge=1, le=auth.TOKEN_DAYS_MAX)
+    days: int = Field(default=90, ge=1, le=api_tokens.TOKEN_DAYS_MAX)
     models: list[ScopeName] = Field(default=[], max_length=SCOPE_MAX, description="narrows what it may change to these")
     cohorts: list[ScopeName] = Field(
         default=[], max_length=SCOPE_MAX, description="narrows what it may change to these"
@@ -64,7 +65,7 @@ class ExpectedDevice(BaseModel):
 async def create_token(body: TokenRequest, services: ServicesDep, admin: Admin) -> TokenMade:
     """Make an API token."""
     async with services.database.write() as connection:
-        token = await auth.create_token(
+        token = await api_tokens.create(
             connection,
             services.project,
             body.name,
@@ -79,7 +80,7 @@ async def create_token(body: TokenRequest, services: ServicesDep, admin: Admin) 
             admin.actor,
             "token.create",
             body.name,
-            id=auth.hash_secret(token)[:12],
+            id=hash_secret(token)[:12],
             role=body.role,
             days=body.days,
             models=body.models,

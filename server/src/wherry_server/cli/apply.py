@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
@@ -16,8 +16,10 @@ from rich.text import Text
 from wherry_server import calls, desired
 from wherry_server.answers import RolloutSummary, flag_tag
 from wherry_server.cli.common import GLOBALS, AsJson, client, console, show
-from wherry_server.client import Client
 from wherry_shared.errors import RefusedError
+
+if TYPE_CHECKING:
+    from wherry_server.client import Client
 
 commands = typer.Typer()
 EXIT_DIFFERENT = 2

@@ -7,15 +7,17 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from wherry_server.client import Client
 from wherry_shared.access import find_access
 from wherry_shared.errors import RefusedError
+
+if TYPE_CHECKING:
+    from wherry_server.client import Client
 
 IfMatch = Annotated[
     str,
@@ -39,6 +41,8 @@ GLOBALS = Globals()
 
 def client() -> Client:
     """Return a client for the server that the options, the environment or `client.json` name."""
+    from wherry_server.client import Client  # brings httpx along
+
     return Client(find_access(GLOBALS.server, GLOBALS.token))
 
 

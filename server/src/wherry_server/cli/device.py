@@ -7,15 +7,17 @@ import json
 import ssl
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from wherry_server import calls
 from wherry_server.cli.common import AsJson, IfMatch, client, labels_of, show, size, table, when
-from wherry_server.client import Client
 from wherry_shared.errors import RefusedError, UnreachableError
+
+if TYPE_CHECKING:
+    from wherry_server.client import Client
 
 app = typer.Typer(name="device", help="Enrolled devices.", no_args_is_help=True)
 

@@ -10,14 +10,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Annotated, Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
-import httpx
 import msgspec
 import typer
 from rich.console import Console
 
 from wherry_server import calls
 from wherry_server.cli.common import GLOBALS, AsJson, client, date, show, table, when
-from wherry_server.client import check
 from wherry_server.secret_files import write_secret
 from wherry_shared.access import LOGIN_FILE, LOOPBACK, Access, find_access, unreachable
 from wherry_shared.errors import RefusedError
@@ -56,6 +54,9 @@ def login(
     as_json: AsJson = False,
 ) -> None:
     """Log in by a browser on this machine; commands then act as you until the session ends."""
+    import httpx
+
+    from wherry_server.client import check
     from wherry_server.oidc import challenge_of  # brings cryptography along
 
     server = (GLOBALS.server or find_access(GLOBALS.server, "not needed yet").server).rstrip("/")

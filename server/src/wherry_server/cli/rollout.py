@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console, Group, RenderableType
@@ -15,9 +15,11 @@ from rich.text import Text
 
 from wherry_server import calls, desired
 from wherry_server.cli.common import GLOBALS, AsJson, client, console, show, table, when
-from wherry_server.client import Client
 from wherry_server.outcomes import Standing
 from wherry_shared.errors import RefusedError
+
+if TYPE_CHECKING:
+    from wherry_server.client import Client
 
 app = typer.Typer(name="rollout", help="Move devices to a bundle in stages.", no_args_is_help=True)
 
