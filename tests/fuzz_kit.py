@@ -18,21 +18,27 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+import zstandard
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from securesystemslib.exceptions import FormatError
+from securesystemslib.formats import encode_canonical
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 
 from tests.agent.builders import offered
-from tests.trust_kit import FACTS, MODEL, Workstation, digest, write_bundle
-from wherry_agent import sealing
-from wherry_server import trust_offline, trust_rules
+from tests.fuzz_trust import Nonsense
+from tests.trust_kit import FACTS, MODEL, Workstation, assets_of, digest, write_bundle
+from wherry_agent import canonical_json, sealing
+from wherry_agent.store import asset_members
+from wherry_server import desired, trust_offline, trust_rules
 from wherry_server.plan import parse_plan
 from wherry_server.targeting import parse_selector
 from wherry_server.trust import Trust
-from wherry_shared import content_keys, dsse, frames, tiles, wire
+from wherry_shared import content_keys, dsse, frames, golden, statements, tiles, wire
 from wherry_shared.bundle import encode_config, parse_config, parse_manifest
 from wherry_shared.digest import of_bytes
 from wherry_shared.encrypting import encrypt
-from wherry_shared.errors import WherryError
+from wherry_shared.errors import RefusedError, WherryError
 from wherry_shared.image_layout import Layout
 from wherry_shared.key_ring import KeyRing
 from wherry_shared.targets import parse_targets
@@ -44,6 +50,26 @@ KEY = b"k" * 32
 
 
 SEAL = sealing.Seal(bytes(32), "migrate")
+ASSETS = {"labels.txt": b"cat\ndog\n", "more/words.json": b"[]"}
+APPLY = b"""cohorts: [{name: berlin, selector: label.site = berlin}]
+flags: [{name: dark, type: boolean, variants: {"1": true, "0": false}, default: "1"}]
+rollouts:
+- models: &models [{model: thing, version: 1.0.0}]
+  cohort: berlin
+- {models: *models, selector: all}
+"""
+GOLDEN = golden.Golden(
+    (
+        golden.Vector(
+            {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "words": np.array([["cat", ""]], object)},
+            {
+                "y": golden.Expected(np.ones((2, 2), np.float32), (2, 2)),
+                "z": golden.Expected(np.ones(4, np.int64), (9, 9), golden.Sample(1, 7, 4)),
+            },
+        ),
+    ),
+    {"y": golden.Tolerance(0.1, 0.0, 0.2), "z": golden.Tolerance(0.0, 0.0)},
+)
 
 
 @dataclass(frozen=True)
@@ -103,7 +129,7 @@ def parsers(folder: Path) -> list[Parser]:
     """Return all, with examples made in `folder`."""
     write_bundle(folder / "bundle")
     layout = Layout(folder / "bundle")
-    manifest, parsed, _ = layout.bundle()
+    manifest, parsed, about = layout.bundle()
     config = layout.path(parsed.config.digest).read_bytes()
     acme = Workstation()
     trust = Trust.create_dev(folder / "trust")
@@ -185,9 +211,80 @@ def parsers(folder: Path) -> list[Parser]:
             lambda data: tuple(sealing.opened(SEAL, "journal", data)),
             [SEAL.close("journal", b'{"a":1}', 7), SEAL.close("journal", b"", 8)],
         ),
+        *(Parser(name, read, [good]) for name, read, good in Nonsense(folder).parsers()),
+        *(_wired(good) for good in _answers(sealed)),
+        Parser("golden vectors", lambda data: repr(golden.decode(data)), [golden.encode(GOLDEN)]),
+        Parser("golden vectors inside", _inside, [zstandard.decompress(golden.encode(GOLDEN))]),
+        Parser(
+            "statement", lambda data: statements.check_statement(data, about), [statements.provenance_statement(about)]
+        ),
+        Parser(
+            "bill of materials", lambda data: statements.check_bill(data, about), [statements.bill_of_materials(about)]
+        ),
+        Parser("assets", _assets(folder / "assets.tar"), [assets_of(ASSETS)[1]]),
+        Parser("apply file", _applied(folder / "applied"), [APPLY]),
+        Parser("canonical json", _canonical, roles),
         Parser("plan", parse_plan, [json.dumps(plan).encode()], msgspec.json.encode),
         Parser("selector", lambda data: parse_selector(data.decode("utf-8", "replace")), selectors),
     ]
+
+
+def _answers(sealed: wire.SealedKey) -> list[msgspec.Struct]:
+    """Return one of every message that goes over HTTP between a device and its server."""
+    more = wire.Encoding(encoding="zstd", digest=digest("z"), bytes=7)
+    pems = {"certificate_pem": "-----BEGIN CERTIFICATE-----", "ca_pem": "x"}
+    broker: dict[str, Any] = {"broker_host": "::1", "broker_port": 8883, "broker_tls": True, "tuf_path": "/tuf/default"}
+    return [
+        wire.SealedKeys(format=1, keys=[sealed], missing=2),
+        wire.EnrolRequest(format=1, token="a.b.c", csr_pem="x", name="lamp", labels={"site": "berlin"}, facts=FACTS),
+        wire.EnrolAnswer(format=1, device=DEVICE, project="default", bearer="b", mac_key="bQ==", **pems, **broker),
+        wire.RenewRequest(format=1, csr_pem="x", content_key="eA=="),
+        wire.RenewAnswer(format=1, certificate_pem="x"),
+        wire.BrokerToken(format=1, token="a.b.c", expires_at=5),
+        wire.BlobInfo(digest=digest("b"), bytes=9, encodings=[more]),
+        wire.Retire(format=1, device=DEVICE, wipe="models"),
+    ]
+
+
+def _wired(good: msgspec.Struct) -> Parser:
+    kind = type(good)
+    return Parser(f"wire {kind.__name__}", lambda data: wire.parse(kind, data), [wire.encode(good)], wire.encode)
+
+
+def _assets(path: Path) -> Callable[[bytes], Any]:
+    declared = {asset.path: asset for asset in assets_of(ASSETS)[0].files}
+
+    def parse(data: bytes) -> Any:
+        path.write_bytes(data)
+        return list(asset_members(path, declared))
+
+    return parse
+
+
+def _inside(data: bytes) -> str:
+    """Read golden vectors whose frame is right, whatever is in it."""
+    return repr(golden.decode(zstandard.compress(data, 1)))
+
+
+def _applied(folder: Path) -> Callable[[bytes], Any]:
+    folder.mkdir()
+
+    def parse(data: bytes) -> Any:
+        (folder / "apply.yaml").write_bytes(data)
+        return msgspec.json.encode(desired.read(folder))
+
+    return parse
+
+
+def _canonical(data: bytes) -> str:
+    """Read what a signature is over in the agent's quick way, and hold it against the library's own."""
+    try:
+        value = json.loads(data)
+        expected = encode_canonical(value)
+    except (ValueError, RecursionError, FormatError) as error:
+        raise RefusedError("canonical_none", f"it has no canonical form: {error}") from error
+    assert canonical_json.encode(value) == expected, "another text would be signed"
+    return str(expected)
 
 
 def _tuf(metadata: Metadata[Any]) -> bytes:

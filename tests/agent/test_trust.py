@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 import shutil
 import time
 import tracemalloc
@@ -413,6 +414,27 @@ def test_a_manifest_that_the_target_does_not_spell_out_is_refused(device: Device
     }
     repository.sign_online(versions, version=int(time.time()) + 100)
     repository.replaced[f"1.{role}.json"] = repository.acme.sign(content)
+    assert refused(lambda: device.refresh(TARGET)) == "trust_invalid"
+
+
+@pytest.mark.parametrize("version", [True, 1 << 60])
+def test_a_version_that_none_can_reach_is_refused_and_no_floor(
+    device: Device, repository: Repository, version: int | bool
+):
+    repository.sign_online({"targets.json": 2, "acme.json": 1}, version=version)
+    assert refused(device.refresh) == "trust_invalid"
+    assert device.word.floors == {}
+
+
+def test_what_is_signed_and_makes_no_sense_is_refused(device: Device, repository: Repository):
+    """python-tuf takes a number where a role's name belongs, and stumbles when it asks for it."""
+    content = json.loads(repository.trust.offline()[1])["signed"]
+    content["delegations"]["roles"][0]["name"] = 7
+    content["version"] = version = content["version"] + 1
+    targets = Metadata.from_dict({"signed": content, "signatures": []})
+    targets.sign(repository.key("targets"))
+    repository.sign_online({"targets.json": version, "7.json": 1}, version=int(time.time()) + 100)
+    repository.replaced[f"{version}.targets.json"] = targets.to_bytes()
     assert refused(lambda: device.refresh(TARGET)) == "trust_invalid"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,11 +26,13 @@ from tests.services import lacks
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "build" / "bench" / "fuzz.json"
-EXAMPLES = 40
+EXAMPLES = 25
 """Of Hypothesis, for each parser."""
 MUTATIONS = 100_000
 GUIDED = 100_000
 GUIDED_S_MAX = 1800
+GROWTH_KB_MAX = 300_000
+"""Of the process over all mutations, so that what C libraries take counts as well."""
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +111,7 @@ def test_a_sample_of_bad_bytes(parsers: list[Parser], record_property: Callable[
 @pytest.mark.soak
 def test_many_mutations(parsers: list[Parser], record_property: Callable[[str, object], None]):
     chance, tally = random.Random(20_261_127), Tally()
+    before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(MUTATIONS):
         parser = parsers[number % len(parsers)]
         tally.judge(parser, fuzz_kit.mutate(chance, parser.seeds))
@@ -116,6 +120,8 @@ def test_many_mutations(parsers: list[Parser], record_property: Callable[[str, o
     )
     write("mutations", tally)
     assert tally.failures == []
+    grown_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb
+    assert grown_kb < GROWTH_KB_MAX, "one of them takes memory without bound"
 
 
 @pytest.mark.soak

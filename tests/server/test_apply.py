@@ -161,6 +161,12 @@ def test_a_static_cohort_is_made_once_and_becomes_live_where_the_files_say_so(se
         ({"a.toml": "cohort = 1"}, "apply_invalid"),
         ({"a.toml": "x"}, "plan_file"),
         ({"a.yaml": "a: [b"}, "plan_file"),
+        ({"a.yaml": "[" * 100_000}, "plan_file"),
+        ({"a.json": "[" * 100_000}, "plan_file"),
+        (
+            {"a.yaml": "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9) if n else 1}]" for n in range(12))},
+            "plan_file",
+        ),
         ({"a.yaml": YAML, "b.yml": YAML}, "apply_invalid"),
         ({"a.json": '{"rollouts": [{"models": []}]}'}, "apply_invalid"),
         ({"a.json": '{"cohorts": [{"name": "x"}]}'}, "apply_invalid"),

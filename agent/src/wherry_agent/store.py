@@ -348,7 +348,7 @@ class Store:
         self._disk.remove_tree(folder)
         self._disk.mkdir(folder)
         seen: set[str] = set()
-        for path, data in _members(self.path_of(digest), declared):
+        for path, data in asset_members(self.path_of(digest), declared):
             if of_bytes(data) != declared[path].digest:
                 raise RefusedError(DIGEST_MISMATCH, f"asset {path!r} is not {declared[path].digest}")
             target = folder / path
@@ -374,7 +374,7 @@ def is_whole(path: Path, length: int) -> bool:
     return path.is_file() and path.stat().st_size == length
 
 
-def _members(path: Path, declared: dict[str, Asset]) -> Iterator[tuple[str, bytes]]:
+def asset_members(path: Path, declared: dict[str, Asset]) -> Iterator[tuple[str, bytes]]:
     """Pass on the regular files of a tar; anything that a folder of plain files does not need is refused."""
     seen: set[str] = set()
     with path.open("rb") as raw:

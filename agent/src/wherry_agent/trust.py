@@ -60,6 +60,11 @@ GZIP = 31
 """What zlib calls gzip's frame."""
 PIECE_BYTES = 64 * limits.KIB
 KEYS_MAX = 16
+WORDS_CHARS_MAX = 500
+VERSION_MAX = (1 << 53) - 1
+"""No role gets there by counting, nor by seconds since 1970."""
+MALFORMED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""python-tuf looks at few types of what is signed, so these may come from it when it reads a role that says numbers for names."""
 SECOND_US = 1_000_000
 
 
@@ -239,11 +244,14 @@ class Session:
         """Refuse a state in which any role is older than this device has seen it.
 
         Raises:
-            RefusedError: `trust_rollback`.
+            RefusedError: `trust_rollback`; `trust_invalid`, a version that none can reach.
         """
         verified = self._updater.verified()
         snapshot = verified.get(Snapshot.type)
         listed = snapshot.meta if isinstance(snapshot, Snapshot) else {}
+        for role, found in verified.items():
+            if not 0 < found.version <= VERSION_MAX or isinstance(found.version, bool):
+                raise RefusedError(reasons.TRUST_INVALID, f"{role} is at version {found.version}, which none can reach")
         for role, floor in self._known.floors.items():
             signed = verified.get(role)
             if role in (Timestamp.type, Snapshot.type) and self._rotated(role):
@@ -273,7 +281,7 @@ class Session:
         online = [verified[Timestamp.type].expires, verified[Snapshot.type].expires]
         offline = [signed.expires for role, signed in verified.items() if role not in (Timestamp.type, Snapshot.type)]
         stamp = verified[Timestamp.type].unrecognized_fields.get(SIGNED_AT, 0)
-        seen = max(stamp if isinstance(stamp, int) else 0, signed_us)
+        seen = max(stamp if type(stamp) is int else 0, signed_us)
         floor = max(self._known.time_floor_us, min(seen, _us(min(offline))))
         return Trust(current=current, floors=floors, time_floor_us=floor, expires_at=_us(min(online)), changed=changed)
 
@@ -480,19 +488,32 @@ def border() -> Iterator[None]:
     except exceptions.ExpiredMetadataError as error:
         raise RefusedError(
             reasons.TRUST_EXPIRED,
-            str(error),
+            _words(error),
             consequence="nothing is installed; what serves goes on",
             next_step="see that the server signs its timestamp, and that the device's clock is right",
         ) from error
     except exceptions.BadVersionNumberError as error:
-        raise RefusedError(reasons.TRUST_ROLLBACK, str(error)) from error
+        raise RefusedError(reasons.TRUST_ROLLBACK, _words(error)) from error
     except exceptions.RepositoryError as error:
-        raise RefusedError(reasons.TRUST_INVALID, str(error)) from error
+        raise RefusedError(reasons.TRUST_INVALID, _words(error)) from error
     except exceptions.DownloadLengthMismatchError as error:
-        raise RefusedError(reasons.TRUST_INVALID, str(error)) from error
+        raise RefusedError(reasons.TRUST_INVALID, _words(error)) from error
+    except MALFORMED as error:
+        log.warning("metadata hold what python-tuf does not expect: %r", error)
+        raise RefusedError(
+            reasons.TRUST_INVALID,
+            f"metadata are signed and make no sense: {type(error).__name__}: {str(error)[:WORDS_CHARS_MAX]}",
+            consequence="nothing is installed; what serves goes on",
+            next_step="see what was signed last at a ceremony or by the publisher",
+        ) from error
     except exceptions.DownloadError as error:
         cause = error.__cause__ if isinstance(error.__cause__, UnreachableError) else error
         raise UnreachableError(reasons.NETWORK, str(cause)) from error
+
+
+def _words(error: exceptions.RepositoryError | exceptions.DownloadError) -> str:
+    """Return what an error says; some say nothing, and some hold all that was read."""
+    return str(error)[:WORDS_CHARS_MAX] or type(error).__name__
 
 
 def _own(target: TargetFile) -> dict[str, Any]:

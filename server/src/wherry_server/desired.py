@@ -14,9 +14,14 @@ from typing import Any, Literal
 import msgspec
 
 from wherry_shared.errors import RefusedError
+from wherry_shared.limits import MIB
 
 SUFFIXES = (".toml", ".yaml", ".yml", ".json")
 FILES_MAX = 1000
+FILE_BYTES_MAX = 4 * MIB
+YAML_DEPTH_MAX = 64
+YAML_NODES_MAX = 200_000
+"""With each alias counted as what it stands for."""
 FLAG = "flag:"
 """Before a flag's name where rollouts say what they roll out."""
 Do = Literal["create", "change", "delete", "start"]
@@ -89,19 +94,53 @@ def decode(file: Path) -> dict[str, Any]:
         RefusedError: `plan_file`.
     """
     try:
-        data = file.read_bytes()
+        with file.open("rb") as opened:
+            data = opened.read(FILE_BYTES_MAX + 1)
+        if len(data) > FILE_BYTES_MAX:
+            raise ValueError(f"more than {FILE_BYTES_MAX} bytes")
         if file.suffix == ".toml":
             return msgspec.toml.decode(data, type=dict[str, Any])
         if file.suffix in (".yaml", ".yml"):
+            _check_yaml(data)
             return msgspec.yaml.decode(data, type=dict[str, Any])
         return msgspec.json.decode(data, type=dict[str, Any])
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RefusedError(
             "plan_file",
             f"{file}: {error}",
             consequence="nothing was changed",
             next_step="see docs/formats/plan.md, and the schema: wherry rollout schema",
         ) from error
+
+
+def _check_yaml(data: bytes) -> None:
+    """Bound depth and size before YAML becomes values: its reader recurses in C without looking, and aliases of aliases multiply.
+
+    Raises:
+        ValueError: it is none, or too much.
+    """
+    import yaml  # type: ignore[import-untyped, unused-ignore]
+
+    nodes = 0
+    open_: list[tuple[str | None, int]] = []
+    """Anchor of each collection that is not closed yet, and how many nodes came before it."""
+    sizes: dict[str, int] = {}
+    try:
+        for event in yaml.parse(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            if isinstance(event, yaml.AliasEvent):
+                nodes += sizes.get(event.anchor, 1)
+            elif isinstance(event, yaml.CollectionEndEvent):
+                anchor, before = open_.pop()
+                if anchor is not None:
+                    sizes[anchor] = nodes - before
+            elif isinstance(event, yaml.NodeEvent):
+                if isinstance(event, yaml.CollectionStartEvent):
+                    open_.append((event.anchor, nodes))
+                nodes += 1
+            if len(open_) > YAML_DEPTH_MAX or nodes > YAML_NODES_MAX:
+                raise ValueError(f"nested deeper than {YAML_DEPTH_MAX}, or more than {YAML_NODES_MAX} values")
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
 
 
 def read(folder: Path) -> Desired:

@@ -173,8 +173,10 @@ def _publishers(targets: Targets) -> Iterator[rules.Publisher]:
     if delegations.succinct_roles is not None or len(delegations.roles or {}) > PUBLISHERS_MAX:
         raise RefusedError("targets_invalid", f"targets delegate to at most {PUBLISHERS_MAX} publishers by name")
     for name, role in (delegations.roles or {}).items():
-        check_publisher_name(name)
         paths = role.paths or []
+        if not all(isinstance(text, str) for text in (name, *paths, *role.keyids)):
+            raise RefusedError("targets_invalid", f"{name!r} is delegated to by something that is no text")
+        check_publisher_name(name)
         if not role.terminating or not paths or not all(path.endswith("/*") for path in paths):
             raise RefusedError("targets_invalid", f"{name} must be terminating, with paths MODEL/*")
         for path in paths:
