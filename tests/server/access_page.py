@@ -154,7 +154,7 @@ A project has its own models, fleet, keys and people, and is a set of processes 
 ([ADR 33](adr/0033-a-project-is-a-set-of-processes.md)). Several may share a database server:
 
 ```console
-$ wherry init --project line-3 --data /srv/line-3 --database postgresql+asyncpg://…/wherry --port 8410 --broker-port 8411
+$ wherry init --project line-3 --data /srv/line-3 --database postgresql+asyncpg://…/wherry --port 8410 --broker-port 8411 --development-trust
 $ wherry serve api --data /srv/line-3
 ```
 

@@ -677,7 +677,7 @@ def test_the_doctor_asks_the_bucket_and_the_way_of_devices_to_it(s3: S3, door: D
     with_key(folder)
     ports = ["--port", str(free_port()), "--broker-port", str(free_port())]
     store = ["--blobs", bucket, "--s3-endpoint", s3.url, "--s3-region", REGION, "--s3-public-endpoint", door.url]
-    made = CliRunner().invoke(app, ["init", "--data", str(folder), *ports, *store])
+    made = CliRunner().invoke(app, ["init", "--data", str(folder), "--development-trust", *ports, *store])
     assert made.exit_code == 0, made.output
     code, found = doctor(folder)
     levels = {name: row["level"] for name, row in found.items()}

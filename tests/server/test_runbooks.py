@@ -172,6 +172,20 @@ def test_a_repository_begins_offline_and_two_people_release(begun: tuple[Desk, R
     assert device.manifest("thing/1.0.0") == manifest
 
 
+def test_outside_development_nothing_is_made_ready_before_people_signed(desk: Desk):
+    assert desk.refused("server$ wherry init --data fresh") == "ceremony_needed"
+    assert not (desk.folder / "fresh" / "trust").exists()
+    desk.type("server$ wherry trust online-keys online --data fresh")
+    assert desk.refused("server$ wherry init --data fresh") == "ceremony_needed", "keys of the server are no root"
+
+
+def test_a_publishers_key_without_a_password_is_made_in_development_only(begun: tuple[Desk, RunningServer]):
+    desk, _ = begun
+    write_bundle(desk.folder / "bundle", "1.0.0")
+    assert desk.refused("dora$ wherry-optimizer sign bundle --key none.pem") == "key_absent"
+    assert not (desk.folder / "none.pem").exists()
+
+
 def test_one_holder_is_not_enough_and_the_server_notices_too(begun: tuple[Desk, RunningServer]):
     desk, server = begun
     desk.type("alice$ wherry trust root renew ceremony")

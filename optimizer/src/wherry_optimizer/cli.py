@@ -416,7 +416,12 @@ def sign(
     *,
     server: Annotated[str | None, typer.Option(help="Address; else WHERRY_SERVER, else what wherry dev wrote.")] = None,
     token: Annotated[str | None, typer.Option(help="API token; else WHERRY_TOKEN, else what wherry dev wrote.")] = None,
-    key: Annotated[Path | None, typer.Option(help="File of the publisher's key; made on first use.")] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            help="The publisher's key: a file or pkcs11:TOKEN/ID; a server in development lets it be made on first use."
+        ),
+    ] = None,
     publisher: Annotated[str | None, typer.Option(help="Name under which to publish.")] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from wherry_shared.errors import RefusedError
 from wherry_shared.publishing import PublisherKey, Signed, sign
 from wherry_shared.publishing_remote import Remote
 
@@ -29,18 +30,26 @@ def sign_bundle(
         bundle: folder of an OCI image layout.
         server: address; otherwise WHERRY_SERVER or the `client.json` of `wherry dev`.
         token: API token; otherwise WHERRY_TOKEN or `client.json`.
-        key: file of the publisher's key; otherwise WHERRY_PUBLISHER_KEY or ~/.config/wherry/publisher.pem. It is made
-            on first use.
+        key: the publisher's key; otherwise WHERRY_PUBLISHER_KEY or ~/.config/wherry/publisher.pem. A server in development
+            lets it be made on first use, without a password.
         publisher: name under which to publish; otherwise the one that the key has, or one made from the key.
 
     Returns:
         What was signed, the key, and whether the key was made just now.
 
     Raises:
-        WherryError: as `publishing.sign`.
+        WherryError: as `publishing.sign`; `key_absent`, there is none and the server is not in development.
     """
     with Remote.find(server, token) as remote:
         made = PublisherKey.find(key) is None
+        if made and not remote.state().development:
+            raise RefusedError(
+                "key_absent",
+                "there is no publisher's key here, and only a server in development lets one be made on the way",
+                consequence="nothing was signed",
+                next_step="name yours with --key; a new one: wherry trust key FILE, which encrypts it, then a ceremony"
+                " (docs/runbooks/ceremonies.md)",
+            )
         opened = PublisherKey.open(key)
         return sign(bundle, remote, opened, publisher=publisher), opened, made
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Root, Targets
@@ -121,13 +122,12 @@ def _release(
     )
     policy = role.signed.targets.get(f"{model}/policy")
     if policy is not None:
-        yield Link("policy", _policy(policy.unrecognized_fields, target, version, manifest))
+        trust_rules.check_policy(policy.path, policy)
+        yield Link("policy", _policy(policy.unrecognized_fields["custom"]["wherry"], target, version, manifest))
 
 
-def _policy(fields: dict[str, object], target: str, version: str, manifest: str) -> str:
-    custom = fields.get("custom")
-    own = custom.get("wherry") if isinstance(custom, dict) else None
-    floor, revoked = (own.get("floor", ""), own.get("revoked", [])) if isinstance(own, dict) else ("", [])
+def _policy(own: dict[str, Any], target: str, version: str, manifest: str) -> str:
+    floor, revoked = own.get("floor", ""), own.get("revoked", [])
     if floor and ids.parse_version(version).key < ids.parse_version(floor).key:
         raise RefusedError("below_floor", f"{target} is below the publisher's floor {floor}")
     if any(entry.get("digest") == manifest for entry in revoked):

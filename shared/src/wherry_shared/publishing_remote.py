@@ -43,6 +43,8 @@ class State(msgspec.Struct, frozen=True):
 
     root_digest: str
     publishers: list[_PublisherState]
+    development: bool = False
+    """Whether root or targets are signed on the server's own machine."""
 
 
 class _Offline(msgspec.Struct, frozen=True):

@@ -95,10 +95,18 @@ def init(
             help="Life of addresses that devices are sent to; 0: the API sends the bytes.", show_default="300"
         ),
     ] = None,
+    development_trust: Annotated[
+        bool,
+        typer.Option(
+            "--development-trust",
+            help="Make root and targets keys on this machine, where no ceremony made a repository: for trying things out.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a data folder and a database ready for `wherry serve`; doing it again brings the schema to this release."""
     from wherry_server import dev as development
+    from wherry_server.trust import Trust
 
     who = {None: None, True: "separate", False: "director"}
     _check_project(data, project)
@@ -119,9 +127,14 @@ def init(
         presign_s=presign_s,
         content_keys=str(content_keys.absolute()) if content_keys is not None else None,
     )
+    if not development_trust and not Trust.exists(settings.trust_folder):
+        raise RefusedError(
+            "ceremony_needed",
+            f"nobody signed yet whose word devices of {settings.data} are to take",
+            consequence="nothing was made ready",
+            next_step="hold the first ceremony (docs/runbooks/ceremonies.md), or try things out with --development-trust",
+        )
     shown = development.init(settings)
-    from wherry_server.trust import Trust
-
     keys = "development" if Trust.open(settings.trust_folder).public_state()["development"] else "offline"
     made = {
         "project": settings.project,
