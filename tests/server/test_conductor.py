@@ -910,6 +910,21 @@ def test_an_adaptive_rollout_starts_with_a_handful_and_doubles_while_all_is_well
     run(work())
 
 
+def test_an_adaptive_rollout_starts_in_every_stratum(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.1.0")
+            for site, count in (("berlin", 50), ("oslo", 4), ("rome", 1)):
+                await found.enrol(count, site=site)
+            number = await found.roll_out("1.1.0", strategy="adaptive", strata=["label.site"])
+            await found.turn()
+            rows = await found.rows("SELECT stratum, count(*) AS devices FROM assignment GROUP BY stratum")
+            assert {row.stratum: row.devices for row in rows} == {"berlin": 3, "oslo": 1, "rome": 1}
+            await nobody_above_the_cut_off(found, number)
+
+    run(work())
+
+
 def test_an_adaptive_rollout_of_a_bad_version_reaches_a_handful(tmp_path: Path):
     async def work() -> None:
         async with fleet(tmp_path) as found:

@@ -47,6 +47,15 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("plan_strategy", {"strategy": "blue_green", "on_halt": "hold"}),
     ("plan_strategy", {"strategy": "split"}),
     ("plan_strategy", {"strategy": "split", "split": {"for_s": 60}, "stages": [{"share": 1.0}]}),
+    (
+        "plan_range",
+        {
+            "strategy": "split",
+            "split": {"for_s": 1829},
+            "gates": [{"metric": "errors", "harm": 0.1}],
+            "stages": [{"share": 1.0}],
+        },
+    ),
     ("plan_stages", {"strategy": "all_at_once", "stages": [{"share": 0.5}, {"share": 1.0}]}),
     ("plan_stages", {"strategy": "all_at_once", "stages": [{"share": 0.5}]}),
     ("plan_stages", {"strategy": "all_at_once", "stages": [{"count": 5}]}),

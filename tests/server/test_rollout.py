@@ -213,7 +213,8 @@ SHADOW: dict[str, Any] = {
 }
 SPLIT: dict[str, Any] = {
     "strategy": "split",
-    "split": {"for_s": 20},
+    "split": {"for_s": 50},
+    "period_s": 10,
     "gates": [{"metric": "errors", "harm": 0.1}],
     "hold_back": None,
 }
@@ -273,9 +274,9 @@ plans = st.builds(
             {**SHADOW, "on_success": "end"},
             {"strategy": "blue_green", "on_halt": "revert_all"},
             SPLIT,
-            {**SPLIT, "split": {"for_s": 20, "undecided": "keep"}},
-            {**SPLIT, "split": {"for_s": 20, "undecided": "promote"}},
-            {**SPLIT, "split": {"for_s": 20, "by": "requests", "undecided": "promote"}},
+            {**SPLIT, "split": {"for_s": 50, "undecided": "keep"}},
+            {**SPLIT, "split": {"for_s": 50, "undecided": "promote"}},
+            {**SPLIT, "split": {"for_s": 50, "by": "requests", "undecided": "promote"}},
         ]
     ),
     st.sampled_from([[], [], [2], [1, 4]]),

@@ -135,10 +135,10 @@ def test_a_split_ends_after_its_time_as_the_plan_says(tmp_path: Path, then: str,
         async with fleet(tmp_path) as found:
             await found.publish("1.0.0", "1.1.0")
             devices = await found.enrol(40, version="1.0.0")
-            split = {"for_s": 5, "by": by, "undecided": then}
+            split = {"for_s": 50, "by": by, "undecided": then}
             gates = [{"metric": "errors", "harm": 0.01}]
-            number = await found.roll_out("1.1.0", strategy="split", split=split, gates=gates)
-            ended = await found.until(number, state)
+            number = await found.roll_out("1.1.0", strategy="split", split=split, gates=gates, period_s=10)
+            ended = await found.until(number, state, turns=80)
             assert ended["reason"] in ("split_undecided", "")
             for _ in range(5):
                 await found.turn()

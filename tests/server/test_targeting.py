@@ -14,6 +14,7 @@ from wherry_server.targeting import (
     Compare,
     cut_offs,
     exposed,
+    in_turns,
     key_of,
     matches,
     parse_selector,
@@ -235,3 +236,29 @@ def test_keys_are_independent_between_rollouts_and_keep_their_order_when_signed(
     assert both < 20  # 5 % of 5 % of 2000 is 5
     assert sorted(first) == sorted(first, key=signed)
     assert all(-(1 << 63) <= signed(key) < 1 << 63 for key in first)
+
+
+@given(st.lists(st.sampled_from("aab"), max_size=12))
+def test_every_stratum_has_its_first_before_any_has_its_second(strata: list[str]):
+    ranked = list(enumerate(strata))
+    found = in_turns(ranked, lambda one: one[1])
+    assert sorted(found) == ranked, "nobody is lost"
+    for name in set(strata):
+        assert [one for one in found if one[1] == name] == [one for one in ranked if one[1] == name]
+    seen = [sum(other == name for _, other in found[:place]) for place, (_, name) in enumerate(found)]
+    assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("site = berlin", "label.site"),
+        ("aagent >= 1.0.0", "agent"),
+        ("lable.site = berlin", "label.site"),
+        ("label = berlin", "label.KEY"),
+        ("last-seen < 2h", "last_seen"),
+    ],
+)
+def test_a_field_with_a_typo_is_answered_with_what_may_be_meant(text: str, meant: str):
+    with pytest.raises(RefusedError, match=f"is it {re.escape(meant)}[?]"):
+        parse_selector(text)

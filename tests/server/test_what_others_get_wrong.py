@@ -85,6 +85,27 @@ async def who_is_offline_blocks_nobody_for_ever(found: Fleet) -> None:
     assert (await listed(found, number, "silent")) == [devices[0].id], "and it is named"
 
 
+async def who_is_offline_in_a_small_stage_does_not_either(found: Fleet) -> None:
+    """Fewer than the sample of `failure` are left to answer: those that did are all that there are to ask."""
+    await found.publish("1.0.0", "1.1.0")
+    devices = await found.enrol(12, version="1.0.0")
+    for device in devices:
+        device.online = False
+    number = await found.roll_out("1.1.0", stages=[{"count": 6}, {"share": 1.0}])
+    await found.turn()
+    away = {row.device_id for row in (await found.rows("SELECT device_id FROM assignment"))[:2]}
+    for device in devices:
+        device.online = device.id not in away
+    await found.turn()
+    await found.turn()
+    assert (await found.show(number))["stage"] == 0
+    async with found.database.write() as connection:  # an hour later
+        await connection.execute(text("UPDATE assignment SET exposed_at = exposed_at - 3600000000"))
+    await found.turn()
+    await found.turn()
+    assert (await found.show(number))["stage"] == 1
+
+
 async def who_resumes_starts_no_further_group(found: Fleet) -> None:
     number, devices = await begun(found, 10, "stuck")
     await found.command(number, "pause")
@@ -171,6 +192,7 @@ async def listed(found: Fleet, number: int, state: Any) -> list[str]:
         that_all_have_ended_is_not_success,
         who_cancels_starts_no_further_group,
         who_is_offline_blocks_nobody_for_ever,
+        who_is_offline_in_a_small_stage_does_not_either,
         who_resumes_starts_no_further_group,
         who_has_changed_goes_back,
         what_is_stuck_says_why,

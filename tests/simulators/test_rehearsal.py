@@ -12,6 +12,7 @@ from wherry_simulators.rehearsal import Rehearsal, members_of, plan_of, rehearse
 from wherry_simulators.world import TURN_MS
 
 STAGES = [{"share": 0.1, "soak_s": 600}, {"share": 1.0}]
+HALVES = [{"share": 0.5}, {"share": 1.0}]
 ADAPTIVE = {"strategy": "adaptive", "stages": [{"share": 1.0}]}
 LOOSE = {"failure": {"count": 100}}
 TURNS = 4
@@ -73,13 +74,40 @@ def _close(found: Rehearsal, state: str, stages: int) -> None:
         assert all(abs(one.duration_s - found.real.duration_s) <= slack_s for one in found.forecast)
 
 
+@pytest.mark.parametrize(
+    ("wish", "state", "reason"),
+    [
+        ({"stages": HALVES, "silent_s": 1800}, "done", ""),
+        ({"stages": HALVES, "silent_s": 1800, "silent": {"share": 0.02}}, "halted", "silent_bound"),
+        ({"stages": HALVES, "silent_s": 600, "settled_share": 1.0}, "done", ""),
+        ({**ADAPTIVE, "silent_s": 600}, "done", ""),
+    ],
+)
+def test_devices_that_are_away_are_waited_for_as_long_as_forecast(
+    wish: dict[str, Any], state: str, reason: str
+) -> None:
+    """They are exposed all the same, count as silent, and take what they missed when they are back."""
+    found = rehearse(plan_of(wish), 60, 0.0, seed=1, runs=2, silent=0.2)
+    _close(found, state, len(wish["stages"]))
+    assert found.real.reason == reason
+    assert found.real.duration_s >= wish["silent_s"]
+
+
 ERRORS = {"metric": "errors", "harm": 0.1}
 APART = {"strata": ["arch"], "hold_back": 0.2}
 COMPARED = {**APART, "stages": [{"share": 0.5}, {"share": 1.0}], "gates": [ERRORS]}
 BLIND = {"trial": {"error_rate_max": 0.9}}
 """Devices themselves see nothing wrong: what is worse is left to the comparison."""
 MORNING = {"window": {"from": "11:00", "until": "12:30"}, "approval": {"stages": [1]}}
-SPLIT = {"strategy": "split", "split": {"for_s": 1800}, "stages": [{"share": 1.0}], "gates": [ERRORS]}
+BY_REQUESTS = {
+    "strategy": "split",
+    "split": {"for_s": 200, "by": "requests"},
+    "period_s": 60,
+    "stages": [{"share": 1.0}],
+    "gates": [ERRORS],
+    "late_s": 3600,
+}
+SPLIT = {"strategy": "split", "split": {"for_s": 2000}, "stages": [{"share": 1.0}], "gates": [ERRORS]}
 
 
 @pytest.mark.parametrize(
@@ -104,3 +132,13 @@ def test_a_forecast_is_close_to_the_real_machine_with_strata_controls_and_window
     if state == "halted":
         assert found.real.reason == "errors_bound"
         assert found.real.failed == 0
+
+
+@pytest.mark.parametrize(
+    ("worse", "state", "reason"), [(0.0, "reverted", "split_same"), (3.0, "halted", "errors_bound")]
+)
+def test_a_split_of_requests_ends_as_forecast(worse: float, state: str, reason: str) -> None:
+    """Each device answers half of its requests with the candidate, and is its own control."""
+    found = rehearse(plan_of({**BY_REQUESTS, **BLIND}), 40, 0.0, seed=1, runs=3, worse=worse)
+    _close(found, state, 1)
+    assert {found.real.reason, *(one.reason for one in found.forecast)} == {reason}

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -58,6 +59,7 @@ from wherry_server.rollout import (
     reach,
 )
 from wherry_server.services import Services
+from wherry_server.targeting import in_turns
 from wherry_server.times import now_us
 from wherry_shared.clock import MICROSECONDS, Now
 from wherry_shared.errors import RefusedError, UnreachableError, WherryError
@@ -376,6 +378,8 @@ class Conductor:
             if isinstance(one, Expose) and known.scan is not None:
                 most = EXPOSED_PER_TURN if one.limit is None else min(one.limit, EXPOSED_PER_TURN)
                 found = known.scan.open(known.plan, after.cut_offs, one.share, moment)
+                if known.plan.takes_turns:
+                    found = in_turns(found, attrgetter("stratum"))
                 tried = known.plan.two_rounds and not after.promoting
                 await self._expose(prepared, row, known, one.stage, found[:most], moment, tried=tried)
                 following = found[most : most + EXPOSED_PER_TURN] if one.limit is None else []

@@ -13,6 +13,8 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
+from itertools import islice
+from operator import attrgetter
 from typing import NamedTuple
 
 import msgspec
@@ -40,7 +42,7 @@ from wherry_server.rollout import (
     takes_newcomers,
 )
 from wherry_server.sequential import CONTROLS_MAX, LANES_MAX, SHARE_STEPS, Pairs, merge, pair_up
-from wherry_server.targeting import exposed, key_of
+from wherry_server.targeting import exposed, in_turns, key_of
 from wherry_shared.clock import MICROSECONDS, Now
 from wherry_shared.errors import RefusedError
 from wherry_shared.ids import share_key
@@ -260,14 +262,15 @@ class _Fleet:
 
     def _expose(self, one: Expose, now: Now, now_s: float) -> None:
         most = EXPOSED_PER_TURN if one.limit is None else min(one.limit, EXPOSED_PER_TURN)
-        left = []
-        for key, member in self.left:
-            window = self.plan.window
-            shut = window is not None and not window.open_at(now.wall_us, member.timezone)
-            if most <= 0 or shut or not exposed(key, member.stratum, self.progress.cut_offs, one.share):
-                left.append((key, member))
-                continue
-            most -= 1
+        window, cut_offs = self.plan.window, self.progress.cut_offs
+        free = (
+            member
+            for key, member in self.left
+            if exposed(key, member.stratum, cut_offs, one.share)
+            and (window is None or window.open_at(now.wall_us, member.timezone))
+        )
+        chosen = list(islice(in_turns(free, attrgetter("stratum")) if self.plan.takes_turns else free, most))
+        for member in chosen:
             self._count(one.stage, "pending", 1)
             when, became = self._fate(member.id)
             first = self.plan.two_rounds and not self.progress.promoting
@@ -279,7 +282,8 @@ class _Fleet:
                 with_traffic = self.waves.setdefault(wave, [])
                 if became in ("proved", "confirmed"):
                     with_traffic.append(member.id)
-        self.left = left
+        told = {member.id for member in chosen}
+        self.left = [ranked for ranked in self.left if ranked[1].id not in told]
 
     @property
     def beside_s(self) -> float:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wherry_server.plan import Plan
+from wherry_server.plan import GRACE_S, Plan
 from wherry_server.rollout import Compared
 from wherry_server.sequential import LANES_MAX
 from wherry_shared.clock import MICROSECONDS
 
-GRACE_S = 30
-"""How long after a period its telemetry may arrive and count."""
 LANES_PER_TURN = 20
 """Lanes taken in one turn; more, after a long silence of the director, take more turns."""
 

@@ -34,6 +34,8 @@ COUNT_MAX = 100_000_000
 """Devices of a stage that is given as a count."""
 GATES_MAX = 8
 PERIOD_S_MIN, PERIOD_S_MAX = 10, 86_400
+GRACE_S = 30
+"""How long after a period its telemetry may arrive and count."""
 HOLD_BACK = 0.05
 """Share of the cohort that keeps the incumbent until a rollout with a comparison is done, unless the plan says another."""
 HOLD_BACK_MAX = 0.5
@@ -232,6 +234,11 @@ class Plan(_Strict, frozen=True, kw_only=True):
         if self.hold_back is None:
             return HOLD_BACK if self.compared else 0.0
         return self.hold_back
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether few devices at a time are taken from one stratum after the other, so that the first are of every kind."""
+        return self.strategy == "adaptive" and bool(self.strata)
 
     @property
     def harm_bound(self) -> float:
@@ -449,6 +456,14 @@ def _check_strategy(plan: Plan) -> None:
         raise RefusedError("plan_strategy", "a split ends with a verdict: give gates that compare, such as errors")
     if plan.hold_back is not None:
         raise RefusedError("plan_strategy", "a split holds back by itself: hold_back is not of it")
+    if split.for_s < (shortest := 2 * plan.period_s + GRACE_S):
+        raise RefusedError(
+            "plan_range",
+            f"split.for_s {split.for_s} is below {shortest}: what is left of the period in which it begins, a whole one of"
+            f" {plan.period_s} s to compare, and {GRACE_S} s until it has been heard of",
+            consequence="it would end undecided",
+            next_step="give it longer, or a shorter period_s",
+        )
     if split.by == "requests":
         if "keep" in (split.better, split.same, split.undecided):
             raise RefusedError("plan_strategy", "a split of requests ends on each device: promote or back, not keep")

@@ -156,6 +156,11 @@ class Counts(_Value, frozen=True, kw_only=True):
         return self.heard + self.pending
 
     @property
+    def awaited(self) -> int:
+        """Devices that answered or still may within the deadlines: who is silent or late keeps no small stage waiting."""
+        return self.settled + self.pending
+
+    @property
     def ever(self) -> int:
         """Devices that were ever exposed."""
         gone = self.excused + self.withdrawn + self.reverted + self.revert_pending + self.superseded
@@ -294,7 +299,7 @@ def verdicts(plan: Plan, evidence: Evidence, compared: Compared) -> list[Verdict
     second = evidence.promoted_to is not None
     bound = functools.partial(threshold, cohort=evidence.members)
     return [
-        bound("failure", plan.failure, bad=total.failed, judged=total.settled, population=population),
+        bound("failure", plan.failure, bad=total.failed, judged=total.settled, population=total.awaited),
         bound("silent", plan.silent, bad=total.silent, judged=total.heard, population=population),
         bound("late", plan.late, bad=total.late, judged=total.heard, population=population),
         bound(

@@ -28,15 +28,18 @@ Fields: `id`, `name`, `state`, `simulated`, `arch`, `os`, `python`, `agent`, `cp
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from fractions import Fraction
-from typing import Literal, TypeAlias
+from operator import itemgetter
+from typing import Literal, TypeAlias, TypeVar
 
 import msgspec
 
 from wherry_shared.errors import RefusedError
 from wherry_shared.ids import share_key
 
+T = TypeVar("T")
 KEY_MAX = (1 << 64) - 1
 _SIGNED = 1 << 63
 SELECTOR_CHARS_MAX = 2_000
@@ -70,6 +73,8 @@ FAMILIES = frozenset({"engine", "kept", "label", "runs"})
 AGES = frozenset({"last_seen", "enrolled"})
 SIZES = frozenset({"memory_bytes", "disk_free_bytes"})
 NUMBERS = frozenset({"cores", *SIZES, *AGES})
+FIELD_ALIKE_MIN = 0.75
+"""How alike (`difflib`) a field has to be to what was written for it to be what was meant."""
 
 
 # --- shares -------------------------------------------------------------------------------------
@@ -148,6 +153,17 @@ def cut_off_of(stratum: str, stored: Mapping[str, int], share: float) -> int:
 def exposed(key: int, stratum: str, stored: Mapping[str, int], share: float) -> bool:
     """Tell whether a device with `key` belongs to the stages so far."""
     return key <= cut_off_of(stratum, stored, share)
+
+
+def in_turns(ranked: Iterable[T], stratum: Callable[[T], str]) -> list[T]:
+    """Return what is ranked so that every stratum has its first one before any has its second."""
+    seen: dict[str, int] = {}
+    numbered: list[tuple[int, int, T]] = []
+    for place, one in enumerate(ranked):
+        name = stratum(one)
+        seen[name] = seen.get(name, 0) + 1
+        numbered.append((seen[name], place, one))
+    return [one for _, _, one in sorted(numbered, key=itemgetter(0, 1))]
 
 
 def key_of(salt: str, device: str) -> int:
@@ -371,7 +387,12 @@ def _check_field(field: str, at: int) -> None:
     family, dot, rest = field.partition(".")
     if field in FIELDS or (dot and rest and family in FAMILIES):
         return
-    raise _refuse(f"there is no field {field[:40]!r}", at)
+    near = get_close_matches(family, [*FIELDS, *FAMILIES] if not dot else list(FAMILIES), n=1, cutoff=FIELD_ALIKE_MIN)
+    if near:
+        meant = f"{near[0]}.{rest or 'KEY'}" if near[0] in FAMILIES else near[0]
+    else:
+        meant = f"label.{field}"[:48]
+    raise _refuse(f"there is no field {field[:40]!r}; is it {meant}?", at)
 
 
 def _number(field: str, text: str) -> float | None:

@@ -38,7 +38,7 @@ from wherry_server.rollout import (
     with_taken,
 )
 from wherry_server.sequential import Pairs
-from wherry_server.targeting import exposed, key_of, signed
+from wherry_server.targeting import exposed, in_turns, key_of, signed
 from wherry_shared import reasons
 from wherry_shared.clock import Now
 from wherry_shared.errors import RefusedError
@@ -59,6 +59,8 @@ class Assignment:
     settled_ms: int = 0
     reason: str = ""
     tried: bool = False
+    noticed_ms: int = 0
+    """When it first spoke of its exposure."""
     exposed_us: int = 0
     """The same by wall time."""
     compared: tuple[int, int, int] = (0, 0, 0)
@@ -174,6 +176,7 @@ class Campaign:
         )
         if change is not None:
             assignment.outcome, assignment.reason = change.outcome, change.reason
+            assignment.noticed_ms = assignment.noticed_ms or self._now_ms
             if assignment.tried:
                 assignment.compared = (report.compared, report.agreed, report.skipped)
             if change.settled and not assignment.settled_ms:
@@ -185,7 +188,10 @@ class Campaign:
         tried = self.plan.two_rounds and not self.progress.promoting
         offered = offers.forwards(self.plan, self.rollout, tried=tried)[self.model]
         changes: list[tuple[str, OfferedModel]] = []
-        for device in sorted(self._open(now), key=self._keys.__getitem__)[:limit]:
+        free = sorted(self._open(now), key=self._keys.__getitem__)
+        if self.plan.takes_turns:
+            free = in_turns(free, lambda device: self._of(device).stratum)
+        for device in free[:limit]:
             manifest, target = self._runs(device)
             self.assigned[device] = Assignment(
                 stage, now.monotonic_ms, target, manifest, tried=tried, exposed_us=now.wall_us
@@ -201,6 +207,7 @@ class Campaign:
         for device in due[:limit]:
             one = self.assigned[device]
             one.outcome, one.tried, one.exposed_ms, one.settled_ms = "exposed", False, now.monotonic_ms, 0
+            one.noticed_ms = 0
             one.exposed_us = now.wall_us
         return [(device, offered) for device in due[:limit]]
 
@@ -342,15 +349,18 @@ class Campaign:
         return {gate.metric: found[gate.metric] for gate in self.plan.gates if gate.metric in found}
 
     def _count(self, device: str, assignment: Assignment, now: Now) -> str:
-        """Return the one count that a device is in."""
+        """Return the one count that a device is in, by the deadlines of `evidence`."""
         if assignment.outcome in outcomes.FAILURES:
             return "failed"
         if assignment.outcome != "exposed":
             return assignment.outcome
-        if now.monotonic_ms - self._heard_ms.get(device, assignment.exposed_ms) > self.plan.silent_s * 1000:
+        silent_ms, late_ms = now.monotonic_ms - self.plan.silent_s * 1000, now.monotonic_ms - self.plan.late_s * 1000
+        vanished = not assignment.noticed_ms or self._heard_ms.get(device, 0) <= silent_ms
+        if assignment.exposed_ms <= silent_ms and vanished:
             return "silent"
-        late = now.monotonic_ms - assignment.exposed_ms > self.plan.late_s * 1000
+        late = 0 < assignment.noticed_ms <= late_ms
         if late and self.plan.window is not None:  # by the time in which its window was open
             zone = self._of(device).timezone
-            late = self.plan.window.open_for(self.plan.late_s, assignment.exposed_us, now.wall_us, zone)
+            since_us = now.wall_us - (now.monotonic_ms - assignment.noticed_ms) * 1000
+            late = self.plan.window.open_for(self.plan.late_s, since_us, now.wall_us, zone)
         return "late" if late else "pending"

@@ -70,7 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     rollout = commands.add_parser("rollout", help="rehearse a plan on the real machine, beside its forecast")
     rollout.add_argument("plan", type=Path, help="plan file, as of wherry rollout create --plan")
     rollout.add_argument("--devices", type=int, default=100, help="how many devices (default 100)")
-    rollout.add_argument("--failed", type=float, default=0.0, help="share of devices on which the new version fails")
+    rollout.add_argument(
+        "--failed", type=float, default=0.0, help="share of the devices that are there on which the new version fails"
+    )
+    rollout.add_argument("--silent", type=float, default=0.0, help="share of devices that are away until it has ended")
     rollout.add_argument(
         "--worse", type=float, default=0.0, help="by how many times a gate's harm it is worse, where a gate compares"
     )
@@ -194,15 +197,16 @@ def _swarm(options: argparse.Namespace) -> int:
 
 
 def _rollout(options: argparse.Namespace) -> int:
-    from wherry_server.cli.rollout import read_plan
+    from wherry_server.cli.rollout import read_plan, with_stages
     from wherry_simulators.rehearsal import plan_of, rehearse, weights
 
-    plan = plan_of(read_plan(options.plan))
+    plan = plan_of(with_stages(read_plan(options.plan), options.plan, None, None, None))
     found = rehearse(
         plan,
         options.devices,
         options.failed,
         options.seed,
+        silent=options.silent,
         worse=options.worse,
         strata=weights(options.stratum),
         zones=weights(options.zone),

@@ -88,6 +88,7 @@ def rehearse(
     seed: int,
     runs: int = 10,
     *,
+    silent: float = 0.0,
     worse: float = 0.0,
     strata: Mapping[str, float] | None = None,
     zones: Mapping[str, float] | None = None,
@@ -97,7 +98,8 @@ def rehearse(
     Args:
         plan: of `plan_of`.
         devices: how many.
-        failed: the share of them on which the new version fails.
+        failed: the share on which the new version fails, of those that are there.
+        silent: the share that neither hears nor says anything, from before the rollout until it has ended.
         seed: of everything that is left to chance.
         runs: forecasts.
         worse: by how many times the harm that matters the new version is worse, in every gate with a control.
@@ -118,7 +120,14 @@ def rehearse(
         members={one.id: one for one in members},
     )
     first = Release(OLD, Behaviour(variants=[old]))
-    row = Scenario("a plan is rehearsed", (first, release), devices=devices, settle_ms=DAYS_MAX * 24 * HOUR_MS)
+    row = Scenario(
+        "a plan is rehearsed",
+        (first, release),
+        devices=devices,
+        settle_ms=DAYS_MAX * 24 * HOUR_MS,
+        silent=frozenset(one.id for one in members if share_key("silent", one.id) / 2**64 < silent),
+        silent_from_ms=at_ms,
+    )
     world = World(row, seed)
     result = world.run()
     campaign = world.campaigns[NEW]
@@ -136,8 +145,8 @@ def rehearse(
         stages=[],
     )
     told = Outcomes(
-        failed=failed,
-        silent=0.0,
+        failed=failed * (1 - silent),
+        silent=silent,
         settle_s=settle_s or fails_s or 1.0,
         settle_spread=spread,
         fails_s=fails_s,
@@ -199,9 +208,14 @@ def _behaviour(plan: Plan, worse: float) -> VariantBehaviour:
 
 
 def _times(campaign: Campaign, failures: Collection[str], *, ended_well: bool) -> tuple[float, float]:
-    """Return after how many seconds devices settled, in the middle, and by what part of it sooner or later; 0 without one."""
+    """Return after how many seconds devices settled, in the middle, and by what part of it sooner or later; 0 without one.
+
+    What a candidate takes beside the incumbent before it is proved is the plan's, and left out.
+    """
+    plan = campaign.plan
+    beside_s = plan.tried[1].max_s if plan.tries in ("shadow", "split") else 0
     times = [
-        (one.settled_ms - one.exposed_ms) / 1000
+        (one.settled_ms - one.exposed_ms) / 1000 - (beside_s if one.tried and ended_well else 0)
         for one in campaign.assigned.values()
         if one.settled_ms and (one.outcome not in failures) is ended_well
     ]

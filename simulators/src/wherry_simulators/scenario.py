@@ -81,6 +81,9 @@ class Scenario:
     devices: int = 20
     requests_per_s: float = 2.0
     offer_life_s: int = 7 * 86_400
+    silent: frozenset[str] = frozenset()
+    """Devices that hear and say nothing from `silent_from_ms` on, until every rollout has ended."""
+    silent_from_ms: int = 0
     settle_ms: int = 12 * HOUR_MS
     """How long after the last fault and release everything may take to settle, without anybody's help."""
     unsaid: frozenset[str] = frozenset()

@@ -228,8 +228,8 @@ class World:
 
     @property
     def _serving(self) -> dict[str, Mapping[str, ServeModel]]:
-        """What every device serves now; of one that is down, nothing."""
-        workers = {name: device.hands.worker for name, device in self.devices.items()}
+        """What every device serves now; of one that is down or silent, nothing."""
+        workers = {name: device.hands.worker for name, device in self.devices.items() if not self._cut_off(name)}
         return {name: worker.commands for name, worker in workers.items() if worker is not None}
 
     def _release(self) -> None:
@@ -257,12 +257,24 @@ class World:
     def _desire(self, device: str, model: str, offered: OfferedModel) -> None:
         self._downlink_offer(device, self._server.desire(device, model, offered, self._now().wall_us))
 
+    def _cut_off(self, device: str) -> bool:
+        """Tell whether nothing passes between a device and the server now."""
+        if device not in self.scenario.silent or self.agenda.now_ms < self.scenario.silent_from_ms:
+            return False
+        return bool(self._waiting) or any(one.progress.state not in FINAL for one in self.campaigns.values())
+
     def _downlink_offer(self, device: str, envelope: bytes) -> None:
         for delay_ms in self._network.arrivals():
-            self.agenda.after(delay_ms, lambda: self.devices[device].on_offer(envelope))
+            self.agenda.after(delay_ms, lambda: self._bring(device, envelope))
+
+    def _bring(self, device: str, envelope: bytes) -> None:
+        if not self._cut_off(device):
+            self.devices[device].on_offer(envelope)
 
     def uplink(self, device: str, message: Hello | Report) -> None:
         """Send a device's message on its way."""
+        if self._cut_off(device):
+            return
         for delay_ms in self._network.arrivals():
             self.agenda.after(delay_ms, lambda: self._hear(device, message))
 
@@ -286,7 +298,8 @@ class World:
                     self.agenda.after(delay_ms, lambda: self._acknowledge(device, ack))
 
     def _acknowledge(self, device: str, ack: Ack) -> None:
-        self.devices[device].on_ack(ack)
+        if not self._cut_off(device):
+            self.devices[device].on_ack(ack)
 
     # --- the end ----------------------------------------------------------------------------------
 
