@@ -443,8 +443,15 @@ def children(parent: int) -> dict[int, str]:
 def role(site: Site, name: str) -> int:
     """Return the process id of a child of `wherry dev`, 0 while there is none."""
     assert site.server.child is not None
-    found = (pid for pid, command in children(site.server.child.pid).items() if f" serve {name} " in command)
-    return next(found, 0)
+    found = children(site.server.child.pid)
+    return next((pid for pid in found if _name(pid) == f"wherry {name}"), 0)
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except FileNotFoundError:
+        return ""
 
 
 def kill(pid: int) -> None:

@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ import paho.mqtt.client as mqtt
 import pytest
 
 from tests.server.harness import csr, free_port, until
+from wherry_server.forked import Forked, Gate
 from wherry_server.supervision import BACK_OFF_MAX_S, Child, Supervisor, back_off_s
 from wherry_shared import wire
 from wherry_shared.limits import MQTT_PAYLOAD_BYTES_MAX
@@ -64,8 +66,7 @@ def children_of(parent: int) -> list[int]:
 def child(parent: int, role: str) -> int | None:
     """Return the process id of the child with a role."""
     for pid in children_of(parent):
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        if command[3:5] == [b"serve", role.encode()]:
+        if Path(f"/proc/{pid}/comm").read_text().strip() == f"wherry {role}":
             return pid
     return None
 
@@ -85,6 +86,35 @@ def gone(pids: list[int]) -> bool:
 def end(process: subprocess.Popen[str], number: int = signal.SIGTERM) -> tuple[str, str]:
     process.send_signal(number)
     return process.communicate(timeout=30)
+
+
+def test_what_roles_are_forked_from_has_no_threads() -> None:
+    seen = "import os, wherry_server.dev; print(len(os.listdir('/proc/self/task')))"
+    assert subprocess.run([sys.executable, "-c", seen], capture_output=True, text=True, check=True).stdout == "1\n"
+
+
+def test_those_who_wait_at_a_gate_end_with_whoever_holds_it(tmp_path: Path) -> None:
+    passed = tmp_path / "passed"
+
+    def body(gate: Gate) -> None:
+        gate.wait()
+        passed.touch()
+
+    held, opened = Gate(), Gate()
+    for gate in (held, opened):
+        gate.expect()
+    left, went = Forked(lambda: body(held)), Forked(lambda: body(opened))
+    opened.open()
+    assert (went.wait(20), passed.exists()) == (0, True)
+    assert left.poll() is None
+    with pytest.raises(subprocess.TimeoutExpired):
+        left.wait(0.05)
+    held.close()
+    assert left.wait(20) == 1
+    opened.close()
+    ended = Forked(lambda: time.sleep(60))
+    ended.kill()
+    assert (ended.wait(20), ended.returncode) == (-signal.SIGKILL, -signal.SIGKILL)
 
 
 @pytest.mark.services

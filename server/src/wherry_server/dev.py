@@ -20,21 +20,24 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 import msgspec
 from sqlalchemy import select
 
-from wherry_server import api_tokens, broker, broker_config, enrolment, revocation
+from wherry_server import api_tokens, broker, broker_config, enrolment, forked, revocation
 from wherry_server.blob_folder import FolderBlobs
 from wherry_server.db.database import DATABASE_ERRORS, transient
 from wherry_server.db.tables import ApiToken, EnrolmentToken, table
+from wherry_server.forked import Gate
 from wherry_server.identity import CERTIFICATE_FILE
 from wherry_server.secret_files import write_secret
 from wherry_server.secrets_kept import hash_secret
 from wherry_server.services import Services, open_blobs, open_services, prepare
-from wherry_server.settings import Settings
+from wherry_server.settings import Role, Settings
 from wherry_server.supervision import Child, Supervisor
 from wherry_server.times import now_us
 from wherry_shared.access import DEFAULT_DATA, Access
@@ -79,7 +82,7 @@ def run(settings: Settings, *, quiet: bool) -> None:
             print(text, flush=True)  # noqa: T201  # this is a command's screen
 
     settings.data.mkdir(parents=True, exist_ok=True)
-    with _alone(settings.data):
+    with _alone(settings.data) as lock:
         for name, host, port, option in (
             ("API", settings.host, settings.port, "--port"),
             ("broker", settings.broker_host, settings.broker_port, "--broker-port"),
@@ -90,36 +93,54 @@ def run(settings: Settings, *, quiet: bool) -> None:
             broker_config.program()
         say(f"Starting the Wherry development server on {settings.data} …")
         settings.save()
-        prepare(settings)
-        services = open_services(settings)
-        if settings.broker_tls:
-            asyncio.run(_write_certificates(services))
-        asyncio.run(services.blobs.check())
-        if isinstance(services.blobs, FolderBlobs):
-            services.blobs.sweep()
-        shown = asyncio.run(_ensure_access(services))
-        logs = settings.data / "logs"
-        logs.mkdir(exist_ok=True)
-        children = [
-            Child(
-                name=role,
-                command=[sys.executable, "-m", "wherry_server.cli", "serve", role, "--data", str(settings.data)],
-                log=logs / f"{role}.log",
-            )
-            for role in ("broker", *settings.roles)
-        ]
+        gate = Gate()
+        children = _children(settings, gate, lock)
         supervisor = Supervisor(children, lambda text: print(text, file=sys.stderr, flush=True))  # noqa: T201
-        stop = _stop_on_signals()
         try:
-            supervisor.start()
+            if forked.POSSIBLE:
+                supervisor.start()  # they import while everything is made ready
+            shown = _make_ready(settings)
+            stop = _stop_on_signals()
+            if forked.POSSIBLE:
+                gate.open()
+            else:
+                supervisor.start()
             _wait_ready(settings, supervisor, stop)
             if not stop.is_set():
                 say(screen(settings, shown))
             while not stop.wait(TURN_S):
                 supervisor.turn()
         finally:
+            gate.close()
             supervisor.stop()
         say("stopped; the data stay in " + str(settings.data))
+
+
+def _children(settings: Settings, gate: Gate, lock: IO[str]) -> list[Child]:
+    logs = settings.data / "logs"
+    logs.mkdir(exist_ok=True)
+    roles: tuple[Role, ...] = ("broker", *settings.roles)
+    return [
+        Child(
+            name=role,
+            command=[sys.executable, "-m", "wherry_server.cli", "serve", role, "--data", str(settings.data)],
+            log=logs / f"{role}.log",
+            fork=partial(forked.start, role, settings, logs / f"{role}.log", gate, lock) if forked.POSSIBLE else None,
+        )
+        for role in roles
+    ]
+
+
+def _make_ready(settings: Settings) -> Shown:
+    """Make keys, schema, certificates and access."""
+    prepare(settings)
+    services = open_services(settings)
+    if settings.broker_tls:
+        asyncio.run(_write_certificates(services))
+    asyncio.run(services.blobs.check())
+    if isinstance(services.blobs, FolderBlobs):
+        services.blobs.sweep()
+    return asyncio.run(_ensure_access(services))
 
 
 async def _write_certificates(services: Services) -> None:
@@ -161,7 +182,7 @@ def init(settings: Settings) -> Shown:
 
 
 @contextmanager
-def _alone(data: Path) -> Iterator[None]:
+def _alone(data: Path) -> Iterator[IO[str]]:
     with (data / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -172,7 +193,7 @@ def _alone(data: Path) -> Iterator[None]:
                 consequence="nothing was started",
                 next_step="use that one, or give another folder: wherry dev --data DIR",
             ) from error
-        yield
+        yield lock
 
 
 def _check_free(name: str, host: str, port: int, option: str) -> None:

@@ -7,11 +7,11 @@ import logging
 import os
 import signal
 import sys
-from typing import Any, Literal
+from importlib import import_module
+from typing import Any
 
-from wherry_server.settings import Settings
+from wherry_server.settings import Role, Settings
 
-Role = Literal["api", "director", "ingest", "publisher", "keys", "broker"]
 PARENT = "WHERRY_PARENT"
 """Environment: the process id of the parent with which this process ends."""
 GRACE_S = 5
@@ -21,11 +21,24 @@ BACKLOG = 1024
 CHATTY = ("alembic", "gmqtt", "httpx", "tracing")
 """Libraries that log every step at level INFO."""
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+
+
+def load(role: Role, settings: Settings) -> None:
+    """Import what a role needs, so that it is there when it runs."""
+    if role == "api":
+        import_module("uvicorn")
+        import_module("wherry_server.app")
+    elif role == "director":
+        import_module("wherry_server.director")
+    elif role == "broker" and not settings.broker_tls:
+        import_module("wherry_server.broker")
 
 
 def run(role: Role, settings: Settings, part: str = "1/1") -> None:
     """Be one role until told to end by SIGTERM."""
     die_with_parent()
+    _show_name(f"wherry {role}")
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format=f"%(asctime)s {role} %(levelname)s %(name)s: %(message)s"
     )
@@ -98,3 +111,9 @@ def die_with_parent() -> None:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != int(parent):  # it ended before the kernel knew
         sys.exit(1)
+
+
+def _show_name(name: str) -> None:
+    """Have `ps -o comm` and `top` show which role a process is, 15 characters of it (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)

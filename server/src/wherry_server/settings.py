@@ -17,6 +17,8 @@ from wherry_shared.access import CLIENT_FILE, DEFAULT_DATA
 from wherry_shared.errors import RefusedError
 from wherry_shared.ids import check_name
 
+Role = Literal["api", "director", "ingest", "publisher", "keys", "broker"]
+"""What a process of a server may be."""
 DEFAULT_PORT = 8400
 DEFAULT_BROKER_PORT = 8401
 DEFAULT_BROKER_SERVER_PORT = 8402
@@ -122,11 +124,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How long an address that a device is sent to in the bucket can be used; 0: the API passes the bytes on itself."""
 
     @property
-    def roles(self) -> tuple[str, ...]:
+    def roles(self) -> tuple[Role, ...]:
         """What `wherry serve` has to run, a broker aside."""
-        ingest = ("ingest",) if self.ingest == "separate" else ()
-        publisher = ("publisher",) if self.publisher == "separate" else ()
-        keys = ("keys",) if self.content_keys else ()
+        ingest: tuple[Role, ...] = ("ingest",) if self.ingest == "separate" else ()
+        publisher: tuple[Role, ...] = ("publisher",) if self.publisher == "separate" else ()
+        keys: tuple[Role, ...] = ("keys",) if self.content_keys else ()
         return "api", "director", *ingest, *publisher, *keys
 
     @property
