@@ -30,18 +30,18 @@ from tests.fuzz_trust import Nonsense
 from tests.trust_kit import FACTS, MODEL, Workstation, assets_of, digest, write_bundle
 from wherry_agent import canonical_json, sealing
 from wherry_agent.store import asset_members
-from wherry_server import desired, trust_offline, trust_rules
+from wherry_server import desired, trust_rules
 from wherry_server.plan import parse_plan
 from wherry_server.targeting import parse_selector
 from wherry_server.trust import Trust
-from wherry_shared import content_keys, dsse, frames, golden, statements, tiles, wire
+from wherry_shared import content_keys, dsse, frames, golden, signed_files, statements, tiles, wire
 from wherry_shared.bundle import encode_config, parse_config, parse_manifest
 from wherry_shared.digest import of_bytes
 from wherry_shared.encrypting import encrypt
 from wherry_shared.errors import RefusedError, WherryError
 from wherry_shared.image_layout import Layout
 from wherry_shared.key_ring import KeyRing
-from wherry_shared.targets import parse_targets
+from wherry_shared.signed_files import parse_targets
 
 PEAK_BYTES_MAX = 64 * 1024 * 1024
 """Memory that one input of at most some hundred KB may make a parser take."""
@@ -193,7 +193,7 @@ def parsers(folder: Path) -> list[Parser]:
         Parser("config", parse_config, [config], encode_config),
         Parser("oci layout", _layout(folder / "fuzzed"), [index]),
         Parser("tuf targets", lambda data: _tuf(parse_targets(data)), [*roles, files["targets"]]),
-        Parser("tuf root", lambda data: _tuf(trust_offline.parse(Root, data)), [files["root"]]),
+        Parser("tuf root", lambda data: _tuf(signed_files.parse(Root, data)), [files["root"]]),
         Parser("tuf policy", _policy, [roles[0]]),
         Parser("wire offer", lambda data: wire.parse(wire.Offer, data), [wire.encode(offer)], wire.encode),
         Parser("wire envelope", dsse.open_envelope, [envelope]),

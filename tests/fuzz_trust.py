@@ -28,8 +28,8 @@ from wherry_agent.children import Trust as Word
 from wherry_agent.trust import CONFIG, Known, Session, border, open_updater
 from wherry_server import trust_offline, trust_rules
 from wherry_server.trust import Trust
-from wherry_shared import key_files
-from wherry_shared.targets import parse_targets
+from wherry_shared import key_files, signed_files
+from wherry_shared.signed_files import parse_targets
 
 S = 1_000_000
 TARGET = f"{MODEL}/1.0.0"
@@ -146,14 +146,14 @@ class Nonsense:
     # --- what a server makes of it --------------------------------------------------------------
 
     def _root_rules(self, data: bytes) -> Any:
-        root = trust_offline.parse(Root, data)
+        root = signed_files.parse(Root, data)
         trust_offline.check_root(None, root.signed, self._now)
         trust_offline.check_signed(trust_offline.needs(root, None, None))
         return root.signed_bytes
 
     def _targets_rules(self, data: bytes) -> Any:
-        targets = trust_offline.parse(Targets, data)
-        held = trust_offline.parse(Targets, self._files[self._names["targets"]]).signed
+        targets = signed_files.parse(Targets, data)
+        held = signed_files.parse(Targets, self._files[self._names["targets"]]).signed
         held.version = targets.signed.version - 1
         trust_offline.check_targets(held, targets.signed, self._now)
         return [*map(str, trust_offline.publishers(targets.signed)), *trust_offline.director_keys(targets.signed)]
@@ -161,7 +161,7 @@ class Nonsense:
     def _publisher_rules(self, data: bytes) -> Any:
         proposed = parse_targets(data).signed
         (publisher,) = self.trust.publishers
-        delegations = trust_offline.parse(Targets, self._files[self._names["targets"]]).signed.delegations
+        delegations = signed_files.parse(Targets, self._files[self._names["targets"]]).signed.delegations
         assert delegations is not None
         assert delegations.roles is not None
         trust_rules.check_next("acme", None, proposed, self._now)

@@ -211,10 +211,10 @@ def test_a_bin_that_breaks_a_rule_is_refused_although_its_publisher_signed(trust
 @pytest.mark.parametrize(
     ("data", "code"),
     [
-        (b"", "bin_invalid"),
-        (b"{}", "bin_invalid"),
-        (b"[" * 100_000, "bin_invalid"),
-        (b" " * 3_000_000, "bin_too_large"),
+        (b"", "metadata_invalid"),
+        (b"{}", "metadata_invalid"),
+        (b"[" * 100_000, "metadata_invalid"),
+        (b" " * 3_000_000, "metadata_too_large"),
     ],
 )
 def test_bytes_that_are_no_metadata_are_refused(trust, acme, data, code):
@@ -224,7 +224,7 @@ def test_bytes_that_are_no_metadata_are_refused(trust, acme, data, code):
 
 def test_timestamp_metadata_cannot_pass_as_a_bin(trust: Trust, acme: Workstation):
     role, _, _ = trust.bin_for(TARGET)
-    assert refused(lambda: trust.accept_bin(role, trust.metadata("timestamp.json"), 0)) == "bin_invalid"
+    assert refused(lambda: trust.accept_bin(role, trust.metadata("timestamp.json"), 0)) == "metadata_invalid"
 
 
 def test_a_publisher_role_delegates_to_its_own_bins_only(trust: Trust):

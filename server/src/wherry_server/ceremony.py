@@ -21,7 +21,7 @@ from tuf.api.metadata import DelegatedRole, Delegations, Metadata, Root, Targets
 from wherry_server import trust_offline as offline
 from wherry_server.trust import director_target
 from wherry_server.trust_objects import replace_file
-from wherry_shared import key_files
+from wherry_shared import key_files, signed_files
 from wherry_shared.errors import RefusedError
 
 THRESHOLD_DEFAULT = 2
@@ -68,14 +68,14 @@ class Ceremony:
             raise RefusedError("root_foreign", "the server's first root is not the one of this digest")
         root: Metadata[Root] | None = None
         for data in roots:
-            metadata = offline.parse(Root, data)
+            metadata = signed_files.parse(Root, data)
             before = root.signed if root is not None else None
             if metadata.signed.version != (before.version if before is not None else 0) + 1:
                 raise RefusedError("root_foreign", "the server's roots do not follow each other")
             offline.check_signed(offline.needs(metadata, before, None))
             root = metadata
         assert root is not None
-        fresh = offline.parse(Targets, targets)
+        fresh = signed_files.parse(Targets, targets)
         offline.check_signed(offline.needs(root, root.signed, fresh))
         held = self.targets()
         if held is not None and fresh.signed.version < held.signed.version:
@@ -97,12 +97,12 @@ class Ceremony:
     def root(self) -> Metadata[Root] | None:
         """Return the root that holds."""
         roots = self.roots()
-        return offline.parse(Root, roots[-1]) if roots else None
+        return signed_files.parse(Root, roots[-1]) if roots else None
 
     def targets(self) -> Metadata[Targets] | None:
         """Return the targets that hold."""
         path = self.folder / "now" / "targets.json"
-        return offline.parse(Targets, path.read_bytes()) if path.exists() else None
+        return signed_files.parse(Targets, path.read_bytes()) if path.exists() else None
 
     # --- what is to hold ------------------------------------------------------------------------
 
@@ -250,12 +250,12 @@ class Ceremony:
     def next_root(self) -> Metadata[Root] | None:
         """Return the root that is to hold, if one is prepared."""
         path = self.folder / "next" / "root.json"
-        return offline.parse(Root, path.read_bytes()) if path.exists() else None
+        return signed_files.parse(Root, path.read_bytes()) if path.exists() else None
 
     def next_targets(self) -> Metadata[Targets] | None:
         """Return the targets that are to hold, if they are prepared."""
         path = self.folder / "next" / "targets.json"
-        return offline.parse(Targets, path.read_bytes()) if path.exists() else None
+        return signed_files.parse(Targets, path.read_bytes()) if path.exists() else None
 
     def needs(self) -> list[offline.Need]:
         """Return who has signed and who has not."""

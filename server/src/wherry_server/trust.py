@@ -46,7 +46,7 @@ from wherry_server.trust_objects import Objects, replace_file, split_name
 from wherry_server.trust_offline import DIRECTOR_TARGET, MODELS_MAX, OFFLINE_LIFE
 from wherry_shared import ids, key_files
 from wherry_shared.errors import RefusedError, WherryError
-from wherry_shared.targets import parse_targets
+from wherry_shared.signed_files import parse, parse_targets
 
 SNAPSHOT_LIFE = timedelta(days=7)
 TIMESTAMP_LIFE = timedelta(days=1)
@@ -374,7 +374,7 @@ class Trust:
             root = self._root() if self._version("root") else None
             fresh: list[tuple[Metadata[Root], bytes]] = []
             for data in roots:
-                metadata = trust_offline.parse(Root, data)
+                metadata = parse(Root, data)
                 version = metadata.signed.version
                 if version <= self._version("root"):
                     self._objects.put(version, "root", data)  # the same bytes, or refused
@@ -403,13 +403,13 @@ class Trust:
             if not here:
                 raise RefusedError("targets_invalid", "a repository begins with targets")
             data = self._objects.get(here, "targets")
-        metadata = trust_offline.parse(Targets, data)
+        metadata = parse(Targets, data)
         trust_offline.check_signed(trust_offline.needs(root, root.signed, metadata))
         if metadata.signed.version == here:
             if data != self._objects.get(here, "targets"):
                 raise RefusedError("metadata_taken", f"targets version {here} is already bound to other bytes")
         else:
-            before = trust_offline.parse(Targets, self._objects.get(here, "targets")).signed if here else None
+            before = parse(Targets, self._objects.get(here, "targets")).signed if here else None
             trust_offline.check_targets(before, metadata.signed, moment)
         return metadata.signed
 
@@ -593,10 +593,7 @@ class Trust:
         return bool(result)
 
     def _parse(self, kind: type[S], version: int) -> Metadata[S]:
-        metadata = Metadata[S].from_bytes(self._objects.get(version, kind.type))
-        if not isinstance(metadata.signed, kind):
-            raise RefusedError("metadata_invalid", f"{version}.{kind.type}.json holds {metadata.signed.type} metadata")
-        return metadata
+        return parse(kind, self._objects.get(version, kind.type))
 
     # --- roles ----------------------------------------------------------------------------------
 

@@ -9,13 +9,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, Key, Metadata, Root, Targets, VerificationResult
-from tuf.api.serialization import DeserializationError, SerializationError
 
 from wherry_server import trust_rules as rules
-from wherry_shared import ids, key_files, limits
+from wherry_shared import ids, key_files
 from wherry_shared.errors import RefusedError
 
 OFFLINE_LIFE = timedelta(days=365)
@@ -25,8 +24,6 @@ DIRECTOR_KEYS_MAX = 16
 MODELS_MAX = 1000
 PUBLISHERS_MAX = 128
 _BIN_LIKE = re.compile(r".*-[0-9a-f]{1,2}")
-
-P = TypeVar("P", Root, Targets)
 
 
 @dataclass(frozen=True)
@@ -44,25 +41,6 @@ class Need:
     def met(self) -> bool:
         """Whether enough have signed."""
         return len(self.signed) >= self.threshold
-
-
-def parse(kind: type[P], data: bytes) -> Metadata[P]:
-    """Parse untrusted bytes.
-
-    Raises:
-        RefusedError: `metadata_invalid`.
-    """
-    bytes_max = limits.TUF_ROOT_BYTES_MAX if kind is Root else limits.TUF_METADATA_BYTES_MAX
-    if len(data) > bytes_max:
-        raise RefusedError("metadata_invalid", f"{len(data)} bytes of {kind.type}, at most {bytes_max}")
-    try:
-        metadata = Metadata[P].from_bytes(data)
-        _ = metadata.signed_bytes  # what has no canonical form (a float) cannot have been signed
-    except (DeserializationError, SerializationError, RecursionError) as error:
-        raise RefusedError("metadata_invalid", f"not TUF metadata: {error}") from error
-    if not isinstance(metadata.signed, kind):
-        raise RefusedError("metadata_invalid", f"{metadata.signed.type} metadata where {kind.type} was expected")
-    return metadata
 
 
 def needs(root: Metadata[Root] | None, before: Root | None, targets: Metadata[Targets] | None) -> list[Need]:

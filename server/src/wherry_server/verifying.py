@@ -13,7 +13,7 @@ from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Root, Targets
 
 from wherry_server import trust_offline, trust_rules
-from wherry_shared import ids, statements
+from wherry_shared import ids, signed_files, statements
 from wherry_shared.bundle import encrypted_layers
 from wherry_shared.digest import of_bytes
 from wherry_shared.errors import RefusedError
@@ -75,7 +75,7 @@ def _root(chain: Path, root_digest: str) -> tuple[Metadata[Root], list[Link]]:
         if not path.exists():
             break
         data = path.read_bytes()
-        metadata = trust_offline.parse(Root, data)
+        metadata = signed_files.parse(Root, data)
         if number == 1:
             digest = hashlib.sha256(data).hexdigest()
             if root_digest and digest != root_digest.removeprefix("sha256:"):
@@ -137,7 +137,7 @@ def _policy(own: dict[str, Any], target: str, version: str, manifest: str) -> st
 
 def _read(path: Path) -> Metadata[Targets]:
     try:
-        return trust_offline.parse(Targets, path.read_bytes())
+        return signed_files.parse(Targets, path.read_bytes())
     except FileNotFoundError as error:
         raise RefusedError("chain_missing", f"{path.name} is not beside the bundle") from error
 

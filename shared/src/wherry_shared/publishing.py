@@ -23,7 +23,7 @@ from wherry_shared.image_layout import SEALED, SIGNED, Layout
 from wherry_shared.key_holders import using
 from wherry_shared.publishing_bins import Bin, PublisherKey, Session, expiry, signed_bytes
 from wherry_shared.publishing_remote import Remote
-from wherry_shared.targets import parse_targets
+from wherry_shared.signed_files import parse_targets
 
 __all__ = ["PublisherKey", "Pushed", "Remote", "Signed", "push", "renew", "repair", "set_policy", "sign"]
 

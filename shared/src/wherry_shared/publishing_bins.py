@@ -23,7 +23,7 @@ from wherry_shared.digest import check_digest
 from wherry_shared.errors import RefusedError
 from wherry_shared.key_holders import PREFIX, open_key, using
 from wherry_shared.publishing_remote import Remote
-from wherry_shared.targets import parse_targets
+from wherry_shared.signed_files import parse_targets
 
 LIFE = timedelta(days=90)
 """Life of publisher roles and bins (contracts.md §2); `publishing.renew` signs them anew."""

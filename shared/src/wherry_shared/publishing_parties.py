@@ -17,7 +17,7 @@ from wherry_shared.errors import RefusedError
 from wherry_shared.key_holders import using
 from wherry_shared.publishing_bins import PublisherKey, Session, expiry, signatures_of, signed_bytes
 from wherry_shared.publishing_remote import Remote
-from wherry_shared.targets import parse_targets
+from wherry_shared.signed_files import parse_targets
 
 Outcome = Literal["accepted", "proposed"]
 
@@ -115,7 +115,7 @@ def proposals(remote: Remote, key: PublisherKey) -> Iterator[Proposal]:
     """Find what waits for the signature of this key.
 
     Raises:
-        RefusedError: `bin_foreign`, `bin_invalid`, or what the server refused.
+        RefusedError: `bin_foreign`, `metadata_invalid`, or what the server refused.
     """
     session = Session(remote, key)
     for known in session.state.publishers:

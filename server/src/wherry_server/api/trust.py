@@ -119,7 +119,7 @@ async def put_bin(
     async for chunk in request.stream():
         data += chunk
         if len(data) > TUF_METADATA_BYTES_MAX:
-            raise RefusedError("bin_too_large", f"more than {TUF_METADATA_BYTES_MAX} bytes")
+            raise RefusedError("metadata_too_large", f"more than {TUF_METADATA_BYTES_MAX} bytes")
     state = await run_in_threadpool(services.trust.accept_bin, role, bytes(data), int(expected[1]))
     await _record(services, who, "bin.put", role, replaces=int(expected[1]), state=state)
     if state == "proposed":
