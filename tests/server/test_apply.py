@@ -171,14 +171,51 @@ def test_a_static_cohort_is_made_once_and_becomes_live_where_the_files_say_so(se
         ({"a.json": '{"rollouts": [{"models": []}]}'}, "apply_invalid"),
         ({"a.json": '{"cohorts": [{"name": "x"}]}'}, "apply_invalid"),
         ({"a.json": '{"cohorts": [{"name": "x", "selector": "all", "static": "yes"}]}'}, "apply_invalid"),
+        ({".github/a.toml": TOML}, "apply_invalid"),
+        ({"a.toml": TOML.replace("stages", "steps")}, "plan_invalid"),
+        ({"a.toml": TOML.replace("share = 0.1", "share = nan")}, "plan_file"),
+        ({"a.toml": FLAGS.replace("share = 1.0", "share = 1.5")}, "plan_stages"),
     ],
 )
 def test_files_that_make_no_sense_are_refused(tmp_path: Path, files: dict[str, str], code: str) -> None:
     for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     with pytest.raises(RefusedError) as caught:
         desired.read(tmp_path)
     assert caught.value.code == code
+    assert caught.value.consequence == "nothing was changed"
+    assert caught.value.next_step
+
+
+@pytest.mark.parametrize(
+    ("name", "date"),
+    [("a.toml", "start_at = 2026-12-01T22:00:00+01:00\n"), ("a.yaml", "start_at: 2026-12-01 22:00:00+01:00\n")],
+)
+def test_a_date_is_a_date_also_where_the_format_has_dates(tmp_path: Path, name: str, date: str) -> None:
+    file = tmp_path / name
+    file.write_text(date)
+    assert desired.decode(file) == {"start_at": "2026-12-01T22:00:00+01:00"}
+
+
+def test_one_file_is_read_and_hidden_folders_are_not(tmp_path: Path) -> None:
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "x.toml").write_text("no = file of ours")
+    (tmp_path / "fleet.toml").write_text(TOML)
+    for place in (tmp_path, tmp_path / "fleet.toml"):
+        assert [cohort.name for cohort in desired.read(place).cohorts] == ["applied"]
+
+
+def test_who_is_refused_in_the_middle_is_told_what_was_done(server: Running, tmp_path: Path) -> None:
+    (tmp_path / "fleet.toml").write_text(TOML.replace("applied", "half"))
+    refused = wherry(server, "apply", "-f", str(tmp_path), "--yes", "--json")
+    problem = json.loads(refused.stderr)
+    assert problem["code"] == "bundle_unknown"
+    assert problem["detail"].startswith("create rollout half:1.0.0 cohort=half 1: there is no bundle")
+    assert problem["consequence"].startswith("of 2 changes 1 were made")
+    assert "apply them again" in problem["next_step"]
+    assert said(server, "cohort", "show", "half")["selector"] == "label.site = berlin"  # type: ignore[call-overload]
+    assert wherry(server, "cohort", "delete", "half").returncode == 0
 
 
 def test_the_schema_takes_plans_and_refuses_what_plans_refuse(server: Running) -> None:

@@ -306,6 +306,20 @@ def test_a_plan_file_fills_in_what_options_do_not_say(world: World, tmp_path: Pa
     assert "[bad_target]" in wherry(world.server, "rollout", "create", "nonsense", "--device", "lab-1").stderr
     stages = wherry(world.server, "rollout", "create", f"{MODEL}:1.1.0", "--device", "lab-1", "--stages", "five")
     assert "[plan_stages]" in stages.stderr
+    for wrong in ("nan", "0,100", "5,101", "5,,100"):
+        refused = wherry(world.server, "rollout", "create", f"{MODEL}:1.1.0", "--device", "lab-1", "--stages", wrong)
+        assert "[plan_stages]" in refused.stderr, wrong
+    file.write_text("start_at = 2099-12-01T22:00:00+01:00\n")
+    dated: Any = said(world.server, *given)
+    assert dated["plan"]["start_at"] == "2099-12-01T22:00:00+01:00"
+    forecast: Any = said(world.server, "rollout", "simulate", str(file), "--devices", "10", "--runs", "1")
+    assert len(forecast["stages_s"]) == 3, "as create has it, where a plan names no stages"
+    none = wherry(world.server, "rollout", "simulate", str(file), "--failed", "nan")
+    assert "[request_invalid]" in none.stderr
+    for noun in ("rollout", "device"):
+        typo = wherry(world.server, noun, "list", "--state", "runing")
+        assert typo.returncode == 1
+        assert "'running'" in typo.stderr or "'trial'" in typo.stderr, "it says which there are"
 
 
 def stage(**changes: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ idempotency key, so that a repetition is never done twice.
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import secrets
 import ssl
@@ -21,7 +22,7 @@ import msgspec
 from wherry_server import calls
 from wherry_server.calls import Call
 from wherry_shared.access import LOOPBACK, Access, problem, tls_context, unreachable
-from wherry_shared.errors import UnreachableError
+from wherry_shared.errors import RefusedError, UnreachableError
 
 T = TypeVar("T")
 TIMEOUT_S = 30.0
@@ -57,8 +58,26 @@ def _arguments(call: Call[Any]) -> dict[str, Any]:
     if call.content is not None:
         found["content"] = call.content
     elif call.body is not None:
-        found["json"] = call.body
+        found["content"] = _json(call.body)
+        headers["Content-Type"] = "application/json"
     return found
+
+
+def _json(body: Any) -> bytes:
+    """Encode what is asked.
+
+    Raises:
+        RefusedError: `request_invalid`, for what is no JSON: a number that is none, a lone half of a character.
+    """
+    try:
+        return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RefusedError(
+            "request_invalid",
+            f"what is asked cannot be said in JSON: {error}",
+            consequence="nothing was sent",
+            next_step="look for numbers that are none (nan, inf)",
+        ) from error
 
 
 def _result(call: Call[Any], answer: httpx.Response) -> Any:

@@ -7,12 +7,14 @@ is asked for, which forgets cohorts and deletes flags.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from wherry_server.plan import parse_plan
 from wherry_shared.errors import RefusedError
 from wherry_shared.limits import MIB
 
@@ -22,6 +24,8 @@ FILE_BYTES_MAX = 4 * MIB
 YAML_DEPTH_MAX = 64
 YAML_NODES_MAX = 200_000
 """With each alias counted as what it stands for."""
+_ANY = {"manifest": "sha256:" + "0" * 64}
+"""What the server adds to a model of a plan."""
 FLAG = "flag:"
 """Before a flag's name where rollouts say what they roll out."""
 Do = Literal["create", "change", "delete", "start"]
@@ -88,7 +92,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def decode(file: Path) -> dict[str, Any]:
-    """Return the fields of a TOML, YAML or JSON file.
+    """Return the fields of a TOML, YAML or JSON file, as JSON has them: dates are text there.
 
     Raises:
         RefusedError: `plan_file`.
@@ -99,12 +103,16 @@ def decode(file: Path) -> dict[str, Any]:
         if len(data) > FILE_BYTES_MAX:
             raise ValueError(f"more than {FILE_BYTES_MAX} bytes")
         if file.suffix == ".toml":
-            return msgspec.toml.decode(data, type=dict[str, Any])
-        if file.suffix in (".yaml", ".yml"):
+            found = msgspec.toml.decode(data, type=dict[str, Any])
+        elif file.suffix in (".yaml", ".yml"):
             _check_yaml(data)
-            return msgspec.yaml.decode(data, type=dict[str, Any])
-        return msgspec.json.decode(data, type=dict[str, Any])
-    except (OSError, ValueError, RecursionError) as error:
+            found = msgspec.yaml.decode(data, type=dict[str, Any])
+        else:
+            found = msgspec.json.decode(data, type=dict[str, Any])
+        plain: dict[str, Any] = msgspec.to_builtins(found, str_keys=True)
+        json.dumps(plain, allow_nan=False)
+        return plain
+    except (OSError, ValueError, TypeError, RecursionError) as error:  # msgspec's errors are ValueErrors
         raise RefusedError(
             "plan_file",
             f"{file}: {error}",
@@ -144,13 +152,21 @@ def _check_yaml(data: bytes) -> None:
 
 
 def read(folder: Path) -> Desired:
-    """Return what all files of a folder and the folders below it say together.
+    """Return what all files of a folder and the folders below it, but for hidden ones, say together; or one file.
 
     Raises:
-        RefusedError: `plan_file`, or `apply_invalid` for what is no such file, said twice, or nothing at all.
+        RefusedError: `plan_file`, or `apply_invalid` for what is no such file, said twice, or nothing at all; what
+            `plan.parse_plan` refuses of a rollout.
     """
     whole = Desired()
-    files = sorted(file for file in folder.rglob("*") if file.suffix in SUFFIXES and file.is_file())[: FILES_MAX + 1]
+    below = (
+        file
+        for file in folder.rglob("*")
+        if file.suffix in SUFFIXES
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+    files = [folder] if folder.is_file() else sorted(below)[: FILES_MAX + 1]
     if not files or len(files) > FILES_MAX:
         raise _invalid(f"{folder} has {len(files)} files ({', '.join(SUFFIXES)}), expected 1 to {FILES_MAX}")
     for file in files:
@@ -158,6 +174,8 @@ def read(folder: Path) -> Desired:
             found = msgspec.convert(decode(file), Desired)
         except msgspec.ValidationError as error:
             raise _invalid(f"{file}: {error}") from error
+        for rollout in found.rollouts:
+            _check(file, rollout)
         whole.cohorts += found.cohorts
         whole.flags += found.flags
         whole.rollouts += found.rollouts
@@ -168,6 +186,23 @@ def read(folder: Path) -> Desired:
     if twice:
         raise _invalid(f"said twice: {', '.join(twice)[:300]}")
     return whole
+
+
+def _check(file: Path, wish: Mapping[str, Any]) -> None:
+    """Refuse a rollout that the server would refuse, before anything is changed for its neighbours; what it names may be new."""
+    name = " ".join(key(wish))
+    known = {field: value for field, value in wish.items() if field not in ("cohort", "models", "start")}
+    models = [{**_ANY, **one} for one in wish.get("models", []) if isinstance(one, dict)]
+    value = {"value": True} if wish.get("flag") else {}
+    try:
+        parse_plan({**known, **value, "selector": wish.get("selector") or "all", "models": models})
+    except RefusedError as error:
+        raise RefusedError(
+            error.code,
+            f"{file}, rollout {name}: {error.message}",
+            consequence="nothing was changed",
+            next_step=error.next_step,
+        ) from error
 
 
 def key(wish: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -26,7 +26,7 @@ from wherry_server.times import now_us
 from wherry_server.views import Seen, lists, looks
 from wherry_shared.errors import RefusedError
 from wherry_shared.sketch import Sketch
-from wherry_shared.wire import Window
+from wherry_shared.wire import ModelState, Window
 
 Ending = Literal["revoked", "decommissioned"]
 Wipe = Literal["", "nothing", "models", "all"]
@@ -48,6 +48,9 @@ _assignments = table(Assignment)
 AWAITED = ("exposed", "proved", "revert_pending")
 """Outcomes of assignments that a rollout still waits for."""
 
+AnyState = Literal[ModelState, "active", "revoked", "quarantined", "decommissioned"]
+"""A state of a model on a device, or of the device."""
+
 
 class Filter(msgspec.Struct, frozen=True, kw_only=True):
     """Which devices to list; everything that is set must hold."""
@@ -55,7 +58,7 @@ class Filter(msgspec.Struct, frozen=True, kw_only=True):
     name: str = ""
     """Part of the name."""
     state: str = ""
-    """`active`, `revoked` or `decommissioned`, or the state of a model on the device, such as `trial`."""
+    """One of `AnyState`."""
     model: str = ""
     selector: Selector | None = None
     """Only the active devices that it takes; None: all."""

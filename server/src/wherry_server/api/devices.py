@@ -32,7 +32,7 @@ async def list_devices(
     services: ServicesDep,
     _viewer: Viewer,
     name: Annotated[str, Query(description="part of the name", max_length=64)] = "",
-    state: Annotated[str, Query(description="of the device, or of a model on it", max_length=32)] = "",
+    state: Annotated[fleet.AnyState | None, Query(description="of the device, or of a model on it")] = None,
     model: Annotated[str, Query(description="has said something about it", max_length=64)] = "",
     cohort: Annotated[str, Query(description="members of this cohort", max_length=64)] = "",
     selector: Annotated[str, Query(description="active devices that it takes", max_length=SELECTOR_CHARS_MAX)] = "",
@@ -47,7 +47,7 @@ async def list_devices(
         whom = And(parts=tuple(parse_selector(one) for one in both)) if both else None
         after = max(after, page.behind(str) or "")
         limit = min(page.limit, fleet.LISTED_MAX)
-        wanted = fleet.Filter(name=name, state=state, model=model, selector=whom, after=after, limit=limit)
+        wanted = fleet.Filter(name=name, state=state or "", model=model, selector=whom, after=after, limit=limit)
         rows, following = await fleet.list_devices(connection, services.project, wanted)
     if following:
         page.end(following)

@@ -22,6 +22,7 @@ from wherry_server.api.again import Again
 from wherry_server.api.pages import CursorId, Paging, check_text
 from wherry_server.auth import ScopedApprover, ScopedOperator, ServicesDep, Viewer
 from wherry_server.outcomes import Standing
+from wherry_server.rollout import State
 
 router = APIRouter(prefix="/api/v1", tags=["rollouts"], route_class=Again)
 Number = Annotated[int, Path(ge=1, le=1 << 53)]
@@ -47,7 +48,7 @@ async def list_rollouts(
     _viewer: Viewer,
     page: Paging,
     model: Annotated[str | None, Query(max_length=160, description="a model, or flag:NAME")] = None,
-    state: Annotated[str | None, Query(max_length=32)] = None,
+    state: Annotated[State | None, Query(description="in which it is")] = None,
 ) -> list[RolloutSummary]:
     """List the newest rollouts, newest first."""
     async with services.database.read() as connection:

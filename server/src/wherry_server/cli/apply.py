@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +16,7 @@ from rich.text import Text
 from wherry_server import calls, desired
 from wherry_server.answers import RolloutSummary, flag_tag
 from wherry_server.cli.common import GLOBALS, AsJson, client, console, show
-from wherry_shared.errors import RefusedError
+from wherry_shared.errors import RefusedError, WherryError
 
 if TYPE_CHECKING:
     from wherry_server.client import Client
@@ -30,7 +30,9 @@ STYLE = {"create": "green", "change": "yellow", "delete": "red", "start": "cyan"
 
 @commands.command()
 def apply(
-    folder: Annotated[Path, typer.Option("--file", "-f", help="Folder of TOML, YAML or JSON files.", exists=True)],
+    folder: Annotated[
+        Path, typer.Option("--file", "-f", help="Folder of TOML, YAML or JSON files, or one file.", exists=True)
+    ],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show only; exits with 2 if something would be done.")
@@ -59,8 +61,7 @@ def apply(
             _render(console(), todo)
             typer.confirm("do that?", abort=True)
         if not dry_run:
-            for change in todo:
-                _do(server, change, flags)
+            _do_all(server, todo, flags)
     found = {"changes": msgspec.to_builtins(todo), "applied": not dry_run}
     show(found, as_json, lambda out: _render(out, todo) if not asked else out.print("done"))
     if dry_run and todo:
@@ -87,6 +88,27 @@ def _rolled_out(one: RolloutSummary) -> str:
     """Return what a rollout brings, as `desired.key` has it."""
     parts = one.models or [{"model": one.model, "version": one.version}]
     return "+".join(f"{part['model']}:{part['version']}" for part in parts)
+
+
+def _do_all(server: Client, todo: Sequence[desired.Change], flags: Mapping[str, Mapping[str, Any]]) -> None:
+    """Make the changes in their order; whoever is refused in the middle is told what was done before.
+
+    Raises:
+        WherryError: what the server refused.
+    """
+    for done, change in enumerate(todo):
+        try:
+            _do(server, change, flags)
+        except WherryError as error:
+            error.message = f"{change.do} {change.kind} {change.name}: {error.message}"
+            if done:
+                error.consequence = (
+                    f"of {len(todo)} changes {done} were made before this one, which was not, nor what follows it"
+                )
+                error.next_step = (
+                    f"{error.next_step or 'mend the files'}; then apply them again: what was done stays done"
+                )
+            raise
 
 
 def _do(server: Client, change: desired.Change, flags: Mapping[str, Mapping[str, Any]]) -> None:

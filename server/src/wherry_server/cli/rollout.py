@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -68,7 +69,7 @@ WAITS = {
     "not_started": "it has not been started: wherry rollout start",
     "ordered": "the director's next turn, which takes up what was ordered",
     "paused": "it is paused: wherry rollout resume",
-    "no_devices": "no device of the cohort is exposed yet",
+    "no_devices": "no device of the cohort is exposed yet: wherry cohort preview says whom a selector takes",
     "start_at": "seconds until its date",
     "approval": "people who agreed that what comes next begins: wherry rollout approve",
     "window": "devices are exposed, the others' maintenance windows are shut",
@@ -108,8 +109,12 @@ def parse_stages(text: str, soak_s: int, confirmed_min: int) -> list[dict[str, A
     for part in text.split(","):
         try:
             percent = float(part.strip().removesuffix("%"))
-        except ValueError as error:
-            raise RefusedError("plan_stages", f"{part!r} is not a percentage", next_step="such as 5,25,100") from error
+        except ValueError:
+            percent = math.nan
+        if not 0 < percent <= 100:
+            raise RefusedError(
+                "plan_stages", f"{part!r} is not a percentage above 0 up to 100", next_step="such as 5,25,100"
+            )
         stages.append({"share": percent / 100, "soak_s": soak_s, "confirmed_min": confirmed_min})
     return stages
 
@@ -327,7 +332,7 @@ def devices(
 
 @app.command()
 def simulate(
-    plan: Annotated[Path, typer.Argument(help="Plan, as TOML or JSON.")],
+    plan: Annotated[Path, typer.Argument(help="Plan, as TOML, YAML or JSON.")],
     devices: Annotated[
         int | None, typer.Option(help="So many devices of one kind, instead of the fleet as it stands.")
     ] = None,
@@ -349,7 +354,12 @@ def simulate(
     """Forecast a plan by the real engine over devices whose outcomes are stated; nothing is stored."""
     outcomes = {"failed": failed, "silent": silent, "late": late, "idle": idle, "settle_s": settle, "fails_s": fails}
     outcomes |= {"returned": returned, "crashed": crashed, "worse": worse, "spread": spread}
-    wish = {"plan": read_plan(plan), "devices": devices or 0, "outcomes": outcomes, "runs": runs}
+    wish = {
+        "plan": with_stages(read_plan(plan), plan, None, None, None),
+        "devices": devices or 0,
+        "outcomes": outcomes,
+        "runs": runs,
+    }
     found = client().plain(calls.simulate_rollout(wish))
 
     def render(out: Console) -> None:
@@ -528,6 +538,8 @@ def _details(out: Console, found: dict[str, Any]) -> None:
     ]
     if reasons:
         out.print(table(["#STAGE", "OUTCOME", "REASON", "KIND", "#DEVICES"], reasons))
+    if not found["members"] and found["state"] not in FINAL:
+        out.print(f"note: the cohort has no device now ({found['selector']}); those that come join it", markup=False)
     for index, stage in enumerate(found["stages"], 1):
         if stage["confirmed_min"] == 0:
             out.print(f"note: stage {index} asks for no device confirmed with traffic (confirmed_min = 0)")
