@@ -222,6 +222,14 @@ def test_policy_and_renewal_are_signed_by_the_publisher(server, remote, key, bun
     _, before, data = server.trust.role_bytes(publisher)
     own = Metadata[Targets].from_bytes(data).signed.targets[f"{MODEL}/policy"].custom["wherry"]
     assert own == {"format": 1, "floor": "0.1.0", "revoked": [{"digest": digest("bad"), "effect": "replace"}]}
+    said = set_policy(remote, key, MODEL, revoked={digest("worse"): "stop"})
+    assert (said.floor, set(said.revoked)) == ("0.1.0", {digest("bad"), digest("worse")}), (
+        "nothing comes back by itself"
+    )
+    said = set_policy(remote, key, MODEL, floor="", allowed=[digest("bad")])
+    assert (said.floor, said.revoked) == ("", {digest("worse"): "stop"})
+    assert refused(lambda: set_policy(remote, key, MODEL, allowed=[digest("bad")])) == "not_revoked"
+    before = server.trust.role_bytes(publisher)[1]
     done = renew(remote, key)
     assert publisher in done
     assert len(done) > 1

@@ -7,7 +7,7 @@ bundle, and hand it in with `If-Match`. Used by `wherry-optimizer sign` and `whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -65,6 +65,17 @@ class Pushed:
 
 
 @dataclass(frozen=True)
+class SignedPolicy:
+    """What a publisher says of a model's versions."""
+
+    version: int
+    """Of the publisher's role that says so."""
+    floor: str
+    revoked: dict[str, str]
+    """Manifest digest → effect."""
+
+
+@dataclass(frozen=True)
 class _Bundle:
     path: Path
     model: str
@@ -113,36 +124,55 @@ def push(bundle: Path, remote: Remote, key: PublisherKey | None = None, *, progr
 
 
 def set_policy(
-    remote: Remote, key: PublisherKey, model: str, *, floor: str = "", revoked: dict[str, str] | None = None
-) -> int:
-    """Publish the floor and the revocations of a model: its whole policy, replacing the one before.
+    remote: Remote,
+    key: PublisherKey,
+    model: str,
+    *,
+    floor: str | None = None,
+    revoked: Mapping[str, str] | None = None,
+    allowed: Collection[str] = (),
+) -> SignedPolicy:
+    """Change the policy of a model; what is not named stays, so that revoking one version does not bring another back.
 
     Args:
         remote: the server.
         key: the publisher's.
         model: whose policy.
-        floor: lowest version that devices may run; empty for none.
-        revoked: manifest digest → `replace` (nobody installs it) or `stop` (nobody serves it any more either).
+        floor: lowest version that devices may run; empty for none, None leaves it.
+        revoked: further manifest digests → `replace` (nobody installs it) or `stop` (nobody serves it any more either).
+        allowed: manifest digests whose revocation is taken back.
 
     Returns:
-        The version of the publisher role that says so.
+        The whole policy that holds now.
 
     Raises:
-        RefusedError: `publisher_unknown`, `bad_version`, `bad_digest`, or what the server refused.
+        RefusedError: `publisher_unknown`, `bad_version`, `bad_digest`, `not_revoked`, or what the server refused.
     """
     ids.check_name(model, "model")
     if floor:
         ids.parse_version(floor)
-    own: dict[str, Any] = {"format": FORMAT, "floor": floor, "revoked": []}
-    for digest, effect in sorted((revoked or {}).items()):
-        own["revoked"].append({"digest": check_digest(digest), "effect": effect})
     session = Session(remote, key)
     name = session.publisher(model, register=False)
     version, role = session.role(name)
+    before = role.targets.get(f"{model}/policy")
+    own: dict[str, Any] = dict(before.unrecognized_fields["custom"]["wherry"]) if before is not None else {}
+    known = {str(entry["digest"]): str(entry["effect"]) for entry in own.get("revoked", [])}
+    strange = sorted(set(allowed) - set(known))
+    if strange:
+        raise RefusedError(
+            "not_revoked",
+            f"{strange[0][:80]} is not revoked for {model}",
+            consequence="nothing was signed",
+            next_step="name a manifest digest that wherry trust role shows among the revoked",
+        )
+    known |= {check_digest(digest): effect for digest, effect in (revoked or {}).items()}
+    known = {digest: effect for digest, effect in sorted(known.items()) if digest not in allowed}
+    own["format"], own["floor"] = FORMAT, own.get("floor", "") if floor is None else floor
+    own["revoked"] = [{"digest": digest, "effect": effect} for digest, effect in known.items()]
     target = TargetFile.from_data(f"{model}/policy", msgspec.json.encode(own), ["sha256"])
     target.unrecognized_fields["custom"] = {"wherry": own}
     role.targets[target.path] = target
-    return session.submit_role(name, role, version)
+    return SignedPolicy(session.submit_role(name, role, version), own["floor"], known)
 
 
 def renew(remote: Remote, key: PublisherKey) -> list[str]:

@@ -68,15 +68,18 @@ def withdraw(role: Annotated[str, typer.Argument(help="Role of the proposal.")],
 @app.command("policy")
 def set_model_policy(
     model: Annotated[str, typer.Argument(help="Model whose policy this is.")],
-    floor: Annotated[str, typer.Option(help="Lowest version that devices may run; empty: none.")] = "",
+    floor: Annotated[
+        str | None, typer.Option(help="Lowest version that devices may run; none: no floor.", show_default="as before")
+    ] = None,
     revoke: Annotated[
         list[str] | None,
-        typer.Option(help="Manifest digest that no device may install any more; DIGEST=stop: nor serve."),
+        typer.Option(help="Manifest digest that no device may install any more; DIGEST=stop: nor serve. Repeat it."),
     ] = None,
+    allow: Annotated[list[str] | None, typer.Option(help="Manifest digest whose revocation is taken back.")] = None,
     key: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Sign the whole policy of a model, replacing the one before: floor and revocations."""
+    """Sign a change of a model's policy, floor and revocations; what is not named stays."""
     from wherry_shared.publishing import set_policy
 
     revoked = {}
@@ -84,9 +87,18 @@ def set_model_policy(
         digest, _, effect = item.partition("=")
         revoked[digest] = effect or "replace"
     with _signing(key) as (remote, opened):
-        version = set_policy(remote, opened, model, floor=floor, revoked=revoked)
-    found = {"model": model, "floor": floor, "revoked": revoked, "version": version}
-    show(found, as_json, lambda console: console.print(f"{model}/policy signed, version {version} of its publisher"))
+        signed = set_policy(
+            remote, opened, model, floor="" if floor == "none" else floor, revoked=revoked, allowed=allow or ()
+        )
+
+    def render(console: Console) -> None:
+        console.print(
+            f"{model}/policy signed, version {signed.version} of its publisher; floor {signed.floor or 'none'}"
+        )
+        for digest, effect in signed.revoked.items():
+            console.print(f"  revoked  {digest} ({effect})", soft_wrap=True)
+
+    show({"model": model, **asdict(signed)}, as_json, render)
 
 
 @app.command("renew")
