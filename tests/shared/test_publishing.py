@@ -223,6 +223,7 @@ def test_policy_and_renewal_are_signed_by_the_publisher(server, remote, key, bun
     own = Metadata[Targets].from_bytes(data).signed.targets[f"{MODEL}/policy"].custom["wherry"]
     assert own == {"format": 1, "floor": "0.1.0", "revoked": [{"digest": digest("bad"), "effect": "replace"}]}
     said = set_policy(remote, key, MODEL, revoked={digest("worse"): "stop"})
+    assert said.outcome == "accepted"
     assert (said.floor, set(said.revoked)) == ("0.1.0", {digest("bad"), digest("worse")}), (
         "nothing comes back by itself"
     )
@@ -305,6 +306,7 @@ def test_with_a_threshold_the_second_key_signs_what_stands_as_proposed(server, r
     assert sign(copy, remote, second).outcome == "cosigned"
     assert push(copy, remote, second).outcome == "released"
     assert server.trust.target("paired", "1.0.0") == manifest
+    assert set_policy(remote, first, "paired", floor="1.0.0").outcome == "proposed", "which holds nowhere yet"
 
 
 def test_a_bundle_signed_for_another_server_is_signed_again_where_the_key_is(remote, key, bundle: Path, tmp_path: Path):

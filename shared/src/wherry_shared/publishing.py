@@ -73,6 +73,8 @@ class SignedPolicy:
     floor: str
     revoked: dict[str, str]
     """Manifest digest → effect."""
+    outcome: Literal["accepted", "proposed"]
+    """`proposed`: it holds once enough of the publisher's keys signed it."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def set_policy(
         allowed: manifest digests whose revocation is taken back.
 
     Returns:
-        The whole policy that holds now.
+        The whole policy.
 
     Raises:
         RefusedError: `publisher_unknown`, `bad_version`, `bad_digest`, `not_revoked`, or what the server refused.
@@ -172,7 +174,8 @@ def set_policy(
     target = TargetFile.from_data(f"{model}/policy", msgspec.json.encode(own), ["sha256"])
     target.unrecognized_fields["custom"] = {"wherry": own}
     role.targets[target.path] = target
-    return SignedPolicy(session.submit_role(name, role, version), own["floor"], known)
+    outcome = session.submit_role(name, role, version)
+    return SignedPolicy(version + 1, own["floor"], known, "accepted" if outcome == "accepted" else "proposed")
 
 
 def renew(remote: Remote, key: PublisherKey) -> list[str]:

@@ -192,16 +192,15 @@ class Session:
         delegations = Delegations({self.key.keyid: self.key.signer.public_key}, succinct_roles=bins)
         return Targets(version=1, expires=expiry(), delegations=delegations)
 
-    def submit_role(self, name: str, content: Targets, replaces: int) -> int:
-        """Sign `content` as the next version of a publisher's role, hand it in, and return that version."""
+    def submit_role(self, name: str, content: Targets, replaces: int) -> str:
+        """Sign `content` as the next version of a publisher's role and hand it in; return what became of it, as `submit`."""
         fresh = Targets(
             version=replaces + 1, expires=expiry(), targets=content.targets, delegations=content.delegations
         )
-        self.submit(name, signed_bytes(self.key, fresh), replaces)
-        return replaces + 1
+        return self.submit(name, signed_bytes(self.key, fresh), replaces)
 
     def submit(self, role: str, data: bytes, replaces: int) -> str:
-        """Hand in signed bytes; what the server accepted is remembered beside the key."""
+        """Hand in signed bytes: `accepted`, which is remembered beside the key, or `proposed` until others of its keys signed."""
         outcome = self.remote.put(role, data, replaces)
         if outcome == "accepted":
             self.key.remember(self.state.root_digest, role, data)

@@ -92,9 +92,9 @@ def set_model_policy(
         )
 
     def render(console: Console) -> None:
-        console.print(
-            f"{model}/policy signed, version {signed.version} of its publisher; floor {signed.floor or 'none'}"
-        )
+        holds = "holds" if signed.outcome == "accepted" else "is proposed: others have to sign it (wherry trust cosign)"
+        console.print(f"{model}/policy, version {signed.version} of its publisher, {holds}")
+        console.print(f"  floor    {signed.floor or 'none'}")
         for digest, effect in signed.revoked.items():
             console.print(f"  revoked  {digest} ({effect})", soft_wrap=True)
 
