@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -85,6 +86,59 @@ def test_looking_after_every_pair_halts_an_equal_candidate_in_at_most_alpha():
         return log_above([(1.0, worse), (-1.0, better)], 0.0, -1.0) >= -math.log(ALPHA)
 
     assert 0 < ever_crosses(200, 0.5, breach) <= ALPHA
+
+
+# --- by hand ------------------------------------------------------------------------------------
+
+PARTS = (
+    (Fraction(4, 100), Fraction(10, 100)),
+    (Fraction(12, 100), Fraction(15, 100)),
+    (Fraction(30, 100), Fraction(20, 100)),
+    (Fraction(60, 100), Fraction(25, 100)),
+    (Fraction(95, 100), Fraction(30, 100)),
+)
+"""(what is put at risk, part of the first wealth): written here once more, so that nobody changes them unawares."""
+
+
+def wealth(gains: Iterable[Fraction]) -> Fraction:
+    """The capital process of Waudby-Smith and Ramdas (2024) for fixed bets, mixed: one factor a value, exactly."""
+    values = list(gains)
+    return sum((part * math.prod(1 + bet * gain for gain in values) for bet, part in PARTS), Fraction(0))
+
+
+@pytest.mark.parametrize(("bad", "verdict"), [(2, "unknown"), (3, "breach")])
+def test_the_evidence_of_a_bound_is_what_a_gambler_has_by_hand(bad: int, verdict: str):
+    """Tolerated 2 %, harm 8 %: a failure pays (1 - 0.02) / 0.02 = 49 on the stake, a success costs it."""
+    found = bounded(bad=bad, good=5, under_way=0, tolerated=0.02, harm=0.08, alpha=ALPHA, beta=BETA)
+    halting = wealth([Fraction(49)] * bad + [Fraction(-1)] * 5)
+    passing = wealth([Fraction(1, 9)] * 5 + [Fraction(-1)] * bad)  # (0.1 - 0) / 0.9 and (0.1 - 1) / 0.9
+    assert found.e_halt == pytest.approx(float(halting))
+    assert found.e_pass == pytest.approx(float(passing))
+    assert found.outcome == verdict
+    assert (halting >= 20) is (verdict == "breach"), "1 / alpha"
+
+
+def test_the_evidence_of_a_comparison_is_what_a_gambler_has_by_hand():
+    """Three pairs in the first lane, of which half of the wealth counts, and one in the second, with a quarter."""
+    lanes = [((-64, 1), (128, 2)), ((256, 1),)]
+    found = compare(lanes, 0.25, ALPHA, BETA)
+    first = [
+        Fraction(-1, 4),
+        Fraction(1, 2),
+        Fraction(1, 2),
+    ]  # against "the mean is 0 or less" a difference is its own gain
+    assert found.e_halt == pytest.approx(float(max(wealth(first) / 2, wealth([Fraction(1)]) / 4)))
+    step = Fraction(1, STEPS)  # against "it is a quarter or more", rounded up to whole steps, 1 at most
+    low = [(Fraction(1, 4) - min(one + step, Fraction(1))) / (1 - Fraction(1, 4)) for one in first]
+    assert found.e_pass == pytest.approx(float(max(wealth(low) / 2, wealth([Fraction(-1)]) / 4)))
+    assert found.estimate == pytest.approx((-0.25 + 0.5 + 0.5 + 1) / 4)
+
+
+def test_a_fair_game_leaves_the_gambler_what_he_had():
+    """Where the mean is what is bet against, wealth after one more value is, on average, wealth before it: why alpha holds."""
+    tolerated, before = Fraction(1, 50), [Fraction(49), Fraction(-1), Fraction(-1)]
+    after = tolerated * wealth([*before, Fraction(49)]) + (1 - tolerated) * wealth([*before, Fraction(-1)])
+    assert after == wealth(before)
 
 
 # --- wealth and intervals -----------------------------------------------------------------------

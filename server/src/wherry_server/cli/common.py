@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,6 +67,15 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     for row in rows:
         made.add_row(*("" if cell is None else str(cell) for cell in row))
     return made
+
+
+def among(values: Iterable[str]) -> Callable[[str], list[str]]:
+    """Return what completes an option whose value is one of these, for a shell."""
+
+    def begun(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    return begun
 
 
 def labels_of(items: Sequence[str] | None) -> dict[str, str]:

@@ -15,8 +15,10 @@ from rich.measure import Measurement
 from rich.text import Text
 
 from wherry_server import calls, desired
-from wherry_server.cli.common import GLOBALS, AsJson, client, console, show, table, when
+from wherry_server.cli.common import GLOBALS, AsJson, among, client, console, show, table, when
 from wherry_server.outcomes import Standing
+from wherry_server.plan import Strategy
+from wherry_server.rollout import State
 from wherry_shared.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ TOO_FEW = "too_few"
 HELD = "held"
 """Code in `why_not_yet`: every device in reach is in quarantine, held by another rollout, or known to fail with the bundle."""
 FINAL = frozenset({"done", "halted", "aborted", "reverted"})
+STATES: tuple[str, ...] = get_args(State)
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
 STAGES = "5,25,100"
 BAR_CHARS = 24
 BAR_CHARS_MIN = 8
@@ -137,7 +141,10 @@ def create(  # one option per wish
     stages: Annotated[str | None, typer.Option(help=f"Shares of the cohort in percent (default: {STAGES}).")] = None,
     strategy: Annotated[
         str | None,
-        typer.Option(help="canary, adaptive, all_at_once, shadow, blue_green or split (docs/strategies.md)."),
+        typer.Option(
+            help="canary, adaptive, all_at_once, shadow, blue_green or split (docs/strategies.md).",
+            autocompletion=among(STRATEGIES),
+        ),
     ] = None,
     soak: Annotated[
         int | None, typer.Option(help="Seconds that a stage soaks after its sample stood (default: 0).")
@@ -208,7 +215,7 @@ def run(api: Client, wish: dict[str, Any], *, watch: bool, as_json: bool) -> Non
 @app.command("list")
 def list_rollouts(
     model: Annotated[str | None, typer.Option(help="Of this model.")] = None,
-    state: Annotated[str | None, typer.Option(help="In this state.")] = None,
+    state: Annotated[str | None, typer.Option(help="In this state.", autocompletion=among(STATES))] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the newest rollouts."""
@@ -307,7 +314,10 @@ def explain(
 @app.command()
 def devices(
     number: Number,
-    state: Annotated[str | None, typer.Option(help=f"In this state: {', '.join(get_args(Standing))}.")] = None,
+    state: Annotated[
+        str | None,
+        typer.Option(help=f"In this state: {', '.join(get_args(Standing))}.", autocompletion=among(get_args(Standing))),
+    ] = None,
     stage: Annotated[int | None, typer.Option(min=1, help="Exposed by this stage.")] = None,
     as_json: AsJson = False,
 ) -> None:
