@@ -210,7 +210,7 @@ def test_a_server_that_fell_back_is_noticed_and_repaired(tmp_path: Path):
         taken = repair(remote, key)
         assert len(taken) == 1
         assert server.trust.target(MODEL, "1.0.0") is not None
-        assert repair(remote, key) == []
+        assert repair(remote, key) == {}
         assert sign(tmp_path / "two", remote, key).outcome == "signed"
 
 
@@ -232,7 +232,7 @@ def test_policy_and_renewal_are_signed_by_the_publisher(server, remote, key, bun
     assert refused(lambda: set_policy(remote, key, MODEL, allowed=[digest("bad")])) == "not_revoked"
     before = server.trust.role_bytes(publisher)[1]
     done = renew(remote, key)
-    assert publisher in done
+    assert done[publisher] == "accepted"
     assert len(done) > 1
     assert server.trust.role_bytes(publisher)[1] == before + 1
     assert server.trust.target(MODEL, version) is not None
@@ -307,6 +307,10 @@ def test_with_a_threshold_the_second_key_signs_what_stands_as_proposed(server, r
     assert push(copy, remote, second).outcome == "released"
     assert server.trust.target("paired", "1.0.0") == manifest
     assert set_policy(remote, first, "paired", floor="1.0.0").outcome == "proposed", "which holds nowhere yet"
+    server.trust.withdraw("pair")
+    done = renew(remote, first)
+    assert set(done.values()) == {"proposed"}
+    assert len(done) > 1
 
 
 def test_a_bundle_signed_for_another_server_is_signed_again_where_the_key_is(remote, key, bundle: Path, tmp_path: Path):

@@ -178,40 +178,37 @@ def set_policy(
     return SignedPolicy(version + 1, own["floor"], known, "accepted" if outcome == "accepted" else "proposed")
 
 
-def renew(remote: Remote, key: PublisherKey) -> list[str]:
+def renew(remote: Remote, key: PublisherKey) -> dict[str, str]:
     """Sign the roles and bins of this key's publishers anew, so that they live on; due every 90 days.
 
     Returns:
-        The roles that were signed.
+        The roles that were signed, and what became of each: `accepted`, or `proposed` until others of its keys signed too.
     """
     session = Session(remote, key)
-    done: list[str] = []
+    done: dict[str, str] = {}
     for known in session.state.publishers:
         if key.keyid not in known.keyids or not known.version:
             continue
         version, parent = session.role(known.name)
-        session.submit_role(known.name, parent, version)
-        done.append(known.name)
+        done[known.name] = session.submit_role(known.name, parent, version)
         for role in sorted(known.bins):
             current = session.verified(known.name, parent, remote.role(role))
-            session.submit(role, _next_bin(key, current, current.targets), current.version)
-            done.append(role)
+            done[role] = session.submit(role, _next_bin(key, current, current.targets), current.version)
     return done
 
 
-def repair(remote: Remote, key: PublisherKey) -> list[str]:
+def repair(remote: Remote, key: PublisherKey) -> dict[str, str]:
     """Hand in again what this key signed and the server, restored from a backup, no longer has.
 
     Returns:
-        The roles that the server took.
+        The roles that the server took, and what became of each.
     """
     state = remote.state()
-    done: list[str] = []
+    done: dict[str, str] = {}
     for role, data in key.remembered(state.root_digest).items():  # a publisher sorts before its bins
         _, version, _ = remote.role(role)
         if parse_targets(data).signed.version > version:
-            remote.put(role, data, version)
-            done.append(role)
+            done[role] = remote.put(role, data, version)
     return done
 
 

@@ -186,11 +186,19 @@ def cosign_proposals(
     show(done, as_json, render)
 
 
-def _on_roles(action: Callable[[Remote, PublisherKey], list[str]], what: str, key: Path | None, as_json: bool) -> None:
+def _on_roles(
+    action: Callable[[Remote, PublisherKey], dict[str, str]], what: str, key: Path | None, as_json: bool
+) -> None:
     with _signing(key) as (remote, opened):
         roles = action(remote, opened)
-    text = f"{what}: {', '.join(roles)}" if roles else f"nothing to be {what}"
-    show({"roles": roles}, as_json, lambda console: console.print(text))
+    proposed = [role for role, outcome in roles.items() if outcome != "accepted"]
+
+    def render(console: Console) -> None:
+        console.print(f"{what}: {', '.join(roles)}" if roles else f"nothing to be {what}")
+        if proposed:
+            console.print(f"not in force before others sign too (wherry trust cosign): {', '.join(proposed)}")
+
+    show({"roles": roles}, as_json, render)
 
 
 @contextmanager
