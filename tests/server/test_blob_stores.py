@@ -681,7 +681,14 @@ def test_the_doctor_asks_the_bucket_and_the_way_of_devices_to_it(s3: S3, door: D
     assert made.exit_code == 0, made.output
     code, found = doctor(folder)
     levels = {name: row["level"] for name, row in found.items()}
-    assert levels == {"data folder": "bad", "database": "ok", "blobs": "note", "broker": "bad", "api": "note"}
+    assert levels == {
+        "data folder": "bad",
+        "database": "ok",
+        "trust": "note",
+        "blobs": "note",
+        "broker": "bad",
+        "api": "note",
+    }
     assert (code, "s3.json" in found["data folder"]["detail"]) == (1, True)
     assert door.url in found["blobs"]["detail"], "plain http to the bucket, where the API may be https"
     (folder / "keys" / "s3.json").chmod(0o600)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 
 from tests.trust_kit import MODEL, Workstation, digest, expires, release, with_publisher
+from wherry_server import doctor
+from wherry_server.settings import Settings
 from wherry_server.trust import SIGNED_AT, Trust
 from wherry_shared import key_files
 from wherry_shared.errors import DeviceError, RefusedError, WherryError
@@ -448,3 +452,25 @@ def test_a_write_that_was_cut_between_bin_and_snapshot_is_published_later(tmp_pa
     assert Trust.open(tmp_path / "trust").refresh_online() is True
     assert snapshot(trust).meta[f"{role}.json"].version == 1
     assert trust.target(MODEL, "1.0.0") == ONE
+
+
+@pytest.mark.parametrize(
+    ("days", "level", "words"),
+    [
+        (0.01, "note", "on this machine"),
+        (75, "note", "acme is good until"),
+        (95, "bad", "acme expired"),
+    ],
+)
+def test_the_doctor_says_in_time_what_expires(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, days: float, level: str, words: str
+):
+    """Online roles are signed anew on the way, as a director does."""
+    settings = Settings(data=tmp_path)
+    trust = Trust.create_dev(settings.trust_folder)
+    with_publisher(trust, Workstation())
+    at = time.time() + days * 86_400
+    trust.refresh_online(at)
+    monkeypatch.setattr(doctor, "now_us", lambda: int(at * 1_000_000))
+    found = asyncio.run(doctor.QUESTIONS["trust"](settings))
+    assert (found.level, words in found.detail) == (level, True), found

@@ -12,6 +12,7 @@ import shutil
 import stat
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -24,6 +25,8 @@ from wherry_server.db import migrate
 from wherry_server.db.database import DATABASE_ERRORS, Database
 from wherry_server.services import open_blobs
 from wherry_server.settings import Settings
+from wherry_server.times import now_us
+from wherry_server.trust import Trust
 from wherry_shared.errors import WherryError
 from wherry_shared.limits import MIB
 
@@ -32,6 +35,17 @@ Level = Literal["ok", "note", "bad"]
 ANSWER_S = 10.0
 PROBE_BYTES = 64
 FREE_BYTES_MIN = 512 * MIB
+EXPIRY_NEAR_US = 21 * 86_400 * 1_000_000
+"""Time in which people come together and sign."""
+MARGINS_US = {"snapshot": 86_400 * 1_000_000, "timestamp": 3_600 * 1_000_000}
+"""What the server signs by itself is signed anew at half its life: less than this is left only where nobody does."""
+_ONLINE = "the director signs it: wherry serve director"
+ROLE_STEPS = {
+    "root": "a ceremony: wherry trust root renew",
+    "targets": "a ceremony: wherry trust root renew",
+    "snapshot": _ONLINE,
+    "timestamp": _ONLINE,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +138,28 @@ async def _broker(settings: Settings) -> Finding:
     return Finding("bad", f"nobody answers at {where}", "start the broker, or see broker_host and broker_port")
 
 
+async def _trust(settings: Settings) -> Finding:
+    state = await asyncio.to_thread(Trust.open(settings.trust_folder).public_state)
+    lives = {name: (role["expires_at"], ROLE_STEPS[name]) for name, role in state["roles"].items()}
+    lives |= {
+        publisher["name"]: (publisher["expires_at"], "its publisher: wherry trust renew")
+        for publisher in state["publishers"]
+        if publisher["expires_at"]
+    }
+    name, (expires_at, step) = min(lives.items(), key=lambda one: one[1][0] - MARGINS_US.get(one[0], EXPIRY_NEAR_US))
+    left_us = expires_at - now_us()
+    day = datetime.fromtimestamp(expires_at / 1_000_000, UTC).date()
+    if left_us <= 0:
+        return Finding("bad", f"{name} expired on {day}: devices install nothing, and serve on", step)
+    if left_us < MARGINS_US.get(name, EXPIRY_NEAR_US):
+        return Finding("note", f"{name} is good until {day} only", step)
+    if state["development"]:
+        return Finding(
+            "note", "root and targets keys are on this machine", "hold a ceremony: docs/runbooks/root-rotation.md"
+        )
+    return Finding("ok", f"nothing expires soon; next is {name}, on {day}")
+
+
 async def _api(settings: Settings) -> Finding:
     try:
         async with httpx.AsyncClient(timeout=ANSWER_S, trust_env=False) as http:
@@ -138,6 +174,7 @@ async def _api(settings: Settings) -> Finding:
 QUESTIONS: dict[str, Question] = {
     "data folder": _data,
     "database": _database,
+    "trust": _trust,
     "blobs": _blobs,
     "broker": _broker,
     "api": _api,

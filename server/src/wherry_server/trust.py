@@ -289,6 +289,7 @@ class Trust:
                     "version": highest.get(publisher.name, 0),
                     "bins": self._bins(publisher),
                     "unsigned": self._unsigned(publisher),
+                    "expires_at": self._expires(publisher),
                     "proposed": self._proposals(publisher),
                 }
             )
@@ -624,6 +625,12 @@ class Trust:
             return [*roles, *self._bins(publisher)]
         return [name for name in self._bins(publisher) if not self._is_current(publisher, name)]
 
+    def _expires(self, publisher: rules.Publisher) -> int:
+        """Return when the first of a publisher's roles that hold now expires, µs UTC; 0 if none does."""
+        roles = [publisher.name, *self._bins(publisher)] if self._version(publisher.name) else []
+        held = [self._load(publisher, role) for role in roles if self._is_current(publisher, role)]
+        return min((_expires_us(role.signed) for role in held), default=0)
+
     def _is_bin(self, publisher: rules.Publisher, role: str) -> bool:
         if self._version(publisher.name) == 0:
             return False
@@ -821,8 +828,11 @@ def _half_gone(signed: Root | Snapshot | Targets | Timestamp, life: timedelta, m
 
 
 def _described(signed: Root | Snapshot | Targets | Timestamp, threshold: int) -> dict[str, Any]:
-    expires = int(signed.expires.timestamp() * 1_000_000)
-    return {"version": signed.version, "expires_at": expires, "threshold": threshold}
+    return {"version": signed.version, "expires_at": _expires_us(signed), "threshold": threshold}
+
+
+def _expires_us(signed: Root | Snapshot | Targets | Timestamp) -> int:
+    return int(signed.expires.timestamp() * 1_000_000)
 
 
 @contextlib.contextmanager

@@ -229,11 +229,17 @@ def _render(console: Console, state: dict[str, Any]) -> None:
     ]
     console.print(table(("role", "#version", "#threshold", "expires"), rows))
     publishers = [
-        (publisher["name"], ", ".join(publisher["models"]), publisher["threshold"], len(publisher["bins"]))
+        (
+            publisher["name"],
+            ", ".join(publisher["models"]),
+            publisher["threshold"],
+            len(publisher["bins"]),
+            date(publisher["expires_at"]) if publisher["expires_at"] else "",
+        )
         for publisher in state["publishers"]
     ]
     if publishers:
-        console.print(table(("publisher", "models", "#threshold", "#bins in use"), publishers))
+        console.print(table(("publisher", "models", "#threshold", "#bins in use", "expires"), publishers))
         for publisher in state["publishers"]:
             if publisher["unsigned"]:
                 count, name = len(publisher["unsigned"]), publisher["name"]
