@@ -122,8 +122,8 @@ def rows(settings: Settings, sql: str) -> list[Any]:
     return in_database(settings, work)
 
 
-def stocked(settings: Settings) -> list[FakeDevice]:
-    """Put one bundle and devices into what was prepared, and return the devices."""
+def stocked(settings: Settings, *versions: str) -> list[FakeDevice]:
+    """Put a bundle, or more, and devices into what was prepared, and return the devices."""
     master = settings.master_key_file.read_bytes()
     devices = [
         FakeDevice(name, frames.device_key(master, name)) for name in (ids.new_device_id() for _ in range(DEVICES))
@@ -136,14 +136,15 @@ def stocked(settings: Settings) -> list[FakeDevice]:
                 {
                     "project_id": PROJECT,
                     "model": MODEL,
-                    "version": "1.1.0",
-                    "manifest": manifest_of("1.1.0"),
+                    "version": version,
+                    "manifest": manifest_of(version),
                     "manifest_bytes": 1,
                     "config": {},
                     "total_bytes": 1,
                     "created_at": 1,
                     "created_by": "test",
                 }
+                for version in versions or ("1.1.0",)
             ],
         )
 

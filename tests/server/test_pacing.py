@@ -426,6 +426,37 @@ def test_hardware_on_which_a_bundle_fails_gets_it_no_more_though_the_rollout_goe
     run(work())
 
 
+def test_a_new_attempt_on_condemned_hardware_ends_where_it_fails_there_again(tmp_path: Path):
+    async def work() -> None:
+        async with fleet(tmp_path) as found:
+            await found.publish("1.1.0")
+            await found.enrol(60)
+            boards = await found.enrol(12, arch="armv7l")
+            for device in boards:
+                device.behaviours["1.1.0"] = "bad"
+            wish = {"strata": ["arch"], "failure": {"share": 0.2, "sample_min": 5}}
+            stages = [{"share": 0.5}, {"share": 1.0, "soak_s": 1000}]
+            first = await found.roll_out("1.1.0", stages=stages, **wish)
+            for _ in range(4):
+                await found.turn()
+            await found.command(first, "abort")
+            await found.until(first, "aborted")
+            once = {device.id for device in boards if device.offered}
+            assert len(once) == 6
+            again = await found.roll_out("1.1.0", stages=stages, attempt=2, **wish)
+            for _ in range(5):
+                await found.turn()
+            shown = await found.show(again)
+            assert (shown["state"], shown["stage"], shown["held"]) == ("running", 1, 6)
+            ((rollout,),) = await found.rows("SELECT id FROM rollout WHERE number = :number", number=again)
+            tried = await found.rows(
+                "SELECT device_id FROM assignment WHERE rollout_id = :rollout AND outcome = 'returned'", rollout=rollout
+            )
+            assert len(tried) == 6, "as many as its first stage has of that hardware, and no more"
+
+    run(work())
+
+
 def offered(rollout: str) -> wire.OfferedModel:
     """What a rollout of 1.2.0 offers."""
     return wire.OfferedModel(target=f"{MODEL}/1.2.0", manifest=manifest_of("1.2.0"), attempt=1, rollout=rollout)

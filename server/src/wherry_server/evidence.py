@@ -18,7 +18,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 import msgspec
-from sqlalchemy import bindparam, text
+from sqlalchemy import Boolean, bindparam, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import cohorts
@@ -137,7 +137,7 @@ async def scan(connection: AsyncConnection, row: Any, plan: Plan) -> Scan:
     """Read the members of a rollout and what holds them. `row` is the rollout's."""
     strata = tuple(plan.strata)
     also = frozenset({*strata, "timezone"} if plan.window else strata)
-    bad = await _known_bad(connection, row.project_id, plan)
+    bad = await known_bad(connection, row, plan)
     selector = parse_selector(plan.selector)
     members = await cohorts.members(connection, row.project_id, selector, also=also, facts=bool(bad))
     taken = await _taken(connection, row, plan)
@@ -179,7 +179,7 @@ async def held_by(connection: AsyncConnection, row: Any, plan: Plan, device: str
     failed = (await _failures(connection, row, plan)).get(device)
     if failed is not None and not failed.released and failed.attempt >= plan.attempt and not plan.rollback:
         return {"code": "quarantine", "rollout": failed.rollout, "reason": failed.reason, "attempt": failed.attempt}
-    bad = await _known_bad(connection, row.project_id, plan)
+    bad = await known_bad(connection, row, plan)
     if bad:
         facts = await connection.scalar(_FACTS, {"device": device})
         found = sorted(bad & classes(facts or ""))
@@ -202,7 +202,7 @@ async def _recalled(connection: AsyncConnection, row: Any, plan: Plan, bad: set[
 
 async def on_bad_hardware(connection: AsyncConnection, row: Any, plan: Plan, devices: Sequence[str]) -> set[str]:
     """Return those of some devices on whose hardware a bundle of the plan is known to be bad."""
-    bad = await _known_bad(connection, row.project_id, plan)
+    bad = await known_bad(connection, row, plan)
     facts = await bulk.select_in(connection, _FACTS_OF, devices) if bad else []
     return {one.id for one in facts if not bad.isdisjoint(classes(one.facts))}
 
@@ -510,13 +510,10 @@ async def _failures(connection: AsyncConnection, row: Any, plan: Plan) -> dict[s
     return found
 
 
-async def _known_bad(connection: AsyncConnection, project: str, plan: Plan) -> set[str]:
-    """Return the hardware classes to leave out; a plan with a higher attempt tries again on purpose."""
-    if plan.attempt > 1:
-        return set()
-    rows = await connection.execute(
-        _BAD, {"project": project, "manifests": [planned.manifest for planned in plan.targets]}
-    )
+async def known_bad(connection: AsyncConnection, row: Any, plan: Plan) -> set[str]:
+    """Return the hardware classes to leave out; a plan with a higher attempt tries again what was condemned before it was made."""
+    named = {"project": row.project_id, "manifests": [planned.manifest for planned in plan.targets]}
+    rows = await connection.execute(_BAD, {**named, "again": plan.attempt > 1, "rollout": row.id})
     return {one.hardware_class for one in rows}
 
 
@@ -607,9 +604,10 @@ _OTHERS = text(
 _TAKEN = text(
     "SELECT device_id, rollout_id, outcome FROM assignment WHERE rollout_id IN :rollouts AND model = :model"
 ).bindparams(bindparam("rollouts", expanding=True))
-_BAD = text("SELECT hardware_class FROM known_bad WHERE project_id = :project AND manifest IN :manifests").bindparams(
-    bindparam("manifests", expanding=True)
-)
+_BAD = text(
+    "SELECT hardware_class FROM known_bad WHERE project_id = :project AND manifest IN :manifests"
+    " AND (NOT :again OR updated_at >= (SELECT created_at FROM rollout WHERE id = :rollout))"
+).bindparams(bindparam("manifests", expanding=True), bindparam("again", type_=Boolean))
 _APPROVALS = text(
     "SELECT stage, round, count(*) AS people FROM approval WHERE rollout_id = :rollout GROUP BY stage, round"
 )

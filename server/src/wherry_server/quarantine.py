@@ -94,8 +94,7 @@ async def condemnable(connection: AsyncConnection, row: Any, plan: Plan) -> dict
     if not bad:
         return {}
     manifests = [planned.manifest for planned in plan.targets]
-    named = {"project": row.project_id, "manifests": manifests}
-    known = {one.hardware_class for one in await connection.execute(_KNOWN, named)}
+    known = await evidence.known_bad(connection, row, plan)
     cleared: dict[str, int] = {}
     for one in await connection.execute(
         select(_ENTRY.c.at, _ENTRY.c.detail)
@@ -166,9 +165,6 @@ _HARDWARE = text(
     " (SELECT max(a.to_target) FROM assignment a JOIN rollout r ON r.id = a.rollout_id"
     " WHERE r.project_id = k.project_id AND a.to_manifest = k.manifest), '') AS target FROM known_bad k LEFT JOIN bundle b ON b.project_id = k.project_id AND b.manifest = k.manifest"
     " WHERE k.project_id = :project ORDER BY k.manifest, k.hardware_class"
-)
-_KNOWN = text("SELECT hardware_class FROM known_bad WHERE project_id = :project AND manifest IN :manifests").bindparams(
-    bindparam("manifests", expanding=True)
 )
 _CLEAR = text(
     "DELETE FROM known_bad WHERE project_id = :project AND manifest = :manifest AND hardware_class = :hardware_class"
