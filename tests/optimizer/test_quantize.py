@@ -23,6 +23,7 @@ from wherry_optimizer.passes import (
     module,
     quantize,
     quantize_dynamic,
+    quantize_recurrent,
     quantize_tflite,
     quantize_weights,
     simplify,
@@ -153,6 +154,25 @@ def test_recurrent_weights_become_integers_also_in_subgraphs(within_if: bool, tm
     before, after = (load(file, "onnx").run(feed)["h"] for file in (path, result.path))
     np.testing.assert_allclose(before, after, atol=0.02)
     assert (before != after).any()
+
+
+@pytest.mark.parametrize("within_if", [False, True])
+def test_recurrent_layers_compute_in_int8_and_their_scales_stay_float(within_if: bool, tmp_path: Path) -> None:
+    path = lstm(tmp_path / "m.onnx", within_if=within_if)
+    result = quantize_recurrent.apply(path, quantize_recurrent.Parameters(), Work(tmp_path, []))
+    assert result.notes["quantized_nodes"] == (2 if within_if else 1)
+    feed = {"x": np.random.default_rng(0).normal(size=(5, 1, 16)).astype(np.float32)}
+    feed |= {"flag": np.array(True)} if within_if else {}
+    before, after = (load(file, "onnx").run(feed)["h"] for file in (path, result.path))
+    np.testing.assert_allclose(before, after, atol=0.05)
+    assert (before != after).any()
+    for pass_, parameters in (
+        (quantize_weights, quantize_weights.Parameters(form="fold", minimum_elements=1)),
+        (quantize_recurrent, quantize_recurrent.Parameters()),
+    ):
+        with pytest.raises(RefusedError) as caught:
+            pass_.apply(result.path, parameters, Work(tmp_path, []))
+        assert caught.value.code == "pass_noop"
 
 
 def test_folded_weights_follow_static_int8_and_take_what_it_left(tmp_path: Path, work: Work) -> None:

@@ -397,6 +397,7 @@ FIRST = [
     "int8-static",
     "int8-dynamic",
     "smooth+int8-dynamic",
+    "int8-recurrent",
     "half",
     "int8-static-all",
     "int8-dynamic-all",
@@ -405,19 +406,23 @@ FIRST = [
 ]
 
 
+SINGLES = dict.fromkeys(FIRST, GOOD) | {"int8-recurrent": Fared(False, "pass_noop", "pass_noop")}
+"""All pass, of a network without recurrent layers."""
+
+
 def proposed(tried: dict[str, Fared], **more: Any) -> list[str]:
     return [one.id for one in candidates.propose(tried, "onnx", X86, **more)]
 
 
 def test_operators_are_given_back_one_after_another_until_the_gate_lets_one_pass() -> None:
-    tried = dict.fromkeys(FIRST, GOOD) | {"int8-static": DROPPED}
+    tried = dict(SINGLES) | {"int8-static": DROPPED}
     assert proposed({}) == FIRST
     for count in (1, 2, 4):
         assert proposed(tried, prune=False) == [f"int8-static-less-{count}"]
         tried[f"int8-static-less-{count}"] = DROPPED
     tried["int8-static-less-4"] = GOOD
     assert proposed(tried, prune=False) == []
-    both = dict.fromkeys(FIRST, GOOD) | dict.fromkeys(("int8-static", "int8-dynamic", "smooth+int8-dynamic"), DROPPED)
+    both = dict(SINGLES) | dict.fromkeys(("int8-static", "int8-dynamic", "smooth+int8-dynamic"), DROPPED)
     assert proposed(both) == ["int8-static-less-1", "int8-dynamic-less-1"]
     both |= {"int8-static-less-1": CRASHED, "int8-dynamic-less-1": GOOD}
     assert "levels-15+int8-dynamic-less-1" in proposed(both)
@@ -425,15 +430,23 @@ def test_operators_are_given_back_one_after_another_until_the_gate_lets_one_pass
 
 
 def test_where_smoothing_helps_weights_are_rounded_after_it() -> None:
-    tried = dict.fromkeys(FIRST, GOOD) | {"int8-static": CRASHED, "int8-dynamic": DROPPED}
+    tried = dict(SINGLES) | {"int8-static": CRASHED, "int8-dynamic": DROPPED}
     found = {one.id: [step.use for step in one.steps] for one in candidates.propose(tried, "onnx", X86)}
     tail = ["quantize-dynamic", "quantize-weights"]
     assert found["levels-15+smooth+int8-dynamic"] == ["smooth", "round-obs", *tail]
     assert found["channels-0.5+smooth+int8-dynamic"] == ["prune-channels", "smooth", *tail]
-    waiting = dict.fromkeys(FIRST, GOOD) | {"int8-static": DROPPED, "int8-dynamic": DROPPED}
+    waiting = dict(SINGLES) | {"int8-static": DROPPED, "int8-dynamic": DROPPED}
     assert proposed(waiting)[:2] == ["int8-static-less-1", "channels-0.5+smooth+int8-dynamic"]
     tried |= {"int8-dynamic": Fared(True, error=0.1), "smooth+int8-dynamic": Fared(True, error=0.2)}
     assert "levels-15+int8-dynamic" in proposed(tried)
+
+
+def test_a_network_with_recurrent_layers_is_pruned_before_they_are_quantized_too() -> None:
+    tried = SINGLES | {"int8-recurrent": GOOD}
+    found = {one.id: [step.use for step in one.steps] for one in candidates.propose(tried, "onnx", X86)}
+    tail = ["simplify", "quantize-recurrent", "quantize-static", "quantize-weights"]
+    assert found["channels-0.5+int8-recurrent"] == ["prune-channels", *tail]
+    assert found["levels-15+int8-recurrent"] == ["round-obs", *tail]
 
 
 def test_two_searches_may_share_a_cache(tmp_path: Path) -> None:
@@ -444,7 +457,7 @@ def test_two_searches_may_share_a_cache(tmp_path: Path) -> None:
 
 
 def test_ladders_climb_while_they_pass_and_step_down_where_they_do_not() -> None:
-    tried = dict.fromkeys(FIRST, GOOD)
+    tried = dict(SINGLES)
     assert proposed(tried) == ["channels-0.5+int8-static", "levels-15+int8-static"]
     tried |= {"channels-0.5+int8-static": GOOD, "levels-15+int8-static": DROPPED}
     assert proposed(tried) == ["channels-0.625+int8-static", "levels-31+int8-static"]
@@ -456,7 +469,7 @@ def test_ladders_climb_while_they_pass_and_step_down_where_they_do_not() -> None
         assert proposed(tried) == [rung]
         tried[rung] = DROPPED
     assert proposed(tried) == []
-    tried = dict.fromkeys(FIRST, GOOD) | {"channels-0.5+int8-static": CRASHED}
+    tried = dict(SINGLES) | {"channels-0.5+int8-static": CRASHED}
     assert proposed(tried) == ["levels-15+int8-static", "zeros-0.5+int8-static"]
 
 

@@ -44,6 +44,8 @@ FOLD = Step(use="quantize-weights", parameters={"form": "fold"}, optional=True)
 
 SMOOTH = Step(use="smooth")
 SMOOTHED = "smooth+int8-dynamic"
+RECURRENT = "int8-recurrent"
+"""Static int8 with recurrent layers in int8 as well; simplified first, which folds what exporters make their weights from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +136,13 @@ def _onnx(tried: Mapping[str, Fared], target: Target, *, prune: bool) -> list[Ca
     dynamic = Step(use="quantize-dynamic", parameters=dict(range_))
     all_static = Step(use="quantize-static", parameters={**static.parameters, "operators": ["*"]})
     all_dynamic = Step(use="quantize-dynamic", parameters={**range_, "operators": ["*"], "per_channel": False})
+    recurrent = (Step(use="simplify", optional=True), Step(use="quantize-recurrent"), static, FOLD)
     singles = [
         Candidate("int8-weights", (FOLD,)),
         Candidate("int8-static", (static, FOLD)),
         Candidate("int8-dynamic", (dynamic, FOLD)),
         Candidate(SMOOTHED, (SMOOTH, dynamic, FOLD)),
+        Candidate(RECURRENT, recurrent),
         Candidate("half", (Step(use="half"),)),
         Candidate("int8-static-all", (all_static, FOLD)),
         Candidate("int8-dynamic-all", (all_dynamic, FOLD)),
@@ -150,7 +154,7 @@ def _onnx(tried: Mapping[str, Fared], target: Target, *, prune: bool) -> list[Ca
     more: list[Candidate] = []
     head: tuple[Step, ...] = ()
     """Of the quantizer that passed, what has to come before its weights are rounded."""
-    found = _give_back(tried, "int8-static", static, more)
+    found = (recurrent, RECURRENT) if tried[RECURRENT].passed else _give_back(tried, "int8-static", static, more)
     plain, smoothed = tried["int8-dynamic"], tried[SMOOTHED]
     if smoothed.passed and not (plain.passed and plain.error <= smoothed.error):
         found = found or ((dynamic, FOLD), SMOOTHED)

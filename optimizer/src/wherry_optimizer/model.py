@@ -7,7 +7,7 @@ least 13 (per-channel quantization needs it). The source file itself is never ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -203,8 +203,12 @@ def author_of(model: Model) -> str:
     return next((entry.value.strip() for entry in properties if entry.key == AUTHOR_PROPERTY), "")
 
 
-def prepare_float(path: Path) -> onnx.ModelProto:
+def prepare_float(path: Path, *, but: Collection[str] = ()) -> onnx.ModelProto:
     """Return what `prepare` makes of an ONNX file that a pass can only take as float.
+
+    Args:
+        path: the file.
+        but: quantized operators that the pass leaves alone.
 
     Raises:
         RefusedError: `already_quantized`, or as `read_onnx` and `prepare`.
@@ -213,6 +217,7 @@ def prepare_float(path: Path) -> onnx.ModelProto:
         path,
         "holds quantized operators already",
         "take this pass out of the recipe, or name the float file as its source",
+        but,
     )
 
 
@@ -229,9 +234,9 @@ def prepare_prunable(path: Path) -> onnx.ModelProto:
     )
 
 
-def _prepare_unquantized(path: Path, why: str, next_step: str) -> onnx.ModelProto:
+def _prepare_unquantized(path: Path, why: str, next_step: str, but: Collection[str] = ()) -> onnx.ModelProto:
     source = read_onnx(path)
-    if is_quantized(source):
+    if is_quantized(source, but):
         raise RefusedError(
             "already_quantized",
             f"{path.name} {why}",
@@ -241,10 +246,11 @@ def _prepare_unquantized(path: Path, why: str, next_step: str) -> onnx.ModelProt
     return prepare(source)
 
 
-def is_quantized(model: onnx.ModelProto) -> bool:
-    """Tell whether the graph already holds quantized operators."""
+def is_quantized(model: onnx.ModelProto, but: Collection[str] = ()) -> bool:
+    """Tell whether the graph already holds quantized operators, others than some."""
     return any(
-        "quant" in node.op_type.lower() or node.op_type.startswith("QLinear") or node.op_type.endswith("Integer")
+        node.op_type not in but
+        and ("quant" in node.op_type.lower() or node.op_type.startswith("QLinear") or node.op_type.endswith("Integer"))
         for graph in subgraphs(model.graph)
         for node in graph.node
     )

@@ -124,6 +124,14 @@ CATALOGUE: tuple[PassInfo, ...] = (
         False,
         "dynamic int8 of MatMul and Gemm: ranges of activations at every call",
     ),
+    PassInfo(
+        "quantize-recurrent",
+        "quantize_recurrent",
+        ("onnx",),
+        "int8",
+        False,
+        "dynamic int8 of LSTM layers, beside static int8 of what feeds them",
+    ),
     PassInfo("half", "half", ("onnx",), "float16", False, "float16 weights and arithmetic, float32 at the borders"),
     PassInfo(
         "quantize-tflite",

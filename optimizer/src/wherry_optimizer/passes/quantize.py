@@ -20,6 +20,9 @@ from wherry_optimizer.ort_quantizer import quantizing
 from wherry_optimizer.passes import Array, Result, Work, excluded
 from wherry_shared.errors import RefusedError
 
+RECURRENT = "DynamicQuantizeLSTM"
+"""What `quantize-recurrent` makes, which may come before: no operator that is quantized here."""
+
 
 class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What to quantize and how."""
@@ -57,7 +60,7 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
     """Quantize the model; see `passes.Pass`."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-    prepared = prepare_float(path)
+    prepared = prepare_float(path, but=(RECURRENT,))
     names = [node.name or f"wherry_node_{index}" for index, node in enumerate(prepared.graph.node)]
     for node, name in zip(prepared.graph.node, names, strict=True):
         node.name = name

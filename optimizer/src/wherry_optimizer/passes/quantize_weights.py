@@ -189,21 +189,26 @@ def _axes(graph: onnx.GraphProto, *, anything: bool) -> dict[str, tuple[str, int
     """Return operator and output-channel axis of every weight that all its users read in the same way.
 
     With `anything`, others are given their first axis: a weight that is decoded before it is used may be used in any way,
-    such as being sliced and stacked first, as exporters do with those of recurrent cells.
+    such as being sliced and stacked first, as exporters do with those of recurrent cells. What an operator of another domain
+    reads stays: quantized ones have their scales there.
     """
+    foreign: set[str] = set()
     found: dict[str, tuple[str, int] | None] = {}
     for node in _nodes(graph):
         for index, name in enumerate(node.input):
             axis = OUTPUT_AXIS.get((node.op_type, index))
             if node.op_type == "Gemm" and index == 1:
                 axis = 0 if any(item.name == "transB" and item.i for item in node.attribute) else 1
-            use = None if axis is None or node.domain not in ("", "ai.onnx") else (node.op_type, axis)
+            known_domain = node.domain in ("", "ai.onnx")
+            foreign |= set() if known_domain else {name}
+            use = None if axis is None or not known_domain else (node.op_type, axis)
             found[name] = use if found.get(name, use) == use else None
     outputs = {item.name for item in graph.output}
     known = {name: use for name, use in found.items() if use is not None and name not in outputs}
     if anything:
         ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
-        known |= {name: ("", 0) for name in found if name not in known and ranks.get(name, 0) >= 2}
+        others = found.keys() - known.keys() - foreign
+        known |= {name: ("", 0) for name in others if ranks.get(name, 0) >= 2}
     return known
 
 
