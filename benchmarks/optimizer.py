@@ -25,12 +25,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from optimizer_models import CASES, FOLDER, ROOT, TFLITE, Case, tflite
-from optimizer_peers import PEERS, made_by, side_by_side, verdict
+from optimizer_peers import OURS, PEERS, made_by, side_by_side, verdict
 
 from wherry_optimizer import attempt, gate, measure, metrics, search
 from wherry_optimizer import auto as auto_module
 from wherry_optimizer.attempt import Step, Task
-from wherry_optimizer.candidates import SOURCE, TARGETS
+from wherry_optimizer.candidates import PREFERENCES, SOURCE, TARGETS
 from wherry_optimizer.model import load as load_model
 from wherry_shared.errors import RefusedError
 
@@ -127,11 +127,16 @@ def run(names: list[str], *, prune: bool, peers: bool, seconds: float, prefer: s
             except (RuntimeError, subprocess.CalledProcessError) as error:
                 rows[name] = {"failed": str(error)}
         if of_peers:
-            ours = {"ours": (Path(chosen.answer.path), chosen.candidate.options)}
-            figures = side_by_side({**ours, **files}, case, result.problem)
-            models[name]["beside_peers"] = {key: figures[key] for key in ("source", "ours")}
+            careful = found.find(found.best["accuracy"])
+            models[name]["chosen_by_accuracy"] = careful.id
+            own = {
+                key: (Path(item.answer.path), item.candidate.options)
+                for key, item in zip(OURS, (chosen, careful), strict=True)
+            }
+            figures = side_by_side({**own, **files}, case, result.problem)
+            models[name]["beside_peers"] = {key: figures[key] for key in ("source", *OURS)}
             for peer in files:
-                of_peers[peer][name] = {**figures[peer], "ours": figures["ours"]}
+                of_peers[peer][name] = figures[peer] | {key: figures[key] for key in OURS}
         print(json.dumps({name: models[name]}, indent=2), flush=True)
     return {
         "models": models,
@@ -259,7 +264,16 @@ def acceptance(result: dict[str, Any]) -> dict[str, Any]:
     said = result["dominance"]
     if said:
         aims["never dominated by a peer, dominating on most"] = {
-            "measured": {key: said[key] for key in ("table", "dominating_all_peers_on", "compared_on")},
+            "measured": {
+                key: said[key]
+                for key in (
+                    "table",
+                    "table_exact",
+                    "dominating_all_peers_on",
+                    "dominating_all_within_budget_on",
+                    "compared_on",
+                )
+            },
             "met": said["never_dominated"] and said["dominating_on_most"],
         }
     return aims
@@ -272,7 +286,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seconds", type=float, default=SEARCH_SECONDS, help="of candidates per model")
     parser.add_argument("--keep", action="store_true", help="go on from the answers of an earlier run")
-    parser.add_argument("--prefer", choices=("balanced", "size", "latency"), default="balanced")
+    parser.add_argument("--prefer", choices=PREFERENCES, default="balanced")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--no-tflite", action="store_true")
     given = parser.parse_args()

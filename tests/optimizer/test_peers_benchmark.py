@@ -45,3 +45,21 @@ def test_the_aim_is_met_only_where_no_peer_wins_and_most_models_are_ours() -> No
     assert not said["dominating_on_most"], "one of two is not most"
     peers["b"]["n"] = better | {"ours": ours}
     assert not optimizer_peers.verdict(peers, ["m", "n", "o"], 0.005)["never_dominated"]
+
+
+def test_metrics_that_samples_do_not_tell_apart_are_the_same_and_the_exact_table_says_otherwise() -> None:
+    ours, careful, peer = row(0.2, 0.4, 0.004), row(0.3, 0.5, 0.001), row(0.5, 0.9, 0.0)
+    for apart, said in (
+        ([], "ours dominates"),
+        (["ours"], "ours dominates, the one chosen by accuracy"),
+        (["ours", "ours_by_accuracy"], "neither"),
+    ):
+        rows = {"a": {"m": peer | {"ours": ours, "ours_by_accuracy": careful, "tells_apart": apart}}}
+        found = optimizer_peers.verdict(rows, ["m"], 0.005)
+        assert found["table"]["m"] == {"a": said}
+        assert found["table_exact"]["m"] == {"a": "neither"}
+    rows = {"a": {"m": row(0.1, 0.3, 0.01) | {"ours": ours, "ours_by_accuracy": careful}}}
+    found = optimizer_peers.verdict(rows, ["m"], 0.005)
+    assert (found["dominating_all_peers_on"], found["dominating_all_within_budget_on"]) == ([], ["m"])
+    rows["a"]["m"] = row(0.1, 0.3, 0.002) | {"ours": ours, "ours_by_accuracy": careful}
+    assert not optimizer_peers.verdict(rows, ["m"], 0.005)["never_dominated"]

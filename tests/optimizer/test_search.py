@@ -491,9 +491,15 @@ def test_the_pareto_set_holds_what_nobody_beats() -> None:
     assert candidates.pareto(unmeasured) == ["a"]
 
 
-@pytest.mark.parametrize(("prefer", "first"), [("balanced", "a"), ("size", "c"), ("latency", "d")])
+@pytest.mark.parametrize(
+    ("prefer", "first"), [("balanced", "a"), ("size", "c"), ("latency", "d"), ("memory", "e"), ("accuracy", "f")]
+)
 def test_what_is_preferred_decides_among_them(prefer: candidates.Prefer, first: str) -> None:
-    rows = [row("a", 30, 0.5), row("c", 20, 0.9), row("d", 60, 0.3)]
+    rows = [dataclasses.replace(one, lost=0.5) for one in (row("a", 30, 0.5), row("c", 20, 0.9), row("d", 60, 0.3))]
+    rows += [
+        dataclasses.replace(row("e", 90, 0.9, peak=0.5), lost=0.1),
+        dataclasses.replace(row("f", 40, 0.6), lost=0.2),
+    ]
     assert candidates.rank(rows, row(SOURCE, 100, 1.0), prefer)[0].id == first
 
 

@@ -15,13 +15,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf, isfinite, log
-from typing import Literal
+from typing import Literal, get_args
 
 from wherry_optimizer.attempt import Step
 from wherry_shared.bundle import Format
 
 Options = Mapping[str, str | int | float | bool]
-Prefer = Literal["balanced", "size", "latency"]
+Prefer = Literal["balanced", "size", "latency", "memory", "accuracy"]
+PREFERENCES: tuple[Prefer, ...] = get_args(Prefer)
 
 SOURCE = "float"
 """Id of the source as it is."""
@@ -35,6 +36,8 @@ LEVELS = (63, 31, 15, 11, 7)
 """Steps on either side of zero that weights are rounded to before they become int8; fewer compress better."""
 LEVELS_STARTED_AT = 15
 ODDS_MIN = 0.01
+LITTLE = 0.25
+"""Who prefers accuracy gets the best by size and latency of those that lose at most this share of the budget."""
 SAFER = 0.75
 """What is confirmed next moves the outputs by at most this share of what the one before did: one that is contradicted tells
 against all that are like it."""
@@ -111,6 +114,8 @@ class Row:
     """How probable it is that fresh samples confirm it."""
     error: float = 0.0
     """How far its outputs moved."""
+    lost: float = 0.0
+    """Share of the budget that its drop takes."""
 
 
 def propose(tried: Mapping[str, Fared], format_: Format, target: Target, *, prune: bool = True) -> list[Candidate]:
@@ -267,14 +272,22 @@ def rank(rows: Sequence[Row], source: Row, prefer: Prefer) -> list[Row]:
     """Return rows best first: by the product of download and latency ratios, weighted by what is preferred, over the odds.
 
     The best of many is the luckiest of them too, so what a variant is expected to gain is what it gains if it is confirmed,
-    times the probability that it is. Equals go by how far their outputs moved.
+    times the probability that it is. Equals go by how far their outputs moved. Who prefers accuracy has what loses least first,
+    where `LITTLE` of the budget counts as nothing, and then the same.
     """
-    weights = {"balanced": (1.0, 1.0), "size": (1.0, 0.0), "latency": (0.0, 1.0)}[prefer]
+    weights = {"size": (1.0, 0.0, 0.0), "latency": (0.0, 1.0, 0.0), "memory": (0.0, 0.0, 1.0)}
+    size_weight, time_weight, memory_weight = weights.get(prefer, (1.0, 1.0, 0.0))
 
-    def cost(row: Row) -> tuple[float, float, float]:
+    def cost(row: Row) -> tuple[float, float, float, float]:
         size = log(row.download_bytes / source.download_bytes) if row.download_bytes else inf
         time = log(row.latency_ratio) if isfinite(row.latency_ratio) and row.latency_ratio > 0 else 0.0
-        return (weights[0] * size + weights[1] * time - log(max(row.odds, ODDS_MIN)), size + time, row.error)
+        known = (
+            isfinite(row.peak_bytes) and isfinite(source.peak_bytes) and row.peak_bytes > 0 and source.peak_bytes > 0
+        )
+        memory = log(row.peak_bytes / source.peak_bytes) if known else 0.0
+        gained = size_weight * size + time_weight * time + memory_weight * memory - log(max(row.odds, ODDS_MIN))
+        lost = 1.0 if row.id == SOURCE else max(row.lost, LITTLE)  # whoever searches wants another than the source
+        return (lost if prefer == "accuracy" else 0.0, gained, size + time, row.error)
 
     return sorted(rows, key=cost)
 
@@ -298,5 +311,8 @@ def reason(row: Row, source: Row, prefer: Prefer, count: int, *, measured: str) 
     """Say why a row was chosen."""
     size = row.download_bytes / source.download_bytes
     speed = f"{row.latency_ratio:.2f} of its latency" if isfinite(row.latency_ratio) else "latency not measured"
-    words = {"balanced": "size and latency together", "size": "size", "latency": "latency"}[prefer]
+    words = {
+        "balanced": "size and latency together",
+        "accuracy": "size and latency together, of what loses least",
+    }.get(prefer, prefer)
     return f"best by {words} of {count} that passed: {size:.2f} of the float download, {speed} ({measured})"

@@ -213,6 +213,7 @@ def _target(found: Found, files: Mapping[str, Path]) -> dict[str, Any]:
         "about": found.target.about,
         "chosen": found.chosen,
         "reason": found.reason,
+        "best_by": dict(found.best),
         "file": files[found.target.name].name if found.target.name in files else None,
         "seconds": round(found.seconds, 1),
         "cut_short": found.cut_short,

@@ -134,7 +134,7 @@ def auto(
             help="x86-vnni, x86, arm-dotprod, jetson, phone or tflite; repeatable; by default this machine's."
         ),
     ] = None,
-    prefer: Annotated[str, typer.Option(help="balanced, size or latency.")] = "balanced",
+    prefer: Annotated[str, typer.Option(help="balanced, size, latency, memory or accuracy.")] = "balanced",
     seconds: Annotated[float, typer.Option(help="No candidate begins later than this.")] = 300.0,
     workers: Annotated[int, typer.Option(help="Candidates at a time.")] = 2,
     prune: Annotated[bool, typer.Option(help="Also try to prune.")] = True,
@@ -166,10 +166,11 @@ def auto(
     """
     from wherry_optimizer import assets, card, report
     from wherry_optimizer.auto import auto as search_all
+    from wherry_optimizer.candidates import PREFERENCES
     from wherry_optimizer.shipping import Release
 
-    if prefer not in ("balanced", "size", "latency"):
-        raise typer.BadParameter("balanced, size or latency", param_hint="--prefer")
+    if prefer not in PREFERENCES:
+        raise typer.BadParameter(f"one of {', '.join(PREFERENCES)}", param_hint="--prefer")
     for value, option in ((version, "--version"), (licence, "--licence")):
         if bool(value) != bool(name):
             raise typer.BadParameter("a bundle needs --name, --version and --licence", param_hint=option)
@@ -193,7 +194,7 @@ def auto(
             output=output,
             release=release,
             cache=cache,
-            prefer=prefer,  # type: ignore[arg-type]  # checked above
+            prefer=prefer,
             seconds_max=seconds,
             workers=workers,
             prune=prune,

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import nan
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,8 @@ class Found:
     reason: str
     confirmations: tuple[Confirmation, ...]
     """In the order in which they were made; only the last may have passed."""
+    best: Mapping[Prefer, str]
+    """Preference → what is first by it. Only `chosen` is confirmed."""
     seconds: float
     cut_short: bool
     """The time was up before the proposals were."""
@@ -231,6 +233,10 @@ def search(
     for item in passed:
         item.pareto = item.id in best
     ranked = candidates.rank(list(rows.values()), rows[SOURCE], settings.prefer)
+    preferred: dict[Prefer, str] = {
+        prefer: candidates.rank([rows[key] for key in best], rows[SOURCE], prefer)[0].id
+        for prefer in candidates.PREFERENCES
+    }
     listed = candidates.shortlist([row for row in ranked if row.id in best], ranked, len(gate.CONFIRMATION_RISKS))
     chosen = listed[0].id
     confirmations: list[Confirmation] = []
@@ -248,7 +254,8 @@ def search(
         reason = candidates.reason(rows[chosen], rows[SOURCE], settings.prefer, len(passed), measured=where)
         if chosen != listed[0].id:
             reason += f"; {', '.join(one.id for one in confirmations[:-1])} came first and fresh samples contradicted"
-    return Found(target, tried, chosen, reason, tuple(confirmations), time.monotonic() - began, cut_short)
+    seconds = time.monotonic() - began
+    return Found(target, tried, chosen, reason, tuple(confirmations), preferred, seconds, cut_short)
 
 
 def confirm(
@@ -399,4 +406,7 @@ def _as_vector(call: Mapping[str, attempt.Array], problem: Problem) -> bytes:
 def _row(item: Tried, budget: gate.Budget, samples: int) -> Row:
     value = item.drop.value if item.drop is not None else nan
     odds = gate.odds(item.drop, budget, samples) if item.drop is not None else 1.0
-    return Row(item.id, item.answer.download_bytes, item.latency_ratio, item.peak_bytes, value, odds, item.answer.error)
+    drop = item.drop.drop if item.drop is not None else 0.0
+    lost = 0.0 if drop <= 0 else drop / budget.drop_max if budget.drop_max > 0 else inf
+    size = item.answer.download_bytes
+    return Row(item.id, size, item.latency_ratio, item.peak_bytes, value, odds, item.answer.error, lost)
