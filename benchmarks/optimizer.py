@@ -44,7 +44,7 @@ MUST_REFUSE = {
 }
 """Candidates that ruin these models (facts/optimizer.md)."""
 DROP_MAX = 0.005
-SEARCH_SECONDS = 240.0
+SEARCH_SECONDS = 150.0
 """Of candidates, for each model; measuring and confirming come after it."""
 SPARSITY = 0.7
 """What the digits' network is pruned to by itself."""

@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.optimizer.models import blobs, classifier, conv
+from wherry_optimizer import layers
 from wherry_optimizer.model import read_onnx, sort_nodes
 from wherry_optimizer.passes import (
     CATALOGUE,
@@ -73,7 +74,7 @@ def test_weight_only_int8_keeps_the_answers_nearly_exactly(tmp_path: Path, work:
 @given(hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 7)), elements=st.floats(-8, 8, width=32)))
 def test_a_quantized_weight_is_off_by_half_a_step_at_most_and_zero_stays_zero(weights: np.ndarray) -> None:
     for axis in (0, 1):
-        quantized, scale = quantize_weights.quantize_channels(weights, axis)
+        quantized, scale = layers.quantize_channels(weights, axis)
         step = scale.reshape((-1, 1) if axis == 0 else (1, -1))
         assert (np.abs(quantized * step - weights) <= step * 0.5001).all()
         assert (quantized[weights == 0] == 0).all()

@@ -11,9 +11,9 @@ import zstandard
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.optimizer.models import blobs, classifier
-from wherry_optimizer import passes
+from wherry_optimizer import layers, passes
 from wherry_optimizer.layers import relative_error
-from wherry_optimizer.passes import quantize_weights, round_weights
+from wherry_optimizer.passes import round_weights
 from wherry_optimizer.passes.round_weights import Parameters, round_matrix, round_plain
 from wherry_shared.errors import RefusedError
 
@@ -28,7 +28,7 @@ def layer() -> tuple[np.ndarray, np.ndarray]:
 
 def compressed(weights: np.ndarray) -> float:
     """Return bytes of the int8 codes, as a share of float32."""
-    codes, _ = quantize_weights.quantize_channels(weights.astype(np.float32), 0)
+    codes, _ = layers.quantize_channels(weights.astype(np.float32), 0)
     return len(zstandard.compress(codes.tobytes(), 19)) / (4 * weights.size)
 
 
@@ -45,7 +45,7 @@ def test_a_coarser_grid_compresses_better_and_moves_outputs_little(layer: tuple[
 
 def test_int8_finds_the_same_few_codes_in_every_row(layer: tuple[np.ndarray, np.ndarray]) -> None:
     weights, hessian = layer
-    codes, _ = quantize_weights.quantize_channels(round_matrix(weights, hessian, 7, 0.01).astype(np.float32), 0)
+    codes, _ = layers.quantize_channels(round_matrix(weights, hessian, 7, 0.01).astype(np.float32), 0)
     assert np.abs(codes).max(axis=1).tolist() == [127] * len(codes)
     assert set(np.unique(codes)) <= {round(step * 127 / 7) for step in range(-7, 8)}
 

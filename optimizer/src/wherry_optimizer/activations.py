@@ -13,6 +13,8 @@ import numpy.typing as npt
 import onnx
 from numpy.lib.stride_tricks import sliding_window_view
 
+from wherry_optimizer.model import subgraphs
+
 Array = npt.NDArray[Any]
 
 SENSITIVITY_SAMPLES = 8
@@ -32,25 +34,47 @@ class Taps:
         """
         import onnxruntime
 
-        probe = onnx.ModelProto()
-        probe.CopyFrom(model)
-        present = {output.name for output in probe.graph.output}
-        self._fed = sorted({item.name for item in probe.graph.input} & set(wanted))
+        self._fed = sorted({item.name for item in model.graph.input} & set(wanted))
         self._asked = sorted(set(wanted) - set(self._fed))
-        for name in self._asked:
-            if name not in present:
-                probe.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+        if not self._asked:
+            return
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 4
+        settings.intra_op_num_threads = 1  # other candidates have the other cores
         self._session = onnxruntime.InferenceSession(
-            probe.SerializeToString(), settings, providers=["CPUExecutionProvider"]
+            _part(model, self._asked).SerializeToString(), settings, providers=["CPUExecutionProvider"]
         )
+        self._takes = {item.name for item in self._session.get_inputs()}
 
     def run(self, sample: Mapping[str, Array]) -> dict[str, Array]:
         """Return the wanted tensors for one call."""
-        # asked for none, ONNX Runtime answers with all
-        found = self._session.run(self._asked, dict(sample)) if self._asked else []
+        given = {name: value for name, value in sample.items() if self._asked and name in self._takes}
+        found = self._session.run(self._asked, given) if self._asked else []
         return dict(zip(self._asked, found, strict=True)) | {name: sample[name] for name in self._fed}
+
+
+def _part(model: onnx.ModelProto, wanted: Sequence[str]) -> onnx.ModelProto:
+    """Return what makes the wanted tensors, as outputs: ONNX Runtime runs all nodes, whatever it is asked for."""
+    graph = model.graph
+    needed, kept = set(wanted), []
+    for node in reversed(graph.node):
+        if needed.isdisjoint(node.output):
+            continue
+        kept.append(node)
+        needed.update(node.input)
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                for below in subgraphs(inner):
+                    needed.update(name for one in below.node for name in one.input)
+                    needed.update(output.name for output in below.output)
+    known = {output.name: output for output in graph.output}
+    part = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
+    part.graph.name = graph.name
+    part.graph.node.extend(reversed(kept))
+    part.graph.initializer.extend(tensor for tensor in graph.initializer if tensor.name in needed)
+    part.graph.input.extend(item for item in graph.input if item.name in needed)
+    part.graph.output.extend(known.get(name) or onnx.helper.make_empty_tensor_value_info(name) for name in wanted)
+    return part
 
 
 def rows_of(

@@ -128,3 +128,14 @@ def hessians(
             else:
                 sums[layer.name] = product
     return {name: total.astype(np.float64) for name, total in sums.items()}
+
+
+def quantize_channels(weights: Array, axis: int) -> tuple[Array, Array]:
+    """Return (int8 weights, float32 scales) with w ≈ q · scale per slice along `axis`; zero stays zero."""
+    moved = np.moveaxis(weights, axis, 0).reshape(weights.shape[axis], -1)
+    scale = (np.abs(moved).max(axis=1) / 127.0).astype(np.float32)
+    # below the smallest normal number the scale itself has too few bits left to be one
+    scale = np.where(scale == 0, np.float32(1.0), np.maximum(scale, np.finfo(np.float32).tiny))
+    shape = [1] * weights.ndim
+    shape[axis] = -1
+    return np.clip(np.rint(weights / scale.reshape(shape)), -127, 127).astype(np.int8), scale

@@ -16,9 +16,9 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from wherry_optimizer.layers import quantize_channels
 from wherry_optimizer.model import prepare, read_onnx, subgraphs
 from wherry_optimizer.passes import Array, Result, Work, excluded
-from wherry_optimizer.passes.quantize_weights import quantize_channels
 from wherry_shared.errors import RefusedError
 
 DOMAIN = "com.microsoft"

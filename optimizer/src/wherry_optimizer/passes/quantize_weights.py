@@ -24,6 +24,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from wherry_optimizer.layers import quantize_channels
 from wherry_optimizer.model import is_quantized, prepare, read_onnx, subgraphs
 from wherry_optimizer.passes import Array, Result, Work, excluded
 from wherry_shared.errors import RefusedError
@@ -172,17 +173,6 @@ def pack_nibbles(rows: Array, block: int) -> tuple[Array, Array, int]:
     scale = np.where(scale == 0, np.float32(1.0), np.maximum(scale, np.finfo(np.float32).tiny)).astype(np.float32)
     nibbles = (np.clip(np.rint(values / scale), -7, 7) + NIBBLE_ZERO).astype(np.uint8)
     return nibbles[:, :, : block // 2] | (nibbles[:, :, block // 2 :] << 4), scale, columns
-
-
-def quantize_channels(weights: Array, axis: int) -> tuple[Array, Array]:
-    """Return (int8 weights, float32 scales) with w ≈ q · scale per slice along `axis`; zero stays zero."""
-    moved = np.moveaxis(weights, axis, 0).reshape(weights.shape[axis], -1)
-    scale = (np.abs(moved).max(axis=1) / 127.0).astype(np.float32)
-    # below the smallest normal number the scale itself has too few bits left to be one
-    scale = np.where(scale == 0, np.float32(1.0), np.maximum(scale, np.finfo(np.float32).tiny))
-    shape = [1] * weights.ndim
-    shape[axis] = -1
-    return np.clip(np.rint(weights / scale.reshape(shape)), -127, 127).astype(np.int8), scale
 
 
 def _axes(graph: onnx.GraphProto, *, anything: bool) -> dict[str, tuple[str, int]]:
