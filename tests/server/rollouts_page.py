@@ -107,7 +107,8 @@ A device on which a bundle failed is in quarantine for that bundle: no rollout o
 `failure` (two devices at least) is left out as a whole (`known_bad`), also devices that never had it, and also while the rollout goes on
 for others. Whoever of that hardware has it on offer already and is not confirmed is offered what it had before, in every rollout of the
 bundle that is running, paused or done (*withdraw (recalled)*; `explain` says `known_bad`, and it counts neither way); who is confirmed
-keeps it, unless the plan reverts. `wherry quarantine clear` lets it be offered there again, until it fails there once more; `retry` then
+keeps it, unless the plan reverts. A plan with a higher `attempt` tries hardware again that was condemned before it was made, and leaves it out in
+turn where it fails there once more. `wherry quarantine clear` lets it be offered there again, until it fails there once more; `retry` then
 offers it to those that it was taken back from.
 
 ## Why not yet, and what if
@@ -129,7 +130,8 @@ Where failures are heard before confirmations (`--fails` seconds), an adaptive p
 
 `wherry-sim rollout PLAN --failed 0.1` rehearses a plan on the real machine (devices, offers, reports, decisions; models by a table)
 in virtual time, and prints the forecast with the times that it measured (until devices confirm, until they fail, between
-two looks of the director). Devices have the strata and time zones that `--stratum NAME=WEIGHT` and `--zone NAME=WEIGHT` say, people approve at
+two looks of the director). `--silent` of them are away until it has ended.
+Devices have the strata and time zones that `--stratum NAME=WEIGHT` and `--zone NAME=WEIGHT` say, people approve at
 once, and what gates with a control compare is drawn from the table of models for whatever answers on each device (`--worse` as above; a device
 that sees it too goes back by itself); numbers that applications tell (`app:NAME`) are refused. A test holds the two to the same end, the same
 exposure, and times that differ by no more than four looks of the director per stage and one settling time.
