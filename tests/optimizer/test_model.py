@@ -29,7 +29,10 @@ def refusal(path: Path) -> RefusedError:
 def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(content)
-    assert refusal(path).code == "model_foreign"
+    error = refusal(path)
+    assert error.code == "model_foreign"
+    assert ("is empty" in error.message) == (content == b"")
+    assert "cut short" in error.next_step
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

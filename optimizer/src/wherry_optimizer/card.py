@@ -344,6 +344,7 @@ def page(report: Mapping[str, Any]) -> str:
     """Return the report as one HTML page without scripts or anything from elsewhere."""
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width,initial-scale=1'>",
         f"<title>{html.escape(report['model'])}</title><style>{pages.STYLE}</style>",
         f"<h1>{html.escape(report['model'])}</h1>",
         f"<p>{html.escape(_source_line(report))} {html.escape(_budget_line(report['budget']))}</p>",

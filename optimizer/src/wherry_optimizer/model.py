@@ -323,8 +323,11 @@ def _initializers_out_of_inputs(graph: onnx.GraphProto) -> None:
 
 
 def _foreign(path: Path) -> RefusedError:
+    empty = path.exists() and path.stat().st_size == 0
     return RefusedError(
         "model_foreign",
-        f"{path.name} is neither an ONNX nor a TFLite model",
-        next_step="export the model as ONNX (opset 13 or higher) or TFLite",
+        f"{path.name} is {'empty' if empty else 'neither an ONNX nor a TFLite model'}",
+        consequence="nothing was done with it",
+        next_step="if it was copied or downloaded, compare its size with the original's, a file that was cut short looks like "
+        "this; else export the model as ONNX (opset 13 or higher) or TFLite",
     )
