@@ -17,13 +17,14 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from cryptography.hazmat.primitives import serialization
 
 from tests.agent.builders import MODEL, confirmed, digest_of, fetched, judged, offer, offered, resolved, run
 from tests.agent.daemon_kit import write_bundle
 from tests.shared.engines import models
 from tests.tls_front import TlsFront, server_certificate
 from tests.trust_kit import Answer, little_server
-from wherry_agent import cli, doctor, identity, status
+from wherry_agent import cli, doctor, identity, status, timestamp
 from wherry_agent import state as s
 from wherry_agent.children import Trust
 from wherry_agent.courier_enrol import bring_in_line
@@ -174,6 +175,35 @@ def test_where_all_is_well_nothing_is_bad(home: Home) -> None:
     assert findings["broker"].detail.endswith("with TLS lets it in")
     assert findings["store"].detail == "4 files read and compared with their digests"
     assert home.front.clients
+
+
+@pytest.fixture
+def guarded(home: Home, server: str, tmp_path: Path) -> Iterator[str]:
+    """The server's address where nobody is let in without a certificate of a device."""
+    port = int(server.rpartition(":")[2])
+    front = TlsFront(port, *server_certificate(home.keys, tmp_path, days=90), ca=home.keys / "devices-ca.pem")
+    home.identity = msgspec.structs.replace(home.identity, server=f"https://127.0.0.1:{front.port}")
+    (home.path / "identity" / identity.DEVICE_FILE).write_bytes(identity.encode(home.identity))
+    yield home.identity.server
+    front.close()
+    home.identity = msgspec.structs.replace(home.identity, server=server)
+
+
+@pytest.mark.parametrize("password", ["", "of the disk"])
+def test_a_server_that_wants_a_certificate_sees_it(home: Home, guarded: str, password: str) -> None:
+    key = home.path / "identity" / identity.KEY_FILE
+    if password:
+        private = serialization.load_pem_private_key(key.read_bytes(), None)
+        how = serialization.BestAvailableEncryption(password.encode())
+        key.write_bytes(private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, how))
+    else:
+        assert found(home, "server")[0] == "ok"
+    asked = timestamp.question(home.path, home.identity, guarded, "", password)
+    assert timestamp.ask_by_child(asked).trouble == ""
+    key.with_name(identity.CERTIFICATE_FILE).unlink()
+    asked = timestamp.question(home.path, home.identity, guarded, "", password)
+    assert timestamp.ask_by_child(asked).trouble != ""
+    assert found(home, "server")[0] == "bad"
 
 
 def write(name: str, data: bytes) -> Callable[[Home], None]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.trust_kit import Answer, little_server
@@ -45,19 +46,21 @@ def test_a_deferred_module_that_is_asked_for_nothing_stays_out() -> None:
     assert say(code) == ["False", *lean.DEFERRED]
 
 
-def test_a_child_asks_whether_trust_changed(tmp_path: Path) -> None:
+def test_a_child_asks_whether_trust_changed() -> None:
     def answer(path: str, headers: dict[str, str]) -> Answer:
         assert path == "/tuf/default/timestamp.json"
         return Answer(304 if headers.get("if-none-match") == '"2"' else 200, b"{}", {"ETag": '"2"'})
 
     with little_server(answer) as server:
-        assert timestamp.ask_by_child(tmp_path, server.url, "/tuf/default", "") == timestamp.Answer(etag='"2"')
-        unchanged = timestamp.ask_by_child(tmp_path, server.url, "/tuf/default", '"2"')
-        assert unchanged == timestamp.Answer(unchanged=True, etag='"2"')
-    away = timestamp.ask_by_child(tmp_path, server.url, "/tuf/default", "")
+        asked = timestamp.Question(server=server.url, tuf_path="/tuf/default", etag="")
+        again = msgspec.structs.replace(asked, etag='"2"')
+        assert timestamp.ask_by_child(asked) == timestamp.Answer(etag='"2"')
+        assert timestamp.ask_by_child(again) == timestamp.Answer(unchanged=True, etag='"2"')
+    away = timestamp.ask_by_child(asked)
     assert "refused" in away.trouble
 
 
 def test_a_child_that_cannot_be_started_is_trouble_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
-    assert "could not be asked" in timestamp.ask_by_child(tmp_path, "http://127.0.0.1:1", "/tuf/x", "").trouble
+    asked = timestamp.Question(server="http://127.0.0.1:1", tuf_path="/tuf/x", etag="")
+    assert "could not be asked" in timestamp.ask_by_child(asked).trouble

@@ -18,7 +18,7 @@ import msgspec
 import pytest
 
 from tests.trust_kit import RunningServer, running_server
-from wherry_agent import identity
+from wherry_agent import identity, timestamp
 from wherry_agent.children import CourierTask, Enrol, Refresh, Renew, Reseal
 from wherry_agent.sealing import Seal
 
@@ -104,7 +104,11 @@ def test_no_program_of_the_agent_says_a_secret(server: RunningServer, tmp_path: 
     )[1]
     for words in (("status",), ("status", "--json"), ("doctor",), ("doctor", "--json"), ("key",)):
         said[" ".join(words)] = run("wherry_agent.cli", *words, *common)[1]
-    said["timestamp"] = run("wherry_agent.timestamp", str(home), server.url, "/tuf/default", "")[1]
+    known = identity.load(home, seal)
+    assert known is not None
+    asked = timestamp.question(home, known, server.url, "", identity.password(seal))
+    said["timestamp"] = run("wherry_agent.timestamp", stdin=msgspec.json.encode(asked))[1]
+    said["timestamp, half a question"] = run("wherry_agent.timestamp", stdin=msgspec.json.encode(asked)[:-9])[1]
 
     # and when they fail, traceback and all
     broken = tmp_path / "broken"

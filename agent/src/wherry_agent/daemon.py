@@ -1065,7 +1065,8 @@ class Daemon:
         trust, until_us, etag = self._state.trust, self._courier_until_us, self._etag
 
         def ask() -> None:
-            said = timestamp.ask_by_child(self._home, self._server, self._identity.tuf_path, etag)
+            password = identity.password(self._disk.seal)
+            said = timestamp.ask_by_child(timestamp.question(self._home, self._identity, self._server, etag, password))
             if said.trouble:
                 self._queue.put(s.RefreshFailed(reasons.NETWORK, said.trouble))
                 return

@@ -144,7 +144,13 @@ class Patient:
     def http(self) -> Http:
         """Return a client that trusts what the device trusts."""
         ca = identity.folder(self.home) / identity.CA_FILE
-        return Http(ca=ca if ca.exists() else None, server=self.server)
+        known = self.identity
+        return Http(
+            ca=ca if ca.exists() else None,
+            server=self.server,
+            pair=identity.shown_pair(self.home, known, self.wall_s) if known is not None else None,
+            password=identity.password(self.disk.seal),
+        )
 
 
 Question = Callable[[Patient], Finding]
