@@ -228,6 +228,23 @@ def test_a_head_goes_as_a_whole(tmp_path: Path) -> None:
     assert [12, 8] in weights
 
 
+def test_heads_go_by_default_and_what_is_too_small_says_so(tmp_path: Path) -> None:
+    """Six heads of four channels are as many channels as a layer of 24; a layer of 12 would keep 8, and is left alone."""
+    net = Net([5, 16])
+    path = net.save(tmp_path / "m.onnx", attention(net))
+    result = prune(path, [5, 16], minimum_channels=8, ratio=0.9)
+    assert next((row["channels"], row["removed"]) for row in result.notes["layers"]) == (6, 4), "two heads stay"
+    small = Net(IMAGE)
+    x = small.node("Relu", small.conv(small.node("Relu", small.conv("x", 3, 12)), 12, 32))
+    result = prune(
+        small.save(tmp_path / "s.onnx", small.head(small.node("Relu", small.conv(x, 32, 32)), 32)),
+        IMAGE,
+        minimum_channels=8,
+    )
+    (said,) = [reason for reason in result.notes["left_alone"] if "go as a whole" in reason]
+    assert "12 parts that go as a whole, of which 8 stay" in said
+
+
 def test_channels_that_a_residual_joins_are_cut_alike(tmp_path: Path) -> None:
     net = Net(IMAGE)
     path = net.save(tmp_path / "m.onnx", residual(net))

@@ -32,6 +32,8 @@ ROUNDS = 6
 SEQUENTIAL_MAX = 24
 """Groups up to which the pruned network is run again for each; with more, all are fitted to what the original sees."""
 COLUMNS_MAX = 8192
+WIDE_CLASSES_MIN = 2
+"""Of classes that hold several channels each, such as attention heads, so many stay."""
 REASONS_MAX = 20
 
 Matrix = npt.NDArray[np.float64]
@@ -46,7 +48,8 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     ratio: float = 0.5
     """Share of the classes of each group that goes."""
     minimum_channels: int = 8
-    """Groups with fewer classes are left alone, and as many stay in each."""
+    """So many channels stay in each group, and groups with fewer than twice as many are left alone. An attention head counts as the
+    channels it holds, and two stay."""
     samples: int = 200
     positions: int = 128
     """Positions of a layer looked at per sample, drawn by the seed."""
@@ -69,12 +72,13 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
     _own_shapes(original.graph)
     found = analyse(original.graph, _shapes(original))
     weights = {tensor.name: tensor for tensor in original.graph.initializer}
-    chosen = [group for group in found.groups if not group.reason and _fits(group, weights, parameters)]
-    reasons = sorted({group.reason for group in found.groups if group.reason})
+    alone = [group.reason or _unfit(group, found, weights, parameters) for group in found.groups]
+    chosen = [group for group, reason in zip(found.groups, alone, strict=True) if not reason]
+    reasons = sorted({reason for reason in alone if reason})
     if not chosen:
         raise RefusedError(
             "pass_noop",
-            f"no channel can go: {'; '.join(reasons[:REASONS_MAX]) or 'no group is large enough'}",
+            f"no channel can go: {'; '.join(reasons[:REASONS_MAX]) or 'no layer passes channels on to another'}",
             consequence="the variant would be the source again",
             next_step="prune single weights by prune-obs instead",
         )
@@ -85,17 +89,31 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
     return Result(target, {"ratio": parameters.ratio, "layers": rows, "left_alone": reasons[:REASONS_MAX]})
 
 
-def _fits(group: Group, weights: Mapping[str, onnx.TensorProto], parameters: Parameters) -> bool:
-    if len(group.classes) < 2 * parameters.minimum_channels:
-        return False
+def _unfit(group: Group, found: Dependencies, weights: Mapping[str, onnx.TensorProto], parameters: Parameters) -> str:
+    """Return why a group that could be resolved is left alone all the same; empty if it is not."""
+    first = group.consumers[0].node[-40:]
+    stay = _floor(group, found, parameters)
+    if len(group.classes) < 2 * stay:
+        return f"what {first} reads has {len(group.classes)} parts that go as a whole, of which {stay} stay"
     for consumer in group.consumers:
-        columns = _columns(consumer, weights)
-        plain = consumer.attributes.get("auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
-        if columns > COLUMNS_MAX or consumer.operator == "ConvTranspose" or not plain:
-            return False
+        name = consumer.node[-40:]
+        if (columns := _columns(consumer, weights)) > COLUMNS_MAX:
+            return f"{name} has {columns} columns, and up to {COLUMNS_MAX} are fitted again"
+        if consumer.operator == "ConvTranspose":
+            return f"{name} is a ConvTranspose, which is not fitted again"
+        if consumer.attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
+            return f"{name} pads by itself (auto_pad), which is not fitted again"
         if excluded(consumer.node, parameters.exclude):
-            return False
-    return True
+            return f"{name} is excluded"
+    return ""
+
+
+def _floor(group: Group, found: Dependencies, parameters: Parameters) -> int:
+    """Return how many classes of a group stay at least."""
+    one = group.classes[0]
+    channels = max(sum(found.root[atom] == one for atom in set(cut.atoms.tolist())) for cut in found.cuts)
+    wide = -(-parameters.minimum_channels // channels)
+    return max(min(WIDE_CLASSES_MIN, parameters.minimum_channels), wide)
 
 
 def _columns(consumer: Consumer, weights: Mapping[str, onnx.TensorProto]) -> int:
@@ -129,7 +147,7 @@ def _prune(
         fits = [
             _Fit(consumer, weights, moments[consumer.output], found, gone, parameters) for consumer in group.consumers
         ]
-        count = min(round(parameters.ratio * len(group.classes)), len(group.classes) - parameters.minimum_channels)
+        count = min(round(parameters.ratio * len(group.classes)), len(group.classes) - _floor(group, found, parameters))
         removed = _choose(group.classes, fits, count)
         gone |= removed
         errors = [fit.write(removed, repair=parameters.repair) for fit in fits]
