@@ -55,8 +55,9 @@ APPLY = b"""cohorts: [{name: berlin, selector: label.site = berlin}]
 flags: [{name: dark, type: boolean, variants: {"1": true, "0": false}, default: "1"}]
 rollouts:
 - models: &models [{model: thing, version: 1.0.0}]
+  stages: &stages [{share: 1.0}]
   cohort: berlin
-- {models: *models, selector: all}
+- {models: *models, stages: *stages, selector: all}
 """
 GOLDEN = golden.Golden(
     (
