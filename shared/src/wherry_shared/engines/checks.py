@@ -54,6 +54,8 @@ def check_outputs(known: Collection[str], outputs: Sequence[str] | None) -> None
 
 def fits(shape: Sequence[int], native: Sequence[int | str]) -> bool:
     """Tell whether a concrete shape fits a native one (names and -1 are free)."""
+    if shape == native:
+        return True
     return len(shape) == len(native) and all(
         isinstance(axis, str) or axis < 0 or axis == length for length, axis in zip(shape, native, strict=True)
     )

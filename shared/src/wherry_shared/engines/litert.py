@@ -9,6 +9,7 @@ Native names are those of the file's signature where it has exactly one over its
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import threading
@@ -75,11 +76,14 @@ class LiteRtSession:
         self._closed = False
         self._condition = threading.Condition()
         self._free: list[_Slot] = []
+        """Taken from and given back without the lock, which is for those who find it empty."""
+        self._waiting = 0
         self._unmade = limits.slots - 1
         first = self._open()
         self._input_index: dict[str, int]
         self._inputs, self._outputs, self._input_index, self._output_index = _describe(first)
         self._by_name = {tensor.name: tensor for tensor in self._inputs}
+        self._all_outputs = tuple(self._output_index)
         self._free.append(_Slot(first, _shapes(first, self._input_index)))
 
     def describe(self) -> tuple[list[NativeTensor], list[NativeTensor]]:
@@ -89,14 +93,19 @@ class LiteRtSession:
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run once in a free interpreter, waiting for one if all are busy."""
         check_native(self._by_name, inputs, self._output_index, outputs)
-        slot = self._take()
         try:
-            return self._invoke(slot, inputs, list(self._output_index) if outputs is None else outputs)
+            slot = self._free.pop()
+        except IndexError:
+            slot = self._take()
+        try:
+            return self._invoke(slot, inputs, self._all_outputs if outputs is None else outputs)
         finally:
-            with self._condition:
-                if not self._closed:
-                    self._free.append(slot)
-                self._condition.notify()
+            self._free.append(slot)
+            if self._closed:  # said after that, it empties the list itself
+                self._free.clear()
+            if self._waiting:  # who waits says so before it looks a last time
+                with self._condition:
+                    self._condition.notify()
 
     def close(self) -> None:
         """Drop the interpreters; those in use are freed when their calls return."""
@@ -118,12 +127,17 @@ class LiteRtSession:
             while True:
                 if self._closed:
                     raise RuntimeError("run on a closed session")
-                if self._free:
+                with contextlib.suppress(IndexError):  # somebody without the lock was faster
                     return self._free.pop()
                 if self._unmade:
                     self._unmade -= 1
                     break
-                self._condition.wait()
+                self._waiting += 1
+                try:
+                    if not self._free and not self._closed:
+                        self._condition.wait()
+                finally:
+                    self._waiting -= 1
         try:
             interpreter = self._open()
         except EngineFault:
@@ -136,13 +150,11 @@ class LiteRtSession:
     def _invoke(self, slot: _Slot, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         interpreter = slot.interpreter
         try:
-            shapes = {name: value.shape for name, value in inputs.items()}
-            if shapes != slot.shapes:
-                slot.shapes = {}  # until it worked: a failed resize leaves the interpreter unallocated
-                for name, shape in shapes.items():
-                    interpreter.resize_tensor_input(self._input_index[name], list(shape))
-                interpreter.allocate_tensors()
-                slot.shapes = shapes
+            known = slot.shapes
+            for name, value in inputs.items():
+                if known.get(name) != value.shape:
+                    self._resize(slot, inputs)
+                    break
             for name, value in inputs.items():
                 interpreter.set_tensor(self._input_index[name], value)
             interpreter.invoke()
@@ -150,6 +162,14 @@ class LiteRtSession:
         except Exception as error:  # see _open
             slot.shapes = {}
             raise _converted(error, "run_failed", f"{self.engine} failed to run the model") from error
+
+    def _resize(self, slot: _Slot, inputs: Mapping[str, Array]) -> None:
+        slot.shapes = {}  # until it worked: a failed resize leaves the interpreter unallocated
+        shapes = {name: value.shape for name, value in inputs.items()}
+        for name, shape in shapes.items():
+            slot.interpreter.resize_tensor_input(self._input_index[name], list(shape))
+        slot.interpreter.allocate_tensors()
+        slot.shapes = shapes
 
 
 def _threads(options: Mapping[str, str | int | float | bool]) -> int:
