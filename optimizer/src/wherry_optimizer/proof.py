@@ -11,11 +11,13 @@ weight that is broken decides nothing on such data. Misses count for the share; 
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +28,6 @@ from wherry_optimizer.golden import (
     TOLERANCE_FACTOR,
     Runnable,
     Selection,
-    answers,
     configurations,
     differs,
     span_of,
@@ -35,6 +36,7 @@ from wherry_optimizer.recipe import BROKEN
 from wherry_shared import golden
 from wherry_shared.bundle import GOLDEN_TYPE, Descriptor
 from wherry_shared.engines import probe
+from wherry_shared.engines.errors import EngineFault
 from wherry_shared.errors import WherryError
 from wherry_shared.facts import EngineFacts
 from wherry_shared.golden import Golden
@@ -42,6 +44,7 @@ from wherry_shared.image_layout import Layout
 
 Array = npt.NDArray[Any]
 
+Fate = Literal["caught", "missed", "unseen"]
 SEED = 2
 MISSES_MAX = 0.25
 """Share of noticeable broken files and mix-ups that may pass before a build warns; `golden.misses_max` of a recipe refuses."""
@@ -61,6 +64,16 @@ class Count:
     def tried(self) -> int:
         """All of them."""
         return self.caught + self.missed + self.unseen
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Samples at hand, and what the variant itself gives for them."""
+
+    inputs: Sequence[dict[str, Array]]
+    outputs: Sequence[Mapping[str, Array]]
+    vectors: Sequence[int]
+    """Which of them the vectors are, in their order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +153,7 @@ def prove(
     for runnable, vectors in rows:
         moved, alarms = _ways(runnable, vectors, engines)
         mixed_up = {
-            other.id: not _passes(other, vectors)
+            other.id: not _passes_as(other, vectors)
             for other, _ in rows
             if other.id != runnable.id and other.format == runnable.format
         }
@@ -192,7 +205,7 @@ def of_selection(
         len(moved) + 1,
         alarms,
         held_out(moved, vectors),
-        count_broken(runnable, vectors, tries, seed, candidates, own.outputs),
+        count_broken(runnable, vectors, tries, seed, Samples(candidates, own.outputs, indices)),
         {other: other in chosen.separates for other in alike},
     )
 
@@ -220,8 +233,7 @@ def count_broken(
     vectors: Golden,
     tries: int,
     seed: int,
-    candidates: Sequence[dict[str, Array]] = (),
-    expected: Sequence[Mapping[str, Array]] = (),
+    samples: Samples | None = None,
 ) -> dict[str, Count]:
     """Count how many broken files the vectors of a variant notice.
 
@@ -230,34 +242,57 @@ def count_broken(
         vectors: its golden vectors.
         tries: broken files.
         seed: of the places that are broken.
-        candidates: samples that may show that a file which passed is wrong all the same; none: nothing is unseen.
-        expected: what the variant itself gives for them.
+        samples: those that may show that a file which passed is wrong all the same; none: nothing is unseen.
     """
+    fates: dict[bytes, Fate] = {}  # with few weights of one shape the same file is drawn again
     counts = dict.fromkeys(breaking.KINDS, Count())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"broken.{runnable.format}"
         for kind, data in breaking.broken(runnable.path.read_bytes(), runnable.format, tries, seed):
-            path.write_bytes(data)
-            other = replace(runnable, path=path)
+            digest = hashlib.sha256(data).digest()
+            if digest not in fates:
+                path.write_bytes(data)
+                fates[digest] = _fate(replace(runnable, path=path), vectors, samples)
             count = counts[kind]
-            if not _passes(other, vectors):
-                count = replace(count, caught=count.caught + 1)
-            elif candidates and not _shown(other, vectors, candidates, expected):
-                count = replace(count, unseen=count.unseen + 1)
-            else:
-                count = replace(count, missed=count.missed + 1)
-            counts[kind] = count
+            match fates[digest]:
+                case "caught":
+                    counts[kind] = replace(count, caught=count.caught + 1)
+                case "missed":
+                    counts[kind] = replace(count, missed=count.missed + 1)
+                case "unseen":
+                    counts[kind] = replace(count, unseen=count.unseen + 1)
     return counts
 
 
-def _shown(
-    other: Runnable, vectors: Golden, candidates: Sequence[dict[str, Array]], expected: Sequence[Mapping[str, Array]]
-) -> bool:
-    """Tell whether any sample shows that a file is not the variant, by the tolerances of the vectors."""
-    found = answers(other, candidates, range(len(candidates)))
-    return any(
-        outputs is None or differs(expected[index], outputs, vectors.tolerances) for index, outputs in found.items()
-    )
+def _fate(other: Runnable, vectors: Golden, samples: Samples | None) -> Fate:
+    """Run a broken file until something shows that it is not the variant: its vectors first, then the other samples."""
+    given: list[dict[str, Array]] = []
+    try:
+        bound = other.open()
+    except WherryError:
+        return "caught"
+
+    def run(inputs: dict[str, Array]) -> dict[str, Array]:
+        given.append(bound.run(inputs))
+        return given[-1]
+
+    with closing(bound):
+        if not _passes(vectors, run):
+            return "caught"
+        if samples is None:
+            return "missed"
+        known = dict(zip(samples.vectors, given, strict=True))  # all of an output, of which a vector may hold a sample
+        rest = [index for index in range(len(samples.inputs)) if index not in known]
+        try:
+            shown = any(
+                differs(
+                    samples.outputs[index], known.get(index) or bound.run(samples.inputs[index]), vectors.tolerances
+                )
+                for index in (*known, *rest)
+            )
+        except EngineFault:
+            shown = True
+    return "missed" if shown else "unseen"
 
 
 def _ways(
@@ -301,13 +336,20 @@ def _distance(expected: golden.Expected, output: Array | None) -> float:
     return float(gap.max(initial=0.0))
 
 
-def _passes(runnable: Runnable, vectors: Golden) -> bool:
-    """Tell whether a file loads, runs and gives what is expected."""
+def _passes(vectors: Golden, run: Callable[[dict[str, Array]], Mapping[str, Array]]) -> bool:
+    """Tell whether a file runs and gives what is expected."""
     try:
-        bound = runnable.open()
         # one vector after another: most of what is wrong shows in the first
-        passed = not any(golden.check(Golden((vector,), vectors.tolerances), bound.run) for vector in vectors.vectors)
-        bound.close()
+        return not any(golden.check(Golden((vector,), vectors.tolerances), run) for vector in vectors.vectors)
     except WherryError:
         return False
-    return passed
+
+
+def _passes_as(runnable: Runnable, vectors: Golden) -> bool:
+    """Tell whether another variant passes the vectors."""
+    try:
+        bound = runnable.open()
+    except WherryError:
+        return False
+    with closing(bound):
+        return _passes(vectors, bound.run)

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +104,9 @@ class Demo:
     def stop(self) -> None:
         """End every process that was started."""
         if self._starting is not None:
-            with suppress(Exception):  # told where its result was asked for
-                self._starting.result()
+            failed = self._starting.exception()  # once it ended
+            if failed is not None:
+                self.console.print(f"  [red]server and agents did not start: {failed}[/]")
         self._beside.shutdown()
         for traffic in self.traffic:
             traffic.stop()
