@@ -189,7 +189,10 @@ def _said(row: Mapping[str, Any] | None, drop_max: float, *, exact: bool) -> str
         return "not run" if row is None else "it made nothing"
     same = {own: not exact and own not in row.get("tells_apart", OURS) for own in OURS}
     winners = [own for own in OURS if own in row and dominates(row[own], row, same_metric=same[own])]
-    if dominates(row, row["ours"], same_metric=same["ours"]):
+    within = (
+        row["metric_drop"] <= drop_max
+    )  # what loses more would not be shipped: that samples are too few does not save it
+    if dominates(row, row["ours"], same_metric=same["ours"] and within):
         said = "it dominates"
     elif winners:
         said = "ours dominates" if "ours" in winners else "ours dominates, the one chosen by accuracy"

@@ -60,6 +60,7 @@ def test_metrics_that_samples_do_not_tell_apart_are_the_same_and_the_exact_table
         assert found["table_exact"]["m"] == {"a": "neither"}
     rows = {"a": {"m": row(0.1, 0.3, 0.01) | {"ours": ours, "ours_by_accuracy": careful}}}
     found = optimizer_peers.verdict(rows, ["m"], 0.005)
+    assert found["table"]["m"] == {"a": "neither, and it loses 0.010"}
     assert (found["dominating_all_peers_on"], found["dominating_all_within_budget_on"]) == ([], ["m"])
     rows["a"]["m"] = row(0.1, 0.3, 0.002) | {"ours": ours, "ours_by_accuracy": careful}
     assert not optimizer_peers.verdict(rows, ["m"], 0.005)["never_dominated"]
