@@ -465,7 +465,7 @@ def test_ladders_climb_while_they_pass_and_step_down_where_they_do_not() -> None
     both = [f"channels-{share}+levels-31+int8-static" for share in (0.375, 0.5)]
     assert proposed(tried) == both
     tried |= dict.fromkeys(both, GOOD)
-    for rung in ("zeros-0.5+int8-static", "zeros-0.3+int8-static"):
+    for rung in ("zeros-0.5+int8-static", "zeros-0.3+int8-static", "zeros-2of4+int8-static"):
         assert proposed(tried) == [rung]
         tried[rung] = DROPPED
     assert proposed(tried) == []
