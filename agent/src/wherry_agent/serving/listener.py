@@ -43,7 +43,7 @@ SWEEP_SECONDS = 15.0
 """Between two looks for connections that nobody uses: up to this much later than their time they are closed."""
 FOLLOWERS_MAX = 8
 """Threads that wait for their turn to lead; more end, and are started again when they are needed."""
-SHORT_SECONDS = 100e-6
+SHORT_SECONDS = 200e-6
 """What a leader answers itself: from here on, running on several cores gains more than changing the thread costs."""
 ALONE_SECONDS = 2e-3
 """The same while there is one connection: only one that is about to be made would wait."""
