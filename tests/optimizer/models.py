@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 CLASSES = 6
@@ -306,3 +307,51 @@ def bright(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     for image, label in zip(images, labels, strict=True):
         image[:, label * 3 : label * 3 + 2, rng.integers(3)] += 0.5
     return images, labels
+
+
+NATIVE = """
+import os, pathlib, msgspec
+from wherry_optimizer.passes import Result
+class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    how: str = "crash"
+def apply(path, parameters, work):
+    if parameters.how == "crash":
+        os.abort()
+    if parameters.how == "memory":
+        hoard = [bytearray(64 << 20) for _ in range(64)]
+    if parameters.how == "hang":
+        import time
+        time.sleep(600)
+    if parameters.how == "raise":
+        raise KeyError("a tensor")
+    if parameters.how == "exit":
+        os._exit(0)
+    if parameters.how == "chatter":
+        print("x" * 100_000)
+        os.system("echo and what it starts, too")
+    target = work.folder / "same.onnx"
+    target.write_bytes(path.read_bytes())
+    if parameters.how == "rename":
+        import onnx
+        model = onnx.load(path)
+        model.graph.node[-1].output[0] = model.graph.output[0].name = "renamed"
+        onnx.save(model, target)
+    if parameters.how == "wreck":
+        target.write_bytes(path.read_bytes()[:-100])
+    return Result(target)
+"""
+
+
+def plug_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Install a distribution with a pass of its own, as another project would."""
+    (folder / "wherry_test_native.py").write_text(
+        NATIVE
+        + "from wherry_optimizer.passes import PassInfo\n"
+        + "INFO = PassInfo('test-native', 'wherry_test_native', ('onnx',), '', False, 'a test')\n"
+    )
+    about = folder / "wherry_test_native-1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: wherry-test-native\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[wherry_optimizer.passes]\ntest-native = wherry_test_native:INFO\n")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.syspath_prepend(str(folder))

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.optimizer.models import INT8, PRUNED, RECIPE, RUINED, blobs, workshop
-from wherry_optimizer import card, evaluate, gate, pipeline, proof, report
+from tests.optimizer.models import INT8, PRUNED, RECIPE, RUINED, blobs, plug_in, workshop
+from wherry_optimizer import card, evaluate, gate, making, pipeline, proof, report
 from wherry_optimizer.recipe import Gate
 from wherry_shared import golden
 from wherry_shared.bundle import GOLDEN_TYPE, Descriptor
@@ -168,6 +168,31 @@ def test_a_pass_for_the_other_format_is_refused(tmp_path: Path) -> None:
         workshop(tmp_path / "in", INT8.replace("quantize-static", "quantize-tflite")), tmp_path / "out"
     )
     assert [item.code for item in result.refused] == ["pass_unfit"]
+
+
+@pytest.mark.parametrize(
+    ("how", "limits", "code", "said"),
+    [
+        ("crash", {}, "pass_crashed", "test-native: its process ended with SIGABRT"),
+        ("memory", {"memory_bytes_max": 1 << 30}, "pass_memory", "test-native: it took more than 1.1 GB of memory"),
+        ("hang", {"seconds_max": 10.0}, "pass_timeout", "test-native: it took more than 10 s"),
+        ("raise", {}, "pass_crashed", "KeyError: 'a tensor'"),
+        ("exit", {}, "pass_crashed", "test-native: its process ended with exit status 0"),
+        ("chatter", {}, "pass_noop", "the file is the same byte for byte"),
+        ("rename", {}, "contract_changed", "test-native: output 'p' is gone"),
+        ("wreck", {}, "load_failed", "onnxruntime"),
+    ],
+)
+def test_a_pass_that_ends_its_process_is_left_out_and_the_next_variant_is_made(
+    how: str, limits: dict, code: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plug_in(tmp_path, monkeypatch)
+    bad = INT8.replace('"int8"', '"bad"', 1).replace('"quantize-static"', f'"test-native", how = "{how}"')
+    result = pipeline.build(workshop(tmp_path / "in", bad, INT8), tmp_path / "out", limits=making.Limits(**limits))
+    ((left_out, why),) = [((item.id, item.code), item.why) for item in result.refused]
+    assert left_out == ("bad", code)
+    assert said in why
+    assert [item.id for item in result.packed.config.variants] == ["float", "int8"]
 
 
 @pytest.mark.parametrize(

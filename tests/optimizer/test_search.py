@@ -14,8 +14,8 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from tests.optimizer.models import blobs, classifier
-from wherry_optimizer import attempt, candidates, card, gate, labelled, measure, passes, search
+from tests.optimizer.models import blobs, classifier, plug_in
+from wherry_optimizer import attempt, candidates, card, gate, labelled, making, measure, passes, search
 from wherry_optimizer import auto as auto_module
 from wherry_optimizer.attempt import Answer, Step, Task
 from wherry_optimizer.candidates import SOURCE, TARGETS, Candidate, Fared, Row
@@ -184,32 +184,6 @@ def test_nothing_begins_when_the_time_is_up(tmp_path: Path) -> None:
     assert [item.id for item in found.tried] == [SOURCE]
 
 
-NATIVE = """
-import os, pathlib, msgspec
-from wherry_optimizer.passes import Result
-class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    how: str = "crash"
-def apply(path, parameters, work):
-    if parameters.how == "crash":
-        os.abort()
-    if parameters.how == "memory":
-        hoard = [bytearray(64 << 20) for _ in range(64)]
-    if parameters.how == "hang":
-        import time
-        time.sleep(600)
-    if parameters.how == "raise":
-        raise KeyError("a tensor")
-    target = work.folder / "same.onnx"
-    target.write_bytes(path.read_bytes())
-    if parameters.how == "rename":
-        import onnx
-        model = onnx.load(path)
-        model.graph.node[-1].output[0] = model.graph.output[0].name = "renamed"
-        onnx.save(model, target)
-    return Result(target)
-"""
-
-
 @pytest.mark.parametrize(
     ("how", "more", "code"),
     [
@@ -230,21 +204,6 @@ def test_what_a_pass_does_to_its_process_becomes_a_refusal(
     assert answer.why
 
 
-def plug_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Install a distribution with a pass of its own, as another project would."""
-    (folder / "wherry_test_native.py").write_text(
-        NATIVE
-        + "from wherry_optimizer.passes import PassInfo\n"
-        + "INFO = PassInfo('test-native', 'wherry_test_native', ('onnx',), '', False, 'a test')\n"
-    )
-    about = folder / "wherry_test_native-1.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: wherry-test-native\nVersion: 1\n")
-    (about / "entry_points.txt").write_text("[wherry_optimizer.passes]\ntest-native = wherry_test_native:INFO\n")
-    monkeypatch.setenv("PYTHONPATH", str(folder))
-    monkeypatch.syspath_prepend(str(folder))
-
-
 def test_a_pass_of_another_distribution_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plug_in(tmp_path, monkeypatch)
     info = passes.find("test-native")
@@ -258,7 +217,7 @@ def test_a_pass_that_changes_the_contract_is_refused(tmp_path: Path) -> None:
     fixed = classifier(tmp_path / "fixed.onnx", batch=1)
     for made in (other, fixed):
         with pytest.raises(RefusedError) as caught:
-            attempt.check_contract(*(attempt.load(path, "onnx") for path in (one, made)))
+            making.check_contract(*(attempt.load(path, "onnx") for path in (one, made)))
         assert caught.value.code == "contract_changed"
 
 

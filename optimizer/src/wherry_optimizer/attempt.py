@@ -19,30 +19,27 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from wherry_optimizer import confined, measure, metrics, passes
+from wherry_optimizer import confined, making, measure, metrics, passes
 from wherry_optimizer.data import Sample
 from wherry_optimizer.evaluate import AGREEMENT, Distance, some
 from wherry_optimizer.recipe import convert_parameters
 from wherry_shared import digest
 from wherry_shared.bundle import Format
 from wherry_shared.engines import load
-from wherry_shared.engines.session import NativeTensor, Session
+from wherry_shared.engines.session import Session
 from wherry_shared.errors import RefusedError, WherryError
 
 Array = npt.NDArray[Any]
-Contract: TypeAlias = tuple[Sequence[NativeTensor], Sequence[NativeTensor]]
-"""Inputs and outputs of a file."""
 
 CACHE_FORMAT = 1
 """Goes up when answers of older releases mean something else."""
 TOOLS = ("wherry-optimizer", "onnx", "onnxruntime", "onnxslim", "ai-edge-quantizer", "ai-edge-litert", "numpy")
-MEMORY_BYTES_MAX = 6 * 2**30
 SECONDS_MAX = 300.0
 LARGE_BYTES = 32 * 2**20
 LARGE_LEVEL = 9
@@ -67,7 +64,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     steps: list[Step]
     options: dict[str, str | int | float | bool] = {}
     part: str = "selection"
-    memory_bytes_max: int = MEMORY_BYTES_MAX
+    memory_bytes_max: int = making.MEMORY_BYTES_MAX
     seconds_max: float = SECONDS_MAX
 
 
@@ -253,55 +250,6 @@ def _attempt(problem: Problem, task: Task, cache: Path) -> Answer:
     )
 
 
-def check_contract(source: Session, made: Session) -> None:
-    """Check that names, datatypes and shapes are those of the source.
-
-    Raises:
-        RefusedError: `contract_changed`, naming the tensor.
-    """
-    check_tensors(source.describe(), made.describe())
-
-
-def check_tensors(before: Contract, after: Contract) -> None:
-    """Do what `check_contract` does, on inputs and outputs as sessions describe them."""
-    for kind, old, new in zip(("input", "output"), before, after, strict=True):
-        was = {tensor.name: tensor for tensor in old}
-        now = {tensor.name: tensor for tensor in new}
-        for name in sorted(set(was) | set(now)):
-            one, two = was.get(name), now.get(name)
-            if one is None or two is None:
-                why = f"{kind} {name!r} {'is gone' if two is None else 'is new'}"
-            elif one.datatype != two.datatype:
-                why = f"{kind} {name!r} was {one.datatype} and is {two.datatype}"
-            elif (kind == "input" and not _same_shape(one.shape, two.shape)) or (
-                one.shape and two.shape and not _compatible(one.shape, two.shape)
-            ):
-                why = f"{kind} {name!r} had shape {list(one.shape)} and has {list(two.shape)}"
-            else:
-                continue
-            raise RefusedError(
-                "contract_changed",
-                why,
-                consequence="applications could not use the variant, so it was not kept",
-                next_step="report the pass that did it",
-            )
-
-
-def _same_shape(one: Sequence[int | str], two: Sequence[int | str]) -> bool:
-    return len(one) == len(two) and all(
-        (a == b) if _fixed(a) or _fixed(b) else True for a, b in zip(one, two, strict=True)
-    )
-
-
-def _compatible(one: Sequence[int | str], two: Sequence[int | str]) -> bool:
-    """Tell whether shapes of an output agree where both are fixed: shape inference may know more, or less, than before."""
-    return len(one) == len(two) and all(a == b for a, b in zip(one, two, strict=True) if _fixed(a) and _fixed(b))
-
-
-def _fixed(axis: int | str) -> bool:
-    return isinstance(axis, int) and axis >= 0
-
-
 def _make(problem: Problem, steps: Sequence[Step], cache: Path) -> tuple[Path, list[dict[str, Any]]]:
     """Make the file of a sequence of passes, from the longest beginning that is there already."""
     if not steps:
@@ -315,58 +263,19 @@ def _make(problem: Problem, steps: Sequence[Step], cache: Path) -> tuple[Path, l
     before, notes = _make(problem, steps[:-1], cache)
     step = steps[-1]
     info = passes.find(step.use)
-    if problem.format not in info.formats:
-        raise RefusedError("pass_unfit", f"pass {info.name} works on {', '.join(info.formats)} only")
-    module = passes.module(info)
-    parameters = convert_parameters(step.parameters, module.Parameters, step.use)
+    parameters = convert_parameters(step.parameters, passes.module(info).Parameters, step.use)
     with tempfile.TemporaryDirectory(dir=folder) as own:
         work = passes.Work(Path(own), problem.calibration, problem.seed)
         try:
-            result = module.apply(before, parameters, work)
+            result = making.apply(info, before, problem.source, problem.format, parameters, work)
         except RefusedError as error:
             if not (step.optional and error.code in ("pass_noop", "already_quantized")):
                 raise
             return before, [*notes, {"pass": info.name, "skipped": error.message}]
-        if digest.of_file(result.path) == digest.of_file(before):
-            if step.optional:
-                return before, [*notes, {"pass": info.name, "skipped": "it changed nothing"}]
-            raise RefusedError(
-                "pass_noop",
-                f"{info.name} changed nothing: the file is the same byte for byte",
-                consequence="the variant would be the source under another name",
-                next_step="take it out",
-            )
-        _check_step(problem, result.path, info.name)
         notes = [*notes, {"pass": info.name, **result.notes}]
-        _keep(about, msgspec.json.encode(notes, enc_hook=_plain))
+        _keep(about, msgspec.json.encode(notes, enc_hook=making.plain))
         shutil.move(result.path, target)
     return target, notes
-
-
-def _check_step(problem: Problem, path: Path, name: str) -> None:
-    """Check the contract of what one pass made.
-
-    Raises:
-        RefusedError: `contract_changed`, naming the pass.
-        EngineFault: the file does not load.
-    """
-    options = {"threads": 1}
-    source, made = (load(one, problem.format, options=options) for one in (problem.source, path))
-    try:
-        check_contract(source, made)
-    except RefusedError as error:
-        raise RefusedError(
-            error.code, f"{name}: {error.message}", consequence=error.consequence, next_step=error.next_step
-        ) from error
-    finally:
-        source.close()
-        made.close()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    raise TypeError(f"{type(value)} in the notes of a pass")
 
 
 def _compare(

@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from wherry_optimizer import attempt, card, gate, labelled, measure, metrics, search, shipping
+from wherry_optimizer import attempt, card, gate, labelled, making, measure, metrics, search, shipping
 from wherry_optimizer import interface as interfaces
 from wherry_optimizer.attempt import Problem
 from wherry_optimizer.candidates import SOURCE, TARGETS, Prefer, Target
@@ -69,7 +69,7 @@ def auto(
     state: Mapping[str, str] | None = None,
     label: str = "label",
     reported: Path | None = None,
-    memory_bytes_max: int = attempt.MEMORY_BYTES_MAX,
+    memory_bytes_max: int = making.MEMORY_BYTES_MAX,
     seed: int = 0,
     say: Callable[[str], None] | None = None,
     run: search.Run = attempt.run,

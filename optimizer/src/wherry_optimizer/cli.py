@@ -94,12 +94,18 @@ def _told(seconds: float) -> Iterator[Callable[[str], None]]:
 def build(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a packaged recipe.")],
     output: Output = Path(),
+    memory_gb: Annotated[float, typer.Option(help="Memory of the process that runs the passes at most.")] = 6.0,
+    pass_seconds: Annotated[float, typer.Option(help="Time of one pass at most.")] = 1800.0,
     as_json: AsJson = False,
 ) -> None:
     """Make a bundle from a float model and labelled data, as a recipe says."""
     from wherry_optimizer import card, pipeline, report
+    from wherry_optimizer.making import Limits
 
-    result = pipeline.build(recipe, output, progress=lambda text: err.print(text, style="dim", markup=False))
+    limits = Limits(memory_bytes_max=int(memory_gb * 2**30), seconds_max=pass_seconds)
+    result = pipeline.build(
+        recipe, output, progress=lambda text: err.print(text, style="dim", markup=False), limits=limits
+    )
     written = card.write_build(result)
     if as_json:
         _print_json(written)

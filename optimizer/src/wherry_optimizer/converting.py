@@ -24,9 +24,9 @@ import onnx
 
 from wherry_optimizer import confined, environments
 from wherry_optimizer import interface as interfaces
-from wherry_optimizer.attempt import Contract, check_tensors
 from wherry_optimizer.data.npz import read_arrays, split_samples
 from wherry_optimizer.exporting import moved
+from wherry_optimizer.making import Contract, check_tensors
 from wherry_optimizer.model import load as load_model
 from wherry_optimizer.model import prepare_float, subgraphs
 from wherry_optimizer.recipe import Hints

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from wherry_optimizer import assets, bundling, data, evaluate, gate, labelled, passes
+from wherry_optimizer import assets, bundling, data, evaluate, gate, labelled, making, passes
 from wherry_optimizer import interface as interfaces
 from wherry_optimizer.bundling import Bundled, Made
 from wherry_optimizer.data import Dataset, Sample
@@ -99,6 +99,7 @@ def build(
     *,
     progress: Progress | None = None,
     cache: Cache | None = None,
+    limits: making.Limits | None = None,
 ) -> BuildResult:
     """Build a bundle into `output`/NAME-VERSION.
 
@@ -107,6 +108,7 @@ def build(
         output: folder.
         progress: told each step in a sentence.
         cache: share one between builds to evaluate the same model on the same data once.
+        limits: of the process that runs the passes; one that goes beyond them is refused, and so is one that crashes it.
 
     Raises:
         RefusedError: `recipe_*`, `source_*`, `model_*`, `interface_*`, `data_*`, `metric_*`, `licence_missing`, `golden_*`;
@@ -115,7 +117,7 @@ def build(
     loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(find_recipe(str(recipe)))
     say = progress or (lambda _: None)
     with tempfile.TemporaryDirectory(prefix="wherry-build-") as folder:
-        return _Build(loaded, Path(folder), say, cache or Cache()).run(output)
+        return _Build(loaded, Path(folder), say, cache or Cache(), limits or making.Limits()).run(output)
 
 
 def budget_of(terms: Gate, drop_max: float | None) -> gate.Budget:
@@ -131,13 +133,15 @@ def budget_of(terms: Gate, drop_max: float | None) -> gate.Budget:
 class _Build:
     """One build; the steps are methods in the order in which they run."""
 
-    def __init__(self, loaded: LoadedRecipe, folder: Path, say: Progress, cache: Cache) -> None:
+    def __init__(self, loaded: LoadedRecipe, folder: Path, say: Progress, cache: Cache, limits: making.Limits) -> None:
         self.recipe: Recipe = loaded.recipe
         self.loaded = loaded
         self.folder = folder
         self.say = say
         self.cache = cache
         self.refused: list[Refused] = []
+        self.feeds: dict[str, Sequence[Mapping[str, Any]]] = {}
+        self.workshop = making.Workshop(folder, limits)
 
     def run(self, output: Path) -> BuildResult:
         """Do every step."""
@@ -148,6 +152,8 @@ class _Build:
         files_of_assets = assets.layer(own) if own else None
         licence_text = self.licence_text()
         with contextlib.ExitStack() as stack:
+            stack.callback(self.workshop.close)
+            self.workshop.begin()
             sources = self.find_sources()
             files = {key: stack.enter_context(single_file(model)) for key, model in sources.items()}
             self.cache.engines = self.cache.engines or probe()
@@ -308,50 +314,50 @@ class _Build:
     ) -> Made:
         folder = self.folder / spec.id
         folder.mkdir()
-        feeds = [
-            {fitted.tensors.get(name, name): value for name, value in sample.inputs.items()}
-            for sample in dataset.calibration
-        ]
+        feeds = self._feeds(spec.source, fitted, dataset)
+        made = path
         source = precision_of(model)
-        tensors, precision, quantized = fitted.tensors, source.name, source.quantized
+        precision, quantized = source.name, source.quantized
         notes: list[dict[str, Any]] = []
         for number, (info, parameter) in enumerate(steps):
-            if model.format not in info.formats:
-                raise RefusedError(
-                    "pass_unfit",
-                    f"pass {info.name} works on {', '.join(info.formats)} only",
-                    consequence="the variant was not made",
-                    next_step="use a pass for its format, see `wherry-optimizer passes`, or another source",
-                )
             self.say(f"{spec.id}: {info.name}")
             own = folder / str(number)
             own.mkdir()
-            result = passes.module(info).apply(path, parameter, passes.Work(own, feeds, self.recipe.data.seed))
-            path = result.path
-            tensors = {name: result.tensors.get(native, native) for name, native in tensors.items()}
+            work = passes.Work(own, feeds, self.recipe.data.seed)
+            result = self.workshop.apply(info, made, path, model.format, parameter, work)
+            made = result.path
             precision, quantized = info.precision or precision, quantized or bool(info.precision)
             notes.append({"pass": info.name, **result.notes})
         runnable = Runnable(
             id=spec.id,
-            path=path,
+            path=made,
             format=model.format,
             interface=fitted.interface,
-            tensors=tensors,
+            tensors=fitted.tensors,
             batch=fitted.batch,
             options=spec.options,
             engines=self._engines(spec, model),
             quantized=quantized,
         )
-        runnable.open().close()  # a file that does not load, or lost a tensor, is no variant
+        self.workshop.run(runnable, dict(dataset.calibration[0].inputs))  # what does not load and run is no variant
         return Made(
             spec.id,
             spec.source,
             runnable,
             precision,
-            load(path).digest,
+            load(made).digest,
             tuple(str(row["pass"]) for row in notes),
             notes,
         )
+
+    def _feeds(self, source: str, fitted: interfaces.Fitted, dataset: Dataset) -> Sequence[Mapping[str, Any]]:
+        """Return the calibration calls under a source's own names, the same object for all its variants."""
+        if source not in self.feeds:
+            self.feeds[source] = [
+                {fitted.tensors.get(name, name): value for name, value in sample.inputs.items()}
+                for sample in dataset.calibration
+            ]
+        return self.feeds[source]
 
     def _engines(self, spec: VariantOf, model: Model) -> tuple[EngineName, ...]:
         chosen = [name for name in engines_of(model) if not spec.engines or name in spec.engines]

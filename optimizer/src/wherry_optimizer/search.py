@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from wherry_optimizer import attempt, candidates, gate, measure, metrics
+from wherry_optimizer import attempt, candidates, gate, making, measure, metrics
 from wherry_optimizer.attempt import Answer, Problem, Task
 from wherry_optimizer.bundling import Bundled
 from wherry_optimizer.candidates import SOURCE, Candidate, Fared, Prefer, Row, Target
@@ -51,7 +51,7 @@ class Settings:
     """Candidates that are not done by then are given up; measuring and confirming come after it."""
     workers: int = WORKERS
     prune: bool = True
-    memory_bytes_max: int = attempt.MEMORY_BYTES_MAX
+    memory_bytes_max: int = making.MEMORY_BYTES_MAX
     candidate_seconds_max: float = attempt.SECONDS_MAX
     reported: Mapping[str, Figures] = field(default_factory=dict)
     """Digest of a file → figures that devices of the target's class reported."""

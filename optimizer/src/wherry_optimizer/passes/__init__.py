@@ -53,8 +53,6 @@ class Result:
     path: Path
     notes: dict[str, Any] = field(default_factory=dict)
     """Figures for the report."""
-    tensors: dict[str, str] = field(default_factory=dict)
-    """Native tensor names that changed: old → new."""
 
 
 class Pass(Protocol):
