@@ -362,15 +362,30 @@ FIRST = [
     "int8-dynamic-all",
     "int8-static-other",
     "int4-weights",
+    "rewritten",
 ]
 
 
-SINGLES = dict.fromkeys(FIRST, GOOD) | {"int8-recurrent": Fared(False, "pass_noop", "pass_noop")}
-"""All pass, of a network without recurrent layers."""
+NOTHING = Fared(False, "pass_noop", "pass_noop")
+SINGLES = dict.fromkeys(FIRST, GOOD) | {"int8-recurrent": NOTHING, "rewritten": NOTHING}
+"""All pass, of a network without recurrent layers, of which nothing is spelled out."""
 
 
 def proposed(tried: dict[str, Fared], **more: Any) -> list[str]:
     return [one.id for one in candidates.propose(tried, "onnx", X86, **more)]
+
+
+def passes_of(tried: dict[str, Fared]) -> dict[str, list[str]]:
+    """Return the passes of each proposal, less the one that all begin with."""
+    found = {one.id: [step.use for step in one.steps] for one in candidates.propose(tried, "onnx", X86)}
+    assert all(steps[0] == "rewrite" for steps in found.values())
+    return {key: steps[1:] for key, steps in found.items()}
+
+
+def test_all_but_what_quantizes_every_operator_is_made_of_the_rewritten_graph() -> None:
+    for one in candidates.propose({}, "onnx", X86):
+        places = [(index, step.optional) for index, step in enumerate(one.steps) if step.use == "rewrite"]
+        assert places == ([] if one.id.endswith("-all") else [(0, one.id != "rewritten")])
 
 
 def test_operators_are_given_back_one_after_another_until_the_gate_lets_one_pass() -> None:
@@ -390,7 +405,7 @@ def test_operators_are_given_back_one_after_another_until_the_gate_lets_one_pass
 
 def test_where_smoothing_helps_weights_are_rounded_after_it() -> None:
     tried = dict(SINGLES) | {"int8-static": CRASHED, "int8-dynamic": DROPPED}
-    found = {one.id: [step.use for step in one.steps] for one in candidates.propose(tried, "onnx", X86)}
+    found = passes_of(tried)
     tail = ["quantize-dynamic", "quantize-weights"]
     assert found["levels-15+smooth+int8-dynamic"] == ["smooth", "round-obs", *tail]
     assert found["channels-0.5+smooth+int8-dynamic"] == ["prune-channels", "smooth", *tail]
@@ -402,10 +417,27 @@ def test_where_smoothing_helps_weights_are_rounded_after_it() -> None:
 
 def test_a_network_with_recurrent_layers_is_pruned_before_they_are_quantized_too() -> None:
     tried = SINGLES | {"int8-recurrent": GOOD}
-    found = {one.id: [step.use for step in one.steps] for one in candidates.propose(tried, "onnx", X86)}
+    found = passes_of(tried)
     tail = ["simplify", "quantize-recurrent", "quantize-static", "quantize-weights"]
     assert found["channels-0.5+int8-recurrent"] == ["prune-channels", *tail]
     assert found["levels-15+int8-recurrent"] == ["round-obs", *tail]
+
+
+def test_an_optional_pass_that_has_nothing_to_do_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    real = making.apply
+
+    def apply(info: passes.PassInfo, *rest: Any) -> passes.Result:
+        asked.append(info.name)
+        return real(info, *rest)
+
+    monkeypatch.setattr(making, "apply", apply)
+    first = Step(use="rewrite", optional=True)
+    for then in ("quantize-weights", "half"):
+        answer = attempt.attempt(task(problem(tmp_path), tmp_path, first, Step(use=then)))
+        assert [next(iter(row)) for row in answer.notes] == ["pass", "pass"]
+        assert "rewriting changed nothing" in answer.notes[0]["skipped"]
+    assert asked == ["rewrite", "quantize-weights", "half"]
 
 
 def test_two_searches_may_share_a_cache(tmp_path: Path) -> None:
@@ -435,8 +467,9 @@ def test_ladders_climb_while_they_pass_and_step_down_where_they_do_not() -> None
 def test_arm_gets_signed_activations_first_and_x86_unsigned_ones() -> None:
     for name, signed in (("x86-vnni", False), ("arm-dotprod", True)):
         found = {one.id: one for one in candidates.propose({}, "onnx", TARGETS[name])}
-        assert found["int8-static"].steps[0].parameters.get("symmetric_activations", False) is signed
-        assert found["int8-static-other"].steps[0].parameters.get("symmetric_activations", False) is not signed
+        for key, wanted in (("int8-static", signed), ("int8-static-other", not signed)):
+            (step,) = (step for step in found[key].steps if step.use == "quantize-static")
+            assert step.parameters.get("symmetric_activations", False) is wanted
 
 
 def row(key: str, size: int, latency: float, value: float = 0.9, peak: float = 1.0) -> Row:

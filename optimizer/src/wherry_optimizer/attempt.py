@@ -46,13 +46,17 @@ LARGE_LEVEL = 9
 """Files beyond `LARGE_BYTES` are compressed at this level while candidates are compared: the highest takes minutes."""
 
 
+SKIPPED = ("pass_noop", "already_quantized", "pass_failed", "contract_changed")
+"""What an optional pass may be refused for."""
+
+
 class Step(msgspec.Struct, frozen=True, kw_only=True):
     """A pass with its parameters."""
 
     use: str
     parameters: dict[str, Any] = {}
     optional: bool = False
-    """Where it changes nothing, go on without it."""
+    """Where it changes nothing, or nothing that holds, go on without it."""
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
@@ -258,8 +262,12 @@ def _make(problem: Problem, steps: Sequence[Step], cache: Path) -> tuple[Path, l
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{_file_key(problem, steps)}.{problem.format}"
     about = target.with_suffix(".json")
-    if target.exists() and about.exists():
-        return target, msgspec.json.decode(about.read_bytes(), type=list[dict[str, Any]])
+    if about.exists():
+        said = msgspec.json.decode(about.read_bytes(), type=list[dict[str, Any]])
+        if "skipped" in said[-1]:
+            return _make(problem, steps[:-1], cache)[0], said
+        if target.exists():
+            return target, said
     before, notes = _make(problem, steps[:-1], cache)
     step = steps[-1]
     info = passes.find(step.use)
@@ -269,9 +277,11 @@ def _make(problem: Problem, steps: Sequence[Step], cache: Path) -> tuple[Path, l
         try:
             result = making.apply(info, before, problem.source, problem.format, parameters, work)
         except RefusedError as error:
-            if not (step.optional and error.code in ("pass_noop", "already_quantized")):
+            if not (step.optional and error.code in SKIPPED):
                 raise
-            return before, [*notes, {"pass": info.name, "skipped": error.message}]
+            notes = [*notes, {"pass": info.name, "skipped": error.message}]
+            _keep(about, msgspec.json.encode(notes, enc_hook=making.plain))
+            return before, notes
         notes = [*notes, {"pass": info.name, **result.notes}]
         _keep(about, msgspec.json.encode(notes, enc_hook=making.plain))
         shutil.move(result.path, target)

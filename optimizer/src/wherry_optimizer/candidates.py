@@ -13,7 +13,7 @@ speed of int8, so that ladder is climbed as well.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf, isfinite, log
 from typing import Literal, get_args
 
@@ -44,6 +44,11 @@ against all that are like it."""
 FOLD = Step(use="quantize-weights", parameters={"form": "fold"}, optional=True)
 """What is still float after other quantizers: recurrent weights, embedding tables, excluded layers."""
 
+REWRITE = Step(use="rewrite", optional=True)
+"""Comes first wherever there is something that an exporter spelled out: all that follows has less to compute."""
+REWRITTEN = "rewritten"
+WHOLE = "-all"
+"""Ends the names of recipes that quantize every operator, the usual default elsewhere."""
 SMOOTH = Step(use="smooth")
 SMOOTHED = "smooth+int8-dynamic"
 PATTERN = Step(use="prune-obs", parameters={"pattern": "2:4"})
@@ -122,8 +127,15 @@ class Row:
 
 def propose(tried: Mapping[str, Fared], format_: Format, target: Target, *, prune: bool = True) -> list[Candidate]:
     """Return what to try next, best guess first; empty when there is nothing left to try."""
-    planned = _tflite() if format_ == "tflite" else _onnx(tried, target, prune=prune)
+    planned = _tflite() if format_ == "tflite" else map(_first_rewritten, _onnx(tried, target, prune=prune))
     return [candidate for candidate in planned if candidate.id not in tried]
+
+
+def _first_rewritten(candidate: Candidate) -> Candidate:
+    """Put what costs no accuracy first; recipes that quantize whatever there is take the graph as it is."""
+    if candidate.id.endswith(WHOLE) or candidate.id == REWRITTEN:
+        return candidate
+    return replace(candidate, steps=(REWRITE, *candidate.steps))
 
 
 def _tflite() -> list[Candidate]:
@@ -155,6 +167,7 @@ def _onnx(tried: Mapping[str, Fared], target: Target, *, prune: bool) -> list[Ca
         Candidate("int8-dynamic-all", (all_dynamic, FOLD)),
         Candidate("int8-static-other", (other, FOLD)),
         Candidate("int4-weights", (Step(use="quantize-weights", parameters={"form": "fold", "bits": 4}),)),
+        Candidate(REWRITTEN, (Step(use="rewrite"),)),
     ]
     if not all(candidate.id in tried for candidate in singles):
         return singles

@@ -72,6 +72,14 @@ class Pass(Protocol):
 CATALOGUE: tuple[PassInfo, ...] = (
     PassInfo("simplify", "simplify", ("onnx",), "", False, "canonical graph by onnxslim, checked against the original"),
     PassInfo(
+        "rewrite",
+        "rewrite",
+        ("onnx",),
+        "",
+        True,
+        "the same function with less arithmetic: one-hot products as look-ups, tables computed ahead, GELU and LayerNormalization",
+    ),
+    PassInfo(
         "prune-obs",
         "prune",
         ("onnx",),

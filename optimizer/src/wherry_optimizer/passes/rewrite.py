@@ -1,0 +1,673 @@
+"""The same function with less arithmetic, where an exporter spelled out what there is an operator for.
+
+Three rewrites, in this order:
+
+- A one-hot matrix times a table (`Equal` with a ramp, or `OneHot`, then `MatMul` or `Gemm` without a transpose) picks rows of
+  the table: it becomes a `Gather`. Indices that no row has picked a row of zeros, and still do.
+- What is computed element by element from a row of a table, with constants, is computed into the table once.
+- GELU by tanh (Hendrycks and Gimpel, 2016), however it is spelled, is spelled as onnxruntime fuses it, and layer normalization (Ba
+  and others, 2016) becomes `LayerNormalization`, along other axes than the last too. They are recognised by what they compute and
+  not by how: the region between two tensors is run on random values and compared with the definition.
+
+Results stay the same but for rounding; the whole is compared with the original on calibration samples.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from pathlib import Path  # isort: skip
+
+from wherry_optimizer.activations import Taps, distance, run_all
+from wherry_optimizer.model import opset_of, prepare_prunable, sort_nodes, subgraphs
+from wherry_optimizer.passes import Array, Result, Work
+from wherry_shared.errors import RefusedError
+
+log = logging.getLogger(__name__)
+
+LAYER_NORM_OPSET = 17
+"""The first one that has `LayerNormalization`."""
+ELEMENTWISE = frozenset(
+    [
+        "Abs",
+        "Add",
+        "Ceil",
+        "Clip",
+        "Cos",
+        "Div",
+        "Elu",
+        "Erf",
+        "Exp",
+        "Floor",
+        "HardSigmoid",
+        "HardSwish",
+        "LeakyRelu",
+        "Log",
+        "Max",
+        "Min",
+        "Mul",
+        "Neg",
+        "Pow",
+        "Reciprocal",
+        "Relu",
+        "Round",
+        "Selu",
+        "Sigmoid",
+        "Sign",
+        "Sin",
+        "Softplus",
+        "Softsign",
+        "Sqrt",
+        "Sub",
+        "Tanh",
+    ]
+)
+"""Each element of the result comes from the elements at the same place."""
+REDUCING = frozenset(
+    [
+        "ReduceMean",
+        "ReduceSum",
+        "ReduceSumSquare",
+        "ReduceL2",
+        "Reshape",
+        "Expand",
+        "Squeeze",
+        "Unsqueeze",
+        "Cast",
+        "Identity",
+    ]
+)
+"""What a layer normalization that is spelled out holds beside them."""
+SHAPES = frozenset(["Shape", "Size", "ConstantOfShape"])
+"""What they say depends on the shape of what they read only."""
+REGION_NODES_MAX = 40
+"""A region that is to be recognised has at most so many."""
+REACH = 24
+"""So many nodes are looked at on either side of a Tanh or a Sqrt."""
+SAME = 2e-5
+"""Largest difference from a definition, relative to the largest value: float32 keeps 7 digits, of which some get lost."""
+EPSILON_MAX = 0.01
+GRID = np.linspace(-12, 12, 4801, dtype=np.float32)
+
+
+class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Nothing to choose but how far results may move."""
+
+    difference_max: float = 1e-3
+    """Distance of the outputs from the original's on calibration samples: L2, as a share."""
+    samples: int = 4
+    """Calibration samples that are compared."""
+
+
+def apply(path: Path, parameters: Parameters, work: Work) -> Result:
+    """Rewrite the graph; see `passes.Pass`."""
+    original = prepare_prunable(path)
+    model = onnx.ModelProto()
+    model.CopyFrom(original)
+    call = dict(work.calibration[0]) if work.calibration else None
+    counts = {"one_hot": 0, "folded": 0, "gelu": 0, "layer_norm": 0}
+    while _one_hot(_View(model)):
+        counts["one_hot"] += 1
+    while folded := _fold(_View(model)):
+        counts["folded"] += folded
+    while _gelu(_View(model)):
+        counts["gelu"] += 1
+    if call is not None and (newer := _with_layer_norm(model)) is not None:
+        while _layer_norm(_View(newer), call):
+            counts["layer_norm"] += 1
+        model = newer if counts["layer_norm"] else model
+    if not any(counts.values()):
+        raise RefusedError(
+            "pass_noop",
+            "rewriting changed nothing: no one-hot product, no arithmetic on a table, no spelled-out GELU or normalization",
+            consequence="the variant would be the source again",
+            next_step="take this pass out of the recipe",
+        )
+    onnx.checker.check_model(model)
+    names, calls = [output.name for output in model.graph.output], work.calibration[: parameters.samples]
+    moved = distance(run_all(model, names, calls), run_all(original, names, calls)) if calls else 0.0
+    if not moved <= parameters.difference_max:
+        raise RefusedError(
+            "pass_failed",
+            f"rewriting moved the outputs by {moved:.2g} of their size",
+            consequence="the variant was not made",
+            next_step="take `rewrite` out of the recipe: the model runs without it",
+        )
+    target = work.folder / "rewritten.onnx"
+    onnx.save(model, target)
+    before, after = len(original.graph.node), len(model.graph.node)
+    return Result(target, {**counts, "nodes_before": before, "nodes_after": after, "outputs_moved": moved})
+
+
+@dataclass(slots=True)
+class _View:
+    """A graph with what its rewrites ask for; made anew after each."""
+
+    model: onnx.ModelProto
+    graph: onnx.GraphProto = field(init=False)
+    maker: dict[str, onnx.NodeProto] = field(init=False)
+    readers: dict[str, list[onnx.NodeProto]] = field(init=False)
+    place: dict[str, int] = field(init=False)
+    """Output of a node → where in the order it is made."""
+    kept: frozenset[str] = field(init=False)
+    """Read by somebody beside nodes of this graph: outputs, and what subgraphs read."""
+    weights: dict[str, onnx.TensorProto] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.graph = graph = self.model.graph
+        self.maker = {name: node for node in graph.node for name in node.output if name}
+        self.place = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
+        self.readers = {}
+        for node in graph.node:
+            for name in dict.fromkeys(node.input):
+                self.readers.setdefault(name, []).append(node)
+        below = [inner for inner in subgraphs(graph) if inner is not graph]
+        inside = {name for inner in below for node in inner.node for name in node.input}
+        inside |= {output.name for inner in below for output in inner.output}
+        self.kept = frozenset({output.name for output in graph.output} | inside)
+        self.weights = {tensor.name: tensor for tensor in graph.initializer}
+
+    def value(self, name: str) -> Array | None:
+        """Return a constant."""
+        tensor = self.weights.get(name)
+        return None if tensor is None else numpy_helper.to_array(tensor)
+
+    def add_weight(self, base: str, value: Array) -> str:
+        """Add a constant under a name that is free."""
+        name = self.free(base)
+        tensor = numpy_helper.from_array(np.array(value, order="C"), name)
+        self.graph.initializer.append(tensor)
+        self.weights[name] = tensor
+        return name
+
+    def free(self, base: str) -> str:
+        """Return a name that no tensor has."""
+        taken = self.maker.keys() | self.weights.keys() | {item.name for item in self.graph.input}
+        number = 0
+        while f"{base}.{number}" in taken:
+            number += 1
+        self.maker.setdefault(f"{base}.{number}", onnx.NodeProto())
+        return f"{base}.{number}"
+
+    def replace(self, name: str, nodes: Sequence[onnx.NodeProto]) -> None:
+        """Let `nodes`, the last of which makes `name`, stand where its maker stood; take out what nobody reads then."""
+        old = next(node for node in self.graph.node if name in node.output)
+        at = list(self.graph.node).index(old)
+        kept = [*self.graph.node[:at], *nodes, *self.graph.node[at + 1 :]]
+        while True:
+            read = self.kept | {item for node in kept for item in node.input}
+            left = [node for node in kept if any(item in read for item in node.output)]
+            if len(left) == len(kept):
+                break
+            kept = left
+        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
+        del self.graph.node[:]
+        self.graph.node.extend(copies)
+        weights = [tensor for tensor in self.graph.initializer if tensor.name in read]
+        del self.graph.initializer[:]
+        self.graph.initializer.extend(weights)
+        named = {item for node in copies for item in node.output}
+        infos = [info for info in self.graph.value_info if info.name in named]
+        del self.graph.value_info[:]
+        self.graph.value_info.extend(infos)
+        sort_nodes(self.graph)
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+    return next((helper.get_attribute_value(item) for item in node.attribute if item.name == name), default)
+
+
+# one-hot products
+
+
+def _one_hot(view: _View) -> bool:
+    """Rewrite one product of a one-hot matrix and a table."""
+    shapes: dict[str, list[int]] | None = None
+    for node in view.graph.node:
+        if node.op_type not in ("MatMul", "Gemm") or (node.op_type == "Gemm" and not _plain_gemm(node)):
+            continue
+        table = view.value(node.input[1])
+        if table is None or table.ndim != 2 or table.dtype.kind != "f":
+            continue
+        shapes = _last_axes(view.model) if shapes is None else shapes
+        indices = _indices(view, node.input[0], len(table), shapes)
+        if indices is None:
+            continue
+        taken, whole, negative = indices
+        view.replace(node.output[0], _look_up(view, node, table, taken, whole, negative=negative))
+        return True
+    return False
+
+
+def _plain_gemm(node: onnx.NodeProto) -> bool:
+    usual = {"transA": 0, "transB": 0, "alpha": 1.0, "beta": 1.0}
+    return all(bool(_attribute(node, name, value) == value) for name, value in usual.items())
+
+
+def _last_axes(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """Return what shape inference knows of shapes, unknown axes as -1."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    return {
+        info.name: [axis.dim_value if axis.HasField("dim_value") else -1 for axis in info.type.tensor_type.shape.dim]
+        for info in (*inferred.value_info, *inferred.input, *inferred.output)
+        if info.type.tensor_type.HasField("shape")
+    }
+
+
+def _indices(view: _View, name: str, depth: int, shapes: Mapping[str, Sequence[int]]) -> tuple[str, bool, bool] | None:
+    """Return (tensor of indices, whether it has no axis for the depth, whether -1 is the last row) of a one-hot matrix."""
+    node = view.maker.get(name)
+    while node is not None and node.op_type in ("Cast", "Identity"):
+        node = view.maker.get(node.input[0])
+    if node is None:
+        return None
+    if node.op_type == "OneHot":
+        counted, values = view.value(node.input[1]), view.value(node.input[2])
+        fits = counted is not None and counted.size == 1 and int(counted.reshape(-1)[0]) == depth
+        plain = values is not None and values.tolist() == [0, 1] and _attribute(node, "axis", -1) == -1
+        return (node.input[0], True, True) if fits and plain else None
+    if node.op_type != "Equal":
+        return None
+    for left, right in (node.input, reversed(node.input)):
+        one, ramp = left, view.value(right)
+        if ramp is None or not ramp.ndim or ramp.shape[-1] != depth or ramp.size != depth:
+            continue
+        if not np.array_equal(ramp.reshape(-1), np.arange(depth)):
+            continue
+        while (expand := view.maker.get(one)) is not None and expand.op_type == "Expand":
+            before, after = shapes.get(expand.input[0], []), shapes.get(one, [])
+            if not before or len(before) != len(after) or before[-1] != 1:
+                break
+            if any(a == 1 and b != 1 for a, b in zip(before[:-1], after[:-1], strict=True)):
+                break  # it repeats more than the last axis
+            one = expand.input[0]
+        if (shapes.get(one) or [0])[-1] == 1:
+            return one, False, False
+    return None
+
+
+def _look_up(
+    view: _View, node: onnx.NodeProto, table: Array, indices: str, whole: bool, *, negative: bool
+) -> list[onnx.NodeProto]:
+    """Return nodes that pick the rows; what is no index picks the row of zeros at the end."""
+    base, depth = node.output[0], len(table)
+    rows = view.add_weight(f"{base}/table", np.vstack([table, np.zeros((1, table.shape[1]), table.dtype)]))
+    zero, end = (view.add_weight(f"{base}/bound", np.array(value, np.int64)) for value in (0, depth))
+    nodes: list[onnx.NodeProto] = []
+
+    def add(operator: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+        name = output or view.free(f"{base}/{operator}")
+        nodes.append(helper.make_node(operator, list(inputs), [name], name=name, **attributes))
+        return name
+
+    index = add("Cast", indices, to=TensorProto.INT64)
+    if not whole:
+        index = add("Squeeze", index, view.add_weight(f"{base}/axis", np.array([-1], np.int64)))
+    if negative:
+        index = add("Where", add("Less", index, zero), add("Add", index, end), index)
+    outside = add("Or", add("Less", index, zero), add("GreaterOrEqual", index, end))
+    index = add("Where", outside, end, index)
+    if node.op_type == "Gemm" and len(node.input) > 2:
+        add("Add", add("Gather", rows, index, axis=0), node.input[2], output=base)
+    else:
+        add("Gather", rows, index, output=base, axis=0)
+    return nodes
+
+
+# arithmetic on tables
+
+
+def _fold(view: _View) -> int:
+    """Compute what follows one look-up, element by element, into its table; return how many nodes that saves."""
+    for node in view.graph.node:
+        if node.op_type != "Gather" or _attribute(node, "axis", 0) != 0 or node.output[0] in view.kept:
+            continue
+        table = view.value(node.input[0])
+        if table is None or table.ndim != 2 or table.dtype != np.float32:
+            continue
+        region, out = _after(view, node.output[0], table.shape[1])
+        if not region:
+            continue
+        made = _evaluate(view, region, {node.output[0]: table}, out)
+        made = made.reshape(-1, made.shape[-1])
+        if made.shape != table.shape or not np.isfinite(made).all():
+            continue
+        name = view.add_weight(f"{out}/table", made.astype(np.float32))
+        view.replace(out, [helper.make_node("Gather", [name, node.input[1]], [out], name=f"{out}/Gather", axis=0)])
+        return len(region)
+    return 0
+
+
+def _after(view: _View, start: str, width: int) -> tuple[list[onnx.NodeProto], str]:
+    """Return the nodes that compute on rows alone, and the one tensor that others read; nothing if there are more."""
+    inside, region = {start}, []
+    for node in view.graph.node:
+        reads = inside & set(node.input)
+        if (
+            reads
+            and node.op_type in ELEMENTWISE
+            and all(name in inside or not name or _broadcasts(view.value(name), width) for name in node.input)
+        ):
+            inside.add(node.output[0])
+            region.append(node)
+    own = {id(node) for node in region}
+    read = [
+        name
+        for name in inside
+        if name in view.kept or any(id(reader) not in own for reader in view.readers.get(name, []))
+    ]
+    return (region, read[0]) if len(read) == 1 and read[0] != start else ([], "")
+
+
+def _broadcasts(value: Array | None, width: int) -> bool:
+    """Tell whether a constant is the same for all rows."""
+    return value is not None and (value.size == 1 or (value.size == width and value.shape[-1] == width))
+
+
+# what is recognised by what it computes
+
+
+@dataclass(frozen=True, slots=True)
+class _Region:
+    """All that lies between one tensor and another."""
+
+    start: str
+    end: str
+    nodes: tuple[onnx.NodeProto, ...]
+    beside: tuple[str, ...]
+    """What else it reads, that is no constant: shapes."""
+
+
+def _regions(view: _View, around: onnx.NodeProto, allowed: frozenset[str], *, shapes: bool) -> Iterator[_Region]:
+    """Yield regions through a node, the largest first: nothing inside is read from outside, and only `start` is read by it.
+
+    Args:
+        view: of the graph.
+        around: a node inside.
+        allowed: operators.
+        shapes: what says a shape may be read beside.
+    """
+    behind = _reach(view, around, allowed, forward=False)
+    ahead = _reach(view, around, allowed, forward=True)
+    starts = dict.fromkeys(name for node in behind for name in node.input if name and name not in view.weights)
+    for end in reversed([node.output[0] for node in ahead]):
+        for start in starts:
+            region = _between(view, start, end, allowed, shapes=shapes)
+            if region is not None and any(node.output[0] == around.output[0] for node in region.nodes):
+                yield region
+
+
+def _reach(view: _View, node: onnx.NodeProto, allowed: frozenset[str], *, forward: bool) -> list[onnx.NodeProto]:
+    """Return nodes in reach of one, itself first."""
+    found = {node.output[0]: node}
+    waiting = [node]
+    while waiting and len(found) < REACH:
+        now = waiting.pop(0)
+        near = (
+            view.readers.get(now.output[0], [])
+            if forward
+            else [view.maker[name] for name in now.input if name in view.maker and view.maker[name].output]
+        )
+        for other in near:
+            if other.op_type in allowed and other.output[0] not in found:
+                found[other.output[0]] = other
+                waiting.append(other)
+    return sorted(found.values(), key=lambda one: view.place[one.output[0]])
+
+
+def _between(view: _View, start: str, end: str, allowed: frozenset[str], *, shapes: bool) -> _Region | None:
+    """Return the region from `start` to `end`, if it is one."""
+    inside: dict[str, onnx.NodeProto] = {}
+    beside: dict[str, None] = {}
+    waiting = [end]
+    while waiting:
+        name = waiting.pop()
+        if name == start or name in inside or name in beside or not name or name in view.weights:
+            continue
+        node = view.maker.get(name)
+        if shapes and node is not None and name != end and _says_a_shape(view, name):
+            beside[name] = None
+        elif node is None or not node.output or node.op_type not in allowed or len(inside) == REGION_NODES_MAX:
+            return None
+        else:
+            inside[name] = node
+            waiting += node.input
+    nodes = sorted(inside.values(), key=lambda one: view.place[one.output[0]])
+    if not any(start in node.input for node in nodes):
+        return None
+    own = {id(node) for node in nodes}
+    for name in inside:
+        if name != end and (name in view.kept or any(id(reader) not in own for reader in view.readers.get(name, []))):
+            return None
+    return _Region(start, end, tuple(nodes), tuple(beside))
+
+
+def _says_a_shape(view: _View, name: str) -> bool:
+    """Tell whether a tensor comes from `Shape` and constants alone."""
+    waiting, seen = [name], set()
+    while waiting:
+        now = waiting.pop()
+        if now in seen or not now or now in view.weights:
+            continue
+        seen.add(now)
+        node = view.maker.get(now)
+        if node is None or not node.output or len(seen) > REGION_NODES_MAX:
+            return False
+        if node.op_type not in SHAPES:
+            waiting += node.input
+    return True
+
+
+def _evaluate(view: _View, nodes: Sequence[onnx.NodeProto], given: Mapping[str, Array], out: str) -> Array:
+    """Run some nodes by themselves."""
+    names = {name for node in nodes for name in node.input}
+    part = onnx.ModelProto(ir_version=view.model.ir_version, opset_import=view.model.opset_import)
+    part.graph.name = "part"
+    part.graph.node.extend(nodes)
+    part.graph.initializer.extend(view.weights[name] for name in sorted(names & view.weights.keys()))
+    part.graph.input.extend(
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+        for name, value in given.items()
+    )
+    part.graph.output.append(helper.make_empty_tensor_value_info(out))
+    return np.asarray(run_all(part, [out], [given])[0][0])
+
+
+def _try(view: _View, region: _Region, given: Mapping[str, Array]) -> Array | None:
+    """Run a region on values that it was not made for; nothing where it refuses them."""
+    try:
+        return _evaluate(view, region.nodes, given, region.end)
+    except Exception as error:  # onnxruntime's errors have no base of their own
+        log.debug("the region that ends in %s takes no such values: %s", region.end, error)
+        return None
+
+
+def _close(found: Array | None, wanted: Array) -> bool:
+    scale = float(np.abs(wanted).max()) or 1.0
+    return (
+        found is not None
+        and found.size == wanted.size
+        and bool(np.abs(found.astype(np.float64).reshape(wanted.shape) - wanted).max() <= SAME * scale)
+    )
+
+
+def _gelu(view: _View) -> bool:
+    """Spell one GELU by tanh as onnxruntime fuses it."""
+    wanted = _gelu_of(GRID.astype(np.float64))
+    for node in view.graph.node:
+        if node.op_type != "Tanh":
+            continue
+        for region in _regions(view, node, ELEMENTWISE, shapes=False):
+            if region.nodes[-1].name.startswith(_SPELLED) or any(
+                (value := view.value(name)) is not None and value.size != 1
+                for inner in region.nodes
+                for name in inner.input
+            ):
+                continue
+            if _close(_try(view, region, {region.start: GRID}), wanted):
+                view.replace(region.end, _gelu_nodes(view, region))
+                return True
+    return False
+
+
+_SPELLED = "wherry/rewritten/"
+"""Begins the names of nodes that are as they should be."""
+
+
+def _gelu_of(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return np.asarray(0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))))
+
+
+def _gelu_nodes(view: _View, region: _Region) -> list[onnx.NodeProto]:
+    """X (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2, in the order of the graph that onnxruntime's FastGeluFusion looks for."""
+    x, build = region.start, _Builder(view, region.end)
+    cube = build("Pow", x, build.scalar(3.0))
+    inner = build("Mul", build("Add", x, build("Mul", cube, build.scalar(0.044715))), build.scalar(np.sqrt(2 / np.pi)))
+    half = build("Mul", x, build.scalar(0.5))
+    build("Mul", half, build("Add", build("Tanh", inner), build.scalar(1.0)), last=True)
+    return build.nodes
+
+
+class _Builder:
+    """Makes the nodes of a replacement."""
+
+    def __init__(self, view: _View, end: str) -> None:
+        self.view, self.end = view, end
+        self.nodes: list[onnx.NodeProto] = []
+
+    def __call__(self, operator: str, *inputs: str, last: bool = False, **attributes: Any) -> str:
+        name = self.end if last else self.view.free(f"{self.end}/{operator}")
+        self.nodes.append(helper.make_node(operator, list(inputs), [name], name=f"{_SPELLED}{name}", **attributes))
+        return name
+
+    def scalar(self, value: float) -> str:
+        return self.view.add_weight(f"{self.end}/constant", np.array(value, np.float32))
+
+    def vector(self, value: Array) -> str:
+        return self.view.add_weight(f"{self.end}/vector", value.astype(np.float32))
+
+
+def _with_layer_norm(model: onnx.ModelProto) -> onnx.ModelProto | None:
+    """Return the model with an opset that has `LayerNormalization`, or nothing if it cannot be raised."""
+    if opset_of(model) >= LAYER_NORM_OPSET:
+        return model
+    if all(node.op_type not in ("Sqrt", "Pow", "Reciprocal") for node in model.graph.node):
+        return None
+    try:
+        newer = onnx.version_converter.convert_version(model, LAYER_NORM_OPSET)
+        onnx.checker.check_model(newer)
+    except Exception:  # the converter is C++ and raises RuntimeError and its own classes
+        log.info(
+            "the opset cannot be raised to %d: normalizations stay as they are spelled", LAYER_NORM_OPSET, exc_info=True
+        )
+        return None
+    return newer
+
+
+def _layer_norm(view: _View, call: Mapping[str, Array]) -> bool:
+    """Replace one normalization that is spelled out."""
+    allowed = ELEMENTWISE | REDUCING
+    for node in view.graph.node:
+        if node.op_type not in ("Sqrt", "Reciprocal", "Pow") or node.name.startswith(_SPELLED):
+            continue
+        for region in _regions(view, node, allowed, shapes=True):
+            if sum(inner.op_type.startswith("Reduce") for inner in region.nodes) < 2:
+                continue
+            norm = _normalizes(view, region, call)
+            if norm is not None:
+                view.replace(region.end, _layer_norm_nodes(view, region, norm))
+                return True
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Norm:
+    """y = γ (x - mean) / √(variance + ε) + β along one axis."""
+
+    rank: int
+    axis: int
+    gamma: Array
+    beta: Array
+    epsilon: float
+
+
+def _normalizes(view: _View, region: _Region, call: Mapping[str, Array]) -> _Norm | None:
+    """Return what a region does if it is a layer normalization of its start, along any one axis."""
+    taps = Taps(view.model, {region.start, *region.beside})
+    seen = taps.run(call)
+    shape = seen[region.start].shape
+    if seen[region.start].dtype != np.float32:
+        return None
+    beside = {name: seen[name] for name in region.beside}
+    constants = [value for node in region.nodes for name in node.input if (value := view.value(name)) is not None]
+    floats = [value for value in constants if value.dtype == np.float32]
+    small = sorted(
+        {float(one) for value in floats if value.size == 1 and 0 < (one := value.reshape(-1)[0]) < EPSILON_MAX}
+    )
+    rng = np.random.default_rng(0)
+    inputs = [
+        (rng.normal(size=shape) * scale + shift).astype(np.float32) for scale, shift in ((1, 0), (0.01, 0), (3, 1))
+    ]
+    outputs: list[Array] = []
+    for x in inputs:
+        y = _try(view, region, {region.start: x, **beside})
+        if y is None or y.shape != x.shape or not np.isfinite(y).all():
+            return None
+        outputs.append(y)
+    for axis in range(len(shape) - 1, -1, -1):
+        size = shape[axis]
+        if size < 2:
+            continue
+        vectors = [value.reshape(-1) for value in floats if value.size == size]
+        wanted = [np.moveaxis(y, axis, -1).reshape(-1, size) for y in outputs]
+        for epsilon in small:
+            plain = [_normal(np.moveaxis(x, axis, -1), epsilon).reshape(-1, size) for x in inputs]
+            gamma, beta = _line(np.vstack(plain), np.vstack(wanted), vectors)
+            if all(_close(y, n * gamma + beta) for n, y in zip(plain, wanted, strict=True)):
+                return _Norm(len(shape), axis, gamma, beta, epsilon)
+    return None
+
+
+def _normal(x: Array, epsilon: float) -> Array:
+    wide = x.astype(np.float64)
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    return np.asarray(centred / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + epsilon))
+
+
+def _line(x: Array, y: Array, vectors: Sequence[Array]) -> tuple[Array, Array]:
+    """Return slope and offset of each column, as the constants that they come from where one is that close."""
+    centre = x.mean(axis=0)
+    spread = np.square(x - centre).sum(axis=0)
+    slope = ((x - centre) * y).sum(axis=0) / np.where(spread > 0, spread, 1.0)
+    offset = y.mean(axis=0) - slope * centre
+
+    def exact(found: Array, usual: float) -> Array:
+        known = [*vectors, np.full(found.shape, usual, np.float32)]
+        near = min(known, key=lambda one: float(np.abs(one - found).max()))
+        scale = float(np.abs(near).max()) or 1.0
+        return near if np.abs(near - found).max() <= 1e-3 * scale else found
+
+    return exact(slope, 1.0), exact(offset, 0.0)
+
+
+def _layer_norm_nodes(view: _View, region: _Region, norm: _Norm) -> list[onnx.NodeProto]:
+    """Return `LayerNormalization` (opset 17) over the last axis, between two transpositions where it is another axis."""
+    build = _Builder(view, region.end)
+    perm = list(range(norm.rank))
+    perm[norm.axis], perm[-1] = perm[-1], perm[norm.axis]
+    last = norm.axis == norm.rank - 1
+    x = region.start if last else build("Transpose", region.start, perm=perm)
+    gamma, beta = build.vector(norm.gamma), build.vector(norm.beta)
+    made = build("LayerNormalization", x, gamma, beta, last=last, axis=-1, epsilon=norm.epsilon)
+    if not last:
+        build("Transpose", made, last=True, perm=perm)
+    return build.nodes

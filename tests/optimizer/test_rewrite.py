@@ -1,0 +1,265 @@
+"""The same function with less arithmetic: what is recognised, what only looks like it, and that nothing moves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from wherry_optimizer.activations import distance, run_all
+from wherry_optimizer.passes import Work, rewrite
+from wherry_shared.errors import RefusedError
+
+WIDTH, DEPTH = 8, 11
+RNG = np.random.default_rng(0)
+TABLE = RNG.normal(size=(DEPTH, WIDTH)).astype(np.float32)
+INDICES = np.array([[0, 3, DEPTH - 1], [DEPTH, -1, 400]], np.int32)
+"""Of rows that there are, and of some that there are not."""
+
+
+class Net:
+    """A graph that is written down operator by operator."""
+
+    def __init__(self, kind: int, shape: list[Any], opset: int = 15) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: list[onnx.TensorProto] = []
+        self.input = helper.make_tensor_value_info("x", kind, shape)
+        self.outputs: list[str] = []
+        self.opset = opset
+
+    def const(self, value: Any, dtype: Any = np.float32) -> str:
+        self.weights.append(numpy_helper.from_array(np.array(value, dtype), f"w{len(self.weights)}"))
+        return self.weights[-1].name
+
+    def __call__(self, operator: str, *inputs: str, **attributes: Any) -> str:
+        output = f"t{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, list(inputs), [output], **attributes))
+        return output
+
+    def model(self, *outputs: str) -> onnx.ModelProto:
+        infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+        graph = helper.make_graph(self.nodes, "net", [self.input], infos, self.weights)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=8)
+        return onnx.shape_inference.infer_shapes(model)
+
+
+def rewritten(model: onnx.ModelProto, folder: Path, *calls: np.ndarray) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """Rewrite a model, and check that it answers as before."""
+    path = folder / "net.onnx"
+    onnx.save(model, path)
+    given = [{"x": call} for call in calls]
+    result = rewrite.apply(path, rewrite.Parameters(), Work(folder, given))
+    made = onnx.load(result.path)
+    names = [output.name for output in model.graph.output]
+    assert distance(run_all(made, names, given), run_all(model, names, given)) < 1e-6
+    return made, result.notes
+
+
+def operators(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def left_alone(model: onnx.ModelProto, folder: Path, call: np.ndarray) -> None:
+    onnx.save(model, folder / "net.onnx")
+    with pytest.raises(RefusedError) as caught:
+        rewrite.apply(folder / "net.onnx", rewrite.Parameters(), Work(folder, [{"x": call}]))
+    assert caught.value.code == "pass_noop"
+
+
+def one_hot(net: Net, *, expand: bool = True) -> str:
+    """Write x == ramp, as a float matrix."""
+    column = net("Unsqueeze", "x", net.const([2], np.int64))
+    if expand:
+        shape = net("Concat", net("Shape", "x"), net.const([DEPTH], np.int64), axis=0)
+        column = net("Expand", column, shape)
+    ramp = net.const(np.arange(DEPTH)[None, None], np.int32)
+    return net("Cast", net("Equal", column, ramp), to=TensorProto.FLOAT)
+
+
+@pytest.mark.parametrize("expand", [True, False])
+def test_a_one_hot_matrix_times_a_table_picks_rows_and_none_for_what_is_no_index(expand: bool, tmp_path: Path) -> None:
+    net = Net(TensorProto.INT32, ["n", 3])
+    made, notes = rewritten(
+        net.model(net("MatMul", one_hot(net, expand=expand), net.const(TABLE))), tmp_path, INDICES, INDICES[:1]
+    )
+    assert notes["one_hot"] == 1
+    assert operators(made)["MatMul"] == operators(made)["Equal"] == 0
+    (out,) = run_all(made, [made.graph.output[0].name], [{"x": INDICES}])[0]
+    assert np.array_equal(out[0], TABLE[INDICES[0]])
+    assert not out[1].any()
+
+
+def test_an_operator_for_one_hot_counts_negative_indices_from_the_end(tmp_path: Path) -> None:
+    net = Net(TensorProto.INT64, ["n"])
+    hot = net("OneHot", "x", net.const(DEPTH, np.int64), net.const([0, 1]), axis=-1)
+    bias = net.const(RNG.normal(size=WIDTH))
+    made, notes = rewritten(
+        net.model(net("Gemm", hot, net.const(TABLE), bias)), tmp_path, np.array([0, -1, 5, -DEPTH, 40, -40])
+    )
+    assert (notes["one_hot"], notes["folded"]) == (1, 1), "the offset is in the table"
+    assert operators(made)["Gemm"] == operators(made)["OneHot"] == 0
+
+
+@pytest.mark.parametrize("what", ["ramp", "offset", "axis"])
+def test_what_only_looks_like_a_one_hot_product_stays(what: str, tmp_path: Path) -> None:
+    net = Net(TensorProto.INT32, ["n", DEPTH if what == "axis" else 3])
+    column = "x" if what == "axis" else net("Unsqueeze", "x", net.const([2], np.int64))
+    values = np.arange(DEPTH) * 2 if what == "ramp" else np.arange(DEPTH)
+    same = net("Equal", column, net.const(values, np.int32))
+    hot = net("Cast", same, to=TensorProto.FLOAT)
+    if what == "offset":
+        hot = net("Add", hot, net.const(1.0))
+    left_alone(
+        net.model(net("MatMul", hot, net.const(TABLE))),
+        tmp_path,
+        np.zeros((2, DEPTH if what == "axis" else 3), np.int32),
+    )
+
+
+def test_arithmetic_on_rows_is_done_in_the_table(tmp_path: Path) -> None:
+    net = Net(TensorProto.INT64, ["n"])
+    row = net("Gather", net.const(TABLE), "x")
+    shifted = net("Add", row, net.const(RNG.normal(size=(1, WIDTH))))
+    made, notes = rewritten(net.model(net("Mul", shifted, net("Sigmoid", shifted))), tmp_path, np.array([0, 4, 10]))
+    assert (notes["folded"], dict(operators(made))) == (3, {"Gather": 1})
+
+
+def test_a_row_that_others_read_too_stays_as_it_is(tmp_path: Path) -> None:
+    net = Net(TensorProto.INT64, ["n"])
+    row = net("Gather", net.const(TABLE), "x")
+    left_alone(net.model(net("Tanh", row), net("Softmax", row)), tmp_path, np.array([0, 4]))
+
+
+def gelu(net: Net, x: str, how: str) -> str:
+    """Write x (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2 in one of the ways in which exporters do."""
+    root, cubic = np.sqrt(2 / np.pi), 0.046 if how == "other cubic" else 0.044715
+    if how == "pow":
+        cube = net("Mul", net("Pow", x, net.const(3.0)), net.const(cubic))
+    else:
+        cube = net("Mul", x, net("Mul", x, net("Mul", net.const(cubic), x)))
+    tanh = net("Tanh", net("Mul", net("Add", x, cube), net.const(root)))
+    if how == "other scale":
+        tanh = net("Tanh", net("Mul", net("Add", x, cube), net.const(0.8)))
+    one = net("Add", net.const(np.ones((1, 1, 1)) if how == "ranks" else 1.0), tanh)
+    if how == "half last":
+        return net("Mul", net("Mul", x, one), net.const(0.5))
+    if how == "divided":
+        return net("Div", net("Mul", one, x), net.const(2.0))
+    return net("Mul", x, net("Mul", net.const(0.5), one))
+
+
+@pytest.mark.parametrize("how", ["pow", "half first", "half last", "divided", "ranks"])
+def test_gelu_is_recognised_however_it_is_spelled(how: str, tmp_path: Path) -> None:
+    net = Net(TensorProto.FLOAT, ["n", 3, WIDTH])
+    x = net("Add", "x", net.const(RNG.normal(size=WIDTH)))
+    made, notes = rewritten(
+        net.model(net("Softmax", gelu(net, x, how))), tmp_path, RNG.normal(size=(2, 3, WIDTH)).astype(np.float32)
+    )
+    assert notes["gelu"] == 1
+    assert "FastGelu" in fused(made, tmp_path)
+
+
+@pytest.mark.parametrize("how", ["other cubic", "other scale"])
+def test_what_is_nearly_gelu_stays(how: str, tmp_path: Path) -> None:
+    net = Net(TensorProto.FLOAT, ["n", WIDTH])
+    left_alone(net.model(gelu(net, "x", how)), tmp_path, RNG.normal(size=(2, WIDTH)).astype(np.float32))
+
+
+def test_a_gelu_whose_middle_others_read_stays(tmp_path: Path) -> None:
+    net = Net(TensorProto.FLOAT, ["n", WIDTH])
+    whole = gelu(net, "x", "pow")
+    tanh = next(node.output[0] for node in net.nodes if node.op_type == "Tanh")
+    left_alone(net.model(whole, net("Softmax", tanh)), tmp_path, RNG.normal(size=(2, WIDTH)).astype(np.float32))
+
+
+def test_a_middle_that_a_branch_reads_is_read_from_outside(tmp_path: Path) -> None:
+    net = Net(TensorProto.FLOAT, ["n", WIDTH])
+    whole = gelu(net, "x", "pow")
+    tanh = next(node.output[0] for node in net.nodes if node.op_type == "Tanh")
+    branches = [
+        helper.make_graph(
+            [helper.make_node(operator, [tanh], ["b"])],
+            operator,
+            [],
+            [helper.make_tensor_value_info("b", TensorProto.FLOAT, None)],
+        )
+        for operator in ("Neg", "Abs")
+    ]
+    yes = net.const(True, np.bool_)
+    branch = net("If", net("Identity", yes), then_branch=branches[0], else_branch=branches[1])
+    left_alone(net.model(whole, branch), tmp_path, RNG.normal(size=(2, WIDTH)).astype(np.float32))
+
+
+def norm(net: Net, x: str, how: str, axis: int, shape: tuple[int, ...]) -> str:
+    """Write γ (x - mean) / √(variance + ε) + β in one of the ways in which exporters do."""
+    sizes = [1] * len(shape)
+    sizes[axis] = shape[axis]
+    gamma, beta = (net.const(RNG.normal(size=sizes)) for _ in range(2))
+    epsilon = net.const(1e-3 if how == "large epsilon" else 1e-6)
+    axes = [axis, 1] if how == "two axes" else [axis]
+    count = net.const(1.0 / np.prod([shape[one] for one in axes]))
+
+    def mean(name: str) -> str:
+        if how == "mean":
+            return net("ReduceMean", name, axes=axes)
+        return net("Mul", net("ReduceSum", name, net.const(axes, np.int64)), count)
+
+    if how == "squares":  # E[x²] - E[x]², and the mean expanded by a shape that is computed
+        average = mean(x)
+        variance = net("Max", net("Sub", mean(net("Mul", x, x)), net("Mul", average, average)), net.const(0.0))
+        average = net("Expand", average, net("Shape", x))
+        factor = net("Mul", net("Reciprocal", net("Sqrt", net("Add", variance, epsilon))), gamma)
+        return net("Add", net("Mul", net("Sub", x, average), factor), beta)
+    centred = x if how == "not centred" else net("Sub", x, mean(x))
+    variance = net("Add", mean(net("Mul", centred, centred)), epsilon)
+    if how == "power":
+        scaled = net("Mul", centred, net("Pow", variance, net.const(-0.5)))
+    else:
+        scaled = net("Div", centred, net("Sqrt", variance))
+    return net("Add", net("Mul", scaled, gamma), beta)
+
+
+@pytest.mark.parametrize("axis", [2, 1])
+@pytest.mark.parametrize("how", ["mean", "sum", "squares", "power", "large epsilon"])
+def test_a_normalization_is_recognised_however_it_is_spelled(how: str, axis: int, tmp_path: Path) -> None:
+    shape = (2, 5, WIDTH)
+    net = Net(TensorProto.FLOAT, ["n", *shape[1:]])
+    x = net("Relu", "x")
+    made, notes = rewritten(
+        net.model(net("Softmax", norm(net, x, how, axis, shape))), tmp_path, RNG.normal(size=shape).astype(np.float32)
+    )
+    assert notes["layer_norm"] == 1
+    assert operators(made)["Transpose"] == (0 if axis == 2 else 2)
+    assert operators(made)["LayerNormalization"] == 1
+
+
+@pytest.mark.parametrize("how", ["two axes", "not centred"])
+def test_what_is_no_normalization_of_one_axis_stays(how: str, tmp_path: Path) -> None:
+    shape = (2, 5, WIDTH)
+    net = Net(TensorProto.FLOAT, ["n", *shape[1:]])
+    left_alone(net.model(norm(net, "x", how, 2, shape)), tmp_path, RNG.normal(size=shape).astype(np.float32))
+
+
+def test_outputs_that_move_too_far_are_refused(tmp_path: Path) -> None:
+    net = Net(TensorProto.INT64, ["n"])
+    onnx.save(net.model(net("Tanh", net("Gather", net.const(TABLE), "x"))), tmp_path / "net.onnx")
+    with pytest.raises(RefusedError, match="moved the outputs") as caught:
+        rewrite.apply(
+            tmp_path / "net.onnx", rewrite.Parameters(difference_max=-1.0), Work(tmp_path, [{"x": np.array([1, 2])}])
+        )
+    assert caught.value.code == "pass_failed"
+
+
+def fused(model: onnx.ModelProto, folder: Path) -> Counter[str]:
+    """Return the operators that onnxruntime makes of a model when it loads it."""
+    settings = onnxruntime.SessionOptions()
+    settings.optimized_model_filepath = str(folder / "fused.onnx")
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    onnxruntime.InferenceSession(model.SerializeToString(), settings)
+    return operators(onnx.load(folder / "fused.onnx"))
