@@ -171,6 +171,108 @@ def test_what_is_nearly_gelu_stays(how: str, tmp_path: Path) -> None:
     left_alone(net.model(gelu(net, "x", how)), tmp_path, RNG.normal(size=(2, WIDTH)).astype(np.float32))
 
 
+def hard_swish(net: Net, x: str, how: str) -> str:
+    """Write x · min(max(x + 3, 0), 6) / 6 in one of the ways in which exporters do."""
+    top, shift = (5.0 if how == "other top" else 6.0), (2.5 if how == "other shift" else 3.0)
+    clipped = net("Clip", net("Add", x, net.const(shift)), net.const(0.0), net.const(top))
+    if how == "clip first":
+        return net("Mul", x, net("Div", clipped, net.const(6.0)))
+    if how == "multiplied":
+        return net("Mul", net("Mul", clipped, x), net.const(1 / 6))
+    return net("Div", net("Mul", x, clipped), net.const(6.0))
+
+
+@pytest.mark.parametrize("how", ["clip last", "clip first", "multiplied"])
+def test_hard_swish_is_recognised_however_it_is_spelled(how: str, tmp_path: Path) -> None:
+    net = Net(TensorProto.FLOAT, ["n", WIDTH])
+    x = net("Exp", "x")
+    made, notes = rewritten(
+        net.model(net("Softmax", hard_swish(net, x, how))), tmp_path, RNG.normal(size=(2, WIDTH)).astype(np.float32)
+    )
+    assert notes["hard_swish"] == 1
+    assert dict(operators(made)) == {"Exp": 1, "HardSigmoid": 1, "Mul": 1, "Softmax": 1}
+
+
+@pytest.mark.parametrize("how", ["other top", "other shift"])
+def test_what_is_nearly_hard_swish_stays(how: str, tmp_path: Path) -> None:
+    net = Net(TensorProto.FLOAT, ["n", WIDTH])
+    left_alone(net.model(hard_swish(net, "x", how)), tmp_path, RNG.normal(size=(2, WIDTH)).astype(np.float32))
+
+
+CHANNELS = 6
+PER_CHANNEL = RNG.uniform(0.5, 2.0, size=(1, CHANNELS, 1, 1))
+
+
+def conv(net: Net, x: str, *, kernel: int = 1, group: int = 1, pad: int = 0, biased: bool = False) -> str:
+    weight = net.const(RNG.normal(size=(CHANNELS, CHANNELS // group, kernel, kernel)))
+    bias = [net.const(RNG.normal(size=CHANNELS))] if biased else []
+    return net("Conv", x, weight, *bias, group=group, pads=[pad] * 4)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(("kernel", "group", "pad"), [(1, 1, 0), (3, 1, 1), (3, CHANNELS, 1), (3, 2, 0)])
+def test_a_convolution_takes_the_scales_and_offsets_around_it(
+    kernel: int, group: int, pad: int, biased: bool, tmp_path: Path
+) -> None:
+    net = Net(TensorProto.FLOAT, ["n", CHANNELS, 7, 7])
+    x = net("Div", net("Relu", "x"), net.const(0.3))
+    y = conv(net, x, kernel=kernel, group=group, pad=pad, biased=biased)
+    y = net("Sub", net("Add", net("Mul", net.const(PER_CHANNEL), y), net.const(0.7)), net.const(PER_CHANNEL[0]))
+    terms = [net.const(RNG.uniform(0.5, 2.0, size=CHANNELS)) for _ in range(4)]
+    y = net("BatchNormalization", y, *terms, epsilon=1e-3)
+    made, notes = rewritten(
+        net.model(net("Sigmoid", y)), tmp_path, RNG.normal(size=(2, CHANNELS, 7, 7)).astype(np.float32)
+    )
+    assert notes["affine"] == 5
+    assert dict(operators(made)) == {"Relu": 1, "Conv": 1, "Sigmoid": 1}
+
+
+def test_an_offset_is_taken_by_what_follows_unless_that_is_padded(tmp_path: Path) -> None:
+    for pad, left in ((0, 0), (1, 1)):
+        net = Net(TensorProto.FLOAT, ["n", CHANNELS, 7, 7])
+        x = net("Add", net("Relu", "x"), net.const(0.4))
+        model = net.model(net("Mul", conv(net, x, kernel=3, pad=pad), net.const(2.0)))
+        made, _ = rewritten(model, tmp_path, RNG.normal(size=(1, CHANNELS, 7, 7)).astype(np.float32))
+        assert operators(made)["Add"] == left
+
+
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_a_product_takes_what_it_has_room_for(transposed: int, tmp_path: Path) -> None:
+    net = Net(TensorProto.FLOAT, ["n", CHANNELS])
+    row = np.arange(1.0, 5.0)
+    weight = net.const(RNG.normal(size=(4, CHANNELS) if transposed else (CHANNELS, 4)))
+    gemm = net("Gemm", net("Mul", "x", net.const(3.0)), weight, net.const(row), transB=transposed)
+    product = net(
+        "MatMul",
+        net("Mul", net("Add", net("Mul", gemm, net.const(row)), net.const(0.1)), net.const(2.0)),
+        net.const(RNG.normal(size=(4, 5))),
+    )
+    made, notes = rewritten(
+        net.model(net("Add", net("Mul", product, net.const(0.5)), net.const(np.ones(5)))),
+        tmp_path,
+        RNG.normal(size=(3, CHANNELS)).astype(np.float32),
+    )
+    assert notes["affine"] == 5
+    assert dict(operators(made)) == {"Gemm": 1, "MatMul": 1, "Add": 1}, "a product has no bias"
+
+
+@pytest.mark.parametrize("what", ["shared weight", "read twice", "left", "every place", "computed weight"])
+def test_a_scale_that_a_layer_cannot_take_stays(what: str, tmp_path: Path) -> None:
+    net = Net(TensorProto.FLOAT, ["n", CHANNELS, 7, 7])
+    y = conv(net, "x")
+    outputs = []
+    if what == "shared weight":
+        outputs.append(net("Conv", net("Relu", "x"), net.nodes[0].input[1]))
+    if what == "read twice":
+        outputs.append(net("Softmax", y))
+    if what == "computed weight":
+        net.nodes[0].input[1] = net("Sigmoid", net.nodes[0].input[1])
+        net.nodes.insert(0, net.nodes.pop())
+    places = net.const(RNG.normal(size=(1, 1, 7, 7)) if what == "every place" else 2.0)
+    scaled = net("Div", places, y) if what == "left" else net("Mul", y, places)
+    left_alone(net.model(scaled, *outputs), tmp_path, RNG.normal(size=(2, CHANNELS, 7, 7)).astype(np.float32))
+
+
 def test_a_gelu_whose_middle_others_read_stays(tmp_path: Path) -> None:
     net = Net(TensorProto.FLOAT, ["n", WIDTH])
     whole = gelu(net, "x", "pow")

@@ -1,13 +1,16 @@
 """The same function with less arithmetic, where an exporter spelled out what there is an operator for.
 
-Three rewrites, in this order:
+Four rewrites, in this order:
 
 - A one-hot matrix times a table (`Equal` with a ramp, or `OneHot`, then `MatMul` or `Gemm` without a transpose) picks rows of
   the table: it becomes a `Gather`. Indices that no row has picked a row of zeros, and still do.
 - What is computed element by element from a row of a table, with constants, is computed into the table once.
 - GELU by tanh (Hendrycks and Gimpel, 2016), however it is spelled, is spelled as onnxruntime fuses it, and layer normalization (Ba
-  and others, 2016) becomes `LayerNormalization`, along other axes than the last too. They are recognised by what they compute and
-  not by how: the region between two tensors is run on random values and compared with the definition.
+  and others, 2016) becomes `LayerNormalization`, along other axes than the last too; hard swish (Howard and others, 2019) becomes
+  x · HardSigmoid(x). They are recognised by what they compute and not by how: the region between two tensors is run on random
+  values and compared with the definition.
+- A scale and an offset by constants, before or after a convolution or product (batch normalization is both), become part of its
+  weights and bias.
 
 Results stay the same but for rounding; the whole is compared with the original on calibration samples.
 """
@@ -15,9 +18,9 @@ Results stay the same but for rounding; the whole is compared with the original 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -33,6 +36,8 @@ from wherry_optimizer.passes import Array, Result, Work
 from wherry_shared.errors import RefusedError
 
 log = logging.getLogger(__name__)
+
+Float64: TypeAlias = npt.NDArray[np.float64]
 
 LAYER_NORM_OPSET = 17
 """The first one that has `LayerNormalization`."""
@@ -114,21 +119,25 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
     model = onnx.ModelProto()
     model.CopyFrom(original)
     call = dict(work.calibration[0]) if work.calibration else None
-    counts = {"one_hot": 0, "folded": 0, "gelu": 0, "layer_norm": 0}
+    counts = {"one_hot": 0, "folded": 0, "gelu": 0, "hard_swish": 0, "layer_norm": 0, "affine": 0}
     while _one_hot(_View(model)):
         counts["one_hot"] += 1
     while folded := _fold(_View(model)):
         counts["folded"] += folded
-    while _gelu(_View(model)):
-        counts["gelu"] += 1
+    for name, curve in CURVES.items():
+        while _curve(_View(model), curve):
+            counts[name] += 1
     if call is not None and (newer := _with_layer_norm(model)) is not None:
         while _layer_norm(_View(newer), call):
             counts["layer_norm"] += 1
         model = newer if counts["layer_norm"] else model
+    while _absorb(_View(model)):
+        counts["affine"] += 1
     if not any(counts.values()):
         raise RefusedError(
             "pass_noop",
-            "rewriting changed nothing: no one-hot product, no arithmetic on a table, no spelled-out GELU or normalization",
+            "rewriting changed nothing: no one-hot product, no arithmetic on a table, no spelled-out activation or "
+            "normalization, no scale or offset that a layer could take",
             consequence="the variant would be the source again",
             next_step="take this pass out of the recipe",
         )
@@ -500,21 +509,31 @@ def _close(found: Array | None, wanted: Array) -> bool:
     )
 
 
-def _gelu(view: _View) -> bool:
-    """Spell one GELU by tanh as onnxruntime fuses it."""
-    wanted = _gelu_of(GRID.astype(np.float64))
+@dataclass(frozen=True, slots=True)
+class _Curve:
+    """A function of one number, and how to write it."""
+
+    around: str
+    """An operator that every spelling has, and the one here has not, or has as the runtime fuses it."""
+    value: Callable[[Float64], Float64]
+    nodes: Callable[[_View, _Region], list[onnx.NodeProto]]
+
+
+def _curve(view: _View, curve: _Curve) -> bool:
+    """Spell one activation as the runtime is quickest with it."""
+    wanted = curve.value(GRID.astype(np.float64))
     for node in view.graph.node:
-        if node.op_type != "Tanh":
+        if node.op_type != curve.around or node.name.startswith(_SPELLED):
             continue
         for region in _regions(view, node, ELEMENTWISE, shapes=False):
-            if region.nodes[-1].name.startswith(_SPELLED) or any(
+            if any(
                 (value := view.value(name)) is not None and value.size != 1
                 for inner in region.nodes
                 for name in inner.input
             ):
                 continue
             if _close(_try(view, region, {region.start: GRID}), wanted):
-                view.replace(region.end, _gelu_nodes(view, region))
+                view.replace(region.end, curve.nodes(view, region))
                 return True
     return False
 
@@ -523,18 +542,34 @@ _SPELLED = "wherry/rewritten/"
 """Begins the names of nodes that are as they should be."""
 
 
-def _gelu_of(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _gelu_of(x: Float64) -> Float64:
     return np.asarray(0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))))
 
 
 def _gelu_nodes(view: _View, region: _Region) -> list[onnx.NodeProto]:
-    """X (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2, in the order of the graph that onnxruntime's FastGeluFusion looks for."""
+    """Return x (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2, in the order of the graph that onnxruntime's FastGeluFusion looks for."""
     x, build = region.start, _Builder(view, region.end)
     cube = build("Pow", x, build.scalar(3.0))
     inner = build("Mul", build("Add", x, build("Mul", cube, build.scalar(0.044715))), build.scalar(np.sqrt(2 / np.pi)))
     half = build("Mul", x, build.scalar(0.5))
     build("Mul", half, build("Add", build("Tanh", inner), build.scalar(1.0)), last=True)
     return build.nodes
+
+
+def _hard_swish_of(x: Float64) -> Float64:
+    return np.asarray(x * np.clip(x + 3, 0, 6) / 6)
+
+
+def _hard_swish_nodes(view: _View, region: _Region) -> list[onnx.NodeProto]:
+    build = _Builder(view, region.end)
+    build("Mul", region.start, build("HardSigmoid", region.start, alpha=1 / 6, beta=0.5), last=True)
+    return build.nodes
+
+
+CURVES = {
+    "gelu": _Curve("Tanh", _gelu_of, _gelu_nodes),
+    "hard_swish": _Curve("Clip", _hard_swish_of, _hard_swish_nodes),
+}
 
 
 class _Builder:
@@ -671,3 +706,146 @@ def _layer_norm_nodes(view: _View, region: _Region, norm: _Norm) -> list[onnx.No
     if not last:
         build("Transpose", made, last=True, perm=perm)
     return build.nodes
+
+
+# scales and offsets
+
+
+@dataclass(frozen=True, slots=True)
+class _Affine:
+    """y = x · scale + shift, by constants that are single numbers or one per channel."""
+
+    source: str
+    scale: Array
+    shift: Array
+
+
+def _absorb(view: _View) -> bool:
+    """Let one layer take a scale or offset that stands before or after it."""
+    for node in view.graph.node:
+        if node.op_type in ("Conv", "MatMul", "Gemm"):
+            if _take_before(view, node):
+                return True
+        elif (affine := _affine(view, node)) is not None and _take_after(view, node, affine):
+            return True
+    return False
+
+
+def _affine(view: _View, node: onnx.NodeProto) -> _Affine | None:
+    one, none = np.ones(1, np.float32), np.zeros(1, np.float32)
+    if node.op_type == "BatchNormalization":
+        terms = [view.value(name) for name in node.input[1:5]]
+        if len(node.output) != 1 or _attribute(node, "training_mode", 0) or any(term is None for term in terms):
+            return None
+        gamma, beta, mean, variance = (np.asarray(term, np.float64) for term in terms)
+        scale = gamma / np.sqrt(variance + _attribute(node, "epsilon", 1e-5))
+        return _Affine(node.input[0], scale, beta - mean * scale)
+    if node.op_type not in ("Mul", "Div", "Add", "Sub"):
+        return None
+    left, right = (view.value(name) for name in node.input)
+    if (left is None) == (right is None):
+        return None
+    constant = left if right is None else right
+    if constant is None or constant.dtype != np.float32 or (left is not None and node.op_type in ("Div", "Sub")):
+        return None
+    source = node.input[1] if right is None else node.input[0]
+    wide = constant.astype(np.float64)
+    if node.op_type == "Div" and not wide.all():
+        return None
+    return {
+        "Mul": lambda: _Affine(source, wide, none),
+        "Div": lambda: _Affine(source, 1 / wide, none),
+        "Add": lambda: _Affine(source, one, wide),
+        "Sub": lambda: _Affine(source, one, -wide),
+    }[node.op_type]()
+
+
+def _layer_weight(view: _View, node: onnx.NodeProto) -> Array | None:
+    """Return the weight of a layer that may be changed: float, constant, and nobody else's."""
+    if len(node.input) < 2 or len(view.readers.get(node.input[1], [])) != 1 or node.input[1] in view.kept:
+        return None
+    weight = view.value(node.input[1])
+    plain = node.op_type != "Gemm" or (_attribute(node, "alpha", 1.0) == _attribute(node, "beta", 1.0) == 1.0)
+    return weight if weight is not None and weight.dtype == np.float32 and weight.ndim >= 2 and plain else None
+
+
+def _alone(view: _View, name: str) -> bool:
+    """Tell whether one node of this graph reads a tensor, and nobody else."""
+    return name not in view.kept and len(view.readers.get(name, [])) == 1
+
+
+def _take_after(view: _View, node: onnx.NodeProto, affine: _Affine) -> bool:
+    """Let the layer that makes what is scaled do it itself."""
+    layer = view.maker.get(affine.source)
+    if layer is None or layer.op_type not in ("Conv", "MatMul", "Gemm") or not _alone(view, affine.source):
+        return False
+    weight = _layer_weight(view, layer)
+    if weight is None:
+        return False
+    if layer.op_type == "Conv":
+        channels, axis, rank = weight.shape[0], 0, weight.ndim - 1
+    elif weight.ndim == 2:
+        axis = 0 if layer.op_type == "Gemm" and _attribute(layer, "transB", 0) else 1
+        channels, rank = weight.shape[axis], 1
+    else:
+        return False
+    plain = node.op_type == "BatchNormalization"
+    scale, shift = (_per_channel(term, channels, 1 if plain else rank) for term in (affine.scale, affine.shift))
+    if scale is None or shift is None or (layer.op_type == "MatMul" and shift.any()):
+        return False
+    bias = np.zeros(channels)
+    if len(layer.input) > 2 and layer.input[2]:
+        known = view.value(layer.input[2])
+        if known is None or known.shape not in ((channels,), (1, channels), (1,), ()):
+            return False
+        bias = np.broadcast_to(known.reshape(-1), (channels,)).astype(np.float64)
+    turned = scale.reshape([channels if index == axis else 1 for index in range(weight.ndim)])
+    return _remake(view, layer, weight * turned, bias * scale + shift, node.output[0])
+
+
+def _per_channel(term: Array, channels: int, rank: int) -> Array | None:
+    """Return a constant as one number per channel, if it is the same everywhere else; `rank`: axes from the channels on."""
+    if term.size == 1:
+        return np.full(channels, float(term.reshape(-1)[0]))
+    fits = term.size == channels and term.ndim >= rank and term.shape[term.ndim - rank] == channels
+    return np.asarray(term, np.float64).reshape(-1) if fits else None
+
+
+def _take_before(view: _View, layer: onnx.NodeProto) -> bool:
+    """Let a layer do itself what is done to what it reads: a single number for all of it."""
+    before = view.maker.get(layer.input[0])
+    if before is None or not before.output or not _alone(view, layer.input[0]):
+        return False
+    affine, weight = _affine(view, before), _layer_weight(view, layer)
+    if affine is None or weight is None or affine.scale.size != 1 or affine.shift.size != 1:
+        return False
+    scale, shift = float(affine.scale.reshape(-1)[0]), float(affine.shift.reshape(-1)[0])
+    padded = any(_attribute(layer, "pads", [0])) or _attribute(layer, "auto_pad", b"NOTSET") not in (
+        b"NOTSET",
+        b"VALID",
+    )
+    if shift and (layer.op_type != "Conv" or padded):
+        return False  # what is padded stays zero
+    bias: Array | None = None
+    if layer.op_type == "Conv":
+        known = view.value(layer.input[2]) if len(layer.input) > 2 and layer.input[2] else np.zeros(weight.shape[0])
+        if known is None:
+            return False
+        sums = weight.astype(np.float64).reshape(weight.shape[0], -1).sum(axis=1)
+        bias = known.astype(np.float64) + shift * sums
+    return _remake(view, layer, weight.astype(np.float64) * scale, bias, layer.output[0], affine.source)
+
+
+def _remake(
+    view: _View, layer: onnx.NodeProto, weight: Array, bias: Array | None, output: str, source: str = ""
+) -> bool:
+    """Put a layer with other weights, and perhaps another input, where `output` is made."""
+    made = onnx.NodeProto.FromString(layer.SerializeToString())
+    made.input[0] = source or layer.input[0]
+    made.input[1] = view.add_weight(layer.input[1], weight.astype(np.float32))
+    if bias is not None and (bias.any() or len(layer.input) > 2) and layer.op_type != "MatMul":
+        del made.input[2:]
+        made.input.append(view.add_weight(f"{layer.output[0]}/bias", bias.astype(np.float32)))
+    made.output[0] = output
+    view.replace(output, [made])
+    return True
