@@ -171,6 +171,32 @@ def test_what_is_nearly_gelu_stays(how: str, tmp_path: Path) -> None:
     left_alone(net.model(gelu(net, "x", how)), tmp_path, RNG.normal(size=(2, WIDTH)).astype(np.float32))
 
 
+@pytest.mark.parametrize("how", ["multiplied", "half first"])
+def test_gelu_by_erf_is_recognised_and_what_follows_takes_nothing_of_it(how: str, tmp_path: Path) -> None:
+    net = Net(TensorProto.FLOAT, ["n", WIDTH])
+    x = net("Exp", "x")
+    one = net("Add", net("Erf", net("Mul", x, net.const(np.sqrt(0.5)))), net.const(1.0))
+    if how == "half first":
+        y = net("Mul", x, net("Mul", one, net.const(0.5)))
+    else:
+        y = net("Mul", net("Mul", x, one), net.const(0.5))
+    made, notes = rewritten(
+        net.model(net("MatMul", y, net.const(RNG.normal(size=(WIDTH, 3))))),
+        tmp_path,
+        RNG.normal(size=(2, WIDTH)).astype(np.float32),
+    )
+    assert (notes["gelu"], notes["affine"]) == (1, 0)
+    assert "Gelu" in fused(made, tmp_path)
+
+
+def test_gelu_that_the_runtime_fuses_as_it_is_stays(tmp_path: Path) -> None:
+    net = Net(TensorProto.FLOAT, ["n", WIDTH])
+    one = net("Add", net("Erf", net("Div", "x", net.const(np.sqrt(2)))), net.const(1.0))
+    y = net("Mul", net("Mul", "x", one), net.const(0.5))
+    model = net.model(net("MatMul", y, net.const(RNG.normal(size=(WIDTH, 3)))))
+    left_alone(model, tmp_path, RNG.normal(size=(2, WIDTH)).astype(np.float32))
+
+
 def hard_swish(net: Net, x: str, how: str) -> str:
     """Write x · min(max(x + 3, 0), 6) / 6 in one of the ways in which exporters do."""
     top, shift = (5.0 if how == "other top" else 6.0), (2.5 if how == "other shift" else 3.0)

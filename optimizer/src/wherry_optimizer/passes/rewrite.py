@@ -5,7 +5,7 @@ Four rewrites, in this order:
 - A one-hot matrix times a table (`Equal` with a ramp, or `OneHot`, then `MatMul` or `Gemm` without a transpose) picks rows of
   the table: it becomes a `Gather`. Indices that no row has picked a row of zeros, and still do.
 - What is computed element by element from a row of a table, with constants, is computed into the table once.
-- GELU by tanh (Hendrycks and Gimpel, 2016), however it is spelled, is spelled as onnxruntime fuses it, and layer normalization (Ba
+- GELU, by erf or tanh (Hendrycks and Gimpel, 2016), however it is spelled, is spelled as onnxruntime fuses it; layer normalization (Ba
   and others, 2016) becomes `LayerNormalization`, along other axes than the last too; hard swish (Howard and others, 2019) becomes
   x · HardSigmoid(x). They are recognised by what they compute and not by how: the region between two tensors is run on random
   values and compared with the definition.
@@ -124,9 +124,9 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
         counts["one_hot"] += 1
     while folded := _fold(_View(model)):
         counts["folded"] += folded
-    for name, curve in CURVES.items():
+    for curve in CURVES:
         while _curve(_View(model), curve):
-            counts[name] += 1
+            counts[curve.name] += 1
     if call is not None and (newer := _with_layer_norm(model)) is not None:
         while _layer_norm(_View(newer), call):
             counts["layer_norm"] += 1
@@ -513,10 +513,13 @@ def _close(found: Array | None, wanted: Array) -> bool:
 class _Curve:
     """A function of one number, and how to write it."""
 
+    name: str
     around: str
-    """An operator that every spelling has, and the one here has not, or has as the runtime fuses it."""
+    """An operator that every spelling has."""
     value: Callable[[Float64], Float64]
     nodes: Callable[[_View, _Region], list[onnx.NodeProto]]
+    spelled: tuple[str, ...] = ()
+    """Operators of the spelling that is wanted, where `around` is one of them: what has just these stays."""
 
 
 def _curve(view: _View, curve: _Curve) -> bool:
@@ -532,9 +535,14 @@ def _curve(view: _View, curve: _Curve) -> bool:
                 for name in inner.input
             ):
                 continue
-            if _close(_try(view, region, {region.start: GRID}), wanted):
-                view.replace(region.end, curve.nodes(view, region))
-                return True
+            if not _close(_try(view, region, {region.start: GRID}), wanted):
+                continue
+            if tuple(inner.op_type for inner in region.nodes) == curve.spelled:
+                for inner in region.nodes:
+                    inner.name = f"{_SPELLED}{inner.output[0]}"
+                break
+            view.replace(region.end, curve.nodes(view, region))
+            return True
     return False
 
 
@@ -556,6 +564,20 @@ def _gelu_nodes(view: _View, region: _Region) -> list[onnx.NodeProto]:
     return build.nodes
 
 
+def _erf_gelu_of(x: Float64) -> Float64:
+    from math import erf
+
+    return np.asarray(0.5 * x * (1 + np.vectorize(erf)(x / np.sqrt(2))))
+
+
+def _erf_gelu_nodes(view: _View, region: _Region) -> list[onnx.NodeProto]:
+    """Return x (1 + erf(x / √2)) / 2, in the order of the graph that onnxruntime's GeluFusion looks for."""
+    x, build = region.start, _Builder(view, region.end)
+    erf = build("Erf", build("Div", x, build.scalar(np.sqrt(2))))
+    build("Mul", build("Mul", x, build("Add", erf, build.scalar(1.0))), build.scalar(0.5), last=True)
+    return build.nodes
+
+
 def _hard_swish_of(x: Float64) -> Float64:
     return np.asarray(x * np.clip(x + 3, 0, 6) / 6)
 
@@ -566,10 +588,11 @@ def _hard_swish_nodes(view: _View, region: _Region) -> list[onnx.NodeProto]:
     return build.nodes
 
 
-CURVES = {
-    "gelu": _Curve("Tanh", _gelu_of, _gelu_nodes),
-    "hard_swish": _Curve("Clip", _hard_swish_of, _hard_swish_nodes),
-}
+CURVES = (
+    _Curve("gelu", "Tanh", _gelu_of, _gelu_nodes, ("Pow", "Mul", "Add", "Mul", "Mul", "Tanh", "Add", "Mul")),
+    _Curve("gelu", "Erf", _erf_gelu_of, _erf_gelu_nodes, ("Div", "Erf", "Add", "Mul", "Mul")),
+    _Curve("hard_swish", "Clip", _hard_swish_of, _hard_swish_nodes),
+)
 
 
 class _Builder:
@@ -732,6 +755,8 @@ def _absorb(view: _View) -> bool:
 
 
 def _affine(view: _View, node: onnx.NodeProto) -> _Affine | None:
+    if node.name.startswith(_SPELLED):
+        return None  # the runtime fuses it as it is
     one, none = np.ones(1, np.float32), np.zeros(1, np.float32)
     if node.op_type == "BatchNormalization":
         terms = [view.value(name) for name in node.input[1:5]]
