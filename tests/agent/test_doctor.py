@@ -24,14 +24,15 @@ from tests.agent.daemon_kit import write_bundle
 from tests.shared.engines import models
 from tests.tls_front import TlsFront, server_certificate
 from tests.trust_kit import Answer, little_server
-from wherry_agent import cli, doctor, identity, status, timestamp
+from wherry_agent import cli, courier, doctor, identity, status, timestamp
 from wherry_agent import state as s
-from wherry_agent.children import Trust
+from wherry_agent.children import Failed, Renew, Trust
 from wherry_agent.courier_enrol import bring_in_line
 from wherry_agent.disk import Disk
 from wherry_agent.doctor import Patient, examine
 from wherry_agent.identity import Identity
 from wherry_agent.journal import Journal
+from wherry_agent.link import Callbacks, Link
 from wherry_agent.mirrors import Mirrors
 from wherry_agent.sealing import Seal
 from wherry_agent.settings import Settings
@@ -39,6 +40,7 @@ from wherry_agent.store import Store
 from wherry_agent.telemetry import Buffer
 from wherry_server.identity import DeviceAuthority
 from wherry_shared.bundle import parse_manifest
+from wherry_shared.errors import UnreachableError
 
 DEVICE = "d" * 22
 REFUSED = 5
@@ -204,6 +206,19 @@ def test_a_server_that_wants_a_certificate_sees_it(home: Home, guarded: str, pas
     asked = timestamp.question(home.path, home.identity, guarded, "", password)
     assert timestamp.ask_by_child(asked).trouble != ""
     assert found(home, "server")[0] == "bad"
+
+
+def test_an_authority_that_is_empty_is_found_damaged_by_whoever_asks(home: Home, guarded: str) -> None:
+    (identity.folder(home.path) / identity.CA_FILE).write_bytes(b"")
+    assert "ca.pem is no certificate authority" in found(home, "server")[1]
+    asked = timestamp.question(home.path, home.identity, guarded, "", "")
+    assert "ca.pem is no certificate authority" in timestamp.ask_by_child(asked).trouble
+    answer = courier.run(Renew(home=str(home.path), server=guarded), print)
+    assert isinstance(answer, Failed)
+    assert "ca.pem is no certificate authority" in answer.detail
+    link = Link(home.path, home.identity, guarded, Callbacks(*[lambda *_: None] * 5, lambda _kind: []))
+    with pytest.raises(UnreachableError, match=r"ca\.pem is no certificate authority"):
+        link.post_logs(b"[]")
 
 
 def write(name: str, data: bytes) -> Callable[[Home], None]:

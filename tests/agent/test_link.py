@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import socket
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
 from tests.agent.serving_kit import until
 from wherry_agent import link as link_module
 from wherry_agent.courier_http import Http
 from wherry_agent.identity import Identity
 from wherry_agent.link import Callbacks, Link
+from wherry_server.identity import DeviceAuthority
 from wherry_shared.errors import UnreachableError
 
 BEARER = "the-secret-of-this-device"
@@ -84,7 +94,7 @@ def test_no_trouble_ends_the_threads_that_keep_in_touch(tmp_path: Path, monkeypa
         link.stop()
 
 
-@pytest.mark.parametrize("ca", [b"-----BEGIN CERTIFICATE-----\nnonsense\n", None])
+@pytest.mark.parametrize("ca", [b"-----BEGIN CERTIFICATE-----\nnonsense\n", b"", None])
 def test_an_authority_that_cannot_be_read_is_said_so(tmp_path: Path, ca: bytes | None) -> None:
     path = tmp_path / "ca.pem"
     if ca is not None:
@@ -95,3 +105,46 @@ def test_an_authority_that_cannot_be_read_is_said_so(tmp_path: Path, ca: bytes |
         http.request("GET", "https://127.0.0.1:1/x"),
     ):
         pass
+
+
+def spoil(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+@pytest.mark.parametrize(
+    ("trouble", "password", "said"),
+    [
+        (lambda folder: spoil(folder / "key.pem"), "of the disk", "cannot be used"),
+        (lambda folder: spoil(folder / "certificate.pem"), "of the disk", "cannot be used"),
+        (lambda folder: (folder / "key.pem").unlink(), "of the disk", r"key\.pem: No such file"),
+        (lambda _folder: None, "another", "cannot be used"),
+        (lambda _folder: None, "", "cannot be used"),
+    ],
+    ids=["key damaged", "certificate damaged", "key gone", "wrong password", "no password"],
+)
+def test_a_pair_that_cannot_be_used_is_not_called_an_authority(
+    tmp_path: Path, trouble: Callable[[Path], None], password: str, said: str
+) -> None:
+    DeviceAuthority.create(tmp_path, "here")
+    made = DeviceAuthority.open(tmp_path, days=1)
+    pair = made.issue_double("d" * 22, timedelta(hours=1))
+    key = load_pem_private_key(pair.key, None)
+    (tmp_path / "ca.pem").write_text(made.ca_pem)
+    (tmp_path / "certificate.pem").write_bytes(pair.certificate)
+    how = BestAvailableEncryption(b"of the disk")
+    (tmp_path / "key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, how))
+    shown = tmp_path / "certificate.pem", tmp_path / "key.pem"
+
+    def ask(secret: str) -> str:
+        http = Http(ca=tmp_path / "ca.pem", server="https://127.0.0.1:1", pair=shown, password=secret)
+        with pytest.raises(UnreachableError) as found, http.request("GET", "https://127.0.0.1:1/x"):
+            pass
+        return found.value.sentence()
+
+    assert "refused" in ask("of the disk"), "what is in order gets as far as the network"
+    trouble(tmp_path)
+    answer = ask(password)
+    assert re.search(said, answer)
+    assert "its key, cannot be used" in answer
+    assert "authority" not in answer
+    assert "of the disk" not in answer, "the password"

@@ -46,7 +46,7 @@ from wherry_agent.children import (
 )
 from wherry_agent.courier_blobs import INFO_BYTES_MAX, PATH, Blobs
 from wherry_agent.courier_enrol import bring_in_line, enrol
-from wherry_agent.courier_http import Http
+from wherry_agent.courier_http import Http, of_device
 from wherry_agent.courier_keys import bring_keys
 from wherry_agent.courier_renew import renew
 from wherry_agent.courier_scrub import scrub
@@ -278,16 +278,7 @@ def _identity(home: str, disk: Disk) -> Identity:
 
 
 def _http(home: str, known: Identity, server: str, disk: Disk) -> Http:
-    ca = identity.folder(Path(home)) / identity.CA_FILE
-    private = server.startswith("https:") and ca.is_file() and ca.stat().st_size > 0
-    pair = identity.shown_pair(Path(home), known, time.time())
-    return Http(
-        ca=ca if private else None,
-        server=server,
-        authorization=known.authorization,
-        pair=pair,
-        password=identity.password(disk.seal),
-    )
+    return of_device(Path(home), known, server, password=identity.password(disk.seal), wall_s=time.time())
 
 
 def _keeper(task: Refresh | Verify | Resolve, disk: Disk, wall_us: int) -> Keeper:

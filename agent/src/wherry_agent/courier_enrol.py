@@ -77,7 +77,10 @@ def enrol(task: Enrol, disk: Disk) -> Identity:
     not_before, not_after = validity(answer.certificate_pem.encode())
     disk.write_atomic(home / "trust" / ROOT_FILE, root)
     disk.write_atomic(folder / identities.CERTIFICATE_FILE, answer.certificate_pem.encode())
-    disk.write_atomic(folder / identities.CA_FILE, answer.ca_pem.encode())
+    if answer.ca_pem:
+        disk.write_atomic(folder / identities.CA_FILE, answer.ca_pem.encode())
+    else:
+        disk.unlink(folder / identities.CA_FILE)
     identity = Identity(
         format=identities.FORMAT,
         device=answer.device,

@@ -2,7 +2,7 @@
 
 The device's secret goes to its own server only: not to mirrors, not along redirects to other origins. An address that a
 redirect names may be signed and is as good as a secret: only its origin is ever told. Every foreign exception becomes
-`UnreachableError` here.
+`UnreachableError` here. `of_device` makes the client of an enrolled device, the same wherever one is needed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
+from wherry_agent import identity as identities
+from wherry_agent.identity import Identity
 from wherry_shared.errors import RefusedError, UnreachableError
 from wherry_shared.limits import KIB
 from wherry_shared.reasons import NETWORK
@@ -253,27 +255,71 @@ class Http:
             raise _bad_url(url)
         if parts.scheme == "http":
             return http.client.HTTPConnection(parts.hostname, port, timeout=CONNECT_TIMEOUT_S)
+        return _Secure(parts.hostname, port, self._tls(url, home=origin(url) == self._home))
+
+    def _tls(self, url: str, *, home: bool) -> ssl.SSLContext:
+        """Return whom to believe, and what to show: at home the server's own authority only, elsewhere those of this machine as well.
+
+        Raises:
+            UnreachableError: `network`; a file is gone, the disk altered it, or the key has another password.
+        """
+        if home in self._contexts:
+            return self._contexts[home]
         try:
-            context = self._tls(home=origin(url) == self._home)
-        except (OSError, ValueError) as error:  # the file of the authority is gone, or the disk altered it
+            context = ssl.create_default_context(cafile=str(self._ca) if self._ca and home else None)
+            if self._ca and not home:
+                context.load_verify_locations(str(self._ca))
+        except (OSError, ValueError) as error:
             raise UnreachableError(
                 NETWORK,
                 f"{origin(url)}: {self._ca} is no certificate authority: {error}",
                 consequence="the server cannot be told from another",
                 next_step="put the file back, or enrol again",
             ) from error
-        return _Secure(parts.hostname, port, context)
-
-    def _tls(self, *, home: bool) -> ssl.SSLContext:
-        """Return whom to believe: at home the server's own authority only, elsewhere those of this machine as well."""
-        if home not in self._contexts:
-            context = ssl.create_default_context(cafile=str(self._ca) if self._ca and home else None)
-            if self._ca and not home:
-                context.load_verify_locations(str(self._ca))
-            if self._pair and home:
+        if self._pair and home:
+            try:
                 context.load_cert_chain(*self._pair, password=self._password)
-            self._contexts[home] = context
-        return self._contexts[home]
+            except (OSError, ValueError) as error:
+                raise UnreachableError(
+                    NETWORK,
+                    f"{origin(url)}: the certificate of this device, or its key, cannot be used: {_of_pair(self._pair, error)}",
+                    consequence="this device cannot show the server who it is",
+                    next_step="see wherry-agent doctor; with a key at rest, whether it is the one that the key was encrypted with",
+                ) from error
+        self._contexts[home] = context
+        return context
+
+
+def of_device(
+    home: Path, known: Identity | None, server: str, *, password: str, wall_s: float, says: bool = True
+) -> Http:
+    """Return a client that believes, and shows to `server`, what the device under `home` has.
+
+    Args:
+        home: the agent's folder.
+        known: the device; None while it is not enrolled.
+        server: address of its server.
+        password: of the device's key on the disk.
+        wall_s: the time, by which an expired certificate is not shown.
+        says: whether it sends its secret, too.
+    """
+    return Http(
+        ca=identities.authority(home) if server.startswith("https:") else None,
+        server=server,
+        authorization=known.authorization if known is not None and says else "",
+        pair=identities.shown_pair(home, known, wall_s) if known is not None else None,
+        password=password,
+    )
+
+
+def _of_pair(pair: tuple[Path, Path], error: Exception) -> str:
+    """Say which of the two it is, as far as their files tell."""
+    for path in pair:
+        try:
+            path.read_bytes()
+        except OSError as trouble:
+            return f"{path}: {trouble.strerror}"
+    return f"{pair[0].parent}: {error}"
 
 
 def origin(url: str) -> str:

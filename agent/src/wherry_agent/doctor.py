@@ -33,7 +33,7 @@ from urllib.parse import quote, urlsplit
 
 from wherry_agent import conditions, identity, journal, machine, readings, sampling, status, turn
 from wherry_agent import state as s
-from wherry_agent.courier_http import Http
+from wherry_agent.courier_http import Http, of_device
 from wherry_agent.courier_scrub import altered_assets
 from wherry_agent.disk import Disk
 from wherry_agent.handle_server import group_id
@@ -143,14 +143,8 @@ class Patient:
 
     def http(self) -> Http:
         """Return a client that trusts what the device trusts."""
-        ca = identity.folder(self.home) / identity.CA_FILE
-        known = self.identity
-        return Http(
-            ca=ca if ca.exists() else None,
-            server=self.server,
-            pair=identity.shown_pair(self.home, known, self.wall_s) if known is not None else None,
-            password=identity.password(self.disk.seal),
-        )
+        password = identity.password(self.disk.seal)
+        return of_device(self.home, self.identity, self.server, password=password, wall_s=self.wall_s, says=False)
 
 
 Question = Callable[[Patient], Finding]

@@ -92,6 +92,15 @@ def shown_pair(home: Path, identity: Identity, wall_s: float) -> tuple[Path, Pat
     return files if all(file.is_file() for file in files) else None
 
 
+def authority(home: Path) -> Path | None:
+    """Return the file of the authority to believe of the server; None if the enrolment named none, so those of this machine are asked.
+
+    An empty file is no word of that kind: it was damaged, and whoever uses it says so.
+    """
+    file = folder(home) / CA_FILE
+    return file if file.exists() else None
+
+
 def load(home: Path, seal: Seal | None = None) -> Identity | None:
     """Read the identity, from its copy if the disk altered it; None if this device is not enrolled.
 

@@ -369,15 +369,6 @@ class Link:
                     self._callbacks.retire(body)
 
     def _http(self) -> Http:
-        from wherry_agent.courier_http import Http
+        from wherry_agent.courier_http import of_device
 
-        ca = identities.folder(self._home) / identities.CA_FILE
-        known = self._identity
-        pair = identities.shown_pair(self._home, known, time.time())
-        return Http(
-            ca=ca if ca.exists() else None,
-            server=self._server,
-            authorization=known.authorization,
-            pair=pair,
-            password=self._password,
-        )
+        return of_device(self._home, self._identity, self._server, password=self._password, wall_s=time.time())

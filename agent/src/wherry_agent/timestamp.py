@@ -44,10 +44,10 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 def question(home: Path, known: Identity, server: str, etag: str, password: str) -> Question:
     """Return what an enrolled device asks."""
-    ca = identity.folder(home) / identity.CA_FILE
+    ca = identity.authority(home) if server.startswith("https:") else None
     pair = identity.shown_pair(home, known, time.time())
     return Question(
-        ca=str(ca) if ca.exists() else "",
+        ca=str(ca) if ca is not None else "",
         pair=(str(pair[0]), str(pair[1])) if pair else None,
         password=password,
         server=server,
