@@ -213,6 +213,17 @@ def test_enrolling_again_is_the_same_device(device: Device, server: RunningServe
     assert device.run(task) == device.enrolled
 
 
+def test_a_token_may_come_by_standard_input(server: RunningServer, tmp_path: Path):
+    words = ["enrol", "--home", str(tmp_path), "--server", server.url, "--name", f"told-{next(_names)}", "--token", "-"]
+    command = [sys.executable, "-m", "wherry_agent.cli", *words]
+    refused = subprocess.run(command, input="\n", capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 1
+    assert "--token" in refused.stderr
+    done = subprocess.run(command, input=server.enrolment_token + "\n", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert identity.load(tmp_path) is not None
+
+
 def test_a_refused_enrolment_says_what_the_server_advises(server: RunningServer, tmp_path: Path):
     for number in range(2):
         home = tmp_path / str(number)

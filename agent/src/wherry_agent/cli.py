@@ -16,6 +16,9 @@ from wherry_agent import __version__, settings
 from wherry_agent.sealing import Seal
 from wherry_shared.errors import RefusedError, WherryError
 
+TOKEN_CHARS_MAX = 4096
+"""Of a token that is read from standard input."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; errors say cause, consequence and next step, and end with 1."""
@@ -43,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--config", metavar="FILE", type=Path, help="settings in TOML (HOME/agent.toml)")
     server = argparse.ArgumentParser(add_help=False)
     server.add_argument("--server", metavar="URL", help="address of the Wherry server")
-    server.add_argument("--token", metavar="TOKEN", help="enrolment token, needed once")
+    server.add_argument("--token", metavar="TOKEN", help="enrolment token, needed once; - reads it from standard input")
     server.add_argument("--ca", metavar="FILE", help="authority of the server's certificate, needed once")
     server.add_argument("--name", help="name of the device (its host name)")
     server.add_argument("--label", metavar="K=V", action="append", default=[], help="label for cohorts; repeatable")
@@ -101,6 +104,8 @@ def _settings(arguments: argparse.Namespace) -> settings.Settings:
         for name in ("home", "server", "token", "ca", "name", "http_port", "grpc_port", "log_level")
         if (value := getattr(arguments, name, None)) is not None
     }
+    if flags.get("token") == "-":  # so that no list of processes shows it
+        flags["token"] = arguments.token = sys.stdin.readline(TOKEN_CHARS_MAX).strip()
     if getattr(arguments, "label", None):
         flags["labels"] = dict(_label(text) for text in arguments.label)
     if getattr(arguments, "engines", None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import ssl
 import time
 from pathlib import Path
@@ -228,10 +229,11 @@ def invite_device(
         authority = ssl.PEM_cert_to_DER_cert(shown.decode())
         token = server.send(calls.create_enrolment_token(count, days, labels_of(label), hold=hold)).token
         address = server.server
+    quoted = shlex.quote(address)
     line = (
-        f"f=$(mktemp) && curl -fsSk {address}/install/join.py -o $f"
+        f"f=$(mktemp) && curl -fsSk {quoted}/install/join.py -o $f"
         f" && echo '{hashlib.sha256(program).hexdigest()}  '$f | sha256sum -c --status"
-        f" && python3 $f {address} --ca {hashlib.sha256(authority).hexdigest()} --token {token}"
+        f" && echo {token} | python3 -I $f {quoted} --ca {hashlib.sha256(authority).hexdigest()} --token -"
         + (" --many" if count > 1 else "")
     )
 

@@ -1,7 +1,9 @@
 """Makes this machine a Wherry device: what the line of `wherry device invite` runs. Needs Python and its venv module only.
 
 Trust comes with the line, which a person pasted: the digest of this file, the digest of the authority that signs for the
-server, and, in the token, the digest of the root of trust of models. Nothing that the network says is believed without.
+server, and, in the token, the digest of the root of trust of models. Nothing that the network says is believed without. The token
+comes by standard input, and goes on so: a list of processes shows what a command was told. Python runs isolated (-I): this file lies in a folder
+where others may put modules.
 """
 
 import argparse
@@ -24,6 +26,10 @@ from typing import NoReturn
 PYTHON_MIN = (3, 11)
 BYTES_MAX = 64 * 1024 * 1024
 WAIT_S = 60
+BY_INPUT = "-"
+TOKEN_CHARS_MAX = 4096
+HOST_CHARS_MAX = 57
+"""Of a name, which has 64 with what is put behind it."""
 SYSTEMD = Path("/run/systemd/system")
 """There while systemd runs."""
 NAME = re.compile(r"[A-Za-z0-9_.+!-]{1,200}\.whl")
@@ -36,7 +42,7 @@ def main() -> None:
         sudo = shutil.which("sudo")
         if sudo is None:
             fail("this has to run as root", "log in as root and paste the line again")
-        os.execv(sudo, [sudo, sys.executable, *sys.argv])
+        os.execv(sudo, [sudo, sys.executable, "-I", *sys.argv])
     check_python()
     authority = fetch_authority(chosen.server, chosen.ca)
     with tempfile.TemporaryDirectory(prefix="wherry-join-") as name:
@@ -45,14 +51,18 @@ def main() -> None:
         ca = folder / "ca.pem"
         ca.write_text(authority)
         context = ssl.create_default_context(cadata=authority)
-        wheels(chosen.server, context, folder)
-        agent = install(chosen, folder)
+        agent = install(chosen, folder, wheels(chosen.server, context, folder))
         home = Path(chosen.home)
         prepare(home, chosen)
         as_user = ["runuser", "-u", chosen.user, "--"] if chosen.service else []
         labels = [word for label in chosen.label for word in ("--label", label)]
-        given = ["--server", chosen.server, "--token", chosen.token, "--name", chosen.name, "--ca", str(ca), *labels]
-        run([*as_user, str(agent), "enrol", "--home", str(home), *given], "the device did not enrol")
+        given = ["--server", chosen.server, "--token", BY_INPUT, "--name", chosen.name, "--ca", str(ca), *labels]
+        pasted = sys.stdin.readline(TOKEN_CHARS_MAX) if chosen.token == BY_INPUT else chosen.token
+        run(
+            [*as_user, str(agent), "enrol", "--home", str(home), *given],
+            "the device did not enrol",
+            f"{pasted.strip()}\n",
+        )
     unit(chosen, agent, home)
 
 
@@ -61,7 +71,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Make this machine a Wherry device.")
     parser.add_argument("server", help="https://ADDRESS:PORT")
     parser.add_argument("--ca", required=True, help="SHA-256 of the authority's certificate")
-    parser.add_argument("--token", required=True)
+    parser.add_argument("--token", required=True, help="enrolment token; - reads it from standard input")
     parser.add_argument("--name", default="", help="of the device (its host name)")
     parser.add_argument("--many", action="store_true", help="add something of this machine to its name")
     parser.add_argument("--label", action="append", default=[], metavar="KEY=VALUE")
@@ -75,7 +85,7 @@ def arguments() -> argparse.Namespace:
     chosen = parser.parse_args()
     host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname().split(".")[0]).strip("-") or "device"
     if not chosen.name:
-        chosen.name = f"{host}-{machine()}" if chosen.many else host
+        chosen.name = f"{host[:HOST_CHARS_MAX].rstrip('-')}-{machine()}" if chosen.many else host
     return chosen
 
 
@@ -109,19 +119,20 @@ def fetch_authority(server: str, digest: str) -> str:
     anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
     pem = fetch(f"{server}/install/ca.pem", anybody).decode("ascii", "replace")
     try:
-        found = hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
+        certificate = ssl.PEM_cert_to_DER_cert(pem)
+        found = hashlib.sha256(certificate).hexdigest()
     except ValueError:
-        found = "no certificate"
+        certificate, found = b"", "no certificate"
     if found != digest:
         fail(
             f"{server} shows the authority {found}, the line names {digest}",
             "make a new line on the server that you mean; somebody may be in between",
         )
-    return pem
+    return ssl.DER_cert_to_PEM_cert(certificate)  # and nothing that was sent behind it
 
 
-def wheels(server: str, context: ssl.SSLContext, folder: Path) -> None:
-    """Fetch the wheels that the server gives."""
+def wheels(server: str, context: ssl.SSLContext, folder: Path) -> list[str]:
+    """Fetch the wheels that the server gives; return their names, its own first."""
     listed = json.loads(fetch(f"{server}/install/wheels.json", context))
     for name, digest in listed.items():
         if not NAME.fullmatch(name):
@@ -130,20 +141,30 @@ def wheels(server: str, context: ssl.SSLContext, folder: Path) -> None:
         if hashlib.sha256(data).hexdigest() != digest:
             fail(f"{name} is not what the server listed", "try again")
         (folder / name).write_bytes(data)
+    return list(listed)
 
 
-def install(chosen: argparse.Namespace, folder: Path) -> Path:
-    """Make the environment; return the agent's program."""
+def install(chosen: argparse.Namespace, folder: Path, listed: list[str]) -> Path:
+    """Make the environment; return the agent's program.
+
+    The members are named by their files: by name, pip would take a higher version from whoever has one in the package index.
+    """
+    own = {}
+    for member in ("wherry_agent", "wherry_shared"):
+        own[member] = next((str(folder / name) for name in listed if name.startswith(f"{member}-")), "")
+        if not own[member]:
+            fail(f"{chosen.server} gives no wheel of {member}", "see what runs there")
     prefix = Path(chosen.prefix)
     python = prefix / "bin" / "python"
     if not python.exists():
         run([sys.executable, "-m", "venv", str(prefix)], "no environment was made")
     engine = pick_engine() if chosen.engine == "auto" else chosen.engine
-    what = "wherry-agent" if engine == "none" else f"wherry-agent[{engine}]"
-    print(f"Installing {what} into {prefix}", flush=True)
+    extra = "" if engine == "none" else f"[{engine}]"
+    print(f"Installing wherry-agent{extra} into {prefix}", flush=True)
     index = ["--no-index"] if chosen.no_index else []
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade"]
-    run([*pip, *index, "--find-links", str(folder), what], "the agent was not installed")
+    what = [own["wherry_agent"] + extra, own["wherry_shared"]]
+    run([*pip, *index, "--find-links", str(folder), *what], "the agent was not installed")
     return prefix / "bin" / "wherry-agent"
 
 
@@ -206,9 +227,9 @@ def fetch(url: str, context: ssl.SSLContext) -> bytes:
     return data
 
 
-def run(command: list[str], consequence: str) -> None:
-    """Run a program; end with its failure."""
-    if subprocess.run(command, check=False, cwd="/").returncode:
+def run(command: list[str], consequence: str, said: str = "") -> None:
+    """Run a program, which reads what is said to it; end with its failure."""
+    if subprocess.run(command, check=False, cwd="/", input=said, text=True).returncode:
         fail(f"failed: {' '.join(command[:4])} …", f"{consequence}; see above, and paste the line again")
 
 
