@@ -9,7 +9,7 @@ in both directions, HTTP heads included:
 - idle: nothing new, what `wherry_agent.timestamp` asks every five minutes.
 
 CPU is that of the device's thread alone, without process start; starting a courier until its first answer is reported apart. Enrolments go
-to a whole `wherry serve api` on SQLite with `synchronous=FULL`, CSRs made beforehand with one key.
+to a whole `wherry serve api` on SQLite with `synchronous=FULL`, with a key and a CSR of its own for each.
 
 Run: `make bench NAME=trust`; smaller: `python benchmarks/trust.py --targets 500 --rounds 2 --enrolments 50`.
 Writes `build/bench/trust.json`. Aims: warm 20 KB, cold 30 KB, idle 1 KB, 25 ms of CPU, 1,000 enrolments per minute.

@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import itertools
+import os
+import pwd
 import queue
+import signal
 import socket
 import sqlite3
 import ssl
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -18,20 +23,25 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from paho.mqtt.enums import MQTTProtocolVersion
 
-from tests.broker_kit import Client, Guarded, Member, down, guarded, up
+from tests.broker_kit import Client, Guarded, Member, down, guarded, mosquitto, up
 from tests.server.fleet_kit import FakeDevice
-from tests.server.harness import csr, until
+from tests.server.harness import csr, free_port, running, until
 from tests.server.test_ingest import report
-from wherry_server import collector
+from tests.services import lacks, needs
+from wherry_server import broker_config, collector, doorkeeper
 from wherry_server.broker_link import open_link
 from wherry_server.doorkeeper import Doorkeeper
 from wherry_server.ingest import KINDS, Ingest
 from wherry_server.jobs import every, until_stopped
 from wherry_server.services import open_services
+from wherry_server.times import now_us
 from wherry_shared import frames, topics, wire
+from wherry_shared.errors import DeviceError
+from wherry_shared.ids import new_device_id
 from wherry_shared.limits import MIB, MQTT_PAYLOAD_BYTES_MAX
 
 pytestmark = pytest.mark.services
@@ -154,6 +164,79 @@ def test_a_device_that_is_revoked_is_out_at_once_with_every_certificate_it_ever_
     other.close()
 
 
+def test_who_came_back_before_the_broker_had_read_the_list_is_ended_again(
+    site: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = site.device("quick")
+    told: list[bool] = []
+
+    async def deaf(_settings: object) -> bool:
+        told.append(False)
+        return False
+
+    with site.services() as services, site.server.http() as http:
+        keeper = Doorkeeper(services, print)
+        assert http.post("/api/v1/devices/quick/revoke").status_code == 200
+        first = site.let_in(member.pair, member.id)
+        monkeypatch.setattr(doorkeeper, "CUT_AGAIN_S", 0.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(doorkeeper, "reload", deaf)
+            asyncio.run(keeper.turn(leading=True))
+            first.ends.get(timeout=20)
+            second = site.let_in(member.pair, member.id)  # the broker knows nothing of the list
+            asyncio.run(keeper.turn(leading=True))
+            second.ends.get(timeout=20)
+            third = site.let_in(member.pair, member.id)
+        assert told == [False, False]
+        assert member.id in cuts(site)
+        asyncio.run(keeper.turn(leading=True))
+        third.ends.get(timeout=20)
+        until(lambda: not gets_in(site, member.pair, member.id))
+        assert member.id not in cuts(site), "once the list is in force, it has an end"
+
+
+def cuts(site: Guarded) -> set[str]:
+    """Return the devices whose sessions are still to be ended."""
+    with sqlite3.connect(site.settings.data / "wherry.sqlite") as database:
+        return {device for (device,) in database.execute("SELECT device_id FROM session_cut")}
+
+
+def test_a_mosquitto_that_root_starts_reads_its_list_again_as_the_user_that_it_became(tmp_path: Path) -> None:
+    needs("mosquitto")
+    if os.geteuid() != 0:
+        lacks("mosquitto becomes another user only where root starts it")
+    user = "nobody"
+    with tempfile.TemporaryDirectory(prefix="wherry-broker-", dir="/tmp") as name, running(tmp_path / "data") as server:
+        folder = Path(name)
+        settings = msgspec.structs.replace(
+            server.settings, broker_tls=True, broker_port=free_port(), broker_server_port=free_port()
+        )
+        services = open_services(settings)
+        authority = services.authority
+        with pytest.raises(DeviceError, match="cannot read") as closed:  # a temporary folder is its owner's
+            broker_config.write(settings, authority, authority.revocations([]), folder=folder / "broker", user=user)
+        assert closed.value.code == "broker_folder_closed"
+        folder.chmod(0o711)
+        written = broker_config.write(
+            settings, authority, authority.revocations([]), folder=folder / "broker", user=user, listen="127.0.0.1"
+        )
+        assert broker_config.to_be_given(written.parent, user) == []
+        assert broker_config.to_be_given(written.parent, "root") != []
+        device = new_device_id()
+        pair = authority.issue_double(device, timedelta(hours=1))
+        file = tmp_path / "pair.pem"
+        file.write_bytes(pair.certificate + pair.key)
+        serial = f"{x509.load_pem_x509_certificate(pair.certificate).serial_number:x}"
+        with mosquitto(written, settings.broker_port) as process:
+            site = Guarded(dataclasses.replace(server, settings=settings), tmp_path, process)
+            assert f"Uid:\t{pwd.getpwnam(user).pw_uid}" in Path(f"/proc/{process.pid}/status").read_text()
+            site.let_in(file, device).close()
+            broker_config.replace(written.parent / broker_config.REVOKED, authority.revocations([(serial, now_us())]))
+            os.kill(int((written.parent / broker_config.PID).read_text()), signal.SIGHUP)
+            until(lambda: not gets_in(site, file, device))
+        asyncio.run(services.close())
+
+
 class Served:
     """Ingest at the guarded broker, in a thread."""
 
@@ -270,6 +353,19 @@ def test_a_hostile_device_takes_nothing_from_others_and_is_shut_out(
     fellow.close()
 
 
+def test_nobody_is_shut_out_by_a_topic_that_another_device_chose(site: Guarded) -> None:
+    thief, victim = site.device("slandering"), site.device("slandered")
+    served = Served(site)
+    hand = site.let_in(thief.pair, thief.id)
+    for _ in range(collector.STRAYS_MAX + 10):
+        hand.client.publish(f"w1/{victim.id}/{thief.id}/hello", b"as if by the victim", qos=0)
+    with site.server.http() as http:
+        until(lambda: http.get("/api/v1/devices/slandering").json()["state"] == "quarantined")
+        hand.ends.get(timeout=20)  # which comes after whoever is suspected was shut out
+        assert http.get("/api/v1/devices/slandered").json()["state"] == "active"
+    served.stop()
+
+
 def test_of_a_device_that_left_for_good_the_broker_keeps_nothing(site: Guarded) -> None:
     leaving, staying = site.device("leaving"), site.device("staying")
     served, role = Served(site), site.role()
@@ -350,6 +446,17 @@ def resumes(site: Guarded, member: Member, context: ssl.SSLContext, session: ssl
         plain = socket.create_connection(("127.0.0.1", site.settings.broker_port), 10)
         with context.wrap_socket(plain, server_hostname="127.0.0.1", session=session) as secure:
             secure.sendall(hello_packet(member.id))
+            return secure.recv(4) == b"\x20\x02\x00\x00"
+    except OSError:
+        return False
+
+
+def gets_in(site: Guarded, pair: Path, device: str) -> bool:
+    """Tell whether the broker takes a device now, which may be before it has read its list."""
+    try:
+        plain = socket.create_connection(("127.0.0.1", site.settings.broker_port), 10)
+        with site.context(pair).wrap_socket(plain, server_hostname="127.0.0.1") as secure:
+            secure.sendall(hello_packet(device))
             return secure.recv(4) == b"\x20\x02\x00\x00"
     except OSError:
         return False

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from tests.server.fleet_kit import fleet, run
 from tests.server.harness import Running, csr, enrol, in_database, running
-from wherry_server import clones, hellos
+from wherry_server import clones, hellos, revocation
 from wherry_server import enrolment_requests as requests
 from wherry_shared import wire
 
@@ -127,6 +130,82 @@ def test_who_was_revoked_is_let_in_again_and_who_was_cloned_is_not(server: Runni
         )
         assert code(http.post("/api/v1/devices/back/readmit")) == "device_cloned"
         assert as_device.get("/device/v1/offer").status_code == 403
+
+
+def test_a_key_that_a_person_named_lets_one_device_in_and_never_back(server: Running) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    with server.http() as http:
+        made = http.post("/api/v1/enrolment-requests", json={"public_key": public(key)}).json()
+        assert enrol(server, made["token"], "stolen", csr_pem=csr(key)).status_code == 200
+        assert code(enrol(server, made["token"], "its-twin", csr_pem=csr(key))) == "enrolment_refused"
+        assert http.post("/api/v1/devices/stolen/revoke").status_code == 200
+        assert code(enrol(server, made["token"], "its-twin", csr_pem=csr(key))) == "enrolment_refused"
+        assert code(enrol(server, made["token"], "stolen", csr_pem=csr(key))) == "name_taken"
+        assert http.post("/api/v1/devices/stolen/decommission").status_code == 200
+        assert code(enrol(server, made["token"], "stolen", csr_pem=csr(key))) == "enrolment_refused", "the name is free"
+        # a person lets it in again: by a token, here one that wants the key accepted, or by naming the key again
+        held = server.enrolment_token(hold=True)
+        assert code(enrol(server, held, "stolen", csr_pem=csr(key))) == "enrolment_pending"
+        assert http.post("/api/v1/enrolment-requests/stolen/accept").json()["state"] == "expected"
+        assert enrol(server, held, "stolen", csr_pem=csr(key)).status_code == 200
+
+
+def test_a_key_is_one_devices_and_a_copied_one_is_nobodys(server: Running) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    token = server.enrolment_token(uses=2)
+    assert enrol(server, token, "first-of-image", csr_pem=csr(key)).status_code == 200
+    for again in (token, server.enrolment_token(hold=True)):
+        assert code(enrol(server, again, "second-of-image", csr_pem=csr(key))) == "key_taken"
+    with server.http() as http:
+        assert [one for one in http.get("/api/v1/enrolment-requests").json() if one["name"] == "second-of-image"] == []
+        sql = "UPDATE device SET state = 'quarantined', state_reason = 'cloned' WHERE name = 'first-of-image'"
+        in_database(server.settings, lambda c: c.exec_driver_sql(sql))
+        assert code(enrol(server, token, "second-of-image", csr_pem=csr(key))) == "key_taken"
+        assert http.post("/api/v1/devices/first-of-image/decommission").status_code == 200
+        assert code(enrol(server, token, "first-of-image", csr_pem=csr(key))) == "key_taken", "others have it, too"
+    assert enrol(server, token, "first-of-image").status_code == 200, "another key, by the use that is left"
+
+
+def test_what_a_request_claims_is_not_in_the_certificate(server: Running) -> None:
+    victim = server.device("claimed")
+    key = ec.generate_private_key(ec.SECP256R1())
+    claims = x509.CertificateSigningRequestBuilder(
+        x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, one) for one in (victim.device, "wherry-server")])
+    )
+    for extension in (
+        x509.BasicConstraints(ca=True, path_length=None),
+        x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.DNSName(victim.device)]),
+        x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
+    ):
+        claims = claims.add_extension(extension, critical=True)
+    text = claims.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM).decode()
+    answer = wire.parse(wire.EnrolAnswer, enrol(server, server.enrolment_token(), "claiming", csr_pem=text).content)
+    found = x509.load_pem_x509_certificate(answer.certificate_pem.encode())
+    assert [one.value for one in found.subject.get_attributes_for_oid(NameOID.COMMON_NAME)] == [answer.device]
+    assert answer.device != victim.device
+    assert not found.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    usage = found.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert list(usage) == [ExtendedKeyUsageOID.CLIENT_AUTH]
+    with pytest.raises(x509.ExtensionNotFound):
+        found.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+
+
+def test_a_device_gets_so_many_certificates_a_day_and_no_more(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(revocation, "CERTIFICATES_PER_DAY_MAX", 3)
+    device, other = server.device("greedy"), server.device("modest")
+
+    def renew(who: wire.EnrolAnswer) -> Any:
+        with server.as_device(who) as http:
+            body = wire.encode(wire.RenewRequest(format=1, csr_pem=csr(None, who.device)))
+            return http.post("/device/v1/renew", content=body)
+
+    answers = [renew(device) for _ in range(4)]
+    assert [one.status_code for one in answers] == [200, 200, 429, 429]
+    assert code(answers[-1]) == "certificates_too_many"
+    assert renew(other).status_code == 200
+    sql = f"UPDATE device_certificate SET issued_at = issued_at - 86400000001 WHERE device_id = '{device.device}'"
+    in_database(server.settings, lambda c: c.exec_driver_sql(sql))
+    assert renew(device).status_code == 200, "a day later"
 
 
 # --- clones -------------------------------------------------------------------------------------

@@ -95,9 +95,16 @@ def _rsa_request() -> str:
     return request.public_bytes(serialization.Encoding.PEM).decode()
 
 
-def _altered_request() -> str:
+_ECDSA_SHA256, _NOTHING_KNOWN = bytes.fromhex("06082a8648ce3d040302"), bytes.fromhex("06082a8648ce3d04037f")
+"""Object identifiers of an algorithm that signs requests, and of none."""
+
+
+def _altered_request(part: bytes = b"", other: bytes = b"") -> str:
     der = bytearray(x509.load_pem_x509_csr(csr().encode()).public_bytes(serialization.Encoding.DER))
-    der[-1] ^= 1
+    if part:
+        der[der.rindex(part) :] = der[der.rindex(part) :].replace(part, other, 1)
+    else:
+        der[-1] ^= 1
     body = base64.encodebytes(bytes(der)).decode()
     return f"-----BEGIN CERTIFICATE REQUEST-----\n{body}-----END CERTIFICATE REQUEST-----\n"
 
@@ -110,9 +117,10 @@ def _altered_request() -> str:
         lambda: csr(ec.generate_private_key(ec.SECP384R1())),
         _rsa_request,
         _altered_request,
+        lambda: _altered_request(_ECDSA_SHA256, _NOTHING_KNOWN),
         lambda: "x" * 20_000,
     ],
-    ids=["empty", "text", "other curve", "rsa", "altered", "huge"],
+    ids=["empty", "text", "other curve", "rsa", "altered", "signed by nothing known", "huge"],
 )
 def test_a_request_that_is_not_a_sound_p256_one_is_refused(server: Running, make: object) -> None:
     token = server.enrolment_token(uses=1)

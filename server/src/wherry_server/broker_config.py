@@ -4,12 +4,18 @@ Devices come to a listener that asks for a certificate of the device authority. 
 and, whatever they claim, their client id; two lines of access rules, the same for any number of devices, let each read
 what is below its own name and write its own reports. The roles of the server come to another listener, with certificates
 of another authority. mosquitto grants any subscription and holds back what the rules forbid at delivery.
+
+mosquitto that root starts becomes another user before it reads its key, and reads all of this again as that user whenever the
+list of revoked certificates changes. So the key, and the folder that it writes to, are given to that user where root writes the
+configuration, and that it can read them is tried.
 """
 
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -24,7 +30,12 @@ CONFIGURATION = "mosquitto.conf"
 ACCESS = "access"
 SERVER_ACCESS = "access-of-servers"
 REVOKED = "revoked.pem"
-PID = "mosquitto.pid"
+STORE = "store"
+"""The only folder that mosquitto writes to."""
+PID = f"{STORE}/mosquitto.pid"
+PID_BEFORE = "mosquitto.pid"
+"""Where configurations of earlier releases have it."""
+KEY = "broker.key"
 CERTIFICATE_DAYS = 365
 """Life of what the broker shows; `wherry broker config` again makes another."""
 SERVER_USER = "wherry-server"
@@ -71,7 +82,7 @@ user {user}
 pid_file {folder / PID}
 per_listener_settings true
 persistence true
-persistence_location {folder / "store"}/
+persistence_location {folder / STORE}/
 autosave_interval {AUTOSAVE_S}
 set_tcp_nodelay true
 max_inflight_messages {IN_FLIGHT_MAX}
@@ -127,6 +138,9 @@ def write(
 ) -> Path:
     """Write all files and return the path of the configuration.
 
+    Raises:
+        DeviceError: `broker_folder_closed`, the user could not read it.
+
     Args:
         settings: of the server.
         authority: signs what the broker shows.
@@ -137,10 +151,10 @@ def write(
         listen: address on which devices are heard; empty for all.
     """
     folder = (folder or settings.broker_folder).absolute()
-    (folder / "store").mkdir(parents=True, exist_ok=True)
+    (folder / STORE).mkdir(parents=True, exist_ok=True)
     known = dict.fromkeys([settings.broker_host, settings.broker_server_host, "127.0.0.1", "localhost", *hosts])
     pair = authority.issue_server(list(known), days=CERTIFICATE_DAYS)
-    write_secret(folder / "broker.key", pair.key)
+    write_secret(folder / KEY, pair.key)
     for name, content in (
         ("broker.pem", pair.certificate),
         ("devices-ca.pem", authority.ca_pem.encode()),
@@ -151,7 +165,45 @@ def write(
         (CONFIGURATION, configuration(settings, folder, user=user, listen=listen).encode()),
     ):
         replace(folder / name, content)
+    _give(folder, user)
     return folder / CONFIGURATION
+
+
+def to_be_given(folder: Path, user: str) -> list[Path]:
+    """Return what is not yet of the user as whom mosquitto runs when root starts it; all of it if that user is not known here."""
+    mine = folder / KEY, folder / STORE
+    try:
+        number = pwd.getpwnam(user).pw_uid
+    except KeyError:
+        return list(mine)
+    return [path for path in mine if path.stat().st_uid != number]
+
+
+def _give(folder: Path, user: str) -> None:
+    if os.geteuid() != 0:
+        return  # nothing can be given away: the caller says what root has to do
+    try:
+        whom = pwd.getpwnam(user)
+    except KeyError:
+        return
+    for path in (folder / KEY, folder / STORE, *(folder / STORE).iterdir()):
+        os.chown(path, whom.pw_uid, whom.pw_gid, follow_symlinks=False)
+    tried = [str(folder / name) for name in (KEY, REVOKED, CONFIGURATION)]
+    done = subprocess.run(
+        ["/bin/sh", "-c", 'for file; do test -r "$file" || exit 1; done', "sh", *tried],
+        check=False,
+        cwd="/",
+        user=whom.pw_uid,
+        group=whom.pw_gid,
+        extra_groups=[],
+    )
+    if done.returncode:
+        raise DeviceError(
+            "broker_folder_closed",
+            f"{user}, as whom mosquitto runs, cannot read what is in {folder}",
+            consequence="mosquitto would not start, or would never read a list of revoked certificates again",
+            next_step=f"let {user} through the folders above it (chmod o+x), or name another user: --user",
+        )
 
 
 def program() -> str:

@@ -102,7 +102,10 @@ class Collector:
 
     def _stray(self, topic: str) -> None:
         self._turn()
-        for device in filter(is_device_id, topic.split("/")[:4]):
+        parts = topic.split("/")
+        # only the third level is what the broker vouches for: whoever writes chooses the second, and may put another's id there
+        device = parts[2] if len(parts) > 2 else ""
+        if is_device_id(device):
             self._strays[device] += 1
             if self._strays[device] == STRAYS_MAX:
                 self._flood(device)

@@ -6,7 +6,8 @@ Three ways in: a token, for one device or many; a token of which a person accept
 named before the device came, which needs no secret.
 
 An enrolment that is repeated with the same key, because the answer got lost, gives the same device again and uses
-nothing up; another key under a name that is taken is refused.
+nothing up; another key under a name that is taken is refused. A key is one device's: it lets in nobody under another name, and
+that a person named it lets in once. A device that was shut out does not come back by the key that it came with.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import audit, revocation
@@ -125,8 +126,8 @@ async def enrol(services: Services, request: wire.EnrolRequest) -> wire.EnrolAns
     """Enrol a device.
 
     Raises:
-        RefusedError: `enrolment_refused` (token or key), `csr_invalid`, `content_key_invalid`, `bad_name`, `labels_invalid` or `name_taken`.
-        UnreachableError: `enrolment_pending`, a person has to accept it first.
+        RefusedError: `enrolment_refused` (token or key), `csr_invalid`, `content_key_invalid`, `bad_name`, `labels_invalid`, `name_taken` or `key_taken`.
+        UnreachableError: `enrolment_pending`, a person has to accept it first; `certificates_too_many`.
     """
     if _NAME.fullmatch(request.name) is None:
         raise RefusedError(
@@ -172,11 +173,15 @@ async def enrol(services: Services, request: wire.EnrolRequest) -> wire.EnrolAns
                 consequence="this device was not enrolled",
                 next_step=f"give it another name (wherry-agent run --name), or: wherry device decommission {name}",
             )
+        elif way.again_only:
+            raise _refused("its key let a device in already, and the token is not known here")
         elif way.hold:
+            await _check_key(connection, services.project, key.key_digest)
             if await requests.file(connection, services.project, request, key.key_digest, labels):
                 await _use(connection, token_hash)
             device = ""
         else:
+            await _check_key(connection, services.project, key.key_digest)
             if way.by_key:
                 await requests.used(connection, services.project, key.key_digest)
             else:
@@ -232,6 +237,7 @@ async def renew(services: Services, device: DeviceIdentity, request: wire.RenewR
 
     Raises:
         RefusedError: `csr_invalid`, or `device_revoked` if it was revoked a moment ago.
+        UnreachableError: `certificates_too_many`.
     """
     key = check_request(request.csr_pem)
     content_key = checked_public(request.content_key)
@@ -281,14 +287,25 @@ class _Way(NamedTuple):
     """Under which it has to come; empty: its own."""
     by_key: bool = False
     hold: bool = False
+    again_only: bool = False
+    """Only the device that came in by this key, whose answer got lost."""
 
 
 async def _way_in(connection: AsyncConnection, project: str, token_hash: str, key: str) -> _Way:
     asked = await requests.find(connection, project, key)
-    if asked is not None and asked.state in ("expected", "enrolled"):
+    if asked is not None and asked.state == "expected":
         return _Way(asked.labels, asked.name, by_key=True)
     if asked is not None and asked.state == "refused":
         raise _refused("an operator refused the key of this device")
+    try:
+        return await _by_token(connection, project, token_hash)
+    except RefusedError:
+        if asked is not None and asked.state == "enrolled":
+            return _Way(asked.labels, asked.name, again_only=True)
+        raise
+
+
+async def _by_token(connection: AsyncConnection, project: str, token_hash: str) -> _Way:
     token = (
         await connection.execute(
             select(_tokens.c.expires_at, _tokens.c.labels, _tokens.c.hold).where(
@@ -301,6 +318,31 @@ async def _way_in(connection: AsyncConnection, project: str, token_hash: str, ke
     if token.expires_at <= now_us():
         raise _refused("the token has expired")
     return _Way(token.labels, hold=bool(token.hold))
+
+
+async def _check_key(connection: AsyncConnection, project: str, key: str) -> None:
+    """See that a key is no device's; of those that left for good only the copied ones count.
+
+    Raises:
+        RefusedError: `key_taken`.
+    """
+    cloned = _devices.c.state_reason == "cloned"
+    taken = await connection.scalar(
+        select(_devices.c.name)
+        .where(
+            _devices.c.project_id == project,
+            _devices.c.key_digest == key,
+            or_(_devices.c.state != "decommissioned", cloned),
+        )
+        .limit(1)
+    )
+    if taken is not None:
+        raise RefusedError(
+            "key_taken",
+            f"the key of this device is, or was, that of {taken!r}",
+            consequence="this device was not enrolled",
+            next_step="remove the folder identity of its home, so that it makes a key of its own, and enrol it again",
+        )
 
 
 def _token_hash(token: str) -> str:

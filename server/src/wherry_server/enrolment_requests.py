@@ -101,9 +101,11 @@ async def file(
     Raises:
         RefusedError: `requests_full`.
     """
-    if await find(connection, project, key) is not None:
+    asked = await find(connection, project, key)
+    if asked is not None and asked.state == "pending":
         return False
     await _make_room(connection, project, "pending", PENDING_MAX)
+    await connection.execute(delete(_requests).where(_requests.c.project_id == project, _requests.c.key_digest == key))
     facts = facts_to_keep(request.facts) if request.facts is not None else {}
     words = {"name": request.name, "labels": labels, "days": PENDING_DAYS, "facts": facts}
     await _write(connection, project, key, state="pending", actor=f"key:{key}", **words)  # type: ignore[arg-type]
@@ -144,7 +146,7 @@ async def settle(connection: AsyncConnection, project: str, key: str, state: str
 
 
 async def used(connection: AsyncConnection, project: str, key: str) -> None:
-    """The device with this key is in; until the row expires it may repeat its enrolment, if the answer got lost."""
+    """The device with this key is in; until the row expires it, and nobody else, may repeat its enrolment, if the answer got lost."""
     await connection.execute(
         update(_requests)
         .where(_requests.c.project_id == project, _requests.c.key_digest == key)

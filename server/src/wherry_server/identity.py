@@ -74,11 +74,12 @@ def check_request(csr_pem: str) -> Request:
         csr = x509.load_pem_x509_csr(csr_pem.encode())
         key = csr.public_key()
         subject = csr.subject
+        signed = csr.is_signature_valid
     except Exception as error:  # the parser's errors are of many kinds, all of them the sender's fault
         raise _invalid(str(error) or type(error).__name__) from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise _invalid("the key is not on the curve P-256")
-    if not csr.is_signature_valid:
+    if not signed:
         raise _invalid("it is not signed by its own key")
     encoded = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     names = tuple(str(item.value) for item in subject.get_attributes_for_oid(NameOID.COMMON_NAME))

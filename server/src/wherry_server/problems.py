@@ -62,6 +62,7 @@ STATUS: dict[str, int] = {
     # what stands against it
     "version_taken": 409,
     "name_taken": 409,
+    "key_taken": 409,
     "device_cloned": 409,
     "requests_full": 409,
     "name_ambiguous": 409,
@@ -88,6 +89,7 @@ STATUS: dict[str, int] = {
     "range_invalid": 416,
     "precondition_missing": 428,
     "rate_limited": 429,
+    "certificates_too_many": 429,
     # shapes
     "request_invalid": 422,
 }

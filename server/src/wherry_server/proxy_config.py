@@ -2,7 +2,8 @@
 
 The headers that carry the certificate are always set by nginx, so what a client sends under their names is gone; and they
 count only beside a secret that nginx adds, so whoever reaches the API around nginx has nothing to say. A device that shows
-no certificate, or an expired one, gets to the API without: the API decides.
+no certificate gets to the API without: the API decides. One that shows a bad certificate, or an expired one, is refused by nginx
+(400); devices leave an expired one out (`identity.shown_pair`).
 """
 
 from __future__ import annotations

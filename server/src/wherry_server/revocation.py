@@ -6,14 +6,17 @@ until it expires; `doorkeeper` writes the list and ends sessions that are open.
 
 from __future__ import annotations
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server.db.tables import DeviceCertificate, SessionCut, WrappedKey, table
 from wherry_server.identity import Issued
 from wherry_server.times import now_us
+from wherry_shared.errors import UnreachableError
 
 DAY_US = 86_400 * 1_000_000
+CERTIFICATES_PER_DAY_MAX = 100
+"""Of one device. Each is kept until it expires, and stands in the broker's list if the device is revoked: nobody fills that."""
 
 _certificates = table(DeviceCertificate)
 _cuts = table(SessionCut)
@@ -21,7 +24,23 @@ _wrapped = table(WrappedKey)
 
 
 async def note(connection: AsyncConnection, project: str, device: str, issued: Issued) -> None:
-    """Remember a certificate that was issued."""
+    """Remember a certificate that was issued.
+
+    Raises:
+        UnreachableError: `certificates_too_many`, for today.
+    """
+    count = await connection.scalar(
+        select(func.count())
+        .select_from(_certificates)
+        .where(_certificates.c.device_id == device, _certificates.c.issued_at > now_us() - DAY_US)
+    )
+    if (count or 0) >= CERTIFICATES_PER_DAY_MAX:
+        raise UnreachableError(
+            "certificates_too_many",
+            f"{count} certificates were issued to this device within a day",
+            consequence="it gets no other one now",
+            next_step="keep what was issued and ask again tomorrow; see whether two machines share this identity",
+        )
     await connection.execute(
         insert(_certificates).values(
             serial=issued.serial,

@@ -78,7 +78,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     certificate is not asked for then."""
     broker_reload: list[str] = []
     """Command that has the broker read its list of revoked certificates again; empty: SIGHUP to the process that its
-    `mosquitto.pid` names."""
+    `store/mosquitto.pid` names."""
     project: str = "default"
     database: str = ""
     """SQLAlchemy URL; empty: SQLite in the data folder."""

@@ -181,7 +181,7 @@ def _swarm(options: argparse.Namespace) -> int:
     )
     print(
         f"{options.devices} simulated devices: machine, MQTT, signatures and reports are real; what models do there comes"
-        " from a table; all devices show one key in their certificate requests and share one TUF refresh",
+        " from a table; all devices share one TUF refresh",
         file=sys.stderr,
         flush=True,
     )

@@ -1,8 +1,7 @@
 """How simulated devices become devices: enrolment over HTTP and one TUF refresh, both the real protocols.
 
-Two economies, both named wherever counts are printed: every device of a swarm shows the same EC P-256 key in its
-certificate request (a key per device proves nothing more here and costs a second of CPU per thousand), and the metadata
-are refreshed once per swarm instead of once per device.
+One economy, named wherever counts are printed: the metadata are refreshed once per swarm instead of once per device. Keys are
+derived, one for each device, since a server takes a key for one device only.
 """
 
 from __future__ import annotations
@@ -53,17 +52,21 @@ class Identity:
 
 
 class Enroller:
-    """Enrols devices of one swarm with one key pair."""
+    """Enrols devices of one swarm, each with a key of its own."""
 
     def __init__(self, client: httpx.AsyncClient, token: str, swarm: str) -> None:
         self._client = client
         self._token = token
-        self._key = _key(token, swarm)
+        self._swarm = swarm
         self._slots = asyncio.Semaphore(ENROL_AT_ONCE)
 
     def _csr(self, name: str) -> str:
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(self._key, hashes.SHA256())
+        request = (
+            x509.CertificateSigningRequestBuilder()
+            .subject_name(subject)
+            .sign(_key(self._token, self._swarm, name), hashes.SHA256())
+        )
         return request.public_bytes(serialization.Encoding.PEM).decode()
 
     async def enrol(self, name: str, labels: dict[str, str], facts: DeviceFacts) -> Identity:
@@ -99,9 +102,9 @@ class Enroller:
         )
 
 
-def _key(token: str, swarm: str) -> ec.EllipticCurvePrivateKey:
-    """Derive the key of a swarm, so that the same swarm started again is the same devices to the server."""
-    digest = hmac.digest(token.encode(), b"wherry swarm key v1/" + swarm.encode(), hashlib.sha256)
+def _key(token: str, swarm: str, name: str) -> ec.EllipticCurvePrivateKey:
+    """Derive the key of a device, so that the same swarm started again is the same devices to the server."""
+    digest = hmac.digest(token.encode(), f"wherry swarm key v2/{swarm}/{name}".encode(), hashlib.sha256)
     return ec.derive_private_key(1 + int.from_bytes(digest, "big") % (_P256_ORDER - 1), ec.SECP256R1())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,15 +56,19 @@ def write_config(
         settings, authority, revoked, folder=output, hosts=host or [], user=user, listen=listen
     )
     settings.save()
+    given = broker_config.to_be_given(written.parent, user)
+    chown = f"chown -R {user} {shlex.join(map(str, given))}" if given else ""
 
     def render(console: Console) -> None:
         console.print(f"Written: {written}", soft_wrap=True)
+        if chown:
+            console.print(f"Where root starts it, before: {chown}", soft_wrap=True)
         console.print(f"Start: mosquitto -c {written}", soft_wrap=True)
         console.print(
             "Devices that enrol from now on come to it with their certificates; start api and director again."
         )
 
-    show({"configuration": str(written)}, as_json, render)
+    show({"configuration": str(written), "chown": chown}, as_json, render)
 
 
 @app.command("revoked")

@@ -98,7 +98,11 @@ class Device(SQLModel, table=True):
     """An enrolled agent."""
 
     __tablename__ = "device"
-    __table_args__ = (UniqueConstraint("project_id", "name"), Index("ix_device_seen", "project_id", "last_seen_at"))
+    __table_args__ = (
+        UniqueConstraint("project_id", "name"),
+        Index("ix_device_seen", "project_id", "last_seen_at"),
+        Index("ix_device_key", "project_id", "key_digest"),
+    )
     id: str = Field(primary_key=True)
     project_id: str = Field(index=True)
     name: str
@@ -110,7 +114,7 @@ class Device(SQLModel, table=True):
     facts: dict[str, Any] = _searched()
     bearer_hash: str
     key_digest: str = ""
-    """Of the public key in its certificate: an enrolment that is repeated is told by it."""
+    """Of the public key in its certificate: an enrolment that is repeated is told by it, and a key that somebody has."""
     certificate_serial: str = ""
     certificate_expires_at: int = _time(default=0)
     enrolled_at: int = _time()
