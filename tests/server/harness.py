@@ -25,6 +25,7 @@ from wherry_server import api_tokens
 from wherry_server.app import create_app
 from wherry_server.db.database import Database
 from wherry_server.grants import Role
+from wherry_server.heads import HeadLimit
 from wherry_server.services import open_services, prepare
 from wherry_server.settings import Settings
 from wherry_shared import wire
@@ -142,7 +143,9 @@ def running(folder: Path, **overrides: Any) -> Iterator[Running]:
     prepare(settings)
     admin = in_database(settings, lambda c: api_tokens.create(c, settings.project, "admin", "admin", 1))
     server = uvicorn.Server(
-        uvicorn.Config(create_app(open_services(settings)), port=settings.port, log_level="warning", ws="none")
+        uvicorn.Config(
+            create_app(open_services(settings)), port=settings.port, log_level="warning", ws="none", http=HeadLimit
+        )
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

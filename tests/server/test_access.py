@@ -23,11 +23,12 @@ from tests.server.test_cli_tree import ALL
 from wherry_server import access, api_tokens, rollouts
 from wherry_server.access import Operation
 from wherry_server.api.description import BODIES, PARAMETERS
-from wherry_server.app import ROUTERS
+from wherry_server.app import ROUTERS, create_app
 from wherry_server.ceremony import Ceremony
 from wherry_server.cli.everything import app
 from wherry_server.db.database import Database
 from wherry_server.grants import MAY, ROLES, Grant, Permission, Role, Subject
+from wherry_server.services import open_services
 from wherry_server.trust import Trust
 from wherry_shared.errors import RefusedError, WherryError
 from wherry_shared.publishing import PublisherKey
@@ -126,6 +127,15 @@ def test_a_route_that_does_not_say_who_may_keeps_the_server_from_starting() -> N
         access.operations([router])
 
 
+def test_nothing_is_served_beside_the_operations_but_their_description(stocked: Running) -> None:
+    """What is walked below is all there is: no mount, no socket, no route that was added behind."""
+    app = create_app(open_services(stocked.settings))
+    included = [route.original_router for route in app.routes if hasattr(route, "original_router")]
+    assert [id(one) for one in included] == [id(module.router) for module in ROUTERS]
+    rest = {getattr(route, "path", repr(route)) for route in app.routes if not hasattr(route, "original_router")}
+    assert rest == {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
+
+
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
 def test_a_route_lets_in_whom_its_row_names_and_nobody_else(
     stocked: Running, operation: Operation, tokens: dict[Role, str], device: str
@@ -212,6 +222,14 @@ def test_a_scope_reaches_no_further_by_another_way_of_saying_whom(tmp_path: Path
             ):
                 answer = http.post("/api/v1/rollouts", json={**plan, **wish})
                 assert answer.status_code == status, (wish, answer.text)
+            rows = {one["selector"]: one["number"] for one in http.get("/api/v1/rollouts").json()}
+            own = next(number for selector, number in rows.items() if selector.startswith("id = "))
+            assert http.post(f"/api/v1/rollouts/{own}/abort").status_code == 202, "what it may make it may end"
+            with server.http() as admin:
+                far = admin.post("/api/v1/rollouts", json={**plan, "device": "elsewhere"}).json()["number"]
+                wide = admin.post("/api/v1/rollouts", json={**plan, "selector": "all"}).json()["number"]
+            for number in (far, wide):
+                assert http.post(f"/api/v1/rollouts/{number}/abort").json()["code"] == "scope_missing"
             assert http.put("/api/v1/cohorts/berlin", json={"selector": "all"}).json()["code"] == "scope_missing"
             assert http.post("/api/v1/devices/elsewhere/revoke").json()["code"] == "scope_missing"
             assert http.post("/api/v1/rollbacks", json={"model": "other"}).json()["code"] == "scope_missing"
@@ -259,11 +277,13 @@ def test_who_has_a_token_and_a_login_of_one_name_is_one_person(stocked: Running)
     with pytest.raises(RefusedError) as caught:
         asyncio.run(approve("person:ann"))
     assert caught.value.code == "approval_refused"
-    for actor in ("token:bob", "person:bob"):
+    with pytest.raises(RefusedError, match="who made a rollout"):
+        asyncio.run(approve("person:Ann"))
+    for actor in ("token:bob", "person:bob", "person:Bob"):
         asyncio.run(approve(actor))
     approvals = in_database(
         stocked.settings,
-        lambda c: c.exec_driver_sql("SELECT count(*) FROM approval WHERE actor LIKE '%:bob'"),
+        lambda c: c.exec_driver_sql("SELECT count(*) FROM approval WHERE actor LIKE '%:_ob'"),
     )
     assert approvals.scalar() == 1
 

@@ -89,6 +89,20 @@ async def unseal_all(connection: AsyncConnection, victim: int) -> int:
     return victim + 1
 
 
+async def rewrite_unsealed(connection: AsyncConnection, victim: int) -> int:
+    """Compute all of it again, and say that it is from before there were seals."""
+    await rewrite(connection, victim)
+    await connection.execute(text("UPDATE audit_entry SET seal = ''"))
+    await connection.execute(text("UPDATE audit_head SET seal = ''"))
+    return 1
+
+
+async def cut_unsealed(connection: AsyncConnection, victim: int) -> int:
+    await cut(connection, victim)
+    await connection.execute(text("UPDATE audit_head SET seal = ''"))
+    return victim
+
+
 async def swap(connection: AsyncConnection, victim: int) -> int | None:
     if victim == LENGTH:
         return None
@@ -114,6 +128,9 @@ TAMPERINGS: dict[str, Tamper] = {
     "removed": remove,
     "cut off": cut,
     "computed again": rewrite,
+    "computed again, without seals": rewrite_unsealed,
+    "cut off, without a seal": cut_unsealed,
+    "with a seal that is no text of ours": field("seal", "'ä'"),
     "moved": swap,
     "without its head": forget_head,
 }
@@ -130,6 +147,8 @@ def test_whatever_is_done_to_any_entry_is_found_and_located(tmp_path: Path, back
         try:
             for number in range(LENGTH):
                 async with database.write(audited=True) as connection:
+                    if number == 0:
+                        await audit.begin(connection, PROJECT)
                     await audit.append(connection, PROJECT, "token:a", "n.v", f"s-{number}", before=1, after=number)
             async with database.read() as connection:
                 whole = await audit.verify(connection, PROJECT, KEY)
@@ -150,14 +169,56 @@ def test_whatever_is_done_to_any_entry_is_found_and_located(tmp_path: Path, back
                 async with database.engine.connect() as connection, connection.begin() as transaction:
                     await unguard(connection)
                     place = await unseal_all(connection, victim)
-                    found = await audit.verify(connection, PROJECT, KEY)
+                    found = await audit.verify(connection, PROJECT, KEY, unsealed_max=LENGTH)
+                    strictly = await audit.verify(connection, PROJECT, KEY)
                     await transaction.rollback()
                 assert found.broken_at == place, "the first that still has a seal has a wrong one"
+                assert strictly.broken_at == 1, "nobody said that entries have no seals"
             return tried
         finally:
             await database.close()
 
     assert asyncio.run(work()) == LENGTH * len(TAMPERINGS) - 1
+
+
+@pytest.mark.backends
+@pytest.mark.parametrize(
+    "tamper",
+    [cut, cut_unsealed, rewrite, rewrite_unsealed, forget_head, "all"],
+    ids=lambda one: getattr(one, "__name__", one),
+)
+def test_what_is_added_later_does_not_mend_a_log_that_was_tampered_with(
+    tmp_path: Path, backend: str, tamper: Tamper | str
+) -> None:
+    settings = Settings.load(tmp_path / "data")
+    settings.data.mkdir()
+    migrate.upgrade(settings.database_url)
+
+    async def work() -> None:
+        database = Database.open(settings.database_url, audit_key=KEY)
+        try:
+            async with database.write(audited=True) as connection:
+                await audit.begin(connection, PROJECT)
+                for number in range(LENGTH):
+                    await audit.append(connection, PROJECT, "token:a", "n.v", f"s-{number}")
+            async with database.write() as connection:
+                await unguard(connection)
+                if isinstance(tamper, str):
+                    await connection.execute(text("DELETE FROM audit_entry"))
+                    await connection.execute(text("DELETE FROM audit_head"))
+                else:
+                    await tamper(connection, 2)
+            for _ in range(2):
+                async with database.write(audited=True) as connection:
+                    await audit.append(connection, PROJECT, "token:b", "n.v", "later")
+                async with database.read() as connection:
+                    found = await audit.verify(connection, PROJECT, KEY)
+                assert found.broken_at is not None
+                assert found.why
+        finally:
+            await database.close()
+
+    asyncio.run(work())
 
 
 @pytest.mark.backends

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.server.harness import NO_TLS, Running, enrol, running
-from wherry_server import access, fleet, problems
+from wherry_server import access, fleet, heads, problems
 from wherry_server.app import BODY_BYTES_MAX, ROUTERS
 from wherry_server.border import DOCS_CSP, HSTS, PUBLIC, Headers
+from wherry_server.heads import HEAD_BYTES_MAX
 from wherry_server.rates import BURST_S, WHO, Rates, TooManyError
 from wherry_server.settings import Settings
 
@@ -69,6 +71,78 @@ def test_an_address_that_is_refused_too_often_waits_and_shuts_out_nobody_else(tm
         assert known.get("/api/v1/fleet").status_code == 200, "who was let in before is let in"
         with server.http(server.token("viewer")) as new:
             assert new.get("/api/v1/fleet").status_code == 429
+
+
+def test_what_ends_before_anybody_asks_who_it_is_counts_as_refused_too(tmp_path: Path) -> None:
+    with running(tmp_path / "data", refused_per_s=0.5) as server, anybody(server) as stranger:
+        assert [stranger.get("/nowhere").status_code for _ in range(4)] == [404, 404, 429, 429]
+    with running(tmp_path / "data", refused_per_s=0.5) as server, anybody(server) as stranger:
+        broken = {"content": b"{", "headers": {"Content-Type": "application/json"}}
+        statuses = [stranger.post("/api/v1/tokens", **broken).status_code for _ in range(4)]  # type: ignore[arg-type]
+        assert statuses == [422, 422, 429, 429]
+        with server.http() as admin:
+            assert admin.get("/nowhere").status_code == 429, "nobody knows it yet"
+
+
+def test_who_was_let_in_may_ask_for_what_is_not_there(tmp_path: Path) -> None:
+    with running(tmp_path / "data", refused_per_s=0.5) as server, server.http() as http:
+        assert http.get("/api/v1/fleet").status_code == 200
+        assert {http.get("/nowhere").status_code for _ in range(6)} == {404}
+
+
+def test_a_guess_is_not_taken_for_known_by_asking_for_what_is_not_there(tmp_path: Path) -> None:
+    with running(tmp_path / "data", refused_per_s=1) as server, anybody(server) as stranger:
+        guesses = [{"Authorization": f"Bearer wherryapi_{number}"} for number in range(3)]
+        assert {stranger.get("/nowhere", headers=guess).status_code for guess in guesses} == {404}
+        statuses = [stranger.get("/api/v1/fleet", headers=guess).status_code for guess in guesses * 3]
+        assert 429 in statuses[:4], "each guess would be looked up without an end"
+        assert set(statuses[4:]) == {429}
+
+
+def talk(server: Running, *pieces: bytes) -> bytes:
+    """Send pieces until the server hangs up, and return what it said."""
+    with socket.create_connection((server.settings.host, server.settings.port), timeout=20) as connection:
+        try:
+            for piece in pieces:
+                connection.sendall(piece)
+            return b"".join(iter(lambda: connection.recv(65536), b""))
+        except ConnectionError:
+            return b"reset"
+
+
+PIECE = b"x" * 16_384
+ENDLESS = (PIECE,) * (32 * HEAD_BYTES_MAX // len(PIECE))
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"GET /api/v1/health HTTP/1.1\r\nHost: h\r\na: ",
+        b"GET /",
+        b"POST /device/v1/enrol HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\na: ",
+    ],
+    ids=["a header", "an address", "a trailer"],
+)
+def test_a_head_without_end_is_hung_up_on(server: Running, begin: bytes) -> None:
+    assert talk(server, begin, *ENDLESS)[:12] in (b"HTTP/1.1 400", b"reset", b"")
+
+
+def test_a_head_that_is_never_complete_is_hung_up_on(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "HEAD_S", 0.2)
+    for begin in (b"", b"GET /api/v1/health HTTP/1.1\r\nHost: h\r\n"):
+        with socket.create_connection((server.settings.host, server.settings.port), timeout=20) as connection:
+            connection.sendall(begin)
+            try:
+                assert connection.recv(1) == b""
+            except ConnectionResetError:
+                continue
+
+
+def test_many_requests_of_one_connection_are_no_long_head(server: Running) -> None:
+    one = b"GET /api/v1/health HTTP/1.1\r\nHost: h\r\na: " + b"x" * 8_000 + b"\r\n\r\n"
+    every = one * 19 + one.replace(b"Host: h", b"Host: h\r\nConnection: close")
+    answered = talk(server, *(every[place : place + 3_000] for place in range(0, len(every), 3_000)))
+    assert answered.count(b"HTTP/1.1 200") == 20
 
 
 def test_a_wrong_enrolment_token_counts_as_refused(tmp_path: Path) -> None:

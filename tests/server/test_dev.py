@@ -159,7 +159,10 @@ def test_a_development_server_starts_survives_the_death_of_a_child_and_goes_on_w
         with httpx.Client(base_url=url, trust_env=False) as http:
             http.headers["Authorization"] = f"Bearer {client['token']}"
             assert http.get("/api/v1/tokens").status_code == 200, "the second start knows the first token"
-            assert any(entry["subject"] for entry in http.get("/api/v1/audit").json())
+            made = http.get("/api/v1/audit", params={"action": "token.create"}).json()
+            assert [(one["actor"], one["subject"], one["detail"]["role"]) for one in made] == [
+                ("server:dev", "dev", "admin")
+            ]
         request = wire.EnrolRequest(format=1, token=enrolment, csr_pem=csr(), name="first")
         enrolled = httpx.post(f"{url}/device/v1/enrol", content=wire.encode(request), trust_env=False)
         assert wire.parse(wire.EnrolAnswer, enrolled.content).broker_port == broker_port

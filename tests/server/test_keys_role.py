@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
@@ -14,9 +15,11 @@ import pytest
 from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from sqlalchemy import insert, update
+from sqlalchemy.exc import DBAPIError
 from typer.main import get_command
 
-from tests.server.harness import Running, csr, enrol, in_database, until, write_bundle
+from tests.postgres import Postgres
+from tests.server.harness import Running, csr, enrol, in_database, running, until, write_bundle
 from wherry_server.cli.common import GLOBALS
 from wherry_server.cli.everything import app
 from wherry_server.db.database import Database
@@ -201,6 +204,46 @@ def test_the_runbook_of_content_keys(server: Running, tmp_path: Path, monkeypatc
     late = Device(server, "after-the-rotation").assigned(manifest)
     assert wherry("keys", "wrap", role, "--data", data)["wrapped"] == 2
     assert sorted(late.keys(manifest)) == sorted(device.keys(manifest))
+
+
+def test_the_role_as_a_database_user_of_its_own_does_its_work_and_writes_nothing_else(
+    postgres: Postgres, tmp_path: Path
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "runbooks" / "content-keys.md").read_text(encoding="utf-8")
+    (statements,) = re.findall(r"```sql\n(.*?)```", page, flags=re.DOTALL)
+    ring = KeyRing(tmp_path / "role")
+    ring.add()
+    with running(tmp_path / "data", database=postgres.database()) as server:
+        manifest = encrypted(server, tmp_path, ring)
+        device = Device(server, "by-its-own-user").assigned(manifest)
+        for statement in statements.strip().split(";\n"):
+            in_database(server.settings, lambda c, one=statement: c.exec_driver_sql(one))
+        url = server.settings.database_url.replace("//wherry@", "//wherry_keys@")
+
+        async def work() -> tuple[int, int, set[tuple[str, str]]]:
+            database = Database.open(url)
+            try:
+                role = KeysRole(database, server.settings.project, ring)
+                wrapped = await role.wrap()
+                ring.add()
+                resealed = await role.reseal()
+                with pytest.raises(DBAPIError, match="permission denied"):
+                    async with database.write() as connection:
+                        await connection.execute(update(_assignments).values(outcome="confirmed"))
+                with pytest.raises(DBAPIError, match="permission denied"):
+                    async with database.write() as connection:
+                        await connection.execute(update(_sealed).values(manifest="another"))
+                async with database.read() as connection:
+                    rows = await connection.exec_driver_sql(
+                        "SELECT table_name, privilege_type FROM information_schema.role_table_grants"
+                        " WHERE grantee = 'wherry_keys' AND privilege_type <> 'SELECT'"
+                    )
+                    return wrapped, resealed, {(row[0], row[1]) for row in rows}
+            finally:
+                await database.close()
+
+        assert asyncio.run(work()) == (2, 2, {("wrapped_key", "INSERT"), ("wrapped_key", "DELETE")})
+        assert len(device.keys(manifest)) == 2
 
 
 def test_ciphertext_is_neither_encoded_nor_read_as_weights(server: Running, tmp_path: Path) -> None:

@@ -86,8 +86,11 @@ def test_a_browser_logs_in_acts_and_logs_out(server: Running) -> None:
         csrf = {"X-CSRF-Token": me["csrf_token"]}
         narrow = http.post("/api/v1/cohorts", json={"name": "x", "selector": "all"}, headers=csrf)
         assert code_of(narrow) == (403, "scope_missing")
+        kept = {"Cookie": f"{COOKIE}={http.cookies[COOKIE]}"}
+        assert http.get("/api/v1/me", headers=kept).status_code == 200
         assert http.post("/auth/logout", headers=csrf).status_code == 204
-        assert http.get("/api/v1/me").status_code == 401, "the cookie opens nothing any more"
+        assert COOKIE not in http.cookies
+        assert http.get("/api/v1/me", headers=kept).status_code == 401, "a copy of the cookie opens nothing any more"
     with server.http() as admin:
         entries = admin.get("/api/v1/audit", params={"actor": "person:ann@example.org"}).json()
         assert [one["action"] for one in entries[:2]] == ["session.end", "session.begin"]
@@ -129,10 +132,9 @@ LIES: dict[str, dict[str, Any]] = {
     "groups that are no list": {"claims": {"groups": "admins"}},
     "signed by another key": {"signing": FOREIGN},
     "not signed": {"algorithm": "none"},
-    "signed with the public key as a secret": {
-        "algorithm": "HS256",
-        "signing": jwk.OctKey.import_key(b"k" * 64),
-    },
+    "signed with the public key as a secret": {"algorithm": "HS256"},
+    "for us, on behalf of another client": {"claims": {"azp": "other"}},
+    "an address that nobody verified, in words": {"claims": {"email_verified": "false"}},
 }
 
 
@@ -143,6 +145,25 @@ def test_who_is_not_proved_is_not_let_in(server: Running, people: Provider, lie:
     with browser(server) as http:
         assert code_of(come_back(http)) == (403, "login_refused")
         assert COOKIE not in http.cookies
+
+
+def test_a_token_that_says_whom_it_is_on_behalf_of_is_good(server: Running, people: Provider) -> None:
+    people.claims = {"aud": [CLIENT, "other"], "azp": CLIENT, "email_verified": "true"}
+    with browser(server) as http:
+        assert come_back(http).status_code == 303
+
+
+def test_clocks_may_differ_by_so_much_and_no_more(server: Running, people: Provider) -> None:
+    for claim, offset, status in (
+        ("exp", -oidc.LEEWAY_S - 1, 403),
+        ("exp", -oidc.LEEWAY_S / 2, 303),
+        ("iat", oidc.LEEWAY_S * 10, 403),
+        ("iat", oidc.LEEWAY_S, 303),
+        ("nbf", oidc.LEEWAY_S * 10, 403),
+    ):
+        people.claims = {claim: int(time.time() + offset)}
+        with browser(server) as http:
+            assert come_back(http).status_code == status, (claim, offset)
 
 
 def test_a_login_ends_in_the_browser_that_began_it_and_once(server: Running, people: Provider) -> None:
@@ -171,10 +192,17 @@ def test_who_is_in_no_group_that_counts_is_told_so(server: Running, people: Prov
         assert code_of(come_back(http)) == (403, "login_without_role")
 
 
-@pytest.mark.parametrize("following", ["//evil.example", "https://evil.example", "/\\evil.example", "evil", "/a?b=//c"])
+@pytest.mark.parametrize(
+    "following", ["//", "//evil.example", "https://evil.example", "/\\evil.example", "evil", "/a?b=//c"]
+)
 def test_a_login_leads_to_no_foreign_place(server: Running, following: str) -> None:
     with browser(server) as http:
         assert code_of(http.get("/auth/login", params={"next": following})) == (403, "login_refused")
+
+
+def origin_of_form(page: httpx.Response, server: Running) -> str:
+    """Return what a browser says about a page that sends a form to its own server (Fetch, "append a request Origin header")."""
+    return "null" if page.headers["referrer-policy"] == "no-referrer" else server.url
 
 
 def test_the_command_line_gets_a_session_once_the_person_agreed(server: Running) -> None:
@@ -186,7 +214,7 @@ def test_the_command_line_gets_a_session_once_the_person_agreed(server: Running)
         foreign = http.post("/auth/allow", data={"ticket": ticket}, headers={"Origin": "https://evil.example"})
         assert code_of(foreign) == (403, "login_refused")
         assert code_of(http.post("/auth/allow", data={"ticket": ticket[:-4] + "AAAA"})) == (403, "login_refused")
-        led = http.post("/auth/allow", data={"ticket": ticket}, headers={"Origin": server.url})
+        led = http.post("/auth/allow", data={"ticket": ticket}, headers={"Origin": origin_of_form(page, server)})
         assert led.headers["location"].startswith("http://127.0.0.1:1/?code=wherrycode_")
         code = led.headers["location"].partition("code=")[2]
         wrong = http.post("/auth/token", json={"code": code, "verifier": "w" * 43})
@@ -227,7 +255,9 @@ def test_wherry_login_is_somebody_until_wherry_logout(
                 begun = http.get(address)
                 page = http.get(httpx.get(begun.headers["location"], trust_env=False).headers["location"])
                 (ticket,) = re.findall(r'name="ticket" value="([^"]+)"', page.text)
-                httpx.get(http.post("/auth/allow", data={"ticket": ticket}).headers["location"], trust_env=False)
+                origin = {"Origin": origin_of_form(page, server)}
+                allowed = http.post("/auth/allow", data={"ticket": ticket}, headers=origin)
+                httpx.get(allowed.headers["location"], trust_env=False)
 
         threading.Thread(target=person).start()
         return True
@@ -261,6 +291,28 @@ def test_a_session_is_sent_over_no_open_line(tmp_path: Path, people: Provider) -
     wish = {"issuer": people.url, "client_id": CLIENT, "public_url": "http://wherry.example"}
     with running(tmp_path / "data", oidc=wish) as server, browser(server) as http:
         assert code_of(http.get("/auth/login")) == (403, "login_insecure")
+
+
+def test_over_https_no_other_host_gives_a_browser_cookies_of_this_one(tmp_path: Path, people: Provider) -> None:
+    public = "https://wherry.example"
+    wish = {"issuer": people.url, "client_id": CLIENT, "public_url": public, "groups": {"lab": [{"role": "operator"}]}}
+    with running(tmp_path / "data", oidc=wish) as server, browser(server) as http:
+        (server.settings.keys_folder / "oidc.secret").write_text(SECRET)
+        begun = http.get("/auth/login")
+        login = begun.headers["set-cookie"]
+        led = httpx.get(begun.headers["location"], trust_env=False).headers["location"]
+        back = http.get(led.removeprefix(public), headers={"Cookie": login.partition(";")[0]})
+        session, gone = back.headers.get_list("set-cookie")
+        me = http.get("/api/v1/me", headers={"Cookie": session.partition(";")[0]}).json()
+        own = {"Cookie": session.partition(";")[0], "X-CSRF-Token": me["csrf_token"], "Origin": public}
+        out = http.post("/auth/logout", headers=own).headers["set-cookie"]
+        assert http.get("/api/v1/me", headers=own).status_code == 401
+    for cookie in (login, session, gone, out):  # RFC 6265bis §4.1.3.2: else browsers take no notice of it
+        assert cookie.startswith("__Host-")
+        assert {"Secure", "HttpOnly", "Path=/"} <= {part.strip() for part in cookie.split(";")}
+        assert "domain" not in cookie.lower()
+    assert "Max-Age=0" in gone
+    assert "Max-Age=0" in out
 
 
 def test_a_provider_that_is_another_or_away_logs_nobody_in(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import checks, openapi
 from schemathesis.core.failures import Failure, FailureGroup
 
-from tests.server.harness import Running, in_database, release, running
-from wherry_server import idempotency, problems
-from wherry_server.api import examples
+from tests.server.harness import Running, in_database, release, running, until
+from tests.server.test_access import VALUES
+from wherry_server import access, idempotency, problems
+from wherry_server.api import events as events_api
+from wherry_server.api import examples, queries
 from wherry_server.app import ROUTERS
+from wherry_server.auth import Identity
 from wherry_server.rates import BURST_S, Rates, TooManyError
 
 
@@ -277,6 +282,70 @@ def test_a_stream_tells_decisions_once_and_goes_on_where_it_was_cut(surface: Run
         assert http.get(path, headers={"Last-Event-ID": last[-1]["id"]}).status_code == 204
         assert http.get(path, headers={"Last-Event-ID": "x"}).json()["code"] == "event_id_invalid"
         assert http.get("/api/v1/rollouts/99999/events").status_code == 404
+
+
+def test_a_stream_ends_with_the_token_that_opened_it(surface: Running) -> None:
+    number = rollout(surface)["number"]
+    with surface.http() as admin:
+        made = admin.post("/api/v1/tokens", json={"name": "follower", "role": "viewer"}).json()["token"]
+        (known,) = [one["id"] for one in admin.get("/api/v1/tokens", params={"name": "follower"}).json()]
+        with surface.http(made) as http, http.stream("GET", f"/api/v1/rollouts/{number}/events") as answer:
+            lines = answer.iter_lines()
+            assert any(line == "event: progress" for line in lines)
+            assert admin.delete(f"/api/v1/tokens/{known}").status_code == 204
+            rest = list(itertools.takewhile(lambda line: "still here" not in line, lines))
+            assert "event: end" not in rest, "the rollout goes on"
+            assert next(lines, None) is None, "nothing comes any more, no sign of life either"
+
+
+def test_who_follows_much_keeps_nobody_else_from_following(surface: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events_api, "STREAMS_OF_ONE_MAX", 2)
+    path = f"/api/v1/rollouts/{rollout(surface)['number']}/events"
+    with surface.http() as http, surface.http(surface.token("viewer")) as other:
+        with http.stream("GET", path), http.stream("GET", path):
+            full = http.get(path)
+            assert (full.status_code, full.json()["code"]) == (503, "streams_full")
+            assert other.get(path, params={"seconds": 1}).status_code == 200
+        until(lambda: http.get(path, params={"seconds": 1}).status_code == 200)
+
+
+def test_who_is_gone_before_the_first_event_holds_no_stream_open() -> None:
+    open_now: list[str] = []
+    begun = []
+
+    async def events() -> AsyncIterator[bytes]:
+        begun.append(1)
+        yield b""
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(_message: Any) -> None:
+        await asyncio.sleep(0)
+
+    viewer = Identity(name="x", grants=(), project="default", id="x")
+    stream = events_api._Stream(events(), viewer, open_now)
+    asyncio.run(stream({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send))  # what uvicorn says
+    assert begun == []
+    assert open_now == []
+
+
+def test_a_parameter_that_an_operation_does_not_have_is_refused(surface: Running) -> None:
+    with surface.http() as http:
+        for operation in access.operations(module.router for module in ROUTERS):
+            path = operation.path.format(**VALUES)
+            answer = http.request(operation.method, path, params={"limitt": "1"})
+            if operation.name in queries.FOREIGN:
+                assert answer.json()["code"] == "login_off", "it was looked at"
+                continue
+            assert answer.status_code == 422, operation
+            if operation.method != "HEAD":
+                assert answer.json()["code"] == "request_invalid"
+                assert answer.json()["detail"].startswith("query.limitt: there is no such parameter"), operation
+        filtered = http.get("/api/v1/rollouts", params={"modell": "thing"}).json()
+        assert filtered["next_step"] == "perhaps model is meant; there are: cursor, limit, model, state"
+        twice = http.get("/api/v1/rollouts?model=thing&model=other").json()
+        assert twice["detail"] == "query.model: was said 2 times"
 
 
 def test_every_body_answer_and_path_of_the_description_has_an_example(surface: Running) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import base64
 import json
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from wherry_server import audit, cohorts, explaining, flag_book, fleet, rollouts, webhooks
 from wherry_server.db import migrate
 from wherry_server.db.database import Database
+from wherry_server.services import prepare
+from wherry_server.settings import Settings
 
 DUMPS = sorted((Path(__file__).parent / "dumps").glob("*.jsonl"))
 PROJECT = "default"
@@ -129,6 +132,33 @@ def test_an_older_database_is_upgraded_with_all_that_is_in_it(
     assert [one["state"] for one in shown] == ["done", "done", "halted"]
     assert shown[2]["counts"]["real"]["returned"] > 0
     assert shown[2]["reason"] == "failure_bound"
+
+
+def test_a_log_from_before_there_were_seals_is_sealed_from_the_upgrade_on(tmp_path: Path) -> None:
+    settings = Settings.load(tmp_path / "data")
+    settings.data.mkdir()
+    command.upgrade(migrate.config(settings.database_url), DUMPS[0].stem)
+
+    async def work(do: Callable[[AsyncConnection], Awaitable[Any]]) -> Any:
+        database = Database.open(settings.database_url, audit_key=audit.seal_key(settings.master_key_file.read_bytes()))
+        try:
+            async with database.write() as connection:
+                return await do(connection)
+        finally:
+            await database.close()
+
+    settings.keys_folder.mkdir()
+    settings.master_key_file.write_bytes(MASTER_KEY)
+    old = asyncio.run(work(lambda c: c.run_sync(load, DUMPS[0])))["audit_entry"]
+    prepare(settings)
+    key = audit.seal_key(MASTER_KEY)
+    asyncio.run(work(lambda c: audit.append(c, PROJECT, "token:a", "n.v", "s")))
+    for allowed, broken_at, unsealed in ((old, None, old), (old + 1, None, old), (old - 1, old, old - 1), (0, 1, 0)):
+        found = asyncio.run(work(lambda c, allowed=allowed: audit.verify(c, PROJECT, key, allowed)))
+        assert (found.broken_at, found.unsealed) == (broken_at, unsealed), allowed
+    asyncio.run(work(lambda c: c.exec_driver_sql("UPDATE audit_head SET seal = ''")))
+    prepare(settings)
+    assert asyncio.run(work(lambda c: audit.verify(c, PROJECT, key, old))).broken_at, "only the upgrade seals"
 
 
 def test_every_schema_that_was_released_has_a_dump() -> None:

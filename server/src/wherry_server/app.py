@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.routing import APIRoute
 
 from wherry_server import __version__, access, problems
@@ -24,6 +24,7 @@ from wherry_server.api import (
     login,
     messages,
     quarantine,
+    queries,
     rollouts,
     tokens,
     trust,
@@ -124,6 +125,7 @@ def create_app(services: Services) -> FastAPI:
         version=__version__,
         summary="Carries machine-learning models to fleets of edge devices: small, signed, staged, reversible.",
         lifespan=lifespan,
+        dependencies=[Depends(queries.check)],
         docs_url=docs_url,
         redoc_url=redoc_url,
         generate_unique_id_function=_operation_id,
@@ -138,7 +140,7 @@ def create_app(services: Services) -> FastAPI:
         public_per_s=settings.public_per_s,
         refused_per_s=settings.refused_per_s,
     )
-    app.state.streams = set()
+    app.state.streams = []
     app.state.encoder = None
     app.state.readers = Readers(services.blobs)
     app.state.pulse = Pulse(services.blobs)

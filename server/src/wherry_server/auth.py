@@ -14,11 +14,12 @@ from typing import Annotated
 from fastapi import Depends, Request
 from fastapi.security.utils import get_authorization_scheme_param
 from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from wherry_server import peer, revocation, sessions
 from wherry_server.db.tables import ApiToken, Device, table
 from wherry_server.grants import Grant, Permission, Subject, roles_with
-from wherry_server.rates import READING, Rates
+from wherry_server.rates import KNOWN, READING, Rates
 from wherry_server.secrets_kept import hash_secret
 from wherry_server.services import Services
 from wherry_server.times import DAY_US, now_us
@@ -119,6 +120,7 @@ async def identify(request: Request, services: ServicesDep) -> Identity:
         else:
             found = await _token(services, secret)
     rates: Rates = request.app.state.rates
+    setattr(request.state, KNOWN, True)
     rates.take(found.id, request.method)
     request.state.identity = found
     return found
@@ -201,6 +203,16 @@ async def _token(services: Services, secret: str) -> Identity:
         )
     grant = Grant(role=row.role, models=tuple(row.models), cohorts=tuple(row.cohorts))
     return Identity(name=row.name, grants=(grant,), project=services.project, id=hashed)
+
+
+async def still_good(connection: AsyncConnection, identity: Identity) -> bool:
+    """Tell whether the token or session that opened something lasting was neither revoked nor has ended."""
+    if identity.kind == "person":
+        return await sessions.lasts(connection, identity.project, identity.id)
+    wanted = select(_tokens.c.token_hash).where(
+        _tokens.c.token_hash == identity.id, _tokens.c.project_id == identity.project, _tokens.c.expires_at > now_us()
+    )
+    return await connection.scalar(wanted) is not None
 
 
 class Need:
@@ -304,6 +316,7 @@ async def identify_device(request: Request, services: ServicesDep) -> DeviceIden
             next_step="connect by HTTPS with the certificate and key of its identity",
         )
     rates: Rates = request.app.state.rates
+    setattr(request.state, KNOWN, True)
     rates.count("device_requests_per_s", device)
     return DeviceIdentity(id=device, name=row.name, project=services.project)
 

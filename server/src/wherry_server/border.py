@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from wherry_server import problems
-from wherry_server.rates import Rates, TooManyError
+from wherry_server.rates import KNOWN, Rates, TooManyError
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -39,9 +39,10 @@ PUBLIC = (
     *DOCS,
 )
 """Where nobody needs to be known."""
-REFUSALS = frozenset({401})
 REFUSED_AT = frozenset({"/device/v1/enrol", "/auth/token", "/auth/callback", "/auth/allow"})
-"""Where a 403 is a refusal of a secret, too."""
+"""Where a 403 is a refusal of a secret."""
+UNASKED = frozenset({400, 404, 405, 413, 422})
+"""How a request ends before anybody asks who sent it: no such path, a body that is none."""
 KNOWN_MAX = 10_000
 """Credentials that were good here lately, as hashes."""
 
@@ -87,6 +88,7 @@ class Strangers:
             await self._app(scope, receive, send)
             return
         address = str((scope.get("client") or ("",))[0])
+        state = scope.setdefault("state", {})
         credential, public = _credential(scope), scope["path"].startswith(PUBLIC)
         try:
             if public:
@@ -100,12 +102,15 @@ class Strangers:
         async def seen(message: Message) -> None:
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if status in REFUSALS or (status == 403 and scope["path"] in REFUSED_AT):
+                if state.get(KNOWN):
+                    if credential is not None:
+                        self._remember(credential)
+                elif status == 401 or (status == 403 and scope["path"] in REFUSED_AT):
                     self._rates.spend("refused_per_s", address)
                     if credential is not None:
                         self._known.pop(credential, None)
-                elif credential is not None and not public:
-                    self._remember(credential)
+                elif status in UNASKED and not public and credential not in self._known:
+                    self._rates.spend("refused_per_s", address)
             await send(message)
 
         await self._app(scope, receive, seen)

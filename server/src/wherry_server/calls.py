@@ -475,9 +475,9 @@ def export_audit(after: int = 0) -> Call[bytes]:
     return _get("/audit/export", bytes, after=after or None)
 
 
-def verify_audit() -> Call[answers.Verdict]:
-    """Compute the whole chain of the audit log again."""
-    return _get("/audit/verify", answers.Verdict)
+def verify_audit(unsealed: int = 0) -> Call[answers.Verdict]:
+    """Compute the whole chain of the audit log again; that many entries at its beginning may have no seal."""
+    return _get("/audit/verify", answers.Verdict, unsealed=unsealed or None)
 
 
 def health() -> Call[answers.Health]:

@@ -28,7 +28,7 @@ from typing import IO
 import msgspec
 from sqlalchemy import select
 
-from wherry_server import api_tokens, broker, broker_config, enrolment, forked, revocation
+from wherry_server import api_tokens, audit, broker, broker_config, enrolment, forked, revocation
 from wherry_server.blob_folder import FolderBlobs
 from wherry_server.db.database import DATABASE_ERRORS, transient
 from wherry_server.db.tables import ApiToken, EnrolmentToken, table
@@ -227,6 +227,16 @@ async def _ensure_access(services: Services) -> Shown:
             )
             if saved is None or fresh:
                 token = await api_tokens.create(connection, services.project, "dev", "admin", TOKEN_DAYS)
+                await audit.append(
+                    connection,
+                    services.project,
+                    "server:dev",
+                    "token.create",
+                    "dev",
+                    id=hash_secret(token)[:12],
+                    role="admin",
+                    days=TOKEN_DAYS,
+                )
             else:
                 token = saved.token
             good = pasted.count(".") == 2 and await connection.scalar(

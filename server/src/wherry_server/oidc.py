@@ -194,13 +194,16 @@ class Provider:
         except (errors.JoseError, ValueError) as error:
             raise refused(f"the ID token is not good: {type(error).__name__}") from error
         audience = claims["aud"]
-        if isinstance(audience, list) and len(audience) > 1 and claims.get("azp") != self._settings.client_id:
+        several = isinstance(audience, list) and len(audience) > 1
+        if (several or "azp" in claims) and claims.get("azp") != self._settings.client_id:
             raise refused("the ID token is meant for others, too")
         name = str(claims.get(self._settings.name_claim) or claims["sub"])
         groups = claims.get(self._settings.groups_claim) or []
         if not isinstance(groups, list) or len(groups) > GROUPS_MAX:
             raise refused(f"the claim {self._settings.groups_claim} is no list of groups")
-        if self._settings.name_claim == "email" and claims.get("email_verified") is False:
+        # some providers write it as text
+        verified = claims.get("email_verified", True) in (True, "true")
+        if self._settings.name_claim == "email" and not verified:
             raise refused("the provider has not verified the address of this person")
         known = tuple(str(group) for group in groups if str(group) in self._settings.groups)
         return Person(subject=f"{claims['iss']}|{claims['sub']}", name=name[:NAME_CHARS_MAX], groups=known)

@@ -18,8 +18,8 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fastapi import Request
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from wherry_server.heads import HeadLimit
 from wherry_server.services import Services
 from wherry_shared.errors import RefusedError
 from wherry_shared.ids import is_device_id
@@ -39,7 +39,7 @@ class Shown:
     serial: str
 
 
-class TlsProtocol(HttpToolsProtocol):
+class TlsProtocol(HeadLimit):
     """uvicorn's HTTP, which tells the application the certificate of the other side."""
 
     def on_message_begin(self) -> None:

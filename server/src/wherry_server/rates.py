@@ -17,7 +17,8 @@ BURST_S = 5.0
 TOKENS_MAX = 10_000
 """Tokens whose buckets are remembered; the longest quiet one goes first."""
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
-
+KNOWN = "known"
+"""In the state of a request: that its credential was good."""
 
 WHO = {
     "api_reads_per_s": "this token",

@@ -77,10 +77,11 @@ def run_api(settings: Settings) -> None:
     import uvicorn
 
     from wherry_server.app import create_app
+    from wherry_server.heads import HeadLimit
     from wherry_server.peer import tls_options
     from wherry_server.services import open_services
 
-    speaks: dict[str, Any] = {"http": "httptools"}
+    speaks: dict[str, Any] = {"http": HeadLimit}
     if settings.https:
         speaks = tls_options(settings.keys_folder, settings.https_pair)
     uvicorn.run(

@@ -36,7 +36,7 @@ from wherry_server.targeting import parse_selector
 from wherry_server.times import now_us
 from wherry_shared.clock import MICROSECONDS, Now
 from wherry_shared.errors import RefusedError
-from wherry_shared.ids import check_name
+from wherry_shared.ids import check_name, is_device_id
 
 _ROLLOUT, _BUNDLE, _DECISION, _ASSIGNMENT = table(Rollout), table(Bundle), table(Decision), table(Assignment)
 _APPROVAL, _STATUS = table(Approval), table(RolloutStatus)
@@ -60,6 +60,8 @@ TOLD: frozenset[State] = frozenset({"running", "paused", "done"})
 STATUS_FRESH_S = 20.0
 """What it said counts for this long; it says it every second while something changes, and again before this has passed."""
 DECISIONS_MAX = 200
+_ONLY = 'id = "{}"'
+"""The selector of a rollout for one device."""
 
 
 async def create(database: Database, project: str, actor: str, wish: dict[str, Any]) -> dict[str, Any]:
@@ -149,10 +151,17 @@ async def _target(connection: AsyncConnection, project: str, wish: dict[str, Any
     ((kind, value),) = given.items()
     if kind == "device":
         found = await fleet.find_device(connection, project, value)
-        return f'id = "{found.id}"', ""
+        return _ONLY.format(found.id), ""
     if kind == "cohort":
         return str((await cohorts.find(connection, project, value))["selector"]), value
     return value, ""
+
+
+def only_device(selector: str) -> str:
+    """Return the device for which a rollout was made that names a device; empty if it names none."""
+    before, _, behind = _ONLY.partition("{}")
+    device = selector.removeprefix(before).removesuffix(behind)
+    return device if is_device_id(device) and selector == _ONLY.format(device) else ""
 
 
 async def _with_value(connection: AsyncConnection, project: str, wish: dict[str, Any]) -> dict[str, Any]:
@@ -255,8 +264,7 @@ async def approve(
                 next_step="see what it waits for: wherry rollout show",
             )
         allowed, name = plan.approval, actor.partition(":")[2]
-        same = (f"token:{name}", f"person:{name}")  # one who has both is one
-        if allowed is None or (row.created_by in same and not allowed.creator):
+        if allowed is None or (_same_one(row.created_by, actor) and not allowed.creator):
             raise RefusedError(
                 "approval_refused", "who made a rollout does not approve it", next_step="ask somebody else"
             )
@@ -264,13 +272,10 @@ async def approve(
             raise RefusedError(
                 "approval_refused", "the plan names who may approve", next_step=f"ask {', '.join(allowed.names)[:200]}"
             )
-        known = select(_APPROVAL.c.at).where(
-            _APPROVAL.c.rollout_id == row.id,
-            _APPROVAL.c.stage == stage - 1,
-            _APPROVAL.c.round == round_,
-            _APPROVAL.c.actor.in_(same),
+        known = select(_APPROVAL.c.actor).where(
+            _APPROVAL.c.rollout_id == row.id, _APPROVAL.c.stage == stage - 1, _APPROVAL.c.round == round_
         )
-        if await connection.scalar(known) is None:
+        if not any(_same_one(one, actor) for one in await connection.scalars(known)):
             await connection.execute(
                 insert(_APPROVAL).values(
                     rollout_id=row.id, stage=stage - 1, round=round_, actor=actor, project_id=project, at=now_us()
@@ -279,6 +284,12 @@ async def approve(
             await audit.append(connection, project, actor, "rollout.approve", str(number), stage=stage, round=round_)
     async with database.read() as connection:
         return await show(connection, project, number)
+
+
+def _same_one(one: str, other: str) -> bool:
+    """Tell whether two actors are one: who has a token and a login has both under one name, however they are written."""
+    (kind, _, name), others = one.partition(":"), other.partition(":")[2]
+    return kind in ("token", "person") and name.casefold() == others.casefold()
 
 
 async def roll_back(database: Database, project: str, actor: str, model: str, device: str | None) -> dict[str, Any]:

@@ -38,14 +38,20 @@ async def of_device(
     return Subject(models=models, cohorts=frozenset(holding))
 
 
-async def of_rollout(connection: AsyncConnection, project: str, number: int) -> Subject:
-    """Return what a rollout is about and whom it is for.
+async def of_rollout(connection: AsyncConnection, identity: Identity, number: int) -> Subject:
+    """Return what a rollout is about and whom it is for: a cohort by name, or a device, as of a wish.
 
     Raises:
         RefusedError: `rollout_unknown`.
     """
-    plan = (await rollouts.find(connection, project, number)).plan
+    plan = (await rollouts.find(connection, identity.project, number)).plan
     models = frozenset(str(one["model"]) for one in plan.get("models", []))
+    device = rollouts.only_device(plan["selector"])
+    if device and not plan.get("cohort"):
+        try:
+            return await of_device(connection, identity, device, models)
+        except RefusedError:  # it is gone, so no cohort takes it
+            return Subject(models=models)
     return Subject(models=models, cohorts=_cohort(plan.get("cohort")))
 
 
@@ -78,4 +84,4 @@ async def of_rollback(connection: AsyncConnection, identity: Identity, model: st
     if device is not None:
         return await of_device(connection, identity, device, frozenset({model}))
     number = await rollouts.newest(connection, identity.project, model)
-    return Subject() if number is None else await of_rollout(connection, identity.project, number)
+    return Subject() if number is None else await of_rollout(connection, identity, number)

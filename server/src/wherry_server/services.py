@@ -58,12 +58,14 @@ def prepare(settings: Settings) -> None:
         write_secret(settings.master_key_file, secrets.token_bytes(KEY_BYTES))
     DeviceAuthority.create(settings.keys_folder, settings.project)
     Trust.create_dev(settings.trust_folder)
-    migrate.upgrade(settings.database_url)
-    asyncio.run(_ensure_project(settings))
+    before = migrate.upgrade(settings.database_url)
+    asyncio.run(_ensure_project(settings, before))
 
 
-async def _ensure_project(settings: Settings) -> None:
-    database = Database.open(settings.database_url)
+async def _ensure_project(settings: Settings, before: str) -> None:
+    """Have the project in the database, whose schema was `before`."""
+    key = audit.seal_key(settings.master_key_file.read_bytes())
+    database = Database.open(settings.database_url, audit_key=key)
     projects = table(Project)
     try:
         async with database.write() as connection:
@@ -73,6 +75,8 @@ async def _ensure_project(settings: Settings) -> None:
             if found is None:
                 await connection.execute(insert(Project).values(project_id=settings.project, created_at=now_us()))
                 await audit.begin(connection, settings.project)
+            elif before < migrate.SEALS:
+                await audit.seal_head(connection, settings.project)
     finally:
         await database.close()
 

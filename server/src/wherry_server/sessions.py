@@ -26,7 +26,8 @@ CODE_S = 120
 """How long the command line may take to fetch its session."""
 COOKIE, COOKIE_SECURE = "wherry_session", "__Host-wherry_session"
 """The second over HTTPS: a browser then takes it from no other host and over no other scheme."""
-LOGIN_COOKIE = "wherry_login"
+LOGIN_COOKIE, LOGIN_COOKIE_SECURE = "wherry_login", "__Host-wherry_login"
+"""Likewise: a host beside this one could else begin a login here for somebody, who then acts as whom it likes."""
 CSRF_HEADER = "x-csrf-token"
 HOUR_US = 3_600 * 1_000_000
 
@@ -93,6 +94,16 @@ async def find(connection: AsyncConnection, project: str, secret: str, kind: Kin
             )
         )
     ).one_or_none()
+
+
+async def lasts(connection: AsyncConnection, project: str, session_hash: str) -> bool:
+    """Tell whether a session has not ended."""
+    wanted = select(_sessions.c.session_hash).where(
+        _sessions.c.project_id == project,
+        _sessions.c.session_hash == session_hash,
+        _sessions.c.expires_at > now_us(),
+    )
+    return await connection.scalar(wanted) is not None
 
 
 async def end(connection: AsyncConnection, project: str, session_hash: str) -> bool:

@@ -54,10 +54,19 @@ def _exported(row: Any) -> ExportedEntry:
 
 
 @router.get("/verify")
-async def verify_audit(services: ServicesDep, _viewer: Viewer) -> Verdict:
+async def verify_audit(
+    services: ServicesDep,
+    _viewer: Viewer,
+    unsealed: Annotated[
+        int,
+        Query(
+            ge=0, le=ID_MAX, description="how many entries at the beginning are older than seals, and so may have none"
+        ),
+    ] = 0,
+) -> Verdict:
     """Compute the whole log again, with the key of its seals."""
     async with services.database.read() as connection:
-        found = await audit.verify(connection, services.project, audit.seal_key(services.master_key))
+        found = await audit.verify(connection, services.project, audit.seal_key(services.master_key), unsealed)
     return Verdict(whole=found.broken_at is None, **asdict(found))
 
 

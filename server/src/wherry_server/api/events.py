@@ -15,10 +15,11 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from wherry_server import rollouts
 from wherry_server.api.rollouts import Number
-from wherry_server.auth import ServicesDep, Viewer
+from wherry_server.auth import Identity, ServicesDep, Viewer, still_good
 from wherry_server.rollout import FINAL
 from wherry_server.services import Services
 from wherry_shared.errors import RefusedError, UnreachableError
@@ -32,6 +33,8 @@ BEAT_S = 15.0
 STAY_S_MAX = 3_600
 STREAMS_MAX = 64
 """Streams of one process at a time: each costs a look at the database every LOOK_S."""
+STREAMS_OF_ONE_MAX = 16
+"""Of them, those of one token or session: whoever may look keeps nobody else from looking."""
 ID_DIGITS_MAX = 15
 
 
@@ -48,7 +51,7 @@ async def follow_rollout(
     number: Number,
     request: Request,
     services: ServicesDep,
-    _viewer: Viewer,
+    viewer: Viewer,
     last_event_id: Annotated[str, Header(max_length=40, description="id of the last event that arrived")] = "",
     seconds: Annotated[int, Query(ge=1, le=STAY_S_MAX, description="how long the stream stays open")] = STAY_S_MAX,
 ) -> Response:
@@ -61,34 +64,47 @@ async def follow_rollout(
         raise RefusedError("event_id_invalid", "Last-Event-ID is no id of this stream", next_step="connect without it")
     async with services.database.read() as connection:
         await rollouts.find(connection, services.project, number)
-    open_now: set[object] = request.app.state.streams
-    if len(open_now) >= STREAMS_MAX:
-        raise UnreachableError(
-            "streams_full",
-            f"{STREAMS_MAX} streams are open here",
-            consequence="nothing was opened",
-            next_step="try again later",
-        )
-    mine = object()
-    open_now.add(mine)
+    open_now: list[str] = request.app.state.streams
+    for count, most, whose in (
+        (len(open_now), STREAMS_MAX, "here"),
+        (open_now.count(viewer.id), STREAMS_OF_ONE_MAX, "by this token"),
+    ):
+        if count >= most:
+            raise UnreachableError(
+                "streams_full",
+                f"{most} streams are open {whose}",
+                consequence="nothing was opened",
+                next_step="end one, or try again later",
+            )
+    return _Stream(_events(request, services, viewer, number, int(last_event_id or 0), seconds), viewer, open_now)
 
-    async def events() -> AsyncIterator[bytes]:
+
+class _Stream(StreamingResponse):
+    """A stream that counts as open while it is answered, also if who asked is gone before its first event."""
+
+    def __init__(self, events: AsyncIterator[bytes], viewer: Identity, open_now: list[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._whose, self._open_now = viewer.id, open_now
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._open_now.append(self._whose)
         try:
-            async for event in _events(request, services, number, int(last_event_id or 0), seconds):
-                yield event
+            await super().__call__(scope, receive, send)
         finally:
-            open_now.discard(mine)
-
-    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+            self._open_now.remove(self._whose)
 
 
-async def _events(request: Request, services: Services, number: int, seen: int, seconds: int) -> AsyncIterator[bytes]:
+async def _events(
+    request: Request, services: Services, viewer: Identity, number: int, seen: int, seconds: int
+) -> AsyncIterator[bytes]:
     ends = time.monotonic() + seconds
     spoke = time.monotonic()
     last: Any = None
     yield b"retry: 1000\n\n"
     while time.monotonic() < ends and not await request.is_disconnected():
         async with services.database.read() as connection:
+            if not await still_good(connection, viewer):
+                return  # whoever connects again is told why
             made = await rollouts.decisions(connection, services.project, number, seen)
             found = await rollouts.show(connection, services.project, number)
         for one in made:

@@ -10,7 +10,7 @@ from html import escape
 from typing import Annotated, Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
-from fastapi import APIRouter, Cookie, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -28,10 +28,15 @@ from wherry_shared.errors import RefusedError
 
 router = APIRouter(tags=["access"], route_class=Again)
 FORM_BYTES_MAX = 8_000
-_FOLLOWING = re.compile(r"/(?:[A-Za-z0-9._~-]+(?:/[A-Za-z0-9._~-]+)*)?/?")
+SESSION = (sessions.COOKIE, sessions.COOKIE_SECURE)
+LOGIN = (sessions.LOGIN_COOKIE, sessions.LOGIN_COOKIE_SECURE)
+_FOLLOWING = re.compile(r"/(?:[A-Za-z0-9._~-]+(?:/[A-Za-z0-9._~-]+)*/?)?")
 _GONE: dict[int | str, dict[str, Any]] = {303: {"description": "See elsewhere"}}
 PAGE_CSP = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
 """Of the page on which a person agrees. Without `form-action`: browsers apply that to where the form leads on to, too."""
+PAGE_REFERRER = "same-origin"
+"""Of that page. With `no-referrer`, as everywhere else, browsers send its form with `Origin: null` (Fetch, "append a request Origin
+header"), which is refused."""
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Wherry: command line</title>
 <style>body{{font:1.1rem system-ui;max-width:34rem;margin:4rem auto;padding:0 1rem}}button{{font:inherit;padding:.4rem 1.2rem}}</style>
 <h1>Let the command line act as you?</h1><p>You are <strong>{name}</strong>. A <code>wherry login</code> on this computer
@@ -82,10 +87,25 @@ def _provider(request: Request, services: Services) -> oidc.Provider:
     return found
 
 
-def cookie_name(services: Services) -> str:
-    """Return the name of the session cookie."""
-    secure = services.settings.oidc is not None and _public_url(services).startswith("https:")
-    return sessions.COOKIE_SECURE if secure else sessions.COOKIE
+def _cookie(services: Services, names: tuple[str, str]) -> str:
+    """Return the name of a cookie: the second of two over https."""
+    return names[_public_url(services).startswith("https:")]
+
+
+def _set_cookie(answer: Response, services: Services, names: tuple[str, str], value: str, seconds: int) -> None:
+    """Give a browser a cookie; with 0 seconds take it away.
+
+    Taking away says all that giving says: a browser obeys nothing else about a cookie whose name begins with `__Host-`.
+    """
+    answer.set_cookie(
+        _cookie(services, names),
+        value,
+        max_age=seconds,
+        path="/",
+        secure=_public_url(services).startswith("https:"),
+        httponly=True,
+        samesite="lax",
+    )
 
 
 @router.get("/auth/login", status_code=303, response_class=RedirectResponse, responses=_GONE)
@@ -110,15 +130,7 @@ async def login(
         challenge=challenge,
     )
     answer = RedirectResponse(await provider.begin(pending), 303)
-    answer.set_cookie(
-        sessions.LOGIN_COOKIE,
-        oidc.seal(services.master_key, pending),
-        max_age=oidc.LOGIN_S,
-        path="/auth",
-        secure=_public_url(services).startswith("https:"),
-        httponly=True,
-        samesite="lax",
-    )
+    _set_cookie(answer, services, LOGIN, oidc.seal(services.master_key, pending), oidc.LOGIN_S)
     return answer
 
 
@@ -134,11 +146,11 @@ async def login_callback(
     state: Annotated[str, Query(max_length=128)] = "",
     code: Annotated[str, Query(max_length=4_000)] = "",
     error: Annotated[str, Query(max_length=200)] = "",
-    wherry_login: Annotated[str, Cookie(max_length=4_000)] = "",
 ) -> Response:
     """End a login with what the provider says."""
     provider = _provider(request, services)
-    pending = oidc.unseal(services.master_key, wherry_login, oidc.Pending)
+    begun = request.cookies.get(_cookie(services, LOGIN), "")
+    pending = oidc.unseal(services.master_key, begun, oidc.Pending)
     if (
         pending is None
         or pending.ends_at < time.time()
@@ -169,7 +181,11 @@ async def login_callback(
         ticket = oidc.seal(services.master_key, agreed)
         answer = HTMLResponse(
             PAGE.format(name=escape(person.name), port=pending.port, hours=settings.session_hours, ticket=ticket),
-            headers={"Content-Security-Policy": PAGE_CSP, "Cache-Control": "no-store"},
+            headers={
+                "Content-Security-Policy": PAGE_CSP,
+                "Referrer-Policy": PAGE_REFERRER,
+                "Cache-Control": "no-store",
+            },
         )
     else:
         ends_at = _ends_at(settings)
@@ -179,16 +195,8 @@ async def login_callback(
             )
             await _record(connection, services, person.name, "browser", person.subject)
         answer = RedirectResponse(pending.following, 303)
-        answer.set_cookie(
-            cookie_name(services),
-            secret,
-            max_age=int(settings.session_hours * 3_600),
-            path="/",
-            secure=_public_url(services).startswith("https:"),
-            httponly=True,
-            samesite="lax",
-        )
-    answer.delete_cookie(sessions.LOGIN_COOKIE, path="/auth")
+        _set_cookie(answer, services, SESSION, secret, int(settings.session_hours * 3_600))
+    _set_cookie(answer, services, LOGIN, "", 0)
     return answer
 
 
@@ -251,7 +259,7 @@ async def logout(response: Response, services: ServicesDep, who: Viewer) -> None
     async with services.database.write() as connection:
         await sessions.end(connection, services.project, who.id)
         await audit.append(connection, services.project, who.actor, "session.end", who.id[:12])
-    response.delete_cookie(cookie_name(services), path="/")
+    _set_cookie(response, services, SESSION, "", 0)
 
 
 @router.get("/api/v1/me")

@@ -142,7 +142,7 @@ async def approve_rollout(
 ) -> RolloutDetail:
     """Agree that a stage begins; how many people have to is the plan's."""
     async with services.database.read() as connection:
-        approver.check("approve", await scopes.of_rollout(connection, services.project, number))
+        approver.check("approve", await scopes.of_rollout(connection, approver, number))
     found = await rollouts.approve(services.database, services.project, approver.actor, number, wish.stage, wish.round)
     return shaped(RolloutDetail, found)
 
@@ -158,7 +158,7 @@ async def command_rollout(
 ) -> RolloutDetail:
     """Write a command down; the director applies it in its next turn, within about a second."""
     async with services.database.read() as connection:
-        operator.check("operate", await scopes.of_rollout(connection, services.project, number))
+        operator.check("operate", await scopes.of_rollout(connection, operator, number))
     actor = operator.actor
 
     def unchanged(revision: int) -> None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 SCRIPTS = Path(__file__).parent / "migrations"
 NEWEST = max(path.name[:4] for path in (SCRIPTS / "versions").glob("[0-9]*.py"))
 """Revisions are numbered in one line, and their files begin with the number."""
+SEALS = "0014"
+"""The revision that brought seals of the audit log."""
 _REVISION = text("SELECT version_num FROM alembic_version")
 
 
@@ -40,13 +42,14 @@ async def revision(connection: AsyncConnection) -> str:
     return str(await connection.scalar(_REVISION) or "")
 
 
-def upgrade(url: str) -> None:
-    """Run the migrations that are missing. Not from inside an event loop: the script runs one of its own."""
-    if asyncio.run(_revision_of(url)) == NEWEST:
-        return
-    from alembic import command
+def upgrade(url: str) -> str:
+    """Run the migrations that are missing, and return the revision before. Not from inside an event loop: the script runs its own."""
+    before = asyncio.run(_revision_of(url))
+    if before != NEWEST:
+        from alembic import command
 
-    command.upgrade(config(url), "head")
+        command.upgrade(config(url), "head")
+    return before
 
 
 async def _revision_of(url: str) -> str:
