@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import getpass
 import itertools
 import os
 import pwd
@@ -14,6 +15,8 @@ import signal
 import socket
 import sqlite3
 import ssl
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -38,6 +41,7 @@ from wherry_server.doorkeeper import Doorkeeper
 from wherry_server.ingest import KINDS, Ingest
 from wherry_server.jobs import every, until_stopped
 from wherry_server.services import open_services
+from wherry_server.settings import Settings
 from wherry_server.times import now_us
 from wherry_shared import frames, topics, wire
 from wherry_shared.errors import DeviceError
@@ -235,6 +239,26 @@ def test_a_mosquitto_that_root_starts_reads_its_list_again_as_the_user_that_it_b
             os.kill(int((written.parent / broker_config.PID).read_text()), signal.SIGHUP)
             until(lambda: not gets_in(site, file, device))
         asyncio.run(services.close())
+
+
+def test_the_list_is_kept_up_to_date_where_the_configuration_was_written(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    with running(tmp_path / "data") as server:
+        server.settings.save()
+        words = ["broker", "config", "--data", str(server.settings.data), "--output", str(elsewhere)]
+        command = [sys.executable, "-m", "wherry_server.cli", *words, "--user", getpass.getuser()]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+        settings = Settings.load(server.settings.data)
+        device = server.device("kept-elsewhere")
+        serial = x509.load_pem_x509_certificate(device.certificate_pem.encode()).serial_number
+        with server.http() as http:
+            assert http.post("/api/v1/devices/kept-elsewhere/revoke").status_code == 200
+        services = open_services(settings)
+        asyncio.run(Doorkeeper(services, print).turn(leading=False))
+        asyncio.run(services.close())
+        found = x509.load_pem_x509_crl((elsewhere / broker_config.REVOKED).read_bytes())
+        assert [one.serial_number for one in found] == [serial]
+        assert not (server.settings.data / "broker").exists()
 
 
 class Served:

@@ -145,7 +145,7 @@ def write(
         settings: of the server.
         authority: signs what the broker shows.
         revoked: list of revoked certificates, PEM.
-        folder: where to; `broker` in the data folder by default.
+        folder: where to; by default where the settings have it.
         hosts: names and addresses under which devices find the broker, beside `broker_host`.
         user: to whom mosquitto changes when root starts it.
         listen: address on which devices are heard; empty for all.
@@ -202,7 +202,7 @@ def _give(folder: Path, user: str) -> None:
             "broker_folder_closed",
             f"{user}, as whom mosquitto runs, cannot read what is in {folder}",
             consequence="mosquitto would not start, or would never read a list of revoked certificates again",
-            next_step=f"let {user} through the folders above it (chmod o+x), or name another user: --user",
+            next_step=f"write it where {user} can read, as --output /etc/mosquitto/wherry, or name another user: --user",
         )
 
 

@@ -79,6 +79,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     broker_reload: list[str] = []
     """Command that has the broker read its list of revoked certificates again; empty: SIGHUP to the process that its
     `store/mosquitto.pid` names."""
+    broker_files: str = ""
+    """Folder with what the broker reads; empty: `broker` in the data folder, which only the server's own user can read."""
     project: str = "default"
     database: str = ""
     """SQLAlchemy URL; empty: SQLite in the data folder."""
@@ -173,7 +175,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def broker_folder(self) -> Path:
         """What the broker reads: configuration, access rules, certificates, revoked certificates."""
-        return self.data / "broker"
+        return Path(self.broker_files) if self.broker_files else self.data / "broker"
 
     @property
     def wheels_folder(self) -> Path:

@@ -28,7 +28,11 @@ Data = Annotated[
 def write_config(
     data: Data = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for the files.", show_default="broker in the data folder")
+        Path | None,
+        typer.Option(
+            help="Folder for the files, which the director keeps up to date.",
+            show_default="as before, or broker in the data folder",
+        ),
     ] = None,
     host: Annotated[
         list[str] | None, typer.Option(help="Name or address under which devices find the broker; may be repeated.")
@@ -50,11 +54,10 @@ def write_config(
         broker_port=port,
         broker_server_host=server_host,
         broker_server_port=server_port,
+        broker_files=str(output.absolute()) if output is not None else None,
     )
     authority, revoked = _revoked(settings)
-    written = broker_config.write(
-        settings, authority, revoked, folder=output, hosts=host or [], user=user, listen=listen
-    )
+    written = broker_config.write(settings, authority, revoked, hosts=host or [], user=user, listen=listen)
     settings.save()
     given = broker_config.to_be_given(written.parent, user)
     chown = f"chown -R {user} {shlex.join(map(str, given))}" if given else ""
