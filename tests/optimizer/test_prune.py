@@ -9,10 +9,11 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from tests.optimizer.models import blobs, classifier, conv
-from wherry_optimizer.activations import rows_of
+from wherry_optimizer import layers
+from wherry_optimizer.activations import distance, rows_of, run_all
 from wherry_optimizer.passes import Work, prune
 from wherry_shared.engines import load
 from wherry_shared.errors import RefusedError
@@ -148,3 +149,38 @@ def test_two_of_four_weights_of_a_graph_stay(tmp_path: Path) -> None:
     for wrong in ("4:2", "2:2", "2/4", "0:4"):
         with pytest.raises(ValueError, match="N:M"):
             prune.Parameters(pattern=wrong)
+
+
+def test_a_layer_makes_up_for_what_pruning_moved_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    sizes = (48, 96, 96, 32)
+    weights = [
+        numpy_helper.from_array((rng.normal(size=pair) / np.sqrt(pair[0])).astype(np.float32), f"w{index}")
+        for index, pair in enumerate(zip(sizes, sizes[1:], strict=False))
+    ]
+    nodes, name = [], "x"
+    for index, tensor in enumerate(weights):
+        nodes.append(helper.make_node("MatMul", [name, tensor.name], [f"p{index}"], name=f"product{index}"))
+        name = f"p{index}"
+        if index < len(weights) - 1:
+            nodes.append(helper.make_node("Relu", [name], [f"r{index}"]))
+            name = f"r{index}"
+    infos = [
+        helper.make_tensor_value_info(key, TensorProto.FLOAT, ["n", size]) for key, size in (("x", 48), (name, 32))
+    ]
+    graph = helper.make_graph(nodes, "three", [infos[0]], [infos[1]], weights)
+    path = tmp_path / "three.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8), path)
+    mixing = rng.normal(size=(48, 48)).astype(np.float32)
+    calls = [{"x": rng.normal(size=(64, 48)).astype(np.float32) @ mixing} for _ in range(24)]
+
+    def moved() -> float:
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        made = prune.apply(path, prune.Parameters(sparsity=0.7, minimum_elements=100), Work(folder, calls[:16]))
+        fresh = calls[16:]
+        return distance(run_all(onnx.load(made.path), [name], fresh), run_all(onnx.load(path), [name], fresh))
+
+    asked = moved()
+    monkeypatch.setattr(layers, "FEW", 1e9)  # every layer wants its own weights
+    assert asked < 0.8 * moved()

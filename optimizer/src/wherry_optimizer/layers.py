@@ -6,19 +6,25 @@ weights costs: ‖(W′ − W) X‖² = tr((W′ − W) H (W′ − W)ᵀ).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
+from onnx import numpy_helper
 
 from wherry_optimizer.activations import Taps, rows_of
+from wherry_shared.errors import RefusedError
 
 COLUMNS_MAX = 8192
 """Layers with more inputs than this are left alone: H would not fit."""
 
+FEW = 0.3
+"""Few positions say little about many columns: what a layer wants is held near its own W by this times columns per position."""
+ZEROS_MAX = 0.01
+"""A layer with more zeros than this was pruned, and they stay."""
 Array = npt.NDArray[Any]
 Matrix = npt.NDArray[np.float64]
 Single = npt.NDArray[np.float32]
@@ -96,38 +102,112 @@ def from_matrix(matrix: Matrix, shape: tuple[int, ...], layer: Layer) -> Array:
     return matrix if layer.attributes.get("transB", 0) else matrix.T
 
 
-def hessians(
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A layer, and what is known of it when its turn comes."""
+
+    layer: Layer
+    wanted: Matrix
+    """W for what the layer reads now, which comes nearest to what the original computes from what it reads there."""
+    hessian: Matrix
+    """H of what the layer reads now."""
+
+
+def in_turn(
     model: onnx.ModelProto,
     layers: Sequence[Layer],
-    weights: Mapping[str, onnx.TensorProto],
     calls: Sequence[Mapping[str, Array]],
     positions: int,
     seed: int,
-) -> dict[str, Matrix]:
-    """Run the model on calls with the layers' inputs as outputs and add up x xᵀ for each.
+    damping: float,
+) -> Iterator[Seen]:
+    """Give one layer after another, each as it is when those before it have been changed.
+
+    The caller changes the weights of `model` between two turns. What that moves is seen by the layers behind it, and they are
+    asked to make up for it: min ‖W′ x′ − W x‖² over the calibration positions, x of the original and x′ of the model as it is
+    ("GPTAQ: Efficient finetuning-free quantization for asymmetric calibration", Li and others, 2025).
 
     Args:
-        model: prepared, its weights as they were.
-        layers: of it.
-        weights: its initializers.
+        model: prepared, its weights as they were; changed by the caller.
+        layers: of it, in the order of the graph.
         calls: calibration inputs.
         positions: of a convolution, so many at most are looked at per call.
         seed: draws them.
+        damping: holds `wanted` near W, as a share of the mean of H's diagonal. A layer that was pruned before wants W.
     """
-    rng = np.random.default_rng(seed)
-    sums: dict[str, npt.NDArray[np.float32]] = {}
-    taps = Taps(model, {layer.input for layer in layers})
-    for sample in calls:
-        values = taps.run(sample)
-        for layer in layers:
-            dims = list(weights[layer.weight].dims)
-            rows = rows_of(values[layer.input], layer.operator, layer.attributes, dims, positions, rng)
-            product = rows.T @ rows
-            if layer.name in sums:
-                sums[layer.name] += product
-            else:
-                sums[layer.name] = product
-    return {name: total.astype(np.float64) for name, total in sums.items()}
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    original = onnx.ModelProto()
+    original.CopyFrom(model)
+    groups: dict[str, list[Layer]] = {}
+    for layer in layers:
+        groups.setdefault(layer.input, []).append(layer)
+    for number, (name, group) in enumerate(groups.items()):
+        alike = [
+            [one for one in group if _reads(one, weights) == key] for key in {_reads(one, weights) for one in group}
+        ]
+        now, before = Taps(model, {name}), Taps(original, {name}) if number else None
+        for same in alike:
+            rng = np.random.default_rng(seed)
+            dims = list(weights[same[0].weight].dims)
+            hessian, cross, count = _moments(now, before, name, same[0], dims, calls, positions, rng)
+            for layer in same:
+                weight = as_matrix(numpy_helper.to_array(weights[layer.weight]), layer)
+                yield Seen(layer, _wanted(weight, hessian, cross, damping, count), hessian)
+
+
+def _reads(layer: Layer, weights: Mapping[str, onnx.TensorProto]) -> tuple[Any, ...]:
+    """Return what decides which columns a layer makes of its input."""
+    if layer.operator != "Conv":
+        return ("rows",)
+    return (
+        *weights[layer.weight].dims[1:],
+        *(str(layer.attributes.get(key)) for key in ("strides", "dilations", "pads")),
+    )
+
+
+def _moments(
+    now: Taps,
+    before: Taps | None,
+    name: str,
+    layer: Layer,
+    dims: Sequence[int],
+    calls: Sequence[Mapping[str, Array]],
+    positions: int,
+    rng: np.random.Generator,
+) -> tuple[Matrix, Matrix | None, int]:
+    """Return Σ x′ x′ᵀ, Σ x x′ᵀ (only where there is a model from before), and how many x′ there were."""
+    count = 0
+    total: Single | None = None
+    mixed: Single | None = None
+    for call in calls:
+        state = rng.bit_generator.state
+        rows = rows_of(now.run(call)[name], layer.operator, layer.attributes, dims, positions, rng)
+        count += len(rows)
+        total = rows.T @ rows if total is None else total + rows.T @ rows
+        if before is not None:
+            rng.bit_generator.state = state  # the same places
+            old = rows_of(before.run(call)[name], layer.operator, layer.attributes, dims, positions, rng)
+            mixed = old.T @ rows if mixed is None else mixed + old.T @ rows
+    if total is None:
+        raise RefusedError(
+            "data_missing",
+            "there is no calibration call to look at",
+            consequence="the variant was not made",
+            next_step="give the recipe calibration data",
+        )
+    return total.astype(np.float64), None if mixed is None else mixed.astype(np.float64), count
+
+
+def _wanted(weight: Matrix, hessian: Matrix, cross: Matrix | None, damping: float, count: int) -> Matrix:
+    """Return W (C + λ) (H + λ)⁻¹, C = Σ x x′ᵀ."""
+    if cross is None or float((weight == 0).mean()) > ZEROS_MAX:
+        return weight
+    dead = np.diag(hessian) == 0
+    share = damping + FEW * len(hessian) / count
+    extra = np.full(len(hessian), share * float(np.mean(np.diag(hessian))))
+    extra[dead] = 1.0  # what is always zero wants nothing else
+    ridge = np.diag(extra)
+    return np.asarray(np.linalg.solve(hessian + ridge, (weight @ (cross + ridge)).T).T)
 
 
 def quantize_channels(weights: Array, axis: int) -> tuple[Array, Array]:

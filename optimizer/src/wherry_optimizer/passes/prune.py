@@ -7,6 +7,9 @@ fitted again, which is the least-squares problem min ‖(W′ − W) X‖² with
 conjugate gradients. Going in rounds and fitting matters: with correlated inputs, choosing once and correcting column by
 column loses up to seven times as much.
 
+Layers are pruned in the order of the graph, and each is asked for what it should have computed from what it reads now, so that it
+also makes up for what those before it moved (see `layers.in_turn`).
+
 N:M patterns (of every M weights in a row at most N stay) go the same way, block by block, as in "SparseGPT: Massive language
 models can be accurately pruned in one-shot" (Frantar and Alistarh, 2023).
 
@@ -27,7 +30,7 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from wherry_optimizer.layers import Matrix, Single, as_matrix, find, from_matrix, hessians, relative_error, tensor_size
+from wherry_optimizer.layers import Matrix, Single, find, from_matrix, in_turn, relative_error, tensor_size
 from wherry_optimizer.model import prepare_prunable
 from wherry_optimizer.passes import Result, Work, excluded
 from wherry_shared.errors import RefusedError
@@ -97,18 +100,17 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
             consequence="the variant would be the source again",
             next_step="raise error_max of the pass, or take it out of the recipe",
         )
-    gathered = hessians(model, layers, weights, work.calibration[: parameters.samples], parameters.positions, work.seed)
+    calls = work.calibration[: parameters.samples]
     report: list[dict[str, Any]] = []
-    for layer in layers:
+    for seen in in_turn(model, layers, calls, parameters.positions, work.seed, parameters.damping):
+        layer, hessian = seen.layer, seen.hessian
         tensor = weights[layer.weight]
         original = numpy_helper.to_array(tensor)
-        matrix = as_matrix(original, layer)
-        hessian = gathered[layer.name]
         if parameters.pattern:
-            pruned = prune_pattern(matrix, hessian, parameters.stay, parameters.of, parameters.damping)
+            pruned = prune_pattern(seen.wanted, hessian, parameters.stay, parameters.of, parameters.damping)
         else:
-            pruned = prune_matrix(matrix, hessian, parameters.sparsity, parameters.damping)
-        error = relative_error(matrix, pruned, gathered[layer.name])
+            pruned = prune_matrix(seen.wanted, hessian, parameters.sparsity, parameters.damping)
+        error = relative_error(seen.wanted, pruned, hessian)
         row = {"layer": layer.name[-80:], "weights": int(original.size), "output_error": round(error, 4)}
         if error > parameters.error_max:
             report.append({**row, "left_alone": True})

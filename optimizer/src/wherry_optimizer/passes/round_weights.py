@@ -6,7 +6,8 @@ the codes compress to about the logarithm of their number, while the kernels and
 
 Columns are rounded one after another, those that see most first, and what rounding one moves the output by is taken
 over by the columns that are still free: the second-order step of "Optimal brain compression" (Frantar and Alistarh, 2022) in
-the order and with the Cholesky factor of "GPTQ" (Frantar and others, 2023). What was zero stays zero, so this may
+the order and with the Cholesky factor of "GPTQ" (Frantar and others, 2023). Layers are rounded in the order of the graph, and make
+up for what those before them moved, too (see `layers.in_turn`). What was zero stays zero, so this may
 follow pruning.
 
 Tables that Gather reads have no input to hold; they are rounded without making up.
@@ -21,7 +22,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from wherry_optimizer.layers import Matrix, Single, as_matrix, find, from_matrix, hessians, relative_error, tensor_size
+from wherry_optimizer.layers import Matrix, Single, find, from_matrix, in_turn, relative_error, tensor_size
 from wherry_optimizer.model import prepare_prunable
 from wherry_optimizer.passes import Array, Result, Work, excluded
 from wherry_shared.errors import RefusedError
@@ -62,15 +63,13 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
     large = find(model.graph, weights, parameters.minimum_elements)
     layers = [layer for layer in large if not excluded(layer.name, parameters.exclude)]
     calls = work.calibration[: parameters.samples]
-    gathered = hessians(model, layers, weights, calls, parameters.positions, work.seed) if layers else {}
     report: list[dict[str, Any]] = []
-    for layer in layers:
+    for seen in in_turn(model, layers, calls, parameters.positions, work.seed, parameters.damping):
+        layer = seen.layer
         tensor = weights[layer.weight]
         original = numpy_helper.to_array(tensor)
-        matrix = as_matrix(original, layer)
-        hessian = gathered.pop(layer.name)
-        rounded = round_matrix(matrix, hessian, parameters.levels, parameters.damping)
-        error = relative_error(matrix, rounded, hessian)
+        rounded = round_matrix(seen.wanted, seen.hessian, parameters.levels, parameters.damping)
+        error = relative_error(seen.wanted, rounded, seen.hessian)
         row = {"layer": layer.name[-80:], "weights": int(original.size), "output_error": round(error, 4)}
         if error > parameters.error_max:
             report.append({**row, "left_alone": True})
