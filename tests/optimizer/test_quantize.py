@@ -7,6 +7,7 @@ from pathlib import Path
 import flatbuffers
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 from hypothesis import given
@@ -320,3 +321,28 @@ def test_a_tflite_model_is_quantized_statically_from_calibration_calls(tmp_path:
     result = quantize_tflite.apply(path, quantize_tflite.Parameters(mode="static"), Work(tmp_path, calls))
     assert result.path.stat().st_size < 0.8 * path.stat().st_size
     assert set(load(result.path, "tflite").run(calls[0])) == set(session.run(calls[0]))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_large_table_stays_small_in_memory_where_only_rows_of_it_are_read(shared: bool, tmp_path: Path) -> None:
+    rows, width = 5000, 64
+    table = np.random.default_rng(0).normal(size=(rows, width)).astype(np.float32)
+    nodes = [helper.make_node("Gather", ["t", "x"], ["a"]), helper.make_node("Gather", ["t", "z"], ["b"])]
+    nodes.append(helper.make_node("Add", ["a", "b"], ["y"]))
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3, width])]
+    if shared:
+        nodes += [helper.make_node("ReduceMax", ["t"], ["m"], axes=[0])]
+        outputs.append(helper.make_tensor_value_info("m", TensorProto.FLOAT, [1, width]))
+    inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, ["n", 3]) for name in "xz"]
+    graph = helper.make_graph(nodes, "rows", inputs, outputs, [numpy_helper.from_array(table, "t")])
+    path = tmp_path / "rows.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8), path)
+    made = quantize_weights.apply(path, quantize_weights.Parameters(form="fold"), Work(tmp_path, []))
+    call = {"x": np.array([[0, 4999, 7]]), "z": np.array([[3, 3, -1]])}
+    one, two = (load(each, "onnx").run(call)["y"] for each in (path, made.path))
+    assert np.abs(one - two).max() < 0.05
+    settings = onnxruntime.SessionOptions()
+    settings.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    onnxruntime.InferenceSession(made.path, settings)
+    largest = max(onnx.load(tmp_path / "loaded.onnx").graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    assert largest.data_type == (TensorProto.FLOAT if shared else TensorProto.INT8)

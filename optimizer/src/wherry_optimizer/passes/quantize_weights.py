@@ -10,7 +10,8 @@ How they are decoded is `form`:
 - `fold`: any weight of two axes or more; Cast and Mul (4-bit: shifts first), which every runtime folds into float weights while it loads the model. It
   costs nothing at run time, needs no option, and may follow static or dynamic int8, whose operators it leaves alone.
 
-Memory is that of float weights once they are folded.
+Memory is that of float weights once they are folded. Large int8 tables that Gather reads are not: their rows are decoded after they
+were picked, and the table stays as small in memory as it is on disk.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ OUTPUT_AXIS = {("Conv", 1): 0, ("MatMul", 1): 1, ("Gather", 0): 0, ("ConvTranspo
     (operator, index): 1 for operator in ("LSTM", "GRU", "RNN") for index in (1, 2)
 }
 """(operator, input) → axis of the weight along which each slice has a scale of its own: that of output channels."""
+TABLE_BYTES_MIN = 2**20
+"""A float table of Gather from this size on is decoded row by row, as rows are picked; smaller ones are folded."""
 NIBBLE_ZERO = 8
 """4-bit values are stored with this offset, so that 0 stays 0."""
 
@@ -102,6 +105,14 @@ def _quantize_graph(graph: onnx.GraphProto, parameters: Parameters) -> tuple[int
         if halves:
             decode, stored = _four_bits(weights, axis, parameters.block, tensor.name)
             four += 1
+        elif (
+            parameters.form == "fold"
+            and operator == "Gather"
+            and weights.nbytes >= TABLE_BYTES_MIN
+            and (readers := _gathers(graph, tensor.name))
+        ):
+            decode, stored = [], _rows(graph, weights, tensor.name, readers)
+            eight += 1
         else:
             decode, stored = _eight_bits(weights, axis, tensor.name, parameters.form)
             eight += 1
@@ -126,6 +137,42 @@ def _eight_bits(weights: Array, axis: int, name: str, form: str) -> tuple[list[o
         helper.make_node("Mul", [f"{name}_cast", f"{name}_scale"], [name]),
     ]
     return nodes, [values, numpy_helper.from_array(scale.reshape(shape), f"{name}_scale")]
+
+
+def _gathers(graph: onnx.GraphProto, name: str) -> list[onnx.NodeProto]:
+    """Return the nodes of this very graph that read a table, nothing if others do too."""
+    readers = [node for node in graph.node if name in node.input]
+    return readers if len(readers) == sum(name in node.input for node in _nodes(graph)) else []
+
+
+def _rows(graph: onnx.GraphProto, weights: Array, name: str, readers: list[onnx.NodeProto]) -> list[onnx.TensorProto]:
+    """Let Gather pick int8 rows and their scales, and decode what was picked; return the table and the scales."""
+    quantized, scale = quantize_channels(weights, 0)
+    outputs = {node.output[0] for node in readers}
+    kept: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if not outputs.intersection(node.output):
+            kept.append(node)
+            continue
+        indices, out = node.input[1], node.output[0]
+        kept += [
+            helper.make_node(
+                "Gather", [f"{name}_int8", indices], [f"{out}_int8"], name=f"{node.name or out}_int8", axis=0
+            ),
+            helper.make_node(
+                "Gather", [f"{name}_scale", indices], [f"{out}_scale"], name=f"{node.name or out}_scale", axis=0
+            ),
+            helper.make_node("Cast", [f"{out}_int8"], [f"{out}_cast"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", [f"{out}_cast", f"{out}_scale"], [out]),
+        ]
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
+    del graph.node[:]
+    graph.node.extend(copies)
+    shape = [-1] + [1] * (weights.ndim - 1)
+    return [
+        numpy_helper.from_array(quantized, f"{name}_int8"),
+        numpy_helper.from_array(scale.reshape(shape), f"{name}_scale"),
+    ]
 
 
 def _four_bits(weights: Array, axis: int, block: int, name: str) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
