@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,21 @@ def test_latency_is_told_as_a_ratio_within_the_same_rounds() -> None:
     assert found["b"].p50_us == pytest.approx(4000)
 
 
+def test_quick_calls_are_timed_many_in_a_row_so_that_what_others_leave_in_caches_counts_little() -> None:
+    now, last = [0.0], [""]
+
+    def caller(key: str) -> Callable[[], None]:
+        def call() -> None:
+            now[0] += 1e-6 if last[0] == key else 9e-6
+            last[0] = key
+
+        return call
+
+    calls = {key: caller(key) for key in ("a", "b")}
+    found = measure.interleaved(calls, {"a": "a", "b": "a"}, rounds=5, seconds=9.0, clock=lambda: now[0])
+    assert found["b"].p50_us == pytest.approx(1.0)
+
+
 def test_measuring_stops_after_its_seconds_but_not_before_three_rounds() -> None:
     now, count = [0.0], [0]
 
@@ -36,7 +52,7 @@ def test_measuring_stops_after_its_seconds_but_not_before_three_rounds() -> None
         count[0] += 1
 
     measure.interleaved({"a": call}, {"a": "a"}, rounds=100, seconds=1.0, clock=lambda: now[0])
-    assert count[0] == 1 + 3 * measure.CALLS_PER_ROUND
+    assert count[0] == 2 + 3 * measure.CALLS_PER_ROUND
 
 
 def vectors(path: Path) -> Path:
