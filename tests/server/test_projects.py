@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import select
+from sqlalchemy import insert, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import SQLModel
 
@@ -19,7 +19,9 @@ from tests.server.harness import NO_TLS, Running, enrol, in_database, release, r
 from tests.server.test_access import OPERATIONS, VALUES
 from wherry_server import sessions
 from wherry_server.api.description import BODIES
+from wherry_server.db.tables import Assignment, KnownBad
 from wherry_server.ingest import Ingest
+from wherry_server.outcomes import FAILURES
 from wherry_server.secrets_kept import hash_secret
 from wherry_server.services import open_services
 from wherry_server.times import now_us
@@ -78,6 +80,19 @@ def stocked(asking: Running, other: Running, folder: Path) -> Two:
     async def log_in(connection: AsyncConnection) -> str:
         return await sessions.create(connection, "bravo", "cli", "s", MARK, ["all"], now_us() + sessions.HOUR_US)
 
+    async def fail(connection: AsyncConnection) -> None:
+        """The bundle failed on the device, by which it is in quarantine, and is known to be bad on its hardware."""
+        bad = {"manifest": manifest, "hardware_class": "x86_64/onnxruntime", "reason": MARK}
+        await connection.execute(insert(KnownBad).values(project_id="bravo", updated_at=1, **bad))
+        made = await connection.scalar(text("SELECT id FROM rollout WHERE project_id = 'bravo'"))
+        row = {"rollout_id": made, "device_id": device.device, "model": "file-type", "project_id": "bravo", "stage": 0}
+        row |= {"share_key": 0, "to_manifest": manifest, "to_target": "file-type/1.1.0", "exposed_at": 1}
+        await connection.execute(insert(Assignment).values(outcome=FAILURES[0], reason=MARK, **row))
+
+    in_database(other.settings, fail)
+    with other.http() as http:
+        for path in ("quarantine", "quarantine/hardware"):
+            assert MARK in http.get(f"/api/v1/{path}").text, "there is something to see"
     session = in_database(other.settings, log_in)
     values = {
         **VALUES,
