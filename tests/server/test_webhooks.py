@@ -262,3 +262,22 @@ def test_the_secret_is_nowhere_in_the_database(server: Running) -> None:
         assert made.secret not in str(rows)
         assert webhooks.secret(b"another key", "x") != made.secret
         client.send(calls.delete_webhook("secretive"))
+
+
+def test_the_secret_in_an_address_is_told_to_admins_only_and_stands_in_no_log(server: Running) -> None:
+    planted = "B7f3planted9Qx"
+    address = f"https://chat.example:8443/services/{planted}?token={planted}"
+    with Client(Access(server=server.url, token=server.admin)) as admin:
+        admin.send(calls.create_webhook("spoken", address, ["*"]))
+        viewer_token = admin.send(calls.create_token("reader", "viewer")).token
+        _, tag = admin.tagged(calls.show_webhook("spoken"))
+        admin.send(calls.change_webhook("spoken", address + planted, ["*"], tag))
+        assert admin.send(calls.show_webhook("spoken")).url == address + planted
+        with Client(Access(server=server.url, token=viewer_token)) as viewer:
+            (listed,) = (one for one in viewer.send(calls.list_webhooks()) if one.name == "spoken")
+            assert listed.url == viewer.send(calls.show_webhook("spoken")).url == "https://chat.example:8443/…"
+        admin.send(calls.delete_webhook("spoken"))
+        entries = admin.send(calls.list_audit(subject="spoken"))
+    assert {entry.action for entry in entries} == {"webhook.create", "webhook.change", "webhook.delete"}
+    assert planted not in repr(entries)
+    assert any(entry.detail.get("moved") for entry in entries)

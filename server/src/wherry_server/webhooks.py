@@ -52,7 +52,9 @@ async def create(
             raise RefusedError("name_taken", f"there is a webhook {name!r} already", consequence="nothing was changed")
         if len(there) >= WEBHOOKS_MAX:
             raise RefusedError("webhook_invalid", f"there are {WEBHOOKS_MAX} webhooks already")
-        await audit.append(connection, project, actor, "webhook.create", name, url=url, types=list(types))
+        await audit.append(
+            connection, project, actor, "webhook.create", name, url=without_secrets(url), types=list(types)
+        )
         last = await connection.scalar(select(func.max(_ENTRIES.c.id)).where(_ENTRIES.c.project_id == project))
         await connection.execute(
             insert(Webhook).values(
@@ -102,6 +104,13 @@ async def find(connection: AsyncConnection, project: str, name: str) -> dict[str
     return found
 
 
+def without_secrets(url: str) -> str:
+    """Return an address that anybody may read: scheme and host, since chat services put the secret into what follows."""
+    parts = urlsplit(url)
+    rest = parts.path.strip("/") or parts.query or parts.fragment
+    return f"{parts.scheme}://{parts.netloc}/{'…' if rest else ''}"
+
+
 def definition(webhook: Mapping[str, Any]) -> dict[str, Any]:
     """Return what operators say of a webhook, without how it fares."""
     return {name: webhook[name] for name in ("name", "url", "types", "created_at", "created_by")}
@@ -142,10 +151,9 @@ async def change(
         if (row.url, row.types) != (url, list(types)):
             values = {"url": url, "types": list(types), "failures": 0, "open_at": 0}
             await connection.execute(update(_HOOKS).where(_HOOKS.c.id == row.id).values(values))
-            before = {"url": row.url, "types": row.types}
-            await audit.append(
-                connection, project, actor, "webhook.change", name, before=before, url=url, types=list(types)
-            )
+            before = {"url": without_secrets(row.url), "types": row.types}
+            after = {"url": without_secrets(url), "types": list(types), "moved": row.url != url}
+            await audit.append(connection, project, actor, "webhook.change", name, before=before, **after)
         return await find(connection, project, name)
 
 
@@ -168,7 +176,12 @@ async def remove(
         await connection.execute(delete(_DUE).where(_DUE.c.webhook_id == row.id))
         await connection.execute(delete(_HOOKS).where(_HOOKS.c.id == row.id))
         await audit.append(
-            connection, project, actor, "webhook.delete", name, before={"url": row.url, "types": row.types}
+            connection,
+            project,
+            actor,
+            "webhook.delete",
+            name,
+            before={"url": without_secrets(row.url), "types": row.types},
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Response
@@ -13,7 +14,7 @@ from wherry_server.answers import Delivery, Redelivered, WebhookMade, WebhookSho
 from wherry_server.api import etags
 from wherry_server.api.again import Again
 from wherry_server.api.pages import Paging
-from wherry_server.auth import Admin, Operator, ServicesDep, Viewer
+from wherry_server.auth import Admin, Identity, Operator, ServicesDep, Viewer
 
 router = APIRouter(prefix="/api/v1/webhooks", tags=["webhooks"], route_class=Again)
 Name = Annotated[str, Path(max_length=64, pattern="^[a-z0-9][a-z0-9._-]*$")]
@@ -35,11 +36,11 @@ class WebhookWish(ReceiverWish):
 
 
 @router.get("")
-async def list_webhooks(services: ServicesDep, _viewer: Viewer, page: Paging) -> list[WebhookShown]:
-    """List the webhooks."""
+async def list_webhooks(services: ServicesDep, viewer: Viewer, page: Paging) -> list[WebhookShown]:
+    """List the webhooks; who may not change them is told scheme and host of their addresses."""
     async with services.database.read() as connection:
         found = await webhooks.every(connection, services.project)
-    return [shaped(WebhookShown, one) for one in page.cut(found, lambda one: [one["name"]])]
+    return [_for(viewer, one) for one in page.cut(found, lambda one: [one["name"]])]
 
 
 @router.post("", status_code=201)
@@ -59,11 +60,12 @@ async def create_webhook(wish: WebhookWish, response: Response, services: Servic
 
 
 @router.get("/{name}")
-async def show_webhook(name: Name, response: Response, services: ServicesDep, _viewer: Viewer) -> WebhookShown:
-    """Show a webhook, how many events have not arrived, and how its receiver fares."""
+async def show_webhook(name: Name, response: Response, services: ServicesDep, viewer: Viewer) -> WebhookShown:
+    """Show a webhook, how many events have not arrived, and how its receiver fares; the whole address to who may change it."""
     async with services.database.read() as connection:
         found = await webhooks.find(connection, services.project, name)
-    return _shown(found, response)
+    response.headers["ETag"] = etags.etag(webhooks.definition(found))
+    return _for(viewer, found)
 
 
 @router.put("/{name}")
@@ -85,7 +87,8 @@ async def change_webhook(
         wish.types,
         check=_unchanged(name, if_match),
     )
-    return _shown(found, response)
+    response.headers["ETag"] = etags.etag(webhooks.definition(found))
+    return shaped(WebhookShown, found)
 
 
 @router.delete("/{name}", status_code=204)
@@ -94,9 +97,10 @@ async def delete_webhook(name: Name, services: ServicesDep, admin: Admin, if_mat
     await webhooks.remove(services.database, services.project, admin.actor, name, check=_unchanged(name, if_match))
 
 
-def _shown(found: dict[str, Any], response: Response) -> WebhookShown:
-    response.headers["ETag"] = etags.etag(webhooks.definition(found))
-    return shaped(WebhookShown, found)
+def _for(viewer: Identity, webhook: dict[str, Any]) -> WebhookShown:
+    """Return what a caller may see of a webhook."""
+    shown = shaped(WebhookShown, webhook)
+    return shown if viewer.has("administer", scoped=False) else replace(shown, url=webhooks.without_secrets(shown.url))
 
 
 def _unchanged(name: str, if_match: str) -> Callable[[dict[str, Any]], None]:
