@@ -15,11 +15,12 @@ from typing import Any
 
 import msgspec
 
-from wherry_optimizer import candidates, measure, report
+from wherry_optimizer import candidates, measure, pictures, report
 from wherry_optimizer import page as pages
 from wherry_optimizer.attempt import TOOLS
 from wherry_optimizer.candidates import SOURCE, Row
 from wherry_optimizer.gate import UPPER_FACTOR, Verdict
+from wherry_optimizer.page import plain
 from wherry_optimizer.pipeline import BuildResult, Refused
 from wherry_optimizer.search import Confirmation, Found, Result, Tried
 from wherry_shared.bundle import Variant
@@ -27,7 +28,6 @@ from wherry_shared.errors import RefusedError
 from wherry_shared.image_layout import Layout
 
 FORMAT = 1
-LAYERS_SHOWN_MAX = 40
 
 
 def write(result: Result, output: Path) -> None:
@@ -275,31 +275,31 @@ def markdown(report: Mapping[str, Any]) -> str:
     """Return a model card."""
     budget = report["budget"]
     lines = [
-        f"# {report['model']}",
+        f"# {plain(report['model'])}",
         "",
-        _source_line(report),
+        plain(_source_line(report)),
         _budget_line(budget),
         "",
     ]
     for name, target in report["targets"].items():
-        lines += [f"## {_title(name, target)}", "", f"{target['about']}. {target['reason']}.", ""]
+        lines += [
+            f"## {plain(_title(name, target))}",
+            "",
+            plain(f"{target['about']}. {_capital(target['reason'])}."),
+            "",
+        ]
         for one in target["confirmations"]:
             held = "Confirmed" if one["passed"] else "NOT confirmed"
-            lines += [f"{held} on the test split: {_confirmed(one)}.", ""]
-        lines += [
-            "| variant | passed | download | latency | peak | value | drop (95 %) | moved |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        ]
-        for row in target["candidates"]:
-            lines.append(f"| {' | '.join(_cells(row))} |")
+            lines += [f"{held} on the test split: {plain(_confirmed(one))}.", ""]
+        lines += pages.markdown_table(HEAD, [_cells(row) for row in target["candidates"]])
         refused = [row for row in target["candidates"] if not row["passed"]]
         if refused:
             lines += ["", "Kept out:", ""]
-            lines += [f"- {row['id']} ({row['by']}): {row['why']}" for row in refused]
+            lines += [f"- {plain(_kept_out(row))}" for row in refused]
         lines.append("")
     lines += pages.golden_markdown(report.get("golden"))
     tools = ", ".join(f"{name} {version}" for name, version in report["provenance"]["tools"].items())
-    lines += [f"Made by {tools}; seed {report['provenance']['seed']}.", ""]
+    lines += [f"Made by {plain(tools)}; seed {report['provenance']['seed']}.", ""]
     return "\n".join(lines)
 
 
@@ -320,13 +320,20 @@ def _budget_line(budget: Mapping[str, Any]) -> str:
     )
 
 
+HEAD = ("variant", "passed", "download", "latency", "peak memory", "value", "drop (95 %)", "moved")
+TABLE_WORDS = (
+    "◆: in the Pareto set. ×: share of the source; of latency it is that of rounds in which both ran in turn. A bar as long as half its "
+    "column is the source; one with a broken end goes on. Moved: how far outputs are from the source's, as a share. –: not measured."
+)
+
+
 def _cells(row: Mapping[str, Any]) -> list[str]:
     interval = row["interval"]
     return [
         row["id"] + (" ◆" if row["pareto"] else ""),
         "yes" if row["passed"] else f"no ({row['by']})",
-        _share(row["download_ratio"]),
-        _share(row["latency_ratio"]),
+        _figure(row["download_bytes"] and report.size(row["download_bytes"]), row["download_ratio"]),
+        _figure(row["latency_us"] and f"{row['latency_us'] / 1000:.3g} ms", row["latency_ratio"]),
         f"{row['peak_memory_bytes'] / 1e6:.1f} MB" if row["peak_memory_bytes"] else "–",
         f"{row['value']:.4f}" if row["value"] is not None else "–",
         f"{row['drop']:+.4f} [{interval[0]:+.4f}, {interval[1]:+.4f}]"
@@ -336,32 +343,46 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _share(value: float | None) -> str:
-    return f"×{value:.3f}" if value is not None else "–"
+def _figure(value: str | float | None, ratio: float | None) -> str:
+    """Return a figure as measured, where there is one, and as a share of the source's."""
+    return " ".join([*([str(value)] if value else []), *([f"×{ratio:.3f}"] if ratio is not None else [])]) or "–"
 
 
 def page(report: Mapping[str, Any]) -> str:
     """Return the report as one HTML page without scripts or anything from elsewhere."""
+    name = html.escape(report["model"])
     parts = [
-        "<!doctype html><html lang='en'><meta charset='utf-8'>",
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+        f'<meta http-equiv="Content-Security-Policy" content="{pages.POLICY}">',
         "<meta name='viewport' content='width=device-width,initial-scale=1'>",
-        f"<title>{html.escape(report['model'])}</title><style>{pages.STYLE}</style>",
-        f"<h1>{html.escape(report['model'])}</h1>",
+        f"<title>{name}: report of the optimizer</title><style>{pages.STYLE}</style></head><body><main>",
+        f"<h1>{name}</h1>",
         f"<p>{html.escape(_source_line(report))} {html.escape(_budget_line(report['budget']))}</p>",
     ]
     limit = report["budget"]["drop_max"]
-    for name, target in report["targets"].items():
-        rows = target["candidates"]
-        parts.append(f"<h2>{html.escape(_title(name, target))}</h2>")
-        parts.append(f"<p>{html.escape(target['about'])}. {html.escape(target['reason'])}.</p>")
+    for target_name, target in report["targets"].items():
+        rows, chosen = target["candidates"], target["chosen"]
+        parts.append(f"<h2>{html.escape(_title(target_name, target))}</h2>")
+        about = f"{target['about']}. {_capital(target['reason'])}."
+        parts.append(f"<p>{html.escape(about)}</p>")
+        best = ", ".join(f"{what}: {key}" for what, key in target.get("best_by", {}).items())
+        parts.append(f"<p>Best by preference: {html.escape(best)}.</p>" if best else "")
         for one in target["confirmations"]:
             held = "Confirmed" if one["passed"] else "<b>Not confirmed</b>"
             parts.append(f"<p>{held} on the test split: {html.escape(_confirmed(one))}.</p>")
-        parts += [pages.plot(rows, target["chosen"]), _rows(rows, target["chosen"])]
-        parts.append(pages.intervals(rows, limit, target["confirmations"]))
-        parts.append(_sensitivity(rows))
-    parts += [pages.golden_page(report.get("golden")), pages.provenance_page(report), "</html>"]
-    return "\n".join(parts) + "\n"
+        parts += [pictures.plot(rows, chosen), _rows(rows, chosen)]
+        parts.append(pictures.intervals(rows, limit, report["metric"], target["confirmations"]))
+        parts.append(pages.layers(rows, chosen))
+    parts += [pages.golden_page(report.get("golden")), pages.provenance_page(report), "</main></body></html>"]
+    return "\n".join(part for part in parts if part) + "\n"
+
+
+def _kept_out(row: Mapping[str, Any]) -> str:
+    return f"{row['id']} ({row['by']}): {row['why']}"
+
+
+def _capital(words: str) -> str:
+    return f"{words[:1].upper()}{words[1:]}"
 
 
 def _title(name: str, target: Mapping[str, Any]) -> str:
@@ -377,43 +398,20 @@ def _confirmed(one: Mapping[str, Any]) -> str:
 
 
 def _rows(rows: Sequence[Mapping[str, Any]], chosen: str) -> str:
-    head = "".join(
-        f"<th>{name}</th>"
-        for name in ("variant", "passed", "download", "latency", "peak", "value", "drop (95 %)", "moved")
-    )
-    key = "<th class='left'><span class='key'></span>download <span class='key t'></span>latency</th>"
-    lines = [f"<div class='wide'><table><tr>{head}{key}</tr>"]
+    lines: list[list[pages.Cell]] = []
     for row in rows:
-        kind = "chosen" if row["id"] == chosen else ("" if row["passed"] else "no")
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row))
-        why = html.escape(row["why"])
-        lines.append(f"<tr class='{kind}' title='{why}'>{cells}<td class='left'>{pages.bars(row)}</td></tr>")
+        cells: list[pages.Cell] = [*_cells(row)]
+        for place, key in ((2, "download_ratio"), (3, "latency_ratio")):
+            if row[key] is not None:
+                cells[place] = (_cells(row)[place], row[key] / 2)
+        lines.append(cells)
+    kinds = ["chosen" if row["id"] == chosen else ("" if row["passed"] else "no") for row in rows]
     refused = [row for row in rows if not row["passed"]]
-    kept_out = "".join(
-        f"<li>{html.escape(row['id'])} ({html.escape(str(row['by']))}): {html.escape(row['why'])}</li>"
-        for row in refused
+    kept_out = "".join(f"<li>{html.escape(_kept_out(row))}</li>" for row in refused)
+    return (
+        f"<h3>Every variant</h3>{pages.table('Every variant', HEAD, lines, kinds=kinds)}<p>{html.escape(TABLE_WORDS)}</p>"
+        + (f"<h3>Kept out</h3><ul>{kept_out}</ul>" if refused else "")
     )
-    return "\n".join([*lines, "</table></div>", f"<p>Kept out:</p><ul>{kept_out}</ul>" if refused else ""])
-
-
-def _sensitivity(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return what the layers of quantized and pruned variants cost, where passes told."""
-    parts = []
-    for row in rows:
-        for note in row["notes"]:
-            layers = note.get("layers") or note.get("sensitivity") or []
-            if not layers:
-                continue
-            body = "".join(
-                "<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in layer.values()) + "</tr>"
-                for layer in layers[:LAYERS_SHOWN_MAX]
-            )
-            head = "".join(f"<th>{html.escape(str(key))}</th>" for key in layers[0])
-            parts.append(
-                f"<details><summary>{html.escape(row['id'])}, {html.escape(note['pass'])}: {len(layers)} layers</summary>"
-                f"<table><tr>{head}</tr>{body}</table></details>"
-            )
-    return f"<h3>Layers</h3>{''.join(parts)}" if parts else ""
 
 
 def compare(one: Path, other: Path) -> list[dict[str, Any]]:

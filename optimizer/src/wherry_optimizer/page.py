@@ -1,6 +1,7 @@
-"""Parts of a report as HTML and Markdown that a search and a recipe's build share: pictures, golden vectors, provenance.
+"""Parts of a report as HTML and Markdown that a search and a recipe's build share: style, tables, layers, golden vectors, provenance.
 
-Everything is drawn as plain SVG and tables: a report opens anywhere, runs no script and asks nobody for anything.
+A report opens anywhere, runs no script and asks nobody for anything. What stands in it, names of tensors among it, is others': all
+of it is escaped where a cell or a mark is written.
 """
 
 from __future__ import annotations
@@ -11,120 +12,111 @@ from typing import Any
 
 Row = Mapping[str, Any]
 
-WIDTH, HEIGHT = 720, 340
-"""Of the plot, in pixels."""
-LEFT, RIGHT, TOP, BOTTOM = 52, 170, 14, 40
-"""Room around it; what stands right of a mark has its name there."""
-TICKS = 5
-LATENCY = "latency, share of the source"
-LINE = 20
-"""Height of a row of the picture of intervals, in pixels."""
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:74rem;margin:2rem auto;padding:0 1rem;color:#1c2733}
-h1{margin-bottom:.2rem}h2{margin-top:2.4rem;border-bottom:2px solid #dde3ea;padding-bottom:.2rem}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.92em;margin:.6rem 0}
-td,th{padding:.25rem .7rem;text-align:right;border-bottom:1px solid #dde3ea;white-space:nowrap}th{font-weight:600}
-td:first-child,th:first-child,td.left,th.left{text-align:left}td.wrap{white-space:normal;overflow-wrap:anywhere}
-tr.no{color:#76818d}tr.chosen{background:#e8f4ec}
-.bar{display:block;height:.45rem;margin:1px 0;background:#3c78b4}.bar.t{background:#d08a2e}
-.key{display:inline-block;width:.8rem;height:.6rem;background:#3c78b4;margin:0 .3rem 0 .9rem}.key.t{background:#d08a2e}
-svg{max-width:100%;height:auto}svg text{font-size:11px;fill:#445}code{font-size:.85em}li{margin:.15rem 0}
-.warn{background:#fdf1dc;padding:.3rem .7rem;border-left:4px solid #d08a2e}summary{cursor:pointer}"""
+STYLE = """:root{color-scheme:light dark;--back:#fff;--ink:#1c2733;--soft:#55616d;--line:#dde3ea;--good:#1f7a46;--bad:#b03a2e;
+--front:#2f6ca8;--beaten:#7b8894;--budget:#b5651d;--pick:#e8f4ec;--note:#fdf1dc}
+@media screen and (prefers-color-scheme:dark){:root{--back:#14191f;--ink:#e4e9ee;--soft:#a3afbb;--line:#333d47;--good:#4cc38a;--bad:#ff8a7a;
+--front:#6cb0ee;--beaten:#84919d;--budget:#e6a04a;--pick:#1b3327;--note:#3a2e17}}
+body{font:15px/1.5 system-ui,sans-serif;max-width:78rem;margin:2rem auto;padding:0 1rem;color:var(--ink);background:var(--back);overflow-wrap:anywhere}
+h1{margin-bottom:.2rem;line-height:1.25}h2{margin-top:2.4rem;border-bottom:2px solid var(--line);padding-bottom:.2rem}
+.wide{overflow-x:auto}.wide:focus-visible,summary:focus-visible{outline:2px solid var(--front);outline-offset:2px}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.92em;margin:.6rem 0;overflow-wrap:normal}
+td,th{padding:.25rem .7rem;text-align:right;vertical-align:top;border-bottom:1px solid var(--line);white-space:nowrap}th{font-weight:600}
+tbody th{font-weight:400;white-space:normal;overflow-wrap:anywhere;min-width:11rem}td.left,th.left,tr>:first-child{text-align:left}
+table.wrap td{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:11rem}.wrap th:last-child{text-align:left}
+tr.no{color:var(--soft)}tr.chosen{background:var(--pick)}
+.bar{display:block;height:.35rem;min-width:1px;margin:1px 0 3px;background:var(--front)}.no .bar{background:var(--beaten)}
+.bar.cut{border-right:5px double var(--back)}
+figure{margin:.6rem 0}figcaption{font-size:.92em;color:var(--soft)}.key{display:inline-block;margin-right:.8rem}.dot{width:.7rem;margin-right:.3rem}
+.wide>svg{display:block;width:100%;min-width:46rem;max-width:62rem;height:auto}text{font-size:13px;fill:var(--ink)}
+.grid{stroke:var(--line)}.leader{stroke:var(--beaten);opacity:.5}.axis{stroke:var(--soft)}.budget{stroke:var(--budget);stroke-width:2}
+.stairs{fill:none;stroke:var(--front);stroke-dasharray:4 4}.ring{fill:none;stroke:var(--good);stroke-width:2}
+circle{stroke:var(--back)}.front{fill:var(--front)}.beaten{fill:var(--beaten)}.chosen{fill:var(--good)}.bad{fill:var(--bad)}
+.span{stroke-width:3}.front>.span{stroke:var(--front)}.beaten>.span{stroke:var(--beaten);stroke-dasharray:6 3}
+.chosen>.span{stroke:var(--good)}.bad>.span{stroke:var(--bad)}
+.warn{background:var(--note);padding:.3rem .7rem;border-left:4px solid var(--budget)}summary{cursor:pointer}li{margin:.15rem 0}
+@media print{body{margin:0;max-width:none;font-size:10pt;print-color-adjust:exact;-webkit-print-color-adjust:exact}
+.wide{overflow:visible}.wide>svg{min-width:0}table{font-size:.75em}td,th{white-space:normal;padding:.2rem .3rem}tbody th{min-width:0}
+tr,figure,.warn{break-inside:avoid}h2,h3{break-after:avoid}details::details-content{content-visibility:visible;block-size:auto}}"""
+"""Marks have at least 3 : 1 against the background, words 4.5 : 1, light and dark (WCAG 2.2, 1.4.3 and 1.4.11)."""
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+"""What a page may load or run: its own style. Should a name ever get through unescaped, it still does nothing."""
+LAYERS_SHOWN_MAX = 40
+"""Rows of one table of layers: those that cost most."""
+COSTS = {
+    "output_error": "error of its output, share",
+    "output_error_alone": "error of the model if only it is quantized, share",
+    "output_error_without": "error of the model if only it stays float, share",
+}
+"""What passes tell about a layer, and how it reads."""
+
+Cell = str | tuple[str, float]
+"""Text, or text with a bar below that takes this share of the cell; what is beyond 1 is cut."""
 
 
-def plot(rows: Sequence[Row], chosen: str) -> str:
-    """Return download against latency: the Pareto set dark and joined, the chosen one green."""
-    shown = [row for row in rows if row["passed"] and row["latency_ratio"] is not None and row["download_ratio"]]
-    if not shown:
-        return "<p>Latency was not measured on this hardware class, so there is no plot.</p>"
-    high = _round_up(max(row["latency_ratio"] for row in shown))
-    wide = _round_up(max(row["download_ratio"] for row in shown))
-    end, floor = WIDTH - RIGHT, HEIGHT - BOTTOM
-
-    def at(row: Row) -> tuple[float, float]:
-        x = LEFT + (end - LEFT) * row["download_ratio"] / wide
-        return x, floor - (floor - TOP) * row["latency_ratio"] / high
-
-    marks = []
-    for number in range(TICKS + 1):
-        share = number / TICKS
-        x, y = LEFT + (end - LEFT) * share, floor - (floor - TOP) * share
-        marks += [
-            f"<line x1='{x:.1f}' y1='{TOP}' x2='{x:.1f}' y2='{floor}' stroke='#e6eaef'/>",
-            f"<line x1='{LEFT}' y1='{y:.1f}' x2='{end}' y2='{y:.1f}' stroke='#e6eaef'/>",
-            f"<text x='{x:.1f}' y='{floor + 15}' text-anchor='middle'>{wide * share:.2g}</text>",
-            f"<text x='{LEFT - 6}' y='{y + 4:.1f}' text-anchor='end'>{high * share:.2g}</text>",
-        ]
-    marks += [
-        f"<text x='{(LEFT + end) / 2}' y='{HEIGHT - 6}' text-anchor='middle'>download, share of the source</text>",
-        f"<text transform='translate(13 {(TOP + floor) / 2}) rotate(-90)' text-anchor='middle'>{LATENCY}</text>",
-    ]
-    front = sorted(at(row) for row in shown if row["pareto"])
-    if len(front) > 1:
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in front)
-        marks.append(f"<polyline points='{line}' fill='none' stroke='#3c78b4' stroke-dasharray='3 3'/>")
-    free = float(TOP)
-    for row in sorted(shown, key=lambda row: at(row)[1]):
-        x, y = at(row)
-        named = row["pareto"] or row["id"] == chosen
-        fill = "#2e8b57" if row["id"] == chosen else ("#3c78b4" if row["pareto"] else "#c3ccd6")
-        name = html.escape(row["id"])
-        if named:  # names stand in a column of their own, one below the other
-            free = max(free + 13, y + 4)
-            marks.append(f"<line x1='{x:.1f}' y1='{y:.1f}' x2='{end + 8}' y2='{free - 4:.1f}' stroke='#ccd4dc'/>")
-            marks.append(f"<text x='{end + 11}' y='{free:.1f}'>{name}</text>")
-        marks.append(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='5' fill='{fill}'><title>{name}</title></circle>")
-    height = max(HEIGHT, int(free) + 8)
-    return f"<svg viewBox='0 0 {WIDTH} {height}' width='{WIDTH}' height='{height}' role='img'>{''.join(marks)}</svg>"
-
-
-def intervals(rows: Sequence[Row], limit: float, confirmations: Sequence[Row] = ()) -> str:
-    """Return the drop of every variant with its interval, against the budget; confirmations in green or red."""
-    shown = [
-        (row["id"], row["drop"], row["interval"], "#3c78b4" if row["passed"] else "#b4bec8")
-        for row in rows
-        if row["drop"] is not None and row["interval"] and None not in row["interval"]
-    ]
-    shown += [
-        (f"{row['id']}, confirmed", row["drop"], row["interval"], "#2e8b57" if row["passed"] else "#b03a2e")
-        for row in confirmations
-        if row["drop"] is not None and None not in row["interval"]
-    ]
-    if not shown:
-        return ""
-    # what is far beyond the budget is cut: the picture is of what was close
-    most: float = max(2.5 * limit, *(min(high, 6 * limit) for _, _, (_, high), _ in shown)) or 1e-6
-    least: float = min(0.0, *(max(low, -3 * limit) for _, _, (low, _), _ in shown))
-    start, end = 250, WIDTH - 20
-
-    def at(value: float) -> float:
-        return start + (end - start) * (min(max(value, least), most) - least) / (most - least)
-
-    height = LINE * len(shown) + 34
-    marks = []
-    for value, colour, word in ((0.0, "#99a5b1", "0"), (limit, "#d08a2e", f"budget {limit:g}")):
-        x = at(value)
-        marks.append(f"<line x1='{x:.1f}' y1='6' x2='{x:.1f}' y2='{height - 22}' stroke='{colour}'/>")
-        marks.append(f"<text x='{x:.1f}' y='{height - 8}' text-anchor='middle'>{word}</text>")
-    for number, (name, drop, (low, high), colour) in enumerate(shown):
-        y = 16 + LINE * number
-        marks += [
-            f"<text x='{start - 10}' y='{y + 4}' text-anchor='end'>{html.escape(name)}</text>",
-            f"<line x1='{at(low):.1f}' y1='{y}' x2='{at(high):.1f}' y2='{y}' stroke='{colour}' stroke-width='3'/>",
-            f"<circle cx='{at(drop):.1f}' cy='{y}' r='4' fill='{colour}'><title>{drop:+.4f}</title></circle>",
-        ]
+def table(
+    label: str, head: Sequence[str], rows: Sequence[Sequence[Cell]], *, kinds: Sequence[str] = (), wrap: bool = False
+) -> str:
+    """Return a table that scrolls in itself; the first cell of a row is its heading, and `kinds` are classes of rows."""
+    top = "".join(f"<th scope='col'>{html.escape(cell)}</th>" for cell in head)
+    body = []
+    for number, (first, *cells) in enumerate(rows):
+        kind = f" class='{kinds[number]}'" if kinds and kinds[number] else ""
+        body.append(
+            f"<tr{kind}><th scope='row'>{_cell(first)}</th>{''.join(f'<td>{_cell(cell)}</td>' for cell in cells)}</tr>"
+        )
+    words = html.escape(label)
     return (
-        "<h3>Drop of the metric, with its interval</h3>"
-        f"<svg viewBox='0 0 {WIDTH} {height}' width='{WIDTH}' height='{height}' role='img'>{''.join(marks)}</svg>"
+        f"<div class='wide' role='region' tabindex='0' aria-label='{words}'><table{' class=wrap' if wrap else ''}>"
+        f"<thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
-def bars(row: Row) -> str:
-    """Return download and latency as bars, a source being 60 pixels."""
-    return "".join(
-        f"<span class='bar{mark}' style='width:{min(row[key], 2.0) * 60:.0f}px'></span>"
-        for key, mark in (("download_ratio", ""), ("latency_ratio", " t"))
-        if row[key] is not None
-    )
+def _cell(cell: Cell) -> str:
+    if isinstance(cell, str):
+        return html.escape(cell)
+    words, share = cell
+    cut = " cut" if share > 1 else ""
+    return f"{html.escape(words)}<span class='bar{cut}' style='width:{100 * min(share, 1.0):.0f}%'></span>"
+
+
+def layers(rows: Sequence[Row], chosen: str) -> str:
+    """Return what single layers of quantized and pruned variants cost, where passes told, the costliest first."""
+    parts = []
+    for row in rows:
+        for note in row["notes"]:
+            told = note.get("layers") or note.get("sensitivity") or []
+            if not told:
+                continue
+            cost = next((key for key in COSTS if key in told[0]), None)
+            costs = [_cost(one, cost, note) for one in told]
+            ranked = sorted(zip(costs, told, strict=True), key=lambda pair: -pair[0])[:LAYERS_SHOWN_MAX]
+            most = max(costs) or 1.0
+            keys = list(told[0])
+            lines: list[list[Cell]] = [
+                [
+                    (str(one.get(key, "–")), max(share, 0.0) / most) if key == cost else str(one.get(key, "–"))
+                    for key in keys
+                ]
+                for share, one in ranked
+            ]
+            name = f"{row['id']}, {note['pass']}: {len(told)} layers"
+            if len(told) > len(lines):
+                name += f", the {len(lines)} that cost most"
+            head = [COSTS.get(key, key.replace("_", " ")) for key in keys]
+            opened = " open" if row["id"] == chosen else ""
+            parts.append(f"<details{opened}><summary>{html.escape(name)}</summary>{table(name, head, lines)}</details>")
+    if not parts:
+        return ""
+    words = "What each layer costs by itself, on calibration samples; the bar compares the layers of one table."
+    return f"<h3>Layers</h3><p>{words}</p>{''.join(parts)}"
+
+
+def _cost(layer: Row, key: str | None, note: Row) -> float:
+    """Return what a layer costs: of one that was left float, what the whole error has more."""
+    if key is None:
+        return 0.0
+    value = float(layer.get(key) or 0.0)
+    return float(note.get("output_error") or 0.0) - value if key == "output_error_without" else value
 
 
 def golden_page(golden: Mapping[str, Any] | None) -> str:
@@ -134,17 +126,16 @@ def golden_page(golden: Mapping[str, Any] | None) -> str:
     head, lines = _proofs(golden)
     warnings = "".join(f"<p class='warn'>{html.escape(text)}</p>" for text in golden_warnings(golden))
     count = len(golden["vectors"])
-    picked = "".join(
-        f"<tr><td>{number}</td><td class='left'>{', '.join(one['traits'])}</td><td>{one['tells']}</td>"
-        f"<td>{one['notices']}</td></tr>"
+    why = ["vector", "looked at for", "pairs of variants told apart", "broken files noticed"]
+    picked = [
+        [str(number), ", ".join(one["traits"]), str(one["tells"]), str(one["notices"])]
         for number, one in enumerate(golden["vectors"], 1)
-    )
+    ]
+    title = f"{count} vectors, and why each was chosen"
     return (
         f"<h2>Golden vectors</h2>{warnings}<p>{html.escape(GOLDEN_WORDS)}</p>"
-        + _table(head, lines)
-        + f"<details><summary>{count} vectors, and why each was chosen</summary>"
-        "<table><tr><th>vector</th><th class='left'>looked at for</th><th>pairs of variants told apart</th>"
-        f"<th>broken files noticed</th></tr>{picked}</table></details>"
+        + table("What golden vectors notice", head, lines)
+        + f"<details><summary>{title}</summary>{table(title, why, picked)}</details>"
     )
 
 
@@ -165,12 +156,23 @@ def golden_markdown(golden: Mapping[str, Any] | None) -> list[str]:
         "",
         GOLDEN_WORDS,
         "",
-        *(f"**{text}**\n" for text in golden_warnings(golden)),
-        f"| {' | '.join(head)} |",
-        f"| {' | '.join('---' for _ in head)} |",
-        *(f"| {' | '.join(line)} |" for line in lines),
+        *(f"**{plain(text)}**\n" for text in golden_warnings(golden)),
+        *markdown_table(head, lines),
         "",
     ]
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a table as lines of Markdown, its cells made harmless."""
+    return [f"| {' | '.join(plain(cell) for cell in row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def plain(words: str) -> str:
+    """Return words that in Markdown begin no HTML, link, cell or line of their own."""
+    words = " ".join(words.split())
+    for sign, harmless in (("\\", "\\\\"), ("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("](", "]\\(")):
+        words = words.replace(sign, harmless)
+    return words
 
 
 def golden_warnings(golden: Mapping[str, Any]) -> list[str]:
@@ -213,7 +215,7 @@ def _proofs(golden: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def provenance_page(report: Mapping[str, Any]) -> str:
     """Return where it all came from, as HTML."""
-    return "<h2>Provenance</h2>" + _table(["what", "value"], provenance_lines(report), wrap=True)
+    return "<h2>Provenance</h2>" + table("Provenance", ["what", "value"], provenance_lines(report), wrap=True)
 
 
 def provenance_lines(report: Mapping[str, Any]) -> list[list[str]]:
@@ -230,18 +232,3 @@ def provenance_lines(report: Mapping[str, Any]) -> list[list[str]]:
         *([f"made by {name}", version] for name, version in found["tools"].items()),
     ]
     return [list(row) for row in rows]
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]], *, wrap: bool = False) -> str:
-    kind = " class='left wrap'" if wrap else ""
-    top = "".join(f"<th{' class=left' if wrap else ''}>{html.escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td{kind}>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
-    return f"<div class='wide'><table><tr>{top}</tr>{body}</table></div>"
-
-
-def _round_up(value: float) -> float:
-    """Return the end of an axis that has round ticks."""
-    for step in (0.25, 0.5, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.5, 10.0):
-        if value <= step:
-            return step
-    return value * 1.05

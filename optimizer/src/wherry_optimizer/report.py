@@ -49,7 +49,7 @@ def details(config: Config) -> Group:
     for name, bounds in config.interface.dims.items():
         lines.append(f"dim     {name}: {bounds.minimum} to {bounds.maximum or 'any'}")
     for asset in config.assets.files if config.assets is not None else []:
-        lines.append(f"asset   {asset.path} ({_bytes(asset.bytes)})")
+        lines.append(f"asset   {asset.path} ({size(asset.bytes)})")
     for stage, processing in (("before", config.preprocess), ("after", config.postprocess)):
         lines += [f"{stage:<8}{_operation(operation)}" for operation in processing.operations]
         lines += [f"{stage:<8}id {processing.id}"] if processing.id else []
@@ -160,12 +160,12 @@ def _row(variant: Variant, largest: int) -> list[str]:
         variant.id,
         variant.format,
         variant.precision,
-        _bytes(variant.bytes),
-        f"{_bytes(download)} ({download / largest:.2f})",
+        size(variant.bytes),
+        f"{size(download)} ({download / largest:.2f})",
         f"{accuracy.value:.4f} ± {accuracy.standard_error:.4f}" if accuracy else "–",
         f"{accuracy.drop:+.4f} ± {accuracy.drop_standard_error or 0:.4f}" if accuracy else "–",
         f"{figures.latency_p50_us / 1000:.2f} ms (×{figures.latency_ratio or 1:.2f})" if figures else "–",
-        _bytes(figures.peak_memory_bytes) if figures else "–",
+        size(figures.peak_memory_bytes) if figures else "–",
         f"{variant.golden.vectors}{' synthetic' if variant.golden.synthetic else ''}",
     ]
 
@@ -199,7 +199,8 @@ def _tensor(spec: TensorSpec) -> str:
     return text
 
 
-def _bytes(count: float) -> str:
+def size(count: float) -> str:
+    """Return a number of bytes as people read it, in decimal units."""
     for unit in ("B", "kB"):
         if count < 1000:
             return f"{count:.4g} {unit}"
