@@ -124,11 +124,15 @@ def _some(rows: Array, count: int, rng: np.random.Generator) -> Array:
     return rows if len(rows) <= count else rows[rng.choice(len(rows), count, replace=False)]
 
 
-def run_all(model: onnx.ModelProto, names: Sequence[str], calls: Sequence[Mapping[str, Array]]) -> list[list[Array]]:
-    """Return the named outputs of a model for each call, on one thread."""
+def run_all(
+    model: onnx.ModelProto, names: Sequence[str], calls: Sequence[Mapping[str, Array]], *, as_written: bool = False
+) -> list[list[Array]]:
+    """Return the named outputs of a model for each call, on one thread; `as_written`: operator by operator, nothing fused."""
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
+    if as_written:
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     settings.log_severity_level = 4
     settings.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
