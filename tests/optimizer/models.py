@@ -326,6 +326,9 @@ def apply(path, parameters, work):
         raise KeyError("a tensor")
     if parameters.how == "exit":
         os._exit(0)
+    if parameters.how == "last words":
+        print("I know better", flush=True)
+        os._exit(0)
     if parameters.how == "chatter":
         print("x" * 100_000)
         os.system("echo and what it starts, too")
@@ -335,6 +338,14 @@ def apply(path, parameters, work):
         import onnx
         model = onnx.load(path)
         model.graph.node[-1].output[0] = model.graph.output[0].name = "renamed"
+        onnx.save(model, target)
+    if parameters.how == "overflow":
+        import numpy, onnx
+        from onnx import numpy_helper
+        model = onnx.load(path)
+        weight = model.graph.initializer[0]
+        value = numpy.full_like(numpy_helper.to_array(weight), numpy.inf)
+        weight.CopyFrom(numpy_helper.from_array(value, weight.name))
         onnx.save(model, target)
     if parameters.how == "wreck":
         target.write_bytes(path.read_bytes()[:-100])

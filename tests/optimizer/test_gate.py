@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from wherry_optimizer import gate, metrics
+from wherry_shared.errors import RefusedError
 
 MEAN = metrics.make(metrics.MetricOf(name="accuracy"))
 
@@ -35,6 +36,24 @@ def test_a_candidate_is_kept_out_by_the_first_thing_that_it_misses(
 ) -> None:
     verdict = gate.hold(found, error, budget, "accuracy")
     assert (verdict.passed, verdict.by) == (not by, by)
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        {"drop_max": float("nan")},
+        {"drop_max": float("inf")},
+        {"drop_max": -0.1},
+        {"drop_max": 0.1, "error_max": float("nan")},
+        {"drop_max": 0.1, "error_max": -1.0},
+        {"drop_max": 0.1, "floor": float("nan")},
+        {"drop_max": 0.1, "upper_factor": float("nan")},
+    ],
+)
+def test_a_limit_that_nothing_can_exceed_is_no_gate(terms: dict[str, float]) -> None:
+    with pytest.raises(RefusedError) as caught:
+        gate.Budget(**terms)
+    assert caught.value.code == "budget_invalid"
 
 
 def test_a_refusal_says_by_how_much() -> None:

@@ -143,9 +143,36 @@ def broken(folder: Path, kind: str) -> str:
     if kind == "columns":
         (folder / "data.csv").write_text("a,label\n" + "1,1\n2,0\n" * 10)
         return str(folder / "data.csv")
-    if kind == "raises":
+    if kind == "labels of another name":
+        arrays["labels"] = arrays.pop("label")
+    tables = {
+        "encoding": b"a,label\n\xe9,1\n",
+        "long field": b"a,label\n" + b"1" * 200_000 + b",1\n",
+        "column twice": b"a,a,label\n" + b"1,2,0\n1,2,1\n" * 8,
+        "labels alone": b"label\n" + b"0\n1\n" * 8,
+    }
+    if kind in tables:
+        (folder / "data.csv").write_bytes(tables[kind])
+        return str(folder / "data.csv")
+    if kind.startswith("file of"):
+        (folder / "data" / "a").mkdir(parents=True)
+        file = folder / "data" / "a" / "1.npy"
+        if kind == "file of nothing":
+            file.write_bytes(b"")
+        else:
+            np.save(file, np.array(["red"]))
+        return str(folder / "data")
+    if kind in ("raises", "exits", "ragged", "some without labels"):
         module = types.ModuleType("wherry_test_samples")
-        module.give = lambda: 1 / 0
+        module.give = {
+            "raises": lambda: 1 / 0,
+            "exits": lambda: sys.exit(0),
+            "ragged": lambda: [({"x": [[1.0], [1.0, 2.0]]}, 0)] * 9,
+            "some without labels": lambda: [
+                ({"x": point[None]}, None if index == 5 else int(label))
+                for index, (point, label) in enumerate(zip(points, labels, strict=True))
+            ],
+        }[kind]
         sys.modules["wherry_test_samples"] = module
         return "wherry_test_samples:give"
     np.savez(path, **arrays)
@@ -169,6 +196,16 @@ def broken(folder: Path, kind: str) -> str:
         ("words", "data_invalid"),
         ("columns", "data_shape"),
         ("raises", "data_invalid"),
+        ("exits", "data_invalid"),
+        ("ragged", "data_invalid"),
+        ("some without labels", "data_invalid"),
+        ("labels of another name", "data_invalid"),
+        ("encoding", "data_invalid"),
+        ("long field", "data_invalid"),
+        ("column twice", "data_invalid"),
+        ("labels alone", "data_invalid"),
+        ("file of nothing", "data_invalid"),
+        ("file of words", "data_invalid"),
     ],
 )
 def test_data_that_do_not_fit_are_refused_before_anything_is_tried(kind: str, code: str, tmp_path: Path) -> None:
@@ -223,6 +260,47 @@ def test_the_command_line_searches_and_compares(tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert '"int8-static"' in done.output
     assert CliRunner().invoke(cli.app, ["compare", str(tmp_path / "out"), str(tmp_path / "out")]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--max-drop", "nan"), "budget_invalid"),
+        (("--floor", "nan"), "budget_invalid"),
+        (("--max-error", "-1"), "budget_invalid"),
+        (("--workers", "0"), "setting_invalid"),
+        (("--seed", "-1"), "setting_invalid"),
+        (("--seconds", "nan"), "setting_invalid"),
+        (("--memory-gb", "0.001"), "setting_invalid"),
+        (("--memory-gb", "nan"), "--memory-gb"),
+        (("--state", "x"), "--state"),
+        (("--state", "z=p"), "state_invalid"),
+        (("--state", "x=z"), "state_invalid"),
+        (("--state", "x=p"), "state_invalid"),
+        (("--metric-output", "z"), "output_unknown"),
+        (("--output", "FILE/out"), "folder_unwritable"),
+        (("--cache", "FILE/cache"), "folder_unwritable"),
+        (("--reported", "FILE"), "reported_invalid"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_anything_is_tried(
+    options: tuple[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    points, labels = blobs(40)
+    np.savez(tmp_path / "data.npz", x=points, label=labels)
+    file = tmp_path / "FILE"
+    file.write_text("{", encoding="utf-8")
+    name, value = options[0], options[1].replace("FILE", str(file))
+    common = ("auto", str(classifier(tmp_path / "model.onnx")), "--data", str(tmp_path / "data.npz"))
+    monkeypatch.setattr(sys, "argv", ["wherry-optimizer", *common, "--cache", str(tmp_path / "cache"), name, value])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    told = capfd.readouterr().err
+    assert ended.value.code in (1, 2)
+    assert said in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "cache" / "answers").exists()
 
 
 def test_a_bundle_needs_its_name_version_and_licence_before_anything_is_tried(tmp_path: Path) -> None:

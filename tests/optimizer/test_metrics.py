@@ -127,3 +127,22 @@ def test_labels_and_names_that_do_not_fit_are_refused(name: str, found: dict, la
     with pytest.raises(RefusedError) as caught:
         value(name, [(found, label)])
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize("name", ["detection", "cosine"])
+def test_outputs_that_a_metric_cannot_read_are_told_with_their_shapes(name: str) -> None:
+    metric = metrics.make(metrics.MetricOf(name=name))
+    with pytest.raises(RefusedError, match=r"p \[1, 6\] with a label of shape \[2\]") as caught:
+        metrics.evidence_of(metric, name, {"p": np.ones((1, 6), np.float32)}, [1.0, 2.0])
+    assert caught.value.code == "metric_failed"
+
+
+def test_a_metric_that_ends_the_program_ends_the_search_as_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wherry_test_exits.py").write_text("import sys\ndef score(outputs, labels):\n    sys.exit(0)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    metric = metrics.make(metrics.MetricOf(name="wherry_test_exits:score", folder=str(tmp_path)))
+    with pytest.raises(RefusedError) as caught:
+        metric.value([metric.evidence({"p": np.zeros(2)}, 1)])
+    assert caught.value.code == "metric_failed"

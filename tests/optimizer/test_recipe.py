@@ -18,6 +18,8 @@ from wherry_shared.errors import RefusedError
     [
         ('name = "blobs"', "", "name: missing"),
         ('name = "blobs"', 'name = "blobs"\nnmae = 1', "nmae: there is no such field"),
+        ("drop_max = 0.05", "drop_max = inf", "gate: what the metric may lose is inf"),
+        ("drop_max = 0.05", "floor = nan", "gate: what the metric may not fall below is nan"),
         ("drop_max = 0.05", "drop_max = -1.5", "gate.drop_max: expected `float` >= 0.0"),
         ("drop_max = 0.05", 'drop_max = "small"', "gate.drop_max: expected `float`, got `str`"),
         ("vectors = 8", "vectors = 65", "golden.vectors: expected `int` <= 64"),

@@ -22,11 +22,12 @@ from wherry_optimizer.candidates import SOURCE, TARGETS, Candidate, Fared, Row
 from wherry_optimizer.data import Sample, file_type
 from wherry_optimizer.labelled import cut
 from wherry_optimizer.metrics import MetricOf
+from wherry_optimizer.model import gathered
 from wherry_optimizer.model import load as load_model
 from wherry_optimizer.recipe import DataOf
 from wherry_optimizer.sources import locate
 from wherry_shared.bundle import Interface, TensorSpec
-from wherry_shared.errors import RefusedError
+from wherry_shared.errors import DeviceError, RefusedError
 
 X86 = TARGETS["x86-vnni"]
 
@@ -191,6 +192,8 @@ def test_nothing_begins_when_the_time_is_up(tmp_path: Path) -> None:
         ("memory", {"memory_bytes_max": 1 << 30}, "pass_memory"),
         ("hang", {"seconds_max": 1.0}, "pass_timeout"),
         ("raise", {}, "pass_crashed"),
+        ("exit", {}, "pass_crashed"),
+        ("last words", {}, "pass_crashed"),
         ("nothing", {}, "pass_noop"),
         ("rename", {}, "contract_changed"),
     ],
@@ -202,6 +205,54 @@ def test_what_a_pass_does_to_its_process_becomes_a_refusal(
     answer = attempt.run(task(problem(tmp_path), tmp_path, Step(use="test-native", parameters={"how": how}), **more))
     assert answer.code == code
     assert answer.why
+
+
+def test_a_candidate_whose_answers_overflow_is_refused_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plug_in(tmp_path, monkeypatch)
+    found = problem(tmp_path)
+    overflows = Candidate("overflows", (Step(use="test-native", parameters={"how": "overflow"}),))
+    monkeypatch.setattr(candidates, "propose", lambda fared, *_, **__: [] if fared else [overflows])
+    settings = search.Settings(budget=gate.Budget(0.02), weigh=False)
+    item = search.search(found, X86, settings, tmp_path / "cache").find("overflows")
+    assert (item.verdict.passed, item.verdict.by) == (False, "no_number")
+    again = attempt.run(task(found, tmp_path, *overflows.steps))
+    assert again.cached
+    assert np.isnan(again.error)
+
+
+def test_what_the_machine_could_not_do_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = task(problem(tmp_path), tmp_path)
+
+    def missing(*_: object, **__: object) -> None:
+        raise DeviceError("engine_missing", "onnxruntime cannot be imported")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attempt, "load", missing)
+        assert attempt.attempt(found).code == "engine_missing"
+    answer = attempt.attempt(found)
+    assert (answer.code, answer.cached) == ("", False)
+
+
+def test_an_answer_that_a_power_cut_left_empty_is_made_again(tmp_path: Path) -> None:
+    found = task(problem(tmp_path), tmp_path, Step(use="quantize-weights"))
+    first = attempt.attempt(found)
+    for path in (*(tmp_path / "cache" / "answers").iterdir(), *(tmp_path / "cache" / "files").glob("*.json")):
+        path.write_bytes(b"")
+    again = attempt.attempt(found)
+    assert (again.code, again.digest, again.cached) == ("", first.digest, False)
+
+
+def test_a_model_that_answers_no_numbers_is_refused(tmp_path: Path) -> None:
+    path = classifier(tmp_path / "model.onnx", constants=True)
+    model = onnx.load(path)
+    weight = next(node for node in model.graph.node if node.op_type == "Constant").attribute[0].t
+    weight.CopyFrom(numpy_helper.from_array(np.full_like(numpy_helper.to_array(weight), np.nan), weight.name))
+    onnx.save(model, path)
+    with pytest.raises(RefusedError) as caught:
+        auto_module.auto(path, cut(samples(60), labelled=True, description=""), cache=tmp_path, run=attempt.attempt)
+    assert caught.value.code == "model_not_finite"
 
 
 def test_a_pass_of_another_distribution_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +309,36 @@ def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError) as caught:
         auto(tmp_path, Path(made.path))
     assert caught.value.code == "already_quantized"
+
+
+def test_a_model_is_what_the_files_beside_it_make_it(tmp_path: Path) -> None:
+    plain = onnx.load(classifier(tmp_path / "plain.onnx"))
+    found = []
+    for scale in (1.0, 1.0, 2.0):
+        path = tmp_path / f"{len(found)}" / "model.onnx"
+        path.parent.mkdir()
+        model = onnx.ModelProto.FromString(plain.SerializeToString())
+        value = numpy_helper.to_array(model.graph.initializer[0]) * np.float32(scale)
+        model.graph.initializer[0].CopyFrom(numpy_helper.from_array(value, model.graph.initializer[0].name))
+        onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+        found.append(gathered(load_model(path), tmp_path / "sources"))
+    one, same, other = found
+    assert one.path.stat().st_size > (tmp_path / "0" / "weights.bin").stat().st_size
+    assert one.path.name == "model.onnx"
+    assert one.digest == same.digest != other.digest
+    assert not load_model(other.path).external
+
+
+def test_a_budget_that_nobody_meets_is_told_by_what_was_in_the_way(tmp_path: Path, cache: Path) -> None:
+    for terms, said, way in (
+        ({"floor": 2.0}, "below the floor", "lower --floor"),
+        ({"error_max": 0.0}, "nearest was", "--max-error"),
+    ):
+        with pytest.raises(RefusedError) as caught:
+            auto(tmp_path, classifier(tmp_path / "model.onnx"), cache=cache, **terms)
+        assert caught.value.code == "budget_unmet"
+        assert said in caught.value.message
+        assert way in caught.value.next_step
 
 
 def test_an_operator_that_no_engine_has_is_refused(tmp_path: Path) -> None:

@@ -12,14 +12,15 @@ where it was.
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -33,11 +34,12 @@ from wherry_shared import digest
 from wherry_shared.bundle import Format
 from wherry_shared.engines import load
 from wherry_shared.engines.session import Session
-from wherry_shared.errors import RefusedError, WherryError
+from wherry_shared.errors import DeviceError, RefusedError, WherryError
 
 Array = npt.NDArray[Any]
+Kept = TypeVar("Kept")
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 """Goes up when answers of older releases mean something else."""
 TOOLS = ("wherry-optimizer", "onnx", "onnxruntime", "onnxslim", "ai-edge-quantizer", "ai-edge-litert", "numpy")
 SECONDS_MAX = 300.0
@@ -46,6 +48,7 @@ LARGE_LEVEL = 9
 """Files beyond `LARGE_BYTES` are compressed at this level while candidates are compared: the highest takes minutes."""
 
 
+_NOTES = msgspec.json.Decoder(list[dict[str, Any]])
 SKIPPED = ("pass_noop", "already_quantized", "pass_failed", "contract_changed")
 """What an optional pass may be refused for."""
 
@@ -181,12 +184,13 @@ def run(task: Task) -> Answer:
         environment={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         limited=True,
     )
-    if ended.how == "well" and ended.out:
-        return msgspec.structs.replace(
-            msgspec.json.decode(ended.out.splitlines()[-1], type=Answer), seconds=ended.seconds
-        )
-    how = "crashed" if ended.how == "well" else ended.how
-    return Answer(code=f"pass_{how}", why=ended.why or "its process said nothing", seconds=ended.seconds)
+    if ended.how != "well":
+        return Answer(code=f"pass_{ended.how}", why=ended.why, seconds=ended.seconds)
+    try:
+        answer = decode((ended.out.splitlines() or [b""])[-1])
+    except ValueError:  # it ended itself: what it wrote last, if anything, is a pass's own chatter
+        return Answer(code="pass_crashed", why="its process ended without an answer", seconds=ended.seconds)
+    return msgspec.structs.replace(answer, seconds=ended.seconds)
 
 
 def main() -> None:
@@ -194,28 +198,40 @@ def main() -> None:
     task = msgspec.json.decode(sys.stdin.buffer.read(), type=Task)
     confined.limit_memory(task.memory_bytes_max)
     answer = attempt(task)
-    sys.stdout.buffer.write(b"\n" + msgspec.json.encode(answer) + b"\n")
+    sys.stdout.buffer.write(b"\n" + encode(answer) + b"\n")
     sys.stdout.flush()
 
 
 def attempt(task: Task) -> Answer:
     """Do a task in this process, or find its answer in the cache.
 
-    A `WherryError` becomes the answer; everything else is a crash for `run` to tell.
+    A `WherryError` becomes the answer; everything else is a crash for `run` to tell. What this machine could not do just
+    now (a `DeviceError`: memory, a disk, an engine that is missing) is no property of the candidate and is not kept.
     """
     problem: Problem = pickle.loads(Path(task.problem).read_bytes())  # noqa: S301 - this program's own parent wrote it
     cache = Path(task.cache)
     row = cache / "answers" / f"{key_of(problem, task)}.json"
-    if row.exists():
-        found = msgspec.json.decode(row.read_bytes(), type=Answer)
-        if not found.path or Path(found.path).exists():
-            return msgspec.structs.replace(found, cached=True)
+    found = _read(row, decode)
+    if found is not None and (not found.path or Path(found.path).exists()):
+        return msgspec.structs.replace(found, cached=True)
     try:
         answer = _attempt(problem, task, cache)
     except WherryError as error:
         answer = Answer(code=error.code, why=error.message)
-    _keep(row, msgspec.json.encode(answer))
+        if isinstance(error, DeviceError):
+            return answer
+    _keep(row, encode(answer))
     return answer
+
+
+def encode(answer: Answer) -> bytes:
+    """Write an answer as a line of JSON in which NaN and infinities stay what they are: an overflow is evidence too."""
+    return json.dumps(msgspec.to_builtins(answer)).encode()
+
+
+def decode(line: bytes) -> Answer:
+    """Read what `encode` wrote."""
+    return msgspec.convert(json.loads(line), Answer)
 
 
 def key_of(problem: Problem, task: Task) -> str:
@@ -262,8 +278,8 @@ def _make(problem: Problem, steps: Sequence[Step], cache: Path) -> tuple[Path, l
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{_file_key(problem, steps)}.{problem.format}"
     about = target.with_suffix(".json")
-    if about.exists():
-        said = msgspec.json.decode(about.read_bytes(), type=list[dict[str, Any]])
+    said = _read(about, _NOTES.decode)
+    if said:
         if "skipped" in said[-1]:
             return _make(problem, steps[:-1], cache)[0], said
         if target.exists():
@@ -323,12 +339,20 @@ def _compare(
             label: Any = whole[first] if whole is not None else answer_of(source, sample, problem.state)[first]
         else:
             label = sample.label
-        evidence.append(metric.evidence(outputs, label))
+        evidence.append(metrics.evidence_of(metric, problem.metric.name, outputs, label))
     if fresh:
         with tempfile.NamedTemporaryFile(dir=kept, suffix=".npz", delete=False) as file:
             np.savez(file, **fresh)
         Path(file.name).replace(path)
     return evidence, distance.largest
+
+
+def _read(path: Path, read: Callable[[bytes], Kept]) -> Kept | None:
+    """Return what was kept; nothing where there is none, or where a machine that lost power left a file that is not whole."""
+    try:
+        return read(path.read_bytes())
+    except (FileNotFoundError, ValueError):  # msgspec's errors are ValueErrors
+        return None
 
 
 def _keep(path: Path, data: bytes) -> None:

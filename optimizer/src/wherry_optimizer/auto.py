@@ -14,8 +14,10 @@ same and `auto` raises.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 
 import msgspec
@@ -28,15 +30,15 @@ from wherry_optimizer import interface as interfaces
 from wherry_optimizer.attempt import Problem
 from wherry_optimizer.candidates import SOURCE, TARGETS, Prefer, Target
 from wherry_optimizer.labelled import Parts
-from wherry_optimizer.model import Model, read_onnx, subgraphs
+from wherry_optimizer.model import Model, gathered, read_onnx, subgraphs
 from wherry_optimizer.model import load as load_model
 from wherry_optimizer.precision import precision_of
 from wherry_optimizer.recipe import ProcessingFile
 from wherry_optimizer.shipping import Release
-from wherry_shared.bundle import Figures
+from wherry_shared.bundle import Figures, Interface
 from wherry_shared.engines import load as open_session
 from wherry_shared.engines.errors import EngineFault
-from wherry_shared.errors import RefusedError
+from wherry_shared.errors import DeviceError, RefusedError
 
 CALLS_MAX = 200
 """Single calls that a pass may calibrate with."""
@@ -103,9 +105,18 @@ def auto(
         run: what does a task, see `search.search`.
 
     Raises:
-        RefusedError: `model_*`, `data_*`, `metric_*`, `target_unknown`, `source_failed`, and as `shipping.ship`; `budget_unmet` where no candidate
+        DeviceError: `folder_unwritable`.
+        RefusedError: `model_*`, `data_*`, `metric_*`, `budget_invalid`, `setting_invalid`, `state_invalid`, `output_unknown`,
+            `reported_invalid`, `target_unknown`, `source_failed`, and as `shipping.ship`; `budget_unmet` where no candidate
             passed for some target; `unconfirmed` where the test split contradicts the choice.
     """
+    _check_settings(seconds_max=seconds_max, workers=workers, memory_bytes_max=memory_bytes_max, seed=seed)
+    budget = gate.Budget(drop_max, floor, error_max, 1.0 if strict else gate.UPPER_FACTOR)
+    figures = _reported(reported)
+    folder = cache or default_cache()
+    for place in (folder, output):
+        if place is not None:
+            check_writable(place)
     if release is not None:
         if output is None:
             raise RuntimeError("a bundle needs a folder")
@@ -132,14 +143,13 @@ def auto(
         metric = "agreement"
     spec = metrics.MetricOf(name=metric, outputs=tuple(outputs), folder=str(Path.cwd()))
     metrics.make(spec)
+    check_names(fitted.interface, spec.outputs, state or {})
     if parts.labelled:
         judged = next(
             (one for one in fitted.interface.outputs if one.name in spec.outputs), fitted.interface.outputs[0]
         )
         labelled.check_labels([*parts.selection, *parts.test], metric, judged, fitted.interface)
-    problem = make_problem(source, parts, spec, state or {}, seed)
-    folder = cache or default_cache()
-    budget = gate.Budget(drop_max, floor, error_max, 1.0 if strict else gate.UPPER_FACTOR)
+    problem = make_problem(gathered(source, folder / "sources"), parts, spec, state or {}, seed)
     settings = search.Settings(
         budget=budget,
         prefer=prefer,
@@ -148,7 +158,7 @@ def auto(
         prune=prune,
         weigh=weigh,
         memory_bytes_max=memory_bytes_max,
-        reported=_reported(reported),
+        reported=figures,
     )
     here = measure.machine()
     found = []
@@ -166,6 +176,87 @@ def auto(
     return result
 
 
+def _check_settings(*, seconds_max: float, workers: int, memory_bytes_max: int, seed: int) -> None:
+    """Refuse limits under which nothing can be done.
+
+    Raises:
+        RefusedError: `setting_invalid`.
+    """
+    wrong = [
+        text
+        for text, fine in (
+            (f"{seconds_max} seconds", seconds_max > 0),
+            (f"{workers} workers", workers >= 1),
+            (f"{memory_bytes_max / 2**30:.3g} GB of memory", memory_bytes_max >= making.MEMORY_BYTES_MIN),
+            (f"seed {seed}", seed >= 0),
+        )
+        if not fine
+    ]
+    if wrong:
+        raise RefusedError(
+            "setting_invalid",
+            f"a search cannot do with {', '.join(wrong)}",
+            consequence="nothing was tried",
+            next_step=f"give more than 0 seconds, at least one worker, at least {making.MEMORY_BYTES_MIN / 2**30:.3g} GB, "
+            "and a seed from 0 on",
+        )
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder and write into it, before minutes are spent on what would be written.
+
+    Raises:
+        DeviceError: `folder_unwritable`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+            file.flush()
+    except OSError as error:
+        raise DeviceError(
+            "folder_unwritable",
+            f"{folder} cannot be written to: {error.strerror}",
+            consequence="what is made and found could not be kept, so nothing was tried",
+            next_step="name another folder (--output, --cache), make room, or change its permissions",
+        ) from error
+
+
+def check_names(interface: Interface, outputs: Sequence[str], state: Mapping[str, str]) -> None:
+    """Check that outputs and pairs of state are the model's.
+
+    Raises:
+        RefusedError: `output_unknown`; `state_invalid` where a pair names no input or output, the two do not fit, or no
+            input is left that has steps.
+    """
+    inputs = {one.name: one for one in interface.inputs}
+    given = {one.name: one for one in interface.outputs}
+    for name in outputs:
+        if name not in given:
+            raise RefusedError(
+                "output_unknown",
+                f"the model has no output {name!r} for the metric to look at",
+                consequence="nothing was tried",
+                next_step=f"name {', '.join(given)}",
+            )
+    for name, of in state.items():
+        one, other = inputs.get(name), given.get(of)
+        if one is None or other is None:
+            why = f"there is no {'input' if one is None else 'output'} {name if one is None else of!r}"
+        elif one.datatype != other.datatype:
+            why = f"input {name!r} is {one.datatype} and output {of!r} is {other.datatype}"
+        elif len(state) == len(inputs):
+            why = "every input is state, so no input has steps"
+        else:
+            continue
+        raise RefusedError(
+            "state_invalid",
+            f"state {name}={of}: {why}",
+            consequence="nothing was tried",
+            next_step=f"give INPUT=OUTPUT, of inputs {', '.join(inputs)} and outputs {', '.join(given)}",
+        )
+
+
 def check_result(result: search.Result) -> None:
     """Raise where a target got nothing, or something that the test split contradicts.
 
@@ -174,18 +265,7 @@ def check_result(result: search.Result) -> None:
     """
     for found in result.found:
         if found.chosen == SOURCE and len([item for item in found.tried if item.verdict.passed]) == 1:
-            nearest = min(
-                (item for item in found.refused if item.drop is not None and item.verdict.by == "drop"),
-                key=lambda item: item.drop.drop if item.drop is not None else 0.0,
-                default=None,
-            )
-            near = f"; nearest was {nearest.id}: {nearest.verdict.why}" if nearest is not None else ""
-            raise RefusedError(
-                "budget_unmet",
-                f"{found.target.name}: none of {len(found.refused)} candidates passed the gate{near}",
-                consequence="nothing was chosen; the report says what each was refused for",
-                next_step="raise --max-drop or --seconds, or ship the model as it is",
-            )
+            raise _unmet(found, result.settings.budget)
         if found.confirmation is not None and not found.confirmation.verdict.passed:
             told = "; ".join(f"{one.id}: {one.verdict.why}" for one in found.confirmations)
             raise RefusedError(
@@ -194,6 +274,30 @@ def check_result(result: search.Result) -> None:
                 consequence="nothing was chosen; a test split that has spoken so often is used up",
                 next_step="gather more samples and search again, or raise --max-drop",
             )
+
+
+def _unmet(found: search.Found, budget: gate.Budget) -> RefusedError:
+    """Say what kept everything out, and how far from it the nearest was."""
+    judged = [item for item in found.refused if item.drop is not None and isfinite(item.drop.drop)]
+    nearest = min(judged, key=lambda item: item.drop.drop if item.drop is not None else 0.0, default=None)
+    near = f"; nearest was {nearest.id}: {nearest.verdict.why}" if nearest is not None else ""
+    own = found.find(SOURCE).drop
+    options = {"drop": "--max-drop", "interval": "--max-drop", "floor": "--floor", "error": "--max-error"}
+    ways = sorted({options[item.verdict.by] for item in judged if item.verdict.by in options})
+    why = f"{found.target.name}: none of {len(found.refused)} candidates passed the gate{near}"
+    next_step = f"give {' or '.join([*ways, '--seconds'])} more room, or ship the model as it is"
+    if budget.floor is not None and own is not None and own.value < budget.floor:
+        why = f"{found.target.name}: the model itself, at {own.value:.4f}, is below the floor of {budget.floor:.4f}"
+        next_step = "lower --floor, or train the model further"
+    elif not found.refused:
+        why = f"{found.target.name}: the time was up before any candidate was done"
+        next_step = "raise --seconds"
+    return RefusedError(
+        "budget_unmet",
+        why,
+        consequence="nothing was chosen; the report says what each was refused for",
+        next_step=next_step,
+    )
 
 
 def check_source(model: Model) -> None:

@@ -23,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make small, proved, signed bundles of models.",
 )
+MEMORY_GB_MAX = 2.0**30
+"""Of an option: what is more is no limit that an operating system could take."""
 PIPED_COLUMNS = 140
 """Width of tables where nobody's window says how wide it is."""
 out = Console(width=None if sys.stdout.isatty() else PIPED_COLUMNS)
@@ -43,6 +45,13 @@ AssetFiles = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder with an OCI image layout.")]
+
+
+def _memory(gigabytes: float) -> int:
+    """Return bytes of a limit."""
+    if not 0 < gigabytes < MEMORY_GB_MAX:
+        raise typer.BadParameter(f"more than 0 and less than {MEMORY_GB_MAX:.0f}", param_hint="--memory-gb")
+    return int(gigabytes * 2**30)
 
 
 def _print_json(value: Any) -> None:
@@ -102,7 +111,7 @@ def build(
     from wherry_optimizer import card, pipeline, report
     from wherry_optimizer.making import Limits
 
-    limits = Limits(memory_bytes_max=int(memory_gb * 2**30), seconds_max=pass_seconds)
+    limits = Limits(memory_bytes_max=_memory(memory_gb), seconds_max=pass_seconds)
     result = pipeline.build(
         recipe, output, progress=lambda text: err.print(text, style="dim", markup=False), limits=limits
     )
@@ -186,6 +195,8 @@ def auto(
             name, version, licence, attribution, source, processing=processing, files=assets.named(asset or [])
         )
     pairs = [text.partition("=") for text in state or []]
+    if not all(given and of for given, _, of in pairs):
+        raise typer.BadParameter("INPUT=OUTPUT", param_hint="--state")
     with _told(seconds * max(1, len(target or []))) as say:
         result = search_all(
             model,
@@ -207,7 +218,7 @@ def auto(
             state={name: of for name, _, of in pairs},
             label=label,
             reported=reported,
-            memory_bytes_max=int(memory_gb * 2**30),
+            memory_bytes_max=_memory(memory_gb),
             seed=seed,
             say=say,
         )

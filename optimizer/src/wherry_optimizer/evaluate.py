@@ -107,7 +107,7 @@ def show(
             own = outputs[output or next(iter(outputs))]
             label = own if source is None else source.answers[index]
             answers.append(own)
-        evidence.append(metric.evidence(outputs, label))
+        evidence.append(metrics.evidence_of(metric, name, outputs, label))
         entries.append({key: some(value, seed + index) for key, value in outputs.items() if value.dtype.kind in "fiub"})
     return Shown(evidence, entries, answers)
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from wherry_shared.errors import RefusedError
+
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 RESAMPLES_SLOW = 200
@@ -46,6 +48,26 @@ class Budget:
     error_max: float = 0.5
     """Largest distance of all outputs from those of the source (L2, as a share of theirs)."""
     upper_factor: float = UPPER_FACTOR
+
+    def __post_init__(self) -> None:
+        """Refuse a limit that nothing can exceed, since no comparison with NaN holds: such a gate would let all through.
+
+        Raises:
+            RefusedError: `budget_invalid`.
+        """
+        limits = {"what the metric may lose": self.drop_max, "how far outputs may move": self.error_max}
+        wrong = [f"{name} is {value}" for name, value in limits.items() if not (isfinite(value) and value >= 0)]
+        if self.floor is not None and not isfinite(self.floor):
+            wrong.append(f"what the metric may not fall below is {self.floor}")
+        if not self.upper_factor >= 0:
+            wrong.append(f"the factor of the interval's upper end is {self.upper_factor}")
+        if wrong:
+            raise RefusedError(
+                "budget_invalid",
+                "; ".join(wrong),
+                consequence="nothing could be judged by it, so nothing was tried",
+                next_step="give finite numbers, the loss and the distance from zero on",
+            )
 
 
 @dataclass(frozen=True, slots=True)

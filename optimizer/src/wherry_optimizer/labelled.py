@@ -38,6 +38,8 @@ HELD_BACK_MIN = 4
 KINDS = ("npz", "folder", "csv", "parquet", "function")
 """What a recipe may call its data, beside `data.MODULES`."""
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+IMAGE_RANK = 4
+"""Batch, height, width and channels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +229,12 @@ def read(
     arrays = read_arrays(path)
     labels = arrays.pop(label, None)
     cut_up = split_samples(arrays, interface)
+    stray = sorted(set(arrays) - {spec.name for spec in interface.inputs})
+    if stray:  # labels under a name that was not told would be left out in silence
+        raise _bad(
+            "data_invalid",
+            f"{path.name} has {', '.join(map(repr, stray))}, which the model has no input for; if it is the labels, name it (--label)",
+        )
     count = len(labels) if labels is not None and labels.ndim else 0
     if labels is not None and count != len(cut_up):
         raise _bad("data_shape", f"{path.name} has {len(cut_up)} samples and {count} labels")
@@ -247,11 +255,15 @@ def _kind_of(path: Path, where: str) -> str:
 
 def _called(function: Callable[[], Iterable[tuple[dict[str, Any], Any]]], name: str) -> tuple[list[Sample], bool, str]:
     try:
-        rows = [(dict(inputs), label) for inputs, label in function()]
-    except Exception as error:  # whatever somebody's function raises
+        rows = [
+            ({key: np.asarray(value) for key, value in dict(inputs).items()}, label) for inputs, label in function()
+        ]
+    except (Exception, SystemExit) as error:  # whatever somebody's function raises
         raise _bad("data_invalid", f"{name} raised {type(error).__name__}: {error}") from error
-    samples = [Sample({key: np.asarray(value) for key, value in inputs.items()}, label) for inputs, label in rows]
-    return samples, bool(rows) and rows[0][1] is not None, f"{name}: {len(samples)} samples"
+    bare = [index for index, (_, label) in enumerate(rows) if label is None]
+    if 0 < len(bare) < len(rows):
+        raise _bad("data_invalid", f"{name}: {len(bare)} of {len(rows)} samples have no label, the first is {bare[0]}")
+    return [Sample(*row) for row in rows], bool(rows) and not bare, f"{name}: {len(rows)} samples"
 
 
 def _folder(path: Path, interface: Interface) -> list[Sample]:
@@ -266,13 +278,16 @@ def _folder(path: Path, interface: Interface) -> list[Sample]:
             if file.suffix == ".npy":
                 try:
                     value = np.load(file, allow_pickle=False)
-                except (OSError, ValueError) as error:
+                except (OSError, ValueError, EOFError) as error:
                     raise _bad("data_invalid", f"{name}/{file.name} is no plain array: {error}") from error
             elif file.suffix.lower() in IMAGES:
                 value = _image(file, spec.shape, last=layout_of(spec) == "NHWC")
             else:
                 continue
-            value = value.astype(DTYPES[spec.datatype], copy=False)
+            try:
+                value = value.astype(DTYPES[spec.datatype], copy=False)
+            except ValueError as error:
+                raise _bad("data_invalid", f"{name}/{file.name} has what is no number: {error}") from error
             samples.append(Sample({spec.name: value if value.ndim == len(spec.shape) else value[None]}, index))
     return samples
 
@@ -285,22 +300,38 @@ def _image(file: Path, shape: Sequence[int | str], *, last: bool) -> Array:
         raise _bad(
             "extra_missing", "images need Pillow: pip install wherry-optimizer[images], or give .npy files"
         ) from error
+    if len(shape) != IMAGE_RANK:
+        raise _bad("data_shape", f"{file.name} is an image, and the model's input has shape {list(shape)}")
     height, width = (shape[1], shape[2]) if last else (shape[2], shape[3])
     channels = shape[3] if last else shape[1]
-    with Image.open(file) as opened:
-        image = opened.convert("L" if channels == 1 else "RGBA" if channels == 4 else "RGB")
-        if isinstance(height, int) and isinstance(width, int):
-            image = image.resize((width, height))
-        value = np.asarray(image, dtype=np.float32) / 255.0
+    try:
+        with Image.open(file) as opened:
+            image = opened.convert("L" if channels == 1 else "RGBA" if channels == 4 else "RGB")
+            if isinstance(height, int) and isinstance(width, int):
+                image = image.resize((width, height))
+            value = np.asarray(image, dtype=np.float32) / 255.0
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # all that Pillow raises for a bad file
+        raise _bad("data_invalid", f"{file.parent.name}/{file.name} is no image: {error}") from error
     value = value.reshape(*value.shape[:2], -1)
     return value[None] if last else np.moveaxis(value, 2, 0)[None]
 
 
 def _csv(path: Path) -> dict[str, Array]:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.reader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise _bad("data_invalid", f"{path.name} is no CSV in UTF-8: {error}") from error
     if len(rows) < 2 or any(len(row) != len(rows[0]) for row in rows):
         raise _bad("data_invalid", f"{path.name} is no table with a line of column names and rows of one length")
+    twice = sorted({name for name in rows[0] if rows[0].count(name) > 1})
+    if twice:
+        raise _bad("data_invalid", f"{path.name} has several columns {', '.join(map(repr, twice[:5]))}")
     return {name: np.array([row[index] for row in rows[1:]]) for index, name in enumerate(rows[0])}
 
 
@@ -313,7 +344,10 @@ def _parquet(path: Path) -> dict[str, Array]:
         found = table.read_table(path)
     except Exception as error:  # pyarrow has a family of its own
         raise _bad("data_invalid", f"{path.name} is no Parquet: {error}") from error
-    return {name: np.asarray(found[name].to_pylist()) for name in found.column_names}
+    try:
+        return {name: np.asarray(found[name].to_pylist()) for name in found.column_names}
+    except ValueError as error:  # lists of several lengths
+        raise _bad("data_shape", f"{path.name} has rows of several shapes: {error}") from error
 
 
 def _table(columns: dict[str, Array], interface: Interface, label: str, name: str) -> tuple[list[Sample], bool, str]:
@@ -322,12 +356,14 @@ def _table(columns: dict[str, Array], interface: Interface, label: str, name: st
         raise _bad("data_invalid", f"the model has {len(interface.inputs)} inputs, a table gives one")
     spec = interface.inputs[0]
     labels = columns.pop(label, None)
+    if not columns:
+        raise _bad("data_invalid", f"{name} has no column beside {label!r}")
     try:
         values = np.stack([column.astype(np.float64) for column in columns.values()], axis=1)
         if values.ndim == 3 and values.shape[1] == 1:  # a Parquet column of lists
             values = values[:, 0]
         plain = None if labels is None else labels.astype(np.float64)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # a missing value of Parquet is None
         raise _bad("data_invalid", f"{name} has what is no number: {error}") from error
     shape = [axis if isinstance(axis, int) else -1 for axis in spec.shape[1:]]
     if shape.count(-1) > 1:

@@ -34,6 +34,8 @@ Contract: TypeAlias = tuple[Sequence[NativeTensor], Sequence[NativeTensor]]
 
 MEMORY_BYTES_MAX = 6 * 2**30
 """Of data, of the process that makes and runs a variant."""
+MEMORY_BYTES_MIN = 2**28
+"""With less the libraries alone do not fit, so that every variant would be refused for what is no fault of its own."""
 STEP_SECONDS_MAX = 1800.0
 """Of one pass of a build, and of the first run of what they made."""
 

@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from wherry_shared.errors import RefusedError
+from wherry_shared.errors import RefusedError, WherryError
 
 Array = npt.NDArray[Any]
 Outputs = Mapping[str, Array]
@@ -263,13 +263,41 @@ class Own:
         try:
             outputs = [{name: np.asarray(value) for name, value in row[0].items()} for row in evidence]
             return float(self._function(outputs, [row[1] for row in evidence]))
-        except Exception as error:  # whatever somebody's function raises
+        except (Exception, SystemExit) as error:  # whatever somebody's function raises
             raise RefusedError(
                 "metric_failed",
                 f"metric {self._name} raised {type(error).__name__}: {error}",
                 consequence="nothing can be judged by it",
                 next_step="call it by hand with lists of outputs (name → array) and labels",
             ) from error
+
+
+def evidence_of(metric: Metric, name: str, outputs: Outputs, label: Any) -> Evidence:
+    """Return what one sample shows.
+
+    Raises:
+        RefusedError: `data_invalid` where labels do not fit, `metric_failed` where the metric cannot read the outputs at all.
+    """
+    try:
+        return metric.evidence(outputs, label)
+    except WherryError:
+        raise
+    except Exception as error:  # NumPy's many words for shapes that do not fit
+        shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in outputs.items())
+        raise RefusedError(
+            "metric_failed",
+            f"metric {name} cannot read outputs {shapes} with a label of shape {list(np.shape(_array(label)))}: "
+            f"{type(error).__name__}: {error}",
+            consequence="nothing can be judged by it",
+            next_step="name the outputs that it looks at, give labels as it reads them, or use another metric: see docs/optimizer.md",
+        ) from error
+
+
+def _array(label: Any) -> Array:
+    try:
+        return np.asarray(label)
+    except ValueError:  # rows of several lengths
+        return np.asarray(label, dtype=object)
 
 
 METRICS = (
@@ -334,7 +362,7 @@ def find_function(name: str, folder: Path, code: str) -> Callable[..., Any]:
         sys.path.insert(0, str(folder))
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # importing somebody's module raises anything
+    except (Exception, SystemExit) as error:  # importing somebody's module raises anything
         raise RefusedError(
             code,
             f"{name} cannot be imported: {type(error).__name__}: {error}",

@@ -7,6 +7,7 @@ least 13 (per-channel quantization needs it). The source file itself is never ch
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +73,35 @@ def load(path: Path) -> Model:
     graph = read_onnx(path)
     external = _external_files(path)
     return Model(path, "onnx", digest.of_file(path), size, opset_of(graph), external)
+
+
+def gathered(model: Model, folder: Path) -> Model:
+    """Return a model as one file: itself, or a copy below a folder with the weights that stood beside it.
+
+    Of a model in several files neither the digest nor the size of the first says what it is.
+
+    Raises:
+        RefusedError: `model_too_large`; or as `read_onnx`.
+    """
+    if not model.external:
+        return model
+    size = model.bytes + sum(file.stat().st_size for file in model.external)
+    if size > MODEL_BYTES_MAX:
+        raise RefusedError(
+            "model_too_large",
+            f"{model.path.name} has {size} bytes with the weights beside it, at most {MODEL_BYTES_MAX}",
+            consequence="variants are files of their own, so nothing was tried",
+            next_step="make the model smaller, or `wherry-optimizer pack` it as it is",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        whole = Path(own) / model.path.name
+        onnx.save(read_onnx(model.path), whole)
+        found = digest.of_file(whole)
+        kept = folder / found.partition(":")[2] / model.path.name
+        kept.parent.mkdir(exist_ok=True)
+        whole.replace(kept)
+    return Model(kept, model.format, found, kept.stat().st_size, model.opset)
 
 
 def read_onnx(path: Path) -> onnx.ModelProto:
@@ -274,8 +304,12 @@ def _load_tflite(path: Path, size: int) -> Model:
 
 def _external_files(path: Path) -> tuple[Path, ...]:
     names: set[str] = set()
-    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
-        names |= {entry.value for entry in tensor.external_data if entry.key == "location"}
+    for graph in subgraphs(onnx.load(path, load_external_data=False).graph):
+        constants = (
+            item.t for node in graph.node for item in node.attribute if item.type == onnx.AttributeProto.TENSOR
+        )
+        for tensor in (*graph.initializer, *constants):
+            names |= {entry.value for entry in tensor.external_data if entry.key == "location"}
     return tuple(path.parent / name for name in sorted(names))
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from wherry_optimizer import passes
+from wherry_optimizer.gate import Budget
 from wherry_shared import digest, limits, operations
 from wherry_shared.bundle import Bounds, EngineName, Operation, Processing
 from wherry_shared.errors import RefusedError
@@ -385,6 +386,12 @@ def _check(recipe: Recipe) -> None:
         raise _invalid(f"variants: has {len(recipe.variants)} entries, expected 1 to {limits.VARIANTS_MAX}")
     recipe.preprocess.chain("preprocess")
     recipe.postprocess.chain("postprocess")
+    terms = recipe.gate
+    for drop_max in (terms.drop_max, *(one.drop_max for one in recipe.variants if one.drop_max is not None)):
+        try:
+            Budget(drop_max, terms.floor, terms.error_max)
+        except RefusedError as error:  # TOML has nan and inf, and the bounds of a schema let them through
+            raise _invalid(f"gate: {error.message}; give finite numbers") from error
     seen: set[str] = set()
     for index, variant in enumerate(recipe.variants):
         where = f"variants[{index}]"

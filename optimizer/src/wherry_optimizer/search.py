@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import inf, nan
+from math import inf, isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -196,8 +196,15 @@ def search(
     tried = [
         Tried(source, own, gate.Verdict(True, "the source"), gate.compare(metric.value, own.evidence, own.evidence))
     ]
+    if not isfinite(own.error):
+        raise RefusedError(
+            "model_not_finite",
+            f"the model itself answers NaN or Inf on some of {len(own.evidence)} samples",
+            consequence="no variant can be compared with that, so nothing was tried",
+            next_step="run the model on each sample by hand; train or export it again, or take those samples out",
+        )
     value = metric.value(own.evidence)
-    if value != value:  # noqa: PLR0124 - NaN is what differs from itself
+    if not isfinite(value):
         raise RefusedError(
             "metric_undefined",
             f"{problem.metric.name} of the model itself is no number on {len(own.evidence)} samples",
