@@ -214,7 +214,7 @@ def test_names_of_the_plot_do_not_overlap_and_stay_in_the_picture() -> None:
     assert "x" * 99 in pictures.plot([row("x" * 99, pareto=True)], "")
 
 
-@pytest.mark.parametrize("ratios", [(1.0, 1.0), (0.001, 7.3), (0.97, 1.04), (0.2, 0.5)])
+@pytest.mark.parametrize("ratios", [(1.0, 1.0), (0.001, 7.3), (0.97, 1.04), (0.2, 0.5), (1.0, 1.33)])
 def test_every_mark_is_between_round_ticks_of_axes_that_say_their_unit(ratios: tuple[float, float]) -> None:
     rows = [row(f"v{ratio}", download_ratio=ratio, latency_ratio=ratio, pareto=True) for ratio in ratios]
     shown = pictures.plot(rows, "")
@@ -225,6 +225,7 @@ def test_every_mark_is_between_round_ticks_of_axes_that_say_their_unit(ratios: t
     assert len(marks) == 2
     assert all(pictures.LEFT <= x <= end and pictures.TOP <= y <= pictures.HEIGHT - pictures.BOTTOM for x, y in marks)
     ticks = [float(words) for words in re.findall(r"text-anchor='(?:middle|end)'>([\d.e+-]+)<", shown)]
+    assert len(ticks) >= 6, "three of each axis"
     assert min(ticks) <= min(ratios) <= max(ratios) <= max(ticks)
     assert "latency, × the source" in shown
     assert "download, × the source" in shown
@@ -249,7 +250,8 @@ def test_what_was_not_measured_is_said_and_not_drawn() -> None:
     assert "1 more passed, whose latency was not measured" in pictures.plot([row("int8"), unmeasured], "int8")
     shown = card.page(report(unmeasured, row("int8")))
     assert re.search(r">slow</th><td>yes</td><td>250 kB ×0\.250<span[^>]*></span></td><td>–</td>", shown)
-    assert "0.5 ms ×0.500" in shown
+    assert "500 µs ×0.500" in shown
+    assert "1.5 ms ×3.000" in card.page(report(row("int8", latency_us=1500.0, latency_ratio=3.0)))
     assert pictures.intervals([row("int8", interval=None)], 0.005, "accuracy") == ""
 
 

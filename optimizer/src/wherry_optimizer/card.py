@@ -333,7 +333,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         row["id"] + (" ◆" if row["pareto"] else ""),
         "yes" if row["passed"] else f"no ({row['by']})",
         _figure(row["download_bytes"] and report.size(row["download_bytes"]), row["download_ratio"]),
-        _figure(row["latency_us"] and f"{row['latency_us'] / 1000:.3g} ms", row["latency_ratio"]),
+        _figure(row["latency_us"] and _time(row["latency_us"]), row["latency_ratio"]),
         f"{row['peak_memory_bytes'] / 1e6:.1f} MB" if row["peak_memory_bytes"] else "–",
         f"{row['value']:.4f}" if row["value"] is not None else "–",
         f"{row['drop']:+.4f} [{interval[0]:+.4f}, {interval[1]:+.4f}]"
@@ -341,6 +341,10 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         else "–",
         f"{row['error']:.3f}" if row["error"] is not None else "–",
     ]
+
+
+def _time(us: float) -> str:
+    return f"{us:.3g} µs" if us < 999.5 else f"{us / 1000:.3g} ms"
 
 
 def _figure(value: str | float | None, ratio: float | None) -> str:

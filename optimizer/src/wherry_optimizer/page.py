@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -223,7 +224,7 @@ def provenance_lines(report: Mapping[str, Any]) -> list[list[str]]:
     data, found = report["data"], report["provenance"]
     rows = [["source", str(report["digest"])]]
     if report.get("manifest"):
-        rows.append(["bundle", f"{report['path']} ({report['manifest']})"])
+        rows.append(["bundle", f"{Path(report['path']).name} ({report['manifest']})"])
     rows += [
         ["data", data["description"]],
         *([f"{part} samples", str(data[f"{part}_digest"])] for part in ("selection", "test")),

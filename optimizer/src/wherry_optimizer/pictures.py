@@ -21,8 +21,12 @@ LINE = 20
 """Between two names, from base line to base line."""
 NAME_CHARS_MAX = 36
 """Of a name in a picture; the table has it whole, and so does the mark when pointed at."""
-ROUND, FINE = (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
-"""Ticks are these times a power of ten; fine ones, where a logarithmic axis would else have less than four."""
+ROUND = (1.0, 2.0, 5.0)
+"""Ticks are these times a power of ten."""
+FINE = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
+FINEST = (*(n / 10 for n in range(10, 20)), *(n / 4 for n in range(8, 20)), *(n / 2 for n in range(10, 20)))
+GRADES = ((ROUND, 4), (FINE, 4), (FINEST, 0))
+"""Of ticks of a logarithmic axis, each with how many there have to be, else the next finer ones are taken."""
 TICKS = 6
 """About as many on a linear axis."""
 
@@ -32,7 +36,7 @@ def plot(rows: Sequence[Row], chosen: str) -> str:
     passed = [row for row in rows if row["passed"]]
     shown = [row for row in passed if row["latency_ratio"] and row["download_ratio"]]
     if not shown:
-        return "<p>Latency was not measured on this hardware class, so there is no plot.</p>"
+        return "<p>Of no variant that passed a latency was measured here, so there is no plot.</p>"
     across = _decades([row["download_ratio"] for row in shown])
     upward = _decades([row["latency_ratio"] for row in shown])
     named = [row for row in shown if row["pareto"] or row["id"] == chosen or not row["passes"]]
@@ -131,9 +135,14 @@ def intervals(rows: Sequence[Row], limit: float, metric: str, confirmations: Seq
         if least <= drop <= most:
             marks.append(f"<circle cx='{at(drop):.1f}' cy='{y}' r='4.5'/>")
         marks.append("</g>")
-    key = [_key("front", "passed"), _key("beaten", "kept out"), _key("chosen", "confirmed on the test split")]
-    if any(kind == "bad" for *_, kind in shown):
-        key.append(_key("bad", "not confirmed"))
+    kinds = {kind for *_, kind in shown}
+    meanings = {
+        "front": "passed",
+        "beaten": "kept out",
+        "chosen": "confirmed on the test split",
+        "bad": "not confirmed there",
+    }
+    key = [_key(kind, words) for kind, words in meanings.items() if kind in kinds]
     key.append("Bars are 95 % intervals; right is worse; an arrow goes on beyond the picture.")
     told = f"{len(shown)} drops with their intervals against a budget of {limit:g}; the table has the figures."
     return _figure("Drop of the metric, with its interval", told, height, marks, key)
@@ -184,12 +193,12 @@ def _decades(values: Sequence[float]) -> list[float]:
     """Return round ticks of a logarithmic axis from at most the least value to at least the greatest."""
     powers = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 2)
     found: list[float] = []
-    for digits in (ROUND, FINE):
+    for digits, least in GRADES:
         ticks = [float(f"{digit}e{power}") for power in powers for digit in digits]
         first = max(index for index, tick in enumerate(ticks) if tick <= min(values))
         last = min(index for index, tick in enumerate(ticks) if tick >= max(values))
-        found = ticks[first - (first == last) : last + 1]
-        if len(found) >= 4:
+        found = ticks[first - (first == last) : last + 1 + (first == last)]
+        if len(found) >= least:
             break
     return found
 
