@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -242,6 +244,44 @@ def test_an_answer_that_a_power_cut_left_empty_is_made_again(tmp_path: Path) -> 
         path.write_bytes(b"")
     again = attempt.attempt(found)
     assert (again.code, again.digest, again.cached) == ("", first.digest, False)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_full_disk_is_told_as_such_and_not_held_against_the_candidate(
+    late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = task(problem(tmp_path), tmp_path, Step(use="quantize-weights"))
+
+    def full(*_: object, **__: object) -> None:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            if late:  # as NumPy's archives do while they close
+                raise ValueError("seek of closed file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", full)
+        assert attempt.attempt(found).code == "disk_full"
+    answer = attempt.attempt(found)
+    assert (answer.code, answer.cached) == ("", False)
+
+
+def test_what_a_child_left_that_was_killed_is_swept_away_after_a_day(tmp_path: Path) -> None:
+    kept = tmp_path / "files" / "0123.onnx"
+    old, fresh = (tmp_path / "files" / f"{attempt.UNFINISHED}{name}" for name in ("old", "fresh"))
+    for path in (kept, old / "half.onnx", fresh / "half.onnx", tmp_path / "answers" / f"{attempt.UNFINISHED}x"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    for path in (kept, old, tmp_path / "answers" / f"{attempt.UNFINISHED}x"):
+        os.utime(path, (0, 0))
+    attempt.sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "0123.onnx",
+        "answers",
+        "files",
+        "half.onnx",
+        fresh.name,
+    ]
 
 
 def test_a_model_that_answers_no_numbers_is_refused(tmp_path: Path) -> None:

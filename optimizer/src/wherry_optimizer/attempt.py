@@ -12,11 +12,14 @@ where it was.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import pickle
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +51,10 @@ LARGE_LEVEL = 9
 """Files beyond `LARGE_BYTES` are compressed at this level while candidates are compared: the highest takes minutes."""
 
 
+UNFINISHED = "tmp"
+"""How names in the cache begin that are not whole yet."""
+UNFINISHED_SECONDS_MAX = 86_400.0
+"""Nothing is being made for so long."""
 _NOTES = msgspec.json.Decoder(list[dict[str, Any]])
 SKIPPED = ("pass_noop", "already_quantized", "pass_failed", "contract_changed")
 """What an optional pass may be refused for."""
@@ -195,6 +202,7 @@ def run(task: Task) -> Answer:
 
 def main() -> None:
     """Do the task on stdin."""
+    confined.die_with_parent()
     task = msgspec.json.decode(sys.stdin.buffer.read(), type=Task)
     confined.limit_memory(task.memory_bytes_max)
     answer = attempt(task)
@@ -206,7 +214,7 @@ def attempt(task: Task) -> Answer:
     """Do a task in this process, or find its answer in the cache.
 
     A `WherryError` becomes the answer; everything else is a crash for `run` to tell. What this machine could not do just
-    now (a `DeviceError`: memory, a disk, an engine that is missing) is no property of the candidate and is not kept.
+    now (a `DeviceError`: memory, room on a disk, an engine that is missing) is no property of the candidate and is not kept.
     """
     problem: Problem = pickle.loads(Path(task.problem).read_bytes())  # noqa: S301 - this program's own parent wrote it
     cache = Path(task.cache)
@@ -216,12 +224,34 @@ def attempt(task: Task) -> Answer:
         return msgspec.structs.replace(found, cached=True)
     try:
         answer = _attempt(problem, task, cache)
-    except WherryError as error:
+    except Exception as error:
+        if not isinstance(error, WherryError):
+            if is_full(error):
+                return Answer(code="disk_full", why=f"no room is left in {cache} to make it")
+            raise
         answer = Answer(code=error.code, why=error.message)
         if isinstance(error, DeviceError):
             return answer
     _keep(row, encode(answer))
     return answer
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Tell whether an error, or one that it came of, is that no room is left on a disk."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def sweep(cache: Path) -> None:
+    """Take away what children left that were killed in the middle of it, a day ago or longer."""
+    for kind in ("answers", "files", "problems", "references", "sources"):
+        for path in (cache / kind).glob(f"{UNFINISHED}*"):
+            with contextlib.suppress(OSError):  # another search took it away
+                if time.time() - path.stat().st_mtime > UNFINISHED_SECONDS_MAX:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def encode(answer: Answer) -> bytes:
@@ -288,7 +318,7 @@ def _make(problem: Problem, steps: Sequence[Step], cache: Path) -> tuple[Path, l
     step = steps[-1]
     info = passes.find(step.use)
     parameters = convert_parameters(step.parameters, passes.module(info).Parameters, step.use)
-    with tempfile.TemporaryDirectory(dir=folder) as own:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as own:
         work = passes.Work(Path(own), problem.calibration, problem.seed)
         try:
             result = making.apply(info, before, problem.source, problem.format, parameters, work)
@@ -341,7 +371,7 @@ def _compare(
             label = sample.label
         evidence.append(metrics.evidence_of(metric, problem.metric.name, outputs, label))
     if fresh:
-        with tempfile.NamedTemporaryFile(dir=kept, suffix=".npz", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=kept, prefix=UNFINISHED, suffix=".npz", delete=False) as file:
             np.savez(file, **fresh)
         Path(file.name).replace(path)
     return evidence, distance.largest
@@ -358,7 +388,7 @@ def _read(path: Path, read: Callable[[bytes], Kept]) -> Kept | None:
 def _keep(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: other children read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=UNFINISHED, delete=False) as file:
         file.write(data)
     Path(file.name).replace(path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import sys
 import time
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from wherry_shared import unwanted
-from wherry_shared.errors import WherryError
+from wherry_shared.errors import DeviceError, WherryError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,6 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make small, proved, signed bundles of models.",
 )
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
+"""What is told as trouble with a disk; any other error of the system is a fault of this program."""
 MEMORY_GB_MAX = 2.0**30
 """Of an option: what is more is no limit that an operating system could take."""
 PIPED_COLUMNS = 140
@@ -512,8 +515,24 @@ def main() -> None:
     try:
         app()
     except WherryError as error:
-        err.print(error.diagnostics(), style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
+        _fail(error)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = error.filename or "the folder that is written to, or the one for temporary files"
+        _fail(
+            DeviceError(
+                "disk",
+                f"{where}: {error.strerror}",
+                consequence="it ended there; files that it was writing may not be whole",
+                next_step="make room, change permissions or name another folder, and run it again",
+            )
+        )
+
+
+def _fail(error: WherryError) -> None:
+    err.print(error.diagnostics(), style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

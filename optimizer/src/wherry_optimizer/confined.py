@@ -25,6 +25,10 @@ TOLD_CHARS_MAX = 300
 TOLD_BYTES_MAX = 64 * 2**10
 """Of the end of what a worker wrote to stderr."""
 ANSWER_PART_BYTES = 2**16
+_DIE_WITH_PARENT = 1
+"""PR_SET_PDEATHSIG of `linux/prctl.h`."""
+PARENT = "WHERRY_CONFINED_BY"
+"""Variable with the id of the process that watches over a program."""
 DYING_SECONDS_MAX = 10.0
 """Between a worker's last word and its end."""
 
@@ -71,7 +75,7 @@ def run(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=folder,
-        env={**os.environ, **(environment or {})},
+        env={**os.environ, **(environment or {}), PARENT: str(os.getpid())},
         start_new_session=True,
     )
     try:
@@ -123,6 +127,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=self._heard,
                 bufsize=0,
+                env={**os.environ, PARENT: str(os.getpid())},
                 start_new_session=True,
             )
         return self._child
@@ -181,8 +186,25 @@ def limit_memory(bytes_max: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (bytes_max, bytes_max))
 
 
+def die_with_parent() -> None:
+    """End this process when the one that watches over it ends: nobody else would, whatever it does and however long.
+
+    The kernel does it (`prctl`, PR_SET_PDEATHSIG), since a thread that looked for the parent would wait for native code that
+    holds the interpreter. The signal comes when the *thread* ends that began this process; those here wait for it. Where
+    the platform has no such thing, what is confined ends by itself.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):  # it ended before this was said
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def main() -> None:
     """Become the program: BYTES PROGRAM ARGUMENT…."""
+    die_with_parent()
     limit_memory(int(sys.argv[1]))
     os.execvp(sys.argv[2], sys.argv[2:])  # noqa: S606 - its arguments are a list, and this process only sets limits
 

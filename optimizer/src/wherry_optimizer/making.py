@@ -288,6 +288,7 @@ def main() -> None:
     """Answer each line of stdin with a line: MEMORY_BYTES_MAX is the argument."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what passes print is no answer
+    confined.die_with_parent()
     confined.limit_memory(int(sys.argv[1]))
     for line in sys.stdin.buffer:
         try:

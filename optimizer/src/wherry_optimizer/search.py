@@ -170,6 +170,7 @@ def search(
     say = say or (lambda _: None)
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
+    attempt.sweep(folder)
     path = attempt.write_problem(problem, folder)
     metric = metrics.make(problem.metric)
 
