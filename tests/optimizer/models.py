@@ -137,7 +137,7 @@ RUINED = """
 [[variants]]
 id = "ruined"
 source = "onnx"
-passes = [{ use = "prune-obs", sparsity = 0.97, minimum_elements = 500, error_max = 10.0 }]
+passes = [{ use = "prune-obs", sparsity = 0.99, minimum_elements = 500, error_max = 10.0 }]
 """
 
 
