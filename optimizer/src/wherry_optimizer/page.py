@@ -22,9 +22,11 @@ h1{margin-bottom:.2rem;line-height:1.25}h2{margin-top:2.4rem;border-bottom:2px s
 .wide{overflow-x:auto}.wide:focus-visible,summary:focus-visible{outline:2px solid var(--front);outline-offset:2px}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.92em;margin:.6rem 0;overflow-wrap:normal}
 td,th{padding:.25rem .7rem;text-align:right;vertical-align:top;border-bottom:1px solid var(--line);white-space:nowrap}th{font-weight:600}
-tbody th{font-weight:400;white-space:normal;overflow-wrap:anywhere;min-width:11rem}td.left,th.left,tr>:first-child{text-align:left}
-table.wrap td{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:11rem}.wrap th:last-child{text-align:left}
-tr.no{color:var(--soft)}tr.chosen{background:var(--pick)}
+tbody th{font-weight:400;white-space:normal;overflow-wrap:anywhere;min-width:9rem;background:inherit}
+tr>th:first-child{position:sticky;left:0}thead tr{background:var(--back)}thead th{background:inherit}
+td.left,th.left,tr>:first-child{text-align:left}
+table.wrap td{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:8rem}.wrap tbody th{min-width:5rem}.wrap th:last-child{text-align:left}
+tbody tr{background:var(--back)}tr.no{color:var(--soft)}tbody tr.chosen{background:var(--pick)}
 .bar{display:block;height:.35rem;min-width:1px;margin:1px 0 3px;background:var(--front)}.no .bar{background:var(--beaten)}
 .bar.cut{border-right:5px double var(--back)}
 figure{margin:.6rem 0}figcaption{font-size:.92em;color:var(--soft)}.key{display:inline-block;margin-right:.8rem}.dot{width:.7rem;margin-right:.3rem}
