@@ -18,6 +18,7 @@ from wherry_shared.errors import RefusedError
     [
         ('name = "blobs"', "", "name: missing"),
         ('name = "blobs"', 'name = "blobs"\nnmae = 1', "nmae: there is no such field"),
+        ("evaluation = 200", "seed = -1", "data.seed: expected `int` >= 0"),
         ("drop_max = 0.05", "drop_max = inf", "gate: what the metric may lose is inf"),
         ("drop_max = 0.05", "floor = nan", "gate: what the metric may not fall below is nan"),
         ("drop_max = 0.05", "drop_max = -1.5", "gate.drop_max: expected `float` >= 0.0"),

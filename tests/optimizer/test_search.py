@@ -132,6 +132,27 @@ def test_two_reports_are_compared_and_those_of_other_data_are_not(searched: sear
     assert caught.value.code == "report_invalid"
 
 
+@pytest.mark.parametrize(
+    "report",
+    [
+        {},
+        {"metric": "accuracy", "data": {}, "targets": {}},
+        {"metric": "accuracy", "data": {"selection_digest": "a"}, "targets": [1]},
+        {"metric": "accuracy", "data": {"selection_digest": "a"}, "targets": {"x86": {"candidates": 3}}},
+        {
+            "metric": "accuracy",
+            "data": {"selection_digest": "a"},
+            "targets": {"x86": {"chosen": None, "candidates": [{"id": "float"}]}},
+        },
+    ],
+)
+def test_what_only_looks_like_a_report_is_not_compared(report: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(json.dumps({"format": card.FORMAT, **report}))
+    with pytest.raises(RefusedError) as caught:
+        card.compare(tmp_path, tmp_path)
+    assert caught.value.code == "report_invalid"
+
+
 def test_a_search_that_is_begun_again_makes_nothing_again(searched: search.Result) -> None:
     asked: list[bool] = []
 
@@ -706,6 +727,24 @@ def test_figures_that_devices_reported_take_the_place_of_this_machines(tmp_path:
     )
     assert result.found[0].find("int8-weights").latency_ratio == 0.25
     assert Candidate is type(result.found[0].find("int8-weights").candidate)
+
+
+@pytest.mark.parametrize(
+    ("key", "figures"),
+    [
+        ("sha256:" + "0" * 64, {"latency_p50_us": 0.0}),
+        ("sha256:" + "0" * 64, {"latency_p50_us": -5.0}),
+        ("sha256:" + "0" * 64, {"latency_p50_us": 5.0, "peak_memory_bytes": -1}),
+        ("model.onnx", {"latency_p50_us": 5.0}),
+        ("sha256:" + "0" * 64, {"latency": 5.0}),
+    ],
+)
+def test_what_no_device_can_have_measured_is_refused(key: str, figures: dict[str, float], tmp_path: Path) -> None:
+    reported = tmp_path / "reported.json"
+    reported.write_text(json.dumps({key: figures}))
+    with pytest.raises(RefusedError) as caught:
+        auto(tmp_path, classifier(tmp_path / "model.onnx"), reported=reported)
+    assert caught.value.code == "reported_invalid"
 
 
 def test_steps_of_a_sample_carry_their_state(tmp_path: Path) -> None:

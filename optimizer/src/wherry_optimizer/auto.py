@@ -35,6 +35,7 @@ from wherry_optimizer.model import load as load_model
 from wherry_optimizer.precision import precision_of
 from wherry_optimizer.recipe import ProcessingFile
 from wherry_optimizer.shipping import Release
+from wherry_shared import digest
 from wherry_shared.bundle import Figures, Interface
 from wherry_shared.engines import load as open_session
 from wherry_shared.engines.errors import EngineFault
@@ -406,11 +407,19 @@ def _reported(path: Path | None) -> dict[str, Figures]:
     if path is None:
         return {}
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Figures])
-    except (OSError, msgspec.MsgspecError) as error:
+        found = msgspec.json.decode(path.read_bytes(), type=dict[str, Figures])
+        for key, figures in found.items():
+            if not digest.is_digest(key):
+                raise ValueError(f"{key!r} is no digest of a file (sha256:…)")
+            if not figures.latency_p50_us > 0 or figures.peak_memory_bytes < 0:
+                raise ValueError(
+                    f"{key}: a latency of {figures.latency_p50_us} µs and {figures.peak_memory_bytes} bytes are no measurement"
+                )
+    except (OSError, ValueError) as error:
         raise RefusedError(
             "reported_invalid",
             f"{path}: {error}",
             consequence="nothing was tried",
             next_step="give a JSON object: digest of a file → latency_p50_us, peak_memory_bytes, load_ms",
         ) from error
+    return found

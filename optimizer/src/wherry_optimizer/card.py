@@ -489,12 +489,48 @@ def _of_bundle(path: Path) -> dict[str, Any]:
     }
 
 
+class _Samples(msgspec.Struct, frozen=True, kw_only=True):
+    """By what two reports are told to be of the same samples."""
+
+    selection_digest: str
+
+
+class _Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """What is compared of a candidate."""
+
+    id: str
+    passed: bool
+    download_bytes: int | None
+    download_ratio: float | None
+    latency_ratio: float | None
+    peak_memory_bytes: float | None
+    value: float | None
+    drop: float | None
+    error: float | None
+
+
+class _Searched(msgspec.Struct, frozen=True, kw_only=True):
+    """What is compared of a target."""
+
+    chosen: str | None
+    candidates: list[_Figures]
+
+
+class _Compared(msgspec.Struct, frozen=True, kw_only=True):
+    """What a report has to hold to be compared; what else it holds is of no matter."""
+
+    metric: str
+    data: _Samples
+    targets: dict[str, _Searched]
+
+
 def _read(path: Path) -> dict[str, Any]:
     path = path / "report.json" if path.is_dir() else path
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
             raise ValueError(f"format {found['format']}, this release reads {FORMAT}")
+        msgspec.convert(found, _Compared)
         return found
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RefusedError(

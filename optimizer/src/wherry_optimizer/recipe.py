@@ -108,7 +108,7 @@ class DataOf(_Frozen, frozen=True, kw_only=True):
     """Samples for calibration, disjoint from those for evaluation."""
     evaluation: Count = 512
     """At most this many samples to judge by: half to keep variants by, half to confirm them."""
-    seed: int = 0
+    seed: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class Gate(_Frozen, frozen=True, kw_only=True):

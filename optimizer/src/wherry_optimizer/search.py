@@ -344,6 +344,10 @@ def _judge(
 
 def _weigh(passed: Sequence[Tried], problem: Problem, settings: Settings, say: Progress) -> None:
     """Measure latency and memory of what passed: here, or as devices of the class reported."""
+    if settings.reported and not any(item.answer.digest in settings.reported for item in passed):
+        say(
+            f"none of {len(settings.reported)} files that figures were reported of is among the {len(passed)} that passed"
+        )
     for item in passed:
         reported = settings.reported.get(item.answer.digest)
         base = settings.reported.get(passed[0].answer.digest)
