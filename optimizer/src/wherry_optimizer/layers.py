@@ -21,8 +21,12 @@ from wherry_shared.errors import RefusedError
 COLUMNS_MAX = 8192
 """Layers with more inputs than this are left alone: H would not fit."""
 
+POSITIONS_WANTED = 4.0
+"""Times its columns: a layer is looked at on more calls than was said, where those show fewer positions of it."""
+POSITIONS_MIN = 2.0
+"""Times its columns: a layer of which fewer positions are seen wants its own W, since what they say is mostly chance."""
 FEW = 0.3
-"""Few positions say little about many columns: what a layer wants is held near its own W by this times columns per position."""
+"""What a layer wants is held near its own W by this times columns per position, beside the damping."""
 ZEROS_MAX = 0.01
 """A layer with more zeros than this was pruned, and they stay."""
 Array = npt.NDArray[Any]
@@ -117,6 +121,7 @@ def in_turn(
     model: onnx.ModelProto,
     layers: Sequence[Layer],
     calls: Sequence[Mapping[str, Array]],
+    samples: int,
     positions: int,
     seed: int,
     damping: float,
@@ -131,6 +136,7 @@ def in_turn(
         model: prepared, its weights as they were; changed by the caller.
         layers: of it, in the order of the graph.
         calls: calibration inputs.
+        samples: so many of them at least are looked at, if there are as many.
         positions: of a convolution, so many at most are looked at per call.
         seed: draws them.
         damping: holds `wanted` near W, as a share of the mean of H's diagonal. A layer that was pruned before wants W.
@@ -149,7 +155,7 @@ def in_turn(
         for same in alike:
             rng = np.random.default_rng(seed)
             dims = list(weights[same[0].weight].dims)
-            hessian, cross, count = _moments(now, before, name, same[0], dims, calls, positions, rng)
+            hessian, cross, count = _moments(now, before, name, same[0], dims, calls, samples, positions, rng)
             for layer in same:
                 weight = as_matrix(numpy_helper.to_array(weights[layer.weight]), layer)
                 yield Seen(layer, _wanted(weight, hessian, cross, damping, count), hessian)
@@ -172,19 +178,24 @@ def _moments(
     layer: Layer,
     dims: Sequence[int],
     calls: Sequence[Mapping[str, Array]],
+    samples: int,
     positions: int,
     rng: np.random.Generator,
 ) -> tuple[Matrix, Matrix | None, int]:
     """Return Σ x′ x′ᵀ, Σ x x′ᵀ (only where there is a model from before), and how many x′ there were."""
-    count = 0
+    count, enough = 0, True
     total: Single | None = None
     mixed: Single | None = None
-    for call in calls:
+    for number, call in enumerate(calls):
+        if number >= samples and total is not None and count >= POSITIONS_WANTED * len(total):
+            break
         state = rng.bit_generator.state
         rows = rows_of(now.run(call)[name], layer.operator, layer.attributes, dims, positions, rng)
+        if not count:  # by the first call, so that the original is not run for nothing
+            enough = before is not None and len(rows) * len(calls) >= POSITIONS_MIN * rows.shape[1]
         count += len(rows)
         total = rows.T @ rows if total is None else total + rows.T @ rows
-        if before is not None:
+        if before is not None and enough:
             rng.bit_generator.state = state  # the same places
             old = rows_of(before.run(call)[name], layer.operator, layer.attributes, dims, positions, rng)
             mixed = old.T @ rows if mixed is None else mixed + old.T @ rows

@@ -43,6 +43,7 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     error_max: float = 0.3
     """A layer whose output would move by more than this share (L2, on calibration data) is left alone."""
     samples: int = 32
+    """Calibration samples looked at, and more where they show a layer at few positions."""
     positions: int = 256
     """Positions of a convolution looked at per sample, drawn by the seed."""
     damping: float = 0.01
@@ -62,9 +63,10 @@ def apply(path: Path, parameters: Parameters, work: Work) -> Result:
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     large = find(model.graph, weights, parameters.minimum_elements)
     layers = [layer for layer in large if not excluded(layer.name, parameters.exclude)]
-    calls = work.calibration[: parameters.samples]
     report: list[dict[str, Any]] = []
-    for seen in in_turn(model, layers, calls, parameters.positions, work.seed, parameters.damping):
+    for seen in in_turn(
+        model, layers, work.calibration, parameters.samples, parameters.positions, work.seed, parameters.damping
+    ):
         layer = seen.layer
         tensor = weights[layer.weight]
         original = numpy_helper.to_array(tensor)
