@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.optimizer.models import blobs, classifier, conv
-from wherry_optimizer import layers
+from wherry_optimizer import activations, layers
 from wherry_optimizer.activations import distance, rows_of, run_all
 from wherry_optimizer.passes import Work, prune
 from wherry_shared.engines import load
@@ -185,3 +185,60 @@ def test_a_layer_makes_up_for_what_pruning_moved_before_it(tmp_path: Path, monke
     asked = moved()
     monkeypatch.setattr(layers, "FEW", 1e9)  # every layer wants its own weights
     assert asked < 0.95 * moved()
+
+
+def branching(path: Path) -> onnx.ModelProto:
+    """A network with a residual, a branch that reads from outside, and a tensor that is needed much later."""
+    rng = np.random.default_rng(5)
+    names = ("a", "b", "c", "d")
+    weights = [numpy_helper.from_array(rng.normal(size=(16, 16)).astype(np.float32), name) for name in names]
+    weights.append(numpy_helper.from_array(np.array(True), "yes"))
+    branches = [
+        helper.make_graph(
+            [helper.make_node(operator, ["early"], ["out"])],
+            operator,
+            [],
+            [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)],
+        )
+        for operator in ("Neg", "Abs")
+    ]
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["p"]),
+        helper.make_node("Tanh", ["p"], ["early"]),
+        helper.make_node("MatMul", ["early", "b"], ["q"]),
+        helper.make_node("Add", ["q", "early"], ["r"]),
+        helper.make_node("MatMul", ["r", "c"], ["s"]),
+        helper.make_node("If", ["yes"], ["t"], then_branch=branches[0], else_branch=branches[1]),
+        helper.make_node("Mul", ["s", "t"], ["u"]),
+        helper.make_node("MatMul", ["u", "d"], ["y"]),
+    ]
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 16]) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "branching", [infos[0]], [infos[1]], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8)
+    onnx.save(model, path)
+    return model
+
+
+def test_stages_give_what_the_whole_model_gives_with_the_weights_of_the_time(tmp_path: Path) -> None:
+    model = branching(tmp_path / "branching.onnx")
+    calls = [{"x": np.random.default_rng(seed).normal(size=(3, 16)).astype(np.float32)} for seed in range(5)]
+    stages = activations.Stages(model, calls)
+    for name, changed in (("x", "a"), ("early", "b"), ("r", "c"), ("u", "d")):
+        taps = activations.Taps(model, {name})
+        for value, call in zip(stages.reach(name), calls, strict=True):
+            assert np.allclose(value, taps.run(call)[name], atol=1e-5)
+        tensor = next(one for one in model.graph.initializer if one.name == changed)
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(0.5), changed))
+
+
+def test_stages_give_up_the_last_calls_where_too_much_would_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = branching(tmp_path / "branching.onnx")
+    calls = [{"x": np.full((3, 16), number, np.float32)} for number in range(40)]
+    monkeypatch.setattr(activations, "KEPT_BYTES_MAX", 12 * 3 * 16 * 4)
+    stages = activations.Stages(model, calls)
+    assert len(stages.reach("early")) == 13
+    assert len(stages.reach("u")) == 13
+    monkeypatch.setattr(activations, "KEPT_BYTES_MAX", 1)
+    assert len(activations.Stages(model, calls).reach("u")) == activations.KEPT_CALLS_MIN

@@ -14,12 +14,19 @@ import onnx
 from numpy.lib.stride_tricks import sliding_window_view
 
 from wherry_optimizer.model import subgraphs
+from wherry_shared.errors import RefusedError
 
 Array = npt.NDArray[Any]
 
 SENSITIVITY_SAMPLES = 8
 """Calibration samples on which the operators of a model are ranked by what quantizing them costs."""
 SENSITIVITY_NODES_MAX = 128
+
+
+KEPT_BYTES_MAX = 2**30
+"""Of what `Stages` keeps between two of them."""
+KEPT_CALLS_MIN = 8
+"""So many calls are kept whatever they take."""
 
 
 class Taps:
@@ -38,11 +45,8 @@ class Taps:
         self._asked = sorted(set(wanted) - set(self._fed))
         if not self._asked:
             return
-        settings = onnxruntime.SessionOptions()
-        settings.log_severity_level = 4
-        settings.intra_op_num_threads = 1  # other candidates have the other cores
         self._session = onnxruntime.InferenceSession(
-            _part(model, self._asked).SerializeToString(), settings, providers=["CPUExecutionProvider"]
+            _part(model, self._asked).SerializeToString(), _quiet(), providers=["CPUExecutionProvider"]
         )
         self._takes = {item.name for item in self._session.get_inputs()}
 
@@ -61,12 +65,7 @@ def _part(model: onnx.ModelProto, wanted: Sequence[str]) -> onnx.ModelProto:
         if needed.isdisjoint(node.output):
             continue
         kept.append(node)
-        needed.update(node.input)
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                for below in subgraphs(inner):
-                    needed.update(name for one in below.node for name in one.input)
-                    needed.update(output.name for output in below.output)
+        needed.update(_reads(node))
     known = {output.name: output for output in graph.output}
     part = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     part.graph.name = graph.name
@@ -75,6 +74,108 @@ def _part(model: onnx.ModelProto, wanted: Sequence[str]) -> onnx.ModelProto:
     part.graph.input.extend(item for item in graph.input if item.name in needed)
     part.graph.output.extend(known.get(name) or onnx.helper.make_empty_tensor_value_info(name) for name in wanted)
     return part
+
+
+class Stages:
+    """A model run on several calls from one tensor to the next: every node runs once, with the weights that it has by then.
+
+    What is read later is kept for every call. Where that is more than `KEPT_BYTES_MAX`, the last calls are given up.
+    """
+
+    def __init__(self, model: onnx.ModelProto, calls: Sequence[Mapping[str, Array]]) -> None:
+        """Begin before the first node.
+
+        Args:
+            model: its weights may be changed between two stages, its nodes not.
+            calls: inputs.
+        """
+        self._model = model
+        self._calls = [dict(call) for call in calls]
+        self._kept = [dict(call) for call in calls]
+        self._left = {index: _reads(node) for index, node in enumerate(model.graph.node)}
+        """Nodes that have not run, and what they read."""
+        self._makers = {name: index for index, node in enumerate(model.graph.node) for name in node.output if name}
+
+    def reach(self, name: str) -> list[Array]:
+        """Return a tensor for every call, those that were given up excepted; what was reached before may be forgotten."""
+        if self._kept and name not in self._kept[0]:
+            self._run(name)
+        return [kept[name] for kept in self._kept]
+
+    def _run(self, name: str) -> None:
+        nodes, waiting = set[int](), [name]
+        while waiting:
+            index = self._makers.get(waiting.pop())
+            if index in self._left and index not in nodes:
+                nodes.add(index)
+                waiting += [one for one in self._left[index] if one not in self._kept[0]]
+        for index in nodes:
+            del self._left[index]
+        later = {one for reads in self._left.values() for one in reads} | {name}
+        made = {one for index in nodes for one in self._model.graph.node[index].output if one}
+        asked = sorted(made & later)
+        session = self._part(sorted(nodes), asked)
+        fresh: list[dict[str, Array]] = []
+        size = 0
+        for kept in self._kept:
+            taken = {one.name: kept[one.name] for one in session.get_inputs()}
+            found = dict(zip(asked, session.run(asked, taken), strict=True))
+            if other := [key for key, value in found.items() if not isinstance(value, np.ndarray)]:
+                raise RefusedError(
+                    "pass_unfit",
+                    f"{other[0]!r} is no tensor, and what is between layers is kept as tensors",
+                    consequence="the variant was not made",
+                    next_step="take the pass out of the recipe for this model",
+                )
+            fresh.append({key: value for key, value in kept.items() if key in later} | found)
+            size += sum(value.nbytes for value in fresh[-1].values())
+            if size > KEPT_BYTES_MAX and len(fresh) >= KEPT_CALLS_MIN:
+                break
+        self._kept = fresh
+
+    def _part(self, nodes: Sequence[int], asked: Sequence[str]) -> Any:
+        """Return a session of some nodes, which takes what was kept."""
+        import onnxruntime
+
+        graph, kept = self._model.graph, self._kept[0]
+        part = onnx.ModelProto(
+            ir_version=self._model.ir_version,
+            opset_import=self._model.opset_import,
+            functions=self._model.functions,
+        )
+        part.graph.name = graph.name
+        part.graph.node.extend(graph.node[index] for index in nodes)
+        needed = {name for index in nodes for name in _reads(graph.node[index])}
+        part.graph.initializer.extend(tensor for tensor in graph.initializer if tensor.name in needed)
+        part.graph.input.extend(
+            onnx.helper.make_tensor_value_info(
+                name, onnx.helper.np_dtype_to_tensor_dtype(kept[name].dtype), [None] * kept[name].ndim
+            )
+            for name in sorted(needed & kept.keys())
+        )
+        part.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in asked)
+        return onnxruntime.InferenceSession(part.SerializeToString(), _quiet(), providers=["CPUExecutionProvider"])
+
+
+def _reads(node: onnx.NodeProto) -> list[str]:
+    """Return what a node reads, its subgraphs included."""
+    names = [name for name in node.input if name]
+    for attribute in node.attribute:
+        for inner in (attribute.g, *attribute.graphs):
+            for below in subgraphs(inner):
+                names += [name for one in below.node for name in one.input if name]
+                names += [output.name for output in below.output]
+    return names
+
+
+def _quiet() -> Any:
+    """Return settings of a session on one thread, since other candidates have the other cores."""
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4
+    settings.intra_op_num_threads = 1
+    return settings
 
 
 def rows_of(
@@ -130,11 +231,9 @@ def run_all(
     """Return the named outputs of a model for each call, on one thread; `as_written`: operator by operator, nothing fused."""
     import onnxruntime
 
-    settings = onnxruntime.SessionOptions()
+    settings = _quiet()
     if as_written:
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    settings.log_severity_level = 4
-    settings.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
     return [session.run(list(names), dict(call)) for call in calls]
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from wherry_optimizer.activations import Taps, rows_of
+from wherry_optimizer.activations import Stages, rows_of
 from wherry_shared.errors import RefusedError
 
 COLUMNS_MAX = 8192
@@ -68,6 +68,8 @@ def find(graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto], minimu
     for index, node in enumerate(graph.node):
         if node.op_type not in ("Conv", "Gemm", "MatMul") or len(node.input) < 2:
             continue
+        if node.input[0] in weights:
+            continue  # what it reads is always the same
         tensor = weights.get(node.input[1])
         name = node.name or f"node {index}"
         if tensor is None or tensor.data_type != onnx.TensorProto.FLOAT:
@@ -147,15 +149,14 @@ def in_turn(
     groups: dict[str, list[Layer]] = {}
     for layer in layers:
         groups.setdefault(layer.input, []).append(layer)
+    now, before = Stages(model, calls), Stages(original, calls)
     for number, (name, group) in enumerate(groups.items()):
-        alike = [
-            [one for one in group if _reads(one, weights) == key] for key in {_reads(one, weights) for one in group}
-        ]
-        now, before = Taps(model, {name}), Taps(original, {name}) if number else None
-        for same in alike:
-            rng = np.random.default_rng(seed)
+        values, old = now.reach(name), before.reach(name)
+        for key in dict.fromkeys(_reads(one, weights) for one in group):
+            same = [one for one in group if _reads(one, weights) == key]
             dims = list(weights[same[0].weight].dims)
-            hessian, cross, count = _moments(now, before, name, same[0], dims, calls, samples, positions, rng)
+            seen = values, old if number else None  # nothing was changed before the first
+            hessian, cross, count = _moments(*seen, same[0], dims, samples, positions, seed)
             for layer in same:
                 weight = as_matrix(numpy_helper.to_array(weights[layer.weight]), layer)
                 yield Seen(layer, _wanted(weight, hessian, cross, damping, count), hessian)
@@ -172,33 +173,34 @@ def _reads(layer: Layer, weights: Mapping[str, onnx.TensorProto]) -> tuple[Any, 
 
 
 def _moments(
-    now: Taps,
-    before: Taps | None,
-    name: str,
+    values: Sequence[Array],
+    old: Sequence[Array] | None,
     layer: Layer,
     dims: Sequence[int],
-    calls: Sequence[Mapping[str, Array]],
     samples: int,
     positions: int,
-    rng: np.random.Generator,
+    seed: int,
 ) -> tuple[Matrix, Matrix | None, int]:
-    """Return Σ x′ x′ᵀ, Σ x x′ᵀ (only where there is a model from before), and how many x′ there were."""
-    count, enough = 0, True
+    """Return Σ x′ x′ᵀ, Σ x x′ᵀ (only where there is an original, and enough to compare with it), and how many x′ there were."""
+    rng = np.random.default_rng(seed)
+    count, enough = 0, False
     total: Single | None = None
     mixed: Single | None = None
-    for number, call in enumerate(calls):
+    if old is not None:
+        values = values[: len(old)]
+    for number, value in enumerate(values):
         if number >= samples and total is not None and count >= POSITIONS_WANTED * len(total):
             break
         state = rng.bit_generator.state
-        rows = rows_of(now.run(call)[name], layer.operator, layer.attributes, dims, positions, rng)
-        if not count:  # by the first call, so that the original is not run for nothing
-            enough = before is not None and len(rows) * len(calls) >= POSITIONS_MIN * rows.shape[1]
+        rows = rows_of(value, layer.operator, layer.attributes, dims, positions, rng)
+        if number == 0:
+            enough = len(rows) * len(values) >= POSITIONS_MIN * rows.shape[1]
         count += len(rows)
         total = rows.T @ rows if total is None else total + rows.T @ rows
-        if before is not None and enough:
+        if old is not None and enough:
             rng.bit_generator.state = state  # the same places
-            old = rows_of(before.run(call)[name], layer.operator, layer.attributes, dims, positions, rng)
-            mixed = old.T @ rows if mixed is None else mixed + old.T @ rows
+            other = rows_of(old[number], layer.operator, layer.attributes, dims, positions, rng)
+            mixed = other.T @ rows if mixed is None else mixed + other.T @ rows
     if total is None:
         raise RefusedError(
             "data_missing",
