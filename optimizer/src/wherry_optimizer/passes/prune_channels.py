@@ -29,6 +29,8 @@ from wherry_optimizer.passes import Result, Work, excluded
 from wherry_shared.errors import RefusedError
 
 ROUNDS = 6
+FEW = 0.03
+"""Fitted weights are held near those that are there by this times columns per row that was seen, beside the damping."""
 SEQUENTIAL_MAX = 24
 """Groups up to which the pruned network is run again for each; with more, all are fitted to what the original sees."""
 COLUMNS_MAX = 8192
@@ -37,8 +39,8 @@ WIDE_CLASSES_MIN = 2
 REASONS_MAX = 20
 
 Matrix = npt.NDArray[np.float64]
-Moments = tuple[Matrix, Matrix, float]
-"""(Σ x′ x′ᵀ, Σ y x′ᵀ, Σ y²) over calibration rows: x′ reaches the layer in the pruned network and ends in a one, y = W x + b is
+Moments = tuple[Matrix, Matrix, float, int]
+"""(Σ x′ x′ᵀ, Σ y x′ᵀ, Σ y², how many) over calibration rows: x′ reaches the layer in the pruned network and ends in a one, y = W x + b is
 what the layer gave in the original."""
 
 
@@ -178,14 +180,15 @@ class _Fit:
         self.consumer = consumer
         self.tensor = weights[consumer.weight]
         self.bias = weights.get(consumer.bias)
-        inside, cross, self.energy = moments
+        inside, cross, self.energy, count = moments
         kernel = int(np.prod(self.tensor.dims[2:])) if consumer.operator == "Conv" else 1
         self.classes = np.repeat(np.array([found.root[atom] for atom in consumer.atoms.tolist()]), kernel)
         self.before = ~np.isin(self.classes, list(gone))
         self.matrix = _matrix(numpy_helper.to_array(self.tensor), consumer)
         # damping pulls towards the weights that are there, not towards zero
         size = len(self.classes)
-        damping = parameters.damping * (float(np.mean(np.diag(inside)[:size])) or 1.0)
+        share = parameters.damping + FEW * size / count
+        damping = share * (float(np.mean(np.diag(inside)[:size])) or 1.0)
         self.inside, self.cross = inside.copy(), cross.copy()
         self.inside[np.arange(size), np.arange(size)] += damping
         self.cross[:, :size] += damping * self.matrix
@@ -296,8 +299,10 @@ def _moments(
                 y += weights[consumer.bias].reshape(-1)
             x = np.pad(now, ((0, 0), (0, 1)), constant_values=1.0)
             held = totals.get(consumer.output)
-            own = ((x.T @ x).astype(np.float64), (y.T @ x).astype(np.float64), float(np.square(y).sum()))
-            totals[consumer.output] = own if held is None else (held[0] + own[0], held[1] + own[1], held[2] + own[2])
+            own = ((x.T @ x).astype(np.float64), (y.T @ x).astype(np.float64), float(np.square(y).sum()), len(x))
+            totals[consumer.output] = (
+                own if held is None else (held[0] + own[0], held[1] + own[1], held[2] + own[2], held[3] + own[3])
+            )
     return totals
 
 
