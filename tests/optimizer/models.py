@@ -84,6 +84,47 @@ def conv(path: Path, *, size: int | str = "H") -> Path:
     return path
 
 
+def hog(path: Path) -> Path:
+    """Write a network that fills 40 GB with ones to add them up."""
+    return _of_vectors(
+        path,
+        [
+            helper.make_node(
+                "ConstantOfShape", ["s"], ["big"], value=numpy_helper.from_array(np.ones(1, np.float32), "v")
+            ),
+            helper.make_node("ReduceSum", ["big"], ["r"], keepdims=0),
+            helper.make_node("Mul", ["x", "r"], ["p"]),
+        ],
+        numpy_helper.from_array(np.array([10, 1000, 1000, 1000], np.int64), "s"),
+    )
+
+
+def endless(path: Path) -> Path:
+    """Write a network with a loop that nothing ends."""
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["c"], ["again"]), helper.make_node("Add", ["a", "a"], ["twice"])],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("c", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("a", TensorProto.FLOAT, None),
+        ],
+        [
+            helper.make_tensor_value_info("again", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("twice", TensorProto.FLOAT, None),
+        ],
+    )
+    loop = helper.make_node("Loop", ["", "go", "x"], ["p"], body=body)
+    return _of_vectors(path, [loop], numpy_helper.from_array(np.array(True), "go"))
+
+
+def _of_vectors(path: Path, nodes: list[onnx.NodeProto], *weights: TensorProto) -> Path:
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", FEATURES]) for name in ("x", "p")]
+    graph = helper.make_graph(nodes, "vectors", ends[:1], ends[1:], list(weights))
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
+    return path
+
+
 RECIPE = """
 format = 1
 name = "blobs"

@@ -6,7 +6,7 @@ import dataclasses
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from tests.optimizer.models import blobs, classifier, plug_in
+from tests.optimizer.models import blobs, classifier, endless, hog, plug_in
 from wherry_optimizer import attempt, candidates, card, gate, labelled, making, measure, passes, search
 from wherry_optimizer import auto as auto_module
 from wherry_optimizer.attempt import Answer, Step, Task
@@ -400,6 +400,21 @@ def test_a_budget_that_nobody_meets_is_told_by_what_was_in_the_way(tmp_path: Pat
         assert caught.value.code == "budget_unmet"
         assert said in caught.value.message
         assert way in caught.value.next_step
+
+
+@pytest.mark.parametrize("write", [hog, endless])
+def test_a_model_that_takes_all_memory_or_never_ends_does_so_in_a_process_of_its_own(
+    write: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(making, "LOOK_SECONDS_MAX", 5.0)
+    with pytest.raises(RefusedError) as caught:
+        auto_module.auto(
+            write(tmp_path / "model.onnx"),
+            cut(samples(60), labelled=True, description=""),
+            cache=tmp_path / "cache",
+            memory_bytes_max=2**30,
+        )
+    assert caught.value.code == "model_unrunnable"
 
 
 def test_an_operator_that_no_engine_has_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ same and `auto` raises.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -123,6 +124,10 @@ def auto(
             raise RuntimeError("a bundle needs a folder")
         release.check(output)
     said = release.said() if release is not None else ProcessingFile()
+    if run is attempt.run:  # else no children are wanted
+        workshop = making.Workshop(folder, making.Limits(memory_bytes_max=memory_bytes_max))
+        with contextlib.closing(workshop):
+            workshop.look(model, said.interface)
     source = load_model(model)
     check_source(source)
     chosen = [find_target(name, source) for name in targets] or [default_target(source)]

@@ -366,9 +366,12 @@ def pack(
     as_json: AsJson = False,
 ) -> None:
     """Make a bundle of one model as it is, without labels."""
-    from wherry_optimizer import assets, report
+    from wherry_optimizer import assets, making, recipe, report
     from wherry_optimizer.pack import pack_model
 
+    said = recipe.read_processing(processing) if processing is not None else recipe.ProcessingFile()
+    with contextlib.closing(making.Workshop(Path(), making.Limits())) as workshop:
+        workshop.look(model, said.interface)
     packed = pack_model(
         model,
         name=name,

@@ -305,7 +305,7 @@ def _runnable(run: _Try, interface: Interface) -> dict[str, int]:
         consequence="its interface is not known, so nothing was built",
         next_step="give bounds under [interface.dims] and ranges under [interface.inputs.<name>] of a recipe or a --processing "
         "file; for inputs of text also samples with --inputs",
-    )
+    ) from last
 
 
 def _resolve_outputs(

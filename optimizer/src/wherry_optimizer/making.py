@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,12 +19,14 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from wherry_optimizer import confined, passes
+from wherry_optimizer import confined, model, passes
+from wherry_optimizer import interface as interfaces
 from wherry_optimizer.golden import Runnable
-from wherry_optimizer.recipe import convert_parameters
+from wherry_optimizer.recipe import Hints, convert_parameters
 from wherry_shared import digest
 from wherry_shared.bundle import Format
 from wherry_shared.engines import load
+from wherry_shared.engines.errors import OutOfMemory
 from wherry_shared.engines.session import NativeTensor, Session
 from wherry_shared.errors import RefusedError, WherryError
 
@@ -36,6 +38,8 @@ MEMORY_BYTES_MAX = 6 * 2**30
 """Of data, of the process that makes and runs a variant."""
 MEMORY_BYTES_MIN = 2**28
 """With less the libraries alone do not fit, so that every variant would be refused for what is no fault of its own."""
+LOOK_SECONDS_MAX = 120.0
+"""Of opening a source and running it on made-up input for the first time."""
 STEP_SECONDS_MAX = 1800.0
 """Of one pass of a build, and of the first run of what they made."""
 
@@ -150,16 +154,26 @@ def plain(value: Any) -> Any:
     raise TypeError(f"{type(value)} in the notes of a pass")
 
 
+class _Look(msgspec.Struct, frozen=True, kw_only=True):
+    """How a source's interface is to be found."""
+
+    tensors: dict[str, str]
+    hints: Hints
+    texts: dict[str, str]
+
+
 class _Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """What the child is asked: a pass, or without one to run a variant once."""
+    """What the child is asked: a pass, without one to run a variant once, or to look at a source."""
+
+    look: _Look | None = None
 
     use: str = ""
     path: str
-    source: str
-    format: Format
+    source: str = ""
+    format: Format = "onnx"
     parameters: dict[str, Any] = {}
-    folder: str
-    data: str
+    folder: str = ""
+    data: str = ""
     """File with the pickled calibration calls, or with (variant, inputs); this program's own parent wrote it."""
     seed: int = 0
 
@@ -238,6 +252,33 @@ class Workshop:
         finally:
             Path(data).unlink()
 
+    def look(
+        self, path: Path, hints: Hints, tensors: Mapping[str, str] | None = None, texts: Mapping[str, str] | None = None
+    ) -> None:
+        """Open a source and find its interface in the child, so that a file that kills who does so is refused.
+
+        What else is wrong with it is told by who does the same in its own process afterwards.
+
+        Args:
+            path: the file.
+            hints: as `interface.derive` takes them; so are the others.
+            tensors: canonical → native names.
+            texts: input → a text that the model takes.
+
+        Raises:
+            RefusedError: `model_unrunnable`.
+        """
+        asked = _Asked(path=str(path), look=_Look(tensors=dict(tensors or {}), hints=hints, texts=dict(texts or {})))
+        ended = self._child.ask(msgspec.json.encode(asked), min(LOOK_SECONDS_MAX, self._limits.seconds_max))
+        why = ended.why if ended.how != "well" else msgspec.json.decode(ended.out, type=_Said).why
+        if why:
+            raise RefusedError(
+                "model_unrunnable",
+                f"{path.name} cannot be opened and run once: {why}",
+                consequence="it ran in a process of its own; nothing else was done with it",
+                next_step="run it by hand on one sample; compare the file with the original, or export it again",
+            )
+
     def close(self) -> None:
         """End the child."""
         self._child.close()
@@ -269,7 +310,21 @@ class Workshop:
         return str(path)
 
 
+def _looked(path: Path, look: _Look) -> _Said:
+    try:
+        interfaces.derive(path, model.load(path).format, look.tensors, look.hints, look.texts)
+    except WherryError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, OutOfMemory):
+                return _Said(why=str(cause))
+            cause = cause.__cause__
+    return _Said()
+
+
 def _do(asked: _Asked) -> _Said:
+    if asked.look is not None:
+        return _looked(Path(asked.path), asked.look)
     given = pickle.loads(Path(asked.data).read_bytes())  # noqa: S301 - this program's own parent wrote it
     if not asked.use:
         variant, inputs = given

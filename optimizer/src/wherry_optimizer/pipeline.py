@@ -242,6 +242,7 @@ class _Build:
                 folder=self.loaded.folder,
                 what=f"source {key!r}",
             )
+            self.workshop.look(path, self.recipe.interface, source.tensors)
             found[key] = load(path)
         return found
 
