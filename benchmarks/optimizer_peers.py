@@ -32,6 +32,8 @@ PEERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }
 """Peer → its environment, its script, and what the script is told beside model, calls and target."""
 PEER_SECONDS_MAX = 900.0
+REPEATS, REPEAT_PAUSE_S = 5, 4.0
+"""Turns of a measurement, and seconds between two."""
 AXES = ("compressed_ratio", "latency_ratio", "metric_drop")
 NOISE = {"compressed_ratio": 0.01, "latency_ratio": 0.10, "metric_drop": 0.0}
 """Shares of the larger value within which two count as the same: below a tenth of a latency is noise on a shared machine.
@@ -85,8 +87,13 @@ def side_by_side(
     }
     call = problem.calibration[0]
     calls = {key: lambda session=session: session.run(call) for key, session in sessions.items()}
-    latency = measure.interleaved(
-        calls, dict.fromkeys(calls, "source"), rounds=25, seconds=4.0 * len(calls), clock=time.process_time
+    latency = measure.least_disturbed(
+        lambda: measure.interleaved(
+            calls, dict.fromkeys(calls, "source"), rounds=25, seconds=1.5 * len(calls), clock=time.process_time
+        ),
+        "source",
+        times=REPEATS,
+        pause_s=REPEAT_PAUSE_S,
     )
     memory = peaks(every, call, sessions["source"].run(call))
     rows = {}

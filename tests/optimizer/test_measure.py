@@ -44,6 +44,17 @@ def test_quick_calls_are_timed_many_in_a_row_so_that_what_others_leave_in_caches
     assert found["b"].p50_us == pytest.approx(1.0)
 
 
+def test_of_several_turns_the_one_counts_in_which_the_reference_was_quickest() -> None:
+    turns = iter([(15.0, 10.0), (12.0, 5.0), (14.0, 4.0)])
+
+    def measured() -> dict[str, measure.Latency]:
+        one, other = next(turns)
+        return {"a": measure.Latency(one, 1.0), "b": measure.Latency(other, other / one)}
+
+    found = measure.least_disturbed(measured, "a", times=3, pause_s=0.0)
+    assert found["b"].p50_us == 5.0
+
+
 def test_measuring_stops_after_its_seconds_but_not_before_three_rounds() -> None:
     now, count = [0.0], [0]
 

@@ -323,6 +323,23 @@ def test_a_pass_of_another_distribution_is_found(tmp_path: Path, monkeypatch: py
     assert "test-native" in [item.name for item in passes.catalogue()]
 
 
+def test_a_search_tries_a_pass_of_another_distribution_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plug_in(tmp_path, monkeypatch)
+    settings = search.Settings(budget=gate.Budget(0.02), prune=False, weigh=False)
+    asked: list[list[str]] = []
+
+    def run(task: Task) -> Answer:
+        asked.append([step.use for step in task.steps])
+        if "test-native" in asked[-1]:
+            return Answer(code="pass_crashed", why="its process ended with SIGABRT")
+        return attempt.attempt(task)
+
+    found = search.search(problem(tmp_path), X86, settings, tmp_path / "cache", run=run)
+    assert ["rewrite", "test-native", "quantize-weights"] in asked
+    assert {item.id: item.verdict.by for item in found.refused}["test-native"] == "pass_crashed"
+    assert found.chosen != SOURCE
+
+
 def test_a_pass_that_changes_the_contract_is_refused(tmp_path: Path) -> None:
     one = classifier(tmp_path / "one.onnx")
     other = classifier(tmp_path / "other.onnx", name="points")
@@ -612,7 +629,14 @@ def test_ladders_climb_while_they_pass_and_step_down_where_they_do_not() -> None
     tried |= {"channels-0.625+int8-static": DROPPED, "levels-31+int8-static": GOOD}
     both = [f"channels-{share}+levels-31+int8-static" for share in (0.375, 0.5)]
     assert proposed(tried) == both
-    tried |= dict.fromkeys(both, GOOD)
+    tried |= {both[0]: GOOD, both[1]: DROPPED}
+    assert proposed(tried) == ["zeros-0.5+int8-static"], "no milder levels passed by themselves"
+    more = tried | {"levels-15+int8-static": GOOD, "levels-11+int8-static": DROPPED}
+    more = {key: fared for key, fared in more.items() if "+levels-" not in key}
+    fewest = [f"channels-{share}+levels-15+int8-static" for share in (0.375, 0.5)]
+    assert proposed(more) == fewest
+    more |= {fewest[0]: GOOD, fewest[1]: DROPPED}
+    assert proposed(more)[0] == "channels-0.5+levels-31+int8-static"
     for rung in ("zeros-0.5+int8-static", "zeros-0.3+int8-static", "zeros-2of4+int8-static"):
         assert proposed(tried) == [rung]
         tried[rung] = DROPPED

@@ -125,9 +125,26 @@ class Row:
     """Share of the budget that its drop takes."""
 
 
-def propose(tried: Mapping[str, Fared], format_: Format, target: Target, *, prune: bool = True) -> list[Candidate]:
-    """Return what to try next, best guess first; empty when there is nothing left to try."""
-    planned = _tflite() if format_ == "tflite" else map(_first_rewritten, _onnx(tried, target, prune=prune))
+def propose(
+    tried: Mapping[str, Fared],
+    format_: Format,
+    target: Target,
+    *,
+    prune: bool = True,
+    others: Sequence[str] = (),
+) -> list[Candidate]:
+    """Return what to try next, best guess first; empty when there is nothing left to try.
+
+    Args:
+        tried: what was, and how it fared.
+        format_: of the model.
+        target: what for.
+        prune: also try to prune.
+        others: passes of other distributions for this format, each of which is tried as it comes.
+    """
+    added = [Candidate(name, (Step(use=name), FOLD) if format_ == "onnx" else (Step(use=name),)) for name in others]
+    own = _tflite() if format_ == "tflite" else _onnx(tried, target, prune=prune)
+    planned = [*own, *added] if format_ == "tflite" else map(_first_rewritten, [*own, *added])
     return [candidate for candidate in planned if candidate.id not in tried]
 
 
@@ -191,14 +208,10 @@ def _onnx(tried: Mapping[str, Fared], target: Target, *, prune: bool) -> list[Ca
         shares = [share for share in CHANNELS if _passed(tried, f"channels-{share:g}+{name}")]
         levels = [count for count in LEVELS if _passed(tried, f"levels-{count}+{name}")]
         if shares and levels and len(more) == ladders:  # they have ended
-            then = Step(use="round-obs", parameters={"levels": levels[-1]})
             last = CHANNELS.index(shares[-1])
-            for share in CHANNELS[
-                max(last - 1, 0) : last + 1
-            ]:  # a milder one as well, in case the other is contradicted
-                first = Step(use="prune-channels", parameters={"ratio": share})
-                key = f"channels-{share:g}+levels-{levels[-1]}+{name}"
-                more += [] if key in tried else [Candidate(key, (first, *head, then, *tail))]
+            # a milder one as well, in case the other is contradicted
+            for share in CHANNELS[max(last - 1, 0) : last + 1]:
+                more += _both(tried, share, levels, head, tail, name)
         if len(more) < 2:  # seldom the best, so when the others leave room
             zeros = _ladder(tried, "zeros", SPARSITIES, ("prune-obs", "sparsity"), (), whole, name)
             more += zeros or [Candidate(f"{PATTERNED}+{name}", (PATTERN, *whole))]
@@ -261,6 +274,26 @@ def _ladder(
             return [Candidate(key, (*head, step, *tail))]
         if tried[key].passed != (share in up):
             return []
+    return []
+
+
+def _both(
+    tried: Mapping[str, Fared],
+    share: float,
+    levels: Sequence[int],
+    head: tuple[Step, ...],
+    tail: tuple[Step, ...],
+    name: str,
+) -> list[Candidate]:
+    """Return the next try of fewer channels on fewer values: the fewest that passed by themselves, more where the two are too much."""
+    for count in levels[::-1]:
+        key = f"channels-{share:g}+levels-{count}+{name}"
+        if key not in tried:
+            first = Step(use="prune-channels", parameters={"ratio": share})
+            then = Step(use="round-obs", parameters={"levels": count})
+            return [Candidate(key, (first, *head, then, *tail))]
+        if tried[key].passed or tried[key].code:
+            break
     return []
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from wherry_optimizer import attempt, candidates, gate, making, measure, metrics
+from wherry_optimizer import attempt, candidates, gate, making, measure, metrics, passes
 from wherry_optimizer.attempt import Answer, Problem, Task
 from wherry_optimizer.bundling import Bundled
 from wherry_optimizer.candidates import SOURCE, Candidate, Fared, Prefer, Row, Target
@@ -214,9 +214,12 @@ def search(
         )
     say(f"float: {problem.metric.name} {value:.4f} on {len(own.evidence)} samples")
     fared: dict[str, Fared] = {}
+    others = [
+        info.name for info in passes.catalogue() if info not in passes.CATALOGUE and problem.format in info.formats
+    ]
     cut_short = False
     while True:
-        proposed = candidates.propose(fared, problem.format, target, prune=settings.prune)
+        proposed = candidates.propose(fared, problem.format, target, prune=settings.prune, others=others)
         if not proposed:
             break
         left = settings.seconds_max - (time.monotonic() - began)

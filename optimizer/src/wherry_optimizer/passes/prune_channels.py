@@ -29,6 +29,9 @@ from wherry_optimizer.passes import Result, Work, excluded
 from wherry_shared.errors import RefusedError
 
 ROUNDS = 6
+SAMPLES_MIN = 32
+ROWS_WANTED = 8.0
+"""Times its columns: where `SAMPLES_MIN` samples showed so many rows of a layer, the others are not run."""
 FEW = 0.03
 """Fitted weights are held near those that are there by this times columns per row that was seen, beside the damping."""
 SEQUENTIAL_MAX = 24
@@ -53,6 +56,7 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """So many channels stay in each group, and groups with fewer than twice as many are left alone. An attention head counts as the
     channels it holds, and two stay."""
     samples: int = 200
+    """Calibration samples looked at, fewer where those show enough."""
     positions: int = 128
     """Positions of a layer looked at per sample, drawn by the seed."""
     damping: float = 0.001
@@ -281,6 +285,8 @@ def _moments(
     matrices = {one.output: _matrix(weights[one.weight], one).astype(np.float32) for one in consumers}
     totals: dict[str, Moments] = {}
     for number, call in enumerate(calls):
+        if number >= SAMPLES_MIN and all(count >= ROWS_WANTED * len(inside) for inside, *_, count in totals.values()):
+            break
         old, new = before.run(call), after.run(call)
         for consumer in consumers:
             was, now = (
