@@ -106,6 +106,13 @@ def test_an_operator_for_one_hot_counts_negative_indices_from_the_end(tmp_path: 
     assert operators(made)["Gemm"] == operators(made)["OneHot"] == 0
 
 
+def test_numbers_between_two_of_a_ramp_pick_no_row(tmp_path: Path) -> None:
+    net = Net(TensorProto.FLOAT, ["n", 3])
+    same = net("Equal", net("Unsqueeze", "x", net.const([2], np.int64)), net.const(np.arange(DEPTH)))
+    model = net.model(net("MatMul", net("Cast", same, to=TensorProto.FLOAT), net.const(TABLE)))
+    left_alone(model, tmp_path, np.array([[0, 2.5, 1]], np.float32))
+
+
 @pytest.mark.parametrize("what", ["ramp", "offset", "axis"])
 def test_what_only_looks_like_a_one_hot_product_stays(what: str, tmp_path: Path) -> None:
     net = Net(TensorProto.INT32, ["n", DEPTH if what == "axis" else 3])
@@ -128,6 +135,33 @@ def test_arithmetic_on_rows_is_done_in_the_table(tmp_path: Path) -> None:
     shifted = net("Add", row, net.const(RNG.normal(size=(1, WIDTH))))
     made, notes = rewritten(net.model(net("Mul", shifted, net("Sigmoid", shifted))), tmp_path, np.array([0, 4, 10]))
     assert (notes["folded"], dict(operators(made))) == (3, {"Gather": 1})
+
+
+@pytest.mark.parametrize("what", ["table", "activation", "scale"])
+def test_a_constant_that_adds_an_axis_stays(what: str, tmp_path: Path) -> None:
+    one = np.full((1, 1, 1), 2.0)
+    if what == "table":
+        net = Net(TensorProto.INT64, ["n"])
+        y, call = net("Mul", net("Gather", net.const(TABLE), "x"), net.const(one)), np.array([1, 2])
+    else:
+        net = Net(TensorProto.FLOAT, ["n", WIDTH])
+        call = RNG.normal(size=(2, WIDTH)).astype(np.float32)
+        if what == "activation":
+            y = gelu(net, net("Exp", "x"), "ranks")
+        else:
+            y = net("Mul", net("MatMul", "x", net.const(RNG.normal(size=(WIDTH, 3)))), net.const(one))
+    left_alone(net.model(net("ReduceMax", y, axes=[0], keepdims=0)), tmp_path, call)
+
+
+def test_an_activation_that_ends_far_out_stays(tmp_path: Path) -> None:
+    net = Net(TensorProto.FLOAT, ["n", WIDTH])
+    x = net("Clip", "x", net.const(-500.0), net.const(500.0))
+    made, notes = rewritten(
+        net.model(gelu(net, x, "pow"), gelu(net, "x", "half last")),
+        tmp_path,
+        RNG.normal(size=(2, WIDTH)).astype(np.float32),
+    )
+    assert (notes["gelu"], operators(made)["Clip"]) == (2, 1), "what ends at 500 is no GELU, and stays before one"
 
 
 def test_a_row_that_others_read_too_stays_as_it_is(tmp_path: Path) -> None:

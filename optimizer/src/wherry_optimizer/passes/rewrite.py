@@ -102,8 +102,12 @@ SAME = 2e-5
 """Largest difference from a definition, relative to the largest value: float32 keeps 7 digits, of which some get lost."""
 ROUNDING = 4.0
 """Outputs may move by so many times what they move by when the runtime fuses nothing."""
+ROW_AXES = 2
+"""What a look-up by a list of indices gives has so many axes."""
 EPSILON_MAX = 0.01
-GRID = np.linspace(-12, 12, 4801, dtype=np.float32)
+_FAR = np.logspace(1.1, 4, 60)
+GRID = np.concatenate([-_FAR[::-1], np.linspace(-12, 12, 4801), _FAR]).astype(np.float32)
+"""What activations are compared on: densely where they bend, and far out."""
 
 
 class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -176,6 +180,18 @@ class _View:
     kept: frozenset[str] = field(init=False)
     """Read by somebody beside nodes of this graph: outputs, and what subgraphs read."""
     weights: dict[str, onnx.TensorProto] = field(init=False)
+    _shapes: dict[str, list[int]] | None = None
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """What shape inference knows, unknown axes as -1."""
+        if self._shapes is None:
+            self._shapes = _inferred(self.model)
+        return self._shapes
+
+    def reaches(self, name: str, axes: int) -> bool:
+        """Tell whether a tensor has so many axes at least: a constant with more would give it new ones."""
+        return axes <= 1 or len(self.shapes.get(name, [])) >= axes
 
     def __post_init__(self) -> None:
         self.graph = graph = self.model.graph
@@ -246,15 +262,13 @@ def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
 
 def _one_hot(view: _View) -> bool:
     """Rewrite one product of a one-hot matrix and a table."""
-    shapes: dict[str, list[int]] | None = None
     for node in view.graph.node:
         if node.op_type not in ("MatMul", "Gemm") or (node.op_type == "Gemm" and not _plain_gemm(node)):
             continue
         table = view.value(node.input[1])
         if table is None or table.ndim != 2 or table.dtype.kind != "f":
             continue
-        shapes = _last_axes(view.model) if shapes is None else shapes
-        indices = _indices(view, node.input[0], len(table), shapes)
+        indices = _indices(view, node.input[0], len(table))
         if indices is None:
             continue
         taken, whole, negative = indices
@@ -268,7 +282,7 @@ def _plain_gemm(node: onnx.NodeProto) -> bool:
     return all(bool(_attribute(node, name, value) == value) for name, value in usual.items())
 
 
-def _last_axes(model: onnx.ModelProto) -> dict[str, list[int]]:
+def _inferred(model: onnx.ModelProto) -> dict[str, list[int]]:
     """Return what shape inference knows of shapes, unknown axes as -1."""
     inferred = onnx.shape_inference.infer_shapes(model).graph
     return {
@@ -278,7 +292,7 @@ def _last_axes(model: onnx.ModelProto) -> dict[str, list[int]]:
     }
 
 
-def _indices(view: _View, name: str, depth: int, shapes: Mapping[str, Sequence[int]]) -> tuple[str, bool, bool] | None:
+def _indices(view: _View, name: str, depth: int) -> tuple[str, bool, bool] | None:
     """Return (tensor of indices, whether it has no axis for the depth, whether -1 is the last row) of a one-hot matrix."""
     node = view.maker.get(name)
     while node is not None and node.op_type in ("Cast", "Identity"):
@@ -294,18 +308,24 @@ def _indices(view: _View, name: str, depth: int, shapes: Mapping[str, Sequence[i
         return None
     for left, right in (node.input, reversed(node.input)):
         one, ramp = left, view.value(right)
-        if ramp is None or not ramp.ndim or ramp.shape[-1] != depth or ramp.size != depth:
-            continue
+        if (
+            ramp is None
+            or ramp.dtype.kind not in "iu"
+            or not ramp.ndim
+            or ramp.shape[-1] != depth
+            or ramp.size != depth
+        ):
+            continue  # a number between two of a ramp of floats is no index
         if not np.array_equal(ramp.reshape(-1), np.arange(depth)):
             continue
         while (expand := view.maker.get(one)) is not None and expand.op_type == "Expand":
-            before, after = shapes.get(expand.input[0], []), shapes.get(one, [])
+            before, after = view.shapes.get(expand.input[0], []), view.shapes.get(one, [])
             if not before or len(before) != len(after) or before[-1] != 1:
                 break
             if any(a == 1 and b != 1 for a, b in zip(before[:-1], after[:-1], strict=True)):
                 break  # it repeats more than the last axis
             one = expand.input[0]
-        if (shapes.get(one) or [0])[-1] == 1:
+        if (view.shapes.get(one) or [0])[-1] == 1:
             return one, False, False
     return None
 
@@ -370,7 +390,7 @@ def _after(view: _View, start: str, width: int) -> tuple[list[onnx.NodeProto], s
         if (
             reads
             and node.op_type in ELEMENTWISE
-            and all(name in inside or not name or _broadcasts(view.value(name), width) for name in node.input)
+            and all(name in inside or not name or _broadcasts(view, start, name, width) for name in node.input)
         ):
             inside.add(node.output[0])
             region.append(node)
@@ -383,9 +403,12 @@ def _after(view: _View, start: str, width: int) -> tuple[list[onnx.NodeProto], s
     return (region, read[0]) if len(read) == 1 and read[0] != start else ([], "")
 
 
-def _broadcasts(value: Array | None, width: int) -> bool:
-    """Tell whether a constant is the same for all rows."""
-    return value is not None and (value.size == 1 or (value.size == width and value.shape[-1] == width))
+def _broadcasts(view: _View, start: str, name: str, width: int) -> bool:
+    """Tell whether a constant is the same for all rows, and adds no axis."""
+    value = view.value(name)
+    if value is None or not (value.size == 1 or (value.size == width and value.shape[-1] == width)):
+        return False
+    return value.ndim <= ROW_AXES or view.reaches(start, value.ndim)
 
 
 # what is recognised by what it computes
@@ -535,13 +558,16 @@ def _curve(view: _View, curve: _Curve) -> bool:
         if node.op_type != curve.around or node.name.startswith(_SPELLED):
             continue
         for region in _regions(view, node, ELEMENTWISE, shapes=False):
-            if any(
-                (value := view.value(name)) is not None and value.size != 1
-                for inner in region.nodes
-                for name in inner.input
-            ):
+            values = [view.value(name) for inner in region.nodes for name in inner.input]
+            constants = [value for value in values if value is not None]
+            if any(value.size != 1 for value in constants):
                 continue
-            if not _close(_try(view, region, {region.start: GRID}), wanted):
+            found = _try(view, region, {region.start: GRID})
+            if found is None or found.size != GRID.size:
+                continue
+            if not np.allclose(found.reshape(-1), wanted, rtol=SAME, atol=SAME):
+                continue
+            if not view.reaches(region.start, max((value.ndim for value in constants), default=0)):
                 continue
             if tuple(inner.op_type for inner in region.nodes) == curve.spelled:
                 for inner in region.nodes:
@@ -781,7 +807,7 @@ def _affine(view: _View, node: onnx.NodeProto) -> _Affine | None:
         return None
     source = node.input[1] if right is None else node.input[0]
     wide = constant.astype(np.float64)
-    if node.op_type == "Div" and not wide.all():
+    if (node.op_type == "Div" and not wide.all()) or not view.reaches(source, constant.ndim):
         return None
     return {
         "Mul": lambda: _Affine(source, wide, none),
