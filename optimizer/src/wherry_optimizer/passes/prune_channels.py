@@ -30,7 +30,7 @@ from wherry_shared.errors import RefusedError
 
 ROUNDS = 6
 SAMPLES_MIN = 32
-ROWS_WANTED = 8.0
+ROWS_WANTED = 32.0
 """Times its columns: where `SAMPLES_MIN` samples showed so many rows of a layer, the others are not run."""
 FEW = 0.03
 """Fitted weights are held near those that are there by this times columns per row that was seen, beside the damping."""
