@@ -67,12 +67,42 @@ def _part(model: onnx.ModelProto, wanted: Sequence[str]) -> onnx.ModelProto:
         kept.append(node)
         needed.update(_reads(node))
     known = {output.name: output for output in graph.output}
+    inputs = [item for item in graph.input if item.name in needed]
+    outputs = [known.get(name) or onnx.helper.make_empty_tensor_value_info(name) for name in wanted]
+    return _of_nodes(model, kept[::-1], inputs, outputs)
+
+
+def part_of(
+    model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], given: Mapping[str, Array], wanted: Sequence[str]
+) -> onnx.ModelProto:
+    """Return some nodes of a model as a model of its own, which takes values like those given.
+
+    Args:
+        model: whose weights the nodes read.
+        nodes: in its order.
+        given: tensors from outside; only their datatypes and numbers of axes count.
+        wanted: tensors that the nodes make.
+    """
+    inputs = [
+        onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype), [None] * value.ndim)
+        for name, value in given.items()
+    ]
+    return _of_nodes(model, nodes, inputs, [onnx.helper.make_empty_tensor_value_info(name) for name in wanted])
+
+
+def _of_nodes(
+    model: onnx.ModelProto,
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Sequence[onnx.ValueInfoProto],
+    outputs: Sequence[onnx.ValueInfoProto],
+) -> onnx.ModelProto:
     part = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
-    part.graph.name = graph.name
-    part.graph.node.extend(reversed(kept))
-    part.graph.initializer.extend(tensor for tensor in graph.initializer if tensor.name in needed)
-    part.graph.input.extend(item for item in graph.input if item.name in needed)
-    part.graph.output.extend(known.get(name) or onnx.helper.make_empty_tensor_value_info(name) for name in wanted)
+    part.graph.name = model.graph.name
+    part.graph.node.extend(nodes)
+    needed = {name for node in nodes for name in _reads(node)} | {output.name for output in outputs}
+    part.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in needed)
+    part.graph.input.extend(inputs)
+    part.graph.output.extend(outputs)
     return part
 
 
@@ -90,7 +120,6 @@ class Stages:
             calls: inputs.
         """
         self._model = model
-        self._calls = [dict(call) for call in calls]
         self._kept = [dict(call) for call in calls]
         self._left = {index: _reads(node) for index, node in enumerate(model.graph.node)}
         """Nodes that have not run, and what they read."""
@@ -133,27 +162,14 @@ class Stages:
                 break
         self._kept = fresh
 
-    def _part(self, nodes: Sequence[int], asked: Sequence[str]) -> Any:
+    def _part(self, indices: Sequence[int], asked: Sequence[str]) -> Any:
         """Return a session of some nodes, which takes what was kept."""
         import onnxruntime
 
-        graph, kept = self._model.graph, self._kept[0]
-        part = onnx.ModelProto(
-            ir_version=self._model.ir_version,
-            opset_import=self._model.opset_import,
-            functions=self._model.functions,
-        )
-        part.graph.name = graph.name
-        part.graph.node.extend(graph.node[index] for index in nodes)
-        needed = {name for index in nodes for name in _reads(graph.node[index])}
-        part.graph.initializer.extend(tensor for tensor in graph.initializer if tensor.name in needed)
-        part.graph.input.extend(
-            onnx.helper.make_tensor_value_info(
-                name, onnx.helper.np_dtype_to_tensor_dtype(kept[name].dtype), [None] * kept[name].ndim
-            )
-            for name in sorted(needed & kept.keys())
-        )
-        part.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in asked)
+        nodes = [self._model.graph.node[index] for index in indices]
+        read = {name for node in nodes for name in _reads(node)}
+        given = {name: value for name, value in self._kept[0].items() if name in read}
+        part = part_of(self._model, nodes, given, asked)
         return onnxruntime.InferenceSession(part.SerializeToString(), _quiet(), providers=["CPUExecutionProvider"])
 
 

@@ -142,9 +142,11 @@ def propose(
         prune: also try to prune.
         others: passes of other distributions for this format, each of which is tried as it comes.
     """
-    added = [Candidate(name, (Step(use=name), FOLD) if format_ == "onnx" else (Step(use=name),)) for name in others]
-    own = _tflite() if format_ == "tflite" else _onnx(tried, target, prune=prune)
-    planned = [*own, *added] if format_ == "tflite" else map(_first_rewritten, [*own, *added])
+    if format_ == "tflite":
+        planned = [*_tflite(), *(Candidate(name, (Step(use=name),)) for name in others)]
+    else:
+        added = [Candidate(name, (Step(use=name), FOLD)) for name in others]
+        planned = [_first_rewritten(one) for one in (*_onnx(tried, target, prune=prune), *added)]
     return [candidate for candidate in planned if candidate.id not in tried]
 
 

@@ -166,7 +166,6 @@ class _Asked(msgspec.Struct, frozen=True, kw_only=True):
     """What the child is asked: a pass, without one to run a variant once, or to look at a source."""
 
     look: _Look | None = None
-
     use: str = ""
     path: str
     source: str = ""
@@ -246,7 +245,7 @@ class Workshop:
             RefusedError: as `apply`.
         """
         data = self._write((variant, inputs))
-        asked = _Asked(path=str(variant.path), source="", format=variant.format, folder="", data=data)
+        asked = _Asked(path=str(variant.path), format=variant.format, data=data)
         try:
             self._ask(asked, "running what they made" if variant.quantized else "running it")
         finally:

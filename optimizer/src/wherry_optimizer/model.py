@@ -219,6 +219,22 @@ def sort_nodes(graph: onnx.GraphProto) -> None:
         graph.node.extend(copies)
 
 
+def drop_unread(graph: onnx.GraphProto) -> None:
+    """Take out nodes that nobody reads any more, and their weights."""
+    while True:
+        read = {output.name for output in graph.output}
+        read |= {name for inner in subgraphs(graph) for node in inner.node for name in node.input}
+        read |= {output.name for inner in subgraphs(graph) for output in inner.output}
+        kept = [node for node in graph.node if any(name in read for name in node.output)]
+        if len(kept) == len(graph.node):
+            break
+        del graph.node[:]
+        graph.node.extend(kept)
+    weights = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(weights)
+
+
 def _below(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:

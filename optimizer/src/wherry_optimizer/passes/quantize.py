@@ -15,7 +15,7 @@ import msgspec
 import onnx
 
 from wherry_optimizer.activations import SENSITIVITY_NODES_MAX, SENSITIVITY_SAMPLES, distance, run_all
-from wherry_optimizer.model import prepare_float, sort_nodes, subgraphs
+from wherry_optimizer.model import drop_unread, prepare_float, sort_nodes
 from wherry_optimizer.ort_quantizer import quantizing
 from wherry_optimizer.passes import Array, Result, Work, excluded
 from wherry_shared.errors import RefusedError
@@ -143,24 +143,8 @@ def _given_back(
             if name in weights and name not in present:
                 copy.graph.initializer.append(weights[name])
                 present.add(name)
-    _drop_unread(copy.graph)
+    drop_unread(copy.graph)
     return copy
-
-
-def _drop_unread(graph: onnx.GraphProto) -> None:
-    """Take out nodes that nobody reads any more, and their weights."""
-    while True:
-        read = {output.name for output in graph.output}
-        read |= {name for inner in subgraphs(graph) for node in inner.node for name in node.input}
-        read |= {output.name for inner in subgraphs(graph) for output in inner.output}
-        kept = [node for node in graph.node if any(name in read for name in node.output)]
-        if len(kept) == len(graph.node):
-            break
-        del graph.node[:]
-        graph.node.extend(kept)
-    weights = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(weights)
 
 
 def _notes(target: Path, parameters: Parameters, excluded_nodes: int) -> dict[str, Any]:

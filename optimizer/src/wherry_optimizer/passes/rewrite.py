@@ -30,8 +30,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pathlib import Path  # isort: skip
 
-from wherry_optimizer.activations import Taps, distance, run_all
-from wherry_optimizer.model import opset_of, prepare_prunable, sort_nodes, subgraphs
+from wherry_optimizer.activations import Taps, distance, part_of, run_all
+from wherry_optimizer.model import drop_unread, opset_of, prepare_prunable, sort_nodes, subgraphs
 from wherry_optimizer.passes import Array, Result, Work
 from wherry_shared.errors import RefusedError
 
@@ -181,6 +181,8 @@ class _View:
     """Read by somebody beside nodes of this graph: outputs, and what subgraphs read."""
     weights: dict[str, onnx.TensorProto] = field(init=False)
     _shapes: dict[str, list[int]] | None = None
+    _named: set[str] = field(default_factory=set)
+    """Names that were given out."""
 
     @property
     def shapes(self) -> dict[str, list[int]]:
@@ -222,31 +224,22 @@ class _View:
 
     def free(self, base: str) -> str:
         """Return a name that no tensor has."""
-        taken = self.maker.keys() | self.weights.keys() | {item.name for item in self.graph.input}
+        taken = self.maker.keys() | self.weights.keys() | {item.name for item in self.graph.input} | self._named
         number = 0
         while f"{base}.{number}" in taken:
             number += 1
-        self.maker.setdefault(f"{base}.{number}", onnx.NodeProto())
+        self._named.add(f"{base}.{number}")
         return f"{base}.{number}"
 
     def replace(self, name: str, nodes: Sequence[onnx.NodeProto]) -> None:
         """Let `nodes`, the last of which makes `name`, stand where its maker stood; take out what nobody reads then."""
         old = next(node for node in self.graph.node if name in node.output)
         at = list(self.graph.node).index(old)
-        kept = [*self.graph.node[:at], *nodes, *self.graph.node[at + 1 :]]
-        while True:
-            read = self.kept | {item for node in kept for item in node.input}
-            left = [node for node in kept if any(item in read for item in node.output)]
-            if len(left) == len(kept):
-                break
-            kept = left
-        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
-        del self.graph.node[:]
-        self.graph.node.extend(copies)
-        weights = [tensor for tensor in self.graph.initializer if tensor.name in read]
-        del self.graph.initializer[:]
-        self.graph.initializer.extend(weights)
-        named = {item for node in copies for item in node.output}
+        self.graph.node.pop(at)
+        for offset, node in enumerate(nodes):
+            self.graph.node.insert(at + offset, node)
+        drop_unread(self.graph)
+        named = {item for node in self.graph.node for item in node.output}
         infos = [info for info in self.graph.value_info if info.name in named]
         del self.graph.value_info[:]
         self.graph.value_info.extend(infos)
@@ -453,7 +446,7 @@ def _reach(view: _View, node: onnx.NodeProto, allowed: frozenset[str], *, forwar
         near = (
             view.readers.get(now.output[0], [])
             if forward
-            else [view.maker[name] for name in now.input if name in view.maker and view.maker[name].output]
+            else [view.maker[name] for name in now.input if name in view.maker]
         )
         for other in near:
             if other.op_type in allowed and other.output[0] not in found:
@@ -474,7 +467,7 @@ def _between(view: _View, start: str, end: str, allowed: frozenset[str], *, shap
         node = view.maker.get(name)
         if shapes and node is not None and name != end and _says_a_shape(view, name):
             beside[name] = None
-        elif node is None or not node.output or node.op_type not in allowed or len(inside) == REGION_NODES_MAX:
+        elif node is None or node.op_type not in allowed or len(inside) == REGION_NODES_MAX:
             return None
         else:
             inside[name] = node
@@ -498,7 +491,7 @@ def _says_a_shape(view: _View, name: str) -> bool:
             continue
         seen.add(now)
         node = view.maker.get(now)
-        if node is None or not node.output or len(seen) > REGION_NODES_MAX:
+        if node is None or len(seen) > REGION_NODES_MAX:
             return False
         if node.op_type not in SHAPES:
             waiting += node.input
@@ -507,17 +500,7 @@ def _says_a_shape(view: _View, name: str) -> bool:
 
 def _evaluate(view: _View, nodes: Sequence[onnx.NodeProto], given: Mapping[str, Array], out: str) -> Array:
     """Run some nodes by themselves."""
-    names = {name for node in nodes for name in node.input}
-    part = onnx.ModelProto(ir_version=view.model.ir_version, opset_import=view.model.opset_import)
-    part.graph.name = "part"
-    part.graph.node.extend(nodes)
-    part.graph.initializer.extend(view.weights[name] for name in sorted(names & view.weights.keys()))
-    part.graph.input.extend(
-        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
-        for name, value in given.items()
-    )
-    part.graph.output.append(helper.make_empty_tensor_value_info(out))
-    return np.asarray(run_all(part, [out], [given])[0][0])
+    return np.asarray(run_all(part_of(view.model, nodes, given, [out]), [out], [given])[0][0])
 
 
 def _try(view: _View, region: _Region, given: Mapping[str, Array]) -> Array | None:
@@ -597,9 +580,9 @@ def _gelu_nodes(view: _View, region: _Region) -> list[onnx.NodeProto]:
 
 
 def _erf_gelu_of(x: Float64) -> Float64:
-    from math import erf
+    from scipy.special import erf
 
-    return np.asarray(0.5 * x * (1 + np.vectorize(erf)(x / np.sqrt(2))))
+    return np.asarray(0.5 * x * (1 + erf(x / np.sqrt(2))))
 
 
 def _erf_gelu_nodes(view: _View, region: _Region) -> list[onnx.NodeProto]:
@@ -809,12 +792,9 @@ def _affine(view: _View, node: onnx.NodeProto) -> _Affine | None:
     wide = constant.astype(np.float64)
     if (node.op_type == "Div" and not wide.all()) or not view.reaches(source, constant.ndim):
         return None
-    return {
-        "Mul": lambda: _Affine(source, wide, none),
-        "Div": lambda: _Affine(source, 1 / wide, none),
-        "Add": lambda: _Affine(source, one, wide),
-        "Sub": lambda: _Affine(source, one, -wide),
-    }[node.op_type]()
+    if node.op_type in ("Mul", "Div"):
+        return _Affine(source, wide if node.op_type == "Mul" else 1 / wide, none)
+    return _Affine(source, one, wide if node.op_type == "Add" else -wide)
 
 
 def _layer_weight(view: _View, node: onnx.NodeProto) -> Array | None:
@@ -871,7 +851,7 @@ def _per_channel(term: Array, channels: int, rank: int) -> Array | None:
 def _take_before(view: _View, layer: onnx.NodeProto) -> bool:
     """Let a layer do itself what is done to what it reads: a single number for all of it."""
     before = view.maker.get(layer.input[0])
-    if before is None or not before.output or not _alone(view, layer.input[0]):
+    if before is None or not _alone(view, layer.input[0]):
         return False
     affine, weight = _affine(view, before), _layer_weight(view, layer)
     if affine is None or weight is None or affine.scale.size != 1 or affine.shift.size != 1:
